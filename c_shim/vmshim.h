@@ -1,0 +1,253 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * vmshim: the hot part of vmodel, in C11.  This header is its whole public API: read it first.
+ *
+ * C owns bytes and addresses, Python owns meaning:
+ *
+ *   files     client files (guest RAM) mapped once per inode, shared by all functions of a server
+ *   memory    one function's DMA windows: GPA -> pointer into such a file (or "ask the client")
+ *   requester what issues DMA: IOVA -> GPA -> bytes, dirty marks, faults
+ *   function  regions (BARs, ROM, config space): backing store and who answers each byte
+ *   channel   one vfio-user connection: framing, fds, replies, exits
+ *
+ * Rules.  Every function returns 0 or -errno (those that say so return a count); results leave
+ * through trailing pointers.  Objects come in create/destroy pairs.  The library locks itself, holds
+ * no global state but the process's SIGBUS disposition (see files.c), and never calls back: what it
+ * cannot decide leaves vms_run() as an exit, in the manner of KVM_RUN.  All lengths and offsets from
+ * outside are checked here before use.
+ *
+ * Section names in comments (for example "DMA_MAP") are those of QEMU's docs/interop/vfio-user.rst.
+ * The part between the CDEF markers is read by cffi as well: plain declarations only.
+ */
+#ifndef VMSHIM_H
+#define VMSHIM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* CDEF-BEGIN */
+
+/* ---- files ------------------------------------------------------------------------------- */
+
+typedef struct vms_files vms_files;
+int vms_files_create(vms_files **out);
+void vms_files_destroy(vms_files *files);
+/* How many mappings of client files are alive; for tests that look for leaks. */
+size_t vms_files_mapped(vms_files *files);
+
+/* ---- memory: DMA windows ----------------------------------------------------------------- */
+
+#define VMS_PROT_READ 1u
+#define VMS_PROT_WRITE 2u
+
+typedef struct vms_memory vms_memory;
+typedef struct vms_window {
+    uint64_t start, last; /* GPA, inclusive */
+    uint64_t offset;      /* in the file; 0 without one */
+    uint32_t prot;        /* VMS_PROT_* */
+    int32_t has_file;     /* 0: reached by DMA_READ/DMA_WRITE messages only */
+} vms_window;
+
+int vms_memory_create(vms_files *files, uint32_t max_windows, vms_memory **out);
+void vms_memory_destroy(vms_memory *memory);
+/* DMA_MAP.  fd -1: no file.  The fd stays the caller's.  EINVAL: zero size, wrap, not 4 KiB aligned,
+ * no prot, past the end of the file, not a regular file; EEXIST: overlap; ENOSPC: too many windows;
+ * EACCES: the fd does not allow what prot asks. */
+int vms_memory_map(vms_memory *memory, uint64_t gpa, uint64_t size, uint32_t prot, int fd,
+                   uint64_t offset);
+/* DMA_UNMAP.  Removes all windows inside [gpa, gpa+size); EINVAL when the range cuts one (nothing is
+ * removed then).  No window at all is success.  Returns only when no copy uses them any more. */
+int vms_memory_unmap(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t *removed);
+int vms_memory_unmap_all(vms_memory *memory, uint64_t *removed);
+size_t vms_memory_count(vms_memory *memory);
+/* Copies up to `room` windows in ascending order, beginning at the first whose last >= gpa; returns
+ * how many. */
+size_t vms_memory_list(vms_memory *memory, uint64_t gpa, vms_window *out, size_t room);
+
+typedef struct vms_range {
+    uint64_t start, last;
+} vms_range;
+/* DMA logging at 4 KiB granularity (DMA_LOGGING_*).  n == 0: everything.  EBUSY: already on;
+ * EINVAL: ranges that overlap or run backwards. */
+int vms_dirty_start(vms_memory *memory, const vms_range *ranges, size_t n);
+int vms_dirty_stop(vms_memory *memory);
+/* Read and clear.  One bit per page_size (a power of two >= 4096) from gpa on, `words` uint64_t long.
+ * EINVAL: logging is off, bad page size, alignment, wrap, or too few words. */
+int vms_dirty_report(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t page_size,
+                     uint64_t *bitmap, size_t words);
+
+/* ---- requester: DMA ---------------------------------------------------------------------- */
+
+#define VMS_NO_PASID 0xFFFFFFFFu
+#define VMS_DMA_WRITE 1u /* from buf to memory; else from memory to buf */
+
+enum vms_reason {
+    VMS_REASON_NONE = 0,
+    VMS_REASON_BUS_MASTER_OFF, /* unsupported request: Command.BusMaster is clear */
+    VMS_REASON_NO_WINDOW,      /* no memory at this GPA */
+    VMS_REASON_PERMISSION,     /* window or mapping forbids it */
+    VMS_REASON_TRUNCATED,      /* the file behind the window has shrunk */
+    VMS_REASON_WRAP,           /* iova + len passes 2**64 */
+    VMS_REASON_UNALIGNED,      /* atomics only */
+    VMS_REASON_NO_FILE,        /* not a fault: [gpa, gpa+len) needs DMA_READ/DMA_WRITE messages */
+};
+
+typedef struct vms_fault {
+    uint32_t reason; /* enum vms_reason */
+    uint32_t pasid;
+    uint64_t iova; /* where it stopped */
+    uint64_t gpa;  /* NO_FILE: where to go on by message */
+    uint64_t len;  /* NO_FILE: how many bytes from there the window still covers (capped to the rest) */
+    uint64_t done; /* bytes moved before that */
+    uint32_t access; /* VMS_PROT_* that was asked for */
+    uint32_t level;
+} vms_fault;
+
+typedef struct vms_sg {
+    uint64_t iova, len;
+} vms_sg;
+
+enum vms_atomic_op { VMS_ATOMIC_FETCH_ADD, VMS_ATOMIC_SWAP, VMS_ATOMIC_CAS };
+
+typedef struct vms_requester vms_requester;
+typedef struct vms_pin vms_pin;
+
+int vms_requester_create(vms_memory *memory, vms_requester **out);
+void vms_requester_destroy(vms_requester *requester);
+/* Command.BusMaster; off at creation. */
+int vms_requester_enable(vms_requester *requester, int on);
+/* Moves len bytes.  0, or -EFAULT with *fault filled (reason, where, how much was done). */
+int vms_dma_rw(vms_requester *requester, uint32_t pasid, uint64_t iova, void *buf, size_t len,
+               uint32_t flags, vms_fault *fault);
+/* The same over n pieces, one after the other in buf. fault->done counts over all pieces. */
+int vms_dma_sg(vms_requester *requester, uint32_t pasid, const vms_sg *sg, size_t n, void *buf,
+               size_t len, uint32_t flags, vms_fault *fault);
+/* PCIe AtomicOp of size 4 or 8 (8 or 16 are not needed by any model); *old is the value before. */
+int vms_dma_atomic(vms_requester *requester, uint32_t pasid, uint64_t iova, uint32_t op, uint32_t size,
+                   uint64_t operand, uint64_t compare, uint64_t *old, vms_fault *fault);
+/* A pointer to [iova, iova+len), which must be contiguous in one file.  The mapping stays valid until
+ * unpin, even when the client unmaps the window or truncates the file (it then reads as zeros). */
+int vms_dma_pin(vms_requester *requester, uint32_t pasid, uint64_t iova, size_t len, uint32_t flags,
+                void **ptr, vms_pin **pin, vms_fault *fault);
+void vms_dma_unpin(vms_pin *pin);
+
+typedef struct vms_dma_stats {
+    uint64_t read_ops, read_bytes, write_ops, write_bytes, faults;
+} vms_dma_stats;
+void vms_dma_stats_get(vms_requester *requester, vms_dma_stats *out);
+
+/* ---- function: regions -------------------------------------------------------------------- */
+
+#define VMS_REGIONS 9u /* BAR0-5, ROM, config space, VGA: VFIO_PCI_*_REGION_INDEX */
+
+/* What answers an access to a byte of a bank. */
+#define VMS_EXIT_ON_READ 1u  /* Python answers reads */
+#define VMS_EXIT_ON_WRITE 2u /* Python takes writes; the shim stores nothing */
+
+typedef struct vms_func vms_func;
+int vms_func_create(vms_func **out);
+void vms_func_destroy(vms_func *func);
+/* Bytes that no area covers read as `fill` and ignore writes. writable 0: writes are EPERM. */
+int vms_region_define(vms_func *func, uint32_t region, uint64_t size, uint8_t fill, int writable);
+/* A bank of registers: `size` bytes of backing store at *backing with a policy for each byte (all bytes
+ * read-only and plain at first).  The memory lives as long as the function.  EEXIST: overlap. */
+int vms_area_bank(vms_func *func, uint32_t region, uint64_t start, uint64_t size, uint8_t **backing);
+/* Plain RAM.  With mappable (start and size page-aligned) it lives in the region's memfd, at offset
+ * `start`, see vms_region_fd(). */
+int vms_area_ram(vms_func *func, uint32_t region, uint64_t start, uint64_t size, int mappable,
+                 uint8_t **backing);
+/* No backing store: each access exits. */
+int vms_area_hook(vms_func *func, uint32_t region, uint64_t start, uint64_t size);
+/* Sets the policy of [start, start+n) in a bank.  Per byte: which bits a write stores, clears by 1, sets
+ * by 1, which bits a read clears; and exits (VMS_EXIT_ON_*). */
+int vms_bank_policy(vms_func *func, uint32_t region, uint64_t start, size_t n, const uint8_t *store,
+                    const uint8_t *w1c, const uint8_t *w1s, const uint8_t *rc, const uint8_t *exits);
+/* The region's memfd with its mappable areas; ENOENT without one.  Stays the function's. */
+int vms_region_fd(vms_func *func, uint32_t region, int *fd);
+/* What the shim would do for an access it serves by itself; used by Python when it has to apply the
+ * plain policy after all (for example an access that covers hooked and plain bytes). Ignores exits. */
+int vms_region_read(vms_func *func, uint32_t region, uint64_t offset, uint8_t *buf, size_t n);
+int vms_region_write(vms_func *func, uint32_t region, uint64_t offset, const uint8_t *buf, size_t n);
+
+typedef struct vms_func_stats {
+    uint64_t messages;              /* whole messages received */
+    uint64_t reads, writes;         /* region accesses, MULTI entries counted singly */
+    uint64_t served;                /* of these: answered without Python */
+    uint64_t exits;                 /* returns of vms_run() */
+    uint64_t rejected;              /* error replies, and posted commands dropped as wrong */
+} vms_func_stats;
+void vms_func_stats_get(vms_func *func, vms_func_stats *out);
+
+/* ---- channel ------------------------------------------------------------------------------ */
+
+enum vms_exit_reason {
+    VMS_EXIT_READ = 1,  /* a read; put the value in run->value (count <= 8) or the data in run->data */
+    VMS_EXIT_WRITE,     /* a write that the client waits for */
+    VMS_EXIT_POSTED,    /* run->n_accesses posted writes in run->accesses, in order, each <= 8 bytes */
+    VMS_EXIT_COMMAND,   /* any other command: run->data, run->len, run->fds; answer with vms_reply() */
+    VMS_EXIT_REPLY,     /* a reply to a command of ours (DMA_READ, DMA_WRITE); run->id, run->error */
+    VMS_EXIT_TIMEOUT,   /* the deadline has passed */
+    VMS_EXIT_WAKE,      /* vms_wake() was called */
+    VMS_EXIT_EVENT,     /* a watched eventfd fired: run->id is its cookie */
+    VMS_EXIT_CLOSED,    /* the peer is gone, or its stream is broken beyond repair (run->error) */
+};
+
+typedef struct vms_access {
+    uint64_t offset, value; /* value: little-endian, zero-extended */
+    uint32_t region, count;
+} vms_access;
+
+#define VMS_BATCH 256u
+
+typedef struct vms_run {
+    uint32_t reason;  /* enum vms_exit_reason */
+    uint32_t posted;  /* COMMAND, WRITE: the client set No_reply */
+    uint16_t id, command;
+    int32_t error;    /* in: errno for the pending access; out: errno of a REPLY or of CLOSED */
+    uint32_t region, count;
+    uint64_t offset;
+    uint64_t value;   /* READ: to be filled; WRITE: what was written */
+    uint8_t *data;    /* payload, valid until the next vms_run(); READ over 8 bytes: room for count */
+    size_t len;
+    const int *fds;   /* COMMAND: the callee's to close */
+    size_t n_fds;
+    size_t n_accesses;
+    vms_access accesses[VMS_BATCH];
+} vms_run;
+
+typedef struct vms_chan vms_chan;
+/* Takes the socket over.  Before vms_chan_open() every message is a COMMAND exit (the handshake). */
+int vms_chan_create(vms_func *func, vms_memory *memory, int socket, uint32_t max_xfer,
+                    uint32_t max_fds, vms_chan **out);
+void vms_chan_destroy(vms_chan *chan);
+/* The struct that vms_enter() fills; lives as long as the channel. */
+vms_run *vms_chan_run(vms_chan *chan);
+/* Handshake done.  peer_xfer: the client's max_data_xfer_size.  twin: our end of the twin socket, taken
+ * over, or -1. */
+int vms_chan_open(vms_chan *chan, uint32_t peer_xfer, int twin);
+/* Completes the access that the last exit left pending (READ, WRITE), then serves the client until
+ * Python is needed or CLOCK_MONOTONIC reaches deadline_ns (0: poll once; UINT64_MAX: never).  0, with the
+ * run struct filled. */
+int vms_enter(vms_chan *chan, uint64_t deadline_ns);
+/* Completes a pending READ or WRITE now, as vms_enter() would.  EALREADY: nothing is pending. */
+int vms_complete(vms_chan *chan);
+/* Sends a reply; error != 0: header only. EPIPE and ECONNRESET are reported as CLOSED by vms_enter(). */
+int vms_reply(vms_chan *chan, uint16_t id, uint16_t command, uint32_t error, const void *payload,
+              size_t len, const int *fds, size_t n_fds);
+/* Sends a command of ours (on the twin socket where there is one). */
+int vms_command(vms_chan *chan, uint16_t id, uint16_t command, const void *head, size_t head_len,
+                const void *data, size_t len);
+/* Any thread: makes the function's vms_enter() return with WAKE. */
+int vms_wake(vms_func *func);
+/* Any thread: ends the connection, vms_enter() returns CLOSED. */
+int vms_chan_shutdown(vms_chan *chan);
+/* vms_enter() also waits for this eventfd (borrowed).  ENOSPC: more than 64. */
+int vms_watch(vms_func *func, int eventfd, uint16_t cookie);
+int vms_unwatch(vms_func *func, int eventfd);
+/* Sleeps without a connection: until `listener` (or -1) is readable, a wake, a watch, or the deadline.
+ * Returns an enum vms_exit_reason, COMMAND standing for the listener, or -errno. *cookie for EVENT. */
+int vms_idle(vms_func *func, int listener, uint64_t deadline_ns, uint16_t *cookie);
+
+/* CDEF-END */
+
+#endif

@@ -1,0 +1,1 @@
+"""vmodel: emulated PCI devices and IOMMUs in Python for stock QEMU, over vfio-user."""

@@ -1,0 +1,92 @@
+"""Whose fault it is, in the type: each error class has one meaning.
+
+========== =========================================== =======================================
+class      what happened                               what becomes of it
+========== =========================================== =======================================
+PeerError  the vfio-user client broke the protocol     an error reply with its errno
+GuestError the guest misused the device                what the model's specification says
+DmaFault   a DMA access failed                         goes to the model, counted, logged
+ConfigError the user's file or arguments are wrong     one line on stderr, exit status 2
+========== =========================================== =======================================
+
+Everything else that is raised is a bug of vmodel's or of the model's.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+
+
+class VmodelError(Exception):
+    """Base of all errors that vmodel raises on purpose."""
+
+
+class PeerError(VmodelError):
+    """The vfio-user client sent something that the specification rejects.
+
+    `errno` is sent back in the header-only error reply.
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(f"{message} ({errno.errorcode.get(code, code)})")
+        self.errno = code
+
+
+class GuestError(VmodelError):
+    """The guest used the device in a way that its specification forbids."""
+
+
+class Access(enum.IntFlag):
+    """What a DMA access wants to do; the values are the shim's VMS_PROT_*."""
+
+    READ = 1
+    WRITE = 2
+
+
+class Reason(enum.IntEnum):
+    """Why a DMA access failed; the values are the shim's `enum vms_reason`."""
+
+    BUS_MASTER_OFF = 1
+    NO_WINDOW = 2
+    PERMISSION = 3
+    TRUNCATED = 4
+    WRAP = 5
+    UNALIGNED = 6
+    NO_FILE = 7
+    #: The client answered a DMA_READ/DMA_WRITE message with an error, or went away before it answered.
+    CLIENT = 100
+    #: A read hook asked for memory that only messages reach: the region reply cannot wait for it.
+    WOULD_DEADLOCK = 101
+
+
+class DmaFault(VmodelError):
+    """A DMA access failed: nothing is known of the bytes after `done`.
+
+    Attributes: `reason`; `iova` where it stopped; `access`; `done` bytes moved before that; `pasid` or None.
+    """
+
+    def __init__(
+        self, reason: Reason, iova: int, access: Access, done: int = 0, pasid: int | None = None
+    ) -> None:
+        where = "" if pasid is None else f" pasid {pasid:#x}"
+        super().__init__(f"DMA {access.name} at iova {iova:#x}{where}: {reason.name} after {done} bytes")
+        self.reason = reason
+        self.iova = iova
+        self.access = access
+        self.done = done
+        self.pasid = pasid
+
+
+class ConfigError(VmodelError):
+    """The user's machine file, plan or command line is wrong.
+
+    The text is one line: file, key, value and what would be right.
+    """
+
+    def __init__(self, message: str, *, file: str | os.PathLike[str] | None = None, key: str = "") -> None:
+        place = ": ".join(str(part) for part in (file, key) if part)
+        super().__init__(f"{place}: {message}" if place else message)
+        self.file = file
+        self.key = key
