@@ -229,7 +229,7 @@ int vms_chan_open(vms_chan *chan, uint32_t peer_xfer, int twin);
  * Python is needed or CLOCK_MONOTONIC reaches deadline_ns (0: poll once; UINT64_MAX: never).  0, with the
  * run struct filled. */
 int vms_enter(vms_chan *chan, uint64_t deadline_ns);
-/* Completes a pending READ or WRITE now, as vms_enter() would.  EALREADY: nothing is pending. */
+/* Completes a pending READ or WRITE now, as vms_enter() would, and sends all replies that wait. */
 int vms_complete(vms_chan *chan);
 /* Sends a reply; error != 0: header only. EPIPE and ECONNRESET are reported as CLOSED by vms_enter(). */
 int vms_reply(vms_chan *chan, uint16_t id, uint16_t command, uint32_t error, const void *payload,

@@ -1,0 +1,38 @@
+"""Builds vmodel._vmshim from the C files beside it (cffi, API mode); setup.py names `ffi`.
+
+The declarations come from vmshim.h itself, between its CDEF markers, so that they exist once.
+"""
+
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ["span_tree.c", "files.c", "memory.c", "dirty.c", "dma.c", "func.c", "channel.c"]
+
+
+def declarations() -> str:
+    """The part of vmshim.h that cffi reads, each #define's value left for the compiler to tell."""
+    text = (HERE / "vmshim.h").read_text()
+    match = re.search(r"/\* CDEF-BEGIN \*/(.*)/\* CDEF-END \*/", text, re.DOTALL)
+    if match is None:
+        raise RuntimeError("vmshim.h has lost its CDEF markers")
+    return re.sub(r"(?m)^(#define\s+\w+)\s.*$", r"\1 ...", match.group(1))
+
+
+ffi = FFI()
+# Array sizes must be numbers for cffi's parser.
+ffi.cdef(declarations().replace("accesses[VMS_BATCH]", "accesses[...]"))
+ffi.set_source(
+    "vmodel._vmshim",
+    '#include "vmshim.h"',
+    # Relative to the project's root, where setuptools runs: absolute paths would end up in the sdist.
+    sources=[f"c_shim/{name}" for name in SOURCES],
+    include_dirs=["c_shim"],
+    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+    libraries=["pthread"],
+)
+
+if __name__ == "__main__":
+    ffi.compile(tmpdir=str(HERE.parent), verbose=True)

@@ -1,0 +1,912 @@
+/* SPDX-License-Identifier: MIT
+ * One vfio-user connection: bytes in, replies and exits out.
+ *
+ * Bytes arrive by bulk recvmsg() into one buffer; whole messages are parsed from it in order.  Replies are
+ * gathered and sent before anything that may sleep.  A channel belongs to the thread that calls
+ * vms_enter(); only vms_wake() and vms_chan_shutdown() may come from others.
+ *
+ * Which message do received fds belong to?  The kernel ends a read after the data that carried fds, so they
+ * belong to a message that begins in what was just read: the last one there, or the last that takes fds at
+ * all when the last one does not (a client that puts several messages into one sendmsg()).
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "func.h"
+#include "memory.h"
+#include "vmshim.h"
+
+enum {
+    CMD_VERSION = 1,
+    CMD_DMA_MAP = 2,
+    CMD_DMA_UNMAP = 3,
+    CMD_SET_IRQS = 8,
+    CMD_REGION_READ = 9,
+    CMD_REGION_WRITE = 10,
+    CMD_WRITE_MULTI = 15,
+};
+
+#define TYPE_MASK 0xFu
+#define TYPE_COMMAND 0u
+#define TYPE_REPLY 1u
+#define FLAG_NO_REPLY 0x10u
+#define FLAG_ERROR 0x20u
+#define UNMAP_FLAG_ALL 2u /* as VFIO_DMA_UNMAP_FLAG_ALL; the vfio-user text leaves flags unused */
+
+#define HANDSHAKE_SIZE (64u * 1024)
+#define START_SIZE (64u * 1024)
+#define TX_SIZE (64u * 1024)
+#define MAX_HELD_FDS 512
+#define CONTROL_FDS 253 /* SCM_MAX_FD */
+
+typedef struct header {
+    uint16_t id, command;
+    uint32_t size, flags, error;
+} header;
+
+typedef struct access_head {
+    uint64_t offset;
+    uint32_t region, count;
+} access_head;
+
+typedef struct dma_map_body {
+    uint32_t argsz, flags;
+    uint64_t offset, address, size;
+} dma_map_body;
+
+typedef struct dma_unmap_body {
+    uint32_t argsz, flags;
+    uint64_t address, size;
+} dma_unmap_body;
+
+typedef struct multi_entry {
+    uint64_t offset;
+    uint32_t region, count;
+    uint8_t data[8];
+} multi_entry;
+
+_Static_assert(sizeof(header) == 16 && sizeof(access_head) == 16 && sizeof(dma_map_body) == 32 &&
+                   sizeof(dma_unmap_body) == 24 && sizeof(multi_entry) == 24,
+               "wire layout");
+
+typedef struct stream {
+    int fd;
+    uint8_t *buf;
+    size_t cap, rpos, wpos;
+    uint64_t consumed; /* stream position of buf[rpos] */
+    uint64_t drain;    /* bytes of a rejected message still to be thrown away */
+    struct held {
+        uint64_t at; /* position of the message they came with */
+        int fd;
+    } held[MAX_HELD_FDS];
+    size_t n_held;
+} stream;
+
+struct vms_chan {
+    vms_func *func;
+    vms_memory *memory;
+    uint32_t max_xfer, peer_xfer, max_fds;
+    int open;
+    int dead; /* errno of a failed send */
+    stream main, twin;
+    uint8_t tx[TX_SIZE];
+    size_t tx_len;
+    uint8_t *reply_data; /* room for a read of more than 8 bytes */
+    struct {
+        int kind; /* 0, VMS_EXIT_READ or VMS_EXIT_WRITE */
+        uint16_t id, command;
+        int posted;
+        access_head head;
+    } pending;
+    size_t multi_done; /* entries of the WRITE_MULTI at the head of the buffer that are through */
+    int out_fds[CONTROL_FDS];
+    vms_run run;
+};
+
+/* ---- streams ------------------------------------------------------------------------------ */
+
+static int stream_init(stream *s, int fd)
+{
+    s->fd = fd;
+    s->cap = START_SIZE;
+    s->buf = malloc(s->cap);
+    return s->buf ? 0 : -ENOMEM;
+}
+
+static void stream_free(stream *s)
+{
+    for (size_t i = 0; i < s->n_held; i++)
+        close(s->held[i].fd);
+    if (s->fd >= 0)
+        close(s->fd);
+    free(s->buf);
+}
+
+static size_t available(const stream *s)
+{
+    return s->wpos - s->rpos;
+}
+
+static void consume(stream *s, size_t n)
+{
+    s->rpos += n;
+    s->consumed += n;
+}
+
+/* Takes the fds of the message at `at` (and any before it) out of the held ones; returns how many were
+ * copied to out. */
+static size_t take_fds(stream *s, uint64_t at, int *out, size_t room)
+{
+    size_t n = 0, kept = 0;
+
+    for (size_t i = 0; i < s->n_held; i++) {
+        if (s->held[i].at > at)
+            s->held[kept++] = s->held[i];
+        else if (n < room && s->held[i].at == at)
+            out[n++] = s->held[i].fd;
+        else
+            close(s->held[i].fd);
+    }
+    s->n_held = kept;
+    return n;
+}
+
+static void close_fds(const int *fds, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        close(fds[i]);
+}
+
+static int takes_fds(uint16_t command)
+{
+    return command == CMD_DMA_MAP || command == CMD_SET_IRQS;
+}
+
+/* The position of the message that fds belong to which came with the last `fresh` bytes of the buffer. */
+static uint64_t owner_of_fds(const stream *s, size_t fresh)
+{
+    size_t skip = s->drain < available(s) ? (size_t)s->drain : available(s);
+    size_t at = s->rpos + skip, last = at, last_taker = SIZE_MAX;
+    int last_takes = 0;
+
+    while (at < s->wpos) {
+        header h;
+        last = at;
+        last_takes = 0;
+        if (s->wpos - at < sizeof h)
+            break;
+        memcpy(&h, s->buf + at, sizeof h);
+        last_takes = takes_fds(h.command);
+        if (last_takes && at + h.size > s->wpos - fresh)
+            last_taker = at;
+        if (h.size < sizeof h || h.size > s->wpos - at)
+            break;
+        at += h.size;
+    }
+    size_t owner = s->wpos - last >= sizeof(header) && !last_takes && last_taker != SIZE_MAX ? last_taker : last;
+    return s->consumed + (owner - s->rpos);
+}
+
+/* One recvmsg().  > 0: bytes; 0: end of stream; < 0: -errno. */
+static ssize_t stream_fill(stream *s, uint32_t max_message)
+{
+    if (s->rpos == s->wpos) {
+        s->rpos = s->wpos = 0;
+    } else if (s->rpos > s->cap / 2 || s->wpos == s->cap) {
+        memmove(s->buf, s->buf + s->rpos, available(s));
+        s->wpos -= s->rpos;
+        s->rpos = 0;
+    }
+    if (available(s) >= sizeof(header) && !s->drain) {
+        header h;
+        memcpy(&h, s->buf + s->rpos, sizeof h);
+        if (h.size > s->cap && h.size <= max_message) {
+            uint8_t *grown = realloc(s->buf, h.size);
+            if (!grown)
+                return -ENOMEM;
+            s->buf = grown;
+            s->cap = h.size;
+        }
+        if (s->rpos + h.size > s->cap) {
+            memmove(s->buf, s->buf + s->rpos, available(s));
+            s->wpos -= s->rpos;
+            s->rpos = 0;
+        }
+    }
+    union {
+        struct cmsghdr align;
+        char space[CMSG_SPACE(CONTROL_FDS * sizeof(int))];
+    } control;
+    struct iovec iov = { s->buf + s->wpos, s->cap - s->wpos };
+    struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control,
+                          .msg_controllen = sizeof control };
+    ssize_t n = recvmsg(s->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (n < 0)
+        return -errno;
+    s->wpos += (size_t)n;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+            continue;
+        size_t n_fds = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        uint64_t owner = owner_of_fds(s, (size_t)n);
+        for (size_t i = 0; i < n_fds; i++) {
+            int fd;
+            memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+            if (s->n_held < MAX_HELD_FDS)
+                s->held[s->n_held++] = (struct held){ owner, fd };
+            else
+                close(fd); /* far over max_msg_fds: the message will be refused for what it does have */
+        }
+    }
+    return n;
+}
+
+/* ---- sending ------------------------------------------------------------------------------ */
+
+static int send_all(int fd, const struct iovec *parts, size_t n_parts, const int *fds, size_t n_fds)
+{
+    struct iovec iov[3];
+    union {
+        struct cmsghdr align;
+        char space[CMSG_SPACE(CONTROL_FDS * sizeof(int))];
+    } control;
+    struct msghdr msg = { .msg_iov = iov, .msg_iovlen = n_parts };
+
+    memcpy(iov, parts, n_parts * sizeof *iov);
+    if (n_fds) {
+        msg.msg_control = &control;
+        msg.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
+        struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+        c->cmsg_level = SOL_SOCKET;
+        c->cmsg_type = SCM_RIGHTS;
+        c->cmsg_len = CMSG_LEN(n_fds * sizeof(int));
+        memcpy(CMSG_DATA(c), fds, n_fds * sizeof(int));
+    }
+    while (msg.msg_iovlen) {
+        ssize_t n = sendmsg(fd, &msg, MSG_NOSIGNAL);
+        if (n < 0) {
+            if (errno == EINTR)
+                continue;
+            return -errno;
+        }
+        msg.msg_control = NULL; /* fds go with the first byte */
+        msg.msg_controllen = 0;
+        size_t left = (size_t)n;
+        while (msg.msg_iovlen && left >= msg.msg_iov->iov_len) {
+            left -= msg.msg_iov->iov_len;
+            msg.msg_iov++;
+            msg.msg_iovlen--;
+        }
+        if (msg.msg_iovlen) {
+            msg.msg_iov->iov_base = (uint8_t *)msg.msg_iov->iov_base + left;
+            msg.msg_iov->iov_len -= left;
+        }
+    }
+    return 0;
+}
+
+static void flush(vms_chan *chan)
+{
+    if (chan->tx_len && !chan->dead) {
+        struct iovec iov = { chan->tx, chan->tx_len };
+        int rc = send_all(chan->main.fd, &iov, 1, NULL, 0);
+        if (rc < 0)
+            chan->dead = -rc;
+    }
+    chan->tx_len = 0;
+}
+
+static void put(vms_chan *chan, const void *bytes, size_t n)
+{
+    if (!n)
+        return;
+    if (chan->tx_len + n > TX_SIZE)
+        flush(chan);
+    if (n > TX_SIZE) {
+        struct iovec iov = { (void *)(uintptr_t)bytes, n };
+        int rc = chan->dead ? 0 : send_all(chan->main.fd, &iov, 1, NULL, 0);
+        if (rc < 0)
+            chan->dead = -rc;
+        return;
+    }
+    memcpy(chan->tx + chan->tx_len, bytes, n);
+    chan->tx_len += n;
+}
+
+static void put_reply(vms_chan *chan, uint16_t id, uint16_t command, uint32_t error, const void *a, size_t a_len,
+                      const void *b, size_t b_len)
+{
+    header h = { id, command, (uint32_t)sizeof h, TYPE_REPLY, 0 };
+    if (error) {
+        h.flags |= FLAG_ERROR;
+        h.error = error;
+        put(chan, &h, sizeof h);
+        return;
+    }
+    h.size += (uint32_t)(a_len + b_len);
+    put(chan, &h, sizeof h);
+    put(chan, a, a_len);
+    put(chan, b, b_len);
+}
+
+/* Answers a command that is done (error 0) or refused. */
+static void answer(vms_chan *chan, const header *h, int error, const void *a, size_t a_len)
+{
+    if (error)
+        chan->func->stats.rejected++;
+    if (!(h->flags & FLAG_NO_REPLY))
+        put_reply(chan, h->id, h->command, (uint32_t)error, a, a_len, NULL, 0);
+}
+
+/* ---- commands the shim serves -------------------------------------------------------------- */
+
+static uint64_t little(const uint8_t *bytes, size_t n)
+{
+    uint64_t value = 0;
+    memcpy(&value, bytes, n);
+    return value;
+}
+
+/* The region of a well-formed access, else NULL and *error. */
+static const region *check_access(vms_chan *chan, const access_head *a, int write, int *error)
+{
+    const region *r = a->region < VMS_REGIONS ? &chan->func->regions[a->region] : NULL;
+
+    if (!r || !a->count || a->count > chan->max_xfer || !region_has(r, a->offset, a->count)) {
+        *error = EINVAL;
+        return NULL;
+    }
+    if (write && !r->writable) {
+        *error = EPERM;
+        return NULL;
+    }
+    return r;
+}
+
+static void leave_pending(vms_chan *chan, int kind, const header *h, const access_head *a)
+{
+    vms_run *run = &chan->run;
+
+    chan->pending.kind = kind;
+    chan->pending.id = h->id;
+    chan->pending.command = h->command;
+    chan->pending.posted = (h->flags & FLAG_NO_REPLY) != 0;
+    chan->pending.head = *a;
+    run->reason = (uint32_t)kind;
+    run->posted = (uint32_t)chan->pending.posted;
+    run->id = h->id;
+    run->command = h->command;
+    run->error = 0;
+    run->region = a->region;
+    run->offset = a->offset;
+    run->count = a->count;
+    run->value = 0;
+    run->len = a->count;
+}
+
+static int do_read(vms_chan *chan, const header *h, const uint8_t *body, size_t len)
+{
+    access_head a;
+    int error = EINVAL;
+    const region *r = NULL;
+
+    if (len == sizeof a) {
+        memcpy(&a, body, sizeof a);
+        r = check_access(chan, &a, 0, &error);
+    }
+    if (!r) {
+        answer(chan, h, error, NULL, 0);
+        return 0;
+    }
+    chan->func->stats.reads++;
+    uint8_t small[8];
+    uint8_t *data = a.count <= sizeof small ? small : chan->reply_data;
+    if (region_try_read(r, a.offset, data, a.count)) {
+        chan->func->stats.served++;
+        if (!(h->flags & FLAG_NO_REPLY))
+            put_reply(chan, h->id, h->command, 0, &a, sizeof a, data, a.count);
+        return 0;
+    }
+    leave_pending(chan, VMS_EXIT_READ, h, &a);
+    chan->run.data = chan->reply_data;
+    memset(chan->reply_data, r->fill, a.count);
+    return 1;
+}
+
+static void batch(vms_chan *chan, const access_head *a, const uint8_t *data)
+{
+    chan->run.accesses[chan->run.n_accesses++] =
+        (vms_access){ a->offset, little(data, a->count), a->region, a->count };
+}
+
+/* 1: leaves an exit; 0: done; -1: a batch is open and this write has to come after it. */
+static int do_write(vms_chan *chan, const header *h, const uint8_t *body, size_t len)
+{
+    access_head a;
+    int error = EINVAL;
+    const region *r = NULL;
+
+    if (len >= sizeof a) {
+        memcpy(&a, body, sizeof a);
+        if (len - sizeof a == a.count)
+            r = check_access(chan, &a, 1, &error);
+    }
+    if (!r) {
+        if (chan->run.n_accesses)
+            return -1;
+        answer(chan, h, error, NULL, 0);
+        return 0;
+    }
+    const uint8_t *data = body + sizeof a;
+    int posted = (h->flags & FLAG_NO_REPLY) != 0;
+    if (chan->run.n_accesses == 0 && region_try_write(r, a.offset, data, a.count)) {
+        chan->func->stats.writes++;
+        chan->func->stats.served++;
+        if (!posted)
+            put_reply(chan, h->id, h->command, 0, &a, sizeof a, NULL, 0);
+        return 0;
+    }
+    if (posted && a.count <= 8) {
+        /* Behind an open batch even a plain write goes to Python: order counts. */
+        chan->func->stats.writes++;
+        batch(chan, &a, data);
+        return chan->run.n_accesses == VMS_BATCH;
+    }
+    if (chan->run.n_accesses)
+        return -1;
+    chan->func->stats.writes++;
+    leave_pending(chan, VMS_EXIT_WRITE, h, &a);
+    chan->run.data = (uint8_t *)(uintptr_t)data;
+    chan->run.value = a.count <= 8 ? little(data, a.count) : 0;
+    return 1;
+}
+
+/* REGION_WRITE_MULTI.  Resumes at chan->multi_done.  1: an exit, come back; 0: the message is through. */
+static int do_multi(vms_chan *chan, const header *h, const uint8_t *body, size_t len)
+{
+    uint64_t n;
+    int error = 0;
+
+    if (len < sizeof n) {
+        answer(chan, h, EINVAL, NULL, 0);
+        return 0;
+    }
+    memcpy(&n, body, sizeof n);
+    if (n > (len - sizeof n) / sizeof(multi_entry) || n * sizeof(multi_entry) != len - sizeof n) {
+        answer(chan, h, EINVAL, NULL, 0);
+        return 0;
+    }
+    while (chan->multi_done < n) {
+        multi_entry e;
+        memcpy(&e, body + sizeof n + chan->multi_done * sizeof e, sizeof e);
+        access_head a = { e.offset, e.region, e.count };
+        const region *r = NULL;
+        if (e.count > sizeof e.data)
+            error = EINVAL;
+        else
+            r = check_access(chan, &a, 1, &error);
+        if (!r)
+            break;
+        if (chan->run.n_accesses == VMS_BATCH)
+            return 1;
+        chan->multi_done++;
+        chan->func->stats.writes++;
+        if (chan->run.n_accesses == 0 && region_try_write(r, a.offset, e.data, a.count))
+            chan->func->stats.served++;
+        else
+            batch(chan, &a, e.data);
+    }
+    if (chan->run.n_accesses)
+        return 1; /* Python first; the reply follows when we come back */
+    answer(chan, h, error, &n, sizeof n);
+    chan->multi_done = 0;
+    return 0;
+}
+
+static void do_dma_map(vms_chan *chan, const header *h, const uint8_t *body, size_t len, const int *fds, size_t n_fds)
+{
+    dma_map_body m;
+    int rc = -EINVAL;
+
+    if (len == sizeof m && n_fds <= 1) {
+        memcpy(&m, body, sizeof m);
+        if (m.argsz >= sizeof m && (n_fds || !m.offset))
+            rc = vms_memory_map(chan->memory, m.address, m.size, m.flags, n_fds ? fds[0] : -1, m.offset);
+    }
+    answer(chan, h, -rc, NULL, 0);
+}
+
+static void do_dma_unmap(vms_chan *chan, const header *h, const uint8_t *body, size_t len)
+{
+    dma_unmap_body m;
+    uint64_t removed;
+    int rc = -EINVAL;
+
+    if (len == sizeof m) {
+        memcpy(&m, body, sizeof m);
+        if (m.argsz < sizeof m)
+            rc = -EINVAL;
+        else if (m.flags == UNMAP_FLAG_ALL && !m.address && !m.size)
+            rc = vms_memory_unmap_all(chan->memory, &removed);
+        else if (m.flags == 0)
+            rc = vms_memory_unmap(chan->memory, m.address, m.size, &removed);
+    }
+    answer(chan, h, -rc, &m, sizeof m);
+}
+
+/* ---- parsing ------------------------------------------------------------------------------- */
+
+static int command_exit(vms_chan *chan, const header *h, uint8_t *body, size_t len, size_t n_fds)
+{
+    vms_run *run = &chan->run;
+
+    run->reason = (h->flags & TYPE_MASK) == TYPE_REPLY ? VMS_EXIT_REPLY : VMS_EXIT_COMMAND;
+    run->posted = (h->flags & FLAG_NO_REPLY) != 0;
+    run->id = h->id;
+    run->command = h->command;
+    run->error = run->reason != VMS_EXIT_REPLY || !(h->flags & FLAG_ERROR) ? 0 : h->error ? (int32_t)h->error : EIO;
+    run->data = body;
+    run->len = len;
+    run->fds = chan->out_fds;
+    run->n_fds = n_fds;
+    return 1;
+}
+
+static int closed(vms_chan *chan, int error)
+{
+    chan->run.reason = VMS_EXIT_CLOSED;
+    chan->run.error = error;
+    return 1;
+}
+
+/* Parses what is there.  1: an exit is ready; 0: more bytes are needed. */
+static int parse(vms_chan *chan, stream *s)
+{
+    uint32_t max_message = chan->open ? chan->max_xfer + 64 : HANDSHAKE_SIZE;
+    header h;
+
+    for (;;) {
+        if (s->drain) {
+            size_t n = s->drain < available(s) ? (size_t)s->drain : available(s);
+            consume(s, n);
+            s->drain -= n;
+            if (s->drain)
+                return 0;
+            take_fds(s, s->consumed - 1, NULL, 0);
+        }
+        if (available(s) < sizeof h)
+            break;
+        memcpy(&h, s->buf + s->rpos, sizeof h);
+        uint32_t type = h.flags & TYPE_MASK;
+        if (h.size < sizeof h) {
+            if (chan->run.n_accesses)
+                break;
+            if (s == &chan->main && type == TYPE_COMMAND) {
+                h.flags &= ~FLAG_NO_REPLY;
+                answer(chan, &h, EINVAL, NULL, 0);
+                flush(chan);
+            }
+            return closed(chan, EPROTO);
+        }
+        if (h.size > max_message || type > TYPE_REPLY || (s == &chan->twin && type != TYPE_REPLY)) {
+            if (chan->run.n_accesses)
+                break;
+            if (type == TYPE_REPLY || s == &chan->twin)
+                return closed(chan, EPROTO); /* nobody waits for an error reply to a reply */
+            answer(chan, &h, EINVAL, NULL, 0);
+            s->drain = h.size;
+            continue;
+        }
+        if (available(s) < h.size)
+            break;
+
+        uint8_t *body = s->buf + s->rpos + sizeof h;
+        size_t len = h.size - sizeof h;
+        int hot = chan->open && type == TYPE_COMMAND;
+        if (hot && h.command == CMD_REGION_WRITE) {
+            int rc = do_write(chan, &h, body, len);
+            if (rc < 0)
+                break;
+            take_fds(s, s->consumed, NULL, 0);
+            consume(s, h.size);
+            chan->func->stats.messages++;
+            if (rc)
+                break;
+            continue;
+        }
+        if (chan->run.n_accesses)
+            break;
+        if (hot && h.command == CMD_WRITE_MULTI && do_multi(chan, &h, body, len))
+            break;
+
+        size_t n_fds = take_fds(s, s->consumed, chan->out_fds, CONTROL_FDS);
+        consume(s, h.size);
+        chan->func->stats.messages++;
+        if (n_fds > chan->max_fds && !(hot && h.command == CMD_WRITE_MULTI)) {
+            close_fds(chan->out_fds, n_fds);
+            if (type == TYPE_COMMAND)
+                answer(chan, &h, EINVAL, NULL, 0);
+            continue;
+        }
+        if (!hot)
+            return command_exit(chan, &h, body, len, n_fds);
+        switch (h.command) {
+        case CMD_REGION_READ:
+            close_fds(chan->out_fds, n_fds);
+            if (do_read(chan, &h, body, len))
+                return 1;
+            break;
+        case CMD_WRITE_MULTI:
+            close_fds(chan->out_fds, n_fds);
+            break;
+        case CMD_DMA_MAP:
+            do_dma_map(chan, &h, body, len, chan->out_fds, n_fds);
+            close_fds(chan->out_fds, n_fds);
+            break;
+        case CMD_DMA_UNMAP:
+            close_fds(chan->out_fds, n_fds);
+            do_dma_unmap(chan, &h, body, len);
+            break;
+        default:
+            return command_exit(chan, &h, body, len, n_fds);
+        }
+    }
+    if (chan->run.n_accesses) {
+        chan->run.reason = VMS_EXIT_POSTED;
+        return 1;
+    }
+    return chan->pending.kind != 0;
+}
+
+/* ---- waiting ------------------------------------------------------------------------------- */
+
+static uint64_t now_ns(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+/* Polls fds[0..n) plus the function's wake and watch fds.  Sets *reason to WAKE, EVENT (and *cookie),
+ * TIMEOUT, or 0 when one of the n is ready.  An fd of -1 is passed over by poll(). */
+static int wait_for(vms_func *func, struct pollfd *fds, size_t n, uint64_t deadline, uint32_t *reason,
+                    uint16_t *cookie)
+{
+    uint16_t cookies[MAX_WATCHES];
+    size_t total = n;
+
+    fds[total++] = (struct pollfd){ func->wake_fd, POLLIN, 0 };
+    if (__atomic_load_n(&func->n_watches, __ATOMIC_RELAXED)) {
+        pthread_mutex_lock(&func->watch_lock);
+        for (unsigned i = 0; i < func->n_watches; i++) {
+            cookies[i] = func->watches[i].cookie;
+            fds[total++] = (struct pollfd){ func->watches[i].fd, POLLIN, 0 };
+        }
+        pthread_mutex_unlock(&func->watch_lock);
+    }
+    struct timespec ts, *timeout = NULL;
+    if (deadline != UINT64_MAX) {
+        uint64_t now = now_ns(), left = deadline > now ? deadline - now : 0;
+        ts = (struct timespec){ (time_t)(left / 1000000000u), (long)(left % 1000000000u) };
+        timeout = &ts;
+    }
+    int rc = ppoll(fds, total, timeout, NULL);
+    if (rc < 0 && errno != EINTR)
+        return -errno;
+    uint64_t value;
+    if (rc <= 0) {
+        *reason = rc < 0 ? VMS_EXIT_WAKE : VMS_EXIT_TIMEOUT; /* a signal: let Python run its handlers */
+    } else if (fds[n].revents) {
+        if (read(func->wake_fd, &value, sizeof value) < 0 && errno != EAGAIN)
+            return -errno;
+        *reason = VMS_EXIT_WAKE;
+    } else {
+        *reason = 0;
+        for (size_t i = n + 1; i < total; i++) {
+            if (fds[i].revents & POLLIN && read(fds[i].fd, &value, sizeof value) == (ssize_t)sizeof value) {
+                *reason = VMS_EXIT_EVENT;
+                *cookie = cookies[i - n - 1];
+                break;
+            }
+        }
+    }
+    return 0;
+}
+
+int vms_idle(vms_func *func, int listener, uint64_t deadline_ns, uint16_t *cookie)
+{
+    struct pollfd fds[MAX_WATCHES + 2] = { { listener, POLLIN, 0 } };
+    uint32_t reason;
+
+    int rc = wait_for(func, fds, 1, deadline_ns, &reason, cookie);
+    if (rc < 0)
+        return rc;
+    if (reason)
+        return (int)reason;
+    return fds[0].revents ? VMS_EXIT_COMMAND : VMS_EXIT_WAKE;
+}
+
+/* ---- public ------------------------------------------------------------------------------- */
+
+int vms_chan_create(vms_func *func, vms_memory *memory, int socket, uint32_t max_xfer, uint32_t max_fds,
+                    vms_chan **out)
+{
+    if (max_xfer < 4096 || max_xfer > (1u << 30) || max_fds > CONTROL_FDS)
+        return -EINVAL;
+    vms_chan *chan = calloc(1, sizeof *chan);
+    if (!chan)
+        return -ENOMEM;
+    chan->func = func;
+    chan->memory = memory;
+    chan->max_xfer = max_xfer;
+    chan->max_fds = max_fds;
+    chan->twin.fd = chan->main.fd = -1;
+    chan->reply_data = malloc(max_xfer);
+    if (!chan->reply_data || stream_init(&chan->main, -1) < 0) {
+        vms_chan_destroy(chan);
+        return -ENOMEM;
+    }
+    chan->main.fd = socket;
+    *out = chan;
+    return 0;
+}
+
+void vms_chan_destroy(vms_chan *chan)
+{
+    if (!chan)
+        return;
+    stream_free(&chan->main);
+    stream_free(&chan->twin);
+    free(chan->reply_data);
+    free(chan);
+}
+
+vms_run *vms_chan_run(vms_chan *chan)
+{
+    return &chan->run;
+}
+
+int vms_chan_open(vms_chan *chan, uint32_t peer_xfer, int twin)
+{
+    if (chan->open)
+        return -EALREADY;
+    if (twin >= 0) {
+        int rc = stream_init(&chan->twin, twin);
+        if (rc < 0) {
+            chan->twin.fd = -1;
+            return rc;
+        }
+    }
+    chan->peer_xfer = peer_xfer;
+    chan->open = 1;
+    return 0;
+}
+
+static void complete(vms_chan *chan)
+{
+    vms_run *run = &chan->run;
+    int error = run->error;
+    const access_head *a = &chan->pending.head;
+
+    if (error)
+        chan->func->stats.rejected++;
+    if (!chan->pending.posted) {
+        const void *data = a->count <= 8 ? (const void *)&run->value : (const void *)chan->reply_data;
+        size_t len = chan->pending.kind == VMS_EXIT_READ ? a->count : 0;
+        put_reply(chan, chan->pending.id, chan->pending.command, (uint32_t)error, a, sizeof *a, data, len);
+    }
+    chan->pending.kind = 0;
+}
+
+int vms_complete(vms_chan *chan)
+{
+    if (chan->pending.kind)
+        complete(chan);
+    flush(chan);
+    return 0;
+}
+
+static int enter(vms_chan *chan, uint64_t deadline)
+{
+    vms_run *run = &chan->run;
+    stream *streams[2] = { &chan->main, &chan->twin };
+    uint32_t max_message = chan->open ? chan->max_xfer + 64 : HANDSHAKE_SIZE;
+
+    for (;;) {
+        for (int i = 0; i < 2; i++)
+            if (streams[i]->fd >= 0 && parse(chan, streams[i]))
+                return 0;
+        flush(chan);
+        if (chan->dead)
+            { closed(chan, chan->dead); return 0; }
+
+        struct pollfd fds[MAX_WATCHES + 3] = { { chan->main.fd, POLLIN, 0 }, { chan->twin.fd, POLLIN, 0 } };
+        uint32_t reason;
+        int rc = wait_for(chan->func, fds, 2, deadline, &reason, &run->id);
+        if (rc < 0)
+            return rc;
+        if (reason) {
+            run->reason = reason;
+            return 0;
+        }
+        for (int i = 0; i < 2; i++) {
+            if (streams[i]->fd < 0 || !fds[i].revents)
+                continue;
+            ssize_t n = stream_fill(streams[i], max_message);
+            if (n == 0)
+                { closed(chan, available(streams[i]) || streams[i]->drain ? ECONNRESET : 0); return 0; }
+            if (n < 0 && n != -EAGAIN && n != -EINTR)
+                { closed(chan, (int)-n); return 0; }
+        }
+        /* A client that never pauses must not hold back timers. */
+        if (deadline != UINT64_MAX && now_ns() >= deadline) {
+            run->reason = VMS_EXIT_TIMEOUT;
+            return 0;
+        }
+    }
+}
+
+int vms_enter(vms_chan *chan, uint64_t deadline_ns)
+{
+    if (chan->pending.kind)
+        complete(chan);
+    chan->run.n_accesses = 0;
+    chan->run.n_fds = 0;
+    int rc = enter(chan, deadline_ns);
+    flush(chan);
+    chan->func->stats.exits++;
+    return rc;
+}
+
+int vms_reply(vms_chan *chan, uint16_t id, uint16_t command, uint32_t error, const void *payload, size_t len,
+              const int *fds, size_t n_fds)
+{
+    if (error)
+        chan->func->stats.rejected++;
+    if (!n_fds) {
+        put_reply(chan, id, command, error, payload, len, NULL, 0);
+        return 0;
+    }
+    if (n_fds > CONTROL_FDS)
+        return -EINVAL;
+    flush(chan);
+    if (chan->dead)
+        return -chan->dead;
+    header h = { id, command, (uint32_t)(sizeof h + len), TYPE_REPLY, 0 };
+    struct iovec iov[2] = { { &h, sizeof h }, { (void *)(uintptr_t)payload, len } };
+    int rc = send_all(chan->main.fd, iov, 2, fds, n_fds);
+    if (rc < 0)
+        chan->dead = -rc;
+    return rc;
+}
+
+int vms_command(vms_chan *chan, uint16_t id, uint16_t command, const void *head, size_t head_len, const void *data,
+                size_t len)
+{
+    int fd = chan->twin.fd >= 0 ? chan->twin.fd : chan->main.fd;
+
+    if (len > chan->peer_xfer || head_len > 64)
+        return -EINVAL;
+    flush(chan);
+    if (chan->dead)
+        return -chan->dead;
+    header h = { id, command, (uint32_t)(sizeof h + head_len + len), TYPE_COMMAND, 0 };
+    struct iovec iov[3] = { { &h, sizeof h },
+                            { (void *)(uintptr_t)head, head_len },
+                            { (void *)(uintptr_t)data, len } };
+    int rc = send_all(fd, iov, 3, NULL, 0);
+    if (rc < 0)
+        chan->dead = -rc;
+    return rc;
+}
+
+int vms_chan_shutdown(vms_chan *chan)
+{
+    return shutdown(chan->main.fd, SHUT_RDWR) < 0 ? -errno : 0;
+}

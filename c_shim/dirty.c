@@ -1,0 +1,192 @@
+/* SPDX-License-Identifier: MIT
+ * The dirty log: one bit per 4 KiB page that a DMA write has touched since it was last reported.
+ *
+ * Bits live in chunks of 128 MiB of address space (4 KiB of bits), made when a page in them is first
+ * written, so that the log of a sparse address space stays small. */
+#define _GNU_SOURCE
+#include "memory.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PAGE_SHIFT 12
+#define CHUNK_SHIFT 27
+#define CHUNK_PAGES (1u << (CHUNK_SHIFT - PAGE_SHIFT))
+#define CHUNK_WORDS (CHUNK_PAGES / 64)
+#define MAX_RANGES 65536
+
+typedef struct chunk {
+    span_node span;
+    uint64_t bits[CHUNK_WORDS];
+} chunk;
+
+static void clear_tree(span_tree *tree)
+{
+    span_node *node;
+    while ((node = tree->root)) {
+        span_tree_remove(tree, node);
+        free(node);
+    }
+}
+
+void dirty_free(vms_memory *memory)
+{
+    clear_tree(&memory->dirty_ranges);
+    clear_tree(&memory->dirty_chunks);
+}
+
+int vms_dirty_start(vms_memory *memory, const vms_range *ranges, size_t n)
+{
+    int rc = 0;
+
+    if (n > MAX_RANGES)
+        return -EINVAL;
+    pthread_mutex_lock(&memory->dirty_lock);
+    if (atomic_load(&memory->dirty_on))
+        rc = -EBUSY;
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        if (ranges[i].start > ranges[i].last ||
+            span_tree_overlaps(&memory->dirty_ranges, ranges[i].start, ranges[i].last)) {
+            rc = -EINVAL;
+            break;
+        }
+        span_node *node = calloc(1, sizeof *node);
+        if (!node) {
+            rc = -ENOMEM;
+            break;
+        }
+        node->start = ranges[i].start;
+        node->last = ranges[i].last;
+        span_tree_insert(&memory->dirty_ranges, node);
+    }
+    if (rc == 0)
+        atomic_store(&memory->dirty_on, 1);
+    else if (rc != -EBUSY)
+        clear_tree(&memory->dirty_ranges);
+    pthread_mutex_unlock(&memory->dirty_lock);
+    return rc;
+}
+
+int vms_dirty_stop(vms_memory *memory)
+{
+    int rc = 0;
+
+    pthread_mutex_lock(&memory->dirty_lock);
+    if (!atomic_load(&memory->dirty_on))
+        rc = -EINVAL;
+    atomic_store(&memory->dirty_on, 0);
+    dirty_free(memory);
+    pthread_mutex_unlock(&memory->dirty_lock);
+    return rc;
+}
+
+/* Sets or takes the bits of pages [first, last] of a chunk; both inside it. */
+static void set_bits(uint64_t *bits, uint64_t first, uint64_t last)
+{
+    for (uint64_t word = first / 64; word <= last / 64; word++) {
+        uint64_t mask = UINT64_MAX;
+        if (word == first / 64)
+            mask &= UINT64_MAX << (first % 64);
+        if (word == last / 64)
+            mask &= UINT64_MAX >> (63 - last % 64);
+        bits[word] |= mask;
+    }
+}
+
+static chunk *chunk_at(vms_memory *memory, uint64_t address)
+{
+    span_node *node = span_tree_from(&memory->dirty_chunks, address);
+    if (node && node->start <= address)
+        return (chunk *)node;
+    chunk *fresh = calloc(1, sizeof *fresh);
+    if (!fresh)
+        return NULL;
+    fresh->span.start = address >> CHUNK_SHIFT << CHUNK_SHIFT;
+    fresh->span.last = fresh->span.start + ((UINT64_C(1) << CHUNK_SHIFT) - 1);
+    span_tree_insert(&memory->dirty_chunks, &fresh->span);
+    return fresh;
+}
+
+static void mark_logged(vms_memory *memory, uint64_t start, uint64_t last)
+{
+    for (;;) {
+        chunk *c = chunk_at(memory, start);
+        if (!c)
+            abort(); /* a lost dirty bit would corrupt a migrated guest in silence */
+        uint64_t end = last < c->span.last ? last : c->span.last;
+        set_bits(c->bits, (start - c->span.start) >> PAGE_SHIFT, (end - c->span.start) >> PAGE_SHIFT);
+        if (end == last)
+            return;
+        start = end + 1;
+    }
+}
+
+void dirty_mark(vms_memory *memory, uint64_t start, uint64_t last)
+{
+    if (!atomic_load_explicit(&memory->dirty_on, memory_order_acquire))
+        return;
+    pthread_mutex_lock(&memory->dirty_lock);
+    if (!atomic_load(&memory->dirty_on)) {
+        /* stopped meanwhile */
+    } else if (!memory->dirty_ranges.count) {
+        mark_logged(memory, start, last);
+    } else {
+        const span_node *node;
+        while ((node = span_tree_from(&memory->dirty_ranges, start)) && node->start <= last) {
+            uint64_t from = node->start > start ? node->start : start;
+            uint64_t to = node->last < last ? node->last : last;
+            mark_logged(memory, from, to);
+            if (to == last)
+                break;
+            start = to + 1;
+        }
+    }
+    pthread_mutex_unlock(&memory->dirty_lock);
+}
+
+int vms_dirty_report(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t page_size, uint64_t *bitmap,
+                     size_t words)
+{
+    if (page_size < 4096 || (page_size & (page_size - 1)) || !size || (gpa & (page_size - 1)) ||
+        (size & (page_size - 1)) || gpa + (size - 1) < gpa)
+        return -EINVAL;
+    uint64_t pages = size / page_size;
+    if (words < pages / 64 + (pages % 64 != 0))
+        return -EINVAL;
+    memset(bitmap, 0, words * sizeof *bitmap);
+
+    uint64_t last = gpa + (size - 1), at = gpa;
+    int rc = 0;
+    pthread_mutex_lock(&memory->dirty_lock);
+    if (!atomic_load(&memory->dirty_on))
+        rc = -EINVAL;
+    span_node *node;
+    while (rc == 0 && (node = span_tree_from(&memory->dirty_chunks, at)) && node->start <= last) {
+        chunk *c = (chunk *)node;
+        uint64_t from = node->start > at ? node->start : at;
+        uint64_t to = node->last < last ? node->last : last;
+        uint64_t bit = (from - node->start) >> PAGE_SHIFT, end = (to - node->start) >> PAGE_SHIFT;
+        uint64_t out = (from - gpa) >> PAGE_SHIFT;
+        if (page_size == 4096 && bit % 64 == 0 && out % 64 == 0 && end % 64 == 63) {
+            memcpy(bitmap + out / 64, c->bits + bit / 64, (end - bit + 1) / 8);
+            memset(c->bits + bit / 64, 0, (end - bit + 1) / 8);
+        } else {
+            for (; bit <= end; bit++) {
+                uint64_t mask = UINT64_C(1) << (bit % 64);
+                if (!c->bits[bit / 64]) {
+                    bit |= 63; /* nothing in this word */
+                } else if (c->bits[bit / 64] & mask) {
+                    uint64_t page = (node->start + (bit << PAGE_SHIFT) - gpa) / page_size;
+                    bitmap[page / 64] |= UINT64_C(1) << (page % 64);
+                    c->bits[bit / 64] &= ~mask;
+                }
+            }
+        }
+        if (to == last)
+            break;
+        at = to + 1;
+    }
+    pthread_mutex_unlock(&memory->dirty_lock);
+    return rc;
+}

@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: MIT
+ * One function's regions: who answers which byte, and from where; see func.c. */
+#ifndef VMS_FUNC_H
+#define VMS_FUNC_H
+
+#include <pthread.h>
+
+#include "vmshim.h"
+
+#define MAX_WATCHES 64
+
+typedef struct byte_policy {
+    uint8_t store, w1c, w1s, rc, exits;
+} byte_policy;
+
+typedef struct area {
+    uint64_t start, size;
+    uint8_t *backing;    /* NULL: hook, every access exits */
+    byte_policy *policy; /* NULL: RAM */
+    int in_memfd;
+} area;
+
+typedef struct region {
+    uint64_t size;
+    uint8_t fill;
+    int writable;
+    int fd; /* memfd of the mappable areas, or -1 */
+    area *areas; /* ascending */
+    size_t n_areas;
+} region;
+
+struct vms_func {
+    region regions[VMS_REGIONS];
+    int wake_fd;
+    pthread_mutex_t watch_lock;
+    struct {
+        int fd;
+        uint16_t cookie;
+    } watches[MAX_WATCHES];
+    unsigned n_watches;
+    vms_func_stats stats; /* written by the function's thread only */
+};
+
+/* Whether [offset, offset+n) lies inside the region; n > 0. */
+static inline int region_has(const region *r, uint64_t offset, uint64_t n)
+{
+    return n <= r->size && offset <= r->size - n;
+}
+
+/* Tries to answer without Python.  1: done; 0: Python has to. */
+int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n);
+int region_try_write(const region *r, uint64_t offset, const uint8_t *buf, size_t n);
+
+#endif

@@ -1,0 +1,196 @@
+/* SPDX-License-Identifier: MIT
+ * DMA windows: what the client's DMA_MAP and DMA_UNMAP leave behind. */
+#define _GNU_SOURCE
+#include "memory.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#define PAGE_MASK ((uint64_t)4095)
+
+int vms_memory_create(vms_files *files, uint32_t max_windows, vms_memory **out)
+{
+    vms_memory *memory = calloc(1, sizeof *memory);
+    if (!memory)
+        return -ENOMEM;
+    memory->files = files;
+    memory->max_windows = max_windows;
+    pthread_mutex_init(&memory->lock, NULL);
+    pthread_mutex_init(&memory->requesters_lock, NULL);
+    pthread_mutex_init(&memory->dirty_lock, NULL);
+    span_tree_init(&memory->windows);
+    span_tree_init(&memory->dirty_ranges);
+    span_tree_init(&memory->dirty_chunks);
+    *out = memory;
+    return 0;
+}
+
+void vms_memory_destroy(vms_memory *memory)
+{
+    if (!memory)
+        return;
+    uint64_t removed;
+    vms_memory_unmap_all(memory, &removed);
+    dirty_free(memory);
+    pthread_mutex_destroy(&memory->lock);
+    pthread_mutex_destroy(&memory->requesters_lock);
+    pthread_mutex_destroy(&memory->dirty_lock);
+    free(memory);
+}
+
+const window *memory_find(const vms_memory *memory, uint64_t gpa)
+{
+    const span_node *node = span_tree_from(&memory->windows, gpa);
+    return node && node->start <= gpa ? (const window *)node : NULL;
+}
+
+static int check_range(uint64_t gpa, uint64_t size)
+{
+    if (!size || ((gpa | size) & PAGE_MASK) || gpa + (size - 1) < gpa)
+        return -EINVAL;
+    return 0;
+}
+
+int vms_memory_map(vms_memory *memory, uint64_t gpa, uint64_t size, uint32_t prot, int fd, uint64_t offset)
+{
+    int rc = check_range(gpa, size);
+    if (rc < 0)
+        return rc;
+    if (!prot || (prot & ~(VMS_PROT_READ | VMS_PROT_WRITE)))
+        return -EINVAL;
+
+    window *win = calloc(1, sizeof *win);
+    if (!win)
+        return -ENOMEM;
+    win->span.start = gpa;
+    win->span.last = gpa + (size - 1);
+    win->prot = prot;
+    win->offset = fd >= 0 ? offset : 0;
+    if (fd >= 0) {
+        rc = file_get(memory->files, fd, offset, size, prot, &win->file);
+        if (rc < 0) {
+            free(win);
+            return rc;
+        }
+    }
+    pthread_mutex_lock(&memory->lock);
+    if (span_tree_overlaps(&memory->windows, win->span.start, win->span.last))
+        rc = -EEXIST;
+    else if (memory->windows.count >= memory->max_windows)
+        rc = -ENOSPC;
+    else
+        span_tree_insert(&memory->windows, &win->span);
+    pthread_mutex_unlock(&memory->lock);
+    if (rc < 0) {
+        if (win->file)
+            file_put(win->file);
+        free(win);
+    }
+    return rc;
+}
+
+/* Waits until no requester uses what has just left the tree, then lets go of it. */
+static void release(vms_memory *memory, span_node *removed)
+{
+    pthread_mutex_lock(&memory->requesters_lock);
+    for (vms_requester *r = memory->requesters; r; r = *requester_link(r))
+        requester_flush(r);
+    pthread_mutex_unlock(&memory->requesters_lock);
+
+    while (removed) {
+        window *win = (window *)removed;
+        removed = removed->right;
+        if (win->file)
+            file_put(win->file);
+        free(win);
+    }
+}
+
+/* Takes the windows in [start, last] out; none of them may reach past an end. */
+static uint64_t remove_span(vms_memory *memory, uint64_t start, uint64_t last, span_node **removed)
+{
+    span_node *node;
+    uint64_t bytes = 0;
+
+    while ((node = span_tree_from(&memory->windows, start)) && node->start <= last) {
+        span_tree_remove(&memory->windows, node);
+        bytes += node->last - node->start + 1;
+        node->right = *removed;
+        *removed = node;
+    }
+    return bytes;
+}
+
+int vms_memory_unmap(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t *removed_bytes)
+{
+    span_node *removed = NULL;
+    uint64_t last = gpa + (size - 1);
+
+    *removed_bytes = 0;
+    int rc = check_range(gpa, size);
+    if (rc < 0)
+        return rc;
+    pthread_mutex_lock(&memory->lock);
+    const span_node *first = span_tree_from(&memory->windows, gpa);
+    const span_node *tail = span_tree_from(&memory->windows, last);
+    if ((first && first->start < gpa) || (tail && tail->start <= last && tail->last > last))
+        rc = -EINVAL;
+    else
+        *removed_bytes = remove_span(memory, gpa, last, &removed);
+    pthread_mutex_unlock(&memory->lock);
+    if (removed)
+        release(memory, removed);
+    return rc;
+}
+
+int vms_memory_unmap_all(vms_memory *memory, uint64_t *removed_bytes)
+{
+    span_node *removed = NULL;
+
+    pthread_mutex_lock(&memory->lock);
+    *removed_bytes = remove_span(memory, 0, UINT64_MAX, &removed);
+    pthread_mutex_unlock(&memory->lock);
+    if (removed)
+        release(memory, removed);
+    return 0;
+}
+
+size_t vms_memory_count(vms_memory *memory)
+{
+    pthread_mutex_lock(&memory->lock);
+    size_t count = memory->windows.count;
+    pthread_mutex_unlock(&memory->lock);
+    return count;
+}
+
+size_t vms_memory_list(vms_memory *memory, uint64_t gpa, vms_window *out, size_t room)
+{
+    size_t n = 0;
+
+    pthread_mutex_lock(&memory->lock);
+    for (const span_node *node = span_tree_from(&memory->windows, gpa); node && n < room;) {
+        const window *win = (const window *)node;
+        out[n++] = (vms_window){ node->start, node->last, win->offset, win->prot, win->file != NULL };
+        node = node->last == UINT64_MAX ? NULL : span_tree_from(&memory->windows, node->last + 1);
+    }
+    pthread_mutex_unlock(&memory->lock);
+    return n;
+}
+
+void memory_attach(vms_memory *memory, vms_requester *requester)
+{
+    pthread_mutex_lock(&memory->requesters_lock);
+    *requester_link(requester) = memory->requesters;
+    memory->requesters = requester;
+    pthread_mutex_unlock(&memory->requesters_lock);
+}
+
+void memory_detach(vms_memory *memory, vms_requester *requester)
+{
+    pthread_mutex_lock(&memory->requesters_lock);
+    vms_requester **link = &memory->requesters;
+    while (*link != requester)
+        link = requester_link(*link);
+    *link = *requester_link(requester);
+    pthread_mutex_unlock(&memory->requesters_lock);
+}

@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: MIT
+ * One function's DMA windows and its dirty log; see memory.c. */
+#ifndef VMS_MEMORY_H
+#define VMS_MEMORY_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "files.h"
+#include "span_tree.h"
+#include "vmshim.h"
+
+typedef struct window {
+    span_node span; /* first: a span_node * is a window * */
+    mapped_file *file;
+    uint64_t offset;
+    uint32_t prot;
+} window;
+
+struct vms_memory {
+    vms_files *files;
+    uint32_t max_windows;
+    pthread_mutex_t lock; /* windows.  Taken inside a requester's lock, never around it. */
+    span_tree windows;
+
+    pthread_mutex_t requesters_lock;
+    vms_requester *requesters;
+
+    _Atomic int dirty_on;
+    pthread_mutex_t dirty_lock; /* innermost */
+    span_tree dirty_ranges;     /* empty: all is logged */
+    span_tree dirty_chunks;
+};
+
+/* The window at gpa, or NULL, under memory->lock. */
+const window *memory_find(const vms_memory *memory, uint64_t gpa);
+/* Notes a write to [start, last] (GPA) if logging is on. */
+void dirty_mark(vms_memory *memory, uint64_t start, uint64_t last);
+void dirty_free(vms_memory *memory);
+
+void memory_attach(vms_memory *memory, vms_requester *requester);
+void memory_detach(vms_memory *memory, vms_requester *requester);
+/* In dma.c: forgets cached windows; returns when no copy is under way. */
+void requester_flush(vms_requester *requester);
+vms_requester **requester_link(vms_requester *requester);
+
+#endif

@@ -1,0 +1,385 @@
+"""The only importer of the compiled shim: handles as objects, errno as exceptions.
+
+`c_shim/vmshim.h` says what each call does; here are only lifetimes and types.  Handles are freed by the
+garbage collector when the last user is gone, so a view that is still held keeps its memory alive.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vmodel._vmshim import ffi, lib
+from vmodel.errors import Access, DmaFault, Reason
+
+EXIT_ON_READ: int = lib.VMS_EXIT_ON_READ
+EXIT_ON_WRITE: int = lib.VMS_EXIT_ON_WRITE
+REGIONS: int = lib.VMS_REGIONS
+BATCH: int = lib.VMS_BATCH
+NO_PASID: int = lib.VMS_NO_PASID
+DMA_WRITE: int = lib.VMS_DMA_WRITE
+#: Deadline that never comes.
+FOREVER = 2**64 - 1
+
+EXIT_READ: int = lib.VMS_EXIT_READ
+EXIT_WRITE: int = lib.VMS_EXIT_WRITE
+EXIT_POSTED: int = lib.VMS_EXIT_POSTED
+EXIT_COMMAND: int = lib.VMS_EXIT_COMMAND
+EXIT_REPLY: int = lib.VMS_EXIT_REPLY
+EXIT_TIMEOUT: int = lib.VMS_EXIT_TIMEOUT
+EXIT_WAKE: int = lib.VMS_EXIT_WAKE
+EXIT_EVENT: int = lib.VMS_EXIT_EVENT
+EXIT_CLOSED: int = lib.VMS_EXIT_CLOSED
+
+#: Reads up to this size go through a buffer that is kept: making one would cost more than the copy.
+_SCRATCH = 16384
+
+_REASON_NO_FILE: int = lib.VMS_REASON_NO_FILE
+
+
+def check(rc: int) -> int:
+    """Turns -errno into OSError; passes anything else through."""
+    if rc < 0:
+        raise OSError(-rc, os.strerror(-rc))
+    return rc
+
+
+def _create(create: Any, destroy: Any, kind: str, *args: Any) -> Any:
+    out = ffi.new(f"{kind} **")
+    check(create(*args, out))
+    return ffi.gc(out[0], destroy)
+
+
+class Files:
+    """Client files mapped by this process, once per inode; shared by all functions of a server."""
+
+    def __init__(self) -> None:
+        self.handle = _create(lib.vms_files_create, lib.vms_files_destroy, "vms_files")
+
+    @property
+    def mapped(self) -> int:
+        """How many mappings are alive."""
+        return int(lib.vms_files_mapped(self.handle))
+
+
+class Memory:
+    """One function's DMA windows and dirty log."""
+
+    def __init__(self, files: Files, max_windows: int) -> None:
+        self.files = files  # outlives us
+        self.handle = _create(
+            lib.vms_memory_create, lib.vms_memory_destroy, "vms_memory", files.handle, max_windows
+        )
+        self._bytes = ffi.new("uint64_t *")
+
+    def map(self, gpa: int, size: int, prot: int, fd: int, offset: int) -> None:
+        check(lib.vms_memory_map(self.handle, gpa, size, prot, fd, offset))
+
+    def unmap(self, gpa: int, size: int) -> int:
+        removed = ffi.new("uint64_t *")
+        check(lib.vms_memory_unmap(self.handle, gpa, size, removed))
+        return int(removed[0])
+
+    def unmap_all(self) -> int:
+        removed = ffi.new("uint64_t *")
+        check(lib.vms_memory_unmap_all(self.handle, removed))
+        return int(removed[0])
+
+    def count(self) -> int:
+        return int(lib.vms_memory_count(self.handle))
+
+    def list(self) -> list[tuple[int, int, int, int, bool]]:
+        """(start, last, file offset, prot, has a file) of each window, ascending."""
+        found: list[tuple[int, int, int, int, bool]] = []
+        room = 256
+        out = ffi.new("vms_window[]", room)
+        gpa = 0
+        while True:
+            n = lib.vms_memory_list(self.handle, gpa, out, room)
+            found += [(w.start, w.last, w.offset, w.prot, bool(w.has_file)) for w in out[0:n]]
+            if n < room or found[-1][1] == 2**64 - 1:
+                return found
+            gpa = found[-1][1] + 1
+
+    def dirty_start(self, ranges: Sequence[tuple[int, int]]) -> None:
+        check(lib.vms_dirty_start(self.handle, ffi.new("vms_range[]", list(ranges)), len(ranges)))
+
+    def dirty_stop(self) -> None:
+        check(lib.vms_dirty_stop(self.handle))
+
+    def dirty_report(self, gpa: int, size: int, page_size: int) -> bytes:
+        words = (size // max(page_size, 1) + 63) // 64
+        bitmap = bytearray(words * 8)
+        check(
+            lib.vms_dirty_report(
+                self.handle, gpa, size, page_size, ffi.from_buffer("uint64_t[]", bitmap), words
+            )
+        )
+        return bytes(bitmap)
+
+
+class ByMessage(Exception):
+    """Not a fault: [gpa, gpa+size) has no file, so the next piece goes by DMA_READ or DMA_WRITE."""
+
+    def __init__(self, gpa: int, size: int, done: int) -> None:
+        super().__init__(f"{size} bytes at gpa {gpa:#x} go by message")
+        self.gpa = gpa
+        self.size = size
+        self.done = done
+
+
+class Requester:
+    """What issues DMA.  Any thread may call it."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.handle = _create(
+            lib.vms_requester_create, lib.vms_requester_destroy, "vms_requester", memory.handle
+        )
+        # One fault struct per thread: a fresh one would cost more than the copy of a small access.
+        self._local = threading.local()
+        self._stats = ffi.new("vms_dma_stats *")
+
+    def enable(self, on: bool) -> None:
+        check(lib.vms_requester_enable(self.handle, on))
+
+    def _fault(self) -> Any:
+        try:
+            return self._local.fault
+        except AttributeError:
+            self._local.scratch = ffi.new("char[]", _SCRATCH)
+            fault = self._local.fault = ffi.new("vms_fault *")
+            return fault
+
+    def _raise(self, rc: int, fault: Any) -> None:
+        if not fault.reason:
+            check(rc)
+        if fault.reason == _REASON_NO_FILE:
+            raise ByMessage(fault.gpa, fault.len, fault.done)
+        pasid = None if fault.pasid == NO_PASID else fault.pasid
+        raise DmaFault(Reason(fault.reason), fault.iova, Access(fault.access), fault.done, pasid)
+
+    def read(self, iova: int, size: int, pasid: int = NO_PASID) -> bytes:
+        """`size` bytes from `iova` on."""
+        fault = self._fault()
+        scratch = self._local.scratch if size <= _SCRATCH else ffi.new("char[]", size)
+        rc = lib.vms_dma_rw(self.handle, pasid, iova, scratch, size, 0, fault)
+        if rc:
+            self._raise(rc, fault)
+        return ffi.unpack(scratch, size)  # type: ignore[no-any-return]
+
+    def readinto(self, iova: int, buffer: Any, pasid: int = NO_PASID) -> None:
+        """Fills `buffer` (writable, contiguous) from `iova` on."""
+        fault = self._fault()
+        into = ffi.from_buffer(buffer, require_writable=True)
+        rc = lib.vms_dma_rw(self.handle, pasid, iova, into, len(into), 0, fault)
+        if rc:
+            self._raise(rc, fault)
+
+    def write(self, iova: int, data: Any, pasid: int = NO_PASID) -> None:
+        """Writes `data` (bytes-like, contiguous) to `iova`."""
+        fault = self._fault()
+        source = ffi.from_buffer(data)
+        rc = lib.vms_dma_rw(self.handle, pasid, iova, source, len(source), DMA_WRITE, fault)
+        if rc:
+            self._raise(rc, fault)
+
+    def atomic(self, iova: int, op: int, size: int, operand: int, compare: int, pasid: int = NO_PASID) -> int:
+        fault, old = self._fault(), ffi.new("uint64_t *")
+        rc = lib.vms_dma_atomic(self.handle, pasid, iova, op, size, operand, compare, old, fault)
+        if rc:
+            self._raise(rc, fault)
+        return int(old[0])
+
+    def gather(
+        self, pieces: Sequence[tuple[int, int]], buffer: Any, flags: int, pasid: int = NO_PASID
+    ) -> None:
+        """Moves (iova, length) pieces from or (DMA_WRITE) to `buffer`, where they lie one after the other."""
+        fault = self._fault()
+        vector = ffi.new("vms_sg[]", list(pieces))
+        flat = ffi.from_buffer(buffer, require_writable=not flags & DMA_WRITE)
+        rc = lib.vms_dma_sg(self.handle, pasid, vector, len(pieces), flat, len(flat), flags, fault)
+        if rc:
+            self._raise(rc, fault)
+
+    def pin(self, iova: int, size: int, flags: int, pasid: int = NO_PASID) -> Pin:
+        fault = self._fault()
+        pointer, pin = ffi.new("void **"), ffi.new("vms_pin **")
+        rc = lib.vms_dma_pin(self.handle, pasid, iova, size, flags, pointer, pin, fault)
+        if rc:
+            self._raise(rc, fault)
+        view = memoryview(ffi.buffer(pointer[0], size))
+        return Pin(self, ffi.gc(pin[0], lib.vms_dma_unpin), view if flags & DMA_WRITE else view.toreadonly())
+
+    def stats(self) -> tuple[int, int, int, int, int]:
+        """(read operations, read bytes, write operations, write bytes, faults)."""
+        lib.vms_dma_stats_get(self.handle, self._stats)
+        s = self._stats
+        return s.read_ops, s.read_bytes, s.write_ops, s.write_bytes, s.faults
+
+
+class Pin:
+    """Keeps a piece of guest memory mapped while Python looks at it."""
+
+    def __init__(self, requester: Requester, handle: Any, view: memoryview) -> None:
+        self._requester = requester  # and by it the memory, outlives the pin
+        self._handle = handle
+        self.view = view
+
+    def close(self) -> None:
+        """Unpins; slices of `view` must be gone (BufferError otherwise)."""
+        self.view.release()
+        ffi.release(self._handle)
+
+
+@dataclass(frozen=True)
+class FunctionStats:
+    """Counters of one function since it was made; see vms_func_stats."""
+
+    messages: int
+    reads: int
+    writes: int
+    served: int
+    exits: int
+    rejected: int
+
+
+class Function:
+    """One PCI function's regions: backing store and who answers each byte."""
+
+    def __init__(self) -> None:
+        self.handle = _create(lib.vms_func_create, lib.vms_func_destroy, "vms_func")
+        self._stats = ffi.new("vms_func_stats *")
+
+    def define_region(self, region: int, size: int, *, fill: int = 0xFF, writable: bool = True) -> None:
+        check(lib.vms_region_define(self.handle, region, size, fill, writable))
+
+    def _view(self, pointer: Any, size: int) -> memoryview:
+        # The view keeps the function alive, not only its memory's address.
+        handle = self.handle
+        owner = ffi.gc(ffi.cast("uint8_t *", pointer), lambda _: handle)
+        return memoryview(ffi.buffer(owner, size)).cast("B")
+
+    def add_bank(self, region: int, start: int, size: int) -> memoryview:
+        out = ffi.new("uint8_t **")
+        check(lib.vms_area_bank(self.handle, region, start, size, out))
+        return self._view(out[0], size)
+
+    def add_ram(self, region: int, start: int, size: int, *, mappable: bool = False) -> memoryview:
+        out = ffi.new("uint8_t **")
+        check(lib.vms_area_ram(self.handle, region, start, size, mappable, out))
+        return self._view(out[0], size)
+
+    def add_hook(self, region: int, start: int, size: int) -> None:
+        check(lib.vms_area_hook(self.handle, region, start, size))
+
+    def set_policy(
+        self, region: int, start: int, *, store: bytes, w1c: bytes, w1s: bytes, rc: bytes, exits: bytes
+    ) -> None:
+        n = len(store)
+        if not n == len(w1c) == len(w1s) == len(rc) == len(exits):
+            raise ValueError("the policy's arrays differ in length")
+        check(lib.vms_bank_policy(self.handle, region, start, n, store, w1c, w1s, rc, exits))
+
+    def region_fd(self, region: int) -> int | None:
+        out = ffi.new("int *")
+        try:
+            check(lib.vms_region_fd(self.handle, region, out))
+        except FileNotFoundError:
+            return None
+        return int(out[0])
+
+    def plain_read(self, region: int, offset: int, count: int) -> bytes:
+        buffer = bytearray(count)
+        check(lib.vms_region_read(self.handle, region, offset, ffi.from_buffer("uint8_t[]", buffer), count))
+        return bytes(buffer)
+
+    def plain_write(self, region: int, offset: int, data: bytes) -> None:
+        check(lib.vms_region_write(self.handle, region, offset, data, len(data)))
+
+    def wake(self) -> None:
+        """Any thread: ends the wait of the function's loop."""
+        check(lib.vms_wake(self.handle))
+
+    def watch(self, eventfd: int, cookie: int) -> None:
+        check(lib.vms_watch(self.handle, eventfd, cookie))
+
+    def unwatch(self, eventfd: int) -> None:
+        check(lib.vms_unwatch(self.handle, eventfd))
+
+    def idle(self, listener: int, deadline_ns: int) -> tuple[int, int]:
+        """Waits without a connection: (EXIT_*, cookie); EXIT_COMMAND means that the listener is readable."""
+        cookie = ffi.new("uint16_t *")
+        return check(lib.vms_idle(self.handle, listener, deadline_ns, cookie)), int(cookie[0])
+
+    def stats(self) -> FunctionStats:
+        lib.vms_func_stats_get(self.handle, self._stats)
+        s = self._stats
+        return FunctionStats(s.messages, s.reads, s.writes, s.served, s.exits, s.rejected)
+
+
+class Channel:
+    """One vfio-user connection; belongs to one thread, but for `shutdown`."""
+
+    def __init__(self, function: Function, memory: Memory, socket: int, max_xfer: int, max_fds: int) -> None:
+        self.function = function
+        self.memory = memory
+        self.handle = _create(
+            lib.vms_chan_create,
+            lib.vms_chan_destroy,
+            "vms_chan",
+            function.handle,
+            memory.handle,
+            socket,
+            max_xfer,
+            max_fds,
+        )
+        #: The C struct that `enter` fills; see vms_run.
+        self.run = lib.vms_chan_run(self.handle)
+
+    def open(self, peer_xfer: int, twin: int) -> None:
+        check(lib.vms_chan_open(self.handle, peer_xfer, twin))
+
+    def enter(self, deadline_ns: int) -> int:
+        """Serves the client until Python is needed; the EXIT_* reason."""
+        rc = lib.vms_enter(self.handle, deadline_ns)
+        if rc:
+            check(rc)
+        return int(self.run.reason)
+
+    def complete(self) -> None:
+        """Completes the access at hand and sends what is still unsent."""
+        check(lib.vms_complete(self.handle))
+
+    def payload(self) -> bytes:
+        """The payload of the COMMAND, REPLY or WRITE at hand."""
+        run = self.run
+        return bytes(ffi.buffer(run.data, run.len)) if run.len else b""
+
+    def fds(self) -> list[int]:
+        """The fds of the COMMAND at hand, now the caller's to close."""
+        run = self.run
+        return [run.fds[i] for i in range(run.n_fds)]
+
+    def fill(self, data: bytes) -> None:
+        """The answer to a READ of more than 8 bytes."""
+        ffi.memmove(self.run.data, data, len(data))
+
+    def reply(self, id: int, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        check(lib.vms_reply(self.handle, id, command, 0, payload, len(payload), list(fds), len(fds)))
+
+    def reply_error(self, id: int, command: int, code: int) -> None:
+        check(lib.vms_reply(self.handle, id, command, code, ffi.NULL, 0, ffi.NULL, 0))
+
+    def command(self, id: int, command: int, head: bytes, data: Any = b"", size: int = 0) -> None:
+        check(lib.vms_command(self.handle, id, command, head, len(head), data, size))
+
+    def shutdown(self) -> None:
+        """Any thread: ends the connection."""
+        lib.vms_chan_shutdown(self.handle)  # ENOTCONN: it is gone already, which is what was asked for
+
+    def close(self) -> None:
+        ffi.release(self.handle)
