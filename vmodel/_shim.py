@@ -37,6 +37,7 @@ EXIT_CLOSED: int = lib.VMS_EXIT_CLOSED
 #: Reads up to this size go through a buffer that is kept: making one would cost more than the copy.
 _SCRATCH = 16384
 
+_ACCESS_SIZE: int = ffi.sizeof("vms_access")
 _REASON_NO_FILE: int = lib.VMS_REASON_NO_FILE
 
 
@@ -358,6 +359,11 @@ class Channel:
         """The payload of the COMMAND, REPLY or WRITE at hand."""
         run = self.run
         return bytes(ffi.buffer(run.data, run.len)) if run.len else b""
+
+    def accesses(self) -> bytes:
+        """The vms_access structs of the POSTED exit at hand, packed."""
+        run = self.run
+        return bytes(ffi.buffer(run.accesses, run.n_accesses * _ACCESS_SIZE))
 
     def fds(self) -> list[int]:
         """The fds of the COMMAND at hand, now the caller's to close."""
