@@ -817,14 +817,22 @@ static int enter(vms_chan *chan, uint64_t deadline)
     vms_run *run = &chan->run;
     stream *streams[2] = { &chan->main, &chan->twin };
     uint32_t max_message = chan->open ? chan->max_xfer + 64 : HANDSHAKE_SIZE;
+    int busy = 0;
 
     for (;;) {
         for (int i = 0; i < 2; i++)
             if (streams[i]->fd >= 0 && parse(chan, streams[i]))
                 return 0;
         flush(chan);
-        if (chan->dead)
-            { closed(chan, chan->dead); return 0; }
+        if (chan->dead) {
+            closed(chan, chan->dead);
+            return 0;
+        }
+        /* A client that never pauses must not hold back timers. */
+        if (busy && deadline != UINT64_MAX && now_ns() >= deadline) {
+            run->reason = VMS_EXIT_TIMEOUT;
+            return 0;
+        }
 
         struct pollfd fds[MAX_WATCHES + 3] = { { chan->main.fd, POLLIN, 0 }, { chan->twin.fd, POLLIN, 0 } };
         uint32_t reason;
@@ -839,15 +847,15 @@ static int enter(vms_chan *chan, uint64_t deadline)
             if (streams[i]->fd < 0 || !fds[i].revents)
                 continue;
             ssize_t n = stream_fill(streams[i], max_message);
-            if (n == 0)
-                { closed(chan, available(streams[i]) || streams[i]->drain ? ECONNRESET : 0); return 0; }
-            if (n < 0 && n != -EAGAIN && n != -EINTR)
-                { closed(chan, (int)-n); return 0; }
-        }
-        /* A client that never pauses must not hold back timers. */
-        if (deadline != UINT64_MAX && now_ns() >= deadline) {
-            run->reason = VMS_EXIT_TIMEOUT;
-            return 0;
+            if (n == 0) {
+                closed(chan, available(streams[i]) || streams[i]->drain ? ECONNRESET : 0);
+                return 0;
+            }
+            if (n < 0 && n != -EAGAIN && n != -EINTR) {
+                closed(chan, (int)-n);
+                return 0;
+            }
+            busy = 1;
         }
     }
 }

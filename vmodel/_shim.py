@@ -6,6 +6,7 @@ garbage collector when the last user is gone, so a view that is still held keeps
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Sequence
@@ -156,7 +157,7 @@ class Requester:
             return fault
 
     def _raise(self, rc: int, fault: Any) -> None:
-        if not fault.reason:
+        if rc != -errno.EFAULT:  # an argument was wrong: the fault was not filled
             check(rc)
         if fault.reason == _REASON_NO_FILE:
             raise ByMessage(fault.gpa, fault.len, fault.done)
