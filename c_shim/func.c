@@ -11,6 +11,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#define ALL_SIZES                                                                                             \
+    (VMS_SIZE_1 | VMS_SIZE_2 | VMS_SIZE_4 | VMS_SIZE_8 | VMS_SIZE_ODD | VMS_MISALIGNED)
+
 int vms_func_create(vms_func **out)
 {
     vms_func *func = calloc(1, sizeof *func);
@@ -127,6 +130,8 @@ int vms_area_bank(vms_func *func, uint32_t index, uint64_t start, uint64_t size,
         return rc;
     a->policy = calloc(size, sizeof *a->policy);
     rc = a->policy ? map_backing(a, -1, 0) : -ENOMEM;
+    for (uint64_t i = 0; a->policy && i < size; i++)
+        a->policy[i].sizes = ALL_SIZES;
     if (rc < 0) {
         free(a->policy);
         drop_area(func, index, a);
@@ -190,8 +195,7 @@ static area *find_area(const region *r, uint64_t offset)
     return low < r->n_areas ? &r->areas[low] : NULL;
 }
 
-int vms_bank_policy(vms_func *func, uint32_t index, uint64_t start, size_t n, const uint8_t *store,
-                    const uint8_t *w1c, const uint8_t *w1s, const uint8_t *rc, const uint8_t *exits)
+int vms_bank_policy(vms_func *func, uint32_t index, uint64_t start, size_t n, const vms_policy *q)
 {
     region *r = defined(func, index);
     area *a = r ? find_area(r, start) : NULL;
@@ -199,7 +203,7 @@ int vms_bank_policy(vms_func *func, uint32_t index, uint64_t start, size_t n, co
         return -EINVAL;
     byte_policy *p = a->policy + (start - a->start);
     for (size_t i = 0; i < n; i++)
-        p[i] = (byte_policy){ store[i], w1c[i], w1s[i], rc[i], exits[i] };
+        p[i] = (byte_policy){ q->store[i], q->w1c[i], q->w1s[i], q->rc[i], q->exits[i], q->sizes[i] };
     return 0;
 }
 
@@ -230,6 +234,19 @@ static piece next_piece(const region *r, uint64_t offset, size_t n)
         return (piece){ NULL, 0, (size_t)(a->start - offset) };
     uint64_t left = a->start + a->size - offset;
     return (piece){ a, offset - a->start, left < n ? (size_t)left : n };
+}
+
+/* Whether the access may begin here at all, by its size and alignment. */
+static int refused(const region *r, uint64_t offset, size_t n)
+{
+    piece p = next_piece(r, offset, n);
+    if (n > 8 || !p.a || !p.a->policy)
+        return 0;
+    int power = (n & (n - 1)) == 0;
+    uint8_t need = power ? (uint8_t)n : VMS_SIZE_ODD;
+    if (power && (offset & (n - 1)))
+        need |= VMS_MISALIGNED;
+    return need & ~p.a->policy[p.at].sizes;
 }
 
 static int exits(const region *r, uint64_t offset, size_t n, uint8_t which)
@@ -293,6 +310,10 @@ static void write_plain(const region *r, uint64_t offset, const uint8_t *buf, si
 
 int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n)
 {
+    if (refused(r, offset, n)) {
+        memset(buf, r->fill, n);
+        return 1;
+    }
     if (exits(r, offset, n, VMS_EXIT_ON_READ))
         return 0;
     read_plain(r, offset, buf, n);
@@ -301,6 +322,8 @@ int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n)
 
 int region_try_write(const region *r, uint64_t offset, const uint8_t *buf, size_t n)
 {
+    if (refused(r, offset, n))
+        return 1;
     if (exits(r, offset, n, VMS_EXIT_ON_WRITE))
         return 0;
     write_plain(r, offset, buf, n);

@@ -10,7 +10,7 @@
 #define MAX_WATCHES 64
 
 typedef struct byte_policy {
-    uint8_t store, w1c, w1s, rc, exits;
+    uint8_t store, w1c, w1s, rc, exits, sizes;
 } byte_policy;
 
 typedef struct area {

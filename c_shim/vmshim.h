@@ -158,10 +158,21 @@ int vms_area_ram(vms_func *func, uint32_t region, uint64_t start, uint64_t size,
                  uint8_t **backing);
 /* No backing store: each access exits. */
 int vms_area_hook(vms_func *func, uint32_t region, uint64_t start, uint64_t size);
-/* Sets the policy of [start, start+n) in a bank.  Per byte: which bits a write stores, clears by 1, sets
- * by 1, which bits a read clears; and exits (VMS_EXIT_ON_*). */
-int vms_bank_policy(vms_func *func, uint32_t region, uint64_t start, size_t n, const uint8_t *store,
-                    const uint8_t *w1c, const uint8_t *w1s, const uint8_t *rc, const uint8_t *exits);
+/* Which accesses that begin at a byte are allowed; others read as fill and write nothing.  Accesses of more
+ * than 8 bytes (a client that copies a whole region) are always allowed. */
+#define VMS_SIZE_1 1u
+#define VMS_SIZE_2 2u
+#define VMS_SIZE_4 4u
+#define VMS_SIZE_8 8u
+#define VMS_SIZE_ODD 16u   /* 3, 5, 6 or 7 bytes */
+#define VMS_MISALIGNED 32u /* a power of two at an address that is no multiple of it */
+
+/* Sets the policy of [start, start+n) in a bank; arrays of n.  Per byte: which bits a write stores, clears by
+ * 1, sets by 1, which bits a read clears; exits (VMS_EXIT_ON_*); sizes (VMS_SIZE_*, VMS_MISALIGNED). */
+typedef struct vms_policy {
+    const uint8_t *store, *w1c, *w1s, *rc, *exits, *sizes;
+} vms_policy;
+int vms_bank_policy(vms_func *func, uint32_t region, uint64_t start, size_t n, const vms_policy *policy);
 /* The region's memfd with its mappable areas; ENOENT without one.  Stays the function's. */
 int vms_region_fd(vms_func *func, uint32_t region, int *fd);
 /* What the shim would do for an access it serves by itself; used by Python when it has to apply the

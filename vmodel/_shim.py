@@ -18,6 +18,10 @@ from vmodel.errors import Access, DmaFault, Reason
 
 EXIT_ON_READ: int = lib.VMS_EXIT_ON_READ
 EXIT_ON_WRITE: int = lib.VMS_EXIT_ON_WRITE
+SIZE_ODD: int = lib.VMS_SIZE_ODD
+MISALIGNED: int = lib.VMS_MISALIGNED
+#: Every size from 1 to 8 bytes, aligned or not; the bits 1, 2, 4 and 8 are those sizes.
+ALL_SIZES: int = 15 | SIZE_ODD | MISALIGNED
 REGIONS: int = lib.VMS_REGIONS
 BATCH: int = lib.VMS_BATCH
 NO_PASID: int = lib.VMS_NO_PASID
@@ -237,6 +241,21 @@ class Pin:
         ffi.release(self._handle)
 
 
+class Policy:
+    """What a write or a read of each byte of a bank does; see vms_bank_policy.  Everything allowed at first."""
+
+    def __init__(self, size: int) -> None:
+        self.store, self.w1c, self.w1s, self.rc, self.exits = (bytearray(size) for _ in range(5))
+        self.sizes = bytearray([ALL_SIZES]) * size
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def arrays(self) -> tuple[bytearray, ...]:
+        """In the order of vms_policy's members."""
+        return self.store, self.w1c, self.w1s, self.rc, self.exits, self.sizes
+
+
 @dataclass(frozen=True)
 class FunctionStats:
     """Counters of one function since it was made; see vms_func_stats."""
@@ -278,13 +297,10 @@ class Function:
     def add_hook(self, region: int, start: int, size: int) -> None:
         check(lib.vms_area_hook(self.handle, region, start, size))
 
-    def set_policy(
-        self, region: int, start: int, *, store: bytes, w1c: bytes, w1s: bytes, rc: bytes, exits: bytes
-    ) -> None:
-        n = len(store)
-        if not n == len(w1c) == len(w1s) == len(rc) == len(exits):
-            raise ValueError("the policy's arrays differ in length")
-        check(lib.vms_bank_policy(self.handle, region, start, n, store, w1c, w1s, rc, exits))
+    def set_policy(self, region: int, start: int, policy: Policy) -> None:
+        """Sets the policy of the bytes from `start` on; all of them in one bank."""
+        arrays = [ffi.from_buffer("uint8_t[]", array) for array in policy.arrays()]
+        check(lib.vms_bank_policy(self.handle, region, start, len(policy), ffi.new("vms_policy *", arrays)))
 
     def region_fd(self, region: int) -> int | None:
         out = ffi.new("int *")

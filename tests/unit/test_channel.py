@@ -50,15 +50,10 @@ class Rig:
         self.function = _shim.Function()
         self.function.define_region(0, 4096)
         self.bank = self.function.add_bank(0, 0, 32)
-        self.function.set_policy(
-            0,
-            0,
-            store=b"\xff" * 32,
-            w1c=bytes(32),
-            w1s=bytes(32),
-            rc=bytes(32),
-            exits=bytes(16) + b"\x03" * 16,
-        )
+        policy = _shim.Policy(32)
+        policy.store[:] = b"\xff" * 32
+        policy.exits[16:] = b"\x03" * 16
+        self.function.set_policy(0, 0, policy)
         self.function.define_region(6, 4096, writable=False)
         self.memory = GuestMemory(_shim.Files())
         self.client, server = socket.socketpair()
@@ -253,6 +248,32 @@ def test_a_region_that_cannot_be_written(rig: Rig) -> None:
     rig.send(write(0, b"x", region=6))
     rig.enter()
     assert rig.error() == errno.EPERM
+
+
+@pytest.mark.parametrize(
+    ("sizes", "allowed"),
+    [
+        (4, {(0, 4)}),
+        (4 | 8, {(0, 4), (0, 8)}),
+        (1 | 2 | _shim.MISALIGNED, {(0, 1), (1, 1), (0, 2), (1, 2)}),
+        (_shim.SIZE_ODD, {(0, 3), (1, 3), (0, 5)}),
+    ],
+)
+def test_access_sizes(rig: Rig, sizes: int, allowed: set[tuple[int, int]]) -> None:
+    policy = _shim.Policy(16)
+    policy.store[:] = b"\xff" * 16
+    policy.sizes[:] = bytes([sizes]) * 16
+    rig.function.set_policy(0, 0, policy)
+    for at, size in ((0, 1), (1, 1), (0, 2), (1, 2), (0, 3), (1, 3), (0, 4), (2, 4), (0, 5), (0, 8), (4, 8)):
+        rig.bank[:16] = bytes(16)
+        rig.send(write(at, b"\x5a" * size, flags=NO_REPLY) + read(at, size))
+        assert rig.enter() == _shim.EXIT_TIMEOUT
+        seen = rig.reply()[1][16:]
+        assert seen == (b"\x5a" if (at, size) in allowed else b"\xff") * size
+        assert any(rig.bank[:16]) == ((at, size) in allowed)
+    rig.send(read(0, 16))
+    rig.enter()
+    assert rig.reply()[1][16:] == bytes(rig.bank[:16])  # bulk copies always work
 
 
 # ---- framing -------------------------------------------------------------------------------------
