@@ -75,6 +75,15 @@ static region *defined(vms_func *func, uint32_t index)
     return index < VMS_REGIONS && func->regions[index].size ? &func->regions[index] : NULL;
 }
 
+int vms_region_enable(vms_func *func, uint32_t index, int on)
+{
+    region *r = defined(func, index);
+    if (!r)
+        return -EINVAL;
+    r->disabled = !on;
+    return 0;
+}
+
 /* Makes room for an area; NULL and *rc when it does not fit. */
 static area *insert_area(vms_func *func, uint32_t index, uint64_t start, uint64_t size, int *rc)
 {
@@ -310,7 +319,7 @@ static void write_plain(const region *r, uint64_t offset, const uint8_t *buf, si
 
 int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n)
 {
-    if (refused(r, offset, n)) {
+    if (r->disabled || refused(r, offset, n)) {
         memset(buf, r->fill, n);
         return 1;
     }
@@ -322,7 +331,7 @@ int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n)
 
 int region_try_write(const region *r, uint64_t offset, const uint8_t *buf, size_t n)
 {
-    if (refused(r, offset, n))
+    if (r->disabled || refused(r, offset, n))
         return 1;
     if (exits(r, offset, n, VMS_EXIT_ON_WRITE))
         return 0;

@@ -24,6 +24,7 @@ typedef struct region {
     uint64_t size;
     uint8_t fill;
     int writable;
+    int disabled;
     int fd; /* memfd of the mappable areas, or -1 */
     area *areas; /* ascending */
     size_t n_areas;

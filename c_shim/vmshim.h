@@ -149,6 +149,8 @@ int vms_func_create(vms_func **out);
 void vms_func_destroy(vms_func *func);
 /* Bytes that no area covers read as `fill` and ignore writes. writable 0: writes are EPERM. */
 int vms_region_define(vms_func *func, uint32_t region, uint64_t size, uint8_t fill, int writable);
+/* Off (on at first): reads give fill, writes are dropped, as with Command.MemorySpace or .IOSpace clear. */
+int vms_region_enable(vms_func *func, uint32_t region, int on);
 /* A bank of registers: `size` bytes of backing store at *backing with a policy for each byte (all bytes
  * read-only and plain at first).  The memory lives as long as the function.  EEXIST: overlap. */
 int vms_area_bank(vms_func *func, uint32_t region, uint64_t start, uint64_t size, uint8_t **backing);

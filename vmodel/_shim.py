@@ -76,9 +76,7 @@ class Memory:
 
     def __init__(self, files: Files, max_windows: int) -> None:
         self.files = files  # outlives us
-        self.handle = _create(
-            lib.vms_memory_create, lib.vms_memory_destroy, "vms_memory", files.handle, max_windows
-        )
+        self.handle = _create(lib.vms_memory_create, lib.vms_memory_destroy, "vms_memory", files.handle, max_windows)
         self._bytes = ffi.new("uint64_t *")
 
     def map(self, gpa: int, size: int, prot: int, fd: int, offset: int) -> None:
@@ -119,11 +117,7 @@ class Memory:
     def dirty_report(self, gpa: int, size: int, page_size: int) -> bytes:
         words = (size // max(page_size, 1) + 63) // 64
         bitmap = bytearray(words * 8)
-        check(
-            lib.vms_dirty_report(
-                self.handle, gpa, size, page_size, ffi.from_buffer("uint64_t[]", bitmap), words
-            )
-        )
+        check(lib.vms_dirty_report(self.handle, gpa, size, page_size, ffi.from_buffer("uint64_t[]", bitmap), words))
         return bytes(bitmap)
 
 
@@ -142,9 +136,7 @@ class Requester:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.handle = _create(
-            lib.vms_requester_create, lib.vms_requester_destroy, "vms_requester", memory.handle
-        )
+        self.handle = _create(lib.vms_requester_create, lib.vms_requester_destroy, "vms_requester", memory.handle)
         # One fault struct per thread: a fresh one would cost more than the copy of a small access.
         self._local = threading.local()
         self._stats = ffi.new("vms_dma_stats *")
@@ -200,9 +192,7 @@ class Requester:
             self._raise(rc, fault)
         return int(old[0])
 
-    def gather(
-        self, pieces: Sequence[tuple[int, int]], buffer: Any, flags: int, pasid: int = NO_PASID
-    ) -> None:
+    def gather(self, pieces: Sequence[tuple[int, int]], buffer: Any, flags: int, pasid: int = NO_PASID) -> None:
         """Moves (iova, length) pieces from or (DMA_WRITE) to `buffer`, where they lie one after the other."""
         fault = self._fault()
         vector = ffi.new("vms_sg[]", list(pieces))
@@ -277,6 +267,9 @@ class Function:
 
     def define_region(self, region: int, size: int, *, fill: int = 0xFF, writable: bool = True) -> None:
         check(lib.vms_region_define(self.handle, region, size, fill, writable))
+
+    def enable_region(self, region: int, on: bool) -> None:
+        check(lib.vms_region_enable(self.handle, region, on))
 
     def _view(self, pointer: Any, size: int) -> memoryview:
         # The view keeps the function alive, not only its memory's address.

@@ -67,9 +67,7 @@ class DmaFault(VmodelError):
     Attributes: `reason`; `iova` where it stopped; `access`; `done` bytes moved before that; `pasid` or None.
     """
 
-    def __init__(
-        self, reason: Reason, iova: int, access: Access, done: int = 0, pasid: int | None = None
-    ) -> None:
+    def __init__(self, reason: Reason, iova: int, access: Access, done: int = 0, pasid: int | None = None) -> None:
         where = "" if pasid is None else f" pasid {pasid:#x}"
         super().__init__(f"DMA {access.name} at iova {iova:#x}{where}: {reason.name} after {done} bytes")
         self.reason = reason

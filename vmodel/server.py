@@ -162,8 +162,12 @@ class Connection:
                 if not posted:
                     channel.reply_error(id, command, errno.EIO)
                 return
-        if not posted:
-            channel.reply(id, command, reply.payload, reply.fds)
+        try:
+            if not posted:
+                channel.reply(id, command, reply.payload, reply.fds)
+        finally:
+            for fd in reply.temporary:
+                os.close(fd)
         if not opened and session.negotiated is not None:
             negotiated = session.negotiated
             self._peer_xfer = min(negotiated.max_data_xfer_size, self.limits.max_data_xfer_size)
@@ -282,9 +286,7 @@ class Endpoint:
         function, device = self.device.function, self.device
         while not self._stopping.is_set():
             deadline = device.run_due(time.monotonic_ns())
-            reason, cookie = function.idle(
-                self._listener.fileno(), _shim.FOREVER if deadline is None else deadline
-            )
+            reason, cookie = function.idle(self._listener.fileno(), _shim.FOREVER if deadline is None else deadline)
             if reason == _shim.EXIT_EVENT:
                 device.event(cookie)
             elif reason == _shim.EXIT_COMMAND:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 KiB = 1 << 10
@@ -46,12 +45,3 @@ class Span:
 
     def __str__(self) -> str:
         return f"{self.start:#x}..{self.last:#x}"
-
-
-def first_overlap(spans: Iterable[Span]) -> tuple[Span, Span] | None:
-    """The first two spans, in ascending order, that share an address; None when none do."""
-    ordered = sorted(spans)
-    for left, right in zip(ordered, ordered[1:], strict=False):
-        if left.overlaps(right):
-            return left, right
-    return None

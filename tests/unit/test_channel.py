@@ -26,7 +26,9 @@ MAX_XFER = 65536
 PLAIN, HOOKED = 0x00, 0x10
 
 
-def message(command: int, body: bytes = b"", *, id: int = 7, flags: int = 0, size: int | None = None) -> bytes:
+def message(
+    command: int, body: bytes = b"", *, id: int = 7, flags: int = 0, size: int | None = None
+) -> bytes:
     return HEADER.pack(id, command, 16 + len(body) if size is None else size, flags, 0) + body
 
 
@@ -157,7 +159,9 @@ def test_a_refused_access_is_an_error_reply(rig: Rig) -> None:
 def test_posted_writes_come_in_batches_and_in_order(rig: Rig) -> None:
     # The plain write in the middle must not overtake the hooked one before it.
     rig.send(
-        b"".join(write(at, bytes([n]), flags=NO_REPLY) for n, at in enumerate((PLAIN, HOOKED, PLAIN, HOOKED + 1)))
+        b"".join(
+            write(at, bytes([n]), flags=NO_REPLY) for n, at in enumerate((PLAIN, HOOKED, PLAIN, HOOKED + 1))
+        )
         + read(PLAIN)
     )
     assert rig.enter() == _shim.EXIT_POSTED

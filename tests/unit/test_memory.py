@@ -295,9 +295,7 @@ def test_windows_and_writes_agree_with_a_dict(
         for n, (page, count, writable) in enumerate(maps):
             wanted = range(page, page + count)
             try:
-                memory.map(
-                    page * 4096, count * 4096, RW if writable else Access.READ, fd, (n % 16) * 4096
-                )
+                memory.map(page * 4096, count * 4096, RW if writable else Access.READ, fd, (n % 16) * 4096)
             except FileExistsError:
                 assert any(p in pages for p in wanted)
             else:

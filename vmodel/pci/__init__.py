@@ -1,0 +1,1 @@
+"""PCI: config space, BARs, capabilities, interrupts."""

@@ -1,0 +1,475 @@
+"""Capabilities in the first 256 bytes of config space: PM, MSI, MSI-X, PCI Express, vendor-specific.
+
+A capability is declared on the device's class and bound to each instance.  Its registers are a bank at its place
+in config space; `written()` runs after the guest wrote one of `hooked`.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections.abc import Callable
+from typing import ClassVar, Protocol, Self
+
+from vmodel.pci.bar import Bar, MmioBar
+from vmodel.pci.irq import Irqs, IrqType, Vector
+from vmodel.regs import RO, RW, W1C, Bit, Bits, Layout, Reg8, Reg16, Reg32, Register, RegisterBank, RegisterError
+from vmodel.vfio_user.wire import Irq
+
+
+class ResetKind(enum.Enum):
+    """What resets a function."""
+
+    #: Function level reset, by PCI Express Device Control.
+    FUNCTION = "FLR"
+    #: From D3hot to D0 without No_Soft_Reset.
+    POWER = "D3hot to D0"
+    #: VFIO_USER_DEVICE_RESET: what a machine's reset is to a device.
+    DEVICE = "DEVICE_RESET"
+
+
+class Owner(Protocol):
+    """What a capability needs of its device."""
+
+    irqs: Irqs
+
+    def reset(self, kind: ResetKind) -> None: ...
+
+    def update_enables(self) -> None:
+        """Command or power state has changed."""
+
+
+class Capability:
+    """Base of all capabilities, standard and extended."""
+
+    id: ClassVar[int]
+    bank: type[RegisterBank]
+    #: Registers whose writes call `written()`.
+    hooked: tuple[Register, ...] = ()
+    name = "?"
+
+    owner: Owner
+    regs: RegisterBank
+
+    def __set_name__(self, cls: type, name: str) -> None:
+        self.name = name
+
+    def bind(self, owner: Owner, view: memoryview) -> Self:
+        """The capability of one device, its registers in `view`."""
+        bound = copy.copy(self)
+        bound.owner = owner
+        bound.regs = bound.bank(view)
+        bound.regs.load_reset(everything=True)
+        bound.bound()
+        return bound
+
+    def bound(self) -> None:
+        """Set-up of what belongs to an instance."""
+
+    def reset(self, kind: ResetKind) -> None:
+        """Stores the declared values; the list's pointers are kept by the config space."""
+        self.regs.load_reset()
+        self.fill()
+
+    def fill(self) -> None:
+        """Stores the read-only values that depend on parameters."""
+
+    def written(self) -> None:
+        """A hooked register was written."""
+
+
+# ---- Power Management (PCI Bus Power Management 1.2, 3.2) -----------------------------------------
+
+
+class Pmcsr(Layout):
+    """Power Management Control/Status."""
+
+    POWER_STATE = Bits(0, 1, RW)
+    NO_SOFT_RESET = Bit(3, RO)
+    PME_ENABLE = Bit(8, RW)
+    PME_STATUS = Bit(15, W1C)
+
+
+class PmRegs(RegisterBank, size=8):
+    """PM capability."""
+
+    PMC = Reg16(2, RO, reset=0x0003, doc="version 1.2, no D1, no D2, no PME")
+    PMCSR = Reg16(4, RO, layout=Pmcsr)
+
+
+class Pm(Capability):
+    """Power management: D0 and D3hot; going back to D0 resets unless `no_soft_reset`."""
+
+    id = 0x01
+    bank = PmRegs
+    hooked = (PmRegs.PMCSR,)
+    regs: PmRegs
+
+    def __init__(self, *, no_soft_reset: bool = False) -> None:
+        self.no_soft_reset = no_soft_reset
+        self.state = 0
+
+    def fill(self) -> None:
+        self.state = 0
+        self.regs.PMCSR = Pmcsr.NO_SOFT_RESET.put(0, int(self.no_soft_reset))
+
+    def written(self) -> None:
+        value = self.regs.PMCSR
+        state = Pmcsr(value).POWER_STATE
+        if state in (1, 2):  # not there: the write of the field is ignored (3.2.4)
+            self.regs.PMCSR = Pmcsr.POWER_STATE.put(value, self.state)
+            return
+        before, self.state = self.state, state
+        if before == 3 and state == 0 and not self.no_soft_reset:
+            self.owner.reset(ResetKind.POWER)
+        self.owner.update_enables()
+
+
+# ---- interrupts in general -----------------------------------------------------------------------
+
+
+class _MessageInterrupts(Capability):
+    """What MSI and MSI-X share: vectors that are signalled, or pending while they cannot be."""
+
+    irq: ClassVar[Irq]
+    vectors: int
+    _type: IrqType
+
+    def bound(self) -> None:
+        self._type = self.owner.irqs.types[self.irq]
+        self._type.vectors = [Vector() for _ in range(self.vectors)]
+        self._type.changed = self._deliver
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the guest has switched it on: else use INTx."""
+        raise NotImplementedError
+
+    def _masked(self, n: int) -> bool:
+        raise NotImplementedError
+
+    def _show_pending(self, n: int, pending: bool) -> None:
+        """Puts a vector's pending bit where the guest can read it."""
+
+    def fire(self, n: int = 0) -> None:
+        """Raises vector `n`.  Masked or without an eventfd it stays pending; disabled, nothing happens."""
+        vector = self._type.vectors[n]
+        if not self.enabled:
+            return
+        vector.pending = True
+        self._deliver(n)
+
+    def _deliver(self, n: int) -> None:
+        vector = self._type.vectors[n]
+        if vector.pending and self.enabled and not vector.masked and not self._masked(n):
+            vector.pending = not self.owner.irqs.signal(vector)
+        self._show_pending(n, vector.pending)
+
+    def written(self) -> None:
+        for n in range(self.vectors):
+            self._deliver(n)
+
+    def reset(self, kind: ResetKind) -> None:
+        super().reset(kind)
+        for vector in self._type.vectors:
+            vector.pending = False
+
+
+# ---- MSI (PCI 3.0, 6.8.1) ------------------------------------------------------------------------
+
+
+class MsiControl(Layout):
+    """Message Control."""
+
+    ENABLE = Bit(0, RW)
+    CAPABLE = Bits(1, 3, RO)
+    MULTIPLE = Bits(4, 6, RW)
+    ADDRESS_64 = Bit(7, RO)
+    PER_VECTOR_MASK = Bit(8, RO)
+
+
+class MsiRegs32(RegisterBank, size=12):
+    """32-bit addresses."""
+
+    CONTROL = Reg16(2, RO, layout=MsiControl)
+    ADDRESS = Reg32(4)
+    DATA = Reg16(8)
+
+
+class MsiRegs64(RegisterBank, size=16):
+    """64-bit addresses."""
+
+    CONTROL = Reg16(2, RO, layout=MsiControl)
+    ADDRESS = Reg32(4)
+    ADDRESS_HIGH = Reg32(8)
+    DATA = Reg16(12)
+
+
+class MsiRegs32Mask(RegisterBank, size=20):
+    """32-bit addresses and per-vector masks."""
+
+    CONTROL = Reg16(2, RO, layout=MsiControl)
+    ADDRESS = Reg32(4)
+    DATA = Reg16(8)
+    MASK = Reg32(12)
+    PENDING = Reg32(16, RO)
+
+
+class MsiRegs64Mask(RegisterBank, size=24):
+    """64-bit addresses and per-vector masks."""
+
+    CONTROL = Reg16(2, RO, layout=MsiControl)
+    ADDRESS = Reg32(4)
+    ADDRESS_HIGH = Reg32(8)
+    DATA = Reg16(12)
+    MASK = Reg32(16)
+    PENDING = Reg32(20, RO)
+
+
+MsiRegs = MsiRegs32 | MsiRegs64 | MsiRegs32Mask | MsiRegs64Mask
+
+
+class Msi(_MessageInterrupts):
+    """Message signalled interrupts, 1 to 32 vectors."""
+
+    id = 0x05
+    irq = Irq.MSI
+    regs: MsiRegs
+
+    def __init__(self, *, vectors: int = 1, address_64: bool = True, per_vector_mask: bool = False) -> None:
+        if vectors not in (1, 2, 4, 8, 16, 32):
+            raise RegisterError(f"MSI has 1, 2, 4, 8, 16 or 32 vectors, not {vectors}")
+        self.vectors = vectors
+        self.address_64 = address_64
+        self.per_vector_mask = per_vector_mask
+        bank: type[MsiRegs]
+        if per_vector_mask:
+            bank = MsiRegs64Mask if address_64 else MsiRegs32Mask
+            self.hooked = (bank.CONTROL, bank.MASK)
+        else:
+            bank = MsiRegs64 if address_64 else MsiRegs32
+            self.hooked = (bank.CONTROL,)
+        self.bank = bank
+
+    def fill(self) -> None:
+        control = MsiControl.CAPABLE.put(0, self.vectors.bit_length() - 1)
+        control = MsiControl.ADDRESS_64.put(control, int(self.address_64))
+        self.regs.CONTROL = MsiControl.PER_VECTOR_MASK.put(control, int(self.per_vector_mask))
+
+    @property
+    def enabled(self) -> bool:
+        return bool(MsiControl(self.regs.CONTROL).ENABLE)
+
+    def _masked(self, n: int) -> bool:
+        regs = self.regs
+        return isinstance(regs, MsiRegs32Mask | MsiRegs64Mask) and bool(regs.MASK >> n & 1)
+
+    def _show_pending(self, n: int, pending: bool) -> None:
+        regs = self.regs
+        if isinstance(regs, MsiRegs32Mask | MsiRegs64Mask):
+            regs.PENDING = regs.PENDING & ~(1 << n) | pending << n
+
+
+# ---- MSI-X (PCI 3.0, 6.8.2) ----------------------------------------------------------------------
+
+
+class MsixControl(Layout):
+    """Message Control."""
+
+    TABLE_SIZE = Bits(0, 10, RO)
+    FUNCTION_MASK = Bit(14, RW)
+    ENABLE = Bit(15, RW)
+
+
+class MsixRegs(RegisterBank, size=12):
+    """MSI-X capability."""
+
+    CONTROL = Reg16(2, RO, layout=MsixControl)
+    TABLE = Reg32(4, RO, doc="offset, and the BAR in bits 0..2")
+    PBA = Reg32(8, RO, doc="likewise")
+
+
+class Msix(_MessageInterrupts):
+    """MSI-X: `vectors` (1 to 2048), table and pending bits in `bar` at the given offsets.
+
+    Without a BAR it has one of its own, at index `own_bar`.
+    """
+
+    id = 0x11
+    irq = Irq.MSIX
+    bank = MsixRegs
+    hooked = (MsixRegs.CONTROL,)
+    regs: MsixRegs
+
+    def __init__(
+        self,
+        *,
+        vectors: int,
+        bar: Bar | None = None,
+        table_offset: int = 0,
+        pba_offset: int | None = None,
+        own_bar: int = 4,
+    ) -> None:
+        if not 1 <= vectors <= 2048:
+            raise RegisterError(f"MSI-X has 1 to 2048 vectors, not {vectors}")
+        self.vectors = vectors
+        table, pba = vectors * 16, (vectors + 63) // 64 * 8
+        self.table_offset = table_offset
+        self.pba_offset = -(-(table_offset + table) // 4096) * 4096 if pba_offset is None else pba_offset
+        self.owns_bar = bar is None
+        if bar is None:
+            end = max(table_offset + table, self.pba_offset + pba)
+            bar = MmioBar(own_bar, size=max(4096, 1 << (end - 1).bit_length()))
+        if bar.io:
+            raise RegisterError("the MSI-X table cannot be in an I/O BAR")
+        if self.table_offset % 8 or self.pba_offset % 8:
+            raise RegisterError("MSI-X table and PBA are 8-byte aligned")
+        bar.reserve("the MSI-X table", self.table_offset, table)
+        bar.reserve("the MSI-X PBA", self.pba_offset, pba)
+        self.bar = bar
+        self.table_size, self.pba_size = table, pba
+        #: The table and the pending bits; set by the device.
+        self.table = memoryview(b"")
+        self.pba = memoryview(b"")
+        self.table_used = False
+
+    def fill(self) -> None:
+        self.regs.CONTROL = self.vectors - 1
+        self.regs.TABLE = self.table_offset | self.bar.index
+        self.regs.PBA = self.pba_offset | self.bar.index
+        for n in range(self.vectors):
+            self.table[16 * n : 16 * n + 16] = bytes(12) + b"\x01\0\0\0"  # masked
+        self.pba[:] = bytes(self.pba_size)
+        self.table_used = False
+
+    @property
+    def enabled(self) -> bool:
+        return bool(MsixControl(self.regs.CONTROL).ENABLE)
+
+    def _masked(self, n: int) -> bool:
+        if MsixControl(self.regs.CONTROL).FUNCTION_MASK:
+            return True
+        return self.table_used and bool(self.table[16 * n + 12] & 1)
+
+    def _show_pending(self, n: int, pending: bool) -> None:
+        self.pba[n // 8] = self.pba[n // 8] & ~(1 << n % 8) | pending << n % 8
+
+    def table_read(self, offset: int, count: int) -> bytes:
+        """A read of the table, `offset` from its start."""
+        return bytes(self.table[offset : offset + count])
+
+    def table_write(self, offset: int, data: bytes) -> None:
+        """A write to it: the reserved bits of Vector Control stay 0."""
+        self.table_used = True
+        for at, byte in enumerate(data, offset):
+            self.table[at] = byte & 1 if at % 16 == 12 else 0 if at % 16 > 12 else byte
+        for n in range(offset // 16, (offset + len(data) - 1) // 16 + 1):
+            self._deliver(n)
+
+
+# ---- PCI Express (PCIe 5.0, 7.5.3) ---------------------------------------------------------------
+
+
+class DevCap(Layout):
+    """Device Capabilities."""
+
+    MAX_PAYLOAD = Bits(0, 2)
+    EXTENDED_TAG = Bit(5)
+    ROLE_BASED_ERRORS = Bit(15)
+    FLR = Bit(28)
+
+
+class DevCtl(Layout):
+    """Device Control."""
+
+    CORRECTABLE = Bit(0)
+    NON_FATAL = Bit(1)
+    FATAL = Bit(2)
+    UNSUPPORTED = Bit(3)
+    RELAXED_ORDERING = Bit(4)
+    MAX_PAYLOAD = Bits(5, 7)
+    EXTENDED_TAG = Bit(8)
+    NO_SNOOP = Bit(11)
+    MAX_READ_REQUEST = Bits(12, 14)
+    INITIATE_FLR = Bit(15)
+
+
+class DevSta(Layout):
+    """Device Status."""
+
+    CORRECTABLE = Bit(0, W1C)
+    NON_FATAL = Bit(1, W1C)
+    FATAL = Bit(2, W1C)
+    UNSUPPORTED = Bit(3, W1C)
+    TRANSACTIONS_PENDING = Bit(5, RO)
+
+
+class PcieRegs(RegisterBank, size=0x3C):
+    """PCI Express capability, version 2."""
+
+    PCIE_CAP = Reg16(0x02, RO, doc="version, device/port type")
+    DEVCAP = Reg32(0x04, RO, layout=DevCap)
+    DEVCTL = Reg16(0x08, layout=DevCtl, reset=0x2810)
+    DEVSTA = Reg16(0x0A, RO, layout=DevSta)
+    LNKCAP = Reg32(0x0C, RO, reset=0x0000_0011, doc="2.5 GT/s, x1")
+    LNKCTL = Reg16(0x10)
+    LNKSTA = Reg16(0x12, RO, reset=0x0011)
+    DEVCAP2 = Reg32(0x24, RO)
+    DEVCTL2 = Reg16(0x28)
+    LNKCAP2 = Reg32(0x2C, RO, reset=0x0000_0002)
+    LNKCTL2 = Reg16(0x30, reset=0x0001)
+
+
+class Pcie(Capability):
+    """PCI Express endpoint; `flr`: Function Level Reset; `integrated`: on the root complex itself."""
+
+    id = 0x10
+    bank = PcieRegs
+    hooked = (PcieRegs.DEVCTL,)
+    regs: PcieRegs
+
+    def __init__(self, *, flr: bool = True, integrated: bool = False) -> None:
+        self.flr = flr
+        self.integrated = integrated
+
+    def fill(self) -> None:
+        self.regs.PCIE_CAP = 2 | (9 if self.integrated else 0) << 4
+        self.regs.DEVCAP = DevCap.FLR.put(DevCap.ROLE_BASED_ERRORS.mask, int(self.flr))
+
+    def written(self) -> None:
+        control = self.regs.DEVCTL
+        self.regs.DEVCTL = control & ~DevCtl.INITIATE_FLR.mask  # always reads as 0
+        if self.flr and DevCtl(control).INITIATE_FLR:
+            self.owner.reset(ResetKind.FUNCTION)
+
+
+# ---- vendor-specific (PCI 3.0, appendix H) -------------------------------------------------------
+
+
+class VendorSpecific(Capability):
+    """`data` after the three bytes of id, next and length; read-only unless `writable`."""
+
+    id = 0x09
+
+    def __init__(self, data: bytes, *, writable: bool = False, on_write: Callable[[bytes], None] | None = None) -> None:
+        if not 1 <= len(data) <= 200:
+            raise RegisterError(f"a vendor-specific capability holds 1 to 200 bytes, not {len(data)}")
+        self.data = data
+        self.on_write = on_write
+        names = {f"BYTE{n}": Reg8(3 + n, *(() if writable else (RO,))) for n in range(len(data))}
+        # A bank made on the spot: its size is known only here.
+        self.bank = type(
+            "VendorSpecificRegs",
+            (RegisterBank,),
+            {"LENGTH": Reg8(2, RO), **names},
+            size=-(-(3 + len(data)) // 4) * 4,
+        )
+        self.hooked = tuple(r for r in self.bank.registers if r.name != "LENGTH") if writable else ()
+
+    def fill(self) -> None:
+        self.regs.view[2] = 3 + len(self.data)
+        self.regs.view[3 : 3 + len(self.data)] = self.data
+
+    def written(self) -> None:
+        if self.on_write:
+            self.on_write(bytes(self.regs.view[3 : 3 + len(self.data)]))

@@ -1,0 +1,226 @@
+"""Type 0 config space (PCI 3.0, 6.1): header, capability list, extended capabilities.
+
+The shim serves it by policy: sizing a BAR, for example, is nothing but a register whose low bits cannot be
+written.  Only registers that something depends on (Command, a few of capabilities) exit on a write; then the
+plain policy is applied and whatever depends on it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vmodel._shim import EXIT_ON_WRITE, Function, Policy
+from vmodel.pci.bar import Bar
+from vmodel.pci.caps import Capability, Owner, ResetKind
+from vmodel.pci.extcaps import ExtendedCapability
+from vmodel.regs import RO, RW, W1C, Bit, Layout, Reg8, Reg16, Reg32, RegisterBank, RegisterError
+from vmodel.span import Span
+from vmodel.vfio_user.wire import Region
+
+#: Where the capability list begins, and extended capabilities do.
+FIRST_CAPABILITY, FIRST_EXTENDED = 0x40, 0x100
+ROM_ENABLE = 1
+
+
+class Command(Layout):
+    """Command register."""
+
+    IO = Bit(0, RW)
+    MEMORY = Bit(1, RW)
+    BUS_MASTER = Bit(2, RW)
+    PARITY = Bit(6, RW)
+    SERR = Bit(8, RW)
+    INTX_DISABLE = Bit(10, RW)
+
+
+class Status(Layout):
+    """Status register."""
+
+    INTERRUPT = Bit(3)
+    CAPABILITIES = Bit(4)
+    PARITY = Bit(8, W1C)
+    SIGNALED_TARGET_ABORT = Bit(11, W1C)
+    RECEIVED_TARGET_ABORT = Bit(12, W1C)
+    RECEIVED_MASTER_ABORT = Bit(13, W1C)
+    SIGNALED_ERROR = Bit(14, W1C)
+    DETECTED_PARITY = Bit(15, W1C)
+
+
+class HeaderRegs(RegisterBank, size=0x40):
+    """The first 64 bytes; BARs are laid over it."""
+
+    VENDOR_ID = Reg16(0x00, RO)
+    DEVICE_ID = Reg16(0x02, RO)
+    COMMAND = Reg16(0x04, RO, layout=Command)
+    STATUS = Reg16(0x06, RO, layout=Status)
+    REVISION = Reg8(0x08, RO)
+    PROG_IF = Reg8(0x09, RO)
+    SUBCLASS = Reg8(0x0A, RO)
+    CLASS = Reg8(0x0B, RO)
+    CACHE_LINE = Reg8(0x0C)
+    LATENCY = Reg8(0x0D, RO)
+    HEADER_TYPE = Reg8(0x0E, RO)
+    SUBSYSTEM_VENDOR = Reg16(0x2C, RO)
+    SUBSYSTEM = Reg16(0x2E, RO)
+    ROM_BASE = Reg32(0x30, RO)
+    CAPABILITIES = Reg8(0x34, RO)
+    INTERRUPT_LINE = Reg8(0x3C)
+    INTERRUPT_PIN = Reg8(0x3D, RO)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a function says it is; `class_code` has 24 bits: class, subclass, programming interface."""
+
+    vendor_id: int
+    device_id: int
+    class_code: int
+    revision: int = 0
+    subsystem_vendor_id: int = 0
+    subsystem_id: int = 0
+    multifunction: bool = False
+    #: 0: no INTx, 1..4: INTA to INTD.
+    interrupt_pin: int = 0
+
+
+class ConfigSpace:
+    """Config space of one function, in region 7."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        function: Function,
+        identity: Identity,
+        bars: Sequence[Bar],
+        rom_size: int,
+        capabilities: Sequence[Capability],
+    ) -> None:
+        """Lays all out; `capabilities` are bound here, in order, see `self.capabilities`.  RegisterError when
+        they do not fit."""
+        self._function = function
+        self._identity = identity
+        plain = [c for c in capabilities if not isinstance(c, ExtendedCapability)]
+        extended = [c for c in capabilities if isinstance(c, ExtendedCapability)]
+        express = any(c.id == 0x10 for c in plain)
+        if extended and not express:
+            raise RegisterError("extended capabilities need the PCI Express capability")
+        ids = [(isinstance(c, ExtendedCapability), c.id) for c in capabilities if c.id != 0x09]
+        if len(set(ids)) != len(ids):
+            raise RegisterError("a capability is there twice")
+        self.size = 4096 if express else 256
+        function.define_region(Region.CONFIG, self.size, fill=0)
+        self.view = function.add_bank(Region.CONFIG, 0, self.size)
+        self.header = HeaderRegs(self.view[:0x40])
+        self._policy = Policy(self.size)
+        self._lay(HeaderRegs.policy(set(), {HeaderRegs.COMMAND}), 0)
+        self._bar_bits: dict[int, int] = {}
+        for bar in bars:
+            self._lay_bar(bar)
+        self.rom_size = rom_size
+        if rom_size:
+            self._set_mask(0x30, (0xFFFF_FFFF & ~(rom_size - 1) & ~0x7FF) | ROM_ENABLE, 4)
+            self._policy.exits[0x30:0x34] = bytes([EXIT_ON_WRITE]) * 4
+        #: (where, what to tell) for registers that exit.
+        self._hooks: list[tuple[Span, Callable[[], None]]] = [
+            (Span(0x04, 0x05), owner.update_enables),
+            (Span(0x30, 0x33), owner.update_enables),
+        ]
+        #: The bound capabilities, in the order given.
+        self.capabilities: list[Capability] = []
+        self._chain: dict[int, int] = {}  # config offset -> byte of a list's id and pointers
+        bound = self._lay_list(owner, plain) | self._lay_extended(owner, extended)
+        self.capabilities = [bound[id(c)] for c in capabilities]
+        function.set_policy(Region.CONFIG, 0, self._policy)
+
+    # ---- layout -----------------------------------------------------------------------------
+
+    def _lay(self, policy: Policy, at: int) -> None:
+        for ours, theirs in zip(self._policy.arrays(), policy.arrays(), strict=True):
+            ours[at : at + len(theirs)] = theirs
+
+    def _set_mask(self, at: int, mask: int, size: int) -> None:
+        self._policy.store[at : at + size] = mask.to_bytes(size, "little")
+
+    def _lay_bar(self, bar: Bar) -> None:
+        for n in range(bar.index, bar.index + bar.registers):
+            if n in self._bar_bits:
+                raise RegisterError(f"BAR{n} is there twice (a 64-bit BAR takes two registers)")
+            self._bar_bits[n] = bar.header_bits() if n == bar.index else 0
+        self._set_mask(0x10 + 4 * bar.index, bar.address_mask(), 4 * bar.registers)
+
+    def _place(self, owner: Owner, capability: Capability, at: int, limit: int) -> Capability:
+        size = capability.bank.size
+        if at + size > limit:
+            raise RegisterError(f"capability {capability.name} at {at:#x}+{size:#x} does not fit into config space")
+        bound = capability.bind(owner, self.view[at : at + size])
+        self._lay(bound.bank.policy(set(), set(bound.hooked)), at)
+        for register in bound.hooked:
+            span = Span.sized(at + register.offset, register.size)
+            self._hooks.append((span, bound.written))
+        return bound
+
+    def _lay_list(self, owner: Owner, capabilities: Sequence[Capability]) -> dict[int, Capability]:
+        bound = {}
+        link, at = 0x34, FIRST_CAPABILITY
+        for capability in capabilities:
+            bound[id(capability)] = self._place(owner, capability, at, 256)
+            self._chain[link] = at
+            self._chain[at] = capability.id
+            self._chain[at + 1] = 0
+            link, at = at + 1, (at + capability.bank.size + 3) & ~3
+        return bound
+
+    def _lay_extended(self, owner: Owner, capabilities: Sequence[ExtendedCapability]) -> dict[int, Capability]:
+        bound: dict[int, Capability] = {}
+        at, link = FIRST_EXTENDED, 0
+        for capability in capabilities:
+            bound[id(capability)] = self._place(owner, capability, at, 4096)
+            self._chain |= dict(enumerate((capability.id | capability.version << 16).to_bytes(4, "little"), at))
+            if link:  # bits 20..31 of the one before
+                self._chain[link + 2] |= at << 4 & 0xF0
+                self._chain[link + 3] = at >> 4
+            link, at = at, (at + capability.bank.size + 3) & ~3
+        return bound
+
+    # ---- values -----------------------------------------------------------------------------
+
+    def reset(self, kind: ResetKind) -> None:
+        """Brings all registers to their declared values."""
+        identity, header = self._identity, self.header
+        header.load_reset()
+        header.VENDOR_ID, header.DEVICE_ID = identity.vendor_id, identity.device_id
+        header.CLASS = identity.class_code >> 16
+        header.SUBCLASS, header.PROG_IF = identity.class_code >> 8 & 0xFF, identity.class_code & 0xFF
+        header.REVISION = identity.revision
+        header.SUBSYSTEM_VENDOR, header.SUBSYSTEM = identity.subsystem_vendor_id, identity.subsystem_id
+        header.HEADER_TYPE = 0x80 if identity.multifunction else 0
+        header.INTERRUPT_PIN = identity.interrupt_pin
+        header.STATUS = Status.CAPABILITIES.put(0, int(bool(self.capabilities)))
+        for n in range(6):
+            self.view[0x10 + 4 * n : 0x14 + 4 * n] = self._bar_bits.get(n, 0).to_bytes(4, "little")
+        for capability in self.capabilities:
+            capability.reset(kind)
+        for at, byte in self._chain.items():
+            self.view[at] = byte
+
+    @property
+    def command(self) -> Command:
+        """The Command register."""
+        return Command(self.header.COMMAND)
+
+    def bar_address(self, index: int) -> int:
+        """Where the guest has put a BAR."""
+        low = int.from_bytes(self.view[0x10 + 4 * index : 0x14 + 4 * index], "little")
+        if low & 1:
+            return low & ~3
+        high = int.from_bytes(self.view[0x14 + 4 * index : 0x18 + 4 * index], "little") if low & 4 else 0
+        return high << 32 | low & ~15
+
+    def write(self, offset: int, data: bytes) -> None:
+        """A write that the shim left to us, because it touches a hooked register."""
+        self._function.plain_write(Region.CONFIG, offset, data)
+        span = Span.sized(offset, len(data))
+        for where, tell in self._hooks:
+            if where.overlaps(span):
+                tell()

@@ -1,0 +1,212 @@
+"""Interrupts: eventfds that the client gave by SET_IRQS, and INTx, MSI, MSI-X on top of them.
+
+With QEMU the eventfds tell all: it emulates the guest's MSI and MSI-X registers itself and takes a vector's
+eventfd away while the guest masks it.  Another client may instead write the MSI-X table in the BAR; once it has,
+the table's mask bits count as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from vmodel.errors import PeerError
+from vmodel.regs import RegisterError
+from vmodel.vfio_user.commands import IrqAction, IrqInfo, SetIrqs
+from vmodel.vfio_user.wire import Irq, IrqFlags
+
+
+@dataclass
+class Vector:
+    """One interrupt of one type; fds are ours, -1 without one."""
+
+    trigger: int = -1
+    mask_event: int = -1
+    unmask_event: int = -1
+    masked: bool = False
+    pending: bool = False
+
+    def close(self) -> None:
+        """Closes the eventfds; unmasked and quiet again."""
+        for fd in (self.trigger, self.mask_event, self.unmask_event):
+            if fd >= 0:
+                os.close(fd)
+        self.trigger = self.mask_event = self.unmask_event = -1
+        self.masked = self.pending = False
+
+
+@dataclass
+class IrqType:
+    """All vectors of one type, and what to do when they change."""
+
+    vectors: list[Vector]
+    flags: IrqFlags
+    #: Called after an eventfd came or a vector was unmasked.
+    changed: Callable[[int], None] = field(default=lambda n: None)
+
+
+def _is_eventfd(fd: int) -> bool:
+    return str(Path(f"/proc/self/fd/{fd}").readlink()) == "anon_inode:[eventfd]"
+
+
+class Irqs:
+    """All interrupts of one function.  Types that it does not have count 0 vectors."""
+
+    def __init__(self) -> None:
+        #: Interrupts delivered to the client so far.
+        self.raised = 0
+        #: Stops delivery while the device is quiesced for migration; what is raised then stays pending.
+        self.held = False
+        maskable = IrqFlags.EVENTFD | IrqFlags.MASKABLE
+        self.types = {
+            Irq.INTX: IrqType([], maskable | IrqFlags.AUTOMASKED),
+            Irq.MSI: IrqType([], maskable | IrqFlags.NORESIZE),
+            Irq.MSIX: IrqType([], maskable | IrqFlags.NORESIZE),
+            Irq.ERR: IrqType([Vector()], IrqFlags.EVENTFD),
+            Irq.REQ: IrqType([Vector()], IrqFlags.EVENTFD),
+        }
+
+    def info(self, index: int) -> IrqInfo:
+        """DEVICE_GET_IRQ_INFO."""
+        kind = self.types[Irq(index)]
+        return IrqInfo(len(kind.vectors), kind.flags)
+
+    def set(self, request: SetIrqs) -> None:
+        """SET_IRQS; takes the eventfds over.  PeerError(EINVAL): one of them is no eventfd."""
+        kind = self.types[Irq(request.index)]
+        if request.count == 0:
+            for vector in kind.vectors:
+                vector.close()
+            return
+        if isinstance(request.data, tuple):
+            self._assign(kind, request.action, request.start, request.data)
+            return
+        for n in range(request.count):
+            if request.data is None or request.data[n]:
+                self._act(kind, request.start + n, request.action)
+
+    def _assign(self, kind: IrqType, action: IrqAction, start: int, fds: tuple[int, ...]) -> None:
+        for fd in fds:
+            if fd >= 0:
+                if not _is_eventfd(fd):
+                    raise PeerError(errno.EINVAL, "an interrupt's fd is no eventfd")
+                # A client that lets its counter run full must not block us.
+                os.set_blocking(fd, False)
+        name = {
+            IrqAction.TRIGGER: "trigger",
+            IrqAction.MASK: "mask_event",
+            IrqAction.UNMASK: "unmask_event",
+        }[action]
+        for n, fd in enumerate(fds, start):
+            vector = kind.vectors[n]
+            if (old := getattr(vector, name)) >= 0:
+                os.close(old)
+            setattr(vector, name, fd)
+            if action is IrqAction.TRIGGER and fd >= 0:
+                kind.changed(n)
+
+    def _act(self, kind: IrqType, n: int, action: IrqAction) -> None:
+        vector = kind.vectors[n]
+        if action is IrqAction.TRIGGER:
+            self.signal(vector)
+        elif action is IrqAction.MASK:
+            self.mask(vector)
+        elif vector.masked:
+            vector.masked = False
+            _notify(vector.unmask_event)
+            kind.changed(n)
+
+    def mask(self, vector: Vector) -> None:
+        """Masks a vector and tells the client's mask eventfd."""
+        if not vector.masked:
+            vector.masked = True
+            _notify(vector.mask_event)
+
+    def signal(self, vector: Vector) -> bool:
+        """Signals a vector's eventfd; False without one, or while held."""
+        if vector.trigger < 0 or self.held:
+            return False
+        _notify(vector.trigger)
+        self.raised += 1
+        return True
+
+    def hold(self, held: bool) -> None:
+        """Holds interrupts back, or delivers what has come up meanwhile."""
+        self.held = held
+        if not held:
+            for kind in self.types.values():
+                for n in range(len(kind.vectors)):
+                    kind.changed(n)
+
+    def close(self) -> None:
+        """The client is gone: closes all eventfds."""
+        for kind in self.types.values():
+            for vector in kind.vectors:
+                pending = vector.pending
+                vector.close()
+                vector.pending = pending  # is the device's state, not the client's
+
+    def error(self) -> bool:
+        """Signals ERR.  QEMU stops the virtual machine at this: not for AER."""
+        return self.signal(self.types[Irq.ERR].vectors[0])
+
+    def request_release(self) -> bool:
+        """Signals REQ: asks the client to let go of the device."""
+        return self.signal(self.types[Irq.REQ].vectors[0])
+
+
+def _notify(fd: int) -> None:
+    if fd >= 0:
+        with suppress(BlockingIOError):  # its counter is full, so it is signalled already
+            os.eventfd_write(fd, 1)
+
+
+class Intx:
+    """The interrupt pin: a level that the device holds until it lowers it.
+
+    To the client an INTx is automasked: it is signalled once, and again after each unmask while the level
+    stands.  `pin`: 1 to 4 for INTA to INTD.
+    """
+
+    def __init__(self, pin: int = 1) -> None:
+        if not 1 <= pin <= 4:
+            raise RegisterError(f"an interrupt pin is 1 (INTA) to 4 (INTD), not {pin}")
+        self.pin = pin
+        self.level = False
+
+    def bind(self, irqs: Irqs, enabled: Callable[[], bool], show: Callable[[bool], None]) -> Self:
+        """The pin of one device; `enabled`: Command.INTX_DISABLE is clear; `show`: sets Status.INTERRUPT."""
+        bound = copy.copy(self)
+        bound._irqs, bound._enabled, bound._show = irqs, enabled, show
+        bound._type = irqs.types[Irq.INTX]
+        bound._type.vectors = [Vector()]
+        bound._type.changed = lambda n: bound.deliver()
+        return bound
+
+    _irqs: Irqs
+    _type: IrqType
+    _enabled: Callable[[], bool]
+    _show: Callable[[bool], None]
+
+    def raise_(self) -> None:
+        """Asserts the pin."""
+        self.level = True
+        self._show(True)
+        self.deliver()
+
+    def lower(self) -> None:
+        """Deasserts it."""
+        self.level = False
+        self._show(False)
+
+    def deliver(self) -> None:
+        """Signals the client if the level stands and nothing is in the way."""
+        vector = self._type.vectors[0]
+        if self.level and not vector.masked and self._enabled() and self._irqs.signal(vector):
+            self._irqs.mask(vector)

@@ -1,0 +1,473 @@
+"""The register DSL: a register is declared once, and everything else comes from that.
+
+```python
+class Control(Layout):
+    RUN = Bit(0)
+    MODE = Bits(4, 6)
+    ERR = Bit(31, W1C)
+
+class Regs(RegisterBank, size=0x100):
+    ID = Reg32(0x00, RO, reset=0x0100_00ED)
+    CTRL = Reg32(0x04, layout=Control)
+    BASE = Reg64(0x08)
+```
+
+Reads, writes, access modes, reset values, documentation, and which accesses the shim answers without Python
+all follow from the declaration.  A register without a hook never reaches Python.  What is wrong with a
+declaration (overlap, bad offset, reset value too wide, a hook on a register that is not there) is a
+`RegisterError` when the class is made.
+
+Accesses that cover part of a register, or several, are split: bytes that are not written keep their value
+(`new` in a write hook is the merged value), and registers are visited in ascending order.  `sizes` and
+`misaligned` of a bank or a register say which accesses are allowed at all; others read as the BAR's fill byte
+and write nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, TypeVar, overload
+
+from vmodel._shim import ALL_SIZES, EXIT_ON_READ, EXIT_ON_WRITE, MISALIGNED, SIZE_ODD, Policy
+from vmodel.errors import VmodelError
+
+
+class RegisterError(VmodelError):
+    """A declaration is wrong: a bug of the model's, found when its class is made."""
+
+
+class Mode(enum.Enum):
+    """How software sees bits, in the usual abbreviations."""
+
+    RO = "read-only"
+    RW = "read-write"
+    #: Reads give the reset value; the hook gets what was written.
+    WO = "write-only"
+    W1C = "write 1 to clear"
+    W1S = "write 1 to set"
+    #: Read-only, and a read clears it.
+    RC = "read to clear"
+    #: Reads give the reset value, writes are ignored.
+    RESERVED = "reserved"
+
+
+RO, RW, WO, W1C, W1S, RC, RESERVED = Mode
+
+
+@dataclass(frozen=True)
+class Field:
+    """Bits `lo`..`hi` (inclusive) of a register; `mode` None means as the register."""
+
+    lo: int
+    hi: int
+    mode: Mode | None = None
+    doc: str = ""
+    name: str = ""
+
+    @property
+    def mask(self) -> int:
+        """The field's bits, in place."""
+        return ((1 << (self.hi - self.lo + 1)) - 1) << self.lo
+
+    def of(self, value: int) -> int:
+        """The field out of a register's value."""
+        return (value & self.mask) >> self.lo
+
+    def put(self, value: int, field: int) -> int:
+        """`value` with the field replaced; ValueError when `field` does not fit."""
+        if field << self.lo & ~self.mask or field < 0:
+            raise ValueError(f"{field:#x} does not fit into {self.name} ({self.hi - self.lo + 1} bits)")
+        return value & ~self.mask | field << self.lo
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        object.__setattr__(self, "name", name)
+
+    @overload
+    def __get__(self, layout: None, owner: type) -> Field: ...
+    @overload
+    def __get__(self, layout: Layout, owner: type) -> int: ...
+    def __get__(self, layout: Layout | None, owner: type) -> Field | int:
+        return self if layout is None else self.of(layout.value)
+
+
+def Bit(n: int, mode: Mode | None = None, *, doc: str = "") -> Field:
+    """A field of one bit."""
+    return Field(n, n, mode, doc)
+
+
+def Bits(lo: int, hi: int, mode: Mode | None = None, *, doc: str = "") -> Field:
+    """A field of bits `lo`..`hi`, both inside."""
+    return Field(lo, hi, mode, doc)
+
+
+class Layout:
+    """The fields of a register; an instance wraps a value: `Control(value).RUN`."""
+
+    fields: ClassVar[tuple[Field, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        fields = sorted((f for f in vars(cls).values() if isinstance(f, Field)), key=lambda f: f.lo)
+        for field in fields:
+            if not 0 <= field.lo <= field.hi < 64:
+                raise RegisterError(f"{cls.__name__}.{field.name}: bits {field.lo}..{field.hi} are not in a register")
+        for left, right in pairwise(fields):
+            if right.lo <= left.hi:
+                raise RegisterError(f"{cls.__name__}: {left.name} and {right.name} overlap")
+        cls.fields = tuple(fields)
+
+    def __init__(self, value: int = 0) -> None:
+        self.value = value
+
+    def __int__(self) -> int:
+        return self.value
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{f.name}={f.of(self.value):#x}" for f in self.fields)
+        return f"{type(self).__name__}({inner})"
+
+
+class Register:
+    """One register of a bank.  On a bank's instance it reads and stores the raw value, without hooks."""
+
+    width: ClassVar[int]
+
+    def __init__(
+        self,
+        offset: int,
+        mode: Mode = RW,
+        *,
+        reset: int = 0,
+        layout: type[Layout] | None = None,
+        doc: str = "",
+        sizes: tuple[int, ...] | None = None,
+        ioeventfd: bool = False,
+        sticky: bool = False,
+    ) -> None:
+        """`offset` in bytes from the bank's start, a multiple of the register's size.
+
+        `sizes`: access sizes in bytes that may begin in this register, None: as the bank.  `ioeventfd`: offered
+        to the client as a doorbell whose value does not matter.  `sticky`: reset leaves it alone.
+        """
+        self.offset = offset
+        self.mode = mode
+        self.reset = reset
+        self.layout = layout
+        self.doc = doc
+        self.sizes = sizes
+        self.ioeventfd = ioeventfd
+        self.sticky = sticky
+        self.name = "?"
+        self.bank: type[RegisterBank] | None = None
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.width // 8
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """Its fields in ascending order; empty without a layout."""
+        return self.layout.fields if self.layout else ()
+
+    def mask(self, *modes: Mode) -> int:
+        """All bits that have one of these modes."""
+        mask = (1 << self.width) - 1 if self.mode in modes else 0
+        for field in self.fields:
+            if field.mode is not None:
+                mask = mask | field.mask if field.mode in modes else mask & ~field.mask
+        return mask
+
+    def written(self, stored: int, value: int, enabled: int) -> int:
+        """What is stored after `value` was written with the bits in `enabled`; WO bits as written."""
+        value &= enabled
+        store = self.mask(RW, WO) & enabled
+        new = stored & ~store | value & store
+        return new & ~(value & self.mask(W1C)) | value & self.mask(W1S)
+
+    def check(self, bank: type[RegisterBank]) -> None:
+        """RegisterError when it does not fit its bank."""
+        where = f"{bank.__name__}.{self.name}"
+        if self.offset < 0 or self.offset % self.size:
+            raise RegisterError(f"{where}: offset {self.offset:#x} is no multiple of its size {self.size}")
+        if self.offset + self.size > bank.size:
+            raise RegisterError(f"{where}: ends past the bank's size {bank.size:#x}")
+        if not 0 <= self.reset < 1 << self.width:
+            raise RegisterError(f"{where}: reset value {self.reset:#x} is wider than {self.width} bits")
+        if self.fields and self.fields[-1].hi >= self.width:
+            raise RegisterError(f"{where}: field {self.fields[-1].name} is outside its {self.width} bits")
+        if self.ioeventfd and self.mask(RW, WO) == 0:
+            raise RegisterError(f"{where}: an ioeventfd on a register that cannot be written")
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, bank: None, owner: type) -> Register: ...
+    @overload
+    def __get__(self, bank: RegisterBank, owner: type) -> int: ...
+    def __get__(self, bank: RegisterBank | None, owner: type) -> Register | int:
+        if bank is None:
+            return self
+        return int.from_bytes(bank.view[self.offset : self.offset + self.size], "little")
+
+    def __set__(self, bank: RegisterBank, value: int) -> None:
+        bank.view[self.offset : self.offset + self.size] = value.to_bytes(self.size, "little")
+
+    def __repr__(self) -> str:
+        bank = self.bank.__name__ if self.bank else "?"
+        return f"<{bank}.{self.name} at {self.offset:#x}>"
+
+
+class Reg8(Register):
+    """8 bits."""
+
+    width = 8
+
+
+class Reg16(Register):
+    """16 bits."""
+
+    width = 16
+
+
+class Reg32(Register):
+    """32 bits."""
+
+    width = 32
+
+
+class Reg64(Register):
+    """64 bits."""
+
+    width = 64
+
+
+def _size_mask(sizes: tuple[int, ...], misaligned: bool, where: str) -> int:
+    if not sizes or not set(sizes) <= {1, 2, 4, 8}:
+        raise RegisterError(f"{where}: sizes {sizes} must be some of 1, 2, 4 and 8")
+    mask = sum(set(sizes)) | (MISALIGNED if misaligned else 0)
+    return ALL_SIZES if mask | SIZE_ODD == ALL_SIZES else mask
+
+
+class RegisterBank:
+    """A range of registers, `size` bytes long.  An instance is the registers of one device."""
+
+    size: ClassVar[int]
+    #: Access sizes allowed, in bytes, where a register does not say otherwise.
+    sizes: ClassVar[tuple[int, ...]]
+    #: Whether an access may lie across its natural alignment.
+    misaligned: ClassVar[bool]
+    registers: ClassVar[tuple[Register, ...]] = ()
+
+    def __init_subclass__(cls, *, size: int, sizes: tuple[int, ...] = (1, 2, 4, 8), misaligned: bool = True) -> None:
+        cls.size, cls.sizes, cls.misaligned = size, sizes, misaligned
+        _size_mask(sizes, misaligned, cls.__name__)
+        if size <= 0:
+            raise RegisterError(f"{cls.__name__}: size {size} is not positive")
+        registers = [r for r in vars(cls).values() if isinstance(r, Register)]
+        registers.sort(key=lambda r: r.offset)
+        for register in registers:
+            register.bank = cls
+            register.check(cls)
+        for left, right in pairwise(registers):
+            if right.offset < left.offset + left.size:
+                raise RegisterError(f"{cls.__name__}: {left.name} and {right.name} overlap")
+        cls.registers = tuple(registers)
+
+    def __init__(self, view: memoryview) -> None:
+        """`view`: the backing store, format 'B', `size` bytes."""
+        self.view = view
+
+    def load_reset(self, *, everything: bool = False) -> None:
+        """Stores the reset values; sticky registers keep theirs unless `everything`."""
+        for register in self.registers:
+            if everything or not register.sticky:
+                register.__set__(self, register.reset)
+
+    @classmethod
+    def policy(cls, hooked_reads: set[Register], hooked_writes: set[Register]) -> Policy:
+        """The shim's policy for the whole bank; holes are read-only."""
+        policy = Policy(cls.size)
+        policy.sizes[:] = bytes([_size_mask(cls.sizes, cls.misaligned, cls.__name__)]) * cls.size
+        for register in cls.registers:
+            at = slice(register.offset, register.offset + register.size)
+            for array, mask in (
+                (policy.store, register.mask(RW)),
+                (policy.w1c, register.mask(W1C)),
+                (policy.w1s, register.mask(W1S)),
+                (policy.rc, register.mask(RC)),
+            ):
+                array[at] = mask.to_bytes(register.size, "little")
+            exits = EXIT_ON_READ if register in hooked_reads else 0
+            exits |= EXIT_ON_WRITE if register in hooked_writes else 0
+            policy.exits[at] = bytes([exits]) * register.size
+            if register.sizes is not None:
+                mask = _size_mask(register.sizes, cls.misaligned, f"{cls.__name__}.{register.name}")
+                policy.sizes[at] = bytes([mask]) * register.size
+        return policy
+
+    @classmethod
+    def describe(cls) -> Iterator[dict[str, Any]]:
+        """Each register as plain data, for documentation and `vmodel regs --json`."""
+        for register in cls.registers:
+            yield {
+                "name": register.name,
+                "offset": register.offset,
+                "width": register.width,
+                "mode": register.mode.name,
+                "reset": register.reset,
+                "doc": register.doc,
+                "fields": [
+                    {
+                        "name": f.name,
+                        "lo": f.lo,
+                        "hi": f.hi,
+                        "mode": (f.mode or register.mode).name,
+                        "doc": f.doc,
+                    }
+                    for f in register.fields
+                ],
+            }
+
+
+@dataclass(frozen=True)
+class Hook:
+    """What `on_read`/`on_write` leave on a method."""
+
+    kind: str  # "read" or "write"
+    register: Register
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _hook(kind: str, registers: tuple[Register, ...]) -> Callable[[_F], _F]:
+    for register in registers:
+        if not isinstance(register, Register) or register.bank is None:
+            raise RegisterError(f"on_{kind} takes registers of a bank, not {register!r}")
+
+    def mark(method: _F) -> _F:
+        hooks = getattr(method, "_vmodel_hooks", ())
+        method._vmodel_hooks = hooks + tuple(Hook(kind, r) for r in registers)  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+def on_write(*registers: Register) -> Callable[[_F], _F]:
+    """Marks a device's method `(self, new: int) -> int | None` as what happens on a write.
+
+    `new` is the register's value after access modes and partial writes.  What the method returns is stored;
+    None stores `new`.  WO bits are never stored.
+    """
+    return _hook("write", registers)
+
+
+def on_read(*registers: Register) -> Callable[[_F], _F]:
+    """Marks a device's method `(self, stored: int) -> int`: what a read gives; nothing is stored."""
+    return _hook("read", registers)
+
+
+def hooks_of(method: object) -> tuple[Hook, ...]:
+    """The hooks that a method was marked with."""
+    return getattr(method, "_vmodel_hooks", ())
+
+
+class HookedBank:
+    """A bank in use: carries out the accesses that the shim leaves to Python.
+
+    `plain_read(offset, count)` and `plain_write(offset, data)` do what the shim would do by itself, offsets
+    counted from the bank's start.
+    """
+
+    def __init__(
+        self,
+        bank: RegisterBank,
+        readers: dict[Register, Callable[[int], int]],
+        writers: dict[Register, Callable[[int], int | None]],
+        plain_read: Callable[[int, int], bytes],
+        plain_write: Callable[[int, bytes], None],
+    ) -> None:
+        self.bank = bank
+        self._readers = readers
+        self._writers = writers
+        self._plain_read = plain_read
+        self._plain_write = plain_write
+        self._exact_read = {(r.offset, r.size): self._whole_read(r, hook) for r, hook in readers.items()}
+        self._exact_write = {(r.offset, r.size): self._whole_write(r, hook) for r, hook in writers.items()}
+
+    def _whole_read(self, register: Register, hook: Callable[[int], int]) -> Callable[[], int]:
+        view, at = self.bank.view, slice(register.offset, register.offset + register.size)
+        full = (1 << register.width) - 1
+        if register.mask(RC):
+            return lambda: int.from_bytes(self._mixed_read(register.offset, register.size), "little")
+        return lambda: hook(int.from_bytes(view[at], "little")) & full
+
+    def _whole_write(self, register: Register, hook: Callable[[int], int | None]) -> Callable[[int], None]:
+        full = (1 << register.width) - 1
+        if register.mask(RW) != full:
+            return lambda value: self._write_one(register, value, full)
+        view, at, size = (
+            self.bank.view,
+            slice(register.offset, register.offset + register.size),
+            register.size,
+        )
+
+        def write(value: int) -> None:
+            result = hook(value)
+            view[at] = (value if result is None else result & full).to_bytes(size, "little")
+
+        return write
+
+    def _write_one(self, register: Register, value: int, enabled: int) -> None:
+        stored = register.__get__(self.bank, type(self.bank))
+        new = register.written(stored, value, enabled)
+        result = self._writers[register](new)
+        if result is not None:
+            new = result & (1 << register.width) - 1
+        kept = register.mask(WO)
+        # The hook may have changed the register itself: what is not stored is read again.
+        stored = register.__get__(self.bank, type(self.bank))
+        register.__set__(self.bank, stored & kept | new & ~kept)
+
+    def read(self, offset: int, count: int) -> bytes | int:
+        """`count` bytes from `offset` on; an int when one hooked register is read whole."""
+        exact = self._exact_read.get((offset, count))
+        return exact() if exact else self._mixed_read(offset, count)
+
+    def _overlapping(self, registers: dict[Register, Any], offset: int, count: int) -> list[Register]:
+        found = [r for r in registers if r.offset < offset + count and offset < r.offset + r.size]
+        return sorted(found, key=lambda r: r.offset)
+
+    def _mixed_read(self, offset: int, count: int) -> bytes:
+        hooked = self._overlapping(self._readers, offset, count)
+        # Hooks see what was stored before a read clears it.
+        values = {r: self._readers[r](r.__get__(self.bank, type(self.bank))) for r in hooked}
+        data = bytearray(self._plain_read(offset, count))
+        for register, value in values.items():
+            whole = (value & (1 << register.width) - 1).to_bytes(register.size, "little")
+            first, last = max(offset, register.offset), min(offset + count, register.offset + register.size)
+            data[first - offset : last - offset] = whole[first - register.offset : last - register.offset]
+        return bytes(data)
+
+    def write(self, offset: int, count: int, value: int | bytes) -> None:
+        """Writes `count` bytes (little-endian int, or bytes)."""
+        exact = self._exact_write.get((offset, count))
+        if exact and isinstance(value, int):
+            exact(value)
+            return
+        data = value.to_bytes(count, "little") if isinstance(value, int) else value
+        at = offset
+        for register in self._overlapping(self._writers, offset, count):
+            if at < register.offset:
+                self._plain_write(at, data[at - offset : register.offset - offset])
+            first, last = max(offset, register.offset), min(offset + count, register.offset + register.size)
+            shift = 8 * (first - register.offset)
+            part = int.from_bytes(data[first - offset : last - offset], "little")
+            self._write_one(register, part << shift, ((1 << 8 * (last - first)) - 1) << shift)
+            at = last
+        if at < offset + count:
+            self._plain_write(at, data[at - offset :])

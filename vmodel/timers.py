@@ -1,0 +1,94 @@
+"""Deferred work and timers of one device, run by whoever serves it."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+
+class Timer:
+    """Something that will run once; `cancel()` it, from any thread."""
+
+    def __init__(self, deadline_ns: int, call: Callable[[], None]) -> None:
+        self.deadline_ns = deadline_ns
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        """It will not run any more; fine if it has."""
+        self.call = None
+
+
+class Agenda:
+    """What a device has to do later.  Adding is safe from any thread; `run` belongs to the device's own."""
+
+    def __init__(self, wake: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        """`wake` is called when another thread adds something, `failed` with what a callback raised."""
+        self._wake = wake
+        self._failed = failed
+        self._soon: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[int, int, Timer]] = []
+        self._order = itertools.count()
+        self._lock = threading.Lock()
+        self._thread = 0
+
+    def defer(self, call: Callable[[], None]) -> None:
+        """Runs `call` as soon as the access at hand has been answered."""
+        self._soon.append(call)
+        if threading.get_ident() != self._thread:
+            self._wake()
+
+    def after(self, seconds: float, call: Callable[[], None]) -> Timer:
+        """Runs `call` in `seconds`."""
+        timer = Timer(time.monotonic_ns() + int(seconds * 1e9), call)
+        with self._lock:
+            heapq.heappush(self._timers, (timer.deadline_ns, next(self._order), timer))
+        if threading.get_ident() != self._thread:
+            self._wake()
+        return timer
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is waiting, now or later."""
+        return not self._soon and not self._timers
+
+    def cancel(self) -> None:
+        """Forgets everything, as a reset does."""
+        self._soon.clear()
+        with self._lock:
+            for _, _, timer in self._timers:
+                timer.cancel()
+            self._timers.clear()
+
+    def run(self, now_ns: int) -> int | None:
+        """Runs all that is due; the next deadline (monotonic ns), None without one.
+
+        Work deferred by deferred work waits for the next turn, so that a device that always defers more
+        cannot keep its client waiting; the deadline then is `now_ns`.
+        """
+        self._thread = threading.get_ident()
+        for _ in range(len(self._soon)):
+            try:
+                call = self._soon.popleft()
+            except IndexError:
+                break  # what ran has reset the device
+            self._call(call)
+        while self._timers and self._timers[0][0] <= now_ns:
+            with self._lock:
+                if not self._timers:
+                    break
+                _, _, timer = heapq.heappop(self._timers)
+            if timer.call is not None:
+                self._call(timer.call)
+        if self._soon:
+            return now_ns
+        return self._timers[0][0] if self._timers else None
+
+    def _call(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._failed(error)

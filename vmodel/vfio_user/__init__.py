@@ -1,0 +1,1 @@
+"""The vfio-user protocol: QEMU's docs/interop/vfio-user.rst."""
