@@ -1,0 +1,1 @@
+"""For tests of drivers and models: guests, and what they boot from."""
