@@ -169,9 +169,7 @@ def _mirror() -> str:
         )
     if not _KEYRING.exists():
         raise ArtifactError("Debian's keys are not here: apt-get install debian-archive-keyring")
-    output = _run(
-        ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(REPO_URI)", "Created-By: Packages"], timeout=60
-    )
+    output = _run(["apt-get", "indextargets", "--format", "$(ORIGIN)|$(REPO_URI)", "Created-By: Packages"], timeout=60)
     candidates = list(dict.fromkeys(line.partition("|")[::2] for line in output.splitlines()))
     for origin, uri in candidates:
         # Before the first `apt-get update` the origin is not known; then the archive's usual path is.
