@@ -1,0 +1,7 @@
+"""`python -m vmodel`."""
+
+import sys
+
+from vmodel.cli import main
+
+sys.exit(main())

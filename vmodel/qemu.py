@@ -1,0 +1,33 @@
+"""QEMU's command line for a machine; see `docs/system/devices/vfio-user.rst` of QEMU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def memory_args(size: str) -> list[str]:
+    """Guest RAM that the client can pass on as files: else each DMA access would be a message."""
+    return [
+        "-object",
+        f"memory-backend-memfd,id=vmodel-ram,size={size},share=on",
+        "-machine",
+        "q35,memory-backend=vmodel-ram",
+        "-m",
+        size,
+    ]
+
+
+def device_args(name: str, socket: Path, address: str, multifunction: bool) -> list[str]:
+    """`-device` for one function at `address`, "SSSS:BB:DD.F" on bus 00."""
+    slot, function = address[8:].split(".")
+    device: dict[str, object] = {
+        "driver": "vfio-user-pci",
+        "id": name,
+        "socket": {"type": "unix", "path": str(socket)},
+        "bus": "pcie.0",
+        "addr": f"{int(slot, 16):x}.{function}",
+    }
+    if multifunction and function == "0":
+        device["multifunction"] = True
+    return ["-device", json.dumps(device)]
