@@ -42,15 +42,9 @@ def _options(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; its exit status."""
     try:
-        result = app(list(sys.argv[1:] if argv is None else argv), prog_name="vmodel", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except typer.Exit as stop:
-        return stop.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        return 130
-    except typer.TyperException as error:
-        error.show()
-        return error.exit_code
+        app(list(sys.argv[1:] if argv is None else argv), prog_name="vmodel")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
     except ConfigError as error:
         return _fail(str(error), 2)
     except (ArtifactError, GuestError) as error:
@@ -59,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`vmodel regs edu | head`): so be it, and quietly at exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    return 0
 
 
 def _fail(text: str, status: int) -> int:

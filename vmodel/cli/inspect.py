@@ -127,7 +127,7 @@ _CHECKS: dict[str, Callable[[], object]] = {
 }
 
 
-def doctor(as_json: AsJson = False) -> int:
+def doctor(as_json: AsJson = False) -> None:
     """Check what vmodel needs; exit status 1 if something is missing."""
     results = {}
     for name, check in _CHECKS.items():
@@ -138,10 +138,10 @@ def doctor(as_json: AsJson = False) -> int:
     healthy = all(good for good, _ in results.values())
     if as_json:
         print(json.dumps({name: {"ok": good, "detail": text} for name, (good, text) in results.items()}))
-        return 0 if healthy else 1
+        raise typer.Exit(0 if healthy else 1)
     table = Table(box=None, show_header=False)
     for name, (good, text) in results.items():
         mark = "[green]ok[/green]" if good else "[red]missing[/red]"
         table.add_row(mark, name, text.replace(str(Path.home()), "~"))
     _console().print(table)
-    return 0 if healthy else 1
+    raise typer.Exit(0 if healthy else 1)

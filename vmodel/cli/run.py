@@ -106,7 +106,7 @@ def run(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[-- QEMU ARGS]", help="More for QEMU.")] = None,
     run_dir: RunDir = None,
     verbose: Verbose = False,
-) -> int:
+) -> None:
     """Serve a machine and run QEMU with it; the exit status is QEMU's."""
     _log(verbose)
     qemu = artifacts.find_qemu()
@@ -121,7 +121,7 @@ def run(
                     break
                 if stop.is_set():
                     process.terminate()
-    return status if status >= 0 else 128 - status
+    raise typer.Exit(status if status >= 0 else 128 - status)
 
 
 def guest(
@@ -142,7 +142,7 @@ def guest(
     run_dir: RunDir = None,
     stats: Annotated[bool, typer.Option("--stats", help="At the end, say what the devices saw.")] = False,
     verbose: Verbose = False,
-) -> int:
+) -> None:
     """Run a command in a stock guest with a machine's devices; the exit status is the command's."""
     _log(verbose)
     files = [_file(text) for text in file or ()]
@@ -175,7 +175,7 @@ def guest(
                 result = running.wait()
         if stats:
             summary(console, server, result.wall)
-    return result.status
+    raise typer.Exit(result.status)
 
 
 def _end_when(stop: threading.Event, running: Guest) -> None:
