@@ -885,13 +885,13 @@ int vms_reply(vms_chan *chan, uint16_t id, uint16_t command, uint32_t error, con
         return -EINVAL;
     flush(chan);
     if (chan->dead)
-        return -chan->dead;
+        return 0;
     header h = { id, command, (uint32_t)(sizeof h + len), TYPE_REPLY, 0 };
     struct iovec iov[2] = { { &h, sizeof h }, { (void *)(uintptr_t)payload, len } };
     int rc = send_all(chan->main.fd, iov, 2, fds, n_fds);
     if (rc < 0)
         chan->dead = -rc;
-    return rc;
+    return 0;
 }
 
 int vms_command(vms_chan *chan, uint16_t id, uint16_t command, const void *head, size_t head_len, const void *data,

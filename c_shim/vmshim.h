@@ -244,7 +244,7 @@ int vms_chan_open(vms_chan *chan, uint32_t peer_xfer, int twin);
 int vms_enter(vms_chan *chan, uint64_t deadline_ns);
 /* Completes a pending READ or WRITE now, as vms_enter() would, and sends all replies that wait. */
 int vms_complete(vms_chan *chan);
-/* Sends a reply; error != 0: header only. EPIPE and ECONNRESET are reported as CLOSED by vms_enter(). */
+/* Sends a reply; error != 0: header only.  A client that is gone is no error here: vms_enter() will say CLOSED. */
 int vms_reply(vms_chan *chan, uint16_t id, uint16_t command, uint32_t error, const void *payload,
               size_t len, const int *fds, size_t n_fds);
 /* Sends a command of ours (on the twin socket where there is one). */

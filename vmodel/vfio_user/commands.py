@@ -433,7 +433,7 @@ class Session:
     def _feature(self, payload: bytes, fds: FdList) -> Reply:
         request = _parse(wire.DeviceFeature, payload, exact=False)
         flags = request.flags & ~wire.FEATURE_MASK
-        known = FeatureFlags.GET | FeatureFlags.SET | FeatureFlags.PROBE
+        known = int(FeatureFlags.GET | FeatureFlags.SET | FeatureFlags.PROBE)
         if request.argsz < 8 or flags & ~known or not flags:
             raise _invalid(f"argsz {request.argsz}, flags {request.flags:#x}")
         methods = self._features.get(request.flags & wire.FEATURE_MASK)
