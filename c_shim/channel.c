@@ -634,6 +634,10 @@ static int parse(vms_chan *chan, stream *s)
                 answer(chan, &h, EINVAL, NULL, 0);
             continue;
         }
+        if (type == TYPE_REPLY) {
+            close_fds(chan->out_fds, n_fds); /* no reply to a command of ours carries any */
+            n_fds = 0;
+        }
         if (!hot)
             return command_exit(chan, &h, body, len, n_fds);
         switch (h.command) {
