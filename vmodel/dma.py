@@ -118,11 +118,18 @@ class Dma:
     def gather(self, pieces: Sequence[tuple[int, int]]) -> bytes:
         """The bytes of all (iova, size) pieces, one after the other."""
         buffer = bytearray(sum(size for _, size in pieces))
-        try:
-            self._requester.gather(pieces, buffer, 0)
-        except _shim.ByMessage:
-            self._walk_pieces(pieces, memoryview(buffer), Access.READ)
+        self.gather_into(pieces, buffer)
         return bytes(buffer)
+
+    def gather_into(self, pieces: Sequence[tuple[int, int]], buffer: bytearray | memoryview) -> None:
+        """Fills `buffer` from (iova, size) pieces; ValueError when their sizes do not add up to its length."""
+        view = memoryview(buffer).cast("B")
+        if sum(size for _, size in pieces) != len(view):
+            raise ValueError("the pieces and the buffer differ in size")
+        try:
+            self._requester.gather(pieces, view, 0)
+        except _shim.ByMessage:
+            self._walk_pieces(pieces, view, Access.READ)
 
     def scatter(self, pieces: Sequence[tuple[int, int]], data: Buffer) -> None:
         """Writes `data` to (iova, size) pieces; ValueError when their sizes do not add up to its length."""

@@ -2,6 +2,7 @@
  * vfio-user client that does nothing but wait.  Prints nanoseconds per operation, one line a repetition.
  *
  *   peer pp REPEAT COUNT
+ *   peer memcpy REPEAT COUNT                          256 scattered pages, 1 MiB in all
  *   peer SOCKET REPEAT COUNT read REGION OFFSET
  *   peer SOCKET REPEAT COUNT write REGION OFFSET      posted, in bursts of 64, each burst ended by a read
  *   peer SOCKET REPEAT COUNT map LIVE fd|message      DMA_MAP + DMA_UNMAP with LIVE other windows
@@ -159,6 +160,27 @@ static void ping_pong(long repeat, long count)
     waitpid(child, NULL, 0);
 }
 
+static void copy_pages(long repeat, long count)
+{
+    enum { PAGES = 256, STRIDE = 8192 };
+    uint8_t *from = mmap(NULL, PAGES * STRIDE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    uint8_t *to = malloc(PAGES * 4096);
+    if (from == MAP_FAILED || !to)
+        err(1, "memory");
+    memset(from, 1, PAGES * STRIDE);
+    memset(to, 2, PAGES * 4096);
+    for (long r = 0; r < repeat; r++) {
+        double start = now();
+        for (long i = 0; i < count; i++)
+            for (int page = 0; page < PAGES; page++) {
+                memcpy(to + page * 4096, from + (page * 167 % PAGES) * STRIDE, 4096);
+                __asm__ volatile("" ::: "memory");
+            }
+        printf("%.1f\n", (now() - start) / (double)count);
+    }
+    free(to);
+}
+
 int main(int argc, char **argv)
 {
     if (argc < 4)
@@ -166,6 +188,10 @@ int main(int argc, char **argv)
     long repeat = atol(argv[2]), count = atol(argv[3]);
     if (!strcmp(argv[1], "pp")) {
         ping_pong(repeat, count);
+        return 0;
+    }
+    if (!strcmp(argv[1], "memcpy")) {
+        copy_pages(repeat, count);
         return 0;
     }
     if (argc < 7)

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -77,7 +76,7 @@ def driver(client: Client) -> Client:
 def open_fds() -> int:
     """How many fds this process has, those of unreachable objects not counted."""
     gc.collect()
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def fds_settle(expected: int) -> bool:

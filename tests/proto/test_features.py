@@ -112,7 +112,14 @@ def test_a_broken_state_changes_nothing(client: Client, toy: Toy) -> None:
     state = client.migration_read()
     enable(client)
     before = toy.save()
-    for bad in (b"", state[:-1], state + b"x", b"VMS2" + state[4:], state[:4] + b"\xff" * 8, state.replace(b"{", b"[", 1)):
+    for bad in (
+        b"",
+        state[:-1],
+        state + b"x",
+        b"VMS2" + state[4:],
+        state[:4] + b"\xff" * 8,
+        state.replace(b"{", b"[", 1),
+    ):
         client.set_state(S.STOP)
         client.set_state(S.RESUMING)
         client.migration_write(bad)

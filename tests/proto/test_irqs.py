@@ -24,8 +24,11 @@ def on_device(toy: Toy, client: Client, call: object) -> None:
     client.info()
 
 
-@pytest.mark.parametrize("flags", [f for f in range(64) if f not in {
-    d | a for d, a in itertools.product((1, 2, 4), (8, 16, 32))}] + [1 | 32 | 64, 0xFFFFFFFF])
+@pytest.mark.parametrize(
+    "flags",
+    [f for f in range(64) if f not in {d | a for d, a in itertools.product((1, 2, 4), (8, 16, 32))}]
+    + [1 | 32 | 64, 0xFFFFFFFF],
+)
 def test_illegal_flags(client: Client, flags: int) -> None:
     with pytest.raises(OSError) as caught:
         client.set_irqs(Irq.MSIX, flags, data=b"\1" if flags & 2 else b"")

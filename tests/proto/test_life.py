@@ -133,7 +133,7 @@ def test_an_oversized_message_is_drained(client: Client) -> None:
 def test_fds_that_nobody_wants_are_closed(client: Client) -> None:
     fd = os.memfd_create("stray")
     before = open_fds()
-    for command in range(0, 20):
+    for command in range(20):
         for count in (1, 3, 16, 17, 40):
             try:
                 for received in client.request(command, bytes(16), [fd] * count).fds:

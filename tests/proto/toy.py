@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmodel.device import Intx, IoBar, MmioBar, Msi, Msix, Pcie, PciDevice, Pm, on_read, on_write
+from vmodel.device import Intx, IoBar, MmioBar, Msi, Msix, PciDevice, Pcie, Pm, on_read, on_write
 from vmodel.pci.extcaps import Acs, Aer, Ats, Dsn, Pasid, Pri
 from vmodel.regs import RC, RO, W1C, W1S, Reg16, Reg32, Reg64, RegisterBank
 from vmodel.span import MiB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -10,6 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -26,9 +28,7 @@ MAX_XFER = 65536
 PLAIN, HOOKED = 0x00, 0x10
 
 
-def message(
-    command: int, body: bytes = b"", *, id: int = 7, flags: int = 0, size: int | None = None
-) -> bytes:
+def message(command: int, body: bytes = b"", *, id: int = 7, flags: int = 0, size: int | None = None) -> bytes:
     return HEADER.pack(id, command, 16 + len(body) if size is None else size, flags, 0) + body
 
 
@@ -98,7 +98,7 @@ def rig() -> Iterator[Rig]:
 
 
 def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 # ---- served without Python ---------------------------------------------------------------------
@@ -159,9 +159,7 @@ def test_a_refused_access_is_an_error_reply(rig: Rig) -> None:
 def test_posted_writes_come_in_batches_and_in_order(rig: Rig) -> None:
     # The plain write in the middle must not overtake the hooked one before it.
     rig.send(
-        b"".join(
-            write(at, bytes([n]), flags=NO_REPLY) for n, at in enumerate((PLAIN, HOOKED, PLAIN, HOOKED + 1))
-        )
+        b"".join(write(at, bytes([n]), flags=NO_REPLY) for n, at in enumerate((PLAIN, HOOKED, PLAIN, HOOKED + 1)))
         + read(PLAIN)
     )
     assert rig.enter() == _shim.EXIT_POSTED
@@ -322,10 +320,8 @@ def test_an_oversized_message_is_drained(rig: Rig) -> None:
     rig.client.setblocking(False)
     data = message(WRITE, size=size) + bytes(size - 16) + read(PLAIN)
     while data:
-        try:
+        with contextlib.suppress(BlockingIOError):
             data = data[rig.client.send(data) :]
-        except BlockingIOError:
-            pass
         assert rig.channel.enter(0) == _shim.EXIT_TIMEOUT
     rig.enter()
     rig.client.setblocking(True)

@@ -1,0 +1,112 @@
+"""Fixtures for tests in real guests.  Logs of a failed test are kept in artifacts/TEST."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from vmodel.device import PciDevice
+from vmodel.qemu import device_args, memory_args
+from vmodel.server import Server
+from vmodel.testing.artifacts import KERNELS, find_kernel
+from vmodel.testing.guest import Guest, GuestSpec
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
+    report = yield
+    if report.when == "call":
+        item.stash[failed_key] = report.failed
+    return report
+
+
+failed_key = pytest.StashKey[bool]()
+
+
+@pytest.fixture
+def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Where a test's logs go; kept under artifacts/ if it fails."""
+    yield tmp_path / "logs"
+    if request.node.stash.get(failed_key, True) and (tmp_path / "logs").exists():
+        kept = ROOT / "artifacts" / re.sub(r"[^\w.-]+", "_", request.node.name)
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(tmp_path / "logs", kept)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Each of the guest kernels."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Compiles a C program of the repository for the guest."""
+    folder = tmp_path_factory.mktemp("programs")
+
+    def compile_(source: str) -> Path:
+        target = folder / Path(source).stem
+        if not target.exists():
+            subprocess.run(
+                ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", target, ROOT / source], check=True
+            )
+        return target
+
+    return compile_
+
+
+Boot = Callable[..., Guest]
+
+
+@pytest.fixture
+def boot(artifacts: Path, tmp_path: Path) -> Iterator[Boot]:
+    """Serves a device and makes a guest (not yet started) with it in slot 3."""
+    servers: list[Server] = []
+    devices: list[PciDevice] = []
+
+    def make(
+        device: PciDevice | Path,
+        command: str,
+        *,
+        kernel: str = "6.12",
+        fds: bool = True,
+        modules: Sequence[str] = (),
+        files: Sequence[Path] = (),
+        reboot: bool = False,
+        **properties: object,
+    ) -> Guest:
+        if isinstance(device, PciDevice):
+            path = tmp_path / "device.sock"
+            server = Server()
+            server.add(device, path)
+            server.start()
+            servers.append(server)
+            devices.append(device)
+        else:
+            path = device
+        args = device_args("device", path, "0000:00:03.0", False)
+        args[1] = json.dumps({**json.loads(args[1]), **properties})
+        spec = GuestSpec(
+            command=command,
+            kernel=find_kernel(kernel),
+            modules=modules,
+            files=[(file, f"root/{file.name}") for file in files],
+            qemu_args=[*(memory_args("512M") if fds else ["-m", "512M"]), *args],
+            allow_reboot=reboot,
+            timeout=90,
+        )
+        return Guest(spec, artifacts=artifacts)
+
+    yield make
+    for server in servers:
+        server.stop()
+    for device in devices:
+        device.close()

@@ -1,0 +1,54 @@
+"""The code in README.md works."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(
+    r"```(\w+)\n(?:# FILE: (\S+)\n|<!-- .*? -->\n)?(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The files that the README shows, under their names."""
+    for _, name, text in BLOCKS:
+        if name:
+            (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_the_blocks_are_there() -> None:
+    assert {name for _, name, _ in BLOCKS if name} == {"counter.py", "counter.toml", "test_counter.py"}
+
+
+def test_the_machine_and_its_model(files: Path) -> None:
+    line = [sys.executable, "-m", "vmodel", "qemu-args", "counter.toml"]
+    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=True)
+    assert "vfio-user-pci" in done.stdout
+    line = [sys.executable, "-m", "vmodel", "regs", "counter.py:Counter"]
+    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=True)
+    assert "COUNT" in done.stdout
+
+
+def test_the_test_of_the_model(files: Path) -> None:
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_counter.py"]
+    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=False)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_commands_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for script in set(re.findall(r"\./(scripts/[\w-]+)", text)):
+        assert (ROOT / script).stat().st_mode & 0o111, script
+    for command in set(re.findall(r"`vmodel ([\w-]+)", text)):
+        done = subprocess.run(
+            [sys.executable, "-m", "vmodel", command, "--help"], capture_output=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, command
