@@ -16,7 +16,7 @@ from vmodel.vfio_user.wire import Command
 
 def test_capabilities(raw: Client) -> None:
     assert raw.negotiate() == {
-        "max_msg_fds": 16,
+        "max_msg_fds": 8,
         "max_data_xfer_size": 1 << 20,
         "max_dma_maps": 65535,
         "pgsizes": 4096,
@@ -26,7 +26,26 @@ def test_capabilities(raw: Client) -> None:
 
 def test_the_answer_is_a_subset_of_what_was_offered(raw: Client) -> None:
     nothing = dict.fromkeys(DEFAULT_CAPABILITIES)
-    assert raw.negotiate(**{**nothing, "max_msg_fds": 1}) == {"max_msg_fds": 16}
+    assert raw.negotiate(**{**nothing, "max_msg_fds": 1}) == {"max_msg_fds": 1}
+    assert raw.info().num_regions == 9
+
+
+@pytest.mark.parametrize(
+    ("offered", "answered"),
+    [
+        ({"max_msg_fds": 1000}, {"max_msg_fds": 16}),
+        ({"max_data_xfer_size": 4096}, {"max_data_xfer_size": 4096}),
+        ({"max_data_xfer_size": 2**32 - 1}, {"max_data_xfer_size": 1 << 20}),
+        ({"max_dma_maps": 7}, {"max_dma_maps": 7}),
+        ({"max_dma_maps": 2**64 - 1}, {"max_dma_maps": 65535}),
+        ({"pgsizes": 0x201000}, {"pgsizes": 0x1000}),
+        ({"pgsizes": 0x200000}, {"pgsizes": 0x200000}),
+        ({"write_multiple": False}, {}),
+    ],
+)
+def test_no_value_is_above_the_clients_own(raw: Client, offered: dict[str, Any], answered: dict[str, Any]) -> None:
+    nothing = dict.fromkeys(DEFAULT_CAPABILITIES)
+    assert raw.negotiate(**{**nothing, **offered}) == answered
 
 
 def test_no_data_at_all(raw: Client) -> None:
@@ -66,6 +85,7 @@ def test_the_reply_is_no_longer_than_qemus_request(raw: Client) -> None:
                 {"max_data_xfer_size": 0},
                 {"max_data_xfer_size": 1 << 32},
                 {"pgsizes": 0},
+                {"pgsizes": 0x200},
                 {"write_multiple": 1},
                 {"twin_socket": True},
                 {"twin_socket": {"supported": "yes"}},

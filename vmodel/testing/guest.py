@@ -1,8 +1,8 @@
 """Runs a command in a real guest: stock QEMU (TCG), a stock Debian kernel, an initramfs made on the spot.
 
-The guest has three serial ports: the console, what the command prints (8-bit clean, both ways), and its exit
-status.  Everything is bounded in time, and the artefacts (console, output, QEMU's own words, its command line) are
-kept in a folder if one is given.
+The guest has three serial ports: the console; what the command prints (8-bit clean, both ways); and the harness's own,
+for the exit status. So kernel messages mix with neither. Everything is bounded in time, and the artefacts (console,
+output, QEMU's own words, its command line) are written as they come to a folder, if one is given.
 """
 
 from __future__ import annotations
@@ -21,30 +21,57 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 from vmodel.testing import initramfs
 from vmodel.testing.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
 
-#: Kernel arguments: quick to boot under TCG, and a panic ends the run.
-_APPEND = "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on no_timer_check tsc=reliable"
+#: Kernel arguments: quick to boot under TCG (the crypto self-tests alone take 0.7 s), and a panic ends the run.
+_APPEND = (
+    "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on no_timer_check tsc=reliable"
+    " cryptomgr.notests"
+)
+#: Seconds that a guest gets to power off after its command has ended, or to print the rest of a panic.
+_GRACE_OFF = 20.0
+_GRACE_PANIC = 1.0
 
 
 class GuestError(Exception):
-    """The guest did not run the command to its end: panic, timeout, or QEMU died."""
+    """The guest did not run the command to its end; a subclass says why.  The text has the console's last lines."""
+
+
+class GuestPanic(GuestError):
+    """The guest's kernel panicked."""
+
+
+class GuestTimeout(GuestError):
+    """The time was over before the command was."""
+
+
+class QemuDied(GuestError):
+    """QEMU ended with an error, or by a signal."""
+
+
+class GuestOff(GuestError):
+    """The guest was off before its command had ended: it powered off, or rebooted without `allow_reboot`."""
+
+
+class ModuleError(GuestError):
+    """A kernel module did not load."""
 
 
 @dataclass
 class GuestSpec:
-    """What to run.  `qemu_args` attaches devices and may replace the memory."""
+    """What to run.  `qemu_args` attaches devices and may replace the memory and the machine."""
 
-    #: Words, or a shell script.
+    #: Words, or a shell script. It starts anew when the guest reboots; $VMODEL_BOOT counts from 1.
     command: Sequence[str] | str
     kernel: Kernel | None = None
+    #: Loaded before the command, with what they depend on; one that does not load ends the run (ModuleError).
     modules: Sequence[str] = ()
-    #: (path here, path in the guest).
-    files: Sequence[tuple[Path, str]] = ()
-    #: More kernel arguments.
+    #: A path here (it becomes /root/NAME), or (path here, path in the guest).
+    files: Sequence[Path | tuple[Path, str]] = ()
+    #: More kernel arguments; they come last, so they win.
     append: str = ""
     qemu_args: Sequence[str] = ("-m", "512M")
     #: Seconds for the whole run.
@@ -52,25 +79,36 @@ class GuestSpec:
     #: Whether a reboot of the guest is one, or its end.
     allow_reboot: bool = False
     qemu: Qemu | None = None
+    #: Kernel modules that are there for `modprobe`, but not loaded.
+    extra_modules: Sequence[str] = ()
 
 
 @dataclass
 class GuestResult:
-    """How it went: the command's exit status, what it printed, the console, seconds."""
+    """How it went."""
 
+    #: The command's exit status, 0..255; 128 + N for signal N, as a shell has it.
     status: int
+    #: What the command printed on stdout and stderr.
     output: bytes
     console: str
+    #: Seconds from QEMU's start to its end.
     wall: float
+    #: Whether the guest could power off; if not, a driver's shutdown hung, and QEMU was killed.
+    powered_off: bool = True
+    #: How often the guest booted: 1 if it never rebooted.
+    boots: int = 1
 
 
 @dataclass
 class _Port:
-    """One serial port: our end of it, and what has come."""
+    """One serial port: our end of it, what has come, how much of that `expect` has consumed, and a log file."""
 
     ours: socket.socket
     theirs: socket.socket
     received: bytearray = field(default_factory=bytearray)
+    consumed: int = 0
+    log: BinaryIO | None = None
 
     @classmethod
     def make(cls) -> _Port:
@@ -88,10 +126,18 @@ class Guest:
         on_output: Callable[[bytes], None] | None = None,
         on_console: Callable[[bytes], None] | None = None,
     ) -> None:
-        """`artifacts`: a folder for logs.  The callbacks get what comes, on a thread of the guest's."""
+        """`artifacts`: a folder for logs.  The callbacks get what comes, on a thread of the guest's.
+
+        An exception in a callback ends QEMU and is raised by `wait`.
+        """
         self.spec = spec
         self.artifacts = artifacts
+        #: QEMU's command line, after `start`.
+        self.line: list[str] = []
+        #: How often the guest has booted so far.
+        self.boots = 0
         self._callbacks = {"output": on_output, "console": on_console}
+        self._callback_error: BaseException | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="vmodel-guest-")
         folder = Path(self._scratch.name)
         #: QMP's unix socket.
@@ -102,16 +148,17 @@ class Guest:
         self._process: subprocess.Popen[bytes] | None = None
         self._qemu_log = folder / "qemu.log"
         self._started = 0.0
-        self.line: list[str] = []
 
     # ---- life -------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Boots it.  ArtifactError: QEMU, a kernel, busybox or a module is missing."""
+        """Boots it.  ArtifactError: QEMU, a kernel, busybox or a module is missing; ConfigError: a file is."""
         spec, folder = self.spec, Path(self._scratch.name)
         qemu, kernel = spec.qemu or find_qemu(), spec.kernel or find_kernel()
         image = folder / "initramfs"
-        image.write_bytes(initramfs.build(kernel, find_busybox(), spec.command, spec.modules, spec.files))
+        image.write_bytes(
+            initramfs.build(kernel, find_busybox(), spec.command, spec.modules, spec.files, spec.extra_modules)
+        )
         self.line = [str(qemu.path), "-accel", "tcg", "-cpu", "max", "-nodefaults", "-no-user-config"]
         self.line += ["-display", "none", "-kernel", str(kernel.image), "-initrd", str(image)]
         self.line += ["-append", f"{_APPEND} {spec.append}".strip()]
@@ -122,7 +169,12 @@ class Guest:
         for name, port in self._ports.items():
             self.line += ["-chardev", f"socket,id={name},fd={port.theirs.fileno()}", "-serial", f"chardev:{name}"]
         self.line += ["-qmp", f"unix:{self.qmp},server=on,wait=off", *spec.qemu_args]
-        self._keep("qemu.line", shlex.join(self.line) + "\n")
+        if self.artifacts is not None:
+            self.artifacts.mkdir(parents=True, exist_ok=True)
+            (self.artifacts / "qemu.line").write_text(shlex.join(self.line) + "\n")
+            self._qemu_log = self.artifacts / "qemu.log"
+            for name, port in self._ports.items():
+                port.log = (self.artifacts / f"{name}.log").open("wb", buffering=0)
         with self._qemu_log.open("wb") as log:
             self._started = time.monotonic()
             self._process = subprocess.Popen(
@@ -150,12 +202,31 @@ class Guest:
                         data = b""
                     if not data:
                         selector.unregister(port.ours)
+                    if port.log:
+                        port.log.write(data)
                     with self._changed:
                         port.received += data
                         self._changed.notify_all()
-                    callback = self._callbacks.get(name)
-                    if callback and data:
-                        callback(data)
+                    if name == "status":
+                        self._answer(port)
+                    self._call_back(name, data)
+
+    def _answer(self, port: _Port) -> None:
+        # The only question of the guest's: how often has it booted? It cannot know, its memory is new each time.
+        boots = bytes(port.received).count(b"boot\n")
+        while self.boots < boots:
+            self.boots += 1
+            with contextlib.suppress(OSError):
+                port.ours.sendall(b"%d\n" % self.boots)
+
+    def _call_back(self, name: str, data: bytes) -> None:
+        callback = self._callbacks.get(name)
+        if callback and data and self._callback_error is None:
+            try:
+                callback(data)
+            except BaseException as error:  # raised again by wait(): this thread has nobody to tell
+                self._callback_error = error
+                self.kill()
 
     @property
     def pid(self) -> int:
@@ -175,23 +246,16 @@ class Guest:
             self._process.wait()
 
     def close(self) -> None:
-        """Ends QEMU if it runs, keeps the artefacts, removes scratch files."""
+        """Ends QEMU if it runs, removes scratch files."""
         self.kill()
         if self._reader.ident is not None:
             self._reader.join(10)
         for port in self._ports.values():
             port.ours.close()
             port.theirs.close()
-        for name, port in self._ports.items():
-            self._keep(f"{name}.log", bytes(port.received))
-        if self._qemu_log.exists():
-            self._keep("qemu.log", self._qemu_log.read_bytes())
+            if port.log:
+                port.log.close()
         self._scratch.cleanup()
-
-    def _keep(self, name: str, data: bytes | str) -> None:
-        if self.artifacts is not None:
-            self.artifacts.mkdir(parents=True, exist_ok=True)
-            (self.artifacts / name).write_bytes(data.encode() if isinstance(data, str) else data)
 
     def __enter__(self) -> Self:
         try:
@@ -221,40 +285,77 @@ class Guest:
             return bytes(self._ports["output"].received)
 
     def send(self, data: bytes) -> None:
-        """To the command's standard input."""
+        """To the command's standard input, which never ends: commands that read up to its end wait for ever."""
         self._ports["output"].ours.sendall(data)
 
     def expect(self, pattern: bytes, timeout: float = 60.0, *, port: str = "output") -> re.Match[bytes]:
-        """Waits until what the command (or the "console") has printed matches; GuestError when it never does."""
-        deadline = time.monotonic() + timeout
-        with self._changed:
-            while True:
-                match = re.search(pattern, bytes(self._ports[port].received))
+        """Waits until what the command (or the "console") has printed since the last match matches `pattern`.
+
+        GuestTimeout if it does not in `timeout` seconds; as `wait` does if the guest ends before.
+        """
+        here, deadline = self._ports[port], time.monotonic() + timeout
+        while True:
+            alive = self.running()
+            if not alive:
+                self._reader.join(10)  # its last words
+            with self._changed:
+                match = re.search(pattern, bytes(here.received[here.consumed :]))
                 if match:
+                    here.consumed += match.end()
                     return match
                 left = deadline - time.monotonic()
-                if left <= 0 or not self.running():
-                    raise GuestError(f"{pattern!r} did not come on {port} in {timeout} s{self._tail()}")
-                self._changed.wait(min(left, 0.5))
+                if left <= 0:
+                    raise GuestTimeout(f"{pattern!r} did not come on {port} in {timeout} s{self._tail()}")
+                if alive:
+                    self._changed.wait(min(left, 0.5))
+            if not alive:
+                self.wait()
+                raise GuestOff(f"the command ended, and {pattern!r} had not come on {port}{self._tail()}")
 
     def wait(self) -> GuestResult:
-        """Waits for the guest's end.  GuestError: panic, timeout, or no exit status."""
-        assert self._process is not None
-        left = self.spec.timeout - (time.monotonic() - self._started)
-        try:
-            code = self._process.wait(max(left, 0))
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise GuestError(f"the guest did not end in {self.spec.timeout} s{self._tail()}") from None
+        """Waits for the guest's end.  GuestError: its subclasses say what else may come."""
+        if self._process is None:
+            raise RuntimeError("the guest has not been started")
+        deadline = self._started + self.spec.timeout
+        killed = None
+        verdict: re.Match[bytes] | None = None
+        panic: re.Match[str] | None = None
+        while self._process.poll() is None and killed is None:
+            with self._changed:
+                self._changed.wait(0.1)
+            now = time.monotonic()
+            if verdict is None and (verdict := self._verdict()):
+                deadline = min(deadline, now + _GRACE_OFF)
+            if panic is None and (panic := self._panic()):
+                deadline = min(deadline, now + _GRACE_PANIC)  # it may reboot, or stand still, by its arguments
+            if now >= deadline:
+                killed = "time"
+                self.kill()
         self._reader.join(10)
         wall = time.monotonic() - self._started
-        match = re.search(rb"status (\d+)", bytes(self._ports["status"].received))
-        if match:
-            return GuestResult(int(match[1]), self.output, self.console, wall)
-        if panic := re.search(r"Kernel panic[^\n]*", self.console):
-            raise GuestError(f"{panic[0].strip()}{self._tail()}")
-        said = self._qemu_log.read_text(errors="replace").strip()
-        raise GuestError(f"QEMU ended with status {code} before the command did: {said or 'it said nothing'}")
+        if self._callback_error is not None:
+            raise self._callback_error
+        verdict, panic, code = self._verdict(), self._panic(), self._process.returncode
+        if verdict and verdict[1] == b"status":
+            return GuestResult(int(verdict[2]), self.output, self.console, wall, killed is None, max(self.boots, 1))
+        if verdict:
+            raise ModuleError(f"module {verdict[2].decode()} did not load{self._tail()}")
+        if panic:
+            raise GuestPanic(f"{panic[0].strip()}{self._tail()}")
+        if killed:
+            raise GuestTimeout(f"the guest did not end in {self.spec.timeout} s{self._tail()}")
+        said = self._qemu_log.read_text(errors="replace").strip() if self._qemu_log.exists() else ""
+        if code:
+            how = f"by signal {-code}" if code < 0 else f"with status {code}"
+            raise QemuDied(f"QEMU ended {how} before the command did: {said or 'it said nothing'}{self._tail()}")
+        raise GuestOff(f"the guest was off before the command had ended{f': {said}' if said else ''}{self._tail()}")
+
+    def _verdict(self) -> re.Match[bytes] | None:
+        with self._changed:
+            return re.search(rb"^(status|module) (\w+)\n", bytes(self._ports["status"].received), re.MULTILINE)
+
+    def _panic(self) -> re.Match[str] | None:
+        return re.search(r"Kernel panic - not syncing[^\n]*", self.console)
 
     def _tail(self) -> str:
         lines = [line for line in self.console.splitlines() if line.strip()][-5:]
@@ -262,9 +363,15 @@ class Guest:
         return f"{kept}; the console's end:\n  " + "\n  ".join(lines) if lines else kept
 
 
-def run_guest(spec: GuestSpec, *, artifacts: Path | None = None) -> GuestResult:
+def run_guest(
+    spec: GuestSpec,
+    *,
+    artifacts: Path | None = None,
+    on_output: Callable[[bytes], None] | None = None,
+    on_console: Callable[[bytes], None] | None = None,
+) -> GuestResult:
     """Boots, runs the command, returns when the guest is off.  GuestError as in `Guest.wait`."""
-    with Guest(spec, artifacts=artifacts) as guest:
+    with Guest(spec, artifacts=artifacts, on_output=on_output, on_console=on_console) as guest:
         return guest.wait()
 
 

@@ -1,69 +1,96 @@
-"""An initramfs for a guest: busybox, kernel modules in load order, files, and /init.  Format: cpio "newc"."""
+"""An initramfs for a guest: busybox, kernel modules in load order, files, and /init.
+
+Format: cpio "newc", uncompressed (the kernel's Documentation/driver-api/early-userspace/buffer-format.rst).
+Unpacking a few MiB costs a guest less than decompressing them.
+"""
 
 from __future__ import annotations
 
+import gzip
 import lzma
 import re
+import shlex
+import shutil
 import stat
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import struct
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 
+from vmodel.errors import ConfigError
 from vmodel.testing.artifacts import ArtifactError, Kernel
 
-#: Commands of busybox that /init and most test scripts use; `busybox --install` makes the others.
-_APPLETS = ("sh", "mount", "insmod", "modprobe", "poweroff", "reboot", "cat", "echo", "ls", "sleep", "mknod")
+#: Commands that /init needs before `busybox --install` has made the others.
+_APPLETS = ("sh", "mount")
 
 
 class Cpio:
-    """A cpio archive in the making."""
+    """A cpio archive in the making. Paths are the guest's; a leading slash changes nothing.
+
+    Raises ConfigError for a path that is taken, leads upwards, or does not fit the format.
+    """
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
-        self._size = 0
         self._inode = 0
-        self._seen: set[str] = set()
+        self._folders: set[str] = set()
+        self._others: set[str] = set()
 
-    def _entry(self, name: str, mode: int, data: bytes, device: tuple[int, int] = (0, 0)) -> None:
+    def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        """A regular file with its folders."""
+        self._add(path, stat.S_IFREG | mode, data)
+
+    def folder(self, path: str) -> None:
+        """A folder; one that is there already stays."""
+        self._parents(self._clean(path) + "/x")
+
+    def link(self, path: str, target: str) -> None:
+        """A symbolic link."""
+        self._add(path, stat.S_IFLNK | 0o777, target.encode())
+
+    def node(self, path: str, major: int, minor: int) -> None:
+        """A character device."""
+        self._add(path, stat.S_IFCHR | 0o600, b"", (major, minor))
+
+    def finish(self) -> bytes:
+        """The whole archive."""
+        self._entry("TRAILER!!!", 0, b"", (0, 0))
+        return b"".join(self._parts)
+
+    def _clean(self, path: str) -> str:
+        name = str(PurePosixPath(path.lstrip("/")))
+        # The kernel silently skips an entry whose name is longer than PATH_MAX.
+        if name == "." or ".." in name.split("/") or "\0" in name or len(name.encode()) > 4095:
+            raise ConfigError(f"{path[:80]!r} is no path for a file in the guest")
+        return name
+
+    def _add(self, path: str, mode: int, data: bytes, device: tuple[int, int] = (0, 0)) -> None:
+        name = self._clean(path)
+        if name in self._others or name in self._folders:
+            raise ConfigError(f"/{name} would be in the guest twice")
+        if len(data) >= 1 << 32:
+            raise ConfigError(f"/{name} is too large for an initramfs: {len(data)} bytes")
+        self._parents(name)
+        self._others.add(name)
+        self._entry(name, mode, data, device)
+
+    def _parents(self, name: str) -> None:
+        for parent in reversed(PurePosixPath(name).parents[:-1]):
+            folder = str(parent)
+            if folder in self._others:
+                raise ConfigError(f"/{folder} would be a file and a folder in the guest")
+            if folder not in self._folders:
+                self._folders.add(folder)
+                self._entry(folder, stat.S_IFDIR | 0o755, b"", (0, 0))
+
+    def _entry(self, name: str, mode: int, data: bytes, device: tuple[int, int]) -> None:
         self._inode += 1
         encoded = name.encode() + b"\0"
+        # c_ino c_mode c_uid c_gid c_nlink c_mtime c_filesize c_maj c_min c_rmaj c_rmin c_namesize c_chksum
         fields = (self._inode, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
         head = b"070701" + b"".join(b"%08X" % value for value in fields) + encoded
         for part in (head, data):
             self._parts.append(part + bytes(-len(part) % 4))
-
-    def _parents(self, path: str) -> None:
-        for parent in reversed(Path(path).parents):
-            name = str(parent)
-            if name not in (".", "/") and name not in self._seen:
-                self._seen.add(name)
-                self._entry(name, stat.S_IFDIR | 0o755, b"")
-
-    def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        """A regular file at `path` (no leading slash needed), with its folders."""
-        path = path.lstrip("/")
-        self._parents(path)
-        self._entry(path, stat.S_IFREG | mode, data)
-
-    def folder(self, path: str) -> None:
-        """A folder."""
-        self._parents(path.strip("/") + "/x")
-
-    def link(self, path: str, target: str) -> None:
-        """A symbolic link."""
-        path = path.lstrip("/")
-        self._parents(path)
-        self._entry(path, stat.S_IFLNK | 0o777, target.encode())
-
-    def node(self, path: str, major: int, minor: int) -> None:
-        """A character device."""
-        path = path.lstrip("/")
-        self._parents(path)
-        self._entry(path, stat.S_IFCHR | 0o600, b"", (major, minor))
-
-    def finish(self) -> bytes:
-        """The whole archive."""
-        self._entry("TRAILER!!!", 0, b"")
-        return b"".join(self._parts)
 
 
 # ---- kernel modules ----------------------------------------------------------------------------------
@@ -73,66 +100,141 @@ def _module_name(path: Path) -> str:
     return path.name.partition(".ko")[0].replace("-", "_")
 
 
-def _load(path: Path) -> bytes:
-    """A module's ELF file, decompressed; ArtifactError for a compression that is not supported."""
-    data = path.read_bytes()
-    if path.suffix == ".xz":
-        return lzma.decompress(data)
-    if path.suffix == ".ko":
-        return data
-    raise ArtifactError(f"{path}: modules compressed as {path.suffix} are not supported: only .xz and plain ones")
+def _zstd(data: bytes) -> bytes:
+    if not shutil.which("zstd"):
+        raise ArtifactError("modules of this kernel are compressed with zstd: install the program zstd")
+    return subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, check=True, timeout=60).stdout
+
+
+_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".ko": bytes,
+    ".xz": lzma.decompress,
+    ".gz": gzip.decompress,
+    ".zst": _zstd,
+}
+
+
+def load_module(path: Path) -> bytes:
+    """A module's ELF file, decompressed by its suffix.  ArtifactError if that cannot be done."""
+    try:
+        return _DECOMPRESS[path.suffix](path.read_bytes())
+    except KeyError:
+        raise ArtifactError(f"compression {path.suffix} is not known", file=path) from None
+    except (OSError, EOFError, lzma.LZMAError, subprocess.SubprocessError) as error:
+        raise ArtifactError(f"cannot be read: {error}", file=path) from None
+
+
+def modinfo(elf: bytes) -> Iterator[tuple[str, str]]:
+    """What a module says of itself, as (key, value): the strings of its .modinfo section.  ValueError: no such ELF."""
+    try:
+        if elf[:6] != b"\x7fELF\2\1":
+            raise ValueError("not a little-endian ELF64 file")
+        (sections,) = struct.unpack_from("<Q", elf, 0x28)
+        size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+        headers = [struct.unpack_from("<IIQQQQ", elf, sections + i * size) for i in range(count)]
+        text = headers[names][4]
+        for name, _, _, _, offset, length in headers:
+            if elf[text + name : text + name + 9] == b".modinfo\0":
+                for entry in elf[offset : offset + length].split(b"\0"):
+                    key, equals, value = entry.decode("utf-8", "replace").partition("=")
+                    if equals:
+                        yield key, value
+    except (struct.error, IndexError) as error:
+        raise ValueError(f"a broken ELF file: {error}") from None
+
+
+def _needs(elf: bytes) -> tuple[list[str], list[str]]:
+    """The modules that must, and those that should if they exist, be loaded before this one."""
+    hard: list[str] = []
+    soft: list[str] = []
+    for key, value in modinfo(elf):
+        if key == "depends":
+            hard += [name for name in value.split(",") if name]
+        elif key == "softdep" and (before := re.match(r"\s*pre:((?:\s+[\w-]+(?!:)\b)*)", value)):
+            soft += before[1].split()
+    return hard, soft
 
 
 def modules_in_order(kernel: Kernel, names: Iterable[str]) -> list[tuple[str, bytes]]:
     """(name, ELF) of the modules and all they depend on, dependencies first; built-in ones are left out.
 
-    What a module depends on is read from the module itself, as no depmod is needed for that.  ArtifactError for a
-    name that the kernel has not.
+    What a module depends on is read from the module itself: Debian's packages have no modules.dep, and a depmod is not
+    needed so.  ArtifactError for a name that the kernel has not.
     """
+    return [(name, elf) for name, elf, _ in _ordered(kernel, names)]
+
+
+def _ordered(kernel: Kernel, names: Iterable[str]) -> list[tuple[str, bytes, list[str]]]:
+    wanted = list(names)
+    if not wanted:
+        return []
+    if kernel.modules is None:
+        raise ArtifactError(f"kernel {kernel.release} has no modules beside {kernel.image}")
     index = {_module_name(path): path for path in kernel.modules.rglob("*.ko*")}
     builtin_file = kernel.modules / "modules.builtin"
-    builtin = (
-        {_module_name(Path(line)) for line in builtin_file.read_text().split()} if builtin_file.exists() else set()
-    )
-    done: dict[str, bytes] = {}
+    builtin = {_module_name(Path(line)) for line in builtin_file.read_text().split()} if builtin_file.is_file() else ()
+    done: dict[str, tuple[bytes, list[str]]] = {}
+    under_way: list[str] = []
 
-    def visit(name: str, wanted_by: str) -> None:
+    def visit(name: str) -> None:
         name = name.replace("-", "_")
         if name in done or name in builtin:
             return
+        if name in under_way:
+            raise ArtifactError(f"modules depend on each other: {' > '.join([*under_way, name])}")
         if name not in index:
-            raise ArtifactError(f"kernel {kernel.release} has no module {name!r}{wanted_by}")
-        elf = _load(index[name])
-        match = re.search(rb"(?:^|\0)depends=([\w,-]*)\0", elf)
-        for dependency in match[1].decode().split(",") if match else ():
-            if dependency:
-                visit(dependency, f" (needed by {name})")
-        done[name] = elf
+            needed = f" (needed by {under_way[-1]})" if under_way else ""
+            raise ArtifactError(f"kernel {kernel.release} has no module {name!r}{needed}")
+        elf = load_module(index[name])
+        try:
+            hard, soft = _needs(elf)
+        except ValueError as error:
+            raise ArtifactError(str(error), file=index[name]) from None
+        hard = [need.replace("-", "_") for need in hard]
+        under_way.append(name)
+        for need in hard:
+            visit(need)
+        for need in soft:  # often the name of an algorithm, not of a module; and loops are allowed here
+            if (need := need.replace("-", "_")) in index and need not in under_way:
+                visit(need)
+        under_way.pop()
+        done[name] = elf, [need for need in hard if need not in builtin]
 
-    for name in names:
-        visit(name, "")
-    return list(done.items())
+    for name in wanted:
+        visit(name)
+    return [(name, elf, hard) for name, (elf, hard) in done.items()]
 
 
 # ---- the whole ---------------------------------------------------------------------------------------
 
+# The third serial port is the harness's own: "boot" is answered with how often this guest has booted, and one of
+# "status N" and "module NAME" ends the run. The second one is the command's stdin, stdout and stderr. Kernel messages
+# mix with neither. A tty's last close waits until all is sent, so nothing is lost at poweroff.
 _INIT = """#!/bin/sh
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=dumb
 /bin/busybox --install -s /bin
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
-for module in {modules}; do
-    insmod /modules/$module.ko || echo "vmodel: insmod $module failed" >/dev/console
+mount -t debugfs debug /sys/kernel/debug 2>/dev/null
+stty -F /dev/ttyS1 raw -echo
+stty -F /dev/ttyS2 raw -echo
+exec 3<>/dev/ttyS2
+echo boot >&3
+read -t 10 VMODEL_BOOT <&3
+export VMODEL_BOOT
+finish() {{
+    sync
+    echo "$@" >&3
+    exec 3>&-
+    poweroff -f
+}}
+for module in {load}; do
+    insmod "/lib/modules/{release}/$module.ko" 2>/dev/console || finish module $module
 done
-# The second serial port carries what the command prints, the third its exit status: kernel messages mix with neither.
-stty -F /dev/ttyS1 raw -echo 2>/dev/null
 cd /root
-sh /vmodel-command </dev/ttyS1 >/dev/ttyS1 2>&1
-status=$?
-sync
-stty -F /dev/ttyS2 raw -echo 2>/dev/null
-echo "status $status" >/dev/ttyS2
-poweroff -f
+sh /vmodel-command </dev/ttyS1 >/dev/ttyS1 2>&1 3>&-
+finish status $?
 """
 
 
@@ -141,30 +243,46 @@ def build(
     busybox: Path,
     command: Sequence[str] | str,
     modules: Iterable[str] = (),
-    files: Iterable[tuple[Path, str]] = (),
+    files: Iterable[Path | tuple[Path, str]] = (),
+    extra_modules: Iterable[str] = (),
 ) -> bytes:
     """An initramfs that runs `command` (words, or a shell script) and powers off.
 
-    `files`: (path on this machine, path in the guest); executable ones stay so.
+    `modules` are loaded in the order given, dependencies first; `extra_modules` are there for `modprobe`.
+    `files`: (path on this machine, path in the guest), or a path for /root/NAME; executable ones stay so.
+    ArtifactError: busybox or a module is missing.  ConfigError: a file is missing, or its place in the guest is taken.
     """
     archive = Cpio()
-    for folder in ("proc", "sys", "dev", "tmp", "root", "bin", "modules"):
+    for folder in ("proc", "sys", "dev", "tmp", "root", "bin", "sbin", "usr/bin", "usr/sbin", "run", "etc"):
         archive.folder(folder)
     archive.node("dev/console", 5, 1)
     archive.node("dev/null", 1, 3)
-    archive.file("bin/busybox", busybox.read_bytes(), 0o755)
+    archive.file("bin/busybox", _read(busybox), 0o755)
     for applet in _APPLETS:
         archive.link(f"bin/{applet}", "busybox")
-    ordered = modules_in_order(kernel, modules)
-    for name, elf in ordered:
-        archive.file(f"modules/{name}.ko", elf)
-    for source, target in files:
-        archive.file(target, source.read_bytes(), source.stat().st_mode & 0o777)
-    script = command if isinstance(command, str) else " ".join(_quote(word) for word in command)
+    load = list(modules)
+    ordered = _ordered(kernel, [*load, *extra_modules])
+    home = f"lib/modules/{kernel.release}"
+    below: dict[str, set[str]] = {}
+    dep = ""
+    for name, elf, hard in ordered:
+        archive.file(f"{home}/{name}.ko", elf)
+        below[name] = set(hard).union(*(below[need] for need in hard))
+        # modprobe loads from a line's end to its start; `below` is in load order.
+        dep += " ".join([f"{name}.ko:", *(f"{need}.ko" for need in reversed(below) if need in below[name])]) + "\n"
+    archive.file(f"{home}/modules.dep", dep.encode())
+    for entry in files:
+        source, target = entry if isinstance(entry, tuple) else (entry, f"root/{entry.name}")
+        archive.file(target, _read(source), source.stat().st_mode & 0o777)
+    script = command if isinstance(command, str) else shlex.join(command)
     archive.file("vmodel-command", script.encode() + b"\n", 0o755)
-    archive.file("init", _INIT.format(modules=" ".join(name for name, _ in ordered)).encode(), 0o755)
+    names = " ".join(name for name, _ in modules_in_order(kernel, load))
+    archive.file("init", _INIT.format(load=names, release=kernel.release).encode(), 0o755)
     return archive.finish()
 
 
-def _quote(word: str) -> str:
-    return "'" + word.replace("'", "'\\''") + "'"
+def _read(source: Path) -> bytes:
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot be put into the guest: {error.strerror}", file=source) from None

@@ -1,16 +1,26 @@
 """What the server does for each command: payload and fds in, payload and fds out, no I/O.
 
 DMA_MAP, DMA_UNMAP and the REGION accesses are served in the shim once the handshake is done, so they are not
-here.  A command that is wrong raises `PeerError` with the errno for its header-only error reply.  Errnos are
-those of Linux's VFIO where the specification names none: EINVAL for what is malformed, ENOTTY for a feature
-that is not there, ENOTSUP for a command that no server knows.
+here.  A command that is wrong raises `PeerError` with the errno for its header-only error reply.  The
+specification names hardly any; where it does not, Linux's VFIO and libvfio-user decide:
+
+======= ==================================================================================================
+EINVAL  malformed: wrong size, flags, index, state or order; DMA_READ and DMA_WRITE, which are ours to send
+ENOTTY  a feature that is not there (Linux; libvfio-user says EINVAL)
+ENOTSUP a command that is none (libvfio-user says EINVAL, which would not tell it from a malformed one)
+EBUSY   DMA logging is on already
+ENOSPC  more data or fds than one side takes
+======= ==================================================================================================
+
+Where the ioctl has an `argsz`, real clients send its whole buffer (SPDK does): such a request may be as long as
+its argsz, and what follows the structure means nothing.  Fds with a command that takes none are closed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import errno
-import json
 import os
 import socket
 import struct
@@ -24,40 +34,24 @@ from vmodel.errors import PeerError
 from vmodel.span import PAGE, Span
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.migration import Migration, Saved
+from vmodel.vfio_user.version import HandshakeError, Limits, Negotiated, Proposal
 from vmodel.vfio_user.wire import Command, DeviceFlags, DeviceState, Feature, FeatureFlags, IrqFlags, IrqSetFlags
 
-#: Protocol version that we speak.
-MAJOR, MINOR = 0, 0
-
-#: The most that QEMU accepts of a server's limits.
-MOST_MSG_FDS, MOST_XFER, MOST_DMA_MAPS = 16, 64 << 20, 65535
-
-
-class HandshakeError(PeerError):
-    """The handshake failed: an error reply, and the connection ends."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What this server takes; sizes in bytes."""
-
-    max_msg_fds: int = MOST_MSG_FDS
-    max_data_xfer_size: int = 1 << 20
-    max_dma_maps: int = MOST_DMA_MAPS
-    #: Whether to set up a twin socket with a client that can.
-    twin_socket: bool = True
-
-
-@dataclass(frozen=True)
-class Negotiated:
-    """What the client said of itself."""
-
-    max_msg_fds: int = 1
-    max_data_xfer_size: int = 1 << 20
-    max_dma_maps: int = MOST_DMA_MAPS
-    pgsizes: int = PAGE
-    write_multiple: bool = False
-    twin: bool = False
+__all__ = [
+    "Backend",
+    "DirtyLog",
+    "FdList",
+    "HandshakeError",
+    "IoEventFd",
+    "IrqAction",
+    "IrqInfo",
+    "Limits",
+    "Negotiated",
+    "RegionInfo",
+    "Reply",
+    "Session",
+    "SetIrqs",
+]
 
 
 @dataclass(frozen=True)
@@ -174,14 +168,25 @@ def _invalid(message: str) -> PeerError:
     return PeerError(errno.EINVAL, message)
 
 
-def _parse(structure: Any, payload: bytes, *, exact: bool = True) -> Any:
-    """`payload` as `structure`; EINVAL when it is too short, or (exact) too long."""
+def _parse(structure: Any, payload: bytes) -> Any:
+    """`payload` as `structure`; EINVAL when it is too short.  What is too long is for the caller to judge."""
     try:
-        parsed = structure.parse(payload)
+        return structure.parse(payload)
     except ConstructError as error:
         raise _invalid(f"payload of {len(payload)} bytes is too short") from error
-    if exact and len(payload) != structure.sizeof():
+
+
+def _parse_exactly(structure: Any, payload: bytes) -> Any:
+    if len(payload) != structure.sizeof():
         raise _invalid(f"payload of {len(payload)} bytes, not {structure.sizeof()}")
+    return structure.parse(payload)
+
+
+def _parse_query(structure: Any, payload: bytes) -> Any:
+    """A request that asks for a structure of the same form: argsz has room for it, and is not exceeded."""
+    parsed = _parse(structure, payload)
+    if parsed.argsz < structure.sizeof() or len(payload) > parsed.argsz:
+        raise _invalid(f"argsz {parsed.argsz}, payload of {len(payload)} bytes")
     return parsed
 
 
@@ -250,48 +255,36 @@ class Session:
         if self._logging:
             self.device.memory.dirty_stop()
             self._logging = False
+        if self.migration.state is DeviceState.ERROR:
+            self.device.reset_device()  # the next client would not know that it has to
         self.migration.reset()
 
     # ---- VERSION ----------------------------------------------------------------------------
 
     def _version(self, payload: bytes) -> Reply:
-        if len(payload) < 4:
-            raise HandshakeError(errno.EINVAL, "VERSION without a version")
-        major, minor = struct.unpack_from("<HH", payload)
-        if major != MAJOR:
-            raise HandshakeError(errno.EINVAL, f"protocol version {major}.{minor}, not {MAJOR}.x")
-        offered = _capabilities(payload[4:])
-        twin = offered.get("twin_socket", {})
-        self.negotiated = Negotiated(
-            **{key: value for key, value in offered.items() if key != "twin_socket"},
-            twin=self.limits.twin_socket and bool(twin.get("supported", False)),
-        )
-        ours: dict[str, Any] = {
-            "max_msg_fds": min(self.limits.max_msg_fds, MOST_MSG_FDS),
-            "max_data_xfer_size": min(self.limits.max_data_xfer_size, MOST_XFER),
-            "max_dma_maps": min(self.limits.max_dma_maps, MOST_DMA_MAPS),
-            "pgsizes": PAGE,
-            "write_multiple": True,
-        }
-        # "The capability list must be a subset of those proposed."
-        answer = {key: value for key, value in ours.items() if key in offered}
-        if offered.get("write_multiple") is False:
-            del answer["write_multiple"]
+        proposal = Proposal.parse(payload)
+        negotiated = proposal.negotiate(self.limits)
         fds: tuple[int, ...] = ()
-        if self.negotiated.twin:
-            self._twin, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            fds = (theirs.detach(),)
-            answer["twin_socket"] = {"supported": True, "fd_index": 0}
-        # Without spaces: QEMU takes no reply that is longer than its request.
-        text = json.dumps({"capabilities": answer}, separators=(",", ":")).encode() + b"\0"
-        return Reply(struct.pack("<HH", MAJOR, min(minor, MINOR)) + text, fds, fds)
+        if negotiated.twin:
+            try:
+                self._twin, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                fds = (theirs.detach(),)
+            except OSError:  # out of fds: "the server may optionally set up a separate command channel"
+                negotiated = dataclasses.replace(negotiated, twin=False)
+        try:
+            text = proposal.reply(self.limits, 0 if fds else None)
+        except HandshakeError:
+            for fd in fds:
+                os.close(fd)
+            self.close()
+            raise
+        self.negotiated = negotiated
+        return Reply(text, fds, temporary=fds)
 
     # ---- information ------------------------------------------------------------------------
 
     def _get_info(self, payload: bytes, fds: FdList) -> Reply:
-        request = _parse(wire.DeviceInfo, payload)
-        if request.argsz < wire.DeviceInfo.sizeof():
-            raise _invalid(f"argsz {request.argsz}")
+        _parse_query(wire.DeviceInfo, payload)
         info = {
             "argsz": wire.DeviceInfo.sizeof(),
             "flags": DeviceFlags.RESET | DeviceFlags.PCI,
@@ -307,9 +300,7 @@ class Session:
 
     def _get_region_info(self, payload: bytes, fds: FdList) -> Reply:
         head = wire.RegionInfoHead.sizeof()
-        request = _parse(wire.RegionInfoHead, payload)
-        if request.argsz < head:
-            raise _invalid(f"argsz {request.argsz}")
+        request = _parse_query(wire.RegionInfoHead, payload)
         region = self._region(request.index)
         flags = wire.RegionFlags(0)
         if region.size:
@@ -317,7 +308,8 @@ class Session:
             flags |= wire.RegionFlags.WRITE if region.writable else 0
         capabilities = b""
         reply_fds: tuple[int, ...] = ()
-        if region.mmap_fd is not None:
+        takes_fds = self.negotiated is None or self.negotiated.max_msg_fds > 0
+        if region.mmap_fd is not None and takes_fds:
             flags |= wire.RegionFlags.MMAP
             reply_fds = (region.mmap_fd,)
             if region.mmap_areas != (Span.sized(0, region.size),):
@@ -341,9 +333,9 @@ class Session:
 
     def _get_region_io_fds(self, payload: bytes, fds: FdList) -> Reply:
         head, entry = wire.RegionIoFds.sizeof(), wire.SubRegion.sizeof()
-        request = _parse(wire.RegionIoFds, payload)
-        if request.argsz < head or request.flags or request.count:
-            raise _invalid(f"argsz {request.argsz}, flags {request.flags:#x}, count {request.count}")
+        request = _parse_query(wire.RegionIoFds, payload)
+        if request.flags or request.count:
+            raise _invalid(f"flags {request.flags:#x}, count {request.count}")
         self._region(request.index)
         events = self.device.io_event_fds(request.index)
         info = {"argsz": head + entry * len(events), "flags": 0, "index": request.index, "count": len(events)}
@@ -376,22 +368,19 @@ class Session:
 
     def _get_irq_info(self, payload: bytes, fds: FdList) -> Reply:
         size = wire.IrqInfoWire.sizeof()
-        request = _parse(wire.IrqInfoWire, payload)
-        if request.argsz < size:
-            raise _invalid(f"argsz {request.argsz}")
+        request = _parse_query(wire.IrqInfoWire, payload)
         info = self._irq(request.index)
         return Reply(
             wire.IrqInfoWire.build({"argsz": size, "flags": info.flags, "index": request.index, "count": info.count})
         )
 
     def _set_irqs(self, payload: bytes, fds: FdList) -> Reply:
-        request = _parse(wire.IrqSet, payload, exact=False)
-        if request.argsz < 20 or request.flags & ~0x3F:
-            raise _invalid(f"argsz {request.argsz}, flags {request.flags:#x}")
-        data_flag, action_flag = request.flags & 7, request.flags & 0x38
-        action = _ACTIONS.get(action_flag)
-        if data_flag not in (1, 2, 4) or action is None:
+        request = _parse(wire.IrqSet, payload)
+        if request.argsz < len(payload):
+            raise _invalid(f"argsz {request.argsz}, payload of {len(payload)} bytes")
+        if request.flags not in _SET_IRQS:
             raise _invalid(f"flags {request.flags:#x}: one DATA and one ACTION flag each")
+        kind, action = _SET_IRQS[request.flags]
         info = self._irq(request.index)
         start, count = request.start, request.count
         if start >= info.count or count > info.count - start:
@@ -399,13 +388,13 @@ class Session:
         if action is not IrqAction.TRIGGER and not info.flags & IrqFlags.MASKABLE:
             raise _invalid(f"interrupt type {request.index} cannot be masked")
         data: bytes | tuple[int, ...] | None = None
-        if data_flag == IrqSetFlags.DATA_BOOL:
+        if kind is IrqSetFlags.DATA_BOOL:
             data = request.data
             if len(data) != count:
                 raise _invalid(f"{len(data)} bools for {count} vectors")
         elif request.data:
-            raise _invalid("data with neither bools nor need of them")
-        if data_flag == IrqSetFlags.DATA_EVENTFD:
+            raise _invalid("data, but not DATA_BOOL")
+        if kind is IrqSetFlags.DATA_EVENTFD:
             if len(fds) not in (0, count):
                 raise _invalid(f"{len(fds)} eventfds for {count} vectors")
             data = fds.take() if len(fds) else (-1,) * count
@@ -431,26 +420,29 @@ class Session:
         return Reply()
 
     def _feature(self, payload: bytes, fds: FdList) -> Reply:
-        request = _parse(wire.DeviceFeature, payload, exact=False)
-        flags = request.flags & ~wire.FEATURE_MASK
-        known = int(FeatureFlags.GET | FeatureFlags.SET | FeatureFlags.PROBE)
-        if request.argsz < 8 or flags & ~known or not flags:
+        request = _parse(wire.DeviceFeature, payload)
+        feature, flags = request.flags & wire.FEATURE_MASK, request.flags & ~wire.FEATURE_MASK
+        if request.argsz < _FEATURE_HEAD or flags & ~_FEATURE_METHODS or not flags:
             raise _invalid(f"argsz {request.argsz}, flags {request.flags:#x}")
-        methods = self._features.get(request.flags & wire.FEATURE_MASK)
+        methods = self._features.get(feature)
         if methods is None:
-            raise PeerError(errno.ENOTTY, f"feature {request.flags & wire.FEATURE_MASK}")
+            raise PeerError(errno.ENOTTY, f"feature {feature}")
         wanted = [flag for flag in (FeatureFlags.GET, FeatureFlags.SET) if flags & flag]
         if not set(wanted) <= methods.keys():
-            raise _invalid(f"feature {request.flags & wire.FEATURE_MASK} has no such method")
+            raise _invalid(f"feature {feature} has no such method")
+        # "The reply payload must be the same as the request payload for setting or probing a feature."
+        if wanted != [FeatureFlags.GET] and len(payload) > request.argsz:
+            raise _invalid(f"argsz {request.argsz}, payload of {len(payload)} bytes")
         if flags & FeatureFlags.PROBE:
             return Reply(payload)
         if len(wanted) != 1:
             raise _invalid("GET and SET at once")
         try:
-            data = methods[wanted[0]](request.data, request.argsz - 8)
+            data = methods[wanted[0]](request.data, request.argsz - _FEATURE_HEAD)
         except OSError as error:  # of the dirty log
             raise PeerError(error.errno or errno.EINVAL, str(error)) from error
-        return Reply(wire.DeviceFeature.build({"argsz": 8 + len(data), "flags": request.flags, "data": data}))
+        argsz = request.argsz if wanted == [FeatureFlags.SET] else _FEATURE_HEAD + len(data)
+        return Reply(wire.DeviceFeature.build({"argsz": argsz, "flags": request.flags, "data": data}))
 
     def _get_migration(self, data: bytes, room: int) -> bytes:
         return _fitting(wire.Migration.build({"flags": wire.MigrationFlags.STOP_COPY}), room)
@@ -459,7 +451,7 @@ class Session:
         return _fitting(wire.MigState.build({"device_state": self.migration.state, "data_fd": 0}), room)
 
     def _set_state(self, data: bytes, room: int) -> bytes:
-        request = _parse(wire.MigState, data)
+        request = _parse_exactly(wire.MigState, data)
         try:
             goal = DeviceState(request.device_state)
         except ValueError as error:
@@ -467,8 +459,8 @@ class Session:
         self.migration.move(goal)
         return data
 
-    def _logging_start(self, data: bytes, room: int) -> bytes:
-        request = _parse(wire.DmaLoggingStart, data, exact=False)
+    def _logging_ranges(self, data: bytes) -> list[Span]:
+        request = _parse(wire.DmaLoggingStart, data)
         if len(data) != 16 + 16 * request.num_ranges or request.reserved:
             raise _invalid(f"{len(data)} bytes for {request.num_ranges} ranges")
         spans = []
@@ -478,24 +470,30 @@ class Session:
             if entry.iova + entry.length > 1 << 64:
                 raise PeerError(errno.EOVERFLOW, f"range {entry.iova:#x}+{entry.length:#x} wraps")
             spans.append(Span.sized(entry.iova, entry.length))
-        self.device.memory.dirty_start(spans)
+        return spans
+
+    def _logging_start(self, data: bytes, room: int) -> bytes:
+        self.device.memory.dirty_start(self._logging_ranges(data))
         self._logging = True
+        # The page size is a hint; ours is always the smallest.
         return struct.pack("<Q", PAGE) + data[8:]
 
     def _logging_stop(self, data: bytes, room: int) -> bytes:
+        # The text gives START and STOP one structure, which means nothing here; Linux takes no data.
         if data:
-            raise _invalid("DMA_LOGGING_STOP with data")
+            self._logging_ranges(data)
         self.device.memory.dirty_stop()
         self._logging = False
         return data
 
     def _logging_report(self, data: bytes, room: int) -> bytes:
-        request = _parse(wire.DmaLoggingReport, data)
+        request = _parse_exactly(wire.DmaLoggingReport, data)
         page = request.page_size
         if page < PAGE or page & (page - 1) or request.iova % page or request.length % page or not request.length:
             raise _invalid(f"length {request.length:#x} in pages of {page:#x}")
         if request.iova + request.length > 1 << 64:
             raise PeerError(errno.EOVERFLOW, "the range wraps")
+        # Before the log is read, which clears it.
         size = (request.length // page + 63) // 64 * 8
         if len(data) + size > min(room, self._transfer):
             raise _invalid(f"a bitmap of {size} bytes does not fit")
@@ -510,25 +508,35 @@ class Session:
         return min(peer, self.limits.max_data_xfer_size)
 
     def _mig_data_read(self, payload: bytes, fds: FdList) -> Reply:
-        request = _parse(wire.MigData, payload, exact=False)
-        if len(payload) != 8 or request.size > self._transfer or request.argsz < 8 + request.size:
+        request, head = _parse(wire.MigData, payload), _MIG_DATA_HEAD
+        if request.data or request.size > self._transfer or request.argsz < head + request.size:
             raise _invalid(f"MIG_DATA_READ of {request.size} bytes, argsz {request.argsz}")
         data = self.migration.read(request.size)
-        return Reply(wire.MigData.build({"argsz": 8 + len(data), "size": len(data), "data": data}))
+        return Reply(wire.MigData.build({"argsz": head + len(data), "size": len(data), "data": data}))
 
     def _mig_data_write(self, payload: bytes, fds: FdList) -> Reply:
-        request = _parse(wire.MigData, payload, exact=False)
-        if len(request.data) != request.size or request.argsz < 8:
+        request = _parse(wire.MigData, payload)
+        if len(request.data) != request.size or request.size > self.limits.max_data_xfer_size:
             raise _invalid(f"MIG_DATA_WRITE of {request.size} bytes with {len(request.data)}")
+        # argsz is "the maximum size of the reply payload", and there is none: any value will do.
         self.migration.write(request.data)
         return Reply()
 
 
-_ACTIONS = {
-    IrqSetFlags.MASK: IrqAction.MASK,
-    IrqSetFlags.UNMASK: IrqAction.UNMASK,
-    IrqSetFlags.TRIGGER: IrqAction.TRIGGER,
+#: The legal flags of SET_IRQS: one of each kind.
+_SET_IRQS = {
+    int(data | flag): (data, action)
+    for data in (IrqSetFlags.DATA_NONE, IrqSetFlags.DATA_BOOL, IrqSetFlags.DATA_EVENTFD)
+    for flag, action in (
+        (IrqSetFlags.MASK, IrqAction.MASK),
+        (IrqSetFlags.UNMASK, IrqAction.UNMASK),
+        (IrqSetFlags.TRIGGER, IrqAction.TRIGGER),
+    )
 }
+
+#: Bytes of DEVICE_FEATURE, and of MIG_DATA_*, before their data.
+_FEATURE_HEAD = _MIG_DATA_HEAD = 8
+_FEATURE_METHODS = int(FeatureFlags.GET | FeatureFlags.SET | FeatureFlags.PROBE)
 
 
 def _close(data: bytes | tuple[int, ...] | None) -> None:
@@ -541,43 +549,3 @@ def _fitting(data: bytes, room: int) -> bytes:
     if len(data) > room:
         raise _invalid(f"{len(data)} bytes of data do not fit into argsz")
     return data
-
-
-def _capabilities(data: bytes) -> dict[str, Any]:
-    """The capabilities that we know out of VERSION's JSON; HandshakeError when it is broken."""
-    if not data:
-        return {}
-    if data[-1:] != b"\0":
-        raise HandshakeError(errno.EINVAL, "version data without its NUL")
-    try:
-        parsed = json.loads(data[:-1].decode())
-    except (ValueError, RecursionError) as error:
-        raise HandshakeError(errno.EINVAL, "version data is no JSON") from error
-    offered = parsed.get("capabilities", {}) if isinstance(parsed, dict) else None
-    if not isinstance(offered, dict):
-        raise HandshakeError(errno.EINVAL, "version data is no object with capabilities")
-    known: dict[str, Any] = {}
-    for key, (least, most) in _NUMBERS.items():
-        if key in offered:
-            value = offered[key]
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise HandshakeError(errno.EINVAL, f"{key} {value!r}")
-            known[key] = value
-    if "write_multiple" in offered:
-        if not isinstance(offered["write_multiple"], bool):
-            raise HandshakeError(errno.EINVAL, "write_multiple is no boolean")
-        known["write_multiple"] = offered["write_multiple"]
-    if "twin_socket" in offered:
-        twin = offered["twin_socket"]
-        if not isinstance(twin, dict) or not isinstance(twin.get("supported", False), bool):
-            raise HandshakeError(errno.EINVAL, "twin_socket is no object with a boolean")
-        known["twin_socket"] = twin
-    return known
-
-
-_NUMBERS = {
-    "max_msg_fds": (0, (1 << 31) - 1),
-    "max_data_xfer_size": (1, (1 << 32) - 1),
-    "max_dma_maps": (0, (1 << 64) - 1),
-    "pgsizes": (1, (1 << 64) - 1),
-}

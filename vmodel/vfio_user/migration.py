@@ -9,49 +9,18 @@ from __future__ import annotations
 
 import errno
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from vmodel.errors import PeerError
 from vmodel.vfio_user.wire import DeviceState
 
 S = DeviceState
-_SAVING = frozenset({S.STOP_COPY})
-
-#: (from, to) -> name of the `Migration` method that carries it out.
-ARCS: dict[tuple[DeviceState, DeviceState], str] = {
-    (S.RUNNING, S.STOP): "_stop",
-    (S.STOP, S.RUNNING): "_run",
-    (S.STOP, S.STOP_COPY): "_save",
-    (S.STOP_COPY, S.STOP): "_end",
-    (S.STOP, S.RESUMING): "_begin_resume",
-    (S.RESUMING, S.STOP): "_end_resume",
-}
+#: The "saving group": these may begin or end a path, but not lie on it.
+SAVING = frozenset({S.STOP_COPY})
 
 #: Largest state that a client may feed in, in bytes; far above what a model's registers need.
 MAX_STATE = 64 << 20
-
-
-def path(start: DeviceState, goal: DeviceState) -> list[DeviceState]:
-    """The states from `start` (not included) to `goal`; empty when they are one.
-
-    PeerError(EINVAL) where the specification allows no way.
-    """
-    if start is goal:
-        return []
-    queue = deque([[start]])
-    seen = {start}
-    while queue:
-        way = queue.popleft()
-        if len(way) > 1 and way[-1] in _SAVING:
-            continue  # a saving state may only end a path
-        for source, target in ARCS:
-            if source is not way[-1] or target in seen:
-                continue
-            if target is goal:
-                return [*way[1:], target]
-            seen.add(target)
-            queue.append([*way, target])
-    raise PeerError(errno.EINVAL, f"no transition from {start.name} to {goal.name}")
 
 
 class Saved(Protocol):
@@ -77,9 +46,21 @@ class Migration:
         self._sent = 0
 
     def move(self, goal: DeviceState) -> None:
-        """Goes to `goal` by the allowed arcs.  PeerError(EINVAL): there is no way, or the data are bad."""
+        """Goes to `goal` by the allowed arcs.
+
+        PeerError: there is no way (EINVAL), or an arc refused; the state then is where that arc begins.
+        Any other error of an arc leaves the device in ERROR, as nobody knows how far it got; only
+        DEVICE_RESET leads out of there.
+        """
         for target in path(self.state, goal):
-            getattr(self, ARCS[self.state, target])()
+            try:
+                ARCS[self.state, target](self)
+            except PeerError:
+                raise
+            except BaseException:
+                self.state = S.ERROR
+                self._clear()
+                raise
             self.state = target
 
     def reset(self) -> None:
@@ -90,20 +71,22 @@ class Migration:
         self._clear()
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes of the saved state; fewer at its end."""
-        if self.state not in _SAVING:
+        """Up to `size` bytes of the saved state; fewer at its end.  PeerError(EINVAL) unless saving."""
+        if self.state not in SAVING:
             raise PeerError(errno.EINVAL, f"MIG_DATA_READ in state {self.state.name}")
         data = bytes(self._stream[self._sent : self._sent + size])
         self._sent += len(data)
         return data
 
     def write(self, data: bytes) -> None:
-        """More of a state to resume from."""
+        """More of a state to resume from.  PeerError: EINVAL unless RESUMING, ENOSPC over MAX_STATE bytes."""
         if self.state is not S.RESUMING:
             raise PeerError(errno.EINVAL, f"MIG_DATA_WRITE in state {self.state.name}")
         if len(self._stream) + len(data) > MAX_STATE:
             raise PeerError(errno.ENOSPC, f"a state of more than {MAX_STATE} bytes")
         self._stream += data
+
+    # ---- arcs -------------------------------------------------------------------------------
 
     def _clear(self) -> None:
         self._stream.clear()
@@ -119,13 +102,41 @@ class Migration:
         self._clear()
         self._stream += self.device.save()
 
-    def _end(self) -> None:
-        self._clear()
-
-    def _begin_resume(self) -> None:
-        self._clear()
-
     def _end_resume(self) -> None:
         data = bytes(self._stream)
         self._clear()
         self.device.restore(data)  # when it refuses, we stay in RESUMING, and the device as it was
+
+
+#: The direct transitions, (from, to), and what carries each out.
+ARCS: dict[tuple[DeviceState, DeviceState], Callable[[Migration], None]] = {
+    (S.RUNNING, S.STOP): Migration._stop,
+    (S.STOP, S.RUNNING): Migration._run,
+    (S.STOP, S.STOP_COPY): Migration._save,
+    (S.STOP_COPY, S.STOP): Migration._clear,
+    (S.STOP, S.RESUMING): Migration._clear,
+    (S.RESUMING, S.STOP): Migration._end_resume,
+}
+
+
+def path(start: DeviceState, goal: DeviceState) -> list[DeviceState]:
+    """The states from `start` (not included) to `goal`; empty when they are one.
+
+    PeerError(EINVAL) where the specification allows no way; "ERROR cannot be specified as a device state".
+    """
+    if start is goal and goal is not S.ERROR:
+        return []
+    queue = deque([[start]])
+    seen = {start}
+    while queue:
+        way = queue.popleft()
+        if len(way) > 1 and way[-1] in SAVING:
+            continue  # a saving state may only end a path
+        for source, target in ARCS:
+            if source is not way[-1] or target in seen:
+                continue
+            if target is goal:
+                return [*way[1:], target]
+            seen.add(target)
+            queue.append([*way, target])
+    raise PeerError(errno.EINVAL, f"no transition from {start.name} to {goal.name}")

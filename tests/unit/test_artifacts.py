@@ -1,0 +1,479 @@
+"""Finding and fetching QEMU, kernels and busybox: no network, no apt; what apt would say is given."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from vmodel.testing import artifacts, debian, get_qemu
+from vmodel.testing.artifacts import ArtifactError
+
+RELEASE = "6.12.107+deb13-amd64"
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, an empty PATH, and none of our variables."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for name in ("VMODEL_QEMU", "VMODEL_BUSYBOX"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "cache" / "vmodel").mkdir(parents=True)
+    return tmp_path / "cache" / "vmodel"
+
+
+def fake_qemu(path: Path, version: str = "10.1.0", devices: str = "vfio-user-pci") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "#!/bin/sh\n"
+        f'[ "$1" = --version ] && echo "QEMU emulator version {version} (x)" || echo "name \\"{devices}\\""\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def cached(cache: Path, part: str, **stamp: str) -> Path:
+    (cache / part).mkdir()
+    (cache / part / "stamp.json").write_text(json.dumps({"packages": "p", **stamp}))
+    return cache / part
+
+
+def image(path: Path, release: str = RELEASE) -> Path:
+    """The header of a bzImage."""
+    data = bytearray(0x1000)
+    data[0x202:0x206] = b"HdrS"
+    data[0x20E:0x210] = (0x300).to_bytes(2, "little")
+    text = f"{release} (builder) #1 SMP".encode() + b"\0"
+    data[0x500 : 0x500 + len(text)] = text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+# ---- finding -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)\nCopyright", (11, 1, 3)),
+        ("QEMU emulator version 10.1.50 (v10.1.0-100-gabcdef)", (10, 1, 50)),
+        ("QEMU emulator version 7.2", (7, 2)),
+        ("no such thing 1.2", ()),
+        ("", ()),
+    ],
+)
+def test_version_of_qemu(text: str, version: tuple[int, ...]) -> None:
+    assert artifacts.parse_qemu_version(text) == version
+
+
+def test_nothing_found_names_the_command() -> None:
+    for find in (artifacts.find_qemu, artifacts.find_busybox, artifacts.find_kernel):
+        with pytest.raises(ArtifactError, match=r"run scripts/get-qemu$") as caught:
+            find()
+        assert "\n" not in str(caught.value)
+    assert artifacts.find_kernels() == {}
+
+
+def test_qemu_of_the_host_comes_before_the_cache(tmp_path: Path, cache: Path) -> None:
+    part = cached(cache, "qemu", version="QEMU emulator version 11.1.3 (Debian)")
+    own = fake_qemu(part / "qemu-system-x86_64", "11.1.3")
+    assert artifacts.find_qemu() == artifacts.Qemu(own, (11, 1, 3))
+    host = fake_qemu(tmp_path / "bin" / "qemu-system-x86_64", "10.1.0")
+    assert artifacts.find_qemu() == artifacts.Qemu(host, (10, 1, 0))
+    fake_qemu(host, "10.0.9")
+    assert artifacts.find_qemu().path == own
+    fake_qemu(host, "10.2.0", devices="vfio-pci")
+    assert artifacts.find_qemu().path == own
+    host.write_text("#!/bin/sh\nexit 1\n")
+    assert artifacts.find_qemu().path == own
+    shutil.rmtree(part)
+    with pytest.raises(ArtifactError, match="does not run"):
+        artifacts.find_qemu()
+
+
+def test_a_chosen_qemu_is_used_or_refused(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is never replaced by another one in silence."""
+    part = cached(cache, "qemu", version="QEMU emulator version 11.1.3")
+    fake_qemu(part / "qemu-system-x86_64", "11.1.3")
+    chosen = fake_qemu(tmp_path / "mine", "10.1.1")
+    monkeypatch.setenv("VMODEL_QEMU", str(chosen))
+    assert artifacts.find_qemu() == artifacts.Qemu(chosen, (10, 1, 1))
+    for version, devices, text in (
+        ("9.2.0", "vfio-user-pci", "older than 10.1"),
+        ("10.1.0", "e1000", "without vfio-user-pci"),
+        ("none", "", "does not look like QEMU"),
+    ):
+        fake_qemu(chosen, version, devices)
+        with pytest.raises(ArtifactError, match=text):
+            artifacts.find_qemu()
+    chosen.unlink()
+    with pytest.raises(ArtifactError, match=r"cannot be run .No such file"):
+        artifacts.find_qemu()
+
+
+@pytest.mark.parametrize("stamp", ["", "{", "[]", '"text"', "{}", "\xff"])
+def test_a_spoilt_stamp_is_a_missing_part(cache: Path, stamp: str) -> None:
+    for part in ("qemu", "busybox", "kernel-6.12"):
+        (cache / part).mkdir()
+        (cache / part / "stamp.json").write_bytes(stamp.encode("latin-1"))
+    fake_qemu(cache / "qemu" / "qemu-system-x86_64")
+    assert get_qemu.missing_parts(["6.12"]) == ["qemu", "busybox", "kernel-6.12"]
+    assert artifacts.find_kernels() == {}
+
+
+def test_kernels_by_name(cache: Path) -> None:
+    for name, release in (("7.2", "7.2.12+deb13-amd64"), ("6.12", RELEASE), ("10.1", "10.1.0-amd64")):
+        cached(cache, f"kernel-{name}", release=release)
+    (cache / "kernel-9.9").mkdir()  # without a stamp: not there
+    assert list(artifacts.find_kernels()) == ["6.12", "7.2", "10.1"]
+    kernel = artifacts.find_kernels()["6.12"]
+    assert kernel.release == RELEASE
+    assert kernel.image == cache / "kernel-6.12" / "boot" / f"vmlinuz-{RELEASE}"
+    assert kernel.modules == cache / "kernel-6.12" / "lib" / "modules" / RELEASE
+    for name in ("6.12", "6.12.107"):
+        assert artifacts.find_kernel(name) == kernel
+    assert artifacts.find_kernel() == kernel
+    for name in ("6.1", "6.12.10", "6.13", "2", "", "bogus"):
+        with pytest.raises(ArtifactError, match=r"there: 6.12, 7.2, 10.1.; run scripts/get-qemu"):
+            artifacts.find_kernel(name)
+
+
+def test_kernel_by_path(tmp_path: Path) -> None:
+    path = image(tmp_path / "boot" / "mine")
+    assert artifacts.find_kernel(str(path)) == artifacts.Kernel(RELEASE, path, None)
+    modules = tmp_path / "lib" / "modules" / RELEASE
+    modules.mkdir(parents=True)
+    assert artifacts.find_kernel(path).modules == modules
+    for data, text in ((b"", "no Linux bzImage"), (b"\0" * 600, "no Linux bzImage")):
+        path.write_bytes(data)
+        with pytest.raises(ArtifactError, match=f"mine: {text}"):
+            artifacts.find_kernel(path)
+    image(path, "")
+    path.write_bytes(path.read_bytes().replace(b" (builder) #1 SMP", b" " * 17))
+    with pytest.raises(ArtifactError, match="without a version"):
+        artifacts.find_kernel(path)
+    path.write_bytes(path.read_bytes()[:0x210])
+    with pytest.raises(ArtifactError, match="without a version"):
+        artifacts.find_kernel(path)
+    with pytest.raises(ArtifactError, match="cannot read the kernel: No such file"):
+        artifacts.find_kernel(tmp_path / "gone")
+
+
+def test_cache_folder() -> None:
+    assert artifacts.cache_dir({"XDG_CACHE_HOME": "/x/y"}) == Path("/x/y/vmodel")
+    for unset in ({}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "relative/is/ignored"}):
+        assert artifacts.cache_dir(unset) == Path("~/.cache/vmodel").expanduser()
+
+
+# ---- what apt says -----------------------------------------------------------------------------------
+
+URI = "http://mirror.example/debian/"
+
+
+@pytest.mark.parametrize(
+    ("rows", "mirror"),
+    [
+        (["Debian|http://mirror.example/debian/|bookworm|main"], URI),
+        # The security archive and its like are no mirror of the suites that are wanted.
+        (
+            ["Debian|http://s.example/debian-security/|bookworm-security|main", f"Debian|{URI}|bookworm-updates|main"],
+            URI,
+        ),
+        (["Debian|http://s.example/x|bookworm/updates|contrib", f"Debian|{URI}|sid|main"], URI),
+        (["Ubuntu|http://u.example/ubuntu/|noble|main"], None),
+        (["Other|http://o.example/debian/|stable|main"], None),
+        (["Debian|cdrom:[Debian 13]/|trixie|main"], None),
+        # Nothing downloaded yet: the placeholder stays, the folder's name decides.
+        (["$(ORIGIN)|http://o.example/apt/|noble|main", f"$(ORIGIN)|{URI}|trixie|main"], URI),
+        (["$(ORIGIN)|http://o.example/debian|plucky|main", f"$(ORIGIN)|{URI}|trixie|main"], URI),
+        (["$(ORIGIN)|http://u.example/ubuntu/|noble|main"], None),
+        # What is known comes before what is guessed.
+        ([f"$(ORIGIN)|{URI}|trixie|main", "Debian|https://known.example/d|sid|main"], "https://known.example/d"),
+        (["", "|||", "nonsense", "Debian|"], None),
+        ([], None),
+    ],
+)
+def test_mirror(rows: list[str], mirror: str | None) -> None:
+    assert debian.pick_mirror(rows) == mirror
+
+
+def test_transport_takes_nothing_that_weakens_checks() -> None:
+    taken = [
+        'Acquire::http::Proxy "http://p.example:3128";',
+        'Acquire::https::Proxy "DIRECT";',
+        'Acquire::http "";',
+        'Acquire::Retries "5";',
+        'Acquire::ForceIPv4 "true";',
+    ]
+    left = [
+        'Acquire::AllowInsecureRepositories "1";',
+        'Acquire::AllowWeakRepositories "1";',
+        'Acquire::AllowDowngradeToInsecureRepositories "1";',
+        'Acquire::Check-Valid-Until "false";',
+        'Acquire::Check-Date "false";',
+        'APT::Get::AllowUnauthenticated "1";',
+        'APT::Update::Post-Invoke:: "rm -rf /";',
+        'DPkg::Pre-Install-Pkgs:: "x";',
+        'Dir::Etc::sourcelist "sources.list";',
+    ]
+    assert [line for line in taken + left if debian.TRANSPORT.match(line)] == taken
+
+
+def test_private_root(tmp_path: Path) -> None:
+    apt = debian.Apt(tmp_path / "work", URI, Path("/usr/share/keyrings/k.gpg"), ['Acquire::Retries "5";\n'])
+    work = str(tmp_path / "work")
+    assert str(apt.archives).startswith(work)
+    config = (tmp_path / "work" / "apt.conf").read_text()
+    for key in ("Dir::State", "Dir::State::status", "Dir::Cache", "Dir::Cache::archives", "Dir::Etc::sourceparts"):
+        assert f'{key} "{work}' in config
+    assert config.endswith('Acquire::Retries "5";\n')
+    sources = (tmp_path / "work" / "sources" / "debian.sources").read_text()
+    assert f"URIs: {URI}\n" in sources
+    assert "Signed-By: /usr/share/keyrings/k.gpg\n" in sources
+    assert not re.search(r"(?i)trusted|allow|unauthenticated|insecure|check-", config + sources)
+
+
+def test_kernel_package_names() -> None:
+    names = [
+        "linux-image-6.12.94+deb13-amd64",
+        "linux-image-6.12.107+deb13-amd64",
+        "linux-image-6.12.108+deb13-amd64-unsigned",
+        "linux-image-6.12.109+deb13-cloud-amd64",
+        "linux-image-6.12.109+deb13-rt-amd64",
+        "linux-image-6.12.109+deb13-amd64-dbg",
+        "linux-image-6.1.200+deb13-amd64",
+        "linux-image-amd64",
+        "linux-headers-6.12.110+deb13-amd64",
+    ]
+    releases = debian.kernel_releases(names)
+    assert releases == ["6.1.200+deb13-amd64", "6.12.94+deb13-amd64", RELEASE]
+    assert artifacts.pick_release(releases, "6.12") == RELEASE
+    assert artifacts.pick_release(releases, "6.12.94") == "6.12.94+deb13-amd64"
+    assert artifacts.pick_release(releases, "6.1") == "6.1.200+deb13-amd64"
+    for none in ("6.12.9", "6.13", "7.2"):
+        assert artifacts.pick_release(releases, none) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ("Reading...\nE: Unable to locate package x\nE: Unable to locate package x\n", "Unable to locate package x"),
+        ("W: GPG error: InRelease: NO_PUBKEY 0123\nE: The repository is not signed.\n", "debian-archive-keyring$"),
+        ("W: something\n", "^$"),
+        ("E: " + "long " * 1000, "^.{400}$"),
+    ],
+)
+def test_complaints_are_one_line(said: str, complaint: str) -> None:
+    assert re.search(complaint, debian.apt_complaint(said))
+
+
+# ---- unpacking ---------------------------------------------------------------------------------------
+
+
+def fake_deb(tmp_path: Path, members: list[tuple[str, bytes | str, int]], status: int = 0) -> Path:
+    """A "package": a tar file, and a dpkg-deb in PATH that prints it. A str is a link's target; "=x" a hard link's."""
+    path = tmp_path / "package.deb"
+    with tarfile.open(path, "w") as archive:
+        for name, content, mode in members:
+            member = tarfile.TarInfo(name)
+            member.mode = mode
+            if isinstance(content, str):
+                member.type = tarfile.LNKTYPE if content.startswith("=") else tarfile.SYMTYPE
+                member.linkname = content.removeprefix("=")
+                archive.addfile(member)
+            else:
+                member.size = len(content)
+                (tmp_path / "content").write_bytes(content)
+                with (tmp_path / "content").open("rb") as file:
+                    archive.addfile(member, file)
+    tool = tmp_path / "bin" / "dpkg-deb"
+    tool.write_text(f'#!/bin/sh\n/bin/cat "$2"\nexit {status}\n')
+    tool.chmod(0o755)
+    return path
+
+
+def test_unpack(tmp_path: Path) -> None:
+    deb = fake_deb(
+        tmp_path,
+        [
+            ("./usr/bin/tool", b"#!", 0o4755),
+            ("./usr/bin/alias", "=./usr/bin/tool", 0o755),
+            ("./usr/share/data", b"d", 0o666),
+            ("./usr/share/absolute", "/usr/bin/tool", 0o777),
+            ("./usr/share/relative", "data", 0o777),
+            ("./etc/passwd", b"not wanted", 0o644),
+        ],
+    )
+    root = tmp_path / "root"
+    debian.unpack(deb, root, lambda name: name if name.startswith("usr/") else None)
+    assert not (root / "etc").exists()
+    assert (root / "usr/bin/tool").stat().st_mode & 0o7777 == 0o755, "no setuid in a cache"
+    assert (root / "usr/bin/alias").samefile(root / "usr/bin/tool")
+    assert (root / "usr/share/data").stat().st_mode & 0o7777 == 0o644
+    assert (root / "usr/share/absolute").resolve() == root / "usr/bin/tool", "inside, not the host's"
+    assert (root / "usr/share/relative").read_bytes() == b"d"
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil"])
+def test_unpack_stays_inside(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArtifactError, match="leads out of the folder"):
+        debian.unpack(fake_deb(tmp_path, [(name, b"x", 0o644)]), tmp_path / "root", lambda path: path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_unpack_of_a_broken_package(tmp_path: Path) -> None:
+    deb = fake_deb(tmp_path, [("./a", b"x" * 5000, 0o644)], status=2)
+    with pytest.raises(ArtifactError, match=r"package.deb: dpkg-deb failed with status 2"):
+        debian.unpack(deb, tmp_path / "root", lambda path: path)
+    deb.write_bytes(deb.read_bytes()[:1000])
+    with pytest.raises((ArtifactError, tarfile.TarError)):
+        debian.unpack(deb, tmp_path / "root2", lambda path: path)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_both_layouts_of_kernel_packages(tmp_path: Path, split: bool) -> None:
+    modules = f"usr/lib/modules/{RELEASE}"
+
+    def boot(name: str) -> str:
+        return f"./{modules}/{name}" if split else f"./boot/{name}-{RELEASE}"
+
+    members: list[tuple[str, bytes | str, int]] = [
+        (boot("vmlinuz"), b"image", 0o644),
+        (boot("config"), b"CONFIG", 0o644),
+        (f"./{modules}/modules.order", b"", 0o644),
+        (f"./{modules}/modules.builtin", b"", 0o644),
+        (f"./{modules}/kernel/drivers/x.ko.xz", b"x", 0o644),
+        ("./usr/share/doc/x", b"x", 0o644),
+    ]
+    folder = tmp_path / "kernel"
+    debian.unpack_kernel([fake_deb(tmp_path, members)], folder, RELEASE)
+    assert (folder / "boot" / f"vmlinuz-{RELEASE}").read_bytes() == b"image"
+    assert (folder / "lib" / "modules" / RELEASE / "kernel/drivers/x.ko.xz").exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["boot", "lib"]
+    for missing in (0, 2, 3, 4):
+        deb = fake_deb(tmp_path, [member for i, member in enumerate(members) if i != missing])
+        with pytest.raises(ArtifactError, match="their layout changed"):
+            debian.unpack_kernel([deb], tmp_path / f"without-{missing}", RELEASE)
+
+
+# ---- the script --------------------------------------------------------------------------------------
+
+
+def whole_cache(cache: Path) -> None:
+    fake_qemu(cached(cache, "qemu", version="QEMU emulator version 11.1.3") / "qemu-system-x86_64")
+    cached(cache, "busybox")
+    for name in artifacts.KERNELS:
+        cached(cache, f"kernel-{name}", release=f"{name}.1-amd64")
+
+
+def test_a_second_run_needs_no_apt(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole_cache(cache)
+    before = sorted(cache.rglob("*"))
+    assert get_qemu.main([]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(
+        f"get-qemu: QEMU 11.1.3 at {cache}/qemu/qemu-system-x86_64; kernels 6.12.1-amd64, 7.2.1-amd64"
+    )
+    assert get_qemu.main(["--print"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert f"qemu={cache}/qemu/qemu-system-x86_64\nqemu-version=11.1.3\n" in out
+    assert f"kernel-7.2={cache}/kernel-7.2/boot/vmlinuz-7.2.1-amd64\n" in out
+    assert sorted(cache.rglob("*")) == before, "not even a lock file"
+    assert get_qemu.missing_parts(["6.12", "6.6", "6.6"]) == ["kernel-6.6"]
+    assert get_qemu.missing_parts(["6.12"], refresh=True) == ["qemu", "busybox", "kernel-6.12"]
+
+
+def test_no_apt_is_one_line(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert get_qemu.main([]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"get-qemu: no apt-get on this host: install QEMU >= 10\.1 [^\n]*\n", err)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert get_qemu.main([]) == 1
+    assert "does not run on aarch64" in capsys.readouterr().err
+
+
+def test_no_debian_archive_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debian, "output", lambda argv: "Ubuntu|http://u.example/ubuntu/|noble|main\n")
+    with pytest.raises(ArtifactError, match=r"scripts/get-qemu --mirror URI$"):
+        debian.host_mirror()
+
+
+def test_a_failed_fetch_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk or Ctrl-C in the middle; what a killed run left goes with the next one."""
+    (cache / "tmp-left" / "x").mkdir(parents=True)
+
+    failures: list[BaseException] = []
+
+    def fail(parts: list[str], work: Path, *rest: object) -> None:
+        (work / "half").mkdir()
+        raise failures[-1]
+
+    monkeypatch.setattr(get_qemu, "_fetch_parts", fail)
+    monkeypatch.setattr(get_qemu, "check_host", lambda: Path("/k.gpg"))
+    for failure, status in ((OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)):
+        failures.append(failure)
+        assert get_qemu.main(["--mirror", URI]) == status
+        assert [path.name for path in cache.iterdir()] == ["lock"]
+
+
+def test_print_fetches_nothing(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert get_qemu.main(["--print"]) == 1
+    assert list(cache.iterdir()) == []
+    whole_cache(cache)
+    assert get_qemu.main(["--print", "--kernel", "7.2"]) == 0
+    keys = [line.partition("=")[0] for line in capsys.readouterr().out.splitlines()]
+    assert keys == ["qemu", "qemu-version", "busybox", "kernel-7.2", "modules-7.2"]
+
+
+@pytest.mark.parametrize("name", ["", "6", "../6.12", "6.12;x", "6.12 7.2", "latest"])
+def test_bad_kernel_names(name: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        get_qemu.main(["--kernel", name])
+
+
+def test_progress_lines() -> None:
+    for terminal in (False, True):
+        text: list[str] = []
+        steps = get_qemu.Steps(text.append, terminal)
+        with steps.step("work") as show:
+            show("1 of 2 MB")
+            show("2 MB")
+        with pytest.raises(ValueError), steps.step("more"):
+            raise ValueError
+        last = "".join(text).split("\n")[0].rpartition("\r\033[K")[2]
+        assert re.fullmatch(r"work: 2 MB, \d\.\d s", last)
+        assert ("\r" in "".join(text)) == terminal
+        assert "more:" not in "".join(text), "a failed step is not reported as done"
+
+
+def test_the_script_runs_uninstalled_and_without_the_shim(cache: Path) -> None:
+    """As a user runs it first: nothing built, nothing installed but Python."""
+    whole_cache(cache)
+    script = REPO / "scripts" / "get-qemu"
+    environ = {"XDG_CACHE_HOME": str(cache.parent), "PATH": "/nonexistent"}
+    done = subprocess.run(
+        [sys.executable, "-I", str(script), "--print"], env=environ, cwd="/", capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.access(script, os.X_OK)
+    code = "import sys, vmodel.testing.get_qemu as m; print([n for n in sys.modules if 'shim' in n or 'cffi' in n])"
+    bare = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=REPO, env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert bare.stdout == "[]\n", bare.stderr

@@ -1,0 +1,309 @@
+"""Debian's packages: fetched by apt from a private root, checked by apt, unpacked without being installed.
+
+The mirror, proxies and passwords are those that the host's apt is configured with. Package lists, sources and the
+list of installed packages (empty) are our own, so that the system is not touched and no root is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vmodel.testing.artifacts import MEND, ArtifactError, natural, output, pick_release, probe_qemu
+
+SUITE = "trixie"
+BACKPORTS = f"{SUITE}-backports"
+QEMU_PACKAGE = "qemu-system-x86"
+BUSYBOX_PACKAGE = "busybox-static"
+KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
+#: Host settings of apt's that say how to reach the archive. None of them weakens what is checked: signatures
+#: (Allow*) and dates (Check-*) stay at apt's own defaults.
+TRANSPORT = re.compile(r"Acquire::(?:https?(?:::|\s)|Retries|ForceIPv|Proxy|Queue-)")
+#: Names under which Debian's releases appear in a sources list: a hint only, the signature decides.
+DEBIAN_RELEASES = frozenset(
+    ["bullseye", "bookworm", "trixie", "forky", "duke", "sid", "oldstable", "stable", "testing", "unstable"]
+)
+LIBS = "usr/lib/x86_64-linux-gnu"
+#: QEMU looks for firmware below its own binary. Started by ld.so it finds none, so it is told: Debian's three places.
+FIRMWARE = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
+
+
+class Apt:
+    """apt with a root of its own inside `work`: nothing installed, Debian's `SUITE` and its backports as sources."""
+
+    def __init__(self, work: Path, mirror: str, keyring: Path, transport: Sequence[str]) -> None:
+        self.archives = work / "cache" / "archives"
+        self._log = work / "apt.log"
+        for folder in (work / "state" / "lists" / "partial", self.archives / "partial", work / "sources"):
+            folder.mkdir(parents=True)
+        (work / "status").touch()
+        (work / "sources" / "debian.sources").write_text(
+            f"Types: deb\nURIs: {mirror}\nSuites: {SUITE} {SUITE}-updates {BACKPORTS}\n"
+            f"Components: main\nArchitectures: amd64\nSigned-By: {keyring}\n"
+        )
+        settings = {
+            "Dir::State": work / "state",
+            "Dir::State::status": work / "status",
+            "Dir::Cache": work / "cache",
+            "Dir::Cache::archives": self.archives,
+            "Dir::Etc::sourcelist": "/dev/null",
+            "Dir::Etc::sourceparts": work / "sources",
+            # The host's hooks and pins are not for this root. Its netrc (passwords of mirrors) stays in force.
+            "Dir::Etc::main": "/dev/null",
+            "Dir::Etc::parts": "/dev/null",
+            "Dir::Etc::preferences": "/dev/null",
+            "Dir::Etc::preferencesparts": "/dev/null",
+            "APT::Architecture": "amd64",
+            "APT::Architectures": "amd64",
+            "APT::Install-Recommends": "false",
+            # Without this, `apt-get update` calls an unreachable mirror a warning and succeeds.
+            "APT::Update::Error-Mode": "any",
+            "Acquire::Languages": "none",
+        }
+        if os.geteuid() == 0:
+            # As root, apt downloads as the user _apt, who cannot look into root's home, where the cache is.
+            settings["APT::Sandbox::User"] = "root"
+        config = work / "apt.conf"
+        config.write_text("".join(f'{key} "{value}";\n' for key, value in settings.items()) + "".join(transport))
+        self._environ = {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C.UTF-8"}
+
+    def update(self) -> None:
+        """Fetch the package lists; apt checks their signatures."""
+        self._run(["apt-get", "update"])
+
+    def install_files(self, packages: Sequence[str]) -> dict[str, int]:
+        """The files of `packages` and of everything they depend on: {file name: bytes}."""
+        return self._uris(["apt-get", "install", *self._install(packages)])
+
+    def install(self, packages: Sequence[str], tick: Callable[[], None]) -> None:
+        """Download `packages` and everything they depend on into `archives`."""
+        self._run(["apt-get", "install", "--download-only", *self._install(packages)], tick)
+
+    def files(self, packages: Sequence[str]) -> dict[str, int]:
+        """The files of `packages` alone: {file name: bytes}."""
+        return self._uris(["apt-get", "download", *packages])
+
+    def download(self, packages: Sequence[str], tick: Callable[[], None]) -> None:
+        """Download `packages` alone into `archives`."""
+        self._run(["apt-get", "download", *packages], tick)
+
+    def kernel_packages(self, prefix: str) -> tuple[str, list[str]]:
+        """The newest generic kernel whose version starts with `prefix`: (release, packages with its files)."""
+        names = self._run(["apt-cache", "pkgnames", "linux-image-"]).split()
+        releases = kernel_releases(names)
+        release = pick_release(releases, prefix)
+        if release is None:
+            have = ", ".join(sorted({".".join(found.split(".")[:2]) for found in releases}, key=natural))
+            raise ArtifactError(f"{SUITE} and {BACKPORTS} have no kernel {prefix} (they have: {have})", key="--kernel")
+        depends = self._run(["apt-cache", "show", "--no-all-versions", f"linux-image-{release}"])
+        # Since 6.17 or so the image package is empty and the files are in linux-{base,binary,modules}-RELEASE.
+        split = {name for name in re.findall(r"\blinux-[^\s,|]+", depends) if name.endswith(f"-{release}")}
+        return release, sorted(split | {f"linux-image-{release}"})
+
+    def _install(self, packages: Sequence[str]) -> list[str]:
+        return ["--yes", "--no-install-recommends", "--target-release", BACKPORTS, *packages]
+
+    def _uris(self, argv: Sequence[str]) -> dict[str, int]:
+        found = re.findall(r"^'[^']+' (\S+\.deb) (\d+)", self._run([*argv, "--print-uris"]), re.MULTILINE)
+        return {name: int(size) for name, size in found}
+
+    def _run(self, argv: Sequence[str], tick: Callable[[], None] | None = None) -> str:
+        """Run one apt program to its end, with `tick` called meanwhile; its output. Raises ArtifactError."""
+        with self._log.open("w+") as log:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environ,
+                cwd=self.archives,
+                start_new_session=True,  # a terminal's Ctrl-C reaches this process only, which then ends apt
+            )
+            try:
+                while process.poll() is None:
+                    if tick:
+                        tick()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(0.3)
+            finally:
+                end(process)
+            log.seek(0)
+            text = log.read()
+        if process.returncode:
+            raise ArtifactError(apt_complaint(text) or f"{' '.join(argv[:2])} failed with status {process.returncode}")
+        return text
+
+
+def kernel_releases(packages: Sequence[str]) -> list[str]:
+    """The releases of generic kernels among package names, oldest first: not cloud, rt, unsigned or dbg."""
+    found = (re.fullmatch(r"linux-image-(\d+\.\d+[^-]*-amd64)", name) for name in packages)
+    return sorted((match[1] for match in found if match), key=natural)
+
+
+def apt_complaint(text: str) -> str:
+    """What apt says went wrong, as one line; "" where it says nothing."""
+    if re.search(r"NO_PUBKEY|EXPKEYSIG|is not signed", text):
+        return "the Debian keys on this host are too old for the archive; upgrade the package debian-archive-keyring"
+    errors = [line[2:].strip() for line in text.splitlines() if line.startswith("E:")]
+    return "; ".join(dict.fromkeys(errors))[:400]
+
+
+def pick_mirror(rows: Sequence[str]) -> str | None:
+    """The Debian archive among lines of `apt-get indextargets`, each "ORIGIN|URI|RELEASE|COMPONENT"; None if absent.
+
+    ORIGIN comes from a downloaded Release file. Where none was (lists emptied, as images of containers have it) the
+    field keeps its placeholder and the name of the folder has to do: a wrong guess fails apt's signature check.
+    """
+    candidates = []
+    for row in rows:
+        origin, uri, release, component = [*row.split("|"), "", "", ""][:4]
+        if component != "main" or uri.startswith("cdrom:") or "security" in release:
+            continue
+        if origin == "Debian":
+            candidates.append((0, "-" in release, uri))
+        elif origin.startswith("$") and uri.rstrip("/").endswith("/debian"):
+            candidates.append((1, release.split("-")[0] not in DEBIAN_RELEASES, uri))
+    return min(candidates, default=(0, False, None), key=lambda entry: entry[:2])[2]
+
+
+def host_mirror() -> str:
+    """The URI of the Debian archive that this host's apt uses. Raises ArtifactError."""
+    ask = [
+        "apt-get",
+        "indextargets",
+        "--format",
+        "$(ORIGIN)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)",
+        "Created-By: Packages",
+    ]
+    for argv in (ask, [*ask, "--no-release-info"]):
+        with contextlib.suppress(subprocess.SubprocessError):
+            mirror = pick_mirror(output(argv).splitlines())
+            if mirror:
+                return mirror
+    raise ArtifactError(f"apt has no Debian archive configured here; give a mirror of Debian's: {MEND} --mirror URI")
+
+
+def transport() -> list[str]:
+    """The lines of the host's apt configuration that say how to reach the archive."""
+    return [line for line in output(["apt-config", "dump"]).splitlines(keepends=True) if TRANSPORT.match(line)]
+
+
+def check_host() -> Path:
+    """That packages can be fetched on this host; the keyring to check them with. Raises ArtifactError."""
+    if platform.machine() != "x86_64":
+        raise ArtifactError(f"Debian's QEMU for x86-64 does not run on {platform.machine()}; install QEMU >= 10.1")
+    for tool in ("apt-get", "apt-cache", "apt-config", "dpkg-deb"):
+        if not shutil.which(tool):
+            raise ArtifactError(
+                f"no {tool} on this host: install QEMU >= 10.1 with the system's package manager, point VMODEL_BUSYBOX"
+                " at a static busybox, and name kernels by path"
+            )
+    for name in KEYRINGS:
+        keyring = Path("/usr/share/keyrings") / name
+        if keyring.is_file():
+            return keyring
+    raise ArtifactError("no keys to check Debian's packages with; install the package debian-archive-keyring")
+
+
+def unpack_qemu(debs: Sequence[Path], folder: Path) -> str:
+    """Unpack QEMU with its libraries into `folder`/root, write the wrapper, try it; what `--version` says.
+
+    ArtifactError: it does not run here, or is not what is wanted.
+    """
+    wanted = ("usr/bin/qemu-system-x86_64", f"{LIBS}/", *(f"{place}/" for place in FIRMWARE))
+    for deb in debs:
+        unpack(deb, folder / "root", lambda name: name if name.startswith(wanted) else None)
+    wrapper = folder / "qemu-system-x86_64"
+    firmware = " ".join(f'-L "$root/{place}"' for place in FIRMWARE)
+    # exec: the process that the caller started is QEMU itself, so a signal to its id reaches QEMU.
+    wrapper.write_text(
+        f"""#!/bin/sh
+# QEMU of Debian's packages with their own loader and libraries; nothing of the host's is used.
+root=$(dirname "$(readlink -f "$0")")/root
+unset LD_PRELOAD LD_LIBRARY_PATH
+export QEMU_MODULE_DIR="$root/{LIBS}/qemu"
+exec "$root/{LIBS}/ld-linux-x86-64.so.2" --argv0 "$0" --library-path "$root/{LIBS}" \\
+    "$root/usr/bin/qemu-system-x86_64" {firmware} "$@"
+"""
+    )
+    wrapper.chmod(0o755)
+    probe_qemu(wrapper)
+    return output([str(wrapper), "--version"]).splitlines()[0]
+
+
+def unpack_kernel(debs: Sequence[Path], folder: Path, release: str) -> None:
+    """Unpack a kernel into `folder`: boot/ and lib/modules/. Raises ArtifactError if the packages have it not."""
+    modules = f"lib/modules/{release}"
+    renamed = {  # the split packages have these two beside the modules
+        f"{modules}/vmlinuz": f"boot/vmlinuz-{release}",
+        f"{modules}/config": f"boot/config-{release}",
+    }
+
+    def place(name: str) -> str | None:
+        name = name.removeprefix("usr/")
+        name = renamed.get(name, name)
+        return name if name in renamed.values() or name.startswith(f"{modules}/") else None
+
+    for deb in debs:
+        unpack(deb, folder, place)
+    for name in (
+        f"boot/vmlinuz-{release}",
+        f"{modules}/modules.order",
+        f"{modules}/modules.builtin",
+        f"{modules}/kernel",
+    ):
+        if not (folder / name).exists():
+            raise ArtifactError(f"the packages of kernel {release} have no {name}: their layout changed")
+
+
+def unpack(deb: Path, folder: Path, place: Callable[[str], str | None]) -> None:
+    """Unpack the files of a package for which `place(name)` gives a path; both are relative and without "./".
+
+    Modes are reduced to 755 and 644: `dpkg-deb -x` run by root would put setuid programs into a cache folder.
+    """
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+            for member in archive:
+                path = place(member.name.removeprefix("./"))
+                if path is None or member.isdir():
+                    continue
+                if ".." in Path(path).parts or path.startswith("/"):
+                    raise ArtifactError(f"path {path!r} leads out of the folder", file=deb.name)
+                target = folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if member.issym():
+                    link = member.linkname
+                    if link.startswith("/"):  # into the package's own root, wherever that lies
+                        link = os.path.relpath(folder / link.lstrip("/"), target.parent)
+                    target.symlink_to(link)
+                elif member.islnk():
+                    first = place(member.linkname.removeprefix("./"))
+                    if first is not None:
+                        os.link(folder / first, target)
+                elif source := archive.extractfile(member):
+                    with target.open("wb") as file:
+                        shutil.copyfileobj(source, file, 1 << 20)
+                    target.chmod(0o755 if member.mode & 0o111 else 0o644)
+        process.stdout.read()  # padding after the archive's end: dpkg-deb must not die of a closed pipe
+    if process.returncode:
+        raise ArtifactError(f"dpkg-deb failed with status {process.returncode}", file=deb.name)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """See to it that `process`, which leads a group of its own, is gone with its children; killed after 5 s."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,0 +1,245 @@
+"""scripts/get-qemu: brings QEMU >= 10.1, Debian kernels and a static busybox into the cache folder."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from vmodel.testing.artifacts import (
+    KERNELS,
+    ArtifactError,
+    cache_dir,
+    cached_qemu,
+    find_busybox,
+    find_kernel,
+    find_qemu,
+    host_qemu,
+    read_stamp,
+)
+from vmodel.testing.debian import (
+    BACKPORTS,
+    BUSYBOX_PACKAGE,
+    QEMU_PACKAGE,
+    SUITE,
+    Apt,
+    check_host,
+    host_mirror,
+    transport,
+    unpack,
+    unpack_kernel,
+    unpack_qemu,
+)
+
+
+class Steps:
+    """Progress for a person: one line for each step that is done, and in a terminal a running count meanwhile."""
+
+    def __init__(self, out: Callable[[str], object] = sys.stderr.write, terminal: bool | None = None) -> None:
+        self._out = out
+        self._terminal = sys.stderr.isatty() if terminal is None else terminal
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[Callable[[str], None]]:
+        """Around the work; yields a function that takes the step's present state, such as "12 of 38 MB"."""
+        start = time.monotonic()
+        state = ""
+
+        def show(now: str) -> None:
+            nonlocal state
+            state = f" {now}"
+            if self._terminal:
+                self._out(f"\r\033[K{what} ...{state}")
+
+        if self._terminal:
+            self._out(f"{what} ...")
+        try:
+            yield show
+        except BaseException:
+            if self._terminal:
+                self._out("\r\033[K")
+            raise
+        self._out(
+            f"{chr(13) + chr(27) + '[K' if self._terminal else ''}{what}:{state or ' done'},"
+            f" {time.monotonic() - start:.1f} s\n"
+        )
+
+    def note(self, text: str) -> None:
+        self._out(f"{text}\n")
+
+
+def fetch(
+    kernels: Sequence[str] = KERNELS, *, mirror: str | None = None, refresh: bool = False, steps: Steps | None = None
+) -> None:
+    """Bring what is missing into the cache: QEMU (unless the host's serves), busybox, and `kernels` by version prefix.
+
+    `mirror` is a URI; by default the host's apt says. With `refresh`, parts that are there are fetched again.
+    Where nothing is missing this downloads nothing. Two at a time wait for each other. Raises ArtifactError.
+    """
+    steps = steps or Steps()
+    cache = cache_dir()
+    if not missing_parts(kernels, refresh):
+        return
+    if re.search(r"[:;]", str(cache)):
+        raise ArtifactError("a cache folder with ':' or ';' in its path cannot hold libraries; set XDG_CACHE_HOME")
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / "lock", steps):
+        for left in cache.glob("tmp-*"):  # of a run that was killed; whoever holds the lock owns all of them
+            shutil.rmtree(left, ignore_errors=True)
+        parts = missing_parts(kernels, refresh)  # once more: the run waited for may have brought them
+        if parts:
+            keyring = check_host()
+            with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache, ignore_cleanup_errors=True) as work:
+                _fetch_parts(parts, Path(work), mirror or host_mirror(), keyring, steps)
+
+
+def missing_parts(kernels: Sequence[str], refresh: bool = False) -> list[str]:
+    """The names of the cache's folders that have to be fetched."""
+    parts = ["busybox", *(f"kernel-{name}" for name in dict.fromkeys(kernels))]
+    missing = [part for part in parts if refresh or not read_stamp(cache_dir() / part)]
+    try:
+        serves = (None if refresh else cached_qemu()) or host_qemu()
+    except ArtifactError:
+        serves = None
+    return missing if serves else ["qemu", *missing]
+
+
+def _fetch_parts(parts: Sequence[str], work: Path, mirror: str, keyring: Path, steps: Steps) -> None:
+    apt = Apt(work / "apt", mirror, keyring, transport())
+    with steps.step(f"package lists of {SUITE} and {BACKPORTS}"):
+        apt.update()
+
+    releases: dict[str, str] = {}
+    files: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    installs = {"qemu": QEMU_PACKAGE, "busybox": BUSYBOX_PACKAGE}
+    downloads: list[str] = []
+    for part in parts:
+        if part in installs:
+            found = apt.install_files([installs[part]])
+        else:
+            releases[part], packages = apt.kernel_packages(part.removeprefix("kernel-"))
+            found = apt.files(packages)
+            downloads += packages
+        files[part] = list(found)
+        sizes |= found
+
+    total = sum(sizes.values()) / 1e6
+    with steps.step(f"download of {len(sizes)} packages") as show:
+
+        def tick() -> None:
+            got = sum(path.stat().st_size for path in apt.archives.rglob("*.deb") if path.is_file()) / 1e6
+            show(f"{got:.0f} of {total:.0f} MB")
+
+        if install := [installs[part] for part in parts if part in installs]:
+            apt.install(install, tick)
+        if downloads:
+            apt.download(downloads, tick)
+        show(f"{total:.0f} MB")
+
+    for part in parts:
+        folder = work / part
+        folder.mkdir()
+        with steps.step(f"unpacking {part}"):
+            debs = [apt.archives / name for name in files[part]]
+            facts = {"packages": " ".join(files[part])}
+            if part == "qemu":
+                facts["version"] = unpack_qemu(debs, folder)
+            elif part == "busybox":
+                for deb in debs:
+                    unpack(deb, folder, lambda name: "busybox" if name in ("bin/busybox", "usr/bin/busybox") else None)
+            else:
+                facts["release"] = releases[part]
+                unpack_kernel(debs, folder, releases[part])
+            (folder / "stamp.json").write_text(json.dumps(facts, indent=1) + "\n")
+            target = cache_dir() / part
+            if target.exists():
+                target.rename(work / f"old-{part}")
+            folder.rename(target)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, steps: Steps) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            steps.note("waiting for another get-qemu that is at work")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def paths(kernels: Sequence[str]) -> dict[str, str]:
+    """What `--print` prints: qemu, qemu-version, busybox, and kernel-NAME, modules-NAME. Raises ArtifactError."""
+    qemu = find_qemu()
+    rows = {
+        "qemu": str(qemu.path),
+        "qemu-version": ".".join(map(str, qemu.version)),
+        "busybox": str(find_busybox()),
+    }
+    for name in kernels:
+        kernel = find_kernel(name)
+        rows |= {f"kernel-{name}": str(kernel.image), f"modules-{name}": str(kernel.modules)}
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """scripts/get-qemu: the exit status; messages go to stderr, paths to stdout."""
+    parser = argparse.ArgumentParser(
+        prog="get-qemu",
+        description="Bring QEMU >= 10.1, Debian kernels and a static busybox into the cache folder, without touching "
+        "the system and without root. Where the host's own QEMU serves, it is used. A second run downloads nothing.",
+    )
+    parser.add_argument(
+        "--kernel",
+        action="append",
+        metavar="VERSION",
+        help=f"a kernel to have; repeatable; default {' '.join(KERNELS)}",
+    )
+    parser.add_argument("--print", action="store_true", help="fetch nothing; print NAME=PATH for each part")
+    parser.add_argument("--mirror", metavar="URI", help="a mirror of Debian's archive; default: the one apt uses here")
+    parser.add_argument("--refresh", action="store_true", help="fetch again what is already there, for newer versions")
+    options = parser.parse_args(argv)
+    kernels: list[str] = options.kernel or list(KERNELS)
+    for name in kernels:
+        if not re.fullmatch(r"\d+(\.\d+)+", name):
+            parser.error(f"--kernel takes a version such as 6.12, not {name!r}")
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)  # so that the temporary folder goes away on either
+    try:
+        if not options.print:
+            fetch(kernels, mirror=options.mirror, refresh=options.refresh)
+        found = paths(kernels)
+        if options.print:
+            for key, value in found.items():
+                print(f"{key}={value}")
+        else:
+            releases = ", ".join(find_kernel(name).release for name in kernels)
+            print(f"get-qemu: QEMU {found['qemu-version']} at {found['qemu']}; kernels {releases}", file=sys.stderr)
+    except ArtifactError as error:
+        print(f"get-qemu: {error}", file=sys.stderr)
+        return 1
+    except (OSError, subprocess.SubprocessError, tarfile.TarError) as error:
+        print(f"get-qemu: {error}; nothing half-done was left", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("get-qemu: interrupted; nothing half-done was left", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
