@@ -369,6 +369,13 @@ static const region *check_access(vms_chan *chan, const access_head *a, int writ
     return r;
 }
 
+uint64_t vms_key(uint32_t region, uint64_t offset, uint32_t count)
+{
+    if (offset >> 56 || count > 15)
+        return 0;
+    return (uint64_t)region << 60 | (uint64_t)count << 56 | offset;
+}
+
 static void leave_pending(vms_chan *chan, int kind, const header *h, const access_head *a)
 {
     vms_run *run = &chan->run;
@@ -386,6 +393,7 @@ static void leave_pending(vms_chan *chan, int kind, const header *h, const acces
     run->region = a->region;
     run->offset = a->offset;
     run->count = a->count;
+    run->key = vms_key(a->region, a->offset, a->count);
     run->value = 0;
     run->len = a->count;
 }

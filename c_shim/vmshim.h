@@ -212,6 +212,9 @@ typedef struct vms_access {
 
 #define VMS_BATCH 256u
 
+/* An access as one number; offsets of 2**56 and more have none (0), nor do counts over 15. */
+uint64_t vms_key(uint32_t region, uint64_t offset, uint32_t count);
+
 typedef struct vms_run {
     uint32_t reason;  /* enum vms_exit_reason */
     uint32_t posted;  /* COMMAND, WRITE: the client set No_reply */
@@ -219,6 +222,7 @@ typedef struct vms_run {
     int32_t error;    /* in: errno for the pending access; out: errno of a REPLY or of CLOSED */
     uint32_t region, count;
     uint64_t offset;
+    uint64_t key;     /* READ, WRITE: VMS_KEY of the access, for one look-up */
     uint64_t value;   /* READ: to be filled; WRITE: what was written */
     uint8_t *data;    /* payload, valid until the next vms_run(); READ over 8 bytes: room for count */
     size_t len;

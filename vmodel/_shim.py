@@ -42,6 +42,7 @@ EXIT_CLOSED: int = lib.VMS_EXIT_CLOSED
 #: Reads up to this size go through a buffer that is kept: making one would cost more than the copy.
 _SCRATCH = 16384
 
+_enter = lib.vms_enter
 _ACCESS_SIZE: int = ffi.sizeof("vms_access")
 _REASON_NO_FILE: int = lib.VMS_REASON_NO_FILE
 
@@ -332,6 +333,11 @@ class Function:
         return FunctionStats(s.messages, s.reads, s.writes, s.served, s.exits, s.rejected)
 
 
+def key(region: int, offset: int, count: int) -> int:
+    """An access as one number; see vms_key."""
+    return int(lib.vms_key(region, offset, count))
+
+
 class Channel:
     """One vfio-user connection; belongs to one thread, but for `shutdown`."""
 
@@ -356,10 +362,10 @@ class Channel:
 
     def enter(self, deadline_ns: int) -> int:
         """Serves the client until Python is needed; the EXIT_* reason."""
-        rc = lib.vms_enter(self.handle, deadline_ns)
+        rc = _enter(self.handle, deadline_ns)
         if rc:
             check(rc)
-        return int(self.run.reason)
+        return self.run.reason  # type: ignore[no-any-return]
 
     def complete(self) -> None:
         """Completes the access at hand and sends what is still unsent."""

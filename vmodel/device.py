@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import pydantic
 
 from vmodel._shim import Function
+from vmodel._shim import key as access_key
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, GuestError, PeerError
 from vmodel.memory import GuestMemory
@@ -174,6 +175,8 @@ class PciDevice:
         self._banks: dict[str, tuple[int, int, RegisterBank]] = {}
         self._rams: list[memoryview] = []
         self._areas: list[list[_Area]] = [[] for _ in range(9)]
+        self._exact_reads: dict[int, Callable[[], int]] = {}
+        self._exact_writes: dict[int, Callable[[int], None]] = {}
         self._pin: Intx | None = None
         bars = self.declared_bars()
         for bar in bars:
@@ -234,6 +237,11 @@ class PciDevice:
             lambda offset, data: self.function.plain_write(region, at + offset, data),
         )
         self._areas[region].append(_Area(Span.sized(at, bank.size), hooked.read, hooked.write))
+        # Whole registers are what drivers access: found at once, by what the shim says.
+        for register, read in hooked.whole_reads.items():
+            self._exact_reads[access_key(region, at + register.offset, register.size)] = read
+        for register, write in hooked.whole_writes.items():
+            self._exact_writes[access_key(region, at + register.offset, register.size)] = write
         self._banks[name] = (region, at, bank)
         setattr(self, name, bank)
 
@@ -284,6 +292,17 @@ class PciDevice:
 
     # ---- accesses ---------------------------------------------------------------------------
 
+    def register_read(self, key: int, region: int, offset: int, count: int) -> int | bytes:
+        """`region_read` for an access whose vms_key is at hand: one look-up for a register read whole."""
+        exact = self._exact_reads.get(key)
+        if exact is None:
+            return self.region_read(region, offset, count)
+        try:
+            return exact()
+        except Exception as error:
+            self._failed(f"a read of region {region} at {offset:#x}", error)
+            return (1 << 8 * count) - 1
+
     def region_read(self, region: int, offset: int, count: int) -> int | bytes:
         """A read that the shim left to Python: an int, or `count` bytes.  A hook that fails reads as all ones."""
         try:
@@ -303,6 +322,10 @@ class PciDevice:
     def region_write(self, region: int, offset: int, count: int, value: int | bytes) -> None:
         """A write that the shim left to Python; `value` is an int when count <= 8."""
         try:
+            exact = self._exact_writes.get(access_key(region, offset, count))
+            if exact is not None and isinstance(value, int):
+                exact(value)
+                return
             last = offset + count - 1
             for area in self._areas[region]:
                 if area.span.start <= offset and last <= area.span.last:
@@ -408,8 +431,8 @@ class PciDevice:
         self.irqs.set(request)
 
     def has_work(self) -> bool:
-        """Whether anything is deferred or timed."""
-        return not self._agenda.idle
+        """Whether `run_due` is worth calling; after a wake-up it always is."""
+        return self._agenda.waiting
 
     def run_due(self, now_ns: int) -> int | None:
         """Runs what is due; the next deadline in monotonic ns, or None."""

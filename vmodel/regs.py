@@ -161,6 +161,7 @@ class Register:
         self.sticky = sticky
         self.name = "?"
         self.bank: type[RegisterBank] | None = None
+        self._index = offset // (self.width // 8)
 
     @property
     def size(self) -> int:
@@ -211,10 +212,10 @@ class Register:
     def __get__(self, bank: RegisterBank | None, owner: type) -> Register | int:
         if bank is None:
             return self
-        return int.from_bytes(bank.view[self.offset : self.offset + self.size], "little")
+        return bank.cells[self.width][self._index]
 
     def __set__(self, bank: RegisterBank, value: int) -> None:
-        bank.view[self.offset : self.offset + self.size] = value.to_bytes(self.size, "little")
+        bank.cells[self.width][self._index] = value
 
     def __repr__(self) -> str:
         bank = self.bank.__name__ if self.bank else "?"
@@ -280,6 +281,14 @@ class RegisterBank:
     def __init__(self, view: memoryview) -> None:
         """`view`: the backing store, format 'B', `size` bytes."""
         self.view = view
+        #: The same bytes as numbers of each width: registers are little-endian, and so is the host (see wire).
+        size = len(view)
+        self.cells = {
+            8: view,
+            16: view[: size & ~1].cast("H"),
+            32: view[: size & ~3].cast("I"),
+            64: view[: size & ~7].cast("Q"),
+        }
 
     def load_reset(self, *, everything: bool = False) -> None:
         """Stores the reset values; sticky registers keep theirs unless `everything`."""
@@ -396,29 +405,26 @@ class HookedBank:
         self._writers = writers
         self._plain_read = plain_read
         self._plain_write = plain_write
-        self._exact_read = {(r.offset, r.size): self._whole_read(r, hook) for r, hook in readers.items()}
-        self._exact_write = {(r.offset, r.size): self._whole_write(r, hook) for r, hook in writers.items()}
+        #: What a read or a write of the whole register does.
+        self.whole_reads = {r: self._whole_read(r, hook) for r, hook in readers.items()}
+        self.whole_writes = {r: self._whole_write(r, hook) for r, hook in writers.items()}
 
     def _whole_read(self, register: Register, hook: Callable[[int], int]) -> Callable[[], int]:
-        view, at = self.bank.view, slice(register.offset, register.offset + register.size)
+        cell, at = self.bank.cells[register.width], register.offset // register.size
         full = (1 << register.width) - 1
         if register.mask(RC):
-            return lambda: int.from_bytes(self._mixed_read(register.offset, register.size), "little")
-        return lambda: hook(int.from_bytes(view[at], "little")) & full
+            return lambda: int.from_bytes(self.read(register.offset, register.size), "little")
+        return lambda: hook(cell[at]) & full
 
     def _whole_write(self, register: Register, hook: Callable[[int], int | None]) -> Callable[[int], None]:
         full = (1 << register.width) - 1
         if register.mask(RW) != full:
             return lambda value: self._write_one(register, value, full)
-        view, at, size = (
-            self.bank.view,
-            slice(register.offset, register.offset + register.size),
-            register.size,
-        )
+        cell, at = self.bank.cells[register.width], register.offset // register.size
 
         def write(value: int) -> None:
             result = hook(value)
-            view[at] = (value if result is None else result & full).to_bytes(size, "little")
+            cell[at] = value if result is None else result & full
 
         return write
 
@@ -433,16 +439,12 @@ class HookedBank:
         stored = register.__get__(self.bank, type(self.bank))
         register.__set__(self.bank, stored & kept | new & ~kept)
 
-    def read(self, offset: int, count: int) -> bytes | int:
-        """`count` bytes from `offset` on; an int when one hooked register is read whole."""
-        exact = self._exact_read.get((offset, count))
-        return exact() if exact else self._mixed_read(offset, count)
-
     def _overlapping(self, registers: dict[Register, Any], offset: int, count: int) -> list[Register]:
         found = [r for r in registers if r.offset < offset + count and offset < r.offset + r.size]
         return sorted(found, key=lambda r: r.offset)
 
-    def _mixed_read(self, offset: int, count: int) -> bytes:
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes from `offset` on."""
         hooked = self._overlapping(self._readers, offset, count)
         # Hooks see what was stored before a read clears it.
         values = {r: self._readers[r](r.__get__(self.bank, type(self.bank))) for r in hooked}
@@ -455,10 +457,6 @@ class HookedBank:
 
     def write(self, offset: int, count: int, value: int | bytes) -> None:
         """Writes `count` bytes (little-endian int, or bytes)."""
-        exact = self._exact_write.get((offset, count))
-        if exact and isinstance(value, int):
-            exact(value)
-            return
         data = value.to_bytes(count, "little") if isinstance(value, int) else value
         at = offset
         for register in self._overlapping(self._writers, offset, count):

@@ -45,6 +45,7 @@ MESSAGE_TIMEOUT = 5.0
 MAX_SOCKET_PATH = 107
 
 _ACCESS = struct.Struct("<QQII")  # vms_access
+_EXIT_READ = _shim.EXIT_READ  # looked up once for each access otherwise
 _DMA_HEAD = struct.Struct("<QQ")  # DMA_READ, DMA_WRITE: address, count
 
 
@@ -79,9 +80,11 @@ class Connection:
     def serve(self, stopping: threading.Event) -> None:
         """Serves until the client leaves or `stopping` is set (and the channel shut down)."""
         self.device.dma.courier = self
+        self.device.run_due(time.monotonic_ns())
         try:
+            step, has_work = self._step, self.device.has_work
             while not stopping.is_set():
-                self._step(self._due())
+                step(self._due() if has_work() else _shim.FOREVER)
         except _Gone as gone:
             log.debug("%s: client has left: %s", self.device.name, gone)
         finally:
@@ -93,11 +96,9 @@ class Connection:
 
     def _due(self) -> int:
         """Runs what is due on the device; the next deadline."""
-        device = self.device
-        if device.has_work():
-            self.channel.complete()  # nobody waits for deferred work
-            self._unanswered = 0
-        deadline = device.run_due(time.monotonic_ns())
+        self.channel.complete()  # nobody waits for deferred work
+        self._unanswered = 0
+        deadline = self.device.run_due(time.monotonic_ns())
         return _shim.FOREVER if deadline is None else deadline
 
     def _step(self, deadline: int) -> None:
@@ -108,8 +109,14 @@ class Connection:
         # What was posted comes first, also when a hook that waits for a message got us here.
         while self._posted:
             self.device.region_write(*self._posted.popleft())
-        if reason == _shim.EXIT_READ:
-            self._read(run.region, run.offset, run.count)
+        if reason == _EXIT_READ:
+            self._unanswered = reason
+            value = self.device.register_read(run.key, run.region, run.offset, run.count)
+            # Reads are never nested in one another: a hook cannot wait inside a read.
+            if value.__class__ is int:
+                run.value = value
+            else:
+                self.channel.fill(value)  # type: ignore[arg-type]
         elif reason == _shim.EXIT_POSTED:
             entries = self.channel.accesses()
             posted, write = self._posted, self.device.region_write
@@ -118,26 +125,19 @@ class Connection:
                 write(*posted.popleft())
         elif reason == _shim.EXIT_WRITE:
             self._unanswered = reason
-            value = run.value if run.count <= 8 else self.channel.payload()
-            self.device.region_write(run.region, run.offset, run.count, value)
+            data = run.value if run.count <= 8 else self.channel.payload()
+            self.device.region_write(run.region, run.offset, run.count, data)
         elif reason == _shim.EXIT_COMMAND:
             self._command()
         elif reason == _shim.EXIT_REPLY:
             if run.id in self._replies:  # else: nobody waits for it any more
                 self._replies[run.id] = (run.error, self.channel.payload())
+        elif reason == _shim.EXIT_WAKE:
+            self.device.run_due(time.monotonic_ns())
         elif reason == _shim.EXIT_EVENT:
             self.device.event(run.id)
         elif reason == _shim.EXIT_CLOSED:
             raise _Gone(os.strerror(run.error) if run.error else "end of stream")
-
-    def _read(self, region: int, offset: int, count: int) -> None:
-        self._unanswered = _shim.EXIT_READ
-        value = self.device.region_read(region, offset, count)
-        # Reads are never nested in one another: a hook cannot wait inside a read.
-        if isinstance(value, int):
-            self._run.value = value
-        else:
-            self.channel.fill(value)
 
     def _command(self) -> None:
         run, channel, session = self._run, self.channel, self.session

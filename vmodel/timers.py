@@ -34,10 +34,13 @@ class Agenda:
         self._order = itertools.count()
         self._lock = threading.Lock()
         self._thread = 0
+        #: Whether `run` is worth calling.  May say so in vain; never fails to, as adding also wakes the loop.
+        self.waiting = False
 
     def defer(self, call: Callable[[], None]) -> None:
         """Runs `call` as soon as the access at hand has been answered."""
         self._soon.append(call)
+        self.waiting = True
         if threading.get_ident() != self._thread:
             self._wake()
 
@@ -46,14 +49,10 @@ class Agenda:
         timer = Timer(time.monotonic_ns() + int(seconds * 1e9), call)
         with self._lock:
             heapq.heappush(self._timers, (timer.deadline_ns, next(self._order), timer))
+        self.waiting = True
         if threading.get_ident() != self._thread:
             self._wake()
         return timer
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is waiting, now or later."""
-        return not self._soon and not self._timers
 
     def cancel(self) -> None:
         """Forgets everything, as a reset does."""
@@ -83,6 +82,7 @@ class Agenda:
                 _, _, timer = heapq.heappop(self._timers)
             if timer.call is not None:
                 self._call(timer.call)
+        self.waiting = bool(self._soon or self._timers)
         if self._soon:
             return now_ns
         return self._timers[0][0] if self._timers else None

@@ -169,13 +169,19 @@ def in_process(peer: Peer, say: Callable[[str], None]) -> Iterator[Row]:
     dma.bus_master = True
     yield Row(5, "dma.read of 4 B", timed(lambda: dma.read(0x1000, 4), 50000) / 1000, 0.8, "us")
     yield Row(5, "dma.read of 4 KiB", timed(lambda: dma.read(0x1000, 4 * KiB), 50000) / 1000, 1.2, "us")
-    pieces = [((page * 167 % 256) * 8 * KiB, 4 * KiB) for page in range(256)]
+    # Scattered in the file, side by side for the device: what a paging domain will do, done by windows here.
+    scattered = GuestMemory()
+    for page in range(256):
+        scattered.map(page * 4 * KiB, 4 * KiB, fd=fd, offset=(page * 167 % 256) * 8 * KiB)
+    dma = Dma(scattered)
+    dma.bus_master = True
     buffer = bytearray(1 * MiB)
-    copied = timed(lambda: dma.gather_into(pieces, buffer), 500)
+    copied = timed(lambda: dma.readinto(0, buffer), 500)
     bare = peer("memcpy", count=500)
-    yield Row(6, "1 MiB from 256 scattered pages", bare / copied, 0.85, "of memcpy", more_is_better=True)
+    yield Row(6, "dma.readinto of 1 MiB, 256 scattered pages", bare / copied, 0.85, "of memcpy", more_is_better=True)
     os.close(fd)
     memory.close()
+    scattered.close()
 
 
 def main() -> int:
