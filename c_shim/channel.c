@@ -756,6 +756,8 @@ int vms_chan_create(vms_func *func, vms_memory *memory, int socket, uint32_t max
         return -ENOMEM;
     chan->func = func;
     chan->memory = memory;
+    func_ref(func);
+    memory_ref(memory);
     chan->max_xfer = max_xfer;
     chan->max_fds = max_fds;
     chan->twin.fd = chan->main.fd = -1;
@@ -775,6 +777,8 @@ void vms_chan_destroy(vms_chan *chan)
         return;
     stream_free(&chan->main);
     stream_free(&chan->twin);
+    vms_memory_destroy(chan->memory);
+    vms_func_destroy(chan->func);
     free(chan->reply_data);
     free(chan);
 }

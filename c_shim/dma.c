@@ -53,6 +53,7 @@ int vms_requester_create(vms_memory *memory, vms_requester **out)
     if (!requester)
         return -ENOMEM;
     requester->memory = memory;
+    memory_ref(memory);
     pthread_mutex_init(&requester->lock, NULL);
     forget(requester);
     memory_attach(memory, requester);
@@ -65,6 +66,7 @@ void vms_requester_destroy(vms_requester *requester)
     if (!requester)
         return;
     memory_detach(requester->memory, requester);
+    vms_memory_destroy(requester->memory);
     pthread_mutex_destroy(&requester->lock);
     free(requester);
 }
@@ -307,6 +309,7 @@ int vms_dma_pin(vms_requester *requester, uint32_t pasid, uint64_t iova, size_t 
         rc = fail(requester, fault, VMS_REASON_NO_WINDOW, iova + n);
     if (rc == 0) {
         file_ref(c->file);
+        memory_ref(requester->memory);
         *pin = (vms_pin){ requester->memory, c->file, iova, iova + (len - 1), (flags & VMS_DMA_WRITE) != 0 };
         if (pin->write)
             dirty_mark(pin->memory, pin->start, pin->last);
@@ -329,5 +332,6 @@ void vms_dma_unpin(vms_pin *pin)
     if (pin->write)
         dirty_mark(pin->memory, pin->start, pin->last);
     file_put(pin->file);
+    vms_memory_destroy(pin->memory);
     free(pin);
 }

@@ -26,6 +26,7 @@ struct vms_files {
     pthread_mutex_t lock;
     mapped_file *list;
     size_t count;
+    unsigned refs; /* its creator's, its memories' and its mappings' */
 };
 
 static struct {
@@ -110,6 +111,7 @@ int vms_files_create(vms_files **out)
     if (!files)
         return -ENOMEM;
     pthread_mutex_init(&files->lock, NULL);
+    files->refs = 1;
     *out = files;
     return 0;
 }
@@ -118,8 +120,20 @@ void vms_files_destroy(vms_files *files)
 {
     if (!files)
         return;
+    pthread_mutex_lock(&files->lock);
+    unsigned left = --files->refs;
+    pthread_mutex_unlock(&files->lock);
+    if (left)
+        return;
     pthread_mutex_destroy(&files->lock);
     free(files);
+}
+
+void files_ref(vms_files *files)
+{
+    pthread_mutex_lock(&files->lock);
+    files->refs++;
+    pthread_mutex_unlock(&files->lock);
 }
 
 size_t vms_files_mapped(vms_files *files)
@@ -163,6 +177,7 @@ static int file_map(vms_files *files, int fd, const struct stat *st, int writabl
     file->next = files->list;
     files->list = file;
     files->count++;
+    files->refs++;
     *out = file;
     return 0;
 }
@@ -231,5 +246,6 @@ void file_put(mapped_file *file)
         pthread_mutex_unlock(&slots_lock);
         munmap(gone->base, gone->size);
         free(gone);
+        vms_files_destroy(files);
     }
 }

@@ -25,6 +25,7 @@ typedef struct mapped_file {
 
 /* A mapping that covers [offset, offset+size) of fd, with one reference for the caller. */
 int file_get(vms_files *files, int fd, uint64_t offset, uint64_t size, uint32_t prot, mapped_file **out);
+void files_ref(vms_files *files);
 void file_ref(mapped_file *file);
 void file_put(mapped_file *file);
 

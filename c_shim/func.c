@@ -26,6 +26,7 @@ int vms_func_create(vms_func **out)
         return rc;
     }
     pthread_mutex_init(&func->watch_lock, NULL);
+    atomic_store(&func->refs, 1);
     for (unsigned i = 0; i < VMS_REGIONS; i++)
         func->regions[i].fd = -1;
     *out = func;
@@ -34,7 +35,7 @@ int vms_func_create(vms_func **out)
 
 void vms_func_destroy(vms_func *func)
 {
-    if (!func)
+    if (!func || atomic_fetch_sub(&func->refs, 1) != 1)
         return;
     for (unsigned i = 0; i < VMS_REGIONS; i++) {
         region *r = &func->regions[i];
@@ -50,6 +51,11 @@ void vms_func_destroy(vms_func *func)
     close(func->wake_fd);
     pthread_mutex_destroy(&func->watch_lock);
     free(func);
+}
+
+void func_ref(vms_func *func)
+{
+    atomic_fetch_add(&func->refs, 1);
 }
 
 void vms_func_stats_get(vms_func *func, vms_func_stats *out)

@@ -4,6 +4,7 @@
 #define VMS_FUNC_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 
 #include "vmshim.h"
 
@@ -33,6 +34,7 @@ typedef struct region {
 struct vms_func {
     region regions[VMS_REGIONS];
     int wake_fd;
+    _Atomic unsigned refs; /* its creator's and its channels' */
     pthread_mutex_t watch_lock;
     struct {
         int fd;
@@ -47,6 +49,8 @@ static inline int region_has(const region *r, uint64_t offset, uint64_t n)
 {
     return n <= r->size && offset <= r->size - n;
 }
+
+void func_ref(vms_func *func);
 
 /* Tries to answer without Python.  1: done; 0: Python has to. */
 int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n);

@@ -14,6 +14,8 @@ int vms_memory_create(vms_files *files, uint32_t max_windows, vms_memory **out)
     if (!memory)
         return -ENOMEM;
     memory->files = files;
+    files_ref(files);
+    atomic_store(&memory->refs, 1);
     memory->max_windows = max_windows;
     pthread_mutex_init(&memory->lock, NULL);
     pthread_mutex_init(&memory->requesters_lock, NULL);
@@ -27,7 +29,7 @@ int vms_memory_create(vms_files *files, uint32_t max_windows, vms_memory **out)
 
 void vms_memory_destroy(vms_memory *memory)
 {
-    if (!memory)
+    if (!memory || atomic_fetch_sub(&memory->refs, 1) != 1)
         return;
     uint64_t removed;
     vms_memory_unmap_all(memory, &removed);
@@ -35,7 +37,13 @@ void vms_memory_destroy(vms_memory *memory)
     pthread_mutex_destroy(&memory->lock);
     pthread_mutex_destroy(&memory->requesters_lock);
     pthread_mutex_destroy(&memory->dirty_lock);
+    vms_files_destroy(memory->files);
     free(memory);
+}
+
+void memory_ref(vms_memory *memory)
+{
+    atomic_fetch_add(&memory->refs, 1);
 }
 
 const window *memory_find(const vms_memory *memory, uint64_t gpa)

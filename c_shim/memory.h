@@ -20,6 +20,7 @@ typedef struct window {
 struct vms_memory {
     vms_files *files;
     uint32_t max_windows;
+    _Atomic unsigned refs; /* its creator's, its requesters', channels' and pins' */
     pthread_mutex_t lock; /* windows.  Taken inside a requester's lock, never around it. */
     span_tree windows;
 
@@ -32,6 +33,7 @@ struct vms_memory {
     span_tree dirty_chunks;
 };
 
+void memory_ref(vms_memory *memory);
 /* The window at gpa, or NULL, under memory->lock. */
 const window *memory_find(const vms_memory *memory, uint64_t gpa);
 /* Notes a write to [start, last] (GPA) if logging is on. */

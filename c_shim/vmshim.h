@@ -16,6 +16,9 @@
  * cannot decide leaves vms_run() as an exit, in the manner of KVM_RUN.  All lengths and offsets from
  * outside are checked here before use.
  *
+ * An object lives until it is destroyed and nothing made from it is left: a requester, a channel or a pin keeps
+ * its memory, memory keeps its files, a channel its function.  So the order of destruction does not matter.
+ *
  * Section names in comments (for example "DMA_MAP") are those of QEMU's docs/interop/vfio-user.rst.
  * The part between the CDEF markers is read by cffi as well: plain declarations only.
  */

@@ -1,7 +1,7 @@
 """The only importer of the compiled shim: handles as objects, errno as exceptions.
 
 `c_shim/vmshim.h` says what each call does; here are only lifetimes and types.  Handles are freed by the
-garbage collector when the last user is gone, so a view that is still held keeps its memory alive.
+garbage collector, in any order: what was made from an object keeps it alive on the shim's side.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Memory:
     """One function's DMA windows and dirty log."""
 
     def __init__(self, files: Files, max_windows: int) -> None:
-        self.files = files  # outlives us
+        self.files = files
         self.handle = _create(lib.vms_memory_create, lib.vms_memory_destroy, "vms_memory", files.handle, max_windows)
         self._bytes = ffi.new("uint64_t *")
 

@@ -4,7 +4,7 @@
  *   peer pp REPEAT COUNT
  *   peer memcpy REPEAT COUNT                          256 scattered pages, 1 MiB in all
  *   peer SOCKET REPEAT COUNT read REGION OFFSET
- *   peer SOCKET REPEAT COUNT write REGION OFFSET      posted, in bursts of 64, each burst ended by a read
+ *   peer SOCKET REPEAT COUNT write REGION OFFSET      posted, in bursts of 128, each burst ended by a read
  *   peer SOCKET REPEAT COUNT map LIVE fd|message      DMA_MAP + DMA_UNMAP with LIVE other windows
  */
 #define _GNU_SOURCE
@@ -230,7 +230,7 @@ int main(int argc, char **argv)
         } else if (!strcmp(what, "write")) {
             for (long i = 0; i < count; i++) {
                 post_write(region, offset, (uint32_t)i);
-                if (i % 64 == 63)
+                if (i % 128 == 127)
                     do_read(7, 0); /* bounds the queue, and waits for what was posted */
             }
             do_read(7, 0);

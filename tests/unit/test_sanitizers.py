@@ -1,0 +1,78 @@
+"""The shim's and the protocol's tests once more, with the shim built for ASan and UBSan."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1 -Werror"
+
+
+def library(name: str) -> str:
+    """The path of a sanitizer's runtime, which must be loaded before Python."""
+    found = subprocess.run(
+        ["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(found).is_absolute():
+        pytest.fail(f"the compiler has no {name}: apt-get install gcc")
+    return found
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project whose shim is built with the sanitizers."""
+    root = tmp_path_factory.mktemp("sanitized")
+    for name in ("vmodel", "c_shim", "tests"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", root)
+    environment = {**os.environ, "CFLAGS": FLAGS, "LDFLAGS": "-fsanitize=address,undefined"}
+    subprocess.run(
+        [sys.executable, "c_shim/build.py"], cwd=root, env=environment, check=True, timeout=300, capture_output=True
+    )
+    return root
+
+
+def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
+        # Python itself leaks on exit, on purpose.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
+        "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("tests", ["tests/unit/test_memory.py", "tests/unit/test_channel.py", "tests/proto"])
+def test_no_complaints(sanitized: Path, tests: str) -> None:
+    done = run(sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
+
+
+def test_they_would_complain(sanitized: Path) -> None:
+    """That the build really is instrumented: a read past a heap buffer ends the process."""
+    code = (
+        "from vmodel._vmshim import ffi, lib; p = ffi.new('vms_range[1]'); m = ffi.new('vms_memory **'); f = ffi.new("
+    )
+    code += (
+        "'vms_files **'); lib.vms_files_create(f); lib.vms_memory_create(f[0], 1, m); lib.vms_dirty_start(m[0], p, 9)"
+    )
+    done = run(sanitized, "-c", code)
+    assert done.returncode == 99
+    assert "AddressSanitizer" in done.stderr
