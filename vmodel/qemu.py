@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -16,6 +17,16 @@ def memory_args(size: str) -> list[str]:
         "-m",
         size,
     ]
+
+
+def spare_default_devices(addresses: Iterable[str]) -> list[str]:
+    """What keeps q35's default devices out of these slots: the display is in slot 1, the network card in slot 2.
+
+    Without the display the network card would be the first to ask for a slot, and get slot 1.
+    """
+    slots = {int(address[8:10], 16) for address in addresses}
+    args = ["-vga", "none"] if 1 in slots else []
+    return [*args, "-nic", "none"] if slots & {1, 2} else args
 
 
 def device_args(name: str, socket: Path, address: str, multifunction: bool) -> list[str]:

@@ -145,6 +145,22 @@ def test_fds_that_nobody_wants_are_closed(client: Client) -> None:
     os.close(fd)
 
 
+@pytest.mark.parametrize("greet", [True, False])
+def test_fds_of_a_reply_to_nothing_are_closed(served: Served, greet: bool) -> None:
+    fd = os.eventfd(0)
+    before = open_fds()
+    with served.connect() as client:
+        if greet:
+            client.negotiate()
+        for _ in range(20):
+            client.main.send(client.message(Command.DEVICE_GET_INFO, flags=HeaderFlags.REPLY), [fd, fd])
+        if not greet:
+            client.negotiate()
+        client.info()  # all of them have been looked at
+    assert fds_settle(before)
+    os.close(fd)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_mutated_messages(served: Served, toy: Toy, seed: int) -> None:
     """An error reply, a good one, or a clean close; and the next client finds the server well."""

@@ -21,14 +21,19 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+from construct import ConstructError
 
 from vmodel.span import PAGE, Span
 from vmodel.vfio_user import wire
+from vmodel.vfio_user.stream import Closed, Message, Stream
 from vmodel.vfio_user.wire import (
     Command,
     DmaMapFlags,
@@ -40,6 +45,10 @@ from vmodel.vfio_user.wire import (
     IrqSetFlags,
 )
 
+__all__ = ["DEFAULT_CAPABILITIES", "Client", "ClientRegion", "Closed", "EventFd", "IoFd", "Message", "Ram", "Stream"]
+
+_T = TypeVar("_T")
+
 DEFAULT_CAPABILITIES: dict[str, Any] = {
     "max_msg_fds": 8,
     "max_data_xfer_size": 1 << 20,
@@ -49,30 +58,38 @@ DEFAULT_CAPABILITIES: dict[str, Any] = {
 }
 
 
-class Closed(ConnectionError):
-    """The server has closed the connection."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message as it came."""
-
-    id: int
-    command: int
-    flags: int
-    error: int
-    payload: bytes
-    fds: tuple[int, ...] = ()
-
-
 @dataclass(frozen=True)
 class ClientRegion:
-    """A region; `fd` is the client's to close, None when it cannot be mapped."""
+    """A region; `fd` is the client's to close, None when it cannot be mapped; `offset` is in that file."""
 
     size: int
     flags: int
     areas: tuple[Span, ...]
     fd: int | None
+    offset: int
+
+    def map(self, area: Span) -> mmap.mmap:
+        """Maps an area of `areas`, to read and write.  OSError(ENODEV) when the region cannot be mapped."""
+        if self.fd is None:
+            raise OSError(errno.ENODEV, "the region cannot be mapped")
+        return mmap.mmap(self.fd, area.size, offset=self.offset + area.start)
+
+    def close(self) -> None:
+        """Closes the fd."""
+        if self.fd is not None:
+            os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class IoFd:
+    """An entry of GET_REGION_IO_FDS; `fd` is the client's to close, and may be shared with other entries."""
+
+    offset: int
+    size: int
+    fd: int
+    type: int
+    flags: int
+    datamatch: int
 
 
 class EventFd:
@@ -119,67 +136,28 @@ class Ram:
             self.fd = None
 
 
-class Stream:
-    """Whole messages in and out of one socket."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self._data = b""
-        self._fds: list[int] = []
-
-    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """All of `data`; fds go with its first byte."""
-        if fds:
-            sent = socket.send_fds(self.sock, [data], list(fds))
-            data = data[sent:]
-        if data:
-            self.sock.sendall(data)
-
-    def receive(self, deadline: float) -> Message:
-        """The next message.  TimeoutError, or Closed."""
-        head = self._bytes(wire.HEADER_SIZE, deadline)
-        header = wire.Header.parse(head)
-        payload = self._bytes(max(header.size - wire.HEADER_SIZE, 0), deadline)
-        fds, self._fds = tuple(self._fds), []
-        return Message(header.id, header.command, header.flags, header.error, payload, fds)
-
-    def _bytes(self, count: int, deadline: float) -> bytes:
-        while len(self._data) < count:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("no message from the server")
-            self.sock.settimeout(left)
-            try:
-                data, fds, _, _ = socket.recv_fds(self.sock, max(count - len(self._data), 1), 16)
-            except ConnectionResetError as error:
-                raise Closed("connection reset") from error
-            self._fds += fds
-            if not data:
-                raise Closed("end of stream")
-            self._data += data
-        data, self._data = self._data[:count], self._data[count:]
-        return data
-
-    def close(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
-        self.sock.close()
-
-
 class Client:
-    """One connection.  `timeout` (seconds) bounds every wait."""
+    """One connection.  `timeout` (seconds) bounds every wait.
+
+    Whoever waits for a reply also answers what the server asks meanwhile; `serve_in_background` does so at all
+    times.  Several threads may use one client.  A server that breaks the protocol: OSError(EPROTO).
+    """
 
     def __init__(self, sock: socket.socket, *, timeout: float = 5.0) -> None:
         self.timeout = timeout
-        self.main = Stream(sock)
+        self.main = Stream(sock, timeout)
         self.twin: Stream | None = None
         self.capabilities: dict[str, Any] = {}
         self.ram: list[Ram] = []
         #: What the server asked for by DMA_READ and DMA_WRITE, as (command, address, count).
         self.dma_log: list[tuple[Command, int, int]] = []
         self._next_id = 1
-        self._twin_thread: threading.Thread | None = None
+        #: Guards the replies that have come, and who reads: one of those that wait.
+        self._arrived = threading.Condition()
+        self._replies: dict[int, deque[Message]] = {}
+        self._reader = False
+        self._closing = False
+        self._threads: list[threading.Thread] = []
 
     @classmethod
     def connect(cls, path: Path | str, *, timeout: float = 5.0) -> Client:
@@ -195,12 +173,18 @@ class Client:
 
     def close(self) -> None:
         """Leaves; also frees the memory that `share` made."""
-        self.main.close()
-        if self.twin is not None:
-            self.twin.sock.shutdown(socket.SHUT_RDWR)
-            if self._twin_thread is not None:
-                self._twin_thread.join(self.timeout)
-            self.twin.close()
+        self._closing = True
+        streams = [self.main] if self.twin is None else [self.main, self.twin]
+        for stream in streams:
+            stream.shutdown()
+        for thread in self._threads:
+            thread.join(self.timeout)
+        for stream in streams:
+            stream.close()
+        for arrived in self._replies.values():
+            for message in arrived:
+                message.close()
+        self._replies.clear()
         for ram in self.ram:
             ram.close()
         self.ram.clear()
@@ -235,46 +219,84 @@ class Client:
         self.main.send(self.message(command, payload, flags=HeaderFlags.NO_REPLY), fds)
 
     def reply(self, id: int) -> Message:
-        """The reply to command `id`; OSError with its errno when that is an error."""
-        deadline = time.monotonic() + self.timeout
-        while True:
-            message = self.main.receive(deadline)
-            if message.flags & HeaderFlags.TYPE == HeaderFlags.COMMAND:
-                self._answer(self.main, message)
-                continue
-            if message.id != id:
-                raise AssertionError(f"a reply to {message.id}, not to {id}")
-            if message.flags & HeaderFlags.ERROR:
-                for fd in message.fds:
-                    os.close(fd)
-                if message.payload:
-                    raise AssertionError("an error reply with a payload")
-                raise OSError(message.error, os.strerror(message.error))
+        """The reply to command `id`; OSError with its errno when that is an error, TimeoutError, Closed."""
+        message = self._await(lambda: self._replies.get(id), time.monotonic() + self.timeout).popleft()
+        if not message.flags & HeaderFlags.ERROR:
             return message
+        message.close()
+        if message.payload or message.fds:
+            raise OSError(errno.EPROTO, "an error reply with more than a header")
+        raise OSError(message.error, os.strerror(message.error))
 
     def serve(self, seconds: float) -> None:
         """Answers the server's commands for a while."""
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                message = self.main.receive(deadline)
-            except TimeoutError:
-                return
-            self._answer(self.main, message)
+        with suppress(TimeoutError):
+            self._await(lambda: None, time.monotonic() + seconds)
+
+    def serve_in_background(self) -> None:
+        """Answers the server's commands from now on, in a thread that ends with the connection."""
+        self._start(self._serve_main)
+
+    def _await(self, look: Callable[[], _T | None], deadline: float) -> _T:
+        """Reads messages, or lets another thread do so, until `look` finds something (other than None or empty)."""
+        with self._arrived:
+            while not (found := look()):
+                left = deadline - time.monotonic()
+                if self._reader:
+                    if not self._arrived.wait(max(left, 0)) and left <= 0:
+                        raise TimeoutError("no message from the server")
+                    continue
+                self._reader = True
+                self._arrived.release()
+                try:
+                    message = self.main.receive(deadline)
+                    asked = self._is_command(message)
+                    if asked:
+                        self._answer(self.main, message)
+                finally:
+                    self._arrived.acquire()
+                    self._reader = False
+                    self._arrived.notify_all()
+                if not asked:
+                    self._replies.setdefault(message.id, deque()).append(message)
+            return found
+
+    @staticmethod
+    def _is_command(message: Message) -> bool:
+        kind = message.flags & HeaderFlags.TYPE
+        if kind not in (HeaderFlags.COMMAND, HeaderFlags.REPLY):
+            message.close()
+            raise OSError(errno.EPROTO, f"a message of type {kind}")
+        return kind == HeaderFlags.COMMAND
+
+    def _start(self, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name="vmodel-client", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _serve_main(self) -> None:
+        with suppress(OSError):  # the connection has ended
+            while not self._closing:
+                self.serve(self.timeout)
 
     def _answer(self, stream: Stream, message: Message) -> None:
-        """DMA_READ and DMA_WRITE, out of the memory that was mapped."""
+        """DMA_READ and DMA_WRITE, out of the memory that was mapped; OSError becomes an error reply."""
+        message.close()  # the server has no command that takes fds
         try:
             payload = self._dma(message)
             flags, code = HeaderFlags.REPLY, 0
         except OSError as error:
             payload, flags, code = b"", HeaderFlags.REPLY | HeaderFlags.ERROR, error.errno or errno.EIO
+        if message.flags & HeaderFlags.NO_REPLY:
+            return
         head = {"id": message.id, "command": message.command, "flags": flags, "error": code}
         head["size"] = wire.HEADER_SIZE + len(payload)
         stream.send(wire.Header.build(head) + payload)
 
     def _dma(self, message: Message) -> bytes:
-        access = wire.DmaAccess.parse(message.payload)
+        if message.command not in (Command.DMA_READ, Command.DMA_WRITE):
+            raise OSError(errno.ENOTSUP, "not a command for a client")
+        access = _parse(wire.DmaAccess, message.payload)
         self.dma_log.append((Command(message.command), access.address, access.count))
         for ram in self.ram:
             at = access.address - ram.address
@@ -283,12 +305,12 @@ class Client:
         else:
             raise OSError(errno.EFAULT, "no such memory")
         reply = {"address": access.address, "count": access.count, "data": b""}
+        if len(access.data) != (access.count if message.command == Command.DMA_WRITE else 0):
+            raise OSError(errno.EINVAL, "a count that is not that of the data")
         if message.command == Command.DMA_READ:
             reply["data"] = bytes(ram.view[at : at + access.count])
-        elif message.command == Command.DMA_WRITE and len(access.data) == access.count:
-            ram.view[at : at + access.count] = access.data
         else:
-            raise OSError(errno.EINVAL, "no DMA command")
+            ram.view[at : at + access.count] = access.data
         return bytes(wire.DmaAccess.build(reply))
 
     # ---- the handshake ----------------------------------------------------------------------
@@ -301,28 +323,34 @@ class Client:
             offered["twin_socket"] = {"supported": True}
         text = json.dumps({"capabilities": offered}).encode() + b"\0"
         reply = self.request(Command.VERSION, wire.Version.build({"major": 0, "minor": 0, "data": text}))
-        data = wire.Version.parse(reply.payload).data
-        self.capabilities = json.loads(data.rstrip(b"\0"))["capabilities"]
-        twin = self.capabilities.get("twin_socket", {})
-        if twin.get("supported"):
-            self.twin = Stream(socket.socket(fileno=reply.fds[twin["fd_index"]]))
-            self._twin_thread = threading.Thread(target=self._serve_twin, args=(self.twin,), daemon=True)
-            self._twin_thread.start()
+        try:
+            data = _parse(wire.Version, reply.payload).data
+            self.capabilities = json.loads(data.rstrip(b"\0").decode())["capabilities"]
+            twin = self.capabilities.get("twin_socket", {})
+            if twin.get("supported"):
+                self.twin = Stream(socket.socket(fileno=os.dup(reply.fds[twin["fd_index"]])), self.timeout)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise OSError(errno.EPROTO, "the reply to VERSION is inconsistent") from error
+        finally:
+            reply.close()
+        if self.twin is not None:
+            self._start(self._serve_twin)
         return self.capabilities
 
-    def _serve_twin(self, twin: Stream) -> None:
-        try:
-            while True:
-                self._answer(twin, twin.receive(time.monotonic() + 3600))
-        except (Closed, OSError):
-            return  # the connection has ended
+    def _serve_twin(self) -> None:
+        twin = self.twin
+        assert twin is not None
+        with suppress(OSError):  # the connection has ended
+            while not self._closing:
+                with suppress(TimeoutError):
+                    self._answer(twin, twin.receive(time.monotonic() + self.timeout))
 
     # ---- the device -------------------------------------------------------------------------
 
     def info(self) -> Any:
         """DEVICE_GET_INFO: flags, num_regions, num_irqs."""
         request = {"argsz": 16, "flags": 0, "num_regions": 0, "num_irqs": 0}
-        return wire.DeviceInfo.parse(self.request(Command.DEVICE_GET_INFO, wire.DeviceInfo.build(request)).payload)
+        return _parse(wire.DeviceInfo, self.request(Command.DEVICE_GET_INFO, wire.DeviceInfo.build(request)).payload)
 
     def region_info(self, index: int) -> ClientRegion:
         """DEVICE_GET_REGION_INFO, asked again with more room if need be."""
@@ -331,25 +359,45 @@ class Client:
         while True:
             request = {"argsz": argsz, "flags": 0, "index": index, "cap_offset": 0, "size": 0, "offset": 0}
             reply = self.request(Command.DEVICE_GET_REGION_INFO, wire.RegionInfoHead.build(request))
-            info = wire.RegionInfoHead.parse(reply.payload)
+            info = _parse(wire.RegionInfoHead, reply.payload)
             if info.argsz <= argsz:
                 break
-            for fd in reply.fds:
-                os.close(fd)
+            reply.close()
+            if argsz > head:
+                raise OSError(errno.EPROTO, "a region's capabilities grow from reply to reply")
             argsz = info.argsz
         areas: tuple[Span, ...] = ()
         if info.flags & wire.RegionFlags.MMAP:
             areas = (Span.sized(0, info.size),)
         if info.flags & wire.RegionFlags.CAPS:
-            sparse = wire.SparseMmap.parse(reply.payload[info.cap_offset + wire.CapHeader.sizeof() :])
-            areas = tuple(Span.sized(area.offset, area.size) for area in sparse.areas)
-        return ClientRegion(info.size, info.flags, areas, reply.fds[0] if reply.fds else None)
+            areas = _areas(reply.payload, info.cap_offset) or areas
+        return ClientRegion(info.size, info.flags, areas, reply.fds[0] if reply.fds else None, info.offset)
+
+    def region_io_fds(self, index: int, *, room: int = 4096) -> list[IoFd]:
+        """DEVICE_GET_REGION_IO_FDS; OSError(ENOBUFS) when the list is longer than `room` bytes."""
+        request = {"argsz": room, "flags": 0, "index": index, "count": 0}
+        reply = self.request(Command.DEVICE_GET_REGION_IO_FDS, wire.RegionIoFds.build(request))
+        try:
+            head = _parse(wire.RegionIoFds, reply.payload)
+            if head.argsz > room:
+                raise OSError(errno.ENOBUFS, f"the list takes {head.argsz} bytes")
+            start, size = wire.RegionIoFds.sizeof(), wire.SubRegion.sizeof()
+            entries = [_parse(wire.SubRegion, reply.payload[start + n * size :]) for n in range(head.count)]
+            return [IoFd(e.offset, e.size, reply.fds[e.fd_index], e.type, e.flags, e.datamatch) for e in entries]
+        except (OSError, IndexError) as error:
+            reply.close()
+            if isinstance(error, IndexError):
+                raise OSError(errno.EPROTO, "an entry without its fd") from error
+            raise
 
     def region_read(self, region: int, offset: int, count: int) -> bytes:
         """REGION_READ."""
         request = {"offset": offset, "region": region, "count": count, "data": b""}
         reply = self.request(Command.REGION_READ, wire.RegionAccess.build(request))
-        return bytes(wire.RegionAccess.parse(reply.payload).data)
+        data = bytes(_parse(wire.RegionAccess, reply.payload).data)
+        if len(data) != count:
+            raise OSError(errno.EPROTO, f"{len(data)} bytes instead of {count}")
+        return data
 
     def region_write(self, region: int, offset: int, data: bytes, *, posted: bool = False) -> None:
         """REGION_WRITE; posted: with No_reply."""
@@ -375,7 +423,7 @@ class Client:
         """DEVICE_GET_IRQ_INFO: flags, count."""
         request = {"argsz": 16, "flags": 0, "index": index, "count": 0}
         reply = self.request(Command.DEVICE_GET_IRQ_INFO, wire.IrqInfoWire.build(request))
-        return wire.IrqInfoWire.parse(reply.payload)
+        return _parse(wire.IrqInfoWire, reply.payload)
 
     def set_irqs(
         self,
@@ -435,7 +483,7 @@ class Client:
     def feature(self, feature: int, method: int, data: bytes = b"", *, room: int = 1 << 20) -> bytes:
         """DEVICE_FEATURE; the reply's data."""
         request = wire.DeviceFeature.build({"argsz": 8 + room, "flags": feature | method, "data": data})
-        return bytes(wire.DeviceFeature.parse(self.request(Command.DEVICE_FEATURE, request).payload).data)
+        return bytes(_parse(wire.DeviceFeature, self.request(Command.DEVICE_FEATURE, request).payload).data)
 
     def set_state(self, state: int) -> None:
         """Moves the device to a migration state."""
@@ -445,14 +493,14 @@ class Client:
     def state(self) -> int:
         """The device's migration state."""
         data = self.feature(Feature.MIG_DEVICE_STATE, FeatureFlags.GET)
-        return int(wire.MigState.parse(data).device_state)
+        return int(_parse(wire.MigState, data).device_state)
 
     def migration_read(self, size: int = 65536) -> bytes:
         """All of the saved state, in pieces of `size`."""
         parts = []
         while True:
             request = wire.MigData.build({"argsz": 8 + size, "size": size, "data": b""})
-            data = wire.MigData.parse(self.request(Command.MIG_DATA_READ, request).payload).data
+            data = _parse(wire.MigData, self.request(Command.MIG_DATA_READ, request).payload).data
             parts.append(data)
             if len(data) < size:
                 return b"".join(parts)
@@ -480,3 +528,28 @@ class Client:
         data = self.feature(Feature.DMA_LOGGING_REPORT, FeatureFlags.GET, report)
         bits = int.from_bytes(data[len(report) :], "little")
         return {n for n in range(bits.bit_length()) if bits >> n & 1}
+
+
+def _parse(structure: Any, payload: bytes) -> Any:
+    try:
+        return structure.parse(payload)
+    except ConstructError as error:
+        raise OSError(errno.EPROTO, f"a reply of {len(payload)} bytes is too short") from error
+
+
+def _areas(payload: bytes, at: int) -> tuple[Span, ...]:
+    """The sparse mmap areas among a region's capabilities, which begin at `at`; empty without such a one."""
+    seen = set()
+    while at:
+        if at in seen:
+            raise OSError(errno.EPROTO, "a list of capabilities without an end")
+        seen.add(at)
+        head = _parse(wire.CapHeader, payload[at:])
+        if head.id == wire.CAP_SPARSE_MMAP:
+            sparse = _parse(wire.SparseMmap, payload[at + wire.CapHeader.sizeof() :])
+            try:
+                return tuple(Span.sized(area.offset, area.size) for area in sparse.areas)
+            except ValueError as error:
+                raise OSError(errno.EPROTO, "an area that is empty or wraps") from error
+        at = head.next
+    return ()

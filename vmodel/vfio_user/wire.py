@@ -46,7 +46,7 @@ class HeaderFlags(enum.IntFlag):
 
 
 Header = Struct("id" / Int16ul, "command" / Int16ul, "size" / Int32ul, "flags" / Int32ul, "error" / Int32ul)
-HEADER_SIZE = Header.sizeof()
+HEADER_SIZE: int = Header.sizeof()
 
 # ---- VFIO_USER_VERSION ---------------------------------------------------------------------------
 

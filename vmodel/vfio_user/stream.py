@@ -1,0 +1,156 @@
+"""Whole messages, with their fds, in and out of one socket: the client's side of section "Header".
+
+The other end is not trusted: what it sends that is no message is OSError(EPROTO), and every wait has an end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from vmodel.vfio_user import wire
+
+#: Longest message that we take, in bytes: the most that QEMU transfers at once, and room for the structures.
+MOST_BYTES = (64 << 20) + 4096
+#: Most fds that the kernel passes in one message (SCM_MAX_FD).
+MOST_FDS = 253
+
+
+class Closed(ConnectionError):
+    """The server has closed the connection."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message as it came; its fds are the receiver's to close."""
+
+    id: int
+    command: int
+    flags: int
+    error: int
+    payload: bytes
+    fds: tuple[int, ...] = ()
+
+    def close(self) -> None:
+        """Closes its fds."""
+        for fd in self.fds:
+            os.close(fd)
+
+
+class Stream:
+    """One socket.  One thread may read while others send."""
+
+    def __init__(self, sock: socket.socket, timeout: float = 5.0) -> None:
+        """`timeout` (seconds) bounds a send."""
+        self.sock = sock
+        self.timeout = timeout
+        self._data = bytearray()
+        self._fds: list[int] = []
+        self._whole: deque[Message] = deque()
+        self._reading = threading.Lock()
+        self._sending = threading.Lock()
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """All of `data`; fds go with its first byte.  TimeoutError; OSError when the server has gone.
+
+        While there is no room, what comes in is read and kept: otherwise two ends that both send, neither of
+        them reading, would wait for each other.
+        """
+        deadline = time.monotonic() + self.timeout
+        rest = memoryview(data)
+        with self._sending:
+            while rest:
+                try:
+                    if fds:
+                        sent = socket.send_fds(self.sock, [rest], list(fds), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    else:
+                        sent = self.sock.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                except BlockingIOError:
+                    self._make_room(deadline)
+                    continue
+                rest, fds = rest[sent:], ()
+
+    def _make_room(self, deadline: float) -> None:
+        mine = self._reading.acquire(blocking=False)  # else another thread is reading, which does as well
+        try:
+            readable, writable = self._wait(deadline, read=mine, write=True)
+            if readable and not writable and not self._fill():
+                raise Closed("end of stream")
+        finally:
+            if mine:
+                self._reading.release()
+
+    def receive(self, deadline: float) -> Message:
+        """The next message, before `deadline` (time.monotonic()).
+
+        TimeoutError (what has come of a message is kept for the next call), Closed, OSError(EPROTO).
+        """
+        with self._reading:
+            while not self._whole:
+                self._wait(deadline, read=True, write=False)
+                if not self._fill():
+                    raise Closed("end of stream")
+            return self._whole.popleft()
+
+    def _wait(self, deadline: float, *, read: bool, write: bool) -> tuple[bool, bool]:
+        interest = (select.POLLIN if read else 0) | (select.POLLOUT if write else 0)
+        poll = select.poll()
+        poll.register(self.sock, interest)
+        events = poll.poll(max(deadline - time.monotonic(), 0) * 1000)
+        if not events:
+            raise TimeoutError("the server does not read" if write else "no message from the server")
+        seen = events[0][1]
+        return bool(seen & ~select.POLLOUT) and read, bool(seen & ~select.POLLIN) and write
+
+    def _fill(self) -> bool:
+        """One recvmsg(); False at the end of the stream.
+
+        Never more than the message at hand: so the fds that come are its own.
+        """
+        try:
+            data, fds, _, _ = socket.recv_fds(self.sock, self._missing(), MOST_FDS, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+        self._fds += fds
+        self._data += data
+        if len(self._data) >= wire.HEADER_SIZE and not self._missing():
+            header = wire.Header.parse(bytes(self._data[: wire.HEADER_SIZE]))
+            payload, fds = bytes(self._data[wire.HEADER_SIZE :]), self._fds
+            self._data, self._fds = bytearray(), []
+            self._whole.append(
+                Message(header.id, header.command, header.flags, header.error, payload, tuple(fds)),
+            )
+        return bool(data)
+
+    def _missing(self) -> int:
+        if len(self._data) < wire.HEADER_SIZE:
+            return wire.HEADER_SIZE - len(self._data)
+        size = int(wire.Header.parse(bytes(self._data[: wire.HEADER_SIZE])).size)
+        if not wire.HEADER_SIZE <= size <= MOST_BYTES:
+            raise OSError(errno.EPROTO, f"the server sent a message of {size} bytes")
+        return size - len(self._data)
+
+    def shutdown(self) -> None:
+        """Ends the connection; a receive() under way in another thread raises Closed."""
+        with suppress(OSError):  # the server was faster
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Closes the socket, and the fds that nobody has fetched."""
+        for message in self._whole:
+            message.close()
+        self._whole.clear()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+        self.sock.close()
