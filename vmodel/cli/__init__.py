@@ -1,62 +1,105 @@
-"""The command line.  Mistakes of the user's are one line each on stderr and exit status 2."""
+"""The command line.
+
+Exit statuses: 0 all is well; 1 something that is needed is missing, or the guest did not get to its command's end;
+2 the machine file or the command line is wrong.  `run` and `guest` hand on those of QEMU and of the command.
+Whatever goes wrong for the user is a line for each mistake on stderr, never a traceback: those are for bugs.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import cast
 
 import typer
 
-from vmodel.cli import inspect, run
+from vmodel.cli.doctor import doctor, mend_shim
 from vmodel.errors import ConfigError
 from vmodel.testing.artifacts import ArtifactError
 from vmodel.testing.guest import GuestError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Emulated PCI devices in Python for stock QEMU, over vfio-user.",
-)
-for command in (run.serve, run.run, run.qemu_args, run.guest, inspect.devices, inspect.regs, inspect.doctor):
-    app.command(name=command.__name__.replace("_", "-"))(command)
+#: click's class of wrong command lines, wherever this version of typer keeps its click.
+_UsageError = cast(type[Exception], typer.BadParameter.__base__)
 
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        typer.echo(f"vmodel {version('vmodel')}")
+        try:
+            typer.echo(f"vmodel {version('vmodel')}")
+        except PackageNotFoundError:
+            typer.echo("vmodel (not installed: imported from its source folder)")
         raise typer.Exit
 
 
-@app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    asked: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    pass
+    """Emulated PCI devices in Python for stock QEMU, over vfio-user."""
+
+
+def _commands() -> list[Callable[..., None]]:
+    """ImportError where the compiled shim is missing or broken: all commands but doctor need it."""
+    from vmodel.cli.guest import guest
+    from vmodel.cli.inspect import devices, regs
+    from vmodel.cli.run import run
+    from vmodel.cli.serve import qemu_args, serve
+
+    return [serve, run, qemu_args, guest, devices, regs]
+
+
+def _app(commands: Sequence[Callable[..., None]]) -> typer.Typer:
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for command in commands:
+        app.command(name=command.__name__.replace("_", "-"))(command)
+    return app
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        app(list(sys.argv[1:] if argv is None else argv), prog_name="vmodel")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        commands = [*_commands(), doctor]
+    except ImportError as error:
+        if error.name != "vmodel._vmshim":
+            raise
+        if arguments[0] != "doctor":
+            return _fail(f"the C shim cannot be loaded ({error}): {mend_shim()}", status=1)
+        commands = [doctor]
+    try:
+        result = _app(commands)(arguments, prog_name="vmodel", standalone_mode=False)
+        sys.stdout.flush()
+    except _UsageError as error:
+        return _fail(_usage(error), status=2)
+    except ArtifactError as error:
+        return _fail(str(error), status=1)
     except ConfigError as error:
-        return _fail(str(error), 2)
-    except (ArtifactError, GuestError) as error:
-        return _fail(str(error), 1)
+        return _fail(*str(error).splitlines(), status=2)
+    except GuestError as error:
+        return _fail(str(error), status=1)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
     except BrokenPipeError:
         # The reader of our output has gone (`vmodel regs edu | head`): so be it, and quietly at exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return result if isinstance(result, int) else 0
 
 
-def _fail(text: str, status: int) -> int:
-    for line in text.splitlines():
+def _usage(error: Exception) -> str:
+    text = " ".join(str(getattr(error, "format_message", lambda: error)()).split()).rstrip(".")
+    command = getattr(getattr(error, "ctx", None), "command_path", "vmodel")
+    return f"{text[:1].lower()}{text[1:]} (see {command} --help)"
+
+
+def _fail(*lines: str, status: int) -> int:
+    for line in lines:
         print(f"vmodel: {line}", file=sys.stderr)
     return status

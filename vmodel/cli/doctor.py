@@ -1,0 +1,139 @@
+"""vmodel doctor.  Must run where nothing else does: it imports neither the shim nor what needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import mmap
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+import vmodel
+from vmodel.cli.output import AsJson, console
+from vmodel.testing import artifacts
+from vmodel.testing.artifacts import ArtifactError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.  `mend` is the command that mends what is missing."""
+
+    name: str
+    ok: bool
+    detail: str
+    mend: str = ""
+    #: False: vmodel works without it.
+    needed: bool = True
+
+
+def mend_shim() -> str:
+    """The command that builds the C shim for this Python."""
+    root = Path(vmodel.__file__).resolve().parents[1]
+    source = ["--editable", str(root)] if (root / "setup.py").is_file() else ["--force-reinstall", "vmodel"]
+    return shlex.join([sys.executable, "-m", "pip", "install", *source])
+
+
+def _shim() -> Finding:
+    try:
+        importlib.import_module("vmodel._vmshim")
+    except ImportError as error:
+        return Finding("C shim", False, str(error), mend_shim())
+    return Finding("C shim", True, "loaded")
+
+
+def _qemu() -> Finding:
+    name = "QEMU with vfio-user-pci"
+    try:
+        qemu = artifacts.find_qemu()
+        # A cached one was asked when it was unpacked; a library that it needs may have gone since.
+        qemu = artifacts.probe_qemu(qemu.path)
+    except ArtifactError as error:
+        return _artifact(name, error)
+    return Finding(name, True, f"{'.'.join(map(str, qemu.version))}, {qemu.path}")
+
+
+def _kernel(short: str) -> Finding:
+    name, needed = f"guest kernel {short}", short == artifacts.KERNELS[0]
+    try:
+        kernel = artifacts.find_kernel(short)
+    except ArtifactError as error:
+        return _artifact(name, error, needed)
+    if not kernel.image.is_file() or kernel.modules is None or not kernel.modules.is_dir():
+        mend = f"{artifacts.MEND} --refresh"
+        return Finding(name, False, f"{kernel.image} or its modules have gone", mend, needed)
+    return Finding(name, True, str(kernel.image))
+
+
+def _busybox() -> Finding:
+    try:
+        return Finding("static busybox", True, str(artifacts.find_busybox()))
+    except ArtifactError as error:
+        return _artifact("static busybox", error)
+
+
+def _artifact(name: str, error: ArtifactError, needed: bool = True) -> Finding:
+    # These errors end with what to do, so that they can stand alone; here it has a column of its own.
+    detail, _, mend = str(error).rpartition("; ")
+    return Finding(name, False, detail or mend, mend.removeprefix("run "), needed)
+
+
+def _memory() -> Finding:
+    """Guest RAM is a memfd that QEMU and vmodel both map; /dev/shm is not needed."""
+    try:
+        fd = os.memfd_create("vmodel-doctor")
+        try:
+            os.ftruncate(fd, mmap.PAGESIZE)
+            with mmap.mmap(fd, mmap.PAGESIZE) as one, mmap.mmap(fd, mmap.PAGESIZE) as other:
+                one[:4] = b"seen"
+                shared = other[:4] == b"seen"
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return Finding("shared memory", False, f"memfd: {error.strerror}", "uname -r  # Linux 3.17 or newer is needed")
+    return Finding("shared memory", shared, "memfd works" if shared else "two mappings of a memfd differ")
+
+
+def _compiler() -> Finding:
+    # The shim has been built by now; a compiler is for building it anew, and for C programs for the guest.
+    found = shutil.which("cc") or shutil.which("gcc")
+    if not found:
+        return Finding("C compiler", False, "no cc in PATH", "apt-get install gcc libc6-dev", needed=False)
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return Finding("C compiler", False, f"{found}, but no Python.h", "apt-get install python3-dev", needed=False)
+    return Finding("C compiler", True, found)
+
+
+def _checks() -> Iterator[Finding]:
+    yield _shim()
+    yield _qemu()
+    yield from map(_kernel, artifacts.KERNELS)
+    yield _busybox()
+    yield _memory()
+    yield _compiler()
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Check what vmodel needs; exit status 1 if something needed is missing."""
+    findings = list(_checks())
+    healthy = all(f.ok or not f.needed for f in findings)
+    if as_json:
+        print(json.dumps({"ok": healthy, "checks": [dataclasses.asdict(f) for f in findings]}, indent=1))
+        raise typer.Exit(0 if healthy else 1)
+    out = console()
+    for f in findings:
+        state = "[green]ok     [/]" if f.ok else "[red]MISSING[/]" if f.needed else "[yellow]absent [/]"
+        out.print(f"{state}  {f.name:<24} ", end="")
+        out.print(f.detail, markup=False, highlight=False)
+        if not f.ok and f.mend:
+            optional = "" if f.needed else " (optional)"
+            out.print(f"         {'':<24} to mend it{optional}: {f.mend}", markup=False, highlight=False)
+    raise typer.Exit(0 if healthy else 1)

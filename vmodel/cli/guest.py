@@ -1,0 +1,141 @@
+"""vmodel guest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from vmodel.cli.output import Verbose, console, log_to_stderr, show
+from vmodel.cli.serve import MachinePath, RunDir, Stop, loaded, served
+from vmodel.errors import ConfigError
+from vmodel.server import Server
+from vmodel.testing import artifacts
+from vmodel.testing.guest import Guest, GuestError, GuestResult, GuestSpec, writer
+
+Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run.", show_default=False)]
+Kernel = Annotated[str | None, typer.Option(metavar="NAME|PATH", help="6.12, 7.2, or the path of a vmlinuz.")]
+Modules = Annotated[list[str] | None, typer.Option("--module", metavar="M", help="A kernel module to load.")]
+Files = Annotated[
+    list[str] | None, typer.Option("--file", metavar="F[:DEST]", help="A file for the guest, else at /root/NAME.")
+]
+Append = Annotated[str, typer.Option(metavar="STR", help="More kernel arguments.")]
+Timeout = Annotated[float, typer.Option(metavar="S", help="Seconds for the whole run.")]
+Artifacts = Annotated[Path | None, typer.Option("--artifacts", metavar="DIR", help="Keep the logs there.")]
+Stats = Annotated[bool, typer.Option("--stats", help="At the end, say what the devices saw.")]
+Interactive = Annotated[bool, typer.Option("--interactive", "-i", help="Pass standard input on to COMMAND.")]
+
+
+def guest(
+    path: MachinePath,
+    command: Command,
+    kernel: Kernel = None,
+    module: Modules = None,
+    file: Files = None,
+    append: Append = "",
+    timeout: Timeout = 300.0,
+    artifacts_dir: Artifacts = None,
+    run_dir: RunDir = None,
+    stats: Stats = False,
+    interactive: Interactive = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a command in a stock guest with a machine's devices.
+
+    The exit status is the command's.  What it prints goes to stdout, the kernel's console to stderr.
+    """
+    log_to_stderr(verbose)
+    if timeout <= 0:
+        raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
+    spec = GuestSpec(
+        command=command,
+        kernel=artifacts.find_kernel(kernel),
+        modules=module or (),
+        files=[_file(text) for text in file or ()],
+        append=append,
+        timeout=timeout,
+        qemu=artifacts.find_qemu(),
+    )
+    with loaded(path) as machine, Stop.on_signals() as stop, served(machine, run_dir) as (server, folder):
+        spec.qemu_args = machine.qemu_args(folder)
+        try:
+            result = _watch(spec, artifacts_dir, stop, interactive)
+        except GuestError:
+            if not stop.number:
+                raise
+            raise typer.Exit(128 + stop.number) from None
+        if stats:
+            summary(server, result)
+    raise typer.Exit(result.status)
+
+
+def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool) -> GuestResult:
+    err = console(sys.stderr)
+    release = spec.kernel.release if spec.kernel else ""
+    spinner = err.status(f"booting {release}") if err.is_terminal and not interactive else contextlib.nullcontext()
+    out, to_console = writer(sys.stdout.fileno()), writer(sys.stderr.fileno())
+    with spinner as shown:
+
+        def on_output(data: bytes) -> None:
+            if shown is not None:
+                shown.stop()
+            out(data)
+
+        def on_console(data: bytes) -> None:
+            if shown is not None:
+                shown.stop()
+            to_console(data.replace(b"\r\n", b"\n"))
+
+        with Guest(spec, artifacts=logs, on_output=on_output, on_console=on_console) as running:
+            threading.Thread(target=_end_on, args=(stop, running), daemon=True).start()
+            if interactive:
+                threading.Thread(target=_pass_on, args=(sys.stdin.fileno(), running), daemon=True).start()
+            return running.wait()
+
+
+def _end_on(stop: Stop, running: Guest) -> None:
+    while running.running():
+        if stop.wait(0.2):
+            running.kill()
+
+
+def _pass_on(source: int, running: Guest) -> None:
+    while data := os.read(source, 4096):
+        running.send(data)
+
+
+def _file(text: str) -> tuple[Path, str]:
+    source, colon, target = text.partition(":")
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"--file {text}: there is no file {source}")
+    if colon and not target.strip("/"):
+        raise ConfigError(f"--file {text}: must be FILE, or FILE:PLACE-IN-THE-GUEST")
+    return path, target if colon else f"root/{path.name}"
+
+
+def summary(server: Server, result: GuestResult) -> None:
+    """What the devices saw, as a table on stderr."""
+    stats = server.stats()
+    table = Table("", *(f"[bold]{name}[/]" for name in stats), box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, keys in (
+        ("register reads by the guest", ["reads"]),
+        ("register writes by the guest", ["writes"]),
+        ("  served in C, without Python", ["served"]),
+        ("exits to Python", ["exits"]),
+        ("DMA bytes read by the device", ["dma_read_bytes"]),
+        ("DMA bytes written by the device", ["dma_write_bytes"]),
+        ("DMA faults", ["dma_faults"]),
+        ("interrupts", ["interrupts"]),
+    ):
+        table.add_row(label, *(f"{sum(counters[key] for key in keys):,}" for counters in stats.values()))
+    table.add_row("wall time, boot to power-off", f"{result.wall:.1f} s")
+    show(table, console(sys.stderr))

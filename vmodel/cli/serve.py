@@ -1,0 +1,139 @@
+"""vmodel serve, qemu-args; and what all commands that serve a machine share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shlex
+import signal
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmodel import machine as machines
+from vmodel.cli.output import Verbose, log_to_stderr
+from vmodel.errors import ConfigError
+from vmodel.server import Server
+
+MachinePath = Annotated[Path, typer.Argument(metavar="MACHINE.toml", help="The machine file.", show_default=False)]
+RunDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        metavar="DIR",
+        help="Where the sockets go; else $XDG_RUNTIME_DIR/vmodel/NAME, or a folder of yours in the temporary one.",
+    ),
+]
+
+
+class Stop:
+    """SIGINT and SIGTERM as something to wait for; `number` is the signal that came, else 0."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        # A pipe, as a signal handler must not touch locks: threading.Event.set() may deadlock in one.
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+
+    def fileno(self) -> int:
+        """Readable once a signal has come."""
+        return self._reader
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleeps until a signal comes; whether one has."""
+        return bool(select.select([self._reader], [], [], timeout)[0])
+
+    def _came(self, number: int, _: object) -> None:
+        self.number = self.number or number
+        with contextlib.suppress(BlockingIOError):  # full: then it has been written to before
+            os.write(self._writer, b"\0")
+
+    @classmethod
+    @contextlib.contextmanager
+    def on_signals(cls) -> Iterator[Stop]:
+        """Meanwhile the signals do nothing else."""
+        stop = cls()
+        before = {number: signal.signal(number, stop._came) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield stop
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(stop._reader)
+            os.close(stop._writer)
+
+
+def default_run_dir(name: str) -> Path:
+    """$XDG_RUNTIME_DIR/vmodel/NAME, else one of this user's in the temporary folder."""
+    base = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    # After `su` it may still name another user's.
+    if base.is_absolute() and os.access(base, os.W_OK | os.X_OK) and base.stat().st_uid == os.getuid():
+        return base / "vmodel" / name
+    return Path(tempfile.gettempdir()) / f"vmodel-{os.getuid()}" / name
+
+
+def prepare_run_dir(run_dir: Path | None, name: str) -> Path:
+    """The folder for a machine's sockets, made if it is not there.  ConfigError."""
+    folder = (run_dir or default_run_dir(name)).absolute()
+    try:
+        if run_dir is None:
+            # Its place is known to all, so somebody else may have made it, to look at what devices are told.
+            _make_private(folder.parent)
+            _make_private(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"run directory {folder}: {error.strerror}: choose another --run-dir") from error
+    return folder
+
+
+def _make_private(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(f"run directory {folder}: is no folder that only you can write to: choose another --run-dir")
+
+
+@contextlib.contextmanager
+def loaded(path: Path) -> Iterator[machines.Machine]:
+    """A machine and its devices."""
+    machine = machines.load(path)
+    try:
+        yield machine
+    finally:
+        machine.close()
+
+
+@contextlib.contextmanager
+def served(machine: machines.Machine, run_dir: Path | None) -> Iterator[tuple[Server, Path]]:
+    """A machine while it is served: the server, and the folder of its sockets."""
+    folder = prepare_run_dir(run_dir, machine.name)
+    with machine.serve(folder) as server:
+        yield server, folder
+
+
+def serve(path: MachinePath, run_dir: RunDir = None, verbose: Verbose = False) -> None:
+    """Serve a machine's devices until Ctrl-C or SIGTERM.
+
+    Prints a line with name and socket for each device, then "ready".
+    """
+    log_to_stderr(verbose)
+    with loaded(path) as machine, Stop.on_signals() as stop, served(machine, run_dir) as (_, folder):
+        for name in machine.devices:
+            print(f"{name} {machine.socket(name, folder)}", flush=True)
+        print("ready", flush=True)
+        stop.wait()
+
+
+def qemu_args(path: MachinePath, run_dir: RunDir = None) -> None:
+    """Print QEMU's arguments for a machine, quoted for a shell."""
+    log_to_stderr(False)
+    with loaded(path) as machine:
+        print(shlex.join(machine.qemu_args((run_dir or default_run_dir(machine.name)).absolute())))
