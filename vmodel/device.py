@@ -124,6 +124,10 @@ class PciDevice:
         for hook in cls._hooks:
             if hook.register.bank not in banks:
                 raise RegisterError(f"{cls.__name__}: a hook on {hook.register}, whose bank no BAR has")
+        taken = [n for bar in cls.declared_bars() for n in range(bar.index, bar.index + bar.registers)]
+        for n in taken:
+            if taken.count(n) > 1:
+                raise RegisterError(f"{cls.__name__}: BAR{n} is there twice (a 64-bit BAR takes two registers)")
         # A trial run of the layout finds everything else now rather than when a machine starts.
         trial = object.__new__(cls)
         trial.function, trial.irqs = Function(), Irqs()

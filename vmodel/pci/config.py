@@ -144,8 +144,6 @@ class ConfigSpace:
 
     def _lay_bar(self, bar: Bar) -> None:
         for n in range(bar.index, bar.index + bar.registers):
-            if n in self._bar_bits:
-                raise RegisterError(f"BAR{n} is there twice (a 64-bit BAR takes two registers)")
             self._bar_bits[n] = bar.header_bits() if n == bar.index else 0
         self._set_mask(0x10 + 4 * bar.index, bar.address_mask(), 4 * bar.registers)
 
@@ -221,6 +219,6 @@ class ConfigSpace:
         """A write that the shim left to us, because it touches a hooked register."""
         self._function.plain_write(Region.CONFIG, offset, data)
         span = Span.sized(offset, len(data))
-        for where, tell in self._hooks:
-            if where.overlaps(span):
-                tell()
+        # Once each, however many of its registers the write covers.
+        for tell in dict.fromkeys(tell for where, tell in self._hooks if where.overlaps(span)):
+            tell()

@@ -1,0 +1,244 @@
+"""Registers: what a declaration allows, and that all ways of access agree with an obvious model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmodel._shim import Function
+from vmodel.device import MmioBar, PciDevice, on_read, on_write
+from vmodel.regs import (
+    RC,
+    RESERVED,
+    RO,
+    RW,
+    W1C,
+    W1S,
+    WO,
+    Bit,
+    Bits,
+    Layout,
+    Reg8,
+    Reg16,
+    Reg32,
+    Reg64,
+    RegisterBank,
+    RegisterError,
+)
+
+# ---- declarations ------------------------------------------------------------------------------------
+
+
+def test_wrong_registers_fail_at_definition() -> None:
+    class Wide(Layout):
+        TOP = Bit(32)
+
+    for wrong, text in (
+        ({"A": Reg32(2)}, "no multiple"),
+        ({"A": Reg32(-4)}, "no multiple"),
+        ({"A": Reg32(16)}, "past the bank"),
+        ({"A": Reg64(0), "B": Reg32(4)}, "overlap"),
+        ({"A": Reg8(0, reset=256)}, "wider"),
+        ({"A": Reg8(0, reset=-1)}, "wider"),
+        ({"A": Reg32(0, layout=Wide)}, "outside"),
+        ({"A": Reg32(0, RO, ioeventfd=True)}, "cannot be written"),
+    ):
+        with pytest.raises(RegisterError, match=text):
+            type("Bank", (RegisterBank,), wrong, size=16)
+    with pytest.raises(RegisterError, match="sizes"):
+        type("Bank", (RegisterBank,), {}, size=16, sizes=(3,))
+    with pytest.raises(RegisterError, match="not positive"):
+        type("Bank", (RegisterBank,), {}, size=0)
+
+
+def test_wrong_layouts_fail_at_definition() -> None:
+    with pytest.raises(RegisterError, match="overlap"):
+        type("L", (Layout,), {"A": Bits(0, 4), "B": Bit(4)})
+    for field in (Bits(4, 0), Bit(64), Bit(-1)):
+        with pytest.raises(RegisterError, match="not in a register"):
+            type("L", (Layout,), {"A": field})
+
+
+class Control(Layout):
+    """Some fields."""
+
+    RUN = Bit(0)
+    MODE = Bits(4, 6)
+
+
+def test_fields() -> None:
+    assert Control(0x51).RUN == 1
+    assert Control(0x51).MODE == 5
+    assert Control.MODE.put(0x51, 2) == 0x21
+    assert Control.MODE.mask == 0x70
+    for wrong in (8, -1):
+        with pytest.raises(ValueError, match="does not fit"):
+            Control.MODE.put(0, wrong)
+
+
+class Regs(RegisterBank, size=0x10):
+    """For hooks."""
+
+    A = Reg32(0)
+    B = Reg32(4)
+
+
+class Other(RegisterBank, size=0x10):
+    """Not in any BAR."""
+
+    A = Reg32(0)
+
+
+def declare(**attributes: Any) -> type:
+    """A device class with these attributes."""
+    return type("Device", (PciDevice,), {"vendor_id": 1, "device_id": 2, "class_code": 3, **attributes})
+
+
+def hooked(register: Any) -> Any:
+    def hook(self: Any, new: int) -> None:
+        pass
+
+    return on_write(register)(hook)
+
+
+def test_wrong_hooks_fail_at_definition() -> None:
+    bar = MmioBar(0, size=4096)
+    regs = bar.bank(Regs)
+    with pytest.raises(RegisterError, match="two on_write hooks"):
+        declare(bar=bar, regs=regs, one=hooked(Regs.A), two=hooked(Regs.A))
+    with pytest.raises(RegisterError, match="no BAR has"):
+        declare(bar=bar, regs=regs, one=hooked(Other.A))
+    for wrong in ("A", 0, Reg32(0)):
+        with pytest.raises(RegisterError, match="registers of a bank"):
+            on_read(wrong)  # type: ignore[arg-type]
+    base = declare(bar=bar, regs=regs, hook=hooked(Regs.A))
+    type("Better", (base,), {"hook": hooked(Regs.A)})  # overriding is no second hook
+
+
+# ---- accesses, against an obvious model --------------------------------------------------------------
+
+
+class Mixed(Layout):
+    """All modes in one register."""
+
+    LOW = Bits(0, 7, RW)
+    CLEAR = Bits(8, 15, W1C)
+    SET = Bits(16, 19, W1S)
+    FIXED = Bits(20, 23, RO)
+    GONE = Bits(24, 27, RESERVED)
+    ONCE = Bits(28, 31, RC)
+
+
+class All(RegisterBank, size=0x20):
+    """Registers of every mode and width, with and without hooks."""
+
+    PLAIN = Reg32(0x00, reset=0x0102_0304)
+    HOOKED = Reg32(0x04, reset=0x1111_1111)
+    MIXED = Reg32(0x08, layout=Mixed, reset=0xFFF5_FF5A)
+    MIXED_HOOKED = Reg32(0x0C, layout=Mixed, reset=0xFFF5_FF5A)
+    BYTE = Reg8(0x10, W1C, reset=0xFF)
+    BYTE_HOOKED = Reg8(0x11, reset=0x42)
+    WORD = Reg16(0x12, RC, reset=0xBEEF)
+    COMMAND = Reg32(0x14, WO, reset=0x5555_5555)
+    LONG = Reg64(0x18, reset=0x8877_6655_4433_2211)
+
+
+class AllDevice(PciDevice):
+    """Its hooks change nothing, so that a plain model is enough."""
+
+    vendor_id, device_id, class_code = 1, 2, 3
+    bar0 = MmioBar(0, size=4096)
+    regs = bar0.bank(All)
+
+    def __init__(self) -> None:
+        self.commands: list[int] = []
+        super().__init__("all")
+
+    @on_read(All.HOOKED, All.MIXED_HOOKED)
+    def _read(self, stored: int) -> int:
+        return stored
+
+    @on_write(All.HOOKED, All.MIXED_HOOKED, All.BYTE_HOOKED)
+    def _write(self, new: int) -> None:
+        pass
+
+    @on_write(All.COMMAND)
+    def _command(self, new: int) -> int:
+        self.commands.append(new)
+        return 0
+
+
+class Model:
+    """Bytes, and for each bit what it does."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(b"\xff" * 0x20)
+        self.masks = {mode: bytearray(0x20) for mode in (RW, W1C, W1S, RC)}
+        for register in All.registers:
+            at = slice(register.offset, register.offset + register.size)
+            self.bytes[at] = register.reset.to_bytes(register.size, "little")
+            for mode, mask in self.masks.items():
+                mask[at] = register.mask(mode).to_bytes(register.size, "little")
+
+    def read(self, offset: int, count: int) -> bytes:
+        data = bytes(self.bytes[offset : offset + count])
+        for at in range(offset, offset + count):
+            self.bytes[at] &= ~self.masks[RC][at]
+        return data
+
+    def write(self, offset: int, data: bytes) -> None:
+        for at, byte in enumerate(data, offset):
+            stored = self.bytes[at] & ~self.masks[RW][at] | byte & self.masks[RW][at]
+            self.bytes[at] = stored & ~(byte & self.masks[W1C][at]) | byte & self.masks[W1S][at]
+
+
+accesses = st.tuples(st.booleans(), st.integers(0, 0x1F), st.integers(1, 8), st.integers(0, 2**64 - 1))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(accesses, max_size=30))
+def test_accesses_agree_with_a_model(steps: list[tuple[bool, int, int, int]]) -> None:
+    """Any access, whole, partial or across registers, hooked or not, does what the modes say bit by bit."""
+    device, model = AllDevice(), Model()
+    for writing, offset, count, value in steps:
+        count = min(count, 0x20 - offset)
+        value &= (1 << 8 * count) - 1
+        if writing:
+            device.region_write(0, offset, count, value)
+            model.write(offset, value.to_bytes(count, "little"))
+        else:
+            seen = device.region_read(0, offset, count)
+            assert seen == int.from_bytes(model.read(offset, count), "little")
+    assert bytes(device.regs.view) == bytes(model.bytes)
+    assert device.errors == 0
+    device.close()
+
+
+def test_write_only_registers(device: AllDevice | None = None) -> None:
+    device = AllDevice()
+    device.region_write(0, 0x14, 4, 0xCAFE)
+    device.region_write(0, 0x15, 1, 0x12)
+    assert device.commands == [0xCAFE, 0x5555_1255]
+    assert device.regs.COMMAND == 0x5555_5555
+    device.close()
+
+
+def test_raw_access_has_no_hooks() -> None:
+    device = AllDevice()
+    device.regs.COMMAND = 7
+    device.regs.WORD = 0x1234
+    assert (device.regs.WORD, device.regs.WORD, device.commands) == (0x1234, 0x1234, [])
+    device.close()
+
+
+def test_banks_know_the_function(tmp_path: object) -> None:
+    """The backing store outlives the objects that it came from."""
+    function = Function()
+    function.define_region(0, 4096)
+    view = function.add_bank(0, 0, 16)
+    del function
+    view[3] = 9
+    assert view[3] == 9
