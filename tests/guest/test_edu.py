@@ -54,7 +54,7 @@ def test_warm_reboot(boot: Boot, compiled: Compiled, kernel: str) -> None:
     with guest:
         guest.expect(rb"booted")
         guest.send(b"again\n")
-        guest.expect(rb"booted[^$]*booted")
+        guest.expect(rb"booted")
         guest.send(b"go\n")
         result = guest.wait()
     assert result.status == 0, result.output
