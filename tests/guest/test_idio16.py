@@ -14,7 +14,9 @@ from vmodel.devices.idio16 import Idio16
 pytestmark = pytest.mark.guest
 
 
-@pytest.mark.parametrize("properties", [{}, {"x-no-posted-writes": True}], ids=["posted", "not posted"])
+@pytest.mark.parametrize(
+    "properties", [{}, {"fds": False}, {"x-no-posted-writes": True}], ids=["fds", "no fds", "no posted writes"]
+)
 def test_inputs_and_outputs(
     boot: Boot, compiled: Callable[[str], Path], kernel: str, properties: dict[str, object]
 ) -> None:
