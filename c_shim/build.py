@@ -9,7 +9,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["span_tree.c", "files.c", "memory.c", "dirty.c", "dma.c", "func.c", "channel.c"]
+SOURCES = ["span_tree.c", "files.c", "guest_memory.c", "dirty.c", "dma.c", "func.c", "stream.c", "sleep.c", "channel.c"]
 
 
 def declarations() -> str:

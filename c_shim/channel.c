@@ -1,92 +1,25 @@
 /* SPDX-License-Identifier: MIT
  * One vfio-user connection: bytes in, replies and exits out.
  *
- * Bytes arrive by bulk recvmsg() into one buffer; whole messages are parsed from it in order.  Replies are
- * gathered and sent before anything that may sleep.  A channel belongs to the thread that calls
- * vms_enter(); only vms_wake() and vms_chan_shutdown() may come from others.
- *
- * Which message do received fds belong to?  The kernel ends a read after the data that carried fds, so they
- * belong to a message that begins in what was just read: the last one there, or the last that takes fds at
- * all when the last one does not (a client that puts several messages into one sendmsg()).
+ * Whole messages are parsed in order from what stream.c has received.  Replies are gathered and sent before anything
+ * that may sleep.  A channel belongs to the thread that calls vms_enter(); only vms_wake() and vms_chan_shutdown() may
+ * come from others.
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
 
 #include "func.h"
-#include "memory.h"
+#include "guest_memory.h"
+#include "stream.h"
 #include "vmshim.h"
-
-enum {
-    CMD_VERSION = 1,
-    CMD_DMA_MAP = 2,
-    CMD_DMA_UNMAP = 3,
-    CMD_SET_IRQS = 8,
-    CMD_REGION_READ = 9,
-    CMD_REGION_WRITE = 10,
-    CMD_WRITE_MULTI = 15,
-};
-
-#define TYPE_MASK 0xFu
-#define TYPE_COMMAND 0u
-#define TYPE_REPLY 1u
-#define FLAG_NO_REPLY 0x10u
-#define FLAG_ERROR 0x20u
-#define UNMAP_FLAG_ALL 2u /* as VFIO_DMA_UNMAP_FLAG_ALL; the vfio-user text leaves flags unused */
+#include "sleep.h"
+#include "wire.h"
 
 #define HANDSHAKE_SIZE (64u * 1024)
-#define START_SIZE (64u * 1024)
 #define TX_SIZE (64u * 1024)
-#define MAX_HELD_FDS 512
-#define CONTROL_FDS 253 /* SCM_MAX_FD */
-
-typedef struct header {
-    uint16_t id, command;
-    uint32_t size, flags, error;
-} header;
-
-typedef struct access_head {
-    uint64_t offset;
-    uint32_t region, count;
-} access_head;
-
-typedef struct dma_map_body {
-    uint32_t argsz, flags;
-    uint64_t offset, address, size;
-} dma_map_body;
-
-typedef struct dma_unmap_body {
-    uint32_t argsz, flags;
-    uint64_t address, size;
-} dma_unmap_body;
-
-typedef struct multi_entry {
-    uint64_t offset;
-    uint32_t region, count;
-    uint8_t data[8];
-} multi_entry;
-
-_Static_assert(sizeof(header) == 16 && sizeof(access_head) == 16 && sizeof(dma_map_body) == 32 &&
-                   sizeof(dma_unmap_body) == 24 && sizeof(multi_entry) == 24,
-               "wire layout");
-
-typedef struct stream {
-    int fd;
-    uint8_t *buf;
-    size_t cap, rpos, wpos;
-    uint64_t consumed; /* stream position of buf[rpos] */
-    uint64_t drain;    /* bytes of a rejected message still to be thrown away */
-    struct held {
-        uint64_t at; /* position of the message they came with */
-        int fd;
-    } held[MAX_HELD_FDS];
-    size_t n_held;
-} stream;
 
 struct vms_chan {
     vms_func *func;
@@ -109,187 +42,7 @@ struct vms_chan {
     vms_run run;
 };
 
-/* ---- streams ------------------------------------------------------------------------------ */
-
-static int stream_init(stream *s, int fd)
-{
-    s->fd = fd;
-    s->cap = START_SIZE;
-    s->buf = malloc(s->cap);
-    return s->buf ? 0 : -ENOMEM;
-}
-
-static void stream_free(stream *s)
-{
-    for (size_t i = 0; i < s->n_held; i++)
-        close(s->held[i].fd);
-    if (s->fd >= 0)
-        close(s->fd);
-    free(s->buf);
-}
-
-static size_t available(const stream *s)
-{
-    return s->wpos - s->rpos;
-}
-
-static void consume(stream *s, size_t n)
-{
-    s->rpos += n;
-    s->consumed += n;
-}
-
-/* Takes the fds of the message at `at` (and any before it) out of the held ones; returns how many were
- * copied to out. */
-static size_t take_fds(stream *s, uint64_t at, int *out, size_t room)
-{
-    size_t n = 0, kept = 0;
-
-    for (size_t i = 0; i < s->n_held; i++) {
-        if (s->held[i].at > at)
-            s->held[kept++] = s->held[i];
-        else if (n < room && s->held[i].at == at)
-            out[n++] = s->held[i].fd;
-        else
-            close(s->held[i].fd);
-    }
-    s->n_held = kept;
-    return n;
-}
-
-static void close_fds(const int *fds, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        close(fds[i]);
-}
-
-static int takes_fds(uint16_t command)
-{
-    return command == CMD_DMA_MAP || command == CMD_SET_IRQS;
-}
-
-/* The position of the message that fds belong to which came with the last `fresh` bytes of the buffer. */
-static uint64_t owner_of_fds(const stream *s, size_t fresh)
-{
-    size_t skip = s->drain < available(s) ? (size_t)s->drain : available(s);
-    size_t at = s->rpos + skip, last = at, last_taker = SIZE_MAX;
-    int last_takes = 0;
-
-    while (at < s->wpos) {
-        header h;
-        last = at;
-        last_takes = 0;
-        if (s->wpos - at < sizeof h)
-            break;
-        memcpy(&h, s->buf + at, sizeof h);
-        last_takes = takes_fds(h.command);
-        if (last_takes && at + h.size > s->wpos - fresh)
-            last_taker = at;
-        if (h.size < sizeof h || h.size > s->wpos - at)
-            break;
-        at += h.size;
-    }
-    size_t owner = s->wpos - last >= sizeof(header) && !last_takes && last_taker != SIZE_MAX ? last_taker : last;
-    return s->consumed + (owner - s->rpos);
-}
-
-/* One recvmsg().  > 0: bytes; 0: end of stream; < 0: -errno. */
-static ssize_t stream_fill(stream *s, uint32_t max_message)
-{
-    if (s->rpos == s->wpos) {
-        s->rpos = s->wpos = 0;
-    } else if (s->rpos > s->cap / 2 || s->wpos == s->cap) {
-        memmove(s->buf, s->buf + s->rpos, available(s));
-        s->wpos -= s->rpos;
-        s->rpos = 0;
-    }
-    if (available(s) >= sizeof(header) && !s->drain) {
-        header h;
-        memcpy(&h, s->buf + s->rpos, sizeof h);
-        if (h.size > s->cap && h.size <= max_message) {
-            uint8_t *grown = realloc(s->buf, h.size);
-            if (!grown)
-                return -ENOMEM;
-            s->buf = grown;
-            s->cap = h.size;
-        }
-        if (s->rpos + h.size > s->cap) {
-            memmove(s->buf, s->buf + s->rpos, available(s));
-            s->wpos -= s->rpos;
-            s->rpos = 0;
-        }
-    }
-    union {
-        struct cmsghdr align;
-        char space[CMSG_SPACE(CONTROL_FDS * sizeof(int))];
-    } control;
-    struct iovec iov = { s->buf + s->wpos, s->cap - s->wpos };
-    struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control,
-                          .msg_controllen = sizeof control };
-    ssize_t n = recvmsg(s->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-    if (n < 0)
-        return -errno;
-    s->wpos += (size_t)n;
-    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
-        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
-            continue;
-        size_t n_fds = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-        uint64_t owner = owner_of_fds(s, (size_t)n);
-        for (size_t i = 0; i < n_fds; i++) {
-            int fd;
-            memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
-            if (s->n_held < MAX_HELD_FDS)
-                s->held[s->n_held++] = (struct held){ owner, fd };
-            else
-                close(fd); /* far over max_msg_fds: the message will be refused for what it does have */
-        }
-    }
-    return n;
-}
-
 /* ---- sending ------------------------------------------------------------------------------ */
-
-static int send_all(int fd, const struct iovec *parts, size_t n_parts, const int *fds, size_t n_fds)
-{
-    struct iovec iov[3];
-    union {
-        struct cmsghdr align;
-        char space[CMSG_SPACE(CONTROL_FDS * sizeof(int))];
-    } control;
-    struct msghdr msg = { .msg_iov = iov, .msg_iovlen = n_parts };
-
-    memcpy(iov, parts, n_parts * sizeof *iov);
-    if (n_fds) {
-        msg.msg_control = &control;
-        msg.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
-        struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
-        c->cmsg_level = SOL_SOCKET;
-        c->cmsg_type = SCM_RIGHTS;
-        c->cmsg_len = CMSG_LEN(n_fds * sizeof(int));
-        memcpy(CMSG_DATA(c), fds, n_fds * sizeof(int));
-    }
-    while (msg.msg_iovlen) {
-        ssize_t n = sendmsg(fd, &msg, MSG_NOSIGNAL);
-        if (n < 0) {
-            if (errno == EINTR)
-                continue;
-            return -errno;
-        }
-        msg.msg_control = NULL; /* fds go with the first byte */
-        msg.msg_controllen = 0;
-        size_t left = (size_t)n;
-        while (msg.msg_iovlen && left >= msg.msg_iov->iov_len) {
-            left -= msg.msg_iov->iov_len;
-            msg.msg_iov++;
-            msg.msg_iovlen--;
-        }
-        if (msg.msg_iovlen) {
-            msg.msg_iov->iov_base = (uint8_t *)msg.msg_iov->iov_base + left;
-            msg.msg_iov->iov_len -= left;
-        }
-    }
-    return 0;
-}
 
 static void flush(vms_chan *chan)
 {
@@ -674,74 +427,6 @@ static int parse(vms_chan *chan, stream *s)
         return 1;
     }
     return chan->pending.kind != 0;
-}
-
-/* ---- waiting ------------------------------------------------------------------------------- */
-
-static uint64_t now_ns(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
-
-/* Polls fds[0..n) plus the function's wake and watch fds.  Sets *reason to WAKE, EVENT (and *cookie),
- * TIMEOUT, or 0 when one of the n is ready.  An fd of -1 is passed over by poll(). */
-static int wait_for(vms_func *func, struct pollfd *fds, size_t n, uint64_t deadline, uint32_t *reason,
-                    uint16_t *cookie)
-{
-    uint16_t cookies[MAX_WATCHES];
-    size_t total = n;
-
-    fds[total++] = (struct pollfd){ func->wake_fd, POLLIN, 0 };
-    if (__atomic_load_n(&func->n_watches, __ATOMIC_RELAXED)) {
-        pthread_mutex_lock(&func->watch_lock);
-        for (unsigned i = 0; i < func->n_watches; i++) {
-            cookies[i] = func->watches[i].cookie;
-            fds[total++] = (struct pollfd){ func->watches[i].fd, POLLIN, 0 };
-        }
-        pthread_mutex_unlock(&func->watch_lock);
-    }
-    struct timespec ts, *timeout = NULL;
-    if (deadline != UINT64_MAX) {
-        uint64_t now = now_ns(), left = deadline > now ? deadline - now : 0;
-        ts = (struct timespec){ (time_t)(left / 1000000000u), (long)(left % 1000000000u) };
-        timeout = &ts;
-    }
-    int rc = ppoll(fds, total, timeout, NULL);
-    if (rc < 0 && errno != EINTR)
-        return -errno;
-    uint64_t value;
-    if (rc <= 0) {
-        *reason = rc < 0 ? VMS_EXIT_WAKE : VMS_EXIT_TIMEOUT; /* a signal: let Python run its handlers */
-    } else if (fds[n].revents) {
-        if (read(func->wake_fd, &value, sizeof value) < 0 && errno != EAGAIN)
-            return -errno;
-        *reason = VMS_EXIT_WAKE;
-    } else {
-        *reason = 0;
-        for (size_t i = n + 1; i < total; i++) {
-            if (fds[i].revents & POLLIN && read(fds[i].fd, &value, sizeof value) == (ssize_t)sizeof value) {
-                *reason = VMS_EXIT_EVENT;
-                *cookie = cookies[i - n - 1];
-                break;
-            }
-        }
-    }
-    return 0;
-}
-
-int vms_idle(vms_func *func, int listener, uint64_t deadline_ns, uint16_t *cookie)
-{
-    struct pollfd fds[MAX_WATCHES + 2] = { { listener, POLLIN, 0 } };
-    uint32_t reason;
-
-    int rc = wait_for(func, fds, 1, deadline_ns, &reason, cookie);
-    if (rc < 0)
-        return rc;
-    if (reason)
-        return (int)reason;
-    return fds[0].revents ? VMS_EXIT_COMMAND : VMS_EXIT_WAKE;
 }
 
 /* ---- public ------------------------------------------------------------------------------- */

@@ -4,7 +4,7 @@
  * Bits live in chunks of 128 MiB of address space (4 KiB of bits), made when a page in them is first
  * written, so that the log of a sparse address space stays small. */
 #define _GNU_SOURCE
-#include "memory.h"
+#include "guest_memory.h"
 
 #include <errno.h>
 #include <stdlib.h>

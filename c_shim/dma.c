@@ -5,7 +5,7 @@
  * memory after it has removed a window: so a window's file outlives every copy from it, and DMA_UNMAP's
  * reply means that no access is in flight. */
 #define _GNU_SOURCE
-#include "memory.h"
+#include "guest_memory.h"
 
 #include <errno.h>
 #include <stdlib.h>

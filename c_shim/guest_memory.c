@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  * DMA windows: what the client's DMA_MAP and DMA_UNMAP leave behind. */
 #define _GNU_SOURCE
-#include "memory.h"
+#include "guest_memory.h"
 
 #include <errno.h>
 #include <stdlib.h>

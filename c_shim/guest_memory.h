@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
- * One function's DMA windows and its dirty log; see memory.c. */
-#ifndef VMS_MEMORY_H
-#define VMS_MEMORY_H
+ * One function's DMA windows and its dirty log; see guest_memory.c. */
+#ifndef VMS_GUEST_MEMORY_H
+#define VMS_GUEST_MEMORY_H
 
 #include <pthread.h>
 #include <stdatomic.h>

@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: MIT
+ * One socket: bulk reads into a buffer, and which message received fds belong to.
+ *
+ * The kernel ends a read after the data that carried fds, so they belong to a message that begins in what was just
+ * read: the last one there, or the last that takes fds at all when the last one does not (a client that puts several
+ * messages into one sendmsg()).
+ */
+#define _GNU_SOURCE
+#include "stream.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "wire.h"
+
+#define START_SIZE (64u * 1024)
+
+int stream_init(stream *s, int fd)
+{
+    s->fd = fd;
+    s->cap = START_SIZE;
+    s->buf = malloc(s->cap);
+    return s->buf ? 0 : -ENOMEM;
+}
+
+void stream_free(stream *s)
+{
+    for (size_t i = 0; i < s->n_held; i++)
+        close(s->held[i].fd);
+    if (s->fd >= 0)
+        close(s->fd);
+    free(s->buf);
+}
+
+size_t take_fds(stream *s, uint64_t at, int *out, size_t room)
+{
+    size_t n = 0, kept = 0;
+
+    for (size_t i = 0; i < s->n_held; i++) {
+        if (s->held[i].at > at)
+            s->held[kept++] = s->held[i];
+        else if (n < room && s->held[i].at == at)
+            out[n++] = s->held[i].fd;
+        else
+            close(s->held[i].fd);
+    }
+    s->n_held = kept;
+    return n;
+}
+
+void close_fds(const int *fds, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        close(fds[i]);
+}
+
+static int takes_fds(uint16_t command)
+{
+    return command == CMD_DMA_MAP || command == CMD_SET_IRQS;
+}
+
+/* The position of the message that fds belong to which came with the last `fresh` bytes of the buffer. */
+static uint64_t owner_of_fds(const stream *s, size_t fresh)
+{
+    size_t skip = s->drain < available(s) ? (size_t)s->drain : available(s);
+    size_t at = s->rpos + skip, last = at, last_taker = SIZE_MAX;
+    int last_takes = 0;
+
+    while (at < s->wpos) {
+        header h;
+        last = at;
+        last_takes = 0;
+        if (s->wpos - at < sizeof h)
+            break;
+        memcpy(&h, s->buf + at, sizeof h);
+        last_takes = takes_fds(h.command);
+        if (last_takes && at + h.size > s->wpos - fresh)
+            last_taker = at;
+        if (h.size < sizeof h || h.size > s->wpos - at)
+            break;
+        at += h.size;
+    }
+    size_t owner = s->wpos - last >= sizeof(header) && !last_takes && last_taker != SIZE_MAX ? last_taker : last;
+    return s->consumed + (owner - s->rpos);
+}
+
+ssize_t stream_fill(stream *s, uint32_t max_message)
+{
+    if (s->rpos == s->wpos) {
+        s->rpos = s->wpos = 0;
+    } else if (s->rpos > s->cap / 2 || s->wpos == s->cap) {
+        memmove(s->buf, s->buf + s->rpos, available(s));
+        s->wpos -= s->rpos;
+        s->rpos = 0;
+    }
+    if (available(s) >= sizeof(header) && !s->drain) {
+        header h;
+        memcpy(&h, s->buf + s->rpos, sizeof h);
+        if (h.size > s->cap && h.size <= max_message) {
+            uint8_t *grown = realloc(s->buf, h.size);
+            if (!grown)
+                return -ENOMEM;
+            s->buf = grown;
+            s->cap = h.size;
+        }
+        if (s->rpos + h.size > s->cap) {
+            memmove(s->buf, s->buf + s->rpos, available(s));
+            s->wpos -= s->rpos;
+            s->rpos = 0;
+        }
+    }
+    union {
+        struct cmsghdr align;
+        char space[CMSG_SPACE(CONTROL_FDS * sizeof(int))];
+    } control;
+    struct iovec iov = { s->buf + s->wpos, s->cap - s->wpos };
+    struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control,
+                          .msg_controllen = sizeof control };
+    ssize_t n = recvmsg(s->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (n < 0)
+        return -errno;
+    s->wpos += (size_t)n;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+            continue;
+        size_t n_fds = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        uint64_t owner = owner_of_fds(s, (size_t)n);
+        for (size_t i = 0; i < n_fds; i++) {
+            int fd;
+            memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+            if (s->n_held < MAX_HELD_FDS)
+                s->held[s->n_held++] = (struct held){ owner, fd };
+            else
+                close(fd); /* far over max_msg_fds: the message will be refused for what it does have */
+        }
+    }
+    return n;
+}
+
+int send_all(int fd, const struct iovec *parts, size_t n_parts, const int *fds, size_t n_fds)
+{
+    struct iovec iov[3];
+    union {
+        struct cmsghdr align;
+        char space[CMSG_SPACE(CONTROL_FDS * sizeof(int))];
+    } control;
+    struct msghdr msg = { .msg_iov = iov, .msg_iovlen = n_parts };
+
+    memcpy(iov, parts, n_parts * sizeof *iov);
+    if (n_fds) {
+        msg.msg_control = &control;
+        msg.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
+        struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+        c->cmsg_level = SOL_SOCKET;
+        c->cmsg_type = SCM_RIGHTS;
+        c->cmsg_len = CMSG_LEN(n_fds * sizeof(int));
+        memcpy(CMSG_DATA(c), fds, n_fds * sizeof(int));
+    }
+    while (msg.msg_iovlen) {
+        ssize_t n = sendmsg(fd, &msg, MSG_NOSIGNAL);
+        if (n < 0) {
+            if (errno == EINTR)
+                continue;
+            return -errno;
+        }
+        msg.msg_control = NULL; /* fds go with the first byte */
+        msg.msg_controllen = 0;
+        size_t left = (size_t)n;
+        while (msg.msg_iovlen && left >= msg.msg_iov->iov_len) {
+            left -= msg.msg_iov->iov_len;
+            msg.msg_iov++;
+            msg.msg_iovlen--;
+        }
+        if (msg.msg_iovlen) {
+            msg.msg_iov->iov_base = (uint8_t *)msg.msg_iov->iov_base + left;
+            msg.msg_iov->iov_len -= left;
+        }
+    }
+    return 0;
+}
