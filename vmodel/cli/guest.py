@@ -53,25 +53,27 @@ def guest(
     log_to_stderr(verbose)
     if timeout <= 0:
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
-    spec = GuestSpec(
-        command=command,
-        kernel=artifacts.find_kernel(kernel),
-        modules=module or (),
-        files=[_file(text) for text in file or ()],
-        append=append,
-        timeout=timeout,
-        qemu=artifacts.find_qemu(),
-    )
-    with loaded(path) as machine, Stop.on_signals() as stop, served(machine, run_dir) as (server, folder):
-        spec.qemu_args = machine.qemu_args(folder)
-        try:
-            result = _watch(spec, artifacts_dir, stop, interactive)
-        except GuestError:
-            if not stop.number:
-                raise
-            raise typer.Exit(128 + stop.number) from None
-        if stats:
-            summary(server, result)
+    files = [_file(text) for text in file or ()]
+    with loaded(path) as machine:
+        spec = GuestSpec(
+            command=command,
+            kernel=artifacts.find_kernel(kernel),
+            modules=module or (),
+            files=files,
+            append=append,
+            timeout=timeout,
+            qemu=artifacts.find_qemu(),
+        )
+        with Stop.on_signals() as stop, served(machine, run_dir) as (server, folder):
+            spec.qemu_args = machine.qemu_args(folder)
+            try:
+                result = _watch(spec, artifacts_dir, stop, interactive)
+            except GuestError:
+                if not stop.number:
+                    raise
+                raise typer.Exit(128 + stop.number) from None
+            if stats:
+                summary(server, result)
     raise typer.Exit(result.status)
 
 

@@ -22,10 +22,11 @@ Arguments = Annotated[
 def run(path: MachinePath, arguments: Arguments = None, run_dir: RunDir = None, verbose: Verbose = False) -> None:
     """Serve a machine and run QEMU with it; the exit status is QEMU's."""
     log_to_stderr(verbose)
-    qemu = artifacts.find_qemu()
-    with loaded(path) as machine, Stop.on_signals() as stop, served(machine, run_dir) as (_, folder):
-        line = [str(qemu.path), *machine.qemu_args(folder), *(arguments or [])]
-        status = _wait(subprocess.Popen(line), stop)
+    with loaded(path) as machine:
+        qemu = artifacts.find_qemu()
+        with Stop.on_signals() as stop, served(machine, run_dir) as (_, folder):
+            line = [str(qemu.path), *machine.qemu_args(folder), *(arguments or [])]
+            status = _wait(subprocess.Popen(line), stop)
     raise typer.Exit(status if status >= 0 else 128 - status)
 
 

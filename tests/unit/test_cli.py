@@ -1,0 +1,403 @@
+"""The command line as a user meets it: each command in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from vmodel.cli import main, serve
+from vmodel.errors import ConfigError
+from vmodel.vfio_user.client import Client
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "edu-demo.toml"
+
+#: Stands in for QEMU: says what it was asked, connects to the device, and does what the arguments say.
+FAKE_QEMU = f"""#!{sys.executable}
+import json, os, signal, socket, sys, time
+if "--version" in sys.argv:
+    print("QEMU emulator version 11.0.0")
+elif "help" in sys.argv:
+    print('name "vfio-user-pci", bus PCI')
+else:
+    device = json.loads(sys.argv[sys.argv.index("-device") + 1])
+    socket.socket(socket.AF_UNIX).connect(device["socket"]["path"])
+    print("qemu", sys.argv[-1], flush=True)
+    if sys.argv[-1] == "sleep":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(33))
+        time.sleep(60)
+    elif sys.argv[-1] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(int(sys.argv[-1]))
+"""
+
+
+def environ(**changes: str) -> dict[str, str]:
+    """This process's, without what would make the runs depend on it."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "VMODEL_", "PYTEST_"))}
+    # The test's own `vmodel` is what runs, wherever it was imported from.
+    return {**clean, "PYTHONPATH": str(ROOT), **changes}
+
+
+def vmodel(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "vmodel", *map(str, arguments)]
+    return subprocess.run(
+        line, cwd=cwd, env=environ(**env), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], status: int = 2) -> str:
+    """The one line that it said, where it failed as it should."""
+    assert (done.returncode, done.stdout) == (status, ""), done
+    line, rest = done.stderr.split("\n", 1)
+    assert rest == "" and line.startswith("vmodel: ")
+    return line.removeprefix("vmodel: ")
+
+
+@contextmanager
+def serving(*arguments: str | Path, **env: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """`vmodel serve` once it is ready: the process, and the lines that it printed before."""
+    line = [sys.executable, "-m", "vmodel", "serve", *map(str, arguments)]
+    with subprocess.Popen(line, env=environ(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout is not None
+            said = []
+            while (text := run.stdout.readline()) != "ready\n":
+                assert text, f"it ended with status {run.wait(10)}"
+                said.append(text.rstrip("\n"))
+            yield run, said
+        finally:
+            run.kill()
+
+
+@pytest.fixture
+def qemu(tmp_path: Path) -> Path:
+    path = tmp_path / "fake-qemu"
+    path.write_text(FAKE_QEMU)
+    path.chmod(0o755)
+    return path
+
+
+# ---- the command line itself ----------------------------------------------------------------------
+
+
+def test_help_lists_the_commands() -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        done = vmodel(*arguments)
+        assert done.returncode == 0
+        for command in ("serve", "run", "qemu-args", "guest", "devices", "regs", "doctor"):
+            assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
+
+
+def test_version() -> None:
+    assert re.match(r"vmodel \S+", vmodel("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("sreve x.toml", "no such command 'sreve'. Did you mean 'serve'? (see vmodel --help)"),
+        ("serve", "missing argument 'MACHINE.toml' (see vmodel serve --help)"),
+        ("serve a b", "got unexpected extra argument(s) (b) (see vmodel serve --help)"),
+        ("guest x.toml", "missing argument '-- COMMAND...' (see vmodel guest --help)"),
+        ("guest x.toml --timeout 0 -- true", "--timeout 0: must be more than 0 seconds"),
+        ("serve nix.toml", "nix.toml: cannot be read: No such file or directory"),
+        ("regs ed", "unknown model 'ed': did you mean 'edu'? Built-ins are edu, idio16; else \"path/file.py:Class\", or"
+         ' "package.module:Class"'),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(line: str, said: str, tmp_path: Path) -> None:
+    assert refused(vmodel(*line.split(), cwd=tmp_path)) == said
+
+
+def test_a_misspelt_option() -> None:
+    assert re.search(r"no such option:? '?--rundir.*--run-dir", refused(vmodel("serve", "x.toml", "--rundir", "y")))
+
+
+def test_each_mistake_of_a_machine_is_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text('[machine]\nname = "a/b"\nmemory = "1"\n')
+    for command in (["serve", file], ["run", file], ["qemu-args", file], ["guest", file, "--", "true"]):
+        done = vmodel(*command)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert [line.split(": ")[:3] for line in done.stderr.splitlines()] == [
+            ["vmodel", str(file), "machine.name"],
+            ["vmodel", str(file), "machine.memory"],
+        ]
+
+
+def test_a_reader_that_goes_away() -> None:
+    line = f"{sys.executable} -m vmodel regs edu | head -1"
+    done = subprocess.run(["sh", "-c", line], env=environ(), capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("1234:11e8") and done.stderr == ""
+
+
+def test_without_the_shim(tmp_path: Path) -> None:
+    """doctor says what to do, the others say so in a line."""
+    (tmp_path / "vmodel").symlink_to(ROOT / "vmodel")
+    code = (
+        "import sys; sys.modules['vmodel._vmshim'] = None\n"
+        "from vmodel.cli import main; sys.exit(main(sys.argv[1:]))"
+    )  # fmt: skip
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(line, env=environ(), capture_output=True, text=True, timeout=60)
+
+    assert re.match(r"the C shim cannot be loaded \(.*\): .* -m pip install --editable ", refused(run("devices"), 1))
+    done = run("doctor", "--json")
+    shim = json.loads(done.stdout)["checks"][0]
+    assert (done.returncode, shim["name"], shim["ok"]) == (1, "C shim", False)
+    assert "pip install" in shim["mend"]
+
+
+# ---- serve ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve(number: int, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "edu0.sock"
+    with serving(EXAMPLE, "--run-dir", tmp_path / "run") as (server, said):
+        assert said == [f"edu0 {path}"]
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        with Client.connect(path) as client:
+            client.negotiate()
+            assert client.region_read(7, 0, 4) == bytes.fromhex("3412e811")
+            server.send_signal(number)
+            out, err = server.communicate(timeout=10)
+    assert (server.returncode, out, err) == (0, "", "")
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_dead_servers_socket_is_replaced_and_a_live_ones_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "edu0.sock"
+    with serving(EXAMPLE, "--run-dir", tmp_path) as (first, _):
+        first.kill()
+        first.wait(10)
+        assert path.exists()
+    with serving(EXAMPLE, "--run-dir", tmp_path) as (second, _):
+        said = refused(vmodel("serve", EXAMPLE, "--run-dir", tmp_path))
+        assert said == f"device 'edu0' is being served already on {path}: stop that server first"
+        with Client.connect(path) as client:  # the one that is alive does not mind
+            client.negotiate()
+        assert second.poll() is None
+
+
+def test_run_dir_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = refused(vmodel("serve", EXAMPLE, "--run-dir", tmp_path / "file"))
+    assert said == f"run directory {tmp_path}/file: File exists: choose another --run-dir"
+    said = refused(vmodel("serve", EXAMPLE, "--run-dir", tmp_path / ("x" * 100)))
+    assert re.match(r".*: device\[0\]\.name: 'edu0': its socket .* at most 107 work: use --run-dir", said)
+
+
+def test_default_run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, tmp = tmp_path / "runtime", tmp_path / "tmp"
+    runtime.mkdir()
+    tmp.mkdir()
+    with serving(EXAMPLE, XDG_RUNTIME_DIR=str(runtime)) as (_, said):
+        assert said == [f"edu0 {runtime}/vmodel/edu-demo/edu0.sock"]
+    for unset in ({}, {"XDG_RUNTIME_DIR": str(tmp_path / "gone")}, {"XDG_RUNTIME_DIR": "relative"}):
+        with serving(EXAMPLE, TMPDIR=str(tmp), **unset) as (_, said):
+            folder = tmp / f"vmodel-{os.getuid()}" / "edu-demo"
+            assert said == [f"edu0 {folder}/edu0.sock"]
+            assert [stat.S_IMODE(f.stat().st_mode) for f in (folder, folder.parent)] == [0o700, 0o700]
+
+
+def test_a_default_run_dir_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    base = tmp_path / f"vmodel-{os.getuid()}"
+    for make in (
+        lambda: base.symlink_to(tmp_path),
+        lambda: base.mkdir() or base.chmod(0o777),  # type: ignore[func-returns-value]
+        lambda: base.write_text(""),
+    ):
+        make()
+        with pytest.raises(ConfigError, match="no folder that only you can write to"):
+            serve.prepare_run_dir(None, "m")
+        base.rmdir() if base.is_dir() and not base.is_symlink() else base.unlink()
+
+
+def test_verbose_logs_go_to_stderr(tmp_path: Path) -> None:
+    with serving(EXAMPLE, "--run-dir", tmp_path, "--verbose") as (server, _):
+        with Client.connect(tmp_path / "edu0.sock") as client:
+            client.negotiate()
+        time.sleep(0.2)
+        server.send_signal(signal.SIGTERM)
+        _, err = server.communicate(timeout=10)
+    assert re.search(r"^\d\d:\d\d:\d\d DEBUG vmodel\.\S+: edu0: ", err, re.MULTILINE)
+
+
+# ---- qemu-args, run -------------------------------------------------------------------------------
+
+
+def test_qemu_args_are_for_a_shell(tmp_path: Path) -> None:
+    done = vmodel("qemu-args", EXAMPLE, "--run-dir", "a b", cwd=tmp_path)
+    words = subprocess.run(
+        ["sh", "-c", f"for word in {done.stdout.strip()}; do echo \"$word\"; done"], capture_output=True, text=True
+    ).stdout.splitlines()  # fmt: skip
+    device = json.loads(words[words.index("-device") + 1])
+    assert device["socket"] == {"type": "unix", "path": f"{tmp_path}/a b/edu0.sock"}
+    assert "share=on" in words[words.index("-object") + 1]
+    assert not (tmp_path / "a b").exists()
+
+
+@pytest.mark.parametrize(("argument", "status"), [("0", 0), ("7", 7), ("die", 137)])
+def test_run_hands_on_qemus_status(argument: str, status: int, qemu: Path, tmp_path: Path) -> None:
+    done = vmodel("run", EXAMPLE, "--run-dir", tmp_path / "run", "--", argument, VMODEL_QEMU=str(qemu))
+    assert (done.returncode, done.stdout, done.stderr) == (status, f"qemu {argument}\n", "")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_ends_qemu_when_it_is_ended(number: int, qemu: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "vmodel", "run", EXAMPLE, "--run-dir", tmp_path / "run", "--", "sleep"]
+    env = environ(VMODEL_QEMU=str(qemu))
+    with subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "qemu sleep\n"
+        run.send_signal(number)
+        assert run.wait(10) == 33
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_no_qemu(tmp_path: Path) -> None:
+    for command in (["run", EXAMPLE], ["guest", EXAMPLE, "--", "true"]):
+        done = vmodel(*command, HOME=str(tmp_path), PATH="/nonexistent")
+        assert re.match(r"no (QEMU|kernel).*; run scripts/get-qemu$", refused(done, 1))
+    said = refused(vmodel("run", EXAMPLE, VMODEL_QEMU="/nonexistent"), 1)
+    assert said == "/nonexistent cannot be run (No such file or directory); run scripts/get-qemu"
+
+
+# ---- devices, regs, doctor ------------------------------------------------------------------------
+
+
+def test_devices() -> None:
+    assert re.search(r"^ edu +1234:11e8  QEMU's educational PCI device\.$", vmodel("devices").stdout, re.MULTILINE)
+    found = json.loads(vmodel("devices", "--json").stdout)
+    assert found["idio16"] == {
+        "vendor_id": 0x494F,
+        "device_id": 0x0DC8,
+        "class_code": 0x110000,
+        "class": "vmodel.devices.idio16:Idio16",
+    }
+
+
+def test_regs() -> None:
+    text = vmodel("regs", "edu").stdout
+    assert re.search(r"^ 0x0004  32 +LIVENESS +RW +0x00000000 +write  reads as the inverse", text, re.MULTILINE)
+    assert re.search(r"^ +7 +\.IRQ_FACTORIAL +RW ", text, re.MULTILINE)
+    assert all(line == line.rstrip() for line in text.splitlines())
+    (bar,) = json.loads(vmodel("regs", "edu", "--json").stdout)["bars"]
+    (bank,) = bar["banks"]
+    registers = {r["name"]: r for r in bank["registers"]}
+    assert registers["ID"]["reset"] == 0x010000ED and registers["ID"]["hooks"] == []
+    assert registers["LIVENESS"]["hooks"] == ["write"]
+    assert registers["STATUS"]["fields"][0]["name"] == "COMPUTING"
+
+
+def test_regs_of_a_file_here(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from vmodel.device import MmioBar, PciDevice\nfrom vmodel.regs import Reg8, RegisterBank\n"
+        "class B(RegisterBank, size=4):\n    R = Reg8(0, doc='bits [7:0] of [red]it[/red]')\n"
+        "class D(PciDevice):\n    vendor_id, device_id, class_code = 1, 2, 3\n"
+        "    bar0 = MmioBar(0, size=4096)\n    regs = bar0.bank(B)\n"
+    )
+    assert "bits [7:0] of [red]it[/red]\n" in vmodel("regs", "mine.py:D", cwd=tmp_path).stdout
+
+
+def test_doctor(qemu: Path, tmp_path: Path) -> None:
+    done = vmodel("doctor", "--json", HOME=str(tmp_path), VMODEL_QEMU=str(qemu))
+    found = json.loads(done.stdout)
+    checks = {check["name"]: check for check in found["checks"]}
+    assert (done.returncode, found["ok"]) == (1, False)
+    assert checks["C shim"]["ok"] and checks["shared memory"]["ok"]
+    assert checks["QEMU with vfio-user-pci"]["detail"] == f"11.0.0, {qemu}"
+    kernel = checks["guest kernel 6.12"]
+    assert (kernel["ok"], kernel["mend"]) == (False, "scripts/get-qemu --kernel 6.12")
+    text = vmodel("doctor", HOME=str(tmp_path), VMODEL_QEMU=str(qemu)).stdout
+    assert "ok       QEMU with vfio-user-pci  11.0.0" in text
+    assert re.search(r"^MISSING  static busybox .*\n +to mend it: scripts/get-qemu$", text, re.MULTILINE)
+
+
+def test_doctor_finds_an_old_qemu(qemu: Path, tmp_path: Path) -> None:
+    for old, new, said in (
+        ("version 11.0.0", "version 9.2.1", "is QEMU 9.2.1, older than 10.1"),
+        ("vfio-user-pci", "vfio-pci", "was built without vfio-user-pci"),
+    ):
+        qemu.write_text(FAKE_QEMU.replace(old, new))
+        found = json.loads(vmodel("doctor", "--json", HOME=str(tmp_path), VMODEL_QEMU=str(qemu)).stdout)
+        check = next(c for c in found["checks"] if c["name"].startswith("QEMU"))
+        assert (check["ok"], check["detail"], check["mend"]) == (False, f"{qemu} {said}", "scripts/get-qemu")
+
+
+# ---- in a terminal --------------------------------------------------------------------------------
+
+
+def in_terminal(*arguments: str | Path, env: Mapping[str, str] = {}, keys: bytes = b"", until: bytes = b"") -> bytes:
+    """What a terminal shows; `keys` are pressed once `until` has come."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-m", "vmodel", *map(str, arguments)], environ(TERM="xterm", **env))
+    shown, deadline = b"", time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if not select.select([fd], [], [], 1)[0]:
+            continue
+        try:
+            shown += os.read(fd, 4096)
+        except OSError:  # EIO: it has ended
+            break
+        if keys and until in shown:
+            os.write(fd, keys)
+            keys = b""
+    else:
+        os.kill(pid, signal.SIGKILL)
+    os.close(fd)
+    return shown + b"status %d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    shown = in_terminal("serve", EXAMPLE, "--run-dir", tmp_path, keys=b"\x03", until=b"ready\r\n")
+    assert shown.replace(b"\r\n", b"\n") == b"edu0 %s/edu0.sock\nready\n^Cstatus 0" % os.fsencode(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_colours_are_for_terminals(tmp_path: Path, qemu: Path) -> None:
+    assert b"\x1b[32mok" in in_terminal("doctor", env={"HOME": str(tmp_path)})
+    assert "\x1b" not in vmodel("doctor").stdout + vmodel("regs", "edu").stdout
+
+
+def test_ctrl_c_while_a_model_loads(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    shown = in_terminal("regs", f"{tmp_path}/slow.py:X", keys=b"\x03", until=b"loading\r\n")
+    assert shown == b"loading\r\n^Cstatus 130"
+
+
+def test_main_in_process(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices"]) == 0
+    assert "idio16" in capsys.readouterr().out
+    assert main(["nonsense"]) == 2
+
+
+def test_the_probe_of_a_live_socket_is_no_client(tmp_path: Path) -> None:
+    """A socket that is no server's, but that somebody listens on, is left alone too."""
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "edu0.sock"))
+        other.listen(1)
+        assert "is being served already" in refused(vmodel("serve", EXAMPLE, "--run-dir", tmp_path))
+    assert (tmp_path / "edu0.sock").exists()
