@@ -30,11 +30,12 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sanitized")
     for name in ("vmodel", "c_shim", "tests"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", root)
     environment = {**os.environ, "CFLAGS": FLAGS, "LDFLAGS": "-fsanitize=address,undefined"}
     subprocess.run(
         [sys.executable, "c_shim/build.py"], cwd=root, env=environment, check=True, timeout=300, capture_output=True
     )
+    # Only now: it is for pytest, and an old setuptools would stumble over it when it builds.
+    shutil.copy(ROOT / "pyproject.toml", root)
     return root
 
 
