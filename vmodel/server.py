@@ -92,7 +92,10 @@ class Connection:
             self.device.memory.unmap_all()
             self.session.close()
             self.device.client_gone()
-            self.channel.close()
+
+    def close(self) -> None:
+        """Closes the socket.  After `serve`, and when no other thread can call `channel.shutdown` any more."""
+        self.channel.close()
 
     def _due(self) -> int:
         """Runs what is due on the device; the next deadline."""
@@ -310,6 +313,7 @@ class Endpoint:
         finally:
             with self._lock:
                 self._connection = None
+            connection.close()
 
 
 def _listen(path: Path, name: str) -> socket.socket:

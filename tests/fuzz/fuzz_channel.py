@@ -92,7 +92,9 @@ def one_input(data: bytes) -> None:
         client.shutdown(socket.SHUT_WR)
         reader = threading.Thread(target=drain, args=(client,))
         reader.start()
-        Connection(toy, server, Limits()).serve(threading.Event())
+        connection = Connection(toy, server, Limits())
+        connection.serve(threading.Event())
+        connection.close()
         server.close()
         reader.join(20)
         assert not reader.is_alive(), "the connection did not end"
