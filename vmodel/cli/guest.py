@@ -129,12 +129,13 @@ def summary(server: Server, result: GuestResult) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for label, keys in (
-        ("register reads by the guest", ["reads"]),
-        ("register writes by the guest", ["writes"]),
-        ("  served in C, without Python", ["served"]),
+        ("accesses by the guest", ["reads", "writes"]),
+        ("  reads", ["reads"]),
+        ("  writes", ["writes"]),
+        ("  answered in C, without Python", ["served"]),
         ("exits to Python", ["exits"]),
-        ("DMA bytes read by the device", ["dma_read_bytes"]),
-        ("DMA bytes written by the device", ["dma_write_bytes"]),
+        ("DMA bytes, guest to device", ["dma_read_bytes"]),
+        ("DMA bytes, device to guest", ["dma_write_bytes"]),
         ("DMA faults", ["dma_faults"]),
         ("interrupts", ["interrupts"]),
     ):
