@@ -31,6 +31,9 @@ Artifacts = Annotated[Path | None, typer.Option("--artifacts", metavar="DIR", he
 Stats = Annotated[bool, typer.Option("--stats", help="At the end, say what the devices saw.")]
 Interactive = Annotated[bool, typer.Option("--interactive", "-i", help="Pass standard input on to COMMAND.")]
 
+#: An interactive command's first output: what is sent before somebody has opened the port is lost.
+_LISTENING = b"\x16"
+
 
 def guest(
     path: MachinePath,
@@ -56,7 +59,7 @@ def guest(
     files = [_file(text) for text in file or ()]
     with loaded(path) as machine:
         spec = GuestSpec(
-            command=command,
+            command=_announced(command) if interactive else command,
             kernel=artifacts.find_kernel(kernel),
             modules=module or (),
             files=files,
@@ -82,11 +85,15 @@ def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool) ->
     release = spec.kernel.release if spec.kernel else ""
     spinner = err.status(f"booting {release}") if err.is_terminal and not interactive else contextlib.nullcontext()
     out, to_console = writer(sys.stdout.fileno()), writer(sys.stderr.fileno())
+    listening = threading.Event()
     with spinner as shown:
 
         def on_output(data: bytes) -> None:
             if shown is not None:
                 shown.stop()
+            if interactive and not listening.is_set() and _LISTENING in data:
+                listening.set()
+                data = data.replace(_LISTENING, b"", 1)
             out(data)
 
         def on_console(data: bytes) -> None:
@@ -97,8 +104,12 @@ def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool) ->
         with Guest(spec, artifacts=logs, on_output=on_output, on_console=on_console) as running:
             threading.Thread(target=_end_on, args=(stop, running), daemon=True).start()
             if interactive:
-                threading.Thread(target=_pass_on, args=(sys.stdin.fileno(), running), daemon=True).start()
+                threading.Thread(target=_pass_on, args=(listening, sys.stdin.fileno(), running), daemon=True).start()
             return running.wait()
+
+
+def _announced(command: list[str]) -> list[str]:
+    return ["sh", "-c", f"printf '{_LISTENING.decode()}'; exec \"$@\"", "sh", *command]
 
 
 def _end_on(stop: Stop, running: Guest) -> None:
@@ -107,9 +118,12 @@ def _end_on(stop: Stop, running: Guest) -> None:
             running.kill()
 
 
-def _pass_on(source: int, running: Guest) -> None:
-    while data := os.read(source, 4096):
-        running.send(data)
+def _pass_on(listening: threading.Event, source: int, running: Guest) -> None:
+    listening.wait()
+    # It ends with the input, or with the guest: _watch() waits for that.
+    with contextlib.suppress(OSError):
+        while data := os.read(source, 4096):
+            running.send(data)
 
 
 def _file(text: str) -> tuple[Path, str]:

@@ -1,0 +1,174 @@
+"""scripts/demo, and the commands that start QEMU, as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.guest
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "edu-demo.toml"
+VMODEL = [sys.executable, "-m", "vmodel"]
+#: The slots that q35's default devices would take, all functions that a slot may have, the last slot.
+CROWDED = """
+[machine]
+name = "crowded"
+memory = "256M"
+""" + "".join(
+    f'[[device]]\nname = "d{n}"\nmodel = "{model}"\naddress = "0000:00:{address}"\n'
+    for n, (model, address) in enumerate(
+        [("edu", "01.0"), ("idio16", "01.1"), ("edu", "01.7"), ("edu", "02.0"), ("edu", "1e.0")]
+    )
+)
+
+
+def run(*line: str | Path, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, line)), input=stdin, env={**os.environ, **env}, capture_output=True, text=True, timeout=200
+    )
+
+
+def counters(table: str) -> dict[str, list[str]]:
+    """The summary's rows: label to values."""
+    rows = (re.fullmatch(r" *(\S.*?)  +(\S.*)", line) for line in table.splitlines())
+    return {row[1]: row[2].split() for row in rows if row}
+
+
+# ---- scripts/demo -----------------------------------------------------------------------------------
+
+in_venv = pytest.mark.skipif(
+    Path(sys.prefix) != ROOT / ".venv", reason="scripts/demo makes .venv: run scripts/test, which has made it"
+)
+
+
+@in_venv
+def test_the_demo() -> None:
+    done = run(ROOT / "scripts" / "demo")
+    assert done.returncode == 0, done
+    steps = re.findall(r"^\[(\d)/4\]|^(id|liveness|factorial|DMA) |^(demo: all is well)", done.stdout, re.MULTILINE)
+    assert ["".join(step) for step in steps] == [
+        "1", "2", "3", "4", "id", "liveness", "factorial", "DMA", "demo: all is well"
+    ]  # fmt: skip
+    found = counters(done.stderr)
+    assert found["interrupts"] == ["3"]
+    assert found["DMA bytes, guest to device"] == found["DMA bytes, device to guest"] == ["4,096"]
+    reads, writes, all_ = (int(found[key][0].replace(",", "")) for key in ("reads", "writes", "accesses by the guest"))
+    assert reads + writes == all_ > 2000
+    assert found["wall time, boot to power-off"][1] == "s"
+
+
+@in_venv
+def test_a_demo_that_fails_says_where_the_logs_are(tmp_path: Path) -> None:
+    """A compiler that makes a program that fails in the guest."""
+    cc = tmp_path / "cc"
+    cc.write_text('#!/bin/sh\necho "#!/bin/sh\necho went wrong; exit 3" > "$4"\nchmod 755 "$4"\n')
+    cc.chmod(0o755)
+    done = run(ROOT / "scripts" / "demo", PATH=f"{tmp_path}:{os.environ['PATH']}", TMPDIR=str(tmp_path))
+    assert done.returncode == 3, done
+    assert "all is well" not in done.stdout
+    logs = re.search(r"^demo: FAILED with status 3; .* are in (\S+)$", done.stderr, re.MULTILINE)
+    assert logs is not None, done.stderr
+    assert (Path(logs[1]) / "output.log").read_text() == "went wrong\n"
+    assert {"console.log", "qemu.line", "qemu.log"} <= {path.name for path in Path(logs[1]).iterdir()}
+
+
+# ---- vmodel guest -----------------------------------------------------------------------------------
+
+
+def test_status_and_streams(kernel: str, compiled: Callable[[str], Path], tmp_path: Path) -> None:
+    """What the command prints is all there is on stdout, what the kernel says is on stderr."""
+    script = "./edu_check >log && uname -r && ls tool && echo '<3>a word of the kernel' >/dev/kmsg; sleep 0.2; exit 7"
+    check = compiled("examples/edu_check.c")
+    line = [*VMODEL, "guest", EXAMPLE, "--run-dir", tmp_path / "run", "--artifacts", tmp_path / "logs"]
+    line += ["--kernel", kernel, "--module", "uio_pci_generic", "--file", check, "--file", f"{check}:/root/tool"]
+    done = run(*line, "--stats", "--append", "loglevel=5", "--", "sh", "-c", script)
+    assert done.returncode == 7, done
+    assert re.fullmatch(rf"{re.escape(kernel)}\.\S+\ntool\n", done.stdout)
+    assert "a word of the kernel\n" in done.stderr
+    assert counters(done.stderr)["interrupts"] == ["3"]
+    assert list((tmp_path / "run").iterdir()) == []
+    assert (tmp_path / "logs" / "output.log").read_text() == done.stdout
+    assert "loglevel=5" in (tmp_path / "logs" / "qemu.line").read_text()
+
+
+def test_every_device_is_at_its_address(tmp_path: Path) -> None:
+    machine = tmp_path / "m.toml"
+    machine.write_text(CROWDED)
+    script = 'cd /sys/bus/pci/devices; for d in *; do echo "$d $(cat $d/vendor $d/device | tr -d "\\n")"; done'
+    done = run(*VMODEL, "guest", machine, "--run-dir", tmp_path, "--", "sh", "-c", script)
+    found = dict(line.split() for line in done.stdout.splitlines())
+    ours = {address: ids for address, ids in found.items() if not ids.startswith("0x8086")}
+    assert ours == {
+        "0000:00:01.0": "0x12340x11e8",
+        "0000:00:01.1": "0x494f0x0dc8",
+        "0000:00:01.7": "0x12340x11e8",
+        "0000:00:02.0": "0x12340x11e8",
+        "0000:00:1e.0": "0x12340x11e8",
+    }
+
+
+def test_standard_input(tmp_path: Path) -> None:
+    line = [*VMODEL, "guest", EXAMPLE, "--run-dir", tmp_path, "--interactive", "--", "sh", "-c", "read a; echo got $a"]
+    assert run(*line, stdin="a line\n").stdout == "got a line\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "script", "said"),
+    [
+        ([], "echo c >/proc/sysrq-trigger", r"^vmodel: Kernel panic - not syncing: sysrq triggered crash"),
+        (["--timeout", "10"], "sleep 100", r"^vmodel: the guest did not end in 10.0 s"),
+        (["--module", "nosuch"], "true", r"^vmodel: kernel \S+ has no module 'nosuch'$"),
+        ([], "poweroff -f; sleep 100", r"^vmodel: the guest was off before the command had ended"),
+    ],
+)
+def test_what_goes_wrong_in_a_guest(arguments: list[str], script: str, said: str, tmp_path: Path) -> None:
+    done = run(*VMODEL, "guest", EXAMPLE, "--run-dir", tmp_path, *arguments, "--", "sh", "-c", script)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(said, done.stderr, re.MULTILINE), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_guest_that_is_stopped(number: int, tmp_path: Path) -> None:
+    line = [*VMODEL, "guest", EXAMPLE, "--run-dir", tmp_path / "run", "--artifacts", tmp_path / "logs", "--"]
+    command = list(map(str, [*line, "sh", "-c", "echo up; sleep 100"]))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as guest:
+        assert guest.stdout is not None
+        assert guest.stdout.readline() == "up\n"
+        start = time.monotonic()
+        guest.send_signal(number)
+        out, err = guest.communicate(timeout=30)
+        assert time.monotonic() - start < 20  # not the sleep's 100
+    assert (guest.returncode, out, err) == (128 + number, "", "")
+    assert list((tmp_path / "run").iterdir()) == []
+    # QEMU has gone with it: nobody has this run's socket in their command line.
+    lines = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if os.access(p, os.R_OK)]
+    assert not [line for line in lines if b"vfio-user-pci" in line and os.fsencode(tmp_path) in line]
+
+
+# ---- vmodel run -------------------------------------------------------------------------------------
+
+
+def test_run_with_qemus_default_devices(tmp_path: Path) -> None:
+    """QEMU's display and network card make room for ours; `quit` ends it with status 0."""
+    machine = tmp_path / "m.toml"
+    machine.write_text(CROWDED)
+    line = [*VMODEL, "run", machine, "--run-dir", tmp_path / "run", "--", "-display", "none", "-monitor", "stdio", "-S"]
+    done = run(*line, stdin="info pci\nquit\n")
+    assert done.returncode == 0, done
+    assert len(re.findall("PCI device 1234:11e8", done.stdout)) == 4
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_run_hands_on_what_qemu_says_of_its_arguments(tmp_path: Path) -> None:
+    done = run(*VMODEL, "run", EXAMPLE, "--run-dir", tmp_path, "--", "-no-such-option")
+    assert done.returncode == 1
+    assert "-no-such-option: invalid option" in done.stderr
