@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "vmodel"
 
+
+def _table() -> dict[str, int]:
+    """CONTRIBUTING.md's table: module to layer.  What has no layer of its own is the package itself."""
+    rows = re.findall(
+        r"^\| (\d) \| ((?:`[\w/]+` ?)+)\|", (PACKAGE.parent / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    found = {f"vmodel.{name}": int(number) for number, cell in rows for name in re.findall(r"`(\w+)/?`", cell)}
+    return {**found, "vmodel": 1, "vmodel.__main__": max(found.values())}
+
+
 #: Lower may not import higher; the longest prefix counts.
-LAYERS = {
-    "vmodel": 1,
-    "vmodel.errors": 1,
-    "vmodel.span": 1,
-    "vmodel.regs": 2,
-    "vmodel._shim": 2,
-    "vmodel.memory": 3,
-    "vmodel.timers": 3,
-    "vmodel.vfio_user": 3,
-    "vmodel.pci": 4,
-    "vmodel.dma": 5,
-    "vmodel.device": 5,
-    "vmodel.server": 6,
-    "vmodel.qemu": 7,
-    "vmodel.devices": 7,
-    "vmodel.machine": 7,
-    "vmodel.testing": 8,
-    "vmodel.cli": 8,
-    "vmodel.__main__": 8,
-}
+LAYERS = _table()
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -44,20 +37,24 @@ def layer(module: str) -> int:
     return LAYERS[module]
 
 
-def imports(path: Path) -> set[str]:
+def all_imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path} line {node.lineno}: a relative import"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "vmodel"}
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    return {name for name in all_imports(path) if name.split(".")[0] == "vmodel"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_upwards(path: Path) -> None:
     module = name_of(path)
-    assert module == "vmodel" or layer(module) >= 1
     for imported in imports(path):
         if imported == "vmodel._vmshim" or imported.startswith("vmodel._vmshim."):
             assert module == "vmodel._shim", f"{module} imports the compiled shim"
@@ -77,6 +74,23 @@ def test_the_protocol_stands_alone(path: Path) -> None:
 def test_devices_know_no_transport(path: Path) -> None:
     for imported in imports(path):
         assert not imported.startswith(("vmodel.server", "vmodel.vfio_user", "vmodel._shim")), imported
+
+
+def test_the_fetcher_needs_nothing_built() -> None:
+    """scripts/get-qemu runs before anything is installed: only the standard library, and nothing above layer 1."""
+    seen, todo = set(), ["vmodel.testing.get_qemu", "vmodel.cli.doctor"]
+    while todo:
+        module = todo.pop()
+        path = next((p for p in FILES if name_of(p) == module), None)
+        if path is None or module in seen:
+            continue
+        seen.add(module)
+        todo += imports(path)
+        assert layer(module) in (1, 8), module
+        if not module.startswith("vmodel.cli"):
+            packages = {name.split(".")[0] for name in all_imports(path)}
+            assert packages <= {*sys.stdlib_module_names, "vmodel"}, module
+    assert "vmodel.testing.artifacts" in seen
 
 
 def test_every_module_has_a_layer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,30 @@ def test_the_test_of_the_model(files: Path) -> None:
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_counter.py"]
     done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=False)
     assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def command_lines() -> list[list[str]]:
+    """The lines of the README's shell blocks, as words."""
+    return [shlex.split(line) for language, _, text in BLOCKS if language == "sh" for line in text.splitlines()]
+
+
+def test_the_shell_blocks_are_vmodels() -> None:
+    assert command_lines() and all(words[0] == "vmodel" for words in command_lines())
+
+
+@pytest.mark.guest
+def test_the_device_in_a_guest(files: Path) -> None:
+    (line,) = [words for words in command_lines() if words[1] == "guest"]
+    command = [sys.executable, "-m", "vmodel", *line[1:]]
+    done = subprocess.run(command, cwd=files, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "0xc0de\n"), done.stderr
+
+
+def test_the_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert targets
+    for target in targets:
+        assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
 def test_the_commands_exist() -> None:
