@@ -9,7 +9,20 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["span_tree.c", "files.c", "guest_memory.c", "dirty.c", "dma.c", "func.c", "stream.c", "sleep.c", "channel.c"]
+SOURCES = [
+    "span_tree.c",
+    "mapping_tree.c",
+    "files.c",
+    "dirty.c",
+    "guest_memory.c",
+    "domain.c",
+    "pgtable.c",
+    "dma.c",
+    "func.c",
+    "stream.c",
+    "sleep.c",
+    "channel.c",
+]
 
 
 def declarations() -> str:

@@ -3,8 +3,7 @@
  *
  * Bits live in chunks of 128 MiB of address space (4 KiB of bits), made when a page in them is first
  * written, so that the log of a sparse address space stays small. */
-#define _GNU_SOURCE
-#include "guest_memory.h"
+#include "dirty.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -30,24 +29,38 @@ static void clear_tree(span_tree *tree)
     }
 }
 
-void dirty_free(vms_memory *memory)
+static void clear(dirty_log *log)
 {
-    clear_tree(&memory->dirty_ranges);
-    clear_tree(&memory->dirty_chunks);
+    clear_tree(&log->ranges);
+    clear_tree(&log->chunks);
 }
 
-int vms_dirty_start(vms_memory *memory, const vms_range *ranges, size_t n)
+void dirty_init(dirty_log *log)
+{
+    atomic_store(&log->on, 0);
+    pthread_mutex_init(&log->lock, NULL);
+    span_tree_init(&log->ranges);
+    span_tree_init(&log->chunks);
+}
+
+void dirty_destroy(dirty_log *log)
+{
+    clear(log);
+    pthread_mutex_destroy(&log->lock);
+}
+
+int dirty_start(dirty_log *log, const vms_range *ranges, size_t n)
 {
     int rc = 0;
 
     if (n > MAX_RANGES)
         return -EINVAL;
-    pthread_mutex_lock(&memory->dirty_lock);
-    if (atomic_load(&memory->dirty_on))
+    pthread_mutex_lock(&log->lock);
+    if (atomic_load(&log->on))
         rc = -EBUSY;
     for (size_t i = 0; i < n && rc == 0; i++) {
         if (ranges[i].start > ranges[i].last ||
-            span_tree_overlaps(&memory->dirty_ranges, ranges[i].start, ranges[i].last)) {
+            span_tree_overlaps(&log->ranges, ranges[i].start, ranges[i].last)) {
             rc = -EINVAL;
             break;
         }
@@ -58,26 +71,26 @@ int vms_dirty_start(vms_memory *memory, const vms_range *ranges, size_t n)
         }
         node->start = ranges[i].start;
         node->last = ranges[i].last;
-        span_tree_insert(&memory->dirty_ranges, node);
+        span_tree_insert(&log->ranges, node);
     }
     if (rc == 0)
-        atomic_store(&memory->dirty_on, 1);
+        atomic_store(&log->on, 1);
     else if (rc != -EBUSY)
-        clear_tree(&memory->dirty_ranges);
-    pthread_mutex_unlock(&memory->dirty_lock);
+        clear_tree(&log->ranges);
+    pthread_mutex_unlock(&log->lock);
     return rc;
 }
 
-int vms_dirty_stop(vms_memory *memory)
+int dirty_stop(dirty_log *log)
 {
     int rc = 0;
 
-    pthread_mutex_lock(&memory->dirty_lock);
-    if (!atomic_load(&memory->dirty_on))
+    pthread_mutex_lock(&log->lock);
+    if (!atomic_load(&log->on))
         rc = -EINVAL;
-    atomic_store(&memory->dirty_on, 0);
-    dirty_free(memory);
-    pthread_mutex_unlock(&memory->dirty_lock);
+    atomic_store(&log->on, 0);
+    clear(log);
+    pthread_mutex_unlock(&log->lock);
     return rc;
 }
 
@@ -94,9 +107,9 @@ static void set_bits(uint64_t *bits, uint64_t first, uint64_t last)
     }
 }
 
-static chunk *chunk_at(vms_memory *memory, uint64_t address)
+static chunk *chunk_at(dirty_log *log, uint64_t address)
 {
-    span_node *node = span_tree_from(&memory->dirty_chunks, address);
+    span_node *node = span_tree_from(&log->chunks, address);
     if (node && node->start <= address)
         return (chunk *)node;
     chunk *fresh = calloc(1, sizeof *fresh);
@@ -104,14 +117,14 @@ static chunk *chunk_at(vms_memory *memory, uint64_t address)
         return NULL;
     fresh->span.start = address >> CHUNK_SHIFT << CHUNK_SHIFT;
     fresh->span.last = fresh->span.start + ((UINT64_C(1) << CHUNK_SHIFT) - 1);
-    span_tree_insert(&memory->dirty_chunks, &fresh->span);
+    span_tree_insert(&log->chunks, &fresh->span);
     return fresh;
 }
 
-static void mark_logged(vms_memory *memory, uint64_t start, uint64_t last)
+static void mark_logged(dirty_log *log, uint64_t start, uint64_t last)
 {
     for (;;) {
-        chunk *c = chunk_at(memory, start);
+        chunk *c = chunk_at(log, start);
         if (!c)
             abort(); /* a lost dirty bit would corrupt a migrated guest in silence */
         uint64_t end = last < c->span.last ? last : c->span.last;
@@ -122,64 +135,64 @@ static void mark_logged(vms_memory *memory, uint64_t start, uint64_t last)
     }
 }
 
-void dirty_mark(vms_memory *memory, uint64_t start, uint64_t last)
+void dirty_add(dirty_log *log, uint64_t start, uint64_t last)
 {
-    if (!atomic_load_explicit(&memory->dirty_on, memory_order_acquire))
-        return;
-    pthread_mutex_lock(&memory->dirty_lock);
-    if (!atomic_load(&memory->dirty_on)) {
+    pthread_mutex_lock(&log->lock);
+    if (!atomic_load(&log->on)) {
         /* stopped meanwhile */
-    } else if (!memory->dirty_ranges.count) {
-        mark_logged(memory, start, last);
+    } else if (!log->ranges.count) {
+        mark_logged(log, start, last);
     } else {
         const span_node *node;
-        while ((node = span_tree_from(&memory->dirty_ranges, start)) && node->start <= last) {
+        while ((node = span_tree_from(&log->ranges, start)) && node->start <= last) {
             uint64_t from = node->start > start ? node->start : start;
             uint64_t to = node->last < last ? node->last : last;
-            mark_logged(memory, from, to);
+            mark_logged(log, from, to);
             if (to == last)
                 break;
             start = to + 1;
         }
     }
-    pthread_mutex_unlock(&memory->dirty_lock);
+    pthread_mutex_unlock(&log->lock);
 }
 
-int vms_dirty_report(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t page_size, uint64_t *bitmap,
-                     size_t words)
+int dirty_report(dirty_log *log, uint64_t start, uint64_t size, uint64_t page_size, int keep, uint64_t *bitmap,
+                 size_t words)
 {
-    if (page_size < 4096 || (page_size & (page_size - 1)) || !size || (gpa & (page_size - 1)) ||
-        (size & (page_size - 1)) || gpa + (size - 1) < gpa)
+    if (page_size < 4096 || (page_size & (page_size - 1)) || !size || (start & (page_size - 1)) ||
+        (size & (page_size - 1)) || start + (size - 1) < start)
         return -EINVAL;
     uint64_t pages = size / page_size;
     if (words < pages / 64 + (pages % 64 != 0))
         return -EINVAL;
     memset(bitmap, 0, words * sizeof *bitmap);
 
-    uint64_t last = gpa + (size - 1), at = gpa;
+    uint64_t last = start + (size - 1), at = start;
     int rc = 0;
-    pthread_mutex_lock(&memory->dirty_lock);
-    if (!atomic_load(&memory->dirty_on))
+    pthread_mutex_lock(&log->lock);
+    if (!atomic_load(&log->on))
         rc = -EINVAL;
     span_node *node;
-    while (rc == 0 && (node = span_tree_from(&memory->dirty_chunks, at)) && node->start <= last) {
+    while (rc == 0 && (node = span_tree_from(&log->chunks, at)) && node->start <= last) {
         chunk *c = (chunk *)node;
         uint64_t from = node->start > at ? node->start : at;
         uint64_t to = node->last < last ? node->last : last;
         uint64_t bit = (from - node->start) >> PAGE_SHIFT, end = (to - node->start) >> PAGE_SHIFT;
-        uint64_t out = (from - gpa) >> PAGE_SHIFT;
+        uint64_t out = (from - start) >> PAGE_SHIFT;
         if (page_size == 4096 && bit % 64 == 0 && out % 64 == 0 && end % 64 == 63) {
             memcpy(bitmap + out / 64, c->bits + bit / 64, (end - bit + 1) / 8);
-            memset(c->bits + bit / 64, 0, (end - bit + 1) / 8);
+            if (!keep)
+                memset(c->bits + bit / 64, 0, (end - bit + 1) / 8);
         } else {
             for (; bit <= end; bit++) {
                 uint64_t mask = UINT64_C(1) << (bit % 64);
                 if (!c->bits[bit / 64]) {
                     bit |= 63; /* nothing in this word */
                 } else if (c->bits[bit / 64] & mask) {
-                    uint64_t page = (node->start + (bit << PAGE_SHIFT) - gpa) / page_size;
+                    uint64_t page = (node->start + (bit << PAGE_SHIFT) - start) / page_size;
                     bitmap[page / 64] |= UINT64_C(1) << (page % 64);
-                    c->bits[bit / 64] &= ~mask;
+                    if (!keep)
+                        c->bits[bit / 64] &= ~mask;
                 }
             }
         }
@@ -187,6 +200,6 @@ int vms_dirty_report(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t p
             break;
         at = to + 1;
     }
-    pthread_mutex_unlock(&memory->dirty_lock);
+    pthread_mutex_unlock(&log->lock);
     return rc;
 }

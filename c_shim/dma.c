@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT
  * The requester: IOVA -> GPA -> bytes, in one call for a whole transfer.
  *
- * A requester's lock is held while bytes are copied, and unmapping takes the lock of each requester of that
- * memory after it has removed a window: so a window's file outlives every copy from it, and DMA_UNMAP's
- * reply means that no access is in flight. */
+ * A requester's lock is held while bytes are copied.  Unmapping a window takes the lock of each requester of that
+ * memory after it has removed the window, and invalidating takes the lock of each requester of that domain after the
+ * mapping has gone: so a window's file outlives every copy from it, and the reply to DMA_UNMAP, or the return of an
+ * unmap, means that no access is in flight. */
 #define _GNU_SOURCE
-#include "guest_memory.h"
+#include "domain.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -13,11 +14,31 @@
 
 #define CACHED 4
 
+/* The IOTLB.  Single pages are found by their number; whatever is larger is kept whole, in a few entries of its own. */
+#define IOTLB_PAGES 1024
+#define IOTLB_RANGES 8
+#define PAGE ((uint64_t)4096)
+
+typedef struct iotlb_entry {
+    const attachment *at; /* NULL: free */
+    translation t;
+} iotlb_entry;
+
+typedef struct iotlb {
+    iotlb_entry range[IOTLB_RANGES];
+    unsigned victim;
+    iotlb_entry page[IOTLB_PAGES];
+} iotlb;
+
 struct vms_requester {
     vms_requester *next; /* under memory->requesters_lock */
     vms_memory *memory;
-    pthread_mutex_t lock;
+    pthread_mutex_t attaching; /* one change of attachments at a time; outermost */
+    pthread_mutex_t lock;      /* all below */
     int enabled;
+    attachment *attached; /* without a PASID; NULL: no translation */
+    span_tree pasids;
+    iotlb *iotlb; /* NULL: never attached */
     unsigned victim;
     struct cached {
         uint64_t start, last; /* start > last: free */
@@ -32,9 +53,18 @@ struct vms_requester {
 struct vms_pin {
     vms_memory *memory;
     mapped_file *file;
-    uint64_t start, last;
-    int write;
+    uint64_t *pages; /* GPA of each page that the pin touches, for the dirty log; NULL: not for writing */
+    size_t n_pages;
 };
+
+/* Where a piece of an access is. */
+typedef struct place {
+    uint8_t *ptr;
+    uint64_t gpa, n;
+    const struct cached *window;
+    vms_domain *log;  /* has the write noted in its dirty log, NULL: none */
+    uint64_t log_at;
+} place;
 
 vms_requester **requester_link(vms_requester *requester)
 {
@@ -54,7 +84,9 @@ int vms_requester_create(vms_memory *memory, vms_requester **out)
         return -ENOMEM;
     requester->memory = memory;
     memory_ref(memory);
+    pthread_mutex_init(&requester->attaching, NULL);
     pthread_mutex_init(&requester->lock, NULL);
+    span_tree_init(&requester->pasids);
     forget(requester);
     memory_attach(memory, requester);
     *out = requester;
@@ -65,9 +97,14 @@ void vms_requester_destroy(vms_requester *requester)
 {
     if (!requester)
         return;
+    vms_requester_attach(requester, VMS_NO_PASID, NULL);
+    while (requester->pasids.root)
+        vms_requester_attach(requester, (uint32_t)requester->pasids.root->start, NULL);
     memory_detach(requester->memory, requester);
     vms_memory_destroy(requester->memory);
+    pthread_mutex_destroy(&requester->attaching);
     pthread_mutex_destroy(&requester->lock);
+    free(requester->iotlb);
     free(requester);
 }
 
@@ -92,6 +129,134 @@ void vms_dma_stats_get(vms_requester *requester, vms_dma_stats *out)
     *out = requester->stats;
     pthread_mutex_unlock(&requester->lock);
 }
+
+/* ---- attachments and the IOTLB --------------------------------------------------------------- */
+
+static attachment *with_pasid(vms_requester *requester, uint32_t pasid)
+{
+    span_node *node = span_tree_from(&requester->pasids, pasid);
+    return node && node->start == pasid ? (attachment *)node : NULL;
+}
+
+static iotlb_entry *page_slot(iotlb *tlb, const attachment *at, uint64_t iova)
+{
+    uint64_t page = iova / PAGE;
+    return &tlb->page[(page ^ page >> 10 ^ at->pasid.start * 37) % IOTLB_PAGES];
+}
+
+static void drop(iotlb_entry *entry, const attachment *at, uint64_t start, uint64_t last)
+{
+    if (entry->at == at && entry->t.start <= last && start <= entry->t.last)
+        entry->at = NULL;
+}
+
+/* Under requester->lock. */
+static void invalidate(vms_requester *requester, const attachment *at, uint64_t start, uint64_t last)
+{
+    iotlb *tlb = requester->iotlb;
+
+    for (int i = 0; i < IOTLB_RANGES; i++)
+        drop(&tlb->range[i], at, start, last);
+    if ((last - start) / PAGE < IOTLB_PAGES / 4) {
+        for (uint64_t page = start / PAGE; page <= last / PAGE; page++)
+            drop(page_slot(tlb, at, page * PAGE), at, start, last);
+    } else {
+        for (int i = 0; i < IOTLB_PAGES; i++)
+            drop(&tlb->page[i], at, start, last);
+    }
+}
+
+void requester_invalidate(vms_requester *requester, const attachment *at, uint64_t start, uint64_t last)
+{
+    pthread_mutex_lock(&requester->lock);
+    invalidate(requester, at, start, last);
+    pthread_mutex_unlock(&requester->lock);
+}
+
+int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *domain)
+{
+    attachment *fresh = NULL, *old;
+    iotlb *tlb = NULL;
+
+    if (domain) {
+        fresh = calloc(1, sizeof *fresh);
+        tlb = calloc(1, sizeof *tlb);
+        if (!fresh || !tlb) {
+            free(fresh);
+            free(tlb);
+            return -ENOMEM;
+        }
+        fresh->pasid.start = fresh->pasid.last = pasid;
+        fresh->requester = requester;
+        fresh->domain = domain;
+    }
+    pthread_mutex_lock(&requester->attaching);
+    pthread_mutex_lock(&requester->lock);
+    if (!requester->iotlb) {
+        requester->iotlb = tlb;
+        tlb = NULL;
+    }
+    pthread_mutex_unlock(&requester->lock);
+    if (fresh)
+        domain_link(fresh);
+
+    pthread_mutex_lock(&requester->lock);
+    if (pasid == VMS_NO_PASID) {
+        old = requester->attached;
+        requester->attached = fresh;
+    } else {
+        old = with_pasid(requester, pasid);
+        if (old)
+            span_tree_remove(&requester->pasids, &old->pasid);
+        if (fresh)
+            span_tree_insert(&requester->pasids, &fresh->pasid);
+    }
+    if (old)
+        invalidate(requester, old, 0, UINT64_MAX);
+    pthread_mutex_unlock(&requester->lock);
+    if (old) {
+        domain_unlink(old);
+        free(old);
+    }
+    pthread_mutex_unlock(&requester->attaching);
+    free(tlb);
+    return 0;
+}
+
+/* The translation of iova, from the IOTLB or by the domain; NULL: *fault is filled.  Under requester->lock. */
+static const translation *find(vms_requester *requester, const attachment *at, uint64_t iova, uint32_t access,
+                               vms_fault *fault)
+{
+    iotlb *tlb = requester->iotlb;
+    iotlb_entry *entry = page_slot(tlb, at, iova);
+
+    if (entry->at == at && entry->t.start == (iova & -PAGE) && (entry->t.prot & access) == access) {
+        requester->stats.iotlb_hits++;
+        return &entry->t;
+    }
+    for (int i = 0; i < IOTLB_RANGES; i++) {
+        iotlb_entry *range = &tlb->range[i];
+        if (range->at == at && range->t.start <= iova && iova <= range->t.last && (range->t.prot & access) == access) {
+            requester->stats.iotlb_hits++;
+            return &range->t;
+        }
+    }
+    translation fresh;
+    requester->stats.iotlb_misses++;
+    if (domain_translate(at->domain, iova, access, &fresh, fault) < 0)
+        return NULL;
+    if (fresh.last - fresh.start >= PAGE) {
+        /* Its older self, which allowed less, must not stay beside it. */
+        for (int i = 0; i < IOTLB_RANGES; i++)
+            drop(&tlb->range[i], at, fresh.start, fresh.last);
+        entry = &tlb->range[tlb->victim++ % IOTLB_RANGES];
+    }
+    entry->at = at;
+    entry->t = fresh;
+    return &entry->t;
+}
+
+/* ---- one piece of an access -------------------------------------------------------------------- */
 
 static const struct cached *lookup(vms_requester *requester, uint64_t gpa)
 {
@@ -126,65 +291,96 @@ static int fail(vms_requester *requester, vms_fault *fault, enum vms_reason reas
     return -EFAULT;
 }
 
-/* Where iova is: *ptr and *n (at most `want`) bytes there.  Under requester->lock. */
-static int translate(vms_requester *requester, uint64_t iova, uint64_t want, uint32_t access, uint8_t **ptr,
-                     uint64_t *n, const struct cached **where, vms_fault *fault)
+/* What an access goes through: 0 with *at, NULL for no translation.  Under requester->lock. */
+static int route(vms_requester *requester, uint32_t pasid, uint64_t iova, attachment **at, vms_fault *fault)
 {
     if (!requester->enabled)
         return fail(requester, fault, VMS_REASON_BUS_MASTER_OFF, iova);
-    const struct cached *c = lookup(requester, iova);
+    *at = pasid == VMS_NO_PASID ? requester->attached : with_pasid(requester, pasid);
+    if (pasid != VMS_NO_PASID && !*at)
+        return fail(requester, fault, VMS_REASON_PASID, iova);
+    return 0;
+}
+
+/* Where iova is: at most `want` bytes there.  Under requester->lock. */
+static int translate(vms_requester *requester, const attachment *at, uint64_t iova, uint64_t want, uint32_t access,
+                     place *out, vms_fault *fault)
+{
+    uint64_t gpa = iova, left = UINT64_MAX; /* bytes after the first */
+
+    out->log = NULL;
+    if (at) {
+        const translation *t = find(requester, at, iova, access, fault);
+        if (!t)
+            return fail(requester, fault, fault->reason, iova);
+        gpa = t->gpa + (iova - t->start);
+        left = t->last - iova;
+        out->log = t->log;
+        out->log_at = t->log_start + (iova - t->start);
+    }
+    fault->gpa = gpa;
+    const struct cached *c = lookup(requester, gpa);
     if (!c)
         return fail(requester, fault, VMS_REASON_NO_WINDOW, iova);
     if ((c->prot & access) != access)
         return fail(requester, fault, VMS_REASON_PERMISSION, iova);
-    uint64_t left = c->last - iova; /* bytes after the first */
-    *n = left < want - 1 ? left + 1 : want;
+    if (c->last - gpa < left)
+        left = c->last - gpa;
+    out->n = left < want - 1 ? left + 1 : want;
+    out->gpa = gpa;
+    out->window = c;
     if (!c->file) {
-        fault->gpa = iova;
-        fault->len = *n;
-        if (access & VMS_PROT_WRITE)
-            dirty_mark(requester->memory, iova, iova + (*n - 1));
+        fault->len = out->n;
+        if (access & VMS_PROT_WRITE) {
+            dirty_mark(&requester->memory->dirty, gpa, gpa + (out->n - 1));
+            if (out->log)
+                dirty_mark(&out->log->dirty, out->log_at, out->log_at + (out->n - 1));
+        }
         return fail(requester, fault, VMS_REASON_NO_FILE, iova);
     }
-    uint64_t offset = iova - c->start;
-    if (c->file_offset + offset + *n > atomic_load_explicit(&c->file->good, memory_order_acquire))
+    uint64_t offset = gpa - c->start;
+    if (c->file_offset + offset + out->n > atomic_load_explicit(&c->file->good, memory_order_acquire))
         return fail(requester, fault, VMS_REASON_TRUNCATED, iova);
-    *ptr = c->host + offset;
-    *where = c;
+    out->ptr = c->host + offset;
     return 0;
 }
 
-static int still_there(const struct cached *c, uint64_t iova, uint64_t n)
+static int still_there(const place *p)
 {
-    return c->file_offset + (iova - c->start) + n <= atomic_load(&c->file->good);
+    return p->window->file_offset + (p->gpa - p->window->start) + p->n <= atomic_load(&p->window->file->good);
 }
 
-static int transfer(vms_requester *requester, uint64_t iova, uint8_t *buf, uint64_t len, uint32_t flags,
-                    vms_fault *fault)
+static void wrote(vms_requester *requester, const place *p)
+{
+    dirty_mark(&requester->memory->dirty, p->gpa, p->gpa + (p->n - 1));
+    if (p->log)
+        dirty_mark(&p->log->dirty, p->log_at, p->log_at + (p->n - 1));
+}
+
+static int transfer(vms_requester *requester, const attachment *at, uint64_t iova, uint8_t *buf, uint64_t len,
+                    uint32_t flags, vms_fault *fault)
 {
     uint32_t access = flags & VMS_DMA_WRITE ? VMS_PROT_WRITE : VMS_PROT_READ;
 
     if (len && iova + (len - 1) < iova)
         return fail(requester, fault, VMS_REASON_WRAP, iova);
     while (len) {
-        const struct cached *c;
-        uint8_t *ptr;
-        uint64_t n;
-        int rc = translate(requester, iova, len, access, &ptr, &n, &c, fault);
+        place p;
+        int rc = translate(requester, at, iova, len, access, &p, fault);
         if (rc < 0)
             return rc;
         if (flags & VMS_DMA_WRITE) {
-            memcpy(ptr, buf, n);
-            dirty_mark(requester->memory, iova, iova + (n - 1));
+            memcpy(p.ptr, buf, p.n);
+            wrote(requester, &p);
         } else {
-            memcpy(buf, ptr, n);
+            memcpy(buf, p.ptr, p.n);
         }
-        if (!still_there(c, iova, n))
+        if (!still_there(&p))
             return fail(requester, fault, VMS_REASON_TRUNCATED, iova);
-        fault->done += n;
-        iova += n;
-        buf += n;
-        len -= n;
+        fault->done += p.n;
+        iova += p.n;
+        buf += p.n;
+        len -= p.n;
     }
     return 0;
 }
@@ -209,8 +405,11 @@ int vms_dma_rw(vms_requester *requester, uint32_t pasid, uint64_t iova, void *bu
                uint32_t flags, vms_fault *fault)
 {
     begin(fault, pasid, flags);
+    attachment *at;
     pthread_mutex_lock(&requester->lock);
-    int rc = transfer(requester, iova, buf, len, flags, fault);
+    int rc = route(requester, pasid, iova, &at, fault);
+    if (rc == 0)
+        rc = transfer(requester, at, iova, buf, len, flags, fault);
     count(requester, flags, fault->done);
     pthread_mutex_unlock(&requester->lock);
     return rc;
@@ -219,15 +418,16 @@ int vms_dma_rw(vms_requester *requester, uint32_t pasid, uint64_t iova, void *bu
 int vms_dma_sg(vms_requester *requester, uint32_t pasid, const vms_sg *sg, size_t n, void *buf, size_t len,
                uint32_t flags, vms_fault *fault)
 {
-    int rc = 0;
+    attachment *at;
 
     begin(fault, pasid, flags);
     pthread_mutex_lock(&requester->lock);
+    int rc = route(requester, pasid, n ? sg[0].iova : 0, &at, fault);
     for (size_t i = 0; i < n && rc == 0; i++) {
         if (sg[i].len > len - fault->done)
             rc = -EINVAL;
         else
-            rc = transfer(requester, sg[i].iova, (uint8_t *)buf + fault->done, sg[i].len, flags, fault);
+            rc = transfer(requester, at, sg[i].iova, (uint8_t *)buf + fault->done, sg[i].len, flags, fault);
     }
     count(requester, flags, fault->done);
     pthread_mutex_unlock(&requester->lock);
@@ -236,7 +436,7 @@ int vms_dma_sg(vms_requester *requester, uint32_t pasid, const vms_sg *sg, size_
 
 #define ATOMIC_ON(type)                                                                                       \
     do {                                                                                                      \
-        type *at = (type *)ptr, want = (type)compare;                                                         \
+        type *at = (type *)p.ptr, want = (type)compare;                                                         \
         if (op == VMS_ATOMIC_FETCH_ADD)                                                                       \
             *old = __atomic_fetch_add(at, (type)operand, __ATOMIC_SEQ_CST);                                   \
         else if (op == VMS_ATOMIC_SWAP)                                                                       \
@@ -250,29 +450,26 @@ int vms_dma_sg(vms_requester *requester, uint32_t pasid, const vms_sg *sg, size_
 int vms_dma_atomic(vms_requester *requester, uint32_t pasid, uint64_t iova, uint32_t op, uint32_t size,
                    uint64_t operand, uint64_t compare, uint64_t *old, vms_fault *fault)
 {
-    const struct cached *c;
-    uint8_t *ptr;
-    uint64_t n;
+    attachment *at;
+    place p;
 
     if ((size != 4 && size != 8) || op > VMS_ATOMIC_CAS)
         return -EINVAL;
     begin(fault, pasid, VMS_DMA_WRITE);
     fault->access = VMS_PROT_READ | VMS_PROT_WRITE;
     pthread_mutex_lock(&requester->lock);
-    int rc;
-    if (iova & (size - 1))
+    int rc = route(requester, pasid, iova, &at, fault);
+    if (rc == 0 && (iova & (size - 1)))
         rc = fail(requester, fault, VMS_REASON_UNALIGNED, iova);
-    else
-        rc = translate(requester, iova, size, fault->access, &ptr, &n, &c, fault);
-    if (rc == 0 && n < size) /* windows are page-aligned, so an aligned operand never crosses one */
-        rc = fail(requester, fault, VMS_REASON_NO_WINDOW, iova + n);
+    if (rc == 0) /* windows and mappings are page-aligned, so an aligned operand never crosses one */
+        rc = translate(requester, at, iova, size, fault->access, &p, fault);
     if (rc == 0) {
         if (size == 4)
             ATOMIC_ON(uint32_t);
         else
             ATOMIC_ON(uint64_t);
-        dirty_mark(requester->memory, iova, iova + size - 1);
-        if (!still_there(c, iova, size))
+        wrote(requester, &p);
+        if (!still_there(&p))
             rc = fail(requester, fault, VMS_REASON_TRUNCATED, iova);
         else
             fault->done = size;
@@ -283,44 +480,92 @@ int vms_dma_atomic(vms_requester *requester, uint32_t pasid, uint64_t iova, uint
     return rc;
 }
 
+int vms_dma_translate(vms_requester *requester, uint32_t pasid, const uint64_t *iova, size_t n, uint32_t access,
+                      uint64_t *gpa, vms_fault *fault)
+{
+    attachment *at;
+
+    begin(fault, pasid, access & VMS_PROT_WRITE ? VMS_DMA_WRITE : 0);
+    fault->access = access;
+    pthread_mutex_lock(&requester->lock);
+    int rc = route(requester, pasid, n ? iova[0] : 0, &at, fault);
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        const translation *t = at ? find(requester, at, iova[i], access, fault) : NULL;
+        if (t)
+            gpa[i] = t->gpa + (iova[i] - t->start);
+        else if (at)
+            rc = fail(requester, fault, fault->reason, iova[i]);
+        else
+            gpa[i] = iova[i];
+    }
+    pthread_mutex_unlock(&requester->lock);
+    return rc;
+}
+
+/* ---- pins ---------------------------------------------------------------------------------------- */
+
+static void mark_pin(const vms_pin *pin)
+{
+    for (size_t i = 0; i < pin->n_pages; i++)
+        dirty_mark(&pin->memory->dirty, pin->pages[i], pin->pages[i] + (PAGE - 1));
+}
+
 int vms_dma_pin(vms_requester *requester, uint32_t pasid, uint64_t iova, size_t len, uint32_t flags, void **ptr,
                 vms_pin **out, vms_fault *fault)
 {
-    const struct cached *c;
-    uint8_t *host;
-    uint64_t n;
+    attachment *at;
+    place p;
+    uint8_t *host = NULL;
+    mapped_file *file = NULL;
 
     begin(fault, pasid, flags);
     if (!len)
         return -EINVAL;
     vms_pin *pin = calloc(1, sizeof *pin);
-    if (!pin)
+    int write = (flags & VMS_DMA_WRITE) != 0;
+    if (pin && write)
+        pin->pages = malloc((len / PAGE + 2) * sizeof *pin->pages);
+    if (!pin || (write && !pin->pages)) {
+        free(pin);
         return -ENOMEM;
+    }
     /* A view that may be written may be read as well. */
-    uint32_t access = flags & VMS_DMA_WRITE ? VMS_PROT_READ | VMS_PROT_WRITE : VMS_PROT_READ;
+    uint32_t access = write ? VMS_PROT_READ | VMS_PROT_WRITE : VMS_PROT_READ;
     fault->access = access;
     pthread_mutex_lock(&requester->lock);
-    int rc;
-    if (iova + (len - 1) < iova)
+    int rc = route(requester, pasid, iova, &at, fault);
+    if (rc == 0 && iova + (len - 1) < iova)
         rc = fail(requester, fault, VMS_REASON_WRAP, iova);
-    else
-        rc = translate(requester, iova, len, access, &host, &n, &c, fault);
-    if (rc == 0 && n < len)
-        rc = fail(requester, fault, VMS_REASON_NO_WINDOW, iova + n);
+    for (uint64_t done = 0; rc == 0 && done < len; done += p.n) {
+        rc = translate(requester, at, iova + done, len - done, access, &p, fault);
+        if (rc == 0 && done && (p.window->file != file || p.ptr != host + done))
+            rc = fail(requester, fault, VMS_REASON_NO_WINDOW, iova + done);
+        if (rc < 0)
+            break;
+        file = p.window->file;
+        if (!done)
+            host = p.ptr;
+        for (uint64_t i = 0; write && i <= (p.gpa % PAGE + p.n - 1) / PAGE; i++)
+            pin->pages[pin->n_pages++] = (p.gpa & -PAGE) + i * PAGE;
+        if (write && p.log)
+            dirty_mark(&p.log->dirty, p.log_at, p.log_at + (p.n - 1));
+    }
     if (rc == 0) {
-        file_ref(c->file);
+        file_ref(file);
         memory_ref(requester->memory);
-        *pin = (vms_pin){ requester->memory, c->file, iova, iova + (len - 1), (flags & VMS_DMA_WRITE) != 0 };
-        if (pin->write)
-            dirty_mark(pin->memory, pin->start, pin->last);
+        pin->memory = requester->memory;
+        pin->file = file;
+        mark_pin(pin);
         fault->done = len;
         *ptr = host;
         *out = pin;
     }
     count(requester, flags, fault->done);
     pthread_mutex_unlock(&requester->lock);
-    if (rc < 0)
+    if (rc < 0) {
+        free(pin->pages);
         free(pin);
+    }
     return rc;
 }
 
@@ -329,9 +574,9 @@ void vms_dma_unpin(vms_pin *pin)
     if (!pin)
         return;
     /* Again: the log may have been read since the pin was made. */
-    if (pin->write)
-        dirty_mark(pin->memory, pin->start, pin->last);
+    mark_pin(pin);
     file_put(pin->file);
     vms_memory_destroy(pin->memory);
+    free(pin->pages);
     free(pin);
 }

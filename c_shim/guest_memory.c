@@ -19,10 +19,8 @@ int vms_memory_create(vms_files *files, uint32_t max_windows, vms_memory **out)
     memory->max_windows = max_windows;
     pthread_mutex_init(&memory->lock, NULL);
     pthread_mutex_init(&memory->requesters_lock, NULL);
-    pthread_mutex_init(&memory->dirty_lock, NULL);
     span_tree_init(&memory->windows);
-    span_tree_init(&memory->dirty_ranges);
-    span_tree_init(&memory->dirty_chunks);
+    dirty_init(&memory->dirty);
     *out = memory;
     return 0;
 }
@@ -33,10 +31,9 @@ void vms_memory_destroy(vms_memory *memory)
         return;
     uint64_t removed;
     vms_memory_unmap_all(memory, &removed);
-    dirty_free(memory);
+    dirty_destroy(&memory->dirty);
     pthread_mutex_destroy(&memory->lock);
     pthread_mutex_destroy(&memory->requesters_lock);
-    pthread_mutex_destroy(&memory->dirty_lock);
     vms_files_destroy(memory->files);
     free(memory);
 }
@@ -201,4 +198,74 @@ void memory_detach(vms_memory *memory, vms_requester *requester)
         link = requester_link(*link);
     *link = *requester_link(requester);
     pthread_mutex_unlock(&memory->requesters_lock);
+}
+
+/* ---- words of tables, for the walkers ------------------------------------------------------- */
+
+/* The word at gpa, under memory->lock; NULL where there is none. */
+static uint64_t *word_at(vms_memory *memory, uint64_t gpa, uint32_t prot, const window **found)
+{
+    const window *win = gpa & 7 ? NULL : memory_find(memory, gpa);
+    if (!win || !win->file || (win->prot & prot) != prot)
+        return NULL;
+    *found = win;
+    return (uint64_t *)(win->file->base + win->offset + (gpa - win->span.start));
+}
+
+static int within_file(const window *win, uint64_t gpa)
+{
+    return win->offset + (gpa - win->span.start) + 8 <= atomic_load(&win->file->good);
+}
+
+int memory_load64(vms_memory *memory, uint64_t gpa, uint64_t *value)
+{
+    const window *win;
+    int rc = -EFAULT;
+
+    /* Under the lock the window cannot go, nor its file. */
+    pthread_mutex_lock(&memory->lock);
+    const uint64_t *word = word_at(memory, gpa, VMS_PROT_READ, &win);
+    if (word && within_file(win, gpa)) {
+        *value = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+        if (within_file(win, gpa)) /* else the file has shrunk under the load */
+            rc = 0;
+    }
+    pthread_mutex_unlock(&memory->lock);
+    return rc;
+}
+
+int memory_cas64(vms_memory *memory, uint64_t gpa, uint64_t expected, uint64_t desired)
+{
+    const window *win;
+    int rc = -EFAULT;
+
+    pthread_mutex_lock(&memory->lock);
+    uint64_t *word = word_at(memory, gpa, VMS_PROT_READ | VMS_PROT_WRITE, &win);
+    if (word && within_file(win, gpa)) {
+        int done = __atomic_compare_exchange_n(word, &expected, desired, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+        if (within_file(win, gpa))
+            rc = done ? 0 : -EAGAIN;
+    }
+    pthread_mutex_unlock(&memory->lock);
+    if (rc == 0)
+        dirty_mark(&memory->dirty, gpa, gpa + 7);
+    return rc;
+}
+
+/* ---- the log of writes --------------------------------------------------------------------- */
+
+int vms_dirty_start(vms_memory *memory, const vms_range *ranges, size_t n)
+{
+    return dirty_start(&memory->dirty, ranges, n);
+}
+
+int vms_dirty_stop(vms_memory *memory)
+{
+    return dirty_stop(&memory->dirty);
+}
+
+int vms_dirty_report(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t page_size, uint64_t *bitmap,
+                     size_t words)
+{
+    return dirty_report(&memory->dirty, gpa, size, page_size, 0, bitmap, words);
 }

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "dirty.h"
 #include "files.h"
 #include "span_tree.h"
 #include "vmshim.h"
@@ -27,18 +28,16 @@ struct vms_memory {
     pthread_mutex_t requesters_lock;
     vms_requester *requesters;
 
-    _Atomic int dirty_on;
-    pthread_mutex_t dirty_lock; /* innermost */
-    span_tree dirty_ranges;     /* empty: all is logged */
-    span_tree dirty_chunks;
+    dirty_log dirty;
 };
 
 void memory_ref(vms_memory *memory);
 /* The window at gpa, or NULL, under memory->lock. */
 const window *memory_find(const vms_memory *memory, uint64_t gpa);
-/* Notes a write to [start, last] (GPA) if logging is on. */
-void dirty_mark(vms_memory *memory, uint64_t start, uint64_t last);
-void dirty_free(vms_memory *memory);
+/* One naturally aligned 8-byte word, as hardware that walks tables reads it; EFAULT where there is no file. */
+int memory_load64(vms_memory *memory, uint64_t gpa, uint64_t *value);
+/* Puts `desired` there if it is `expected` still.  EAGAIN: it is not; EFAULT. */
+int memory_cas64(vms_memory *memory, uint64_t gpa, uint64_t expected, uint64_t desired);
 
 void memory_attach(vms_memory *memory, vms_requester *requester);
 void memory_detach(vms_memory *memory, vms_requester *requester);

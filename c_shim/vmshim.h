@@ -6,7 +6,8 @@
  *
  *   files     client files (guest RAM) mapped once per inode, shared by all functions of a server
  *   memory    one function's DMA windows: GPA -> pointer into such a file (or "ask the client")
- *   requester what issues DMA: IOVA -> GPA -> bytes, dirty marks, faults
+ *   domain    IOVA -> GPA: mappings, or tables that a guest keeps in its memory
+ *   requester what issues DMA: an IOTLB, a domain (one for each PASID), bytes, dirty marks, faults
  *   function  regions (BARs, ROM, config space): backing store and who answers each byte
  *   channel   one vfio-user connection: framing, fds, replies, exits
  *
@@ -79,7 +80,7 @@ int vms_dirty_stop(vms_memory *memory);
 int vms_dirty_report(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t page_size,
                      uint64_t *bitmap, size_t words);
 
-/* ---- requester: DMA ---------------------------------------------------------------------- */
+/* ---- faults ------------------------------------------------------------------------------- */
 
 #define VMS_NO_PASID 0xFFFFFFFFu
 #define VMS_DMA_WRITE 1u /* from buf to memory; else from memory to buf */
@@ -93,18 +94,98 @@ enum vms_reason {
     VMS_REASON_WRAP,           /* iova + len passes 2**64 */
     VMS_REASON_UNALIGNED,      /* atomics only */
     VMS_REASON_NO_FILE,        /* not a fault: [gpa, gpa+len) needs DMA_READ/DMA_WRITE messages */
+    /* from here on: the IOMMU's */
+    VMS_REASON_BLOCKED,        /* the domain lets nothing through */
+    VMS_REASON_PASID,          /* no domain for this PASID */
+    VMS_REASON_NOT_MAPPED,     /* no mapping, or an entry that is not present */
+    VMS_REASON_INPUT_WIDTH,    /* the IOVA is beyond what the domain can translate */
+    VMS_REASON_OUTPUT_WIDTH,   /* an entry points beyond the width of physical addresses */
+    VMS_REASON_RESERVED_BITS,  /* an entry has bits set that must be 0, or a level that cannot be */
+    VMS_REASON_TABLE_ACCESS,   /* a table is not in memory that can be read, or whose flags can be set */
+    VMS_REASON_TABLE_CHANGING, /* an entry changed each time its flags were to be set */
+    VMS_REASON_ACCESS_FLAG,    /* Arm: AF is clear, and hardware does not set it */
 };
 
 typedef struct vms_fault {
     uint32_t reason; /* enum vms_reason */
     uint32_t pasid;
     uint64_t iova; /* where it stopped */
-    uint64_t gpa;  /* NO_FILE: where to go on by message */
+    uint64_t gpa;  /* where the IOVA leads, if that is known; nested: the address that stage 2 refused */
     uint64_t len;  /* NO_FILE: how many bytes from there the window still covers (capped to the rest) */
     uint64_t done; /* bytes moved before that */
     uint32_t access; /* VMS_PROT_* that was asked for */
-    uint32_t level;
+    uint32_t level;  /* of the table with the offending entry: 1 has entries of 4 KiB; 0: not a table's fault */
+    uint32_t stage;  /* 1 or 2 where tables are nested, else 0 */
 } vms_fault;
+
+/* ---- domain: IOVA -> GPA -------------------------------------------------------------------- */
+
+enum vms_domain_kind { VMS_DOMAIN_IDENTITY, VMS_DOMAIN_BLOCKED, VMS_DOMAIN_PAGING, VMS_DOMAIN_TABLE };
+
+enum vms_table_format {
+    VMS_TABLE_VTD_SECOND, /* VT-d second-stage, 3-5 levels */
+    VMS_TABLE_X86,        /* x86-64, 4-5 levels: VT-d first-stage, AMD v2, SVA */
+    VMS_TABLE_AMD_V1,     /* AMD-Vi host tables, 1-6 levels */
+    VMS_TABLE_ARM_S1,     /* VMSAv8-64 stage 1, 4 KiB granule, 1-4 levels, TTBR0 */
+    VMS_TABLE_ARM_S2,     /* the same, stage 2; the top table may be 16 in a row */
+};
+#define VMS_TABLE_SET_ACCESSED 1u /* the walk sets the accessed flag (x86 does in any case); Arm: HA */
+#define VMS_TABLE_SET_DIRTY 2u    /* and the dirty flag on writes; Arm: HD */
+#define VMS_TABLE_SUPERVISOR 4u   /* accesses are privileged: x86 U/S, Arm AP[1] and APTable[0] do not matter */
+#define VMS_TABLE_2M 8u           /* pages of that size are allowed (VT-d); else their bit is reserved */
+#define VMS_TABLE_1G 16u
+#define VMS_TABLE_SNOOP 32u       /* VT-d SNP (bit 11) is allowed; else reserved */
+
+typedef struct vms_table {
+    uint32_t format; /* enum vms_table_format */
+    uint32_t levels;
+    uint64_t root;        /* of the top table; 4 KiB aligned.  With a parent domain it is an address of that domain */
+    uint32_t input_bits;  /* IOVAs of more bits fault; x86: canonical addresses of that width */
+    uint32_t output_bits; /* width of addresses in entries */
+    uint32_t flags;       /* VMS_TABLE_* */
+} vms_table;
+
+typedef struct vms_mapping {
+    uint64_t start, last; /* IOVA, inclusive */
+    uint64_t gpa;         /* of start */
+    uint32_t prot;        /* VMS_PROT_* */
+    uint32_t level;       /* a walk: of the entry; else 0 */
+} vms_mapping;
+
+typedef struct vms_domain vms_domain;
+/* VMS_DOMAIN_IDENTITY or VMS_DOMAIN_BLOCKED. */
+int vms_domain_create(uint32_t kind, vms_domain **out);
+/* Keeps its mappings here.  page_sizes: a bit for each, all >= 4096; IOVAs in [first, last]; GPAs up to
+ * last_gpa; at most max_mappings. */
+int vms_domain_create_paging(uint64_t page_sizes, uint64_t first, uint64_t last, uint64_t last_gpa,
+                             uint64_t max_mappings, vms_domain **out);
+/* Walks tables in `memory`, with `parent` (paging, or tables without a parent; NULL: none) as stage 2. */
+int vms_domain_create_table(vms_memory *memory, const vms_table *table, vms_domain *parent, vms_domain **out);
+void vms_domain_destroy(vms_domain *domain);
+/* EINVAL: not paging, zero size, no prot, not aligned to the smallest page; ERANGE: outside [first, last], beyond
+ * last_gpa, wraps; EEXIST: overlap; ENOSPC: too many; ENOMEM. */
+int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t prot);
+/* Removes mappings from iova on, in whole pages (each the largest that alignment and the page sizes allow), until
+ * `size` bytes are gone or there is no mapping, or a page would be cut.  *removed: bytes.  EINVAL: alignment.
+ * Without VMS_UNMAP_DEFER it returns when no IOTLB has the range any more and no access through it is under way. */
+#define VMS_UNMAP_DEFER 1u
+int vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags, uint64_t *removed);
+/* Takes [start, last] out of all IOTLBs that have it from this domain (or from one nested in it). */
+int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last);
+/* Where iova leads, by mapping or tables, past all IOTLBs.  access 0: whatever is allowed, and no flag is set.
+ * EFAULT with *fault filled. */
+int vms_domain_walk(vms_domain *domain, uint64_t iova, uint32_t access, vms_mapping *out, vms_fault *fault);
+/* Paging: copies up to `room` mappings in ascending order, beginning at the first whose last >= iova. */
+size_t vms_domain_list(vms_domain *domain, uint64_t iova, vms_mapping *out, size_t room);
+/* Paging: how many mappings there are, and the bytes of memory that they take. */
+size_t vms_domain_count(vms_domain *domain, uint64_t *bytes);
+/* As vms_dirty_*, by IOVA; keep: the log is not cleared. */
+int vms_domain_dirty_start(vms_domain *domain);
+int vms_domain_dirty_stop(vms_domain *domain);
+int vms_domain_dirty_report(vms_domain *domain, uint64_t iova, uint64_t size, uint64_t page_size, int keep,
+                            uint64_t *bitmap, size_t words);
+
+/* ---- requester: DMA ---------------------------------------------------------------------- */
 
 typedef struct vms_sg {
     uint64_t iova, len;
@@ -119,6 +200,9 @@ int vms_requester_create(vms_memory *memory, vms_requester **out);
 void vms_requester_destroy(vms_requester *requester);
 /* Command.BusMaster; off at creation. */
 int vms_requester_enable(vms_requester *requester, int on);
+/* Accesses with this PASID (or VMS_NO_PASID) go through `domain` from now on; NULL: no translation without a PASID, a
+ * fault with one.  Returns when no access goes through the old domain any more. */
+int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *domain);
 /* Moves len bytes.  0, or -EFAULT with *fault filled (reason, where, how much was done). */
 int vms_dma_rw(vms_requester *requester, uint32_t pasid, uint64_t iova, void *buf, size_t len,
                uint32_t flags, vms_fault *fault);
@@ -134,8 +218,13 @@ int vms_dma_pin(vms_requester *requester, uint32_t pasid, uint64_t iova, size_t 
                 void **ptr, vms_pin **pin, vms_fault *fault);
 void vms_dma_unpin(vms_pin *pin);
 
+/* n translations, no bytes moved: gpa[i] for iova[i]. */
+int vms_dma_translate(vms_requester *requester, uint32_t pasid, const uint64_t *iova, size_t n, uint32_t access,
+                      uint64_t *gpa, vms_fault *fault);
+
 typedef struct vms_dma_stats {
     uint64_t read_ops, read_bytes, write_ops, write_bytes, faults;
+    uint64_t iotlb_hits, iotlb_misses;
 } vms_dma_stats;
 void vms_dma_stats_get(vms_requester *requester, vms_dma_stats *out);
 

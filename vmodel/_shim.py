@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,114 @@ class Memory:
         return bytes(bitmap)
 
 
+DOMAIN_IDENTITY: int = lib.VMS_DOMAIN_IDENTITY
+DOMAIN_BLOCKED: int = lib.VMS_DOMAIN_BLOCKED
+TABLE_SET_ACCESSED: int = lib.VMS_TABLE_SET_ACCESSED
+TABLE_SET_DIRTY: int = lib.VMS_TABLE_SET_DIRTY
+TABLE_SUPERVISOR: int = lib.VMS_TABLE_SUPERVISOR
+TABLE_2M: int = lib.VMS_TABLE_2M
+TABLE_1G: int = lib.VMS_TABLE_1G
+TABLE_SNOOP: int = lib.VMS_TABLE_SNOOP
+UNMAP_DEFER: int = lib.VMS_UNMAP_DEFER
+
+#: (first IOVA, last IOVA, GPA of the first, prot, level) of a mapping, or of what a walk has found.
+Mapped = tuple[int, int, int, int, int]
+
+
+def _mapped(m: Any) -> Mapped:
+    return m.start, m.last, m.gpa, m.prot, m.level
+
+
+class Domain:
+    """IOVA to GPA; see vms_domain_*.  Any thread may call it."""
+
+    def __init__(self, handle: Any, keep: tuple[object, ...] = ()) -> None:
+        self.handle = handle
+        self._keep = keep
+
+    @classmethod
+    def plain(cls, kind: int) -> Domain:
+        """DOMAIN_IDENTITY or DOMAIN_BLOCKED."""
+        return cls(_create(lib.vms_domain_create, lib.vms_domain_destroy, "vms_domain", kind))
+
+    @classmethod
+    def paging(cls, page_sizes: int, first: int, last: int, last_gpa: int, max_mappings: int) -> Domain:
+        """One that keeps its mappings."""
+        limits = (page_sizes, first, last, last_gpa, max_mappings)
+        return cls(_create(lib.vms_domain_create_paging, lib.vms_domain_destroy, "vms_domain", *limits))
+
+    @classmethod
+    def table(
+        cls,
+        memory: Memory,
+        format: int,
+        levels: int,
+        root: int,
+        input_bits: int,
+        output_bits: int,
+        flags: int,
+        parent: Domain | None,
+    ) -> Domain:
+        """One that walks a guest's tables; the arguments are vms_table's."""
+        table = ffi.new("vms_table *", (format, levels, root, input_bits, output_bits, flags))
+        above = ffi.NULL if parent is None else parent.handle
+        create = lib.vms_domain_create_table
+        return cls(_create(create, lib.vms_domain_destroy, "vms_domain", memory.handle, table, above), (memory, parent))
+
+    def map(self, iova: int, gpa: int, size: int, prot: int) -> None:
+        rc = lib.vms_domain_map(self.handle, iova, gpa, size, prot)
+        if rc:
+            check(rc)
+
+    def unmap(self, iova: int, size: int, flags: int = 0) -> int:
+        removed = ffi.new("uint64_t *")
+        rc = lib.vms_domain_unmap(self.handle, iova, size, flags, removed)
+        if rc:
+            check(rc)
+        return removed[0]  # type: ignore[no-any-return]
+
+    def flush(self, start: int, last: int) -> None:
+        check(lib.vms_domain_flush(self.handle, start, last))
+
+    def walk(self, iova: int, access: int) -> Mapped:
+        """Where `iova` leads; DmaFault."""
+        out, fault = ffi.new("vms_mapping *"), ffi.new("vms_fault *")
+        rc = lib.vms_domain_walk(self.handle, iova, access, out, fault)
+        if rc:
+            _raise_fault(rc, fault)
+        return _mapped(out)
+
+    def list(self) -> Iterator[Mapped]:
+        """All mappings, ascending."""
+        room, iova = 256, 0
+        out = ffi.new("vms_mapping[]", room)
+        while True:
+            n = lib.vms_domain_list(self.handle, iova, out, room)
+            page = [_mapped(m) for m in out[0:n]]
+            yield from page
+            if n < room or page[-1][1] == 2**64 - 1:
+                return
+            iova = page[-1][1] + 1
+
+    def count(self) -> tuple[int, int]:
+        """(mappings, bytes of memory that they take)."""
+        taken = ffi.new("uint64_t *")
+        return int(lib.vms_domain_count(self.handle, taken)), int(taken[0])
+
+    def dirty_start(self) -> None:
+        check(lib.vms_domain_dirty_start(self.handle))
+
+    def dirty_stop(self) -> None:
+        check(lib.vms_domain_dirty_stop(self.handle))
+
+    def dirty_report(self, iova: int, size: int, page_size: int, keep: bool) -> bytes:
+        words = (size // max(page_size, 1) + 63) // 64
+        bitmap = bytearray(words * 8)
+        into = ffi.from_buffer("uint64_t[]", bitmap)
+        check(lib.vms_domain_dirty_report(self.handle, iova, size, page_size, keep, into, words))
+        return bytes(bitmap)
+
+
 class ByMessage(Exception):
     """Not a fault: [gpa, gpa+size) has no file, so the next piece goes by DMA_READ or DMA_WRITE."""
 
@@ -130,6 +238,23 @@ class ByMessage(Exception):
         self.gpa = gpa
         self.size = size
         self.done = done
+
+
+def _raise_fault(rc: int, fault: Any) -> None:
+    if rc != -errno.EFAULT:  # an argument was wrong: the fault was not filled
+        check(rc)
+    if fault.reason == _REASON_NO_FILE:
+        raise ByMessage(fault.gpa, fault.len, fault.done)
+    raise DmaFault(
+        Reason(fault.reason),
+        fault.iova,
+        Access(fault.access),
+        fault.done,
+        None if fault.pasid == NO_PASID else fault.pasid,
+        gpa=fault.gpa,
+        level=fault.level,
+        stage=fault.stage,
+    )
 
 
 class Requester:
@@ -153,13 +278,17 @@ class Requester:
             fault = self._local.fault = ffi.new("vms_fault *")
             return fault
 
-    def _raise(self, rc: int, fault: Any) -> None:
-        if rc != -errno.EFAULT:  # an argument was wrong: the fault was not filled
-            check(rc)
-        if fault.reason == _REASON_NO_FILE:
-            raise ByMessage(fault.gpa, fault.len, fault.done)
-        pasid = None if fault.pasid == NO_PASID else fault.pasid
-        raise DmaFault(Reason(fault.reason), fault.iova, Access(fault.access), fault.done, pasid)
+    def attach(self, domain: Domain | None, pasid: int = NO_PASID) -> None:
+        """Accesses with this PASID go through `domain` from now on; None as in vms_requester_attach."""
+        check(lib.vms_requester_attach(self.handle, pasid, ffi.NULL if domain is None else domain.handle))
+
+    def translate(self, iovas: Sequence[int], access: int, pasid: int = NO_PASID) -> list[int]:
+        """The GPA of each IOVA, by way of the IOTLB."""
+        fault, out = self._fault(), ffi.new("uint64_t[]", len(iovas))
+        rc = lib.vms_dma_translate(self.handle, pasid, list(iovas), len(iovas), access, out, fault)
+        if rc:
+            _raise_fault(rc, fault)
+        return list(out)
 
     def read(self, iova: int, size: int, pasid: int = NO_PASID) -> bytes:
         """`size` bytes from `iova` on."""
@@ -167,7 +296,7 @@ class Requester:
         scratch = self._local.scratch if size <= _SCRATCH else ffi.new("char[]", size)
         rc = lib.vms_dma_rw(self.handle, pasid, iova, scratch, size, 0, fault)
         if rc:
-            self._raise(rc, fault)
+            _raise_fault(rc, fault)
         return ffi.unpack(scratch, size)  # type: ignore[no-any-return]
 
     def readinto(self, iova: int, buffer: Any, pasid: int = NO_PASID) -> None:
@@ -176,7 +305,7 @@ class Requester:
         into = ffi.from_buffer(buffer, require_writable=True)
         rc = lib.vms_dma_rw(self.handle, pasid, iova, into, len(into), 0, fault)
         if rc:
-            self._raise(rc, fault)
+            _raise_fault(rc, fault)
 
     def write(self, iova: int, data: Any, pasid: int = NO_PASID) -> None:
         """Writes `data` (bytes-like, contiguous) to `iova`."""
@@ -184,13 +313,13 @@ class Requester:
         source = ffi.from_buffer(data)
         rc = lib.vms_dma_rw(self.handle, pasid, iova, source, len(source), DMA_WRITE, fault)
         if rc:
-            self._raise(rc, fault)
+            _raise_fault(rc, fault)
 
     def atomic(self, iova: int, op: int, size: int, operand: int, compare: int, pasid: int = NO_PASID) -> int:
         fault, old = self._fault(), ffi.new("uint64_t *")
         rc = lib.vms_dma_atomic(self.handle, pasid, iova, op, size, operand, compare, old, fault)
         if rc:
-            self._raise(rc, fault)
+            _raise_fault(rc, fault)
         return int(old[0])
 
     def gather(self, pieces: Sequence[tuple[int, int]], buffer: Any, flags: int, pasid: int = NO_PASID) -> None:
@@ -200,22 +329,22 @@ class Requester:
         flat = ffi.from_buffer(buffer, require_writable=not flags & DMA_WRITE)
         rc = lib.vms_dma_sg(self.handle, pasid, vector, len(pieces), flat, len(flat), flags, fault)
         if rc:
-            self._raise(rc, fault)
+            _raise_fault(rc, fault)
 
     def pin(self, iova: int, size: int, flags: int, pasid: int = NO_PASID) -> Pin:
         fault = self._fault()
         pointer, pin = ffi.new("void **"), ffi.new("vms_pin **")
         rc = lib.vms_dma_pin(self.handle, pasid, iova, size, flags, pointer, pin, fault)
         if rc:
-            self._raise(rc, fault)
+            _raise_fault(rc, fault)
         view = memoryview(ffi.buffer(pointer[0], size))
         return Pin(self, ffi.gc(pin[0], lib.vms_dma_unpin), view if flags & DMA_WRITE else view.toreadonly())
 
-    def stats(self) -> tuple[int, int, int, int, int]:
-        """(read operations, read bytes, write operations, write bytes, faults)."""
+    def stats(self) -> tuple[int, int, int, int, int, int, int]:
+        """(read operations, read bytes, write operations, write bytes, faults, IOTLB hits, IOTLB misses)."""
         lib.vms_dma_stats_get(self.handle, self._stats)
         s = self._stats
-        return s.read_ops, s.read_bytes, s.write_ops, s.write_bytes, s.faults
+        return s.read_ops, s.read_bytes, s.write_ops, s.write_bytes, s.faults, s.iotlb_hits, s.iotlb_misses
 
 
 class Pin:

@@ -187,7 +187,7 @@ class Dma:
     @property
     def stats(self) -> DmaStats:
         """Counters; message transfers included."""
-        read_ops, read_bytes, write_ops, write_bytes, faults = self._requester.stats()
+        read_ops, read_bytes, write_ops, write_bytes, faults, *_ = self._requester.stats()
         by_read, by_write = self._message_bytes
         return DmaStats(read_ops, read_bytes + by_read, write_ops, write_bytes + by_write, faults)
 

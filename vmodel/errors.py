@@ -9,6 +9,9 @@ DmaFault   a DMA access failed                         goes to the model, counte
 ConfigError the user's file or arguments are wrong     one line on stderr, exit status 2
 ========== =========================================== =======================================
 
+A call that cannot be carried out as it was asked for (map, attach, claim, ...) raises OSError, with the errno that Linux
+gives for it; `vmodel.iommu` does it with IommuError, whose text says why.
+
 Everything else that is raised is a bug of vmodel's or of the model's.
 """
 
@@ -55,6 +58,16 @@ class Reason(enum.IntEnum):
     WRAP = 5
     UNALIGNED = 6
     NO_FILE = 7
+    # The IOMMU's, BLOCKED to ACCESS_FLAG:
+    BLOCKED = 8
+    PASID = 9
+    NOT_MAPPED = 10
+    INPUT_WIDTH = 11
+    OUTPUT_WIDTH = 12
+    RESERVED_BITS = 13
+    TABLE_ACCESS = 14
+    TABLE_CHANGING = 15
+    ACCESS_FLAG = 16
     #: The client answered a DMA_READ/DMA_WRITE message with an error, or went away before it answered.
     CLIENT = 100
     #: A read hook asked for memory that only messages reach: the region reply cannot wait for it.
@@ -64,17 +77,45 @@ class Reason(enum.IntEnum):
 class DmaFault(VmodelError):
     """A DMA access failed: nothing is known of the bytes after `done`.
 
-    Attributes: `reason`; `iova` where it stopped; `access`; `done` bytes moved before that; `pasid` or None.
+    Attributes: `reason`; `iova` where it stopped; `access`; `done` bytes moved before that; `pasid` or None; `gpa`,
+    where the IOVA leads, or 0; `level` of the table whose entry was wrong (1: of 4 KiB pages), or 0; `stage`, 1 or 2
+    where tables are nested, or 0.
     """
 
-    def __init__(self, reason: Reason, iova: int, access: Access, done: int = 0, pasid: int | None = None) -> None:
+    def __init__(
+        self,
+        reason: Reason,
+        iova: int,
+        access: Access,
+        done: int = 0,
+        pasid: int | None = None,
+        *,
+        gpa: int = 0,
+        level: int = 0,
+        stage: int = 0,
+    ) -> None:
         where = "" if pasid is None else f" pasid {pasid:#x}"
-        super().__init__(f"DMA {access.name} at iova {iova:#x}{where}: {reason.name} after {done} bytes")
+        table = f" at level {level}" if level else ""
+        table += f" of stage {stage}" if stage else ""
+        super().__init__(f"DMA {access.name} at iova {iova:#x}{where}: {reason.name}{table} after {done} bytes")
         self.reason = reason
         self.iova = iova
         self.access = access
         self.done = done
         self.pasid = pasid
+        self.gpa = gpa
+        self.level = level
+        self.stage = stage
+
+
+class IommuError(VmodelError, OSError):
+    """A call of `vmodel.iommu` is refused: `errno` as Linux has it, and a text that says why."""
+
+    def __init__(self, code: int, message: str) -> None:
+        OSError.__init__(self, code, message)
+
+    def __str__(self) -> str:
+        return f"{self.strerror} ({errno.errorcode.get(self.errno or 0, self.errno)})"
 
 
 class ConfigError(VmodelError):

@@ -1,0 +1,347 @@
+/* SPDX-License-Identifier: MIT
+ * Domains: IOVA -> GPA.  A paging domain keeps its mappings here; the others translate by rule or by tables. */
+#include "domain.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#define PROT_ALL (VMS_PROT_READ | VMS_PROT_WRITE)
+#define PAGE_MASK ((uint64_t)4095)
+
+static int create(uint32_t kind, vms_domain **out)
+{
+    vms_domain *domain = calloc(1, sizeof *domain);
+    if (!domain)
+        return -ENOMEM;
+    domain->kind = kind;
+    atomic_store(&domain->refs, 1);
+    pthread_rwlock_init(&domain->lock, NULL);
+    pthread_mutex_init(&domain->attach_lock, NULL);
+    mapping_tree_init(&domain->mappings);
+    dirty_init(&domain->dirty);
+    *out = domain;
+    return 0;
+}
+
+int vms_domain_create(uint32_t kind, vms_domain **out)
+{
+    if (kind != VMS_DOMAIN_IDENTITY && kind != VMS_DOMAIN_BLOCKED)
+        return -EINVAL;
+    return create(kind, out);
+}
+
+int vms_domain_create_paging(uint64_t page_sizes, uint64_t first, uint64_t last, uint64_t last_gpa,
+                             uint64_t max_mappings, vms_domain **out)
+{
+    if (!page_sizes || (page_sizes & PAGE_MASK) || first > last)
+        return -EINVAL;
+    int rc = create(VMS_DOMAIN_PAGING, out);
+    if (rc < 0)
+        return rc;
+    (*out)->page_sizes = page_sizes;
+    (*out)->first = first;
+    (*out)->last = last;
+    (*out)->last_gpa = last_gpa;
+    (*out)->max_mappings = max_mappings;
+    return 0;
+}
+
+int vms_domain_create_table(vms_memory *memory, const vms_table *table, vms_domain *parent, vms_domain **out)
+{
+    int rc = pgtable_check(table);
+    if (rc < 0)
+        return rc;
+    if (parent && parent->kind != VMS_DOMAIN_PAGING && (parent->kind != VMS_DOMAIN_TABLE || parent->parent))
+        return -EINVAL;
+    rc = create(VMS_DOMAIN_TABLE, out);
+    if (rc < 0)
+        return rc;
+    vms_domain *domain = *out;
+    domain->memory = memory;
+    memory_ref(memory);
+    domain->table = *table;
+    domain->parent = parent;
+    if (parent) {
+        domain_ref(parent);
+        pthread_mutex_lock(&parent->attach_lock);
+        domain->next_nested = parent->nested;
+        parent->nested = domain;
+        pthread_mutex_unlock(&parent->attach_lock);
+    }
+    return 0;
+}
+
+void domain_ref(vms_domain *domain)
+{
+    atomic_fetch_add(&domain->refs, 1);
+}
+
+void vms_domain_destroy(vms_domain *domain)
+{
+    if (!domain)
+        return;
+    /* A nested domain leaves its parent's list under the lock that a flush of the parent holds: so the count may
+     * only reach 0 inside it. */
+    vms_domain *parent = domain->parent;
+    if (parent)
+        pthread_mutex_lock(&parent->attach_lock);
+    int gone = atomic_fetch_sub(&domain->refs, 1) == 1;
+    if (parent) {
+        if (gone) {
+            vms_domain **link = &parent->nested;
+            while (*link != domain)
+                link = &(*link)->next_nested;
+            *link = domain->next_nested;
+        }
+        pthread_mutex_unlock(&parent->attach_lock);
+    }
+    if (!gone)
+        return;
+    mapping_tree_clear(&domain->mappings);
+    dirty_destroy(&domain->dirty);
+    pthread_rwlock_destroy(&domain->lock);
+    pthread_mutex_destroy(&domain->attach_lock);
+    vms_memory_destroy(domain->memory);
+    free(domain);
+    vms_domain_destroy(parent);
+}
+
+void domain_link(attachment *at)
+{
+    vms_domain *domain = at->domain;
+
+    domain_ref(domain);
+    pthread_mutex_lock(&domain->attach_lock);
+    at->next = domain->attachments;
+    domain->attachments = at;
+    pthread_mutex_unlock(&domain->attach_lock);
+}
+
+void domain_unlink(attachment *at)
+{
+    vms_domain *domain = at->domain;
+
+    pthread_mutex_lock(&domain->attach_lock);
+    attachment **link = &domain->attachments;
+    while (*link != at)
+        link = &(*link)->next;
+    *link = at->next;
+    pthread_mutex_unlock(&domain->attach_lock);
+    vms_domain_destroy(domain);
+}
+
+/* ---- mappings ------------------------------------------------------------------------------ */
+
+static uint64_t smallest_page(const vms_domain *domain)
+{
+    return domain->page_sizes & -domain->page_sizes;
+}
+
+int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t prot)
+{
+    if (domain->kind != VMS_DOMAIN_PAGING || !size || !prot || (prot & ~PROT_ALL) ||
+        ((iova | gpa | size) & (smallest_page(domain) - 1)))
+        return -EINVAL;
+    mapping item = { iova, iova + (size - 1), gpa | prot };
+    if (item.last < iova || iova < domain->first || item.last > domain->last || gpa + (size - 1) < gpa ||
+        gpa + (size - 1) > domain->last_gpa)
+        return -ERANGE;
+    pthread_rwlock_wrlock(&domain->lock);
+    int rc = domain->mappings.count < domain->max_mappings ? mapping_tree_insert(&domain->mappings, &item) : -ENOSPC;
+    pthread_rwlock_unlock(&domain->lock);
+    return rc;
+}
+
+/* The page of a mapping that an address lies in: the largest that alignment and the mapping's ends allow. */
+static void page_of(const vms_domain *domain, const mapping *item, uint64_t address, uint64_t *start, uint64_t *last)
+{
+    uint64_t offset = item->start ^ (item->target & ~PAGE_MASK);
+
+    for (uint64_t sizes = domain->page_sizes; sizes;) {
+        uint64_t size = UINT64_C(1) << (63 - __builtin_clzll(sizes));
+        sizes &= ~size;
+        *start = address & -size;
+        *last = *start + (size - 1);
+        if (!(offset & (size - 1)) && *start >= item->start && *last <= item->last)
+            return;
+    }
+}
+
+/* Takes whole pages of [at, last] out, up to a hole or a page that would be cut. */
+static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t *removed)
+{
+    mapping_tree *tree = &domain->mappings;
+    uint64_t page, page_last;
+    mapping item;
+
+    while (mapping_tree_from(tree, at, &item) && item.start <= at) {
+        uint64_t to = item.last < last ? item.last : last;
+        page_of(domain, &item, at, &page, &page_last);
+        if (page != at)
+            return 0;
+        if (to < item.last) {
+            page_of(domain, &item, to, &page, &page_last);
+            if (page_last != to) {
+                if (page <= at)
+                    return 0;
+                to = page - 1;
+            }
+        }
+        uint64_t prot = item.target & PAGE_MASK, gpa = item.target & ~PAGE_MASK;
+        mapping head = { item.start, at - 1, item.target };
+        mapping tail = { to + 1, item.last, (gpa + (to + 1 - item.start)) | prot };
+        if (at > item.start && to < item.last) {
+            mapping_tree_resize(tree, item.start, &head);
+            int rc = tree->count < domain->max_mappings ? mapping_tree_insert(tree, &tail) : -ENOSPC;
+            if (rc < 0) {
+                mapping_tree_resize(tree, item.start, &item);
+                return rc;
+            }
+        } else if (at > item.start) {
+            mapping_tree_resize(tree, item.start, &head);
+        } else if (to < item.last) {
+            mapping_tree_resize(tree, item.start, &tail);
+        } else {
+            mapping_tree_remove(tree, item.start);
+        }
+        *removed += to - at + 1;
+        if (to == last)
+            return 0;
+        at = to + 1;
+    }
+    return 0;
+}
+
+int vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags, uint64_t *removed)
+{
+    uint64_t last = iova + (size - 1);
+    int rc = 0;
+
+    *removed = 0;
+    if (domain->kind != VMS_DOMAIN_PAGING || !size || ((iova | size) & (smallest_page(domain) - 1)) || last < iova)
+        return -EINVAL;
+    pthread_rwlock_wrlock(&domain->lock);
+    if (mapping_tree_remove_exact(&domain->mappings, iova, last)) /* as is usual */
+        *removed = size;
+    else
+        rc = unmap_pages(domain, iova, last, removed);
+    pthread_rwlock_unlock(&domain->lock);
+    if (*removed && !(flags & VMS_UNMAP_DEFER))
+        vms_domain_flush(domain, iova, iova + (*removed - 1));
+    return rc;
+}
+
+int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last)
+{
+    if (start > last)
+        return -EINVAL;
+    pthread_mutex_lock(&domain->attach_lock);
+    for (attachment *at = domain->attachments; at; at = at->next)
+        requester_invalidate(at->requester, at, start, last);
+    /* What is nested goes by other addresses. */
+    for (vms_domain *nested = domain->nested; nested; nested = nested->next_nested)
+        vms_domain_flush(nested, 0, UINT64_MAX);
+    pthread_mutex_unlock(&domain->attach_lock);
+    return 0;
+}
+
+size_t vms_domain_list(vms_domain *domain, uint64_t iova, vms_mapping *out, size_t room)
+{
+    mapping item;
+    size_t n = 0;
+
+    pthread_rwlock_rdlock(&domain->lock);
+    while (n < room && mapping_tree_from(&domain->mappings, iova, &item)) {
+        out[n++] = (vms_mapping){ item.start, item.last, item.target & ~PAGE_MASK, item.target & PROT_ALL, 0 };
+        if (item.last == UINT64_MAX)
+            break;
+        iova = item.last + 1;
+    }
+    pthread_rwlock_unlock(&domain->lock);
+    return n;
+}
+
+size_t vms_domain_count(vms_domain *domain, uint64_t *bytes)
+{
+    pthread_rwlock_rdlock(&domain->lock);
+    size_t count = domain->mappings.count;
+    *bytes = mapping_tree_bytes(&domain->mappings);
+    pthread_rwlock_unlock(&domain->lock);
+    return count;
+}
+
+/* ---- translation --------------------------------------------------------------------------- */
+
+static int refuse(vms_fault *fault, enum vms_reason reason)
+{
+    fault->reason = reason;
+    fault->level = 0;
+    fault->stage = 0;
+    return -EFAULT;
+}
+
+static int translate_paging(vms_domain *domain, uint64_t iova, uint32_t access, translation *out, vms_fault *fault)
+{
+    mapping item;
+
+    if (iova < domain->first || iova > domain->last)
+        return refuse(fault, VMS_REASON_INPUT_WIDTH);
+    pthread_rwlock_rdlock(&domain->lock);
+    int found = mapping_tree_from(&domain->mappings, iova, &item) && item.start <= iova;
+    pthread_rwlock_unlock(&domain->lock);
+    if (!found)
+        return refuse(fault, VMS_REASON_NOT_MAPPED);
+    *out = (translation){
+        .start = item.start, .last = item.last, .gpa = item.target & ~PAGE_MASK,
+        .prot = (uint32_t)(item.target & PROT_ALL), .log = domain, .log_start = item.start,
+    };
+    if ((out->prot & access) != access)
+        return refuse(fault, VMS_REASON_PERMISSION);
+    return 0;
+}
+
+int domain_translate(vms_domain *domain, uint64_t iova, uint32_t access, translation *out, vms_fault *fault)
+{
+    switch (domain->kind) {
+    case VMS_DOMAIN_IDENTITY:
+        *out = (translation){ .last = UINT64_MAX, .prot = PROT_ALL };
+        return 0;
+    case VMS_DOMAIN_PAGING:
+        return translate_paging(domain, iova, access, out, fault);
+    case VMS_DOMAIN_TABLE:
+        return pgtable_walk(domain, iova, access, out, fault);
+    default:
+        return refuse(fault, VMS_REASON_BLOCKED);
+    }
+}
+
+int vms_domain_walk(vms_domain *domain, uint64_t iova, uint32_t access, vms_mapping *out, vms_fault *fault)
+{
+    translation t;
+
+    *fault = (vms_fault){ .pasid = VMS_NO_PASID, .iova = iova, .access = access };
+    if (access & ~PROT_ALL)
+        return -EINVAL;
+    int rc = domain_translate(domain, iova, access, &t, fault);
+    if (rc == 0)
+        *out = (vms_mapping){ t.start, t.last, t.gpa, t.prot, t.level };
+    return rc;
+}
+
+/* ---- the log of writes --------------------------------------------------------------------- */
+
+int vms_domain_dirty_start(vms_domain *domain)
+{
+    return domain->kind == VMS_DOMAIN_PAGING ? dirty_start(&domain->dirty, NULL, 0) : -EINVAL;
+}
+
+int vms_domain_dirty_stop(vms_domain *domain)
+{
+    return dirty_stop(&domain->dirty);
+}
+
+int vms_domain_dirty_report(vms_domain *domain, uint64_t iova, uint64_t size, uint64_t page_size, int keep,
+                            uint64_t *bitmap, size_t words)
+{
+    return dirty_report(&domain->dirty, iova, size, page_size, keep, bitmap, words);
+}
