@@ -419,6 +419,8 @@ class Server:
                 "dma_write_ops": dma.write_ops,
                 "dma_write_bytes": dma.write_bytes,
                 "dma_faults": dma.faults,
+                "iotlb_hits": dma.iotlb_hits,
+                "iotlb_misses": dma.iotlb_misses,
                 "interrupts": device.irqs.raised,
             }
         return found

@@ -1,0 +1,107 @@
+"""What an address space maps, area by area, whichever domains it fills with it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+
+from vmodel.errors import IommuError
+from vmodel.iommu.domain import Mapping, PagingDomain
+from vmodel.span import Span
+
+
+class Areas:
+    """Mappings in ascending order that do not overlap."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._by_start: dict[int, Mapping] = {}
+
+    def add(self, area: Mapping) -> None:
+        """Adds an area that overlaps none."""
+        self._starts.insert(bisect_left(self._starts, area.span.start), area.span.start)
+        self._by_start[area.span.start] = area
+
+    def remove(self, area: Mapping) -> None:
+        """Removes an area that is there."""
+        del self._starts[bisect_left(self._starts, area.span.start)]
+        del self._by_start[area.span.start]
+
+    def over(self, span: Span) -> Iterator[Mapping]:
+        """The areas that share an address with `span`, ascending."""
+        at = bisect_left(self._starts, span.start)
+        if at and self._by_start[self._starts[at - 1]].span.last >= span.start:
+            at -= 1
+        for start in self._starts[at:]:
+            if start > span.last:
+                return
+            yield self._by_start[start]
+
+    def overlaps(self, span: Span) -> bool:
+        """Whether any area shares an address with `span`."""
+        return next(self.over(span), None) is not None
+
+    def __iter__(self) -> Iterator[Mapping]:
+        return (self._by_start[start] for start in list(self._starts))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+
+def fill(domain: PagingDomain, areas: Iterable[Mapping]) -> None:
+    """Maps all areas, or none: IommuError as PagingDomain.map."""
+    done: list[Mapping] = []
+    try:
+        for area in areas:
+            domain.map(area.span.start, area.gpa, area.span.size, area.access)
+            done.append(area)
+    except IommuError:
+        for area in done:
+            domain.unmap(area.span.start, area.span.size)
+        raise
+
+
+def map_in_all(domains: Iterable[PagingDomain], area: Mapping) -> None:
+    """Maps an area in all domains, or in none: IommuError as PagingDomain.map."""
+    done: list[PagingDomain] = []
+    try:
+        for domain in domains:
+            fill(domain, [area])
+            done.append(domain)
+    except IommuError:
+        for domain in done:
+            domain.unmap(area.span.start, area.span.size)
+        raise
+
+
+def holes(usable: Iterable[Span], taken: Iterable[Span]) -> list[Span]:
+    """What is left of `usable` (ascending) without `taken`."""
+    left = sorted(usable)
+    for cut in sorted(taken):
+        kept: list[Span] = []
+        for span in left:
+            if not span.overlaps(cut):
+                kept.append(span)
+                continue
+            if span.start < cut.start:
+                kept.append(Span(span.start, cut.start - 1))
+            if cut.last < span.last:
+                kept.append(Span(cut.last + 1, span.last))
+        left = kept
+    return left
+
+
+def common(one: Iterable[Span], other: Iterable[Span]) -> list[Span]:
+    """Addresses that are in a span of each."""
+    other = list(other)
+    return sorted(Span(max(a.start, b.start), min(a.last, b.last)) for a in one for b in other if a.overlaps(b))
+
+
+def merged_dirty(domains: Iterable[PagingDomain], span: Span, page_size: int, clear: bool) -> bytes:
+    """One bitmap of what any of the domains has seen written."""
+    total, size = 0, 0
+    for domain in domains:
+        bitmap = domain.read_dirty(span, page_size, clear=clear)
+        total |= int.from_bytes(bitmap, "little")
+        size = len(bitmap)
+    return total.to_bytes(size, "little")

@@ -1,0 +1,103 @@
+"""What an IOMMU can do, and the parts of its address space that are not for mappings."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from vmodel.errors import Access
+from vmodel.span import GiB, KiB, MiB, Span
+
+
+class RegionType(enum.Enum):
+    """Kinds of reserved regions (Linux enum iommu_resv_type; the values are what sysfs prints)."""
+
+    #: Mapped 1:1 for as long as the device is there; it cannot be given to a user.
+    DIRECT = "direct"
+    #: Mapped 1:1 by the kernel; a user who takes the device over does without.
+    DIRECT_RELAXABLE = "direct-relaxable"
+    #: Never to be mapped.
+    RESERVED = "reserved"
+    #: Writes to it are interrupts, and are not translated.
+    MSI = "msi"
+    #: Where software places the mapping of its interrupt doorbell.
+    SW_MSI = "sw-msi"
+
+
+@dataclass(frozen=True)
+class ReservedRegion:
+    """IOVAs of a device that are not free."""
+
+    span: Span
+    type: RegionType
+    access: Access = Access.READ | Access.WRITE
+
+
+#: The interrupt window of x86.
+X86_MSI = ReservedRegion(Span(0xFEE0_0000, 0xFEEF_FFFF), RegionType.MSI)
+#: Where Linux puts doorbells on Arm.
+ARM_MSI = ReservedRegion(Span(0x0800_0000, 0x080F_FFFF), RegionType.SW_MSI)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an IOMMU can do.
+
+    `page_sizes` in bytes; `input_bits`, `output_bits` widths of IOVA and GPA; `aperture` the IOVAs that a paging domain
+    may use, None: all of `input_bits`; `coherent`: its walks see the CPU's caches; `enforce_snoop`: it can make DMA
+    snoop; `pasid_bits` 0: no PASID; `stall`: a faulting access can wait without PRI; `fault_queue_depth` in records;
+    `strict`: unmapped means gone, else unmaps of kernel domains are flushed together, after `flush_unmaps` of them or
+    `flush_ms` milliseconds; `max_mappings` that one domain may have.
+    """
+
+    page_sizes: frozenset[int] = frozenset((4 * KiB, 2 * MiB, GiB))
+    input_bits: int = 48
+    output_bits: int = 52
+    aperture: Span | None = None
+    coherent: bool = True
+    enforce_snoop: bool = True
+    dirty_tracking: bool = True
+    pasid_bits: int = 20
+    nesting: bool = True
+    page_requests: bool = True
+    stall: bool = False
+    fault_queue_depth: int = 256
+    strict: bool = False
+    flush_unmaps: int = 256
+    flush_ms: float = 10.0
+    max_mappings: int = 1 << 24
+    reserved: tuple[ReservedRegion, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.page_sizes or any(size < 4 * KiB or size & (size - 1) for size in self.page_sizes):
+            raise ValueError("page sizes must be powers of two of at least 4 KiB")
+        limits = {
+            "input_bits": (self.input_bits, 13, 64),
+            "output_bits": (self.output_bits, 32, 64),
+            "pasid_bits": (self.pasid_bits, 0, 20),
+            "fault_queue_depth": (self.fault_queue_depth, 1, 1 << 20),
+            "flush_unmaps": (self.flush_unmaps, 1, 1 << 20),
+            "max_mappings": (self.max_mappings, 1, 1 << 32),
+        }
+        for name, (value, low, high) in limits.items():
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+        if self.flush_ms <= 0:
+            raise ValueError(f"flush_ms must be more than 0, not {self.flush_ms}")
+        if self.aperture is not None and self.aperture.last >= 1 << self.input_bits:
+            raise ValueError(f"the aperture {self.aperture} needs more than {self.input_bits} bits")
+
+    @property
+    def smallest_page(self) -> int:
+        """In bytes."""
+        return min(self.page_sizes)
+
+    @property
+    def usable(self) -> Span:
+        """The IOVAs of paging domains."""
+        return self.aperture or Span(0, (1 << self.input_bits) - 1)
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether a faulting access may wait for its page."""
+        return self.page_requests or self.stall

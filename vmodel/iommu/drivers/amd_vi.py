@@ -1,0 +1,54 @@
+"""AMD-Vi (AMD I/O Virtualization Technology specification, 48882)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from vmodel.iommu.capabilities import X86_MSI, Capabilities
+from vmodel.iommu.driver import Driver, PlatformDevice, Source, bdf_text, pci_id, topmost
+from vmodel.iommu.driver import Params as BaseParams
+from vmodel.iommu.pgtable import TableFormat
+from vmodel.pci.topology import Bdf
+from vmodel.span import KiB
+
+_Address = Annotated[str, AfterValidator(bdf_text)]
+
+
+class AmdVi(Driver):
+    """A device table for each segment; the IVRS says under which id a device's requests come (5.2.2, alias)."""
+
+    kind, title = "amd-vi", "AMD-Vi"
+    formats = frozenset((TableFormat.AMD_V1, TableFormat.X86))
+    nested_formats = frozenset((TableFormat.X86,))
+    # Version 1 tables have every power of two (2.2.3).
+    default = Capabilities(
+        page_sizes=frozenset(4 * KiB << n for n in range(36)), fault_queue_depth=512, reserved=(X86_MSI,)
+    )
+
+    class Params(BaseParams):
+        """Parameters of AMD-Vi."""
+
+        aliases: dict[_Address, _Address] = Field(
+            default_factory=dict, description="device to the address that its requests carry"
+        )
+        acpi_hid: dict[str, _Address] = Field(
+            default_factory=dict, description="ACPI devices: name to the address that their requests carry"
+        )
+        device_table: int = Field(default=65536, ge=1, le=65536, description="entries of each segment's device table")
+
+    def requester_id(self, source: Source) -> int | None:
+        if isinstance(source, PlatformDevice):
+            text = self.params.acpi_hid.get(source.name)
+        else:
+            seen = topmost(source)
+            aliases = self.params.aliases
+            text = aliases.get(str(source.bdf)) or aliases.get(str(seen)) or str(seen)
+        if text is None:
+            return None
+        bdf = Bdf.parse(text)
+        return pci_id(bdf) if bdf.rid < self.params.device_table else None
+
+    def why_not(self, source: Source) -> str:
+        return f"it has no entry in the device table of {self.params.device_table} entries"

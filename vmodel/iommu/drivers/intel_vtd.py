@@ -1,0 +1,36 @@
+"""Intel VT-d (specification 4.1)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from vmodel.iommu.capabilities import X86_MSI, Capabilities
+from vmodel.iommu.driver import Driver, PlatformDevice, Source, bdf_text, pci_id, topmost
+from vmodel.iommu.driver import Params as BaseParams
+from vmodel.iommu.pgtable import TableFormat
+from vmodel.pci.topology import Bdf
+
+
+class IntelVtd(Driver):
+    """Requests carry a source-id (3.4.1): the bus, device and function nearest to the root; DRHDs have a segment."""
+
+    kind, title = "vt-d", "Intel VT-d"
+    formats = frozenset((TableFormat.VTD_SECOND, TableFormat.X86))
+    nested_formats = frozenset((TableFormat.X86,))
+    default = Capabilities(input_bits=48, fault_queue_depth=8, reserved=(X86_MSI,))
+
+    class Params(BaseParams):
+        """Parameters of VT-d."""
+
+        namespace: dict[str, Annotated[str, AfterValidator(bdf_text)]] = Field(
+            default_factory=dict,
+            description="ACPI namespace devices (DMAR ANDD): name to the address that their requests carry",
+        )
+
+    def requester_id(self, source: Source) -> int | None:
+        if isinstance(source, PlatformDevice):
+            text = self.params.namespace.get(source.name)
+            return None if text is None else pci_id(Bdf.parse(text))
+        return pci_id(topmost(source))

@@ -1,0 +1,55 @@
+"""POWER: partitionable endpoints (PAPR; Linux arch/powerpc/platforms/powernv/pci-ioda.c)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from pydantic import Field
+
+from vmodel.iommu.capabilities import Capabilities
+from vmodel.iommu.driver import Driver, PlatformDevice, Source
+from vmodel.iommu.driver import Params as BaseParams
+from vmodel.span import KiB, MiB
+
+
+class PowerPe(Driver):
+    """A host bridge isolates partitionable endpoints (PEs), here one for each bus; one without PEs is a single group.
+
+    Its tables (TCEs) are the host's own: no guest format is walked.
+    """
+
+    kind, title = "power-pe", "POWER PE"
+    formats = frozenset()
+    default = Capabilities(
+        page_sizes=frozenset((4 * KiB, 64 * KiB, 16 * MiB)),
+        input_bits=60,
+        dirty_tracking=False,
+        pasid_bits=0,
+        nesting=False,
+        page_requests=False,
+        strict=True,
+    )
+
+    class Params(BaseParams):
+        """Parameters of POWER PEs."""
+
+        without_pe: list[int] = Field(default_factory=list, description="segments whose host bridge has no PEs")
+
+    def requester_id(self, source: Source) -> int | None:
+        if isinstance(source, PlatformDevice):
+            return None
+        bus = 0 if source.bdf.segment in self.params.without_pe else source.bdf.bus
+        return source.bdf.segment << 16 | bus
+
+    def why_not(self, source: Source) -> str:
+        return "it is behind no host bridge"
+
+    def describe_id(self, requester_id: int) -> str:
+        return f"PE {requester_id >> 16:04x}:{requester_id & 0xFFFF:02x}"
+
+    def partition(self, source: Source) -> tuple[Hashable, str] | None:
+        assert not isinstance(source, PlatformDevice)  # it has no id
+        segment, bus = source.bdf.segment, source.bdf.bus
+        if segment in self.params.without_pe:
+            return ("host bridge", segment), f"the host bridge of segment {segment:04x} has no PEs"
+        return ("pe", segment, bus), f"bus {segment:04x}:{bus:02x} is one PE"

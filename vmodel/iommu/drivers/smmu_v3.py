@@ -1,0 +1,61 @@
+"""Arm SMMUv3 (IHI 0070)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from vmodel.iommu.capabilities import ARM_MSI, Capabilities
+from vmodel.iommu.driver import Driver, PlatformDevice, Source, topmost
+from vmodel.iommu.driver import Params as BaseParams
+from vmodel.iommu.pgtable import TableFormat
+
+
+class StreamMap(BaseParams):
+    """An id mapping of the IORT: requester ids of one segment to stream ids."""
+
+    segment: int = Field(default=0, ge=0, lt=1 << 16)
+    first_rid: int = Field(default=0, ge=0, lt=1 << 16)
+    count: int = Field(default=1 << 16, ge=1, le=1 << 16)
+    first_stream: int = Field(ge=0, lt=1 << 32)
+
+
+class SmmuV3(Driver):
+    """Each device has a stream id; stage 1, stage 2, and one over the other (3.2, 3.3)."""
+
+    kind, title = "smmu-v3", "Arm SMMUv3"
+    formats = frozenset((TableFormat.ARM_S1, TableFormat.ARM_S2))
+    nested_formats = frozenset((TableFormat.ARM_S1,))
+    default = Capabilities(
+        input_bits=48, output_bits=48, enforce_snoop=False, stall=True, fault_queue_depth=128, reserved=(ARM_MSI,)
+    )
+
+    class Params(BaseParams):
+        """Parameters of SMMUv3."""
+
+        streams: list[StreamMap] | None = Field(
+            default=None, description="requester ids to stream ids; without it, segment << 16 | requester id"
+        )
+        platform: dict[str, int] = Field(default_factory=dict, description="devices that are not PCI: their stream ids")
+        stream_bits: int = Field(default=32, ge=1, le=32, description="width of stream ids")
+
+    def requester_id(self, source: Source) -> int | None:
+        stream = self._stream(source)
+        return stream if stream is not None and 0 <= stream < 1 << self.params.stream_bits else None
+
+    def _stream(self, source: Source) -> int | None:
+        if isinstance(source, PlatformDevice):
+            found: int | None = self.params.platform.get(source.name)
+            return found
+        seen = topmost(source)
+        if self.params.streams is None:
+            return seen.segment << 16 | seen.rid
+        for entry in self.params.streams:
+            if entry.segment == seen.segment and entry.first_rid <= seen.rid < entry.first_rid + entry.count:
+                return int(entry.first_stream + seen.rid - entry.first_rid)
+        return None
+
+    def why_not(self, source: Source) -> str:
+        return f"no stream id of {self.params.stream_bits} bits stands for it"
+
+    def describe_id(self, requester_id: int) -> str:
+        return f"stream {requester_id:#x}"

@@ -1,0 +1,48 @@
+"""virtio-iommu (VIRTIO 1.3, 5.13)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from vmodel.iommu.capabilities import X86_MSI, Capabilities
+from vmodel.iommu.driver import Driver, PlatformDevice, Source, topmost
+from vmodel.iommu.driver import Params as BaseParams
+from vmodel.span import KiB
+
+
+class VirtioIommu(Driver):
+    """Devices have endpoint ids, which VIOT gives to PCI requester ids and MMIO devices; mappings come by request."""
+
+    kind, title = "virtio-iommu", "virtio-iommu"
+    formats = frozenset()
+    default = Capabilities(
+        page_sizes=frozenset(4 * KiB << n for n in range(52)),
+        input_bits=64,
+        pasid_bits=0,
+        nesting=False,
+        page_requests=False,
+        dirty_tracking=True,
+        reserved=(X86_MSI,),
+    )
+
+    class Params(BaseParams):
+        """Parameters of virtio-iommu."""
+
+        first_endpoint: int = Field(
+            default=0, ge=0, lt=1 << 32, description="endpoint id of 0000:00:00.0; others follow"
+        )
+        mmio: dict[str, int] = Field(default_factory=dict, description="devices that are not PCI: their endpoint ids")
+
+    def requester_id(self, source: Source) -> int | None:
+        if isinstance(source, PlatformDevice):
+            found: int | None = self.params.mmio.get(source.name)
+            return found
+        seen = topmost(source)
+        endpoint = int(self.params.first_endpoint) + (seen.segment << 16 | seen.rid)
+        return endpoint if endpoint < 1 << 32 else None
+
+    def why_not(self, source: Source) -> str:
+        return "VIOT gives it no endpoint id"
+
+    def describe_id(self, requester_id: int) -> str:
+        return f"endpoint {requester_id:#x}"

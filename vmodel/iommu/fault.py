@@ -1,0 +1,143 @@
+"""What an IOMMU records of accesses that failed, and what it asks for before one fails."""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmodel.errors import Access, Reason
+
+
+@dataclass(frozen=True)
+class FaultRecord:
+    """One failed access.
+
+    `time_ns` is CLOCK_MONOTONIC; `requester` the name of the endpoint, `requester_id` what the IOMMU saw; `domain` and
+    `group` what the access went through; `level` and `stage` as in DmaFault.
+    """
+
+    time_ns: int
+    iommu: str
+    requester: str
+    requester_id: int
+    pasid: int | None
+    iova: int
+    access: Access
+    reason: Reason
+    level: int
+    stage: int
+    domain: str
+    group: int | None
+
+    def __str__(self) -> str:
+        pasid = "" if self.pasid is None else f" pasid {self.pasid:#x}"
+        level = f" at level {self.level}" if self.level else ""
+        stage = f" of stage {self.stage}" if self.stage else ""
+        kind = "|".join(flag.name or "" for flag in Access if flag in self.access) or "-"
+        return (
+            f"{self.iommu}: {self.requester} [{self.requester_id:#x}]{pasid}: {kind} at iova {self.iova:#x}: "
+            f"{self.reason.name}{level}{stage} ({self.domain} domain, group {self.group})"
+        )
+
+
+class FaultQueue:
+    """Records in order of time, at most `depth`; what comes when it is full is lost, and `overflow` says so."""
+
+    def __init__(self, depth: int) -> None:
+        if depth < 1:
+            raise ValueError(f"a fault queue of {depth} records")
+        self.depth = depth
+        #: Set when a record is lost; stays so until `clear_overflow`.
+        self.overflow = False
+        #: All records that came, and those of them that were lost.
+        self.total = self.lost = 0
+        self._records: deque[FaultRecord] = deque()
+        self._lock = threading.Lock()
+
+    def put(self, record: FaultRecord) -> bool:
+        """Adds a record; whether there was room."""
+        with self._lock:
+            self.total += 1
+            if len(self._records) >= self.depth:
+                self.lost += 1
+                self.overflow = True
+                return False
+            self._records.append(record)
+            return True
+
+    def peek(self) -> list[FaultRecord]:
+        """All records, which stay."""
+        with self._lock:
+            return list(self._records)
+
+    def drain(self) -> list[FaultRecord]:
+        """All records, which leave."""
+        with self._lock:
+            records = list(self._records)
+            self._records.clear()
+            return records
+
+    def clear_overflow(self) -> None:
+        """As a driver does once it has emptied the queue."""
+        with self._lock:
+            self.overflow = False
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+class RateLimit:
+    """At most `burst` events in `seconds`; the rest are counted."""
+
+    def __init__(self, burst: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.burst, self.seconds = burst, seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._began = clock()
+        self._passed = self._held = 0
+
+    def __call__(self) -> tuple[bool, int]:
+        """Whether this event may pass; and how many were held back in the interval that has ended with it."""
+        with self._lock:
+            now, held = self._clock(), 0
+            if now - self._began >= self.seconds:
+                held, self._held = self._held, 0
+                self._began, self._passed = now, 0
+            if self._passed < self.burst:
+                self._passed += 1
+                return True, held
+            self._held += 1
+            return False, held
+
+
+class PageResponse(enum.IntEnum):
+    """Answers to a page request (PCIe 10.4.2.2)."""
+
+    #: The page is there now: the device tries again.
+    SUCCESS = 0
+    #: There is no such page, or not for this access: the access fails.
+    INVALID = 1
+    #: Something broke: the access fails, and further requests of this device are not asked about.
+    FAILURE = 15
+
+
+@dataclass(frozen=True)
+class PageRequest:
+    """An access waits for the page at `iova` (PCIe 10.4; Linux struct iommu_fault_page_request).
+
+    `requester` is the endpoint's name; `pasid` None without one; `group_index` tells apart what is under way.
+    """
+
+    requester: str
+    pasid: int | None
+    iova: int
+    access: Access
+    group_index: int
+
+
+#: Answers a page request, on the thread whose access waits.
+PageHandler = Callable[[PageRequest], PageResponse]

@@ -1,0 +1,261 @@
+"""Groups: devices that the IOMMU cannot tell apart, or that reach each other behind its back.
+
+A group is what domains are attached to and what has an owner.  Linux: drivers/iommu/iommu.c (struct iommu_group).
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from typing import TYPE_CHECKING
+
+from vmodel.errors import IommuError
+from vmodel.iommu.capabilities import RegionType, ReservedRegion
+from vmodel.iommu.domain import Domain, DomainType, PagingDomain, TableDomain
+
+if TYPE_CHECKING:
+    from vmodel.iommu.core import Endpoint, Iommu
+
+
+def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> str | None:
+    """Why `domain` does not fit a device; None: it does.  With `pasid`: for accesses with that PASID."""
+    iommu = endpoint.iommu
+    if iommu is None or endpoint.group is None:
+        return f"{endpoint.name} is behind no IOMMU that could isolate it: {endpoint.why}"
+    can = iommu.capabilities
+    if pasid is not None:
+        if not can.pasid_bits:
+            return f"{iommu.name} has no PASIDs"
+        if not 1 <= pasid < 1 << can.pasid_bits:
+            return f"PASID {pasid} is not from 1 to {(1 << can.pasid_bits) - 1}"
+    elif domain.type is DomainType.SVA:
+        return "an SVA domain is for a PASID"
+    if domain.made_for is None:
+        return None  # identity and blocked
+    if domain.made_for.driver.kind != iommu.driver.kind:
+        return f"format: it has tables of {domain.made_for.driver.title}, {iommu.name} is {iommu.driver.title}"
+    if isinstance(domain, TableDomain):
+        return _can_walk(domain, iommu, endpoint)
+    assert isinstance(domain, PagingDomain)
+    wanted = (
+        (domain.page_sizes <= can.page_sizes, "page sizes: it has some that {} lacks"),
+        (can.usable.covers(domain.aperture), "aperture: its {domain.aperture} is more than {}'s"),
+        (domain.output_bits <= can.output_bits, "output width: its {domain.output_bits} bits are more than {}'s"),
+        (can.coherent or not domain.coherent, "coherency: {}'s walks do not see the CPU's caches"),
+        (can.enforce_snoop or not domain.enforces_snoop, "snoop: {} cannot make DMA snoop"),
+        (can.dirty_tracking or not domain.tracks, "dirty tracking: {} has none"),
+        (can.nesting or not domain.nests, "nesting: {} has none"),
+    )
+    return next((text.format(iommu.name, domain=domain) for good, text in wanted if not good), None)
+
+
+def _can_walk(domain: TableDomain, iommu: Iommu, endpoint: Endpoint) -> str | None:
+    formats = iommu.driver.nested_formats if domain.parent is not None else iommu.driver.formats
+    if domain.table.format not in formats:
+        return f"format: {iommu.name} does not walk {domain.table.format.name} tables there"
+    if domain.parent is not None:
+        return can_attach(domain.parent, endpoint)
+    return None
+
+
+class Group:
+    """Devices that share a domain and an owner.  `number` is for people and unique over the machine, never a key."""
+
+    def __init__(self, iommu: Iommu, number: int, default: Domain, lock: threading.RLock) -> None:
+        self.iommu = iommu
+        self.number = number
+        self.name = ""
+        self.endpoints: list[Endpoint] = []
+        #: What is attached when nobody asks for more: the kernel's.
+        self.default_domain = default
+        self.domain = default
+        self.pasids: dict[int, Domain] = {}
+        #: Who has claimed it, if anybody, and how often.
+        self.owner: object | None = None
+        self._claims = 0
+        self._lock = lock
+        default.users += 1
+
+    # ---- domains ---------------------------------------------------------------------------
+
+    def _check(self, domain: Domain, pasid: int | None = None) -> None:
+        for endpoint in self.endpoints:
+            if (why := can_attach(domain, endpoint, pasid)) is not None:
+                raise IommuError(errno.EINVAL, f"group {self.number}, {endpoint.name}: {why}")
+
+    def _switch(self, domain: Domain) -> None:
+        """All members go over.  For each an access sees either the old domain or the new one, never nothing."""
+        for endpoint in self.endpoints:
+            endpoint.show(domain)
+        old, self.domain = self.domain, domain
+        domain.users += 1
+        old.users -= 1
+
+    def attach(self, domain: Domain) -> None:
+        """Attaches a domain in place of the one there is.
+
+        IommuError(EINVAL) with can_attach's reason, for the first member that it does not fit: nothing has changed.
+        IommuError(EBUSY): the group has no owner, and the domain is a user's.
+        """
+        with self._lock:
+            if self.owner is None and domain.type in (DomainType.UNMANAGED, DomainType.NESTED):
+                raise IommuError(errno.EBUSY, f"group {self.number}: a user's domain needs an owner: claim it first")
+            self._check(domain)
+            self._switch(domain)
+
+    def detach(self) -> None:
+        """Back to the default domain, or with an owner to blocked (Linux iommu_detach_group)."""
+        with self._lock:
+            self._switch(self.iommu.blocked if self.owner is not None else self.default_domain)
+
+    def set_default(self, domain: Domain) -> None:
+        """Another default domain; it is attached at once unless somebody owns the group.
+
+        Direct-mapped regions of the members are mapped in it.  IommuError as `attach`; EEXIST: something else is there.
+        """
+        with self._lock:
+            self._check(domain)
+            for endpoint in self.endpoints:
+                _map_direct(domain, endpoint)
+            attached = self.domain is self.default_domain
+            old, self.default_domain = self.default_domain, domain
+            if attached and self.owner is None:
+                self.domain = old
+                self._switch(domain)
+
+    def attach_pasid(self, domain: Domain, pasid: int) -> None:
+        """Accesses with `pasid` go through `domain`.
+
+        IommuError: EINVAL as `attach`; EOPNOTSUPP no PASIDs here; EBUSY the PASID has a domain.
+        """
+        with self._lock:
+            if not self.iommu.capabilities.pasid_bits:
+                raise IommuError(errno.EOPNOTSUPP, f"group {self.number}: {self.iommu.name} has no PASIDs")
+            if pasid in self.pasids:
+                raise IommuError(errno.EBUSY, f"group {self.number}: PASID {pasid} has {self.pasids[pasid].name}")
+            self._check(domain, pasid)
+            self._show_pasid(domain, pasid)
+
+    def replace_pasid(self, domain: Domain, pasid: int) -> None:
+        """As attach_pasid, in place of the domain that the PASID has.  IommuError(EINVAL): it has none."""
+        with self._lock:
+            if pasid not in self.pasids:
+                raise IommuError(errno.EINVAL, f"group {self.number}: PASID {pasid} has no domain")
+            self._check(domain, pasid)
+            self._show_pasid(domain, pasid)
+
+    def _show_pasid(self, domain: Domain | None, pasid: int) -> None:
+        for endpoint in self.endpoints:
+            endpoint.show(domain, pasid)
+        old = self.pasids.pop(pasid, None)
+        if old is not None:
+            old.users -= 1
+        if domain is not None:
+            self.pasids[pasid] = domain
+            domain.users += 1
+
+    def detach_pasid(self, pasid: int) -> None:
+        """Accesses with `pasid` fail from now on.  IommuError(EINVAL): it has no domain."""
+        with self._lock:
+            if pasid not in self.pasids:
+                raise IommuError(errno.EINVAL, f"group {self.number}: PASID {pasid} has no domain")
+            self._show_pasid(None, pasid)
+
+    def domain_of(self, pasid: int | None = None) -> Domain | None:
+        """What accesses go through; None: a PASID without a domain."""
+        return self.domain if pasid is None else self.pasids.get(pasid)
+
+    # ---- members ---------------------------------------------------------------------------
+
+    def join(self, endpoint: Endpoint) -> None:
+        """A device comes, hot-plugged perhaps: it has the group's domains before its first DMA.
+
+        IommuError(EINVAL): a domain in use does not fit it; then it stays out, blocked.
+        """
+        with self._lock:
+            endpoint.group = self
+            self.endpoints.append(endpoint)
+            try:
+                self._check(self.domain)
+                for pasid, domain in self.pasids.items():
+                    self._check(domain, pasid)
+                _map_direct(self.default_domain, endpoint)
+            except IommuError:
+                self.endpoints.remove(endpoint)
+                endpoint.group = None
+                endpoint.show(self.iommu.blocked)
+                raise
+            endpoint.show(self.domain)
+            for pasid, domain in self.pasids.items():
+                endpoint.show(domain, pasid)
+
+    def leave(self, endpoint: Endpoint) -> None:
+        """A device goes: it is detached from everything, and its accesses are blocked."""
+        with self._lock:
+            endpoint.show(self.iommu.blocked)
+            for pasid in self.pasids:
+                endpoint.show(None, pasid)
+            self.endpoints.remove(endpoint)
+            endpoint.group = None
+
+    @property
+    def reserved_regions(self) -> list[ReservedRegion]:
+        """Those of all members, ascending, each once."""
+        found = {region for endpoint in self.endpoints for region in endpoint.reserved}
+        return sorted(found, key=lambda region: (region.span, region.type.value))
+
+    # ---- ownership -------------------------------------------------------------------------
+
+    def viable(self, owner: object) -> bool:
+        """Whether all members are `owner`'s, or nobody's (whom then nobody else can take)."""
+        return all(endpoint.driver is None or endpoint.driver == owner for endpoint in self.endpoints)
+
+    def claim_dma_owner(self, owner: object) -> None:
+        """Takes the group over: blocked until its owner attaches a domain (Linux iommu_group_claim_dma_owner).
+
+        The same owner may claim again.  IommuError: EBUSY another has it, or it is not viable; EPERM a member has a
+        region that must stay mapped 1:1.
+        """
+        with self._lock:
+            if self.owner is not None and self.owner != owner:
+                raise IommuError(errno.EBUSY, f"group {self.number} is owned by {self.owner}")
+            if not self.viable(owner):
+                others = ", ".join(f"{e.name} ({e.driver})" for e in self.endpoints if e.driver not in (None, owner))
+                raise IommuError(errno.EBUSY, f"group {self.number} is not viable: in use by others: {others}")
+            for endpoint in self.endpoints:
+                if any(region.type is RegionType.DIRECT for region in endpoint.reserved):
+                    raise IommuError(errno.EPERM, f"{endpoint.name} has a direct-mapped region that cannot go")
+            self._claims += 1
+            if self.owner is None:
+                self.owner = owner
+                self._switch(self.iommu.blocked)
+
+    def release_dma_owner(self, owner: object) -> None:
+        """Gives it back.  IommuError: EINVAL it is not the owner; EBUSY a domain of its is attached still."""
+        with self._lock:
+            if self.owner is None or self.owner != owner:
+                raise IommuError(errno.EINVAL, f"group {self.number} is not owned by {owner}")
+            if self._claims == 1:
+                if self.domain is not self.iommu.blocked or self.pasids:
+                    raise IommuError(errno.EBUSY, f"group {self.number}: a domain is attached still")
+                self.owner = None
+                self._switch(self.default_domain)
+            self._claims -= 1
+
+    def __str__(self) -> str:
+        return f"group {self.number}"
+
+    def __repr__(self) -> str:
+        return f"<group {self.number} of {self.iommu.name}: {', '.join(e.name for e in self.endpoints)}>"
+
+
+def _map_direct(domain: Domain, endpoint: Endpoint) -> None:
+    """Regions that must work before, and without, a driver (Linux iommu_create_device_direct_mappings)."""
+    if not isinstance(domain, PagingDomain):
+        return
+    for region in endpoint.reserved:
+        if region.type in (RegionType.DIRECT, RegionType.DIRECT_RELAXABLE):
+            start = region.span.start
+            # A sibling may have it as well.
+            if domain.iova_to_phys(start) != start or domain.iova_to_phys(region.span.last) != region.span.last:
+                domain.map(start, start, region.span.size, region.access)
