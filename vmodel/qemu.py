@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from vmodel.pci.topology import Bdf, Function, PortType
+
 
 def memory_args(size: str) -> list[str]:
     """Guest RAM that the client can pass on as files: else each DMA access would be a message."""
@@ -19,26 +21,51 @@ def memory_args(size: str) -> list[str]:
     ]
 
 
-def spare_default_devices(addresses: Iterable[str]) -> list[str]:
+def spare_default_devices(addresses: Iterable[Bdf]) -> list[str]:
     """What keeps q35's default devices out of these slots: the display is in slot 1, the network card in slot 2.
 
     Without the display the network card would be the first to ask for a slot, and get slot 1.
     """
-    slots = {int(address[8:10], 16) for address in addresses}
+    slots = {bdf.device for bdf in addresses if bdf.bus == 0}
     args = ["-vga", "none"] if 1 in slots else []
     return [*args, "-nic", "none"] if slots & {1, 2} else args
 
 
-def device_args(name: str, socket: Path, address: str, multifunction: bool) -> list[str]:
-    """`-device` for one function at `address`, "SSSS:BB:DD.F" on bus 00."""
-    slot, function = address[8:].split(".")
+def _place(function: Function) -> dict[str, object]:
+    """Where QEMU is to put a function."""
+    bridge = function.home.bridge
+    place: dict[str, object] = {
+        "bus": "pcie.0" if bridge is None else bridge.name,
+        "addr": f"{function.bdf.device:x}.{function.bdf.function}",
+    }
+    if function.multifunction and function.bdf.function == 0:
+        place["multifunction"] = True
+    return place
+
+
+def bridge_args(bridge: Function, number: int) -> list[str]:
+    """`-device` for a bridge; `number`, from 1, tells its slots from those of others."""
+    device: dict[str, object] = {"id": bridge.name}
+    if bridge.kind is PortType.ROOT_PORT:
+        # QEMU's generic root port always has ACS, Intel's of 2010 never.
+        driver = "pcie-root-port" if bridge.acs is not None else "ioh3420"
+        device |= {"driver": driver, "chassis": number, "slot": number}
+    elif bridge.kind is PortType.DOWNSTREAM:
+        device |= {"driver": "xio3130-downstream", "chassis": number, "slot": number}
+    elif bridge.kind is PortType.UPSTREAM:
+        device["driver"] = "x3130-upstream"
+    elif bridge.kind is PortType.PCIE_TO_PCI:
+        device["driver"] = "pcie-pci-bridge"
+    else:
+        device |= {"driver": "pci-bridge", "chassis_nr": number}
+    return ["-device", json.dumps(device | _place(bridge))]
+
+
+def device_args(name: str, socket: Path, function: Function) -> list[str]:
+    """`-device` for a function that is served on `socket`."""
     device: dict[str, object] = {
         "driver": "vfio-user-pci",
         "id": name,
         "socket": {"type": "unix", "path": str(socket)},
-        "bus": "pcie.0",
-        "addr": f"{int(slot, 16):x}.{function}",
     }
-    if multifunction and function == "0":
-        device["multifunction"] = True
-    return ["-device", json.dumps(device)]
+    return ["-device", json.dumps(device | _place(function))]

@@ -80,7 +80,7 @@ def test_defaults_and_parameters(tmp_path: Path) -> None:
     assert machine.memory == "512M"
     assert machine.devices["edu0"].params.model_dump() == {"lanes": 4, "label": "x"}
     assert type(machine.devices["edu0"]).__doc__ == "A toy."
-    assert machine.tables[1].address == "0000:00:1e.0"
+    assert machine.content.device[1].address == "0000:00:1e.0"
     machine.close()
 
 
@@ -174,8 +174,8 @@ WRONG = {
     '[machin]\nname = "m"\n': "machin: unknown key: did you mean 'machine'?",
     "[machine]\n": 'machine.name: is missing, as name = "edu-demo"',
     '[machine]\nnam = "m"\n': "machine.nam: unknown key: did you mean 'name'?",
-    MACHINE + "cpus = 2\n": "machine.cpus: unknown key: known are memory, name",
-    MACHINE + '"a\\nb" = 2\n': "machine.'a\\nb': unknown key: known are memory, name",
+    MACHINE + "cpus = 2\n": "machine.cpus: unknown key: known are group_mf, memory, name",
+    MACHINE + '"a\\nb" = 2\n': "machine.'a\\nb': unknown key: known are group_mf, memory, name",
     "[machine]\nname = 3\n": 'machine.name: 3: must be text in quotes, as name = "edu-demo"',
     '[machine]\nname = ""\n': f"machine.name: '': {NAME}",
     '[machine]\nname = "a/b"\n': f"machine.name: 'a/b': {NAME}",
@@ -197,8 +197,10 @@ WRONG = {
     MACHINE + device(address="3"): f"device[0].address: '3': {ADDRESS}",
     MACHINE + device(address="0000:00:20.0"): f"device[0].address: '0000:00:20.0': {ADDRESS}",
     MACHINE + device(address="0000:00:03.8"): f"device[0].address: '0000:00:03.8': {ADDRESS}",
-    MACHINE + device(address="0000:01:03.0"): "device[0].address: '0000:01:03.0': not yet: only segment 0000, bus 00"
-    ' (other buses need bridges), as "0000:00:03.0"',
+    MACHINE + device(address="0000:01:03.0"): "device[0].address: '0000:01:03.0': there is no bus 01: "
+    "a [[bridge]] with secondary = 1 makes it",
+    MACHINE + device(address="0001:00:03.0"): "device[0].address: '0001:00:03.0': not possible: QEMU's q35 machine has "
+    'segment 0000 only, as "0000:00:03.0"',
     MACHINE + device(address="0000:00:1f.0"): "device[0].address: '0000:00:1f.0': is QEMU's own on the q35 machine"
     " (host bridge, LPC bridge): use device 01 to 1e",
     MACHINE + device(address="0000:00:03.1"): "device[0].address: '0000:00:03.1' needs a device at function 0 of its"

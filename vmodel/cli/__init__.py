@@ -41,12 +41,13 @@ def _options(
 
 def _commands() -> list[Callable[..., None]]:
     """ImportError where the compiled shim is missing or broken: all commands but doctor need it."""
+    from vmodel.cli.groups import groups
     from vmodel.cli.guest import guest
     from vmodel.cli.inspect import devices, regs
     from vmodel.cli.run import run
     from vmodel.cli.serve import qemu_args, serve
 
-    return [serve, run, qemu_args, guest, devices, regs]
+    return [serve, run, qemu_args, guest, groups, devices, regs]
 
 
 def _app(commands: Sequence[Callable[..., None]]) -> typer.Typer:

@@ -52,8 +52,8 @@ class Container:
     def add_group(self, group: Group) -> None:
         """Claims a group and shows it the map: through a domain that fits it, or a new one with all mappings in it.
 
-        IommuError: EBUSY it is in use by others, or here already; EPERM, see claim_dma_owner; EINVAL a mapping is where the
-        group has a reserved region, or does not fit its IOMMU; then nothing has changed.
+        IommuError: EBUSY it is in use by others, or here already; EPERM, see claim_dma_owner; EINVAL a mapping is where
+        the group has a reserved region, or does not fit its IOMMU; then nothing has changed.
         """
         if group in self._groups:
             raise IommuError(errno.EBUSY, f"{group} is in {self.name} already")
@@ -143,7 +143,8 @@ class Container:
     def map(self, iova: int, gpa: int, size: int, access: Access = Access.READ | Access.WRITE) -> None:
         """VFIO_IOMMU_MAP_DMA, with guest memory in place of a process's.
 
-        IommuError: EINVAL not whole pages, no access, wraps, or outside of `iova_ranges`; EEXIST overlaps; ENOSPC too many.
+        IommuError: EINVAL not whole pages, no access, wraps, or outside of `iova_ranges`; EEXIST overlaps; ENOSPC too
+        many.
         """
         span = self._checked(iova, size, gpa)
         if not access:

@@ -95,11 +95,8 @@ class Group:
         """Attaches a domain in place of the one there is.
 
         IommuError(EINVAL) with can_attach's reason, for the first member that it does not fit: nothing has changed.
-        IommuError(EBUSY): the group has no owner, and the domain is a user's.
         """
         with self._lock:
-            if self.owner is None and domain.type in (DomainType.UNMANAGED, DomainType.NESTED):
-                raise IommuError(errno.EBUSY, f"group {self.number}: a user's domain needs an owner: claim it first")
             self._check(domain)
             self._switch(domain)
 

@@ -1,7 +1,7 @@
 """Address spaces as iommufd has them: `Ioas`, `Hwpt`, `Device`, `FaultObject`.
 
-errno values are those of Linux (include/uapi/linux/iommufd.h, drivers/iommu/iommufd).  Guest memory takes the place of a
-process's, so a map names a GPA.
+errno values are those of Linux (include/uapi/linux/iommufd.h, drivers/iommu/iommufd).  Guest memory takes the place of
+a process's, so a map names a GPA.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ class Ioas(_Object):
     def unmap(self, iova: int, size: int) -> int:
         """IOMMU_IOAS_UNMAP; bytes removed.
 
-        IommuError: EINVAL no size; EOVERFLOW wraps; ENOENT nothing is mapped there, or a mapping reaches out of the range:
-        those before it are gone then.
+        IommuError: EINVAL no size; EOVERFLOW wraps; ENOENT nothing is mapped there, or a mapping reaches out of the
+        range: those before it are gone then.
         """
         if size <= 0:
             raise IommuError(errno.EINVAL, f"{self}: unmap of {size} bytes")
@@ -236,8 +236,8 @@ class Ioas(_Object):
     def copy(self, source: Ioas, source_iova: int, size: int, access: Access = _RW, iova: int | None = None) -> int:
         """IOMMU_IOAS_COPY: maps here what `source` maps there; the IOVA.
 
-        IommuError: ENOENT the range is not wholly mapped in `source`; EINVAL no size, not aligned, or in several pieces;
-        EOVERFLOW wraps; EPERM write access that the source has not; and as `map`.
+        IommuError: ENOENT the range is not wholly mapped in `source`; EINVAL no size, not aligned, or in several
+        pieces; EOVERFLOW wraps; EPERM write access that the source has not; and as `map`.
         """
         if size <= 0:
             raise IommuError(errno.EINVAL, f"{self}: copy of {size} bytes")
@@ -431,8 +431,8 @@ class Device(_Object):
     ) -> Hwpt:
         """IOMMU_HWPT_ALLOC: paging with an IOAS; nested with a HWPT, the guest's `table` and the `memory` it is in.
 
-        IommuError: EINVAL what does not go together, or a parent that is none; EOPNOTSUPP the IOMMU cannot; EADDRINUSE the
-        IOAS has mappings beyond its aperture.
+        IommuError: EINVAL what does not go together, or a parent that is none; EOPNOTSUPP the IOMMU cannot; EADDRINUSE
+        the IOAS has mappings beyond its aperture.
         """
         if fault is not None and not self.group.iommu.capabilities.can_wait:
             raise IommuError(errno.EOPNOTSUPP, f"{self.group.iommu.name} has no page requests")
@@ -456,8 +456,8 @@ class Device(_Object):
     def attach(self, target: Ioas | Hwpt, pasid: int | None = None) -> Hwpt:
         """VFIO_DEVICE_ATTACH_IOMMUFD_PT: to a HWPT, or to one that fits of an IOAS; which it is.
 
-        Devices of one group go together.  IommuError: EBUSY it is attached; EINVAL the domain does not fit, or its group is
-        attached to another; EADDRINUSE a mapping is where the device has a reserved region.
+        Devices of one group go together.  IommuError: EBUSY it is attached; EINVAL the domain does not fit, or its
+        group is attached to another; EADDRINUSE a mapping is where the device has a reserved region.
         """
         if pasid in self._attached:
             raise IommuError(errno.EBUSY, f"{self} is attached to {self._attached[pasid]}")

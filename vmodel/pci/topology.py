@@ -244,8 +244,13 @@ class Topology:
     def __getitem__(self, bdf: Bdf) -> Function:
         return self._functions[bdf]
 
-    def __contains__(self, bdf: object) -> bool:
-        return bdf in self._functions
+    def bus(self, segment: int, number: int) -> Bus:
+        """KeyError: there is none."""
+        return self._buses[segment, number]
+
+    def __contains__(self, place: object) -> bool:
+        """Whether there is a function (a Bdf), or a bus (segment, number)."""
+        return place in self._functions or place in self._buses
 
     @property
     def roots(self) -> list[Bus]:

@@ -1,0 +1,134 @@
+"""vmodel groups."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.tree import Tree
+
+from vmodel.cli.drawing import draw
+from vmodel.cli.output import AsJson, console, log_to_stderr
+from vmodel.cli.serve import MachinePath, loaded
+from vmodel.errors import ConfigError
+from vmodel.iommu import sysfs
+from vmodel.iommu.core import Endpoint, System
+from vmodel.machine import Machine
+from vmodel.pci.topology import Bus, Function
+
+Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw them.")]
+Sysfs = Annotated[
+    Path | None, typer.Option("--sysfs", metavar="DIR", help="Write them as Linux shows them below /sys/kernel.")
+]
+
+#: Group numbers take turns at these.
+_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+
+
+def groups(path: MachinePath, as_json: AsJson = False, svg: Svg = None, sysfs_dir: Sysfs = None) -> None:
+    """Show a machine's IOMMU groups: segments, bridges, devices, and why each is where it is."""
+    log_to_stderr(False)
+    with loaded(path) as machine:
+        if svg is not None:
+            _save(svg, draw(machine.system))
+        if sysfs_dir is not None:
+            try:
+                sysfs.export(machine.system, sysfs_dir)
+            except OSError as error:
+                raise ConfigError(f"--sysfs {sysfs_dir}: {error.strerror}") from error
+        if as_json:
+            print(json.dumps(described(machine)))
+        elif svg is None and sysfs_dir is None:
+            _show(machine.system)
+
+
+def _save(file: Path, text: str) -> None:
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"--svg {file}: {error.strerror}") from error
+
+
+def _show(system: System) -> None:
+    out = console()
+    for root in system.topology.roots:
+        tree = Tree(f"segment {root.segment:04x}, bus {root.number:02x}")
+        _add(tree, root, {e.source: e for e in system.endpoints if isinstance(e.source, Function)})
+        with out.capture() as text:
+            out.print(tree, highlight=False)
+        for line in text.get().splitlines():
+            print(line.rstrip())
+    used = ", ".join(f"{iommu.name} ({iommu.driver.title})" for iommu in system.iommus) or "none"
+    count = len(system.groups)
+    print(f"{count} group{'' if count == 1 else 's'}; IOMMUs: {used}")
+
+
+def _add(tree: Tree, bus: Bus, there: dict[Any, Endpoint]) -> None:
+    for function in bus.functions:
+        branch = tree.add(_label(there[function]))
+        if function.secondary is not None:
+            secondary = function.secondary
+            _add(branch.add(f"bus {secondary.number:02x}") if secondary.functions else branch, secondary, there)
+
+
+def _label(endpoint: Endpoint) -> str:
+    function, group = endpoint.source, endpoint.group
+    assert isinstance(function, Function)
+    head = f"[bold]{function.bdf}[/] {escape(function.name)}"
+    if function.kind.is_bridge:
+        head += f", {function.kind.value}{'' if function.has_acs else ' without ACS'}"
+    if group is None:
+        return f"{head}  [dim]no group: {escape(endpoint.why)}[/]"
+    colour = _COLOURS[group.number % len(_COLOURS)]
+    kind = group.default_domain.type.value
+    return f"{head}  [{colour}]group {group.number}[/] [dim]({kind}) {escape(endpoint.why)}[/]"
+
+
+def described(machine: Machine) -> dict[str, Any]:
+    """Everything as plain data, for `--json`."""
+    system = machine.system
+    return {
+        "machine": machine.name,
+        "iommus": [
+            {
+                "name": iommu.name,
+                "kind": iommu.driver.kind,
+                "page_sizes": sorted(iommu.capabilities.page_sizes),
+                "aperture": [iommu.capabilities.usable.start, iommu.capabilities.usable.last],
+                "strict": iommu.capabilities.strict,
+            }
+            for iommu in system.iommus
+        ],
+        "groups": [
+            {
+                "number": group.number,
+                "iommu": group.iommu.name,
+                "type": group.default_domain.type.value,
+                "devices": [endpoint.name for endpoint in group.endpoints],
+                "reserved_regions": [
+                    {"start": r.span.start, "last": r.span.last, "type": r.type.value} for r in group.reserved_regions
+                ],
+            }
+            for group in system.groups
+        ],
+        "devices": [_device(endpoint) for endpoint in system.settle()],
+    }
+
+
+def _device(endpoint: Endpoint) -> dict[str, Any]:
+    function = endpoint.source
+    assert isinstance(function, Function)
+    return {
+        "name": endpoint.name,
+        "address": str(function.bdf),
+        "kind": function.kind.value,
+        "behind": function.home.bridge.name if function.home.bridge is not None else None,
+        "secondary": function.secondary.number if function.secondary is not None else None,
+        "iommu": endpoint.iommu.name if endpoint.iommu is not None else None,
+        "requester_id": endpoint.requester_id,
+        "group": endpoint.group.number if endpoint.group is not None else None,
+        "why": endpoint.why,
+    }

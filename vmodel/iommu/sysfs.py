@@ -1,0 +1,53 @@
+"""Groups as files, in the shape of Linux's /sys/kernel/iommu_groups, for tools and tests that read that."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from vmodel.errors import IommuError
+from vmodel.iommu.core import Endpoint, System
+from vmodel.pci.topology import Function, bridges_above
+
+
+def export(system: System, folder: Path) -> None:
+    """Writes `folder`, which must not exist or be empty: iommu_groups/N/{type,reserved_regions,devices/}, and devices/.
+
+    Files are read-only; a snapshot, which does not follow changes.  IommuError(EEXIST); OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise IommuError(errno.EEXIST, f"{folder} is not empty")
+    for endpoint in system.endpoints:
+        (folder / _place(endpoint)).mkdir(parents=True, exist_ok=True)
+    for group in system.groups:
+        here = folder / "iommu_groups" / str(group.number)
+        members = here / "devices"
+        members.mkdir(parents=True)
+        regions = "".join(f"{r.span.start:#018x} {r.span.last:#018x} {r.type.value}\n" for r in group.reserved_regions)
+        _write(here / "type", f"{group.default_domain.type.value}\n")
+        _write(here / "reserved_regions", regions)
+        if group.name:
+            _write(here / "name", f"{group.name}\n")
+        for endpoint in group.endpoints:
+            place = _place(endpoint)
+            (members / place.name).symlink_to(Path("../../..") / place)
+            up = Path(*[".."] * len(place.parts))
+            (folder / place / "iommu_group").symlink_to(up / "iommu_groups" / str(group.number))
+        members.chmod(0o555)
+        here.chmod(0o555)
+
+
+def _place(endpoint: Endpoint) -> Path:
+    """As below /sys: devices/pci0000:00/0000:00:04.0/0000:01:00.0, or devices/platform/NAME."""
+    source = endpoint.source
+    if not isinstance(source, Function):
+        return Path("devices", "platform", source.name)
+    above = [str(bridge.bdf) for bridge in bridges_above(source)][::-1]
+    root = next((b for b in bridges_above(source) if b.home.bridge is None), source)
+    return Path("devices", f"pci{root.bdf.segment:04x}:{root.bdf.bus:02x}", *above, str(source.bdf))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o444)

@@ -1,0 +1,242 @@
+"""Machine files: TOML to objects, and every mistake in one line that says what would be right.
+
+```toml
+[machine]
+name = "edu-demo"
+memory = "512M"
+
+[[iommu]]                      # optional; without one, IOVA = GPA
+name = "iommu0"
+kind = "vt-d"                  # or amd-vi, smmu-v3, power-pe, pamu, virtio-iommu
+covers = ["0000:00:03.0-0000:00:1e.7"]
+
+[[device]]
+name = "edu0"
+model = "edu"                  # a built-in, or "path/file.py:Class", or "package.module:Class"
+address = "0000:00:03.0"
+params = { }
+
+[[group]]                      # the group that edu0 is in
+device = "edu0"
+domain = "paging"              # or identity (the default), blocked
+
+[[group.mapping]]
+iova = "0x4000_0000"
+gpa = 0
+size = "512M"
+prot = "rw"
+```
+
+All mistakes of a file are found in one go: what is sound is checked further even where something else is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vmodel.device import PciDevice
+from vmodel.errors import ConfigError, IommuError
+from vmodel.iommu.capabilities import RegionType
+from vmodel.iommu.core import Coverage, Endpoint, Iommu, System, dma_domain_alloc
+from vmodel.iommu.group import Group
+from vmodel.machine.check import Check
+from vmodel.machine.explain import one_line, short
+from vmodel.machine.models import describe, load_model
+from vmodel.machine.schema import GroupTable, MachineFile, MappingTable, coverage
+from vmodel.qemu import bridge_args, device_args, memory_args, spare_default_devices
+from vmodel.server import MAX_SOCKET_PATH, Server
+from vmodel.span import Span
+
+__all__ = ["Machine", "MachineErrors", "load", "load_model", "parse"]
+
+
+class MachineErrors(ConfigError):
+    """The mistakes of one file; str() gives a line for each."""
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        super().__init__("\n".join(map(str, errors)))
+        self.errors = list(errors)
+
+
+class Machine:
+    """What a machine file says, checked, with its devices and IOMMUs made."""
+
+    def __init__(self, raw: Mapping[str, Any], file: Path) -> None:
+        """`raw` is what TOML has made of the file.  MachineErrors."""
+        check = Check(raw, file)
+        if check.content is None or check.errors:
+            raise MachineErrors(check.errors)
+        self.file = file
+        self.content: MachineFile = check.content
+        self.name = check.content.machine.name
+        self.memory = check.content.machine.memory
+        self.topology = check.topology
+        #: The devices by name, in the file's order.
+        self.devices: dict[str, PciDevice] = {}
+        #: IOMMUs, endpoints and groups.
+        self.system = System(self.topology, group_mf=check.content.machine.group_mf)
+        self._functions = check.functions
+        try:
+            self._make_devices(check)
+            self._make_iommus(check)
+            self._set_domains()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_devices(self, check: Check) -> None:
+        for n, table in enumerate(self.content.device):
+            try:
+                made = check.models[n](table.name, table.params, multifunction=self._shares_slot(table.name))
+            except Exception as error:  # the model's own code: whatever it raises, the file's author chose the model
+                text = str(error) if isinstance(error, ConfigError) else describe(error)
+                message = f"model {table.model!r} cannot be made: {text}"
+                raise ConfigError(message, file=self.file, key=f"device[{n}].model") from error
+            self.devices[table.name] = made
+
+    def _shares_slot(self, name: str) -> bool:
+        return self._functions[name].multifunction
+
+    # ---- IOMMUs ----------------------------------------------------------------------------
+
+    def _make_iommus(self, check: Check) -> None:
+        for n, table in enumerate(self.content.iommu):
+            driver = check.drivers[n]
+            covers = [Coverage.pci(*coverage(text)) for text in table.covers]
+            self.system.add_iommu(Iommu(table.name, driver, covers, table.capabilities.over(driver.default)))
+        chosen = {table.name: table.iommu for table in self.content.device}
+        by_name = {iommu.name: iommu for iommu in self.system.iommus}
+        for function in self.topology.functions():
+            device, wish = self.devices.get(function.name), chosen.get(function.name)
+            endpoint = self.system.add(
+                function,
+                device.dma.requester if device is not None else None,
+                iommu=by_name.get(wish or ""),
+                bypass=wish == "none",
+            )
+            if device is not None:
+                device.dma.endpoint = endpoint
+
+    def _set_domains(self) -> None:
+        by_group: dict[Group, str] = {}
+        for n, table in enumerate(self.content.group):
+            endpoint = self.system[table.device]
+            group = endpoint.group
+            if group is None:
+                raise self._wrong(n, "device", f"{table.device!r} is in no group: {endpoint.why}")
+            if group in by_group:
+                raise self._wrong(
+                    n, "device", f"{table.device!r} is in one group with {by_group[group]!r}: give it once"
+                )
+            by_group[group] = table.device
+            self._set_domain(n, table, endpoint, group)
+
+    def _wrong(self, n: int, key: str, message: str) -> ConfigError:
+        return ConfigError(message, file=self.file, key=f"group[{n}].{key}")
+
+    def _set_domain(self, n: int, table: GroupTable, endpoint: Endpoint, group: Group) -> None:
+        if table.domain != "paging":
+            if table.mapping:
+                raise self._wrong(n, "mapping", f'a domain "{table.domain}" has no mappings: only "paging" has')
+            group.set_default(group.iommu.identity if table.domain == "identity" else group.iommu.blocked)
+            return
+        domain = dma_domain_alloc(endpoint)
+        for m, mapping in enumerate(table.mapping):
+            self._check_mapping(n, m, mapping, group)
+            try:
+                domain.map(mapping.iova, mapping.gpa, mapping.size, mapping.prot)
+            except IommuError as error:
+                page = group.iommu.capabilities.smallest_page
+                hint = f" (pages of {page:#x} bytes, aperture {domain.aperture})"
+                raise self._wrong(n, f"mapping[{m}]", f"{error.strerror}{hint}") from None
+        group.set_default(domain)
+
+    def _check_mapping(self, n: int, m: int, mapping: MappingTable, group: Group) -> None:
+        if not mapping.size or mapping.iova + mapping.size > 1 << 64:
+            raise self._wrong(n, f"mapping[{m}].size", f"{mapping.size:#x}: must be at least 1, and end below 2**64")
+        span = Span.sized(mapping.iova, mapping.size)
+        for region in group.reserved_regions:
+            if region.type in (RegionType.MSI, RegionType.RESERVED) and region.span.overlaps(span):
+                text = f"{span} reaches into {region.span}, which is reserved ({region.type.value})"
+                raise self._wrong(n, f"mapping[{m}].iova", text)
+
+    # ---- serving ---------------------------------------------------------------------------
+
+    def serve(self, run_dir: Path) -> Server:
+        """A server with all devices bound, DIR/NAME.sock each, to be started.  ConfigError as in Server.add."""
+        server = Server()
+        try:
+            for name, device in self.devices.items():
+                server.add(device, self.socket(name, run_dir))
+        except BaseException:
+            server.stop()
+            raise
+        return server
+
+    def socket(self, name: str, run_dir: Path) -> Path:
+        """Where a device is served.  ConfigError: the path is too long for a socket."""
+        path = run_dir / f"{name}.sock"
+        if (size := len(str(path).encode())) > MAX_SOCKET_PATH:
+            n = list(self.devices).index(name)
+            message = f"{name!r}: its socket {path} has {size} bytes, at most {MAX_SOCKET_PATH} work: use --run-dir"
+            raise ConfigError(message, file=self.file, key=f"device[{n}].name")
+        return path
+
+    def qemu_args(self, run_dir: Path) -> list[str]:
+        """What makes QEMU this machine: shared memory, bridges, and a -device for each function."""
+        functions = self._functions
+        args = memory_args(self.memory) + spare_default_devices(f.bdf for f in functions.values())
+        bridges = [function for function in self.topology.functions() if function.kind.is_bridge]
+        for number, bridge in enumerate(bridges, 1):
+            args += bridge_args(bridge, number)
+        for table in self.content.device:
+            args += device_args(table.name, self.socket(table.name, run_dir), functions[table.name])
+        return args
+
+    def close(self) -> None:
+        """Gives back what the devices hold."""
+        self.system.close()
+        for device in self.devices.values():
+            device.close()
+
+
+def parse(text: str, file: Path) -> Machine:
+    """The machine that a file's text describes.  ConfigError, one line for each mistake."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(_syntax(str(error), text), file=file) from error
+    except RecursionError as error:
+        raise ConfigError("is nested too deeply", file=file) from error
+    return Machine(raw, file)
+
+
+def _syntax(message: str, text: str) -> str:
+    """tomllib's message, its line first, with what is written there."""
+    message = one_line(message)
+    at = re.fullmatch(r"(.*) \(at (?:line ([0-9]+), column ([0-9]+)|end of document)\)", message)
+    if at is None:
+        return f"is no TOML: {message}"
+    lines = text.splitlines() or [""]
+    line = int(at[2] or len(lines))
+    written = lines[line - 1].strip() if line <= len(lines) else ""
+    return f"line {line}: {short(written)}: is no TOML: {at[1][0].lower()}{at[1][1:]}"
+
+
+def load(path: Path) -> Machine:
+    """The machine that a file describes.  ConfigError, one line for each mistake."""
+    try:
+        # A byte order mark, as some editors leave it, is not the user's mistake.
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"line {line}: is no UTF-8 text: save the file as UTF-8", file=path) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from error
+    if not text.strip():
+        raise ConfigError('is empty: a machine file needs a [machine] table with name = "edu-demo"', file=path)
+    return parse(text, path)

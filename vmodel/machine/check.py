@@ -1,0 +1,226 @@
+"""Checks of a machine file that need more than one key.
+
+All mistakes are found in one go: what is sound is checked further even where something else is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vmodel.device import PciDevice
+from vmodel.errors import ConfigError
+from vmodel.iommu.driver import Driver
+from vmodel.iommu.drivers import KINDS
+from vmodel.machine.explain import Location, explain, guess
+from vmodel.machine.models import load_model
+from vmodel.machine.schema import BRIDGES, MachineFile
+from vmodel.pci.caps import Pcie
+from vmodel.pci.extcaps import Acs
+from vmodel.pci.topology import ISOLATION, AcsFlags, Bdf, Function, PortType, Topology, quirk_aliases
+
+_SECTIONS = ("machine", "iommu", "bridge", "device", "group")
+
+
+class Check:
+    """Finds the mistakes of a parsed file; `errors` are in the file's order, section by section."""
+
+    def __init__(self, raw: Mapping[str, Any], file: Path) -> None:
+        self.file = file
+        self.content: MachineFile | None = None
+        self.models: dict[int, type[PciDevice]] = {}
+        self.drivers: dict[int, Driver] = {}
+        self.topology = Topology()
+        #: The function of each bridge and device, by name.
+        self.functions: dict[str, Function] = {}
+        self._found: list[ConfigError] = []
+        #: Keys that are wrong by themselves.
+        self._wrong: set[Location] = set()
+        try:
+            self.content = MachineFile.model_validate(raw)
+        except ValidationError as error:
+            self._wrong = {detail["loc"][:3] for detail in error.errors(include_url=False)}
+            self._found += explain(error, file, MachineFile)
+        #: What is sound of each table of a section: a key that is wrong is absent.
+        self.sound = {section: self._sound(section, raw.get(section)) for section in _SECTIONS[1:]}
+        for n, table in enumerate(self.sound["device"]):
+            if "model" in table:
+                self._model(n, table)
+        for n, table in enumerate(self.sound["iommu"]):
+            if "kind" in table:
+                self._driver(n, table)
+        self._names()
+        self._addresses()
+        if not self._found:
+            self._lay_out()
+
+    def _sound(self, section: str, tables: object) -> list[dict[str, Any]]:
+        found = []
+        for n, table in enumerate(tables if isinstance(tables, list) else []):
+            known = table if isinstance(table, dict) else {}
+            sound = {k: v for k, v in known.items() if (section, n, k) not in self._wrong}
+            if "address" in sound:
+                sound["address"] = sound["address"].lower()
+            found.append(sound)
+        return found
+
+    @property
+    def errors(self) -> list[ConfigError]:
+        """In the file's order."""
+
+        def place(error: ConfigError) -> tuple[int, int]:
+            match = re.match(r"(\w+)\[(\d+)\]", error.key)
+            section = match[1] if match else error.key.partition(".")[0]
+            # Keys that no section has come first, as does what is wrong with the file as a whole.
+            rank = _SECTIONS.index(section) if section in _SECTIONS else -1
+            return rank, int(match[2]) if match else -1
+
+        return sorted(self._found, key=place)
+
+    def wrong(self, section: str, n: int, key: str, message: str) -> None:
+        """Notes a mistake."""
+        self._found.append(ConfigError(message, file=self.file, key=f"{section}[{n}].{key}"))
+
+    # ---- one table -------------------------------------------------------------------------
+
+    def _model(self, n: int, table: Mapping[str, Any]) -> None:
+        try:
+            self.models[n] = model = load_model(table["model"], self.file.parent)
+        except ConfigError as error:
+            self.wrong("device", n, "model", str(error))
+            return
+        try:
+            model.Params.model_validate(table.get("params", {}))
+        except ValidationError as error:
+            self._found += explain(error, self.file, model.Params, f"device[{n}].params")
+
+    def _driver(self, n: int, table: Mapping[str, Any]) -> None:
+        kind = table["kind"]
+        if kind not in KINDS:
+            close = guess(kind, list(KINDS))
+            hint = f"did you mean {close!r}? " if close else ""
+            self.wrong("iommu", n, "kind", f"{kind!r}: {hint}Kinds are {', '.join(KINDS)}")
+            return
+        try:
+            self.drivers[n] = KINDS[kind](table.get("params", {}))
+        except ValidationError as error:
+            self._found += explain(error, self.file, KINDS[kind].Params, f"iommu[{n}].params")
+        if self.content is not None:
+            try:
+                self.content.iommu[n].capabilities.over(KINDS[kind].default)
+            except ValueError as error:
+                self.wrong("iommu", n, "capabilities", str(error))
+
+    # ---- names and addresses ---------------------------------------------------------------
+
+    def _tables(self, *sections: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        for section in sections:
+            for n, table in enumerate(self.sound[section]):
+                yield section, n, table
+
+    def _names(self) -> None:
+        names: dict[str, str] = {}
+        for section, n, table in self._tables("iommu", "bridge", "device"):
+            name = table.get("name")
+            here = f"{section}[{n}]"
+            if name is not None and names.setdefault(name, here) != here:
+                self.wrong(section, n, "name", f"{name!r} is the name of {names[name]} already: give each its own")
+            if name == "none":
+                self.wrong(section, n, "name", "'none' means that there is none: choose another")
+        iommus = [table.get("name", "") for table in self.sound["iommu"]]
+        for _, n, table in self._tables("device"):
+            chosen = table.get("iommu")
+            if chosen not in (None, "none", *iommus):
+                known = ", ".join(iommus) or "there is no [[iommu]]"
+                self.wrong("device", n, "iommu", f'{chosen!r} is no [[iommu]]: {known}; or "none"')
+        members = [table.get("name", "") for _, _, table in self._tables("bridge", "device")]
+        for _, n, table in self._tables("group"):
+            if "device" in table and table["device"] not in members:
+                close = guess(table["device"], members)
+                hint = f": did you mean {close!r}?" if close else ""
+                self.wrong("group", n, "device", f"{table['device']!r} is the name of no device{hint}")
+
+    def _addresses(self) -> None:
+        addresses: dict[str, tuple[str, int]] = {}
+        for section, n, table in self._tables("bridge", "device"):
+            address = table.get("address")
+            if address is not None and addresses.setdefault(address, (section, n)) != (section, n):
+                first, at = addresses[address]
+                other = self.sound[first][at].get("name", f"{first}[{at}]")
+                self.wrong(section, n, "address", f"{address!r} is taken by {other!r}: give each device its own")
+        for section, n, table in self._tables("bridge", "device"):
+            address = table.get("address", "0")
+            if address[-1] != "0" and f"{address[:-1]}0" not in addresses:
+                text = f"{address!r} needs a device at function 0 of its slot, {address[:-1]}0"
+                self.wrong(section, n, "address", text)
+
+    # ---- topology --------------------------------------------------------------------------
+
+    def _lay_out(self) -> None:
+        """The functions on their buses."""
+        self.topology.add_root()
+        waiting = [(section, n, table) for section, n, table in self._tables("bridge", "device")]
+        # A bridge may be listed before the one that it is behind.
+        while waiting:
+            ready = [item for item in waiting if (0, Bdf.parse(item[2]["address"]).bus) in self.topology]
+            if not ready:
+                for section, n, table in waiting:
+                    bus = Bdf.parse(table["address"]).bus
+                    text = (
+                        f"{table['address']!r}: there is no bus {bus:02x}: a [[bridge]] with secondary = {bus} makes it"
+                    )
+                    self.wrong(section, n, "address", text)
+                return
+            waiting = [item for item in waiting if item not in ready]
+            for section, n, table in ready:
+                self._place(section, n, table)
+        self._numbering()
+
+    def _place(self, section: str, n: int, table: Mapping[str, Any]) -> None:
+        bdf = Bdf.parse(table["address"])
+        function = self._bridge(n, bdf, table) if section == "bridge" else self._device(n, bdf, table["name"])
+        try:
+            self.topology.add(function, table.get("secondary"))
+        except ValueError as error:
+            key = "secondary" if "bus" in str(error) and "there already" in str(error) else "address"
+            self.wrong(section, n, key, str(error))
+        else:
+            self.functions[table["name"]] = function
+
+    def _bridge(self, n: int, bdf: Bdf, table: Mapping[str, Any]) -> Function:
+        kind = BRIDGES[table["kind"]]
+        acs = table.get("acs")
+        if acs and kind is not PortType.ROOT_PORT:
+            self.wrong("bridge", n, "acs", f"QEMU's {kind.value} has no ACS: only root ports can have acs = true")
+        has = acs if acs is not None else kind is PortType.ROOT_PORT
+        return Function(bdf, kind, name=table["name"], acs=ISOLATION if has else None)
+
+    def _device(self, n: int, bdf: Bdf, name: str) -> Function:
+        model = self.models[n]
+        capabilities = model.declared_capabilities().values()
+        above = self.topology.bus(bdf.segment, bdf.bus).bridge
+        kind = PortType.INTEGRATED if above is None else PortType.ENDPOINT
+        if above is not None and above.kind in (PortType.PCI_BRIDGE, PortType.PCIE_TO_PCI):
+            kind = PortType.CONVENTIONAL
+        if not any(isinstance(capability, Pcie) for capability in capabilities):
+            kind = PortType.CONVENTIONAL
+        # An operating system that uses an IOMMU switches on what a function offers.
+        offered = next((AcsFlags(c.capability) & ISOLATION for c in capabilities if isinstance(c, Acs)), None)
+        aliases = quirk_aliases(model.vendor_id, model.device_id, bdf)
+        return Function(bdf, kind, name=name, acs=offered, acs_offered=offered or ISOLATION, dma_aliases=aliases)
+
+    def _numbering(self) -> None:
+        """The firmware numbers secondary buses in the order in which it meets the bridges."""
+        bridges = [f for f in self.topology.functions() if f.secondary is not None]
+        places = {table["name"]: n for _, n, table in self._tables("bridge")}
+        for number, bridge in enumerate(bridges, 1):
+            assert bridge.secondary is not None
+            if bridge.secondary.number != number and not self._found:
+                text = f"{bridge.secondary.number}: the firmware numbers the bus behind {bridge.name!r} {number}"
+                self.wrong(
+                    "bridge", places[bridge.name], "secondary", f"{text}: buses in order of the bridges' addresses"
+                )

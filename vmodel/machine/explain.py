@@ -1,0 +1,116 @@
+"""What pydantic finds wrong, in the words of whoever wrote the file: one ConfigError a mistake."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from vmodel.errors import ConfigError
+
+Location = Sequence[int | str]
+
+
+def where(location: Location) -> str:
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            bare = part if re.fullmatch(r"[\w-]+", part) else short(part)
+            text += f".{bare}" if text else bare
+    return text
+
+
+def short(value: object, limit: int = 60) -> str:
+    """A value as the user wrote it, more or less, on one line."""
+    text = repr(value) if isinstance(value, str | int | float | dict | list) else str(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _schema_at(location: Location, root: type[BaseModel]) -> type[BaseModel] | None:
+    """The schema of the table that holds the key at `location`; None where no schema says."""
+    schema: type[BaseModel] = root
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        field = schema.model_fields.get(part)
+        if field is None:
+            return None
+        # list[DeviceTable] and Table | None hold their schema as an argument.
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if inner is None:
+            return None
+        schema = inner
+    return schema
+
+
+def guess(word: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, 1)), None)
+
+
+def _as_example(location: Location, root: type[BaseModel]) -> str:
+    schema = _schema_at(location, root)
+    field = schema.model_fields.get(str(location[-1])) if schema else None
+    if field is None:
+        return ""
+    if field.examples:
+        return f", as {location[-1]} = {field.examples[0]}"
+    return f" ({field.description})" if field.description else ""
+
+
+#: What TOML calls the types that pydantic misses.
+_WANTED = {
+    "string_type": "must be text in quotes",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+    "list_type": "must be an array",
+    "int_type": "must be a whole number",
+    "bool_type": "must be true or false",
+}
+
+
+def _message(detail: Mapping[str, Any], root: type[BaseModel]) -> str:
+    location, kind, value = detail["loc"], detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        schema = _schema_at(location, root)
+        known = sorted(schema.model_fields) if schema else []
+        close = guess(str(location[-1]), known)
+        return (
+            f"unknown key: did you mean {close!r}?" if close else f"unknown key: known are {', '.join(known) or 'none'}"
+        )
+    if root.__name__ == "MachineFile" and location == ("machine",):
+        wrong = "is missing" if kind == "missing" else short(value)
+        return f'{wrong}: a machine file needs a [machine] table with name = "edu-demo"'
+    if root.__name__ == "MachineFile" and len(location) == 1:
+        return f"{short(value)}: must be written [[{location[0]}]], in two brackets, as there may be several"
+    if kind == "missing":
+        return f"is missing{_as_example(location, root)}"
+    if kind in _WANTED:
+        return f"{short(value)}: {_WANTED[kind]}{_as_example(location, root)}"
+    text = one_line(detail["msg"].removeprefix("Value error, ")) or "is wrong"
+    return f"{short(value)}: {text[0].lower()}{text[1:]}"
+
+
+def explain(error: ValidationError, file: Path | str, root: type[BaseModel], prefix: str = "") -> Iterator[ConfigError]:
+    """Each mistake that pydantic found as one ConfigError."""
+    details = error.errors(include_url=False)
+    guesses = set()
+    for detail in details:
+        if detail["type"] == "extra_forbidden" and (schema := _schema_at(detail["loc"], root)):
+            guesses.add((*detail["loc"][:-1], guess(str(detail["loc"][-1]), list(schema.model_fields))))
+    for detail in details:
+        location = detail["loc"]
+        if detail["type"] == "missing" and location in guesses:
+            continue  # it is there, misspelt: one mistake, one line
+        key = ".".join(part for part in (prefix, where(location)) if part)
+        yield ConfigError(_message(detail, root), file=file, key=key)

@@ -1,0 +1,94 @@
+"""The class that a machine file's `model` names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from vmodel.device import PciDevice
+from vmodel.devices import BUILTIN
+from vmodel.errors import ConfigError
+from vmodel.machine.explain import guess, one_line
+
+_OTHER_MODELS = '"path/file.py:Class", or "package.module:Class"'
+
+
+def load_model(name: str, base: Path | None = None) -> type[PciDevice]:
+    """The class that a `model` key names; paths count from `base`.  ConfigError when there is none."""
+    target = BUILTIN.get(name, name)
+    source, colon, class_name = target.rpartition(":")
+    if not colon:
+        if name.endswith(".py"):
+            raise ConfigError(f'model {name!r}: lacks the class, as "{name}:Class"')
+        close = guess(name, list(BUILTIN))
+        raise ConfigError(
+            f"unknown model {name!r}: {f'did you mean {close!r}? ' if close else ''}"
+            f"Built-ins are {', '.join(BUILTIN)}; else {_OTHER_MODELS}"
+        )
+    if not source.strip(".") or not class_name.isidentifier():
+        raise ConfigError(f"model {name!r}: must be a built-in ({', '.join(BUILTIN)}), {_OTHER_MODELS}")
+    module = _load_file(name, (base or Path()) / source) if source.endswith(".py") else _load_module(name, source)
+    model = getattr(module, class_name, None)
+    if model is None:
+        classes = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, PciDevice)]
+        classes = [k for k in classes if k != "PciDevice"]
+        close = guess(class_name, classes)
+        there = f"did you mean {close!r}?" if close else f"models there: {', '.join(classes) or 'none'}"
+        raise ConfigError(f"model {name!r}: no class {class_name!r} in {source}; {there}")
+    if not isinstance(model, type) or not issubclass(model, PciDevice):
+        raise ConfigError(f"model {name!r}: {class_name} must be a class derived from vmodel.device.PciDevice")
+    if not hasattr(model, "vendor_id"):
+        raise ConfigError(f"model {name!r}: {class_name} must declare vendor_id, device_id and class_code")
+    return model
+
+
+def _load_module(name: str, source: str) -> ModuleType:
+    if not all(part.isidentifier() for part in source.split(".")):
+        raise ConfigError(f"model {name!r}: must be a built-in ({', '.join(BUILTIN)}), {_OTHER_MODELS}")
+    try:
+        return importlib.import_module(source)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{source}.".startswith(f"{error.name}."):
+            raise ConfigError(f"model {name!r}: there is no module {error.name!r}") from error
+        raise _load_error(name, error) from error
+
+
+def _load_file(name: str, path: Path) -> ModuleType:
+    if "\0" in str(path) or not path.is_file():
+        raise ConfigError(f"model {name!r}: there is no file {str(path)!r}")
+    path = path.resolve()
+    # Two devices of one model share its classes.
+    alias = f"vmodel_user_{path.stem}_{abs(hash(path)):x}"
+    if alias in sys.modules:
+        return sys.modules[alias]
+    spec = importlib.util.spec_from_file_location(alias, path)
+    assert spec is not None and spec.loader is not None  # as the suffix is .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[alias] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[alias]
+        if isinstance(error, Exception | SystemExit):
+            raise _load_error(name, error) from error
+        raise
+    return module
+
+
+def _load_error(name: str, error: BaseException) -> ConfigError:
+    return ConfigError(f"model {name!r} cannot be loaded: {describe(error)}")
+
+
+def describe(error: BaseException) -> str:
+    """An exception of the user's code on one line, with the line of that code."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        # Neither the machinery of imports nor vmodel itself is where the user has to look.
+        if file.is_file() and not file.is_relative_to(Path(__file__).parents[1]):
+            place = f" ({file.name} line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {one_line(error)}{'' if isinstance(error, SyntaxError) else place}"
