@@ -3,7 +3,10 @@
  * and 4 KiB by DMA to the device and back.  Uses nothing but what a stock kernel offers to user space:
  * uio_pci_generic for the interrupt, sysfs for the BAR and config space, pagemap for physical addresses.
  *
- *   edu_check [PCI-ADDRESS]      default 0000:00:03.0; exit status 0: all is well
+ *   edu_check [PCI-ADDRESS[+OFFSET] ...]      default 0000:00:03.0; exit status 0: all is well
+ *
+ * OFFSET: the device is behind an IOMMU whose domain maps physical memory that far up, and nothing at its own address.
+ * Then DMA goes by physical address + OFFSET, and one access to the bare address must not get through.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -20,12 +23,13 @@
 
 #define PAGE 4096u
 #define BUFFER 0x40000u
-#define DMA_LIMIT (1ull << 28) /* edu has 28 address lines */
+#define DMA_LIMIT (1ull << 28) /* edu has 28 address lines, if its parameters do not say otherwise */
 
 enum { ID = 0x00, LIVENESS = 0x04, FACTORIAL = 0x08, STATUS = 0x20, IRQ_STATUS = 0x24, IRQ_ACK = 0x64,
        DMA_SRC = 0x80, DMA_DST = 0x88, DMA_COUNT = 0x90, DMA_CMD = 0x98 };
 
-static const char *device = "0000:00:03.0";
+static char device[32];
+static uint64_t offset; /* IOVA - physical address */
 static volatile uint8_t *bar;
 static int config, uio;
 
@@ -154,11 +158,33 @@ static void transfer(uint64_t from, uint64_t to, unsigned command)
         fail("DMA still runs after its interrupt");
 }
 
-int main(int argc, char **argv)
+/* The device would overwrite the page, if it could reach it. */
+static void refused(uint8_t *page, uint64_t address)
 {
-    setvbuf(stdout, NULL, _IOLBF, 0);
-    if (argc > 1)
-        device = argv[1];
+    memset(page, 0x5a, PAGE);
+    put64(DMA_SRC, BUFFER);
+    put64(DMA_DST, address);
+    put64(DMA_COUNT, PAGE);
+    put64(DMA_CMD, 1 | 2 | 4);
+    for (int i = 0; get(DMA_CMD) & 1; i++) {
+        if (i == 1000)
+            fail("refused DMA: it runs for ever");
+        usleep(10000);
+    }
+    struct pollfd p = { .fd = uio, .events = POLLIN };
+    if (get(IRQ_STATUS) || poll(&p, 1, 0))
+        fail("refused DMA: an interrupt says that it is done");
+    for (unsigned i = 0; i < PAGE; i++)
+        if (page[i] != 0x5a)
+            fail("refused DMA: it has written to the page");
+}
+
+static void check(const char *where)
+{
+    const char *plus = strchr(where, '+');
+    snprintf(device, sizeof device, "%.*s", plus ? (int)(plus - where) : (int)strlen(where), where);
+    offset = plus ? strtoull(plus + 1, NULL, 0) : 0;
+    printf("device        %s%s\n", device, offset ? ", behind an IOMMU" : "");
     config = open_in("config", O_RDWR);
     open_uio();
     enable();
@@ -190,10 +216,30 @@ int main(int argc, char **argv)
     uint8_t *out = low_page(&source), *in = low_page(&target);
     for (unsigned i = 0; i < PAGE; i++)
         out[i] = (uint8_t)(i * 7 + (i >> 8));
-    transfer(source, BUFFER, 0);
-    transfer(BUFFER, target, 2);
+    if (offset) {
+        refused(in, target);
+        printf("refused       DMA to iova %#llx, where nothing is mapped\n", (unsigned long long)target);
+    }
+    transfer(source + offset, BUFFER, 0);
+    transfer(BUFFER, target + offset, 2);
     if (memcmp(in, out, PAGE))
         fail("DMA: what came back is not what was sent");
-    printf("DMA           4096 bytes to the device and back, equal\n");
+    printf("DMA           4096 bytes to the device and back, equal");
+    if (offset)
+        printf(": iova %#llx leads to page %#llx", (unsigned long long)(target + offset), (unsigned long long)target);
+    printf("\n");
+    munmap((void *)bar, 1 << 20);
+    close(fd);
+    close(uio);
+    close(config);
+}
+
+int main(int argc, char **argv)
+{
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    for (int i = 1; i < argc; i++)
+        check(argv[i]);
+    if (argc == 1)
+        check("0000:00:03.0");
     return 0;
 }

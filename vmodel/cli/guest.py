@@ -15,6 +15,7 @@ from rich.table import Table
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
 from vmodel.cli.serve import MachinePath, RunDir, Stop, loaded, served
 from vmodel.errors import ConfigError
+from vmodel.machine import Machine
 from vmodel.server import Server
 from vmodel.testing import artifacts
 from vmodel.testing.guest import Guest, GuestError, GuestResult, GuestSpec, writer
@@ -76,7 +77,7 @@ def guest(
                     raise
                 raise typer.Exit(128 + stop.number) from None
             if stats:
-                summary(server, result)
+                summary(server, machine, result)
     raise typer.Exit(result.status)
 
 
@@ -136,8 +137,8 @@ def _file(text: str) -> tuple[Path, str]:
     return path, target if colon else f"root/{path.name}"
 
 
-def summary(server: Server, result: GuestResult) -> None:
-    """What the devices saw, as a table on stderr."""
+def summary(server: Server, machine: Machine, result: GuestResult) -> None:
+    """What the devices and IOMMUs saw, on stderr."""
     stats = server.stats()
     table = Table("", *(f"[bold]{name}[/]" for name in stats), box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in table.columns[1:]:
@@ -151,8 +152,16 @@ def summary(server: Server, result: GuestResult) -> None:
         ("DMA bytes, guest to device", ["dma_read_bytes"]),
         ("DMA bytes, device to guest", ["dma_write_bytes"]),
         ("DMA faults", ["dma_faults"]),
+        ("IOTLB hits", ["iotlb_hits"]),
+        ("IOTLB misses", ["iotlb_misses"]),
         ("interrupts", ["interrupts"]),
     ):
         table.add_row(label, *(f"{sum(counters[key] for key in keys):,}" for counters in stats.values()))
     table.add_row("wall time, boot to power-off", f"{result.wall:.1f} s")
     show(table, console(sys.stderr))
+    for iommu in machine.system.iommus:
+        queue = iommu.faults
+        lost = f", {queue.lost} of them lost: its queue has {queue.depth}" if queue.lost else ""
+        print(f"{iommu.name}: {queue.total} fault{'' if queue.total == 1 else 's'} recorded{lost}", file=sys.stderr)
+        for record in queue.peek()[:8]:
+            print(f"  {record}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.iommu.group import Group
-from vmodel.pci.topology import Function, acs_on_path, bridges_above, dma_aliases
+from vmodel.pci.topology import Function, PortType, acs_on_path, bridges_above, dma_aliases, isolates
 
 if TYPE_CHECKING:
     from vmodel.iommu.core import Endpoint, System
@@ -98,6 +98,13 @@ def _by_topology(
         yield from _bridge_itself(endpoint, there.get(bridge), why)
         for peer in _behind(bridge, there):
             yield peer, f"{why}: {peer.name} can be reached"
+    if anchor.kind is PortType.DOWNSTREAM and not isolates(anchor):
+        for port in anchor.home.functions:
+            if port is not anchor:
+                why = f"ports {anchor.name} and {port.name} of one switch do not both have ACS"
+                yield from _bridge_itself(endpoint, there.get(port), why)
+                for peer in _behind(port, there):
+                    yield peer, why
     if anchor is not function:
         devfns = {anchor.bdf.devfn, *anchor.dma_aliases}
     for other in anchor.home.functions:

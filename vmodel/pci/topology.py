@@ -312,9 +312,19 @@ def dma_aliases(function: Function) -> Iterator[Alias]:
             yield Alias(bridge, bridge.bdf)
 
 
+def isolates(bridge: Function) -> bool:
+    """Whether ACS keeps what is behind a bridge from its neighbours, and them from it.
+
+    A downstream port without ACS forwards requests to all other ports of its switch, whether those have ACS or not; see
+    docs/decisions/0004-switches-without-acs.md.
+    """
+    ports = bridge.home.functions if bridge.kind is PortType.DOWNSTREAM else [bridge]
+    return all(port.has_acs for port in ports)
+
+
 def acs_on_path(bridge: Function) -> bool:
-    """Whether ACS is on from `bridge` all the way to the root."""
-    return bridge.has_acs and all(above.has_acs for above in bridges_above(bridge))
+    """Whether ACS isolates from `bridge` all the way to the root."""
+    return isolates(bridge) and all(isolates(above) for above in bridges_above(bridge))
 
 
 #: (vendor, device) of functions whose DMA shows up as function 0, or as function 1, of their slot: Linux
