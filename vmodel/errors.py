@@ -9,8 +9,8 @@ DmaFault   a DMA access failed                         goes to the model, counte
 ConfigError the user's file or arguments are wrong     one line on stderr, exit status 2
 ========== =========================================== =======================================
 
-A call that cannot be carried out as it was asked for (map, attach, claim, ...) raises OSError, with the errno that Linux
-gives for it; `vmodel.iommu` does it with IommuError, whose text says why.
+A call that cannot be carried out as it was asked for (map, attach, claim, ...) raises OSError, with the errno that
+Linux gives for it; `vmodel.iommu` does it with IommuError, whose text says why.
 
 Everything else that is raised is a bug of vmodel's or of the model's.
 """

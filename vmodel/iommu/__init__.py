@@ -1,0 +1,1 @@
+"""IOMMUs: domains, groups and what programs them."""
