@@ -807,6 +807,10 @@ def test_words() -> None:
 # ---- any table ----------------------------------------------------------------------------------------
 
 
+#: Pages that stage 2 knows, beside the tables of stage 1.
+DATA = [0x1000 * n for n in range(0x30, 0x38)]
+
+
 def random_entry(rng: random.Random, table: Table, level: int, pages: list[int]) -> int:
     """Mostly something that a driver might write; sometimes a bit of it is wrong, sometimes all of it."""
     kind = rng.random()
@@ -824,6 +828,8 @@ def random_entry(rng: random.Random, table: Table, level: int, pages: list[int])
         if format == AMD and rng.random() < 0.3:
             odd = page_bits(level) + rng.randrange(1, 9)
             entry |= 7 << 9 | rng.getrandbits(40) >> odd << odd | (1 << odd - 1) - 0x1000
+        elif rng.random() < 0.5:
+            entry |= rng.choice(DATA) // size * size
         elif rng.random() < 0.5 or size > RAM:
             entry |= (rng.getrandbits(table.output_bits) & (1 << 48) - 1) // size * size
         else:
@@ -889,11 +895,11 @@ def test_any_table(pair: tuple[ShimGuest, ReferenceGuest], seed: int, kind: str)
         parent = random_table(rng, second[0])
         fill(rng, parent, second, words, indices)
         whole = reference_builder(words)
-        for page in first:  # so that stage 1 can be read, mostly; low pages stay where they are
+        for page in first + DATA:  # so that stage 1 can be read, mostly; low pages stay where they are
             if rng.random() < 0.97:
                 build(whole, parent, page, page, tables=[second[0], *(0x40000 + 0x1000 * n for n in range(5))])
     elif kind == "mappings":
-        some = [Mapping(Span(page, page + 0xFFF), page, RW if rng.random() < 0.9 else R) for page in first]
+        some = [Mapping(Span(page, page + 0xFFF), page, RW if rng.random() < 0.9 else R) for page in first + DATA]
         far = [
             Mapping(Span.sized(n << 20, 1 << rng.randrange(12, 21)), rng.getrandbits(40) << 12, RW) for n in range(1, 9)
         ]
