@@ -253,6 +253,9 @@ static const translation *find(vms_requester *requester, const attachment *at, u
     }
     entry->at = at;
     entry->t = fresh;
+    /* A walk for nothing in particular has set no flags: the first access has to walk again. */
+    if (!access)
+        entry->t.prot = 0;
     return &entry->t;
 }
 
@@ -310,6 +313,7 @@ static int translate(vms_requester *requester, const attachment *at, uint64_t io
 
     out->log = NULL;
     if (at) {
+        fault->gpa = 0; /* of the piece before */
         const translation *t = find(requester, at, iova, access, fault);
         if (!t)
             return fail(requester, fault, fault->reason, iova);
@@ -485,6 +489,8 @@ int vms_dma_translate(vms_requester *requester, uint32_t pasid, const uint64_t *
 {
     attachment *at;
 
+    if (access & ~(VMS_PROT_READ | VMS_PROT_WRITE))
+        return -EINVAL;
     begin(fault, pasid, access & VMS_PROT_WRITE ? VMS_DMA_WRITE : 0);
     fault->access = access;
     pthread_mutex_lock(&requester->lock);

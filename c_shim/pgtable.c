@@ -43,14 +43,14 @@ static entry decode_vtd(const vms_table *t, unsigned level, uint64_t e)
     if (!(e & 3))
         return bad(ABSENT);
     int leaf = level == 1 || (e & BIT(7));
-    if (t->output_bits < 52 && (e & MASK(51, t->output_bits)))
+    if ((e & BIT(62)) || (t->output_bits < 52 && (e & MASK(51, t->output_bits))))
         return bad(BAD_BITS);
     if (leaf && level > 1) {
         uint32_t allowed = level == 2 ? VMS_TABLE_2M : level == 3 ? VMS_TABLE_1G : 0;
         if (!(t->flags & allowed) || (e & MASK(page_bits(level) - 1, 12)))
             return bad(BAD_BITS);
     }
-    if (leaf && (e & BIT(11)) && !(t->flags & VMS_TABLE_SNOOP))
+    if ((e & BIT(11)) && !(leaf && (t->flags & VMS_TABLE_SNOOP)))
         return bad(BAD_BITS);
     entry out = { leaf ? LEAF : TABLE, e & MASK(51, 12), page_bits(level), level - 1, (uint32_t)(e & 3), e, e, 0 };
     if (t->flags & VMS_TABLE_SET_ACCESSED)
@@ -92,7 +92,7 @@ static entry decode_amd(const vms_table *t, unsigned level, uint64_t e)
     unsigned next = (e >> 9) & 7, bits = page_bits(level);
     uint64_t address = e & MASK(51, 12);
     int leaf = next == 0 || next == 7;
-    if (e & MASK(58, 52))
+    if ((e & MASK(58, 52)) || (!leaf && (e & MASK(60, 59))))
         return bad(BAD_BITS);
     if (next == 7) { /* the lowest zero of the address says the size */
         bits = (unsigned)__builtin_ctzll(~(e | 0xFFF)) + 1;
@@ -174,17 +174,17 @@ static entry decode(const vms_table *t, unsigned level, uint64_t e)
 int pgtable_check(const vms_table *t)
 {
     static const struct {
-        uint8_t levels_min, levels_max, output_max, extra; /* extra: bits that the top table may have beyond 9 */
+        uint8_t levels_min, levels_max, output_max, input_max, extra; /* extra: bits of the top table beyond 9 */
     } limits[] = {
-        [VMS_TABLE_VTD_SECOND] = { 3, 5, 52, 0 }, [VMS_TABLE_X86] = { 4, 5, 52, 0 },
-        [VMS_TABLE_AMD_V1] = { 1, 6, 52, 0 },     [VMS_TABLE_ARM_S1] = { 1, 4, 48, 0 },
-        [VMS_TABLE_ARM_S2] = { 1, 4, 48, 4 },
+        [VMS_TABLE_VTD_SECOND] = { 3, 5, 52, 57, 0 }, [VMS_TABLE_X86] = { 4, 5, 52, 57, 0 },
+        [VMS_TABLE_AMD_V1] = { 1, 6, 52, 64, 0 },     [VMS_TABLE_ARM_S1] = { 1, 4, 48, 48, 0 },
+        [VMS_TABLE_ARM_S2] = { 1, 4, 48, 48, 4 },
     };
     if (t->format > VMS_TABLE_ARM_S2)
         return -EINVAL;
     unsigned most = 12 + 9 * t->levels + limits[t->format].extra;
-    if (most > 64)
-        most = 64;
+    if (most > limits[t->format].input_max)
+        most = limits[t->format].input_max;
     if (t->levels < limits[t->format].levels_min || t->levels > limits[t->format].levels_max || (t->root & 0xFFF) ||
         t->input_bits <= page_bits(t->levels) || t->input_bits > most || t->output_bits < 32 ||
         t->output_bits > limits[t->format].output_max)
@@ -212,6 +212,16 @@ static int refuse(const vms_domain *domain, vms_fault *fault, enum vms_reason re
     return -EFAULT;
 }
 
+/* Stage 2 would not do what is wanted of `address`, by its entry of that level. */
+static int refuse_second(vms_fault *fault, uint64_t address, unsigned level)
+{
+    fault->reason = VMS_REASON_PERMISSION;
+    fault->level = level;
+    fault->stage = 2;
+    fault->gpa = address;
+    return -EFAULT;
+}
+
 /* An address of a nested domain, by its parent. */
 static int through_parent(vms_domain *domain, uint64_t address, uint32_t access, translation *out, vms_fault *fault)
 {
@@ -223,18 +233,21 @@ static int through_parent(vms_domain *domain, uint64_t address, uint32_t access,
     return rc;
 }
 
-/* Where the entry at `address` is in memory. */
-static int entry_at(vms_domain *domain, uint64_t address, uint32_t access, uint64_t *gpa, vms_fault *fault)
+/* Where the entry at `address` is in memory.  quiet: stage 2 sets no flags either. */
+static int entry_at(vms_domain *domain, uint64_t address, uint32_t access, int quiet, uint64_t *gpa, vms_fault *fault)
 {
     translation t;
 
     *gpa = address;
     if (!domain->parent)
         return 0;
-    int rc = through_parent(domain, address, access, &t, fault);
-    if (rc == 0)
-        *gpa = t.gpa + (address - t.start);
-    return rc;
+    int rc = through_parent(domain, address, quiet ? 0 : access, &t, fault);
+    if (rc < 0)
+        return rc;
+    if ((t.prot & access) != access)
+        return refuse_second(fault, address, t.level);
+    *gpa = t.gpa + (address - t.start);
+    return 0;
 }
 
 /* Sets the flags of an entry that was used; -EAGAIN when it has changed since it was read. */
@@ -245,7 +258,7 @@ static int set_flags(vms_domain *domain, uint64_t address, uint64_t was, uint64_
 
     if (was == becomes)
         return 0;
-    int rc = entry_at(domain, address, VMS_PROT_READ | VMS_PROT_WRITE, &gpa, fault);
+    int rc = entry_at(domain, address, VMS_PROT_READ | VMS_PROT_WRITE, 0, &gpa, fault);
     if (rc < 0)
         return rc;
     rc = memory_cas64(domain->memory, gpa, was, becomes);
@@ -271,7 +284,7 @@ static int walk_once(vms_domain *domain, uint64_t iova, uint32_t access, transla
         /* Above the top table's bits there is nothing but sign (x86). */
         index &= level == t->levels ? MASK(t->input_bits - page_bits(level) - 1, 0) : 511;
         uint64_t address = table + 8 * index, gpa, raw;
-        int rc = entry_at(domain, address, VMS_PROT_READ, &gpa, fault);
+        int rc = entry_at(domain, address, VMS_PROT_READ, !access, &gpa, fault);
         if (rc < 0)
             return rc;
         if (memory_load64(domain->memory, gpa, &raw) < 0)
@@ -321,6 +334,8 @@ static int walk_once(vms_domain *domain, uint64_t iova, uint32_t access, transla
         out->last = iova + high;
         out->gpa = second.gpa + (address - low - second.start);
         out->prot &= second.prot;
+        if (!out->prot) /* only when nothing was asked for */
+            return refuse_second(fault, address, second.level);
         out->log = second.log;
         out->log_start = second.log_start + (address - low - second.start);
     }

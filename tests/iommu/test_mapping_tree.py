@@ -1,0 +1,272 @@
+"""The B+ tree behind paging domains: many mappings in any order, so that nodes split, join and go away."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from vmodel import _shim
+from vmodel.errors import DmaFault, Reason
+from vmodel.span import PAGE
+
+N = 20_000
+LAST = 2**64 - 1
+Order = Callable[[int], Iterable[int]]
+
+
+def shuffled(seed: int) -> Order:
+    def order(n: int) -> list[int]:
+        numbers = list(range(n))
+        random.Random(seed).shuffle(numbers)
+        return numbers
+
+    return order
+
+
+def inwards(n: int) -> list[int]:
+    """0, n-1, 1, n-2, ..."""
+    return [i // 2 if i % 2 == 0 else n - 1 - i // 2 for i in range(n)]
+
+
+def strides(n: int) -> list[int]:
+    """Every 64th, then those beside them, ...: each leaf is filled from within."""
+    return [i for first in range(64) for i in range(first, n, 64)]
+
+
+ORDERS: dict[str, Order] = {
+    "sequential": range,
+    "reverse": lambda n: range(n - 1, -1, -1),
+    "random": shuffled(1),
+    "other random": shuffled(2),
+    "inwards": inwards,
+    "outwards": lambda n: inwards(n)[::-1],
+    "strides": strides,
+}
+
+
+def paging(last: int = LAST, room: int = 2**63) -> _shim.Domain:
+    return _shim.Domain.paging(PAGE, 0, last, LAST, room)
+
+
+def item(i: int, step: int = 2 * PAGE) -> tuple[int, int, int, int, int]:
+    """What list() says of mapping i: one page, and a hole behind it."""
+    return i * step, i * step + PAGE - 1, (i ^ 0x5A5A) * PAGE, 1 + i % 3, 0
+
+
+def add(domain: _shim.Domain, i: int) -> None:
+    start, _, gpa, prot, _ = item(i)
+    domain.map(start, gpa, PAGE, prot)
+
+
+@pytest.mark.parametrize("remove", ORDERS)
+@pytest.mark.parametrize("insert", ORDERS)
+def test_orders(insert: str, remove: str) -> None:
+    n = N if insert == remove else N // 4
+    domain = paging()
+    there: set[int] = set()
+
+    def check() -> None:
+        assert list(domain.list()) == [item(i) for i in sorted(there)]
+        assert domain.count()[0] == len(there)
+
+    for done, i in enumerate(ORDERS[insert](n)):
+        add(domain, i)
+        there.add(i)
+        if done % (n // 5) == 7:
+            check()
+    check()
+    full = domain.count()[1]
+    assert full < n * 24 * 5  # bytes: 24 are needed for each; leaves may be half full, chunks double
+    for done, i in enumerate(ORDERS[remove](n)):
+        assert domain.unmap(i * 2 * PAGE, PAGE) == PAGE
+        there.discard(i)
+        if done % (n // 5) == 7:
+            check()
+    check()
+    assert not there
+    for _ in range(2):  # what has become free is used again
+        for i in ORDERS[insert](n):
+            add(domain, i)
+        assert domain.count() == (n, full)
+        for i in ORDERS[remove](n):
+            domain.unmap(i * 2 * PAGE, PAGE)
+    for i in ORDERS[remove](n):
+        add(domain, i)
+    assert domain.unmap(0, n * 2 * PAGE) == PAGE  # up to the first hole
+    assert domain.count()[0] == n - 1
+
+
+def test_inserts_and_removals_mixed() -> None:
+    """Grows and shrinks for a while, at random, against a dict; neighbours are looked at with every call."""
+    rng = random.Random(3)
+    domain, there = paging(), set[int]()
+    for phase in range(12):
+        growing = phase % 2 == 0
+        for step in range(5000):
+            i = rng.randrange(6000)
+            if i not in there and (growing or step % 8 == 0):
+                add(domain, i)
+                there.add(i)
+            elif i in there and (not growing or step % 8 == 0):
+                assert domain.unmap(i * 2 * PAGE, PAGE) == PAGE
+                there.discard(i)
+            if i in there:
+                assert domain.walk(i * 2 * PAGE + 5, 0) == item(i)
+                with pytest.raises(FileExistsError):
+                    domain.map(i * 2 * PAGE, 0, PAGE, 3)
+            else:
+                assert domain.unmap(i * 2 * PAGE, PAGE) == 0
+            with pytest.raises(DmaFault) as caught:
+                domain.walk(i * 2 * PAGE + PAGE, 0)
+            assert caught.value.reason == Reason.NOT_MAPPED
+        assert list(domain.list()) == [item(i) for i in sorted(there)]
+        assert domain.count()[0] == len(there)
+    assert there
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_overlaps(seed: int) -> None:
+    """Mappings of any size: what overlaps is EEXIST, wherever the leaves begin and end."""
+    rng = random.Random(seed)
+    domain, model = paging(), dict[int, int]()  # page to the start of its mapping
+    sizes: dict[int, int] = {}
+    for _ in range(6000):
+        first, count = rng.randrange(1 << 16), rng.choice((1, 1, 2, 3, 10, 100))
+        pages = range(first, first + count)
+        if any(page in model for page in pages):
+            with pytest.raises(FileExistsError):
+                domain.map(first * PAGE, 0, count * PAGE, 3)
+        else:
+            domain.map(first * PAGE, first * PAGE, count * PAGE, 3)
+            model |= dict.fromkeys(pages, first)
+            sizes[first] = count
+        if sizes and rng.random() < 0.4:
+            start = rng.choice(list(sizes)) if len(sizes) < 50 else model[rng.choice((*pages, first))] \
+                if all(page in model for page in pages) else None  # fmt: skip
+            if start is not None:
+                assert domain.unmap(start * PAGE, sizes[start] * PAGE) == sizes[start] * PAGE
+                for page in range(start, start + sizes.pop(start)):
+                    del model[page]
+    expected = [(s * PAGE, (s + n) * PAGE - 1, s * PAGE, 3, 0) for s, n in sorted(sizes.items())]
+    assert list(domain.list()) == expected
+    assert len(expected) > 100
+    for start in sizes:
+        assert domain.walk((start + sizes[start] - 1) * PAGE, 0)[0] == start * PAGE
+
+
+def test_holes_punched_into_one_mapping() -> None:
+    """Each unmap cuts a mapping in two, or takes an end off, or all of it."""
+    n = 8192
+    domain = paging()
+    domain.map(0, 0, n * PAGE, 3)
+    left = set(range(n))
+    for page in shuffled(5)(n):
+        assert domain.unmap(page * PAGE, PAGE) == PAGE
+        left.discard(page)
+        if page % 512 == 0:
+            runs: list[tuple[int, int, int, int, int]] = []
+            for one in sorted(left):
+                if runs and runs[-1][1] + 1 == one * PAGE:
+                    runs[-1] = (runs[-1][0], (one + 1) * PAGE - 1, *runs[-1][2:])
+                else:
+                    runs.append((one * PAGE, (one + 1) * PAGE - 1, one * PAGE, 3, 0))
+            assert list(domain.list()) == runs
+    assert domain.count()[0] == 0
+    assert list(domain.list()) == []
+
+
+def test_unmap_of_many_mappings_at_once() -> None:
+    domain = paging()
+    for i in range(N):
+        domain.map(i * PAGE, i * PAGE, PAGE, 3)
+    assert domain.unmap(5 * PAGE, (N - 10) * PAGE) == (N - 10) * PAGE
+    assert [m[0] // PAGE for m in domain.list()] == [*range(5), *range(N - 5, N)]
+
+
+def test_the_ends_of_the_address_space() -> None:
+    domain = paging()
+    domain.map(0, 0, PAGE, 1)
+    domain.map(2**64 - PAGE, 2**64 - PAGE, PAGE, 2)
+    for i in range(1, 3000):
+        domain.map(2**63 + i * PAGE, 0, PAGE, 3)
+    assert domain.walk(LAST, 0) == (2**64 - PAGE, LAST, 2**64 - PAGE, 2, 0)
+    found = list(domain.list())
+    assert (found[0][0], found[-1][1], len(found)) == (0, LAST, 3001)
+    assert domain.unmap(2**64 - PAGE, PAGE) == PAGE
+    assert domain.unmap(0, PAGE) == PAGE
+    whole = paging()
+    whole.map(0, 0, 2**63, 3)
+    whole.map(2**63, 2**63, 2**63, 3)
+    assert whole.unmap(2**63 - PAGE, 2 * PAGE) == 2 * PAGE
+    assert [m[:2] for m in whole.list()] == [(0, 2**63 - PAGE - 1), (2**63 + PAGE, LAST)]
+
+
+def test_limits() -> None:
+    domain = paging(room=100)
+    for i in range(100):
+        add(domain, i)
+    with pytest.raises(OSError) as caught:
+        add(domain, 100)
+    assert caught.value.errno == errno.ENOSPC
+    domain.unmap(0, PAGE)
+    add(domain, 100)
+    none = paging(room=0)
+    with pytest.raises(OSError):
+        add(none, 0)
+
+
+@pytest.mark.parametrize("arguments", [
+    (0, 0, LAST, LAST, 1), (2048, 0, LAST, LAST, 1), (PAGE | 1, 0, LAST, LAST, 1), (PAGE, 1, 0, LAST, 1),
+])  # fmt: skip
+def test_domains_that_cannot_be(arguments: tuple[int, int, int, int, int]) -> None:
+    with pytest.raises(OSError) as caught:
+        _shim.Domain.paging(*arguments)
+    assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("kind", [2, 3, 4, 2**32 - 1])
+def test_plain_domains_are_of_two_kinds(kind: int) -> None:
+    with pytest.raises(OSError) as caught:
+        _shim.Domain.plain(kind)
+    assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("kind", [_shim.DOMAIN_IDENTITY, _shim.DOMAIN_BLOCKED])
+def test_plain_domains_have_no_mappings(kind: int) -> None:
+    domain = _shim.Domain.plain(kind)
+    for call in (
+        lambda: domain.map(0, 0, PAGE, 3),
+        lambda: domain.unmap(0, PAGE),
+        domain.dirty_start,
+        domain.dirty_stop,
+        lambda: domain.dirty_report(0, PAGE, PAGE, False),
+    ):
+        with pytest.raises(OSError) as caught:
+            call()
+        assert caught.value.errno == errno.EINVAL
+    assert list(domain.list()) == []
+    assert domain.count() == (0, 0)
+    if kind == _shim.DOMAIN_IDENTITY:
+        assert domain.walk(0x1234, 3) == (0, LAST, 0, 3, 0)
+    else:
+        with pytest.raises(DmaFault) as fault:
+            domain.walk(0x1234, 0)
+        assert fault.value.reason == Reason.BLOCKED
+
+
+def test_numbers_that_are_no_addresses() -> None:
+    domain = paging()
+    for call in (
+        lambda: domain.map(-PAGE, 0, PAGE, 3),
+        lambda: domain.map(0, 2**64, PAGE, 3),
+        lambda: domain.unmap(2**64, PAGE),
+        lambda: domain.unmap(0, -1),
+        lambda: domain.flush(0, 2**64),
+        lambda: domain.walk(-1, 0),
+        lambda: domain.walk(0, -1),
+    ):
+        with pytest.raises(OverflowError):
+            call()
