@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = pytest.mark.guest
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "edu-demo.toml"
+EXAMPLE = ROOT / "examples" / "edu.toml"
 VMODEL = [sys.executable, "-m", "vmodel"]
 #: The slots that q35's default devices would take, all functions that a slot may have, the last slot.
 CROWDED = """
@@ -53,13 +53,23 @@ in_venv = pytest.mark.skipif(
 def test_the_demo() -> None:
     done = run(ROOT / "scripts" / "demo")
     assert done.returncode == 0, done
-    steps = re.findall(r"^\[(\d)/4\]|^(id|liveness|factorial|DMA) |^(demo: all is well)", done.stdout, re.MULTILINE)
+    steps = re.findall(
+        r"^\[(\d)/4\]|^(device|id|liveness|factorial|refused|DMA) |^(demo: all is well)", done.stdout, re.MULTILINE
+    )
     assert ["".join(step) for step in steps] == [
-        "1", "2", "3", "4", "id", "liveness", "factorial", "DMA", "demo: all is well"
+        "1", "2", "3", "4",
+        "device", "id", "liveness", "factorial", "DMA",
+        "device", "id", "liveness", "factorial", "refused", "DMA", "demo: all is well",
     ]  # fmt: skip
+    # IOVA != GPA, and the access that was refused is in the IOMMU's record.
+    iova, page = re.search(r"equal: iova (0x\w+) leads to page (0x\w+)", done.stdout).groups()
+    assert int(iova, 16) == int(page, 16) + (1 << 30)
+    refused = re.search(r"^refused +DMA to iova (0x\w+),", done.stdout, re.MULTILINE)[1]
+    assert f"iommu0: 1 fault recorded\n  iommu0: edu1 [0x20]: WRITE at iova {refused}: NOT_MAPPED" in done.stderr
     found = counters(done.stderr)
-    assert found["interrupts"] == ["3"]
-    assert found["DMA bytes, guest to device"] == found["DMA bytes, device to guest"] == ["4,096"]
+    assert found["interrupts"] == ["3", "3"]
+    assert found["DMA bytes, guest to device"] == found["DMA bytes, device to guest"] == ["4,096", "4,096"]
+    assert found["DMA faults"] == ["0", "1"]
     reads, writes, all_ = (int(found[key][0].replace(",", "")) for key in ("reads", "writes", "accesses by the guest"))
     assert reads + writes == all_ > 2000
     assert found["wall time, boot to power-off"][1] == "s"

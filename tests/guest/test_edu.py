@@ -85,7 +85,7 @@ def served(machine: Path, run_dir: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_the_server_is_killed(boot: Boot, compiled: Compiled, tmp_path: Path) -> None:
-    machine = Path(__file__).parents[2] / "examples" / "edu-demo.toml"
+    machine = Path(__file__).parents[2] / "examples" / "edu.toml"
     socket = tmp_path / "edu0.sock"
     script = (
         "echo up; read x; hexdump -n 4 -e '1/4 \"%08x\"' /sys/bus/pci/devices/0000:00:03.0/config; echo; echo alive"

@@ -24,7 +24,7 @@ from vmodel.errors import ConfigError
 from vmodel.vfio_user.client import Client
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "edu-demo.toml"
+EXAMPLE = ROOT / "examples" / "edu.toml"
 
 #: Stands in for QEMU: says what it was asked, connects to the device, and does what the arguments say.
 FAKE_QEMU = f"""#!{sys.executable}
@@ -210,10 +210,10 @@ def test_default_run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     runtime.mkdir()
     tmp.mkdir()
     with serving(EXAMPLE, XDG_RUNTIME_DIR=str(runtime)) as (_, said):
-        assert said == [f"edu0 {runtime}/vmodel/edu-demo/edu0.sock"]
+        assert said == [f"edu0 {runtime}/vmodel/edu/edu0.sock"]
     for unset in ({}, {"XDG_RUNTIME_DIR": str(tmp_path / "gone")}, {"XDG_RUNTIME_DIR": "relative"}):
         with serving(EXAMPLE, TMPDIR=str(tmp), **unset) as (_, said):
-            folder = tmp / f"vmodel-{os.getuid()}" / "edu-demo"
+            folder = tmp / f"vmodel-{os.getuid()}" / "edu"
             assert said == [f"edu0 {folder}/edu0.sock"]
             assert [stat.S_IMODE(f.stat().st_mode) for f in (folder, folder.parent)] == [0o700, 0o700]
 

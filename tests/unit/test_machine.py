@@ -67,9 +67,20 @@ def lines(text: str, folder: Path) -> list[str]:
 # ---- what is right --------------------------------------------------------------------------------
 
 
-def test_the_example_of_the_repository() -> None:
-    machine = load(Path(__file__).parents[2] / "examples" / "edu-demo.toml")
-    assert (machine.name, machine.memory, list(machine.devices)) == ("edu-demo", "512M", ["edu0"])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("edu", ["edu0"]),
+        ("edu-demo", ["edu0", "edu1"]),
+        (
+            "iommu-groups",
+            ["alone", "left", "right", "switched0", "switched1", "function0", "function1", "outside"],
+        ),
+    ],
+)
+def test_the_examples_of_the_repository(name: str, devices: list[str]) -> None:
+    machine = load(Path(__file__).parents[2] / "examples" / f"{name}.toml")
+    assert (machine.name, machine.memory, list(machine.devices)) == (name, "512M", devices)
     machine.close()
 
 
