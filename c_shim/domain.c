@@ -212,23 +212,22 @@ static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t 
     return 0;
 }
 
-int vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags, uint64_t *removed)
+int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags)
 {
-    uint64_t last = iova + (size - 1);
+    uint64_t last = iova + (size - 1), removed = 0;
     int rc = 0;
 
-    *removed = 0;
     if (domain->kind != VMS_DOMAIN_PAGING || !size || ((iova | size) & (smallest_page(domain) - 1)) || last < iova)
         return -EINVAL;
     pthread_rwlock_wrlock(&domain->lock);
     if (mapping_tree_remove_exact(&domain->mappings, iova, last)) /* as is usual */
-        *removed = size;
+        removed = size;
     else
-        rc = unmap_pages(domain, iova, last, removed);
+        rc = unmap_pages(domain, iova, last, &removed);
     pthread_rwlock_unlock(&domain->lock);
-    if (*removed && !(flags & VMS_UNMAP_DEFER))
-        vms_domain_flush(domain, iova, iova + (*removed - 1));
-    return rc;
+    if (removed && !(flags & VMS_UNMAP_DEFER))
+        vms_domain_flush(domain, iova, iova + (removed - 1));
+    return removed ? (int64_t)(removed >> 12) : rc;
 }
 
 int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last)

@@ -166,10 +166,11 @@ void vms_domain_destroy(vms_domain *domain);
  * last_gpa, wraps; EEXIST: overlap; ENOSPC: too many; ENOMEM. */
 int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t prot);
 /* Removes mappings from iova on, in whole pages (each the largest that alignment and the page sizes allow), until
- * `size` bytes are gone or there is no mapping, or a page would be cut.  *removed: bytes.  EINVAL: alignment.
+ * `size` bytes are gone or there is no mapping, or a page would be cut.  Returns how many times 4 KiB are gone, or,
+ * when nothing is, -errno.  EINVAL: alignment; ENOMEM, ENOSPC: no room for what is left of a mapping on both sides.
  * Without VMS_UNMAP_DEFER it returns when no IOTLB has the range any more and no access through it is under way. */
 #define VMS_UNMAP_DEFER 1u
-int vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags, uint64_t *removed);
+int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags);
 /* Takes [start, last] out of all IOTLBs that have it from this domain (or from one nested in it). */
 int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last);
 /* Where iova leads, by mapping or tables, past all IOTLBs.  access 0: whatever is allowed, and no flag is set.

@@ -7,9 +7,10 @@ garbage collector, in any order: what was made from an object keeps it alive on 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,9 @@ class Domain:
     def __init__(self, handle: Any, keep: tuple[object, ...] = ()) -> None:
         self.handle = handle
         self._keep = keep
+        #: vms_domain_map and vms_domain_unmap of this domain: the result, or -errno.  Bound once, as they are hot.
+        self.try_map: Callable[[int, int, int, int], int] = functools.partial(lib.vms_domain_map, handle)
+        self.try_unmap: Callable[[int, int, int], int] = functools.partial(lib.vms_domain_unmap, handle)
 
     @classmethod
     def plain(cls, kind: int) -> Domain:
@@ -177,16 +181,11 @@ class Domain:
         return cls(_create(create, lib.vms_domain_destroy, "vms_domain", memory.handle, table, above), (memory, parent))
 
     def map(self, iova: int, gpa: int, size: int, prot: int) -> None:
-        rc = lib.vms_domain_map(self.handle, iova, gpa, size, prot)
-        if rc:
-            check(rc)
+        check(self.try_map(iova, gpa, size, prot))
 
     def unmap(self, iova: int, size: int, flags: int = 0) -> int:
-        removed = ffi.new("uint64_t *")
-        rc = lib.vms_domain_unmap(self.handle, iova, size, flags, removed)
-        if rc:
-            check(rc)
-        return removed[0]  # type: ignore[no-any-return]
+        """Bytes removed."""
+        return check(self.try_unmap(iova, size, flags)) << 12
 
     def flush(self, start: int, last: int) -> None:
         check(lib.vms_domain_flush(self.handle, start, last))

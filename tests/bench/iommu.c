@@ -70,7 +70,7 @@ int main(int argc, char **argv)
         printf("%llu\n", (unsigned long long)bytes);
         return 0;
     }
-    uint64_t *iova = malloc(count * sizeof *iova), gpa[BATCH], removed;
+    uint64_t *iova = malloc(count * sizeof *iova), gpa[BATCH];
     if (!iova)
         return 1;
     for (uint64_t i = 0; i < count; i++)
@@ -81,7 +81,7 @@ int main(int argc, char **argv)
             for (uint64_t i = 0; i < count; i++) {
                 uint64_t at = (iova[i] & -PAGE) + PAGE; /* a gap */
                 must(vms_domain_map(domain, at, at, PAGE, 3), "map");
-                must(vms_domain_unmap(domain, at, PAGE, 0, &removed), "unmap");
+                must((int)vms_domain_unmap(domain, at, PAGE, 0), "unmap");
             }
         } else {
             for (uint64_t i = 0; i + BATCH <= count; i += BATCH)

@@ -12,26 +12,22 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from measure import Program, Row
 from rich.console import Console
 from rich.table import Table
+from translation import growth, plot, translated
 
 from vmodel.device import MmioBar, PciDevice, on_read, on_write
-from vmodel.dma import Dma
-from vmodel.memory import GuestMemory
 from vmodel.regs import Reg32, RegisterBank
 from vmodel.server import Server
-from vmodel.span import KiB, MiB
-
-REPEAT = 7
+from vmodel.span import KiB
 
 
 class BenchRegs(RegisterBank, size=0x100):
@@ -55,22 +51,6 @@ class BenchDevice(PciDevice):
     @on_write(BenchRegs.HOOKED)
     def _write(self, new: int) -> int:
         return new
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; `measured` and `reach` in `unit`."""
-
-    number: int
-    what: str
-    measured: float
-    reach: float
-    unit: str
-    more_is_better: bool = False
-
-    @property
-    def good(self) -> bool:
-        return self.measured >= self.reach if self.more_is_better else self.measured <= self.reach
 
 
 def _serve(path: str, cpu: int, ready: object) -> None:
@@ -102,41 +82,7 @@ def served(folder: Path, cpu: int) -> Iterator[Path]:
         process.join()
 
 
-class Peer:
-    """The measuring C program."""
-
-    def __init__(self, folder: Path, cpu: int) -> None:
-        self._program = folder / "peer"
-        self._cpu = cpu
-        source = Path(__file__).with_name("peer.c")
-        subprocess.run(["cc", "-O2", "-o", self._program, source], check=True)
-
-    def __call__(self, *args: object, count: int) -> float:
-        """Median nanoseconds of one operation."""
-        line = [str(self._program), str(args[0]), str(REPEAT), str(count), *map(str, args[1:])]
-        done = subprocess.run(
-            line,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=300,
-            preexec_fn=lambda: os.sched_setaffinity(0, {self._cpu}),
-        )
-        return statistics.median(float(value) for value in done.stdout.split())
-
-
-def timed(call: Callable[[], object], count: int) -> float:
-    """Median nanoseconds of one call."""
-    samples = []
-    for _ in range(REPEAT):
-        start = time.perf_counter_ns()
-        for _ in range(count):
-            call()
-        samples.append((time.perf_counter_ns() - start) / count)
-    return statistics.median(samples)
-
-
-def over_socket(peer: Peer, path: Path, say: Callable[[str], None]) -> Iterator[Row]:
+def over_socket(peer: Program, path: Path, say: Callable[[str], None]) -> Iterator[Row]:
     """Rows 1 to 4."""
 
     def ratio(*args: object, count: int) -> float:
@@ -157,37 +103,11 @@ def over_socket(peer: Peer, path: Path, say: Callable[[str], None]) -> Iterator[
             yield Row(4, name, ratio("map", live, kind, count=4000), reach, "pp")
 
 
-def in_process(peer: Peer, say: Callable[[str], None]) -> Iterator[Row]:
-    """Rows 5 and 6; through the identity domain, as there is no other yet."""
-    say("DMA")
-    memory = GuestMemory()
-    fd = os.memfd_create("bench")
-    os.ftruncate(fd, 64 * MiB)
-    os.pwrite(fd, b"\1" * (64 * MiB), 0)
-    memory.map(0, 64 * MiB, fd=fd)
-    dma = Dma(memory)
-    dma.bus_master = True
-    yield Row(5, "dma.read of 4 B", timed(lambda: dma.read(0x1000, 4), 50000) / 1000, 0.8, "us")
-    yield Row(5, "dma.read of 4 KiB", timed(lambda: dma.read(0x1000, 4 * KiB), 50000) / 1000, 1.2, "us")
-    # Scattered in the file, side by side for the device: what a paging domain will do, done by windows here.
-    scattered = GuestMemory()
-    for page in range(256):
-        scattered.map(page * 4 * KiB, 4 * KiB, fd=fd, offset=(page * 167 % 256) * 8 * KiB)
-    dma = Dma(scattered)
-    dma.bus_master = True
-    buffer = bytearray(1 * MiB)
-    copied = timed(lambda: dma.readinto(0, buffer), 500)
-    bare = peer("memcpy", count=500)
-    yield Row(6, "dma.readinto of 1 MiB, 256 scattered pages", bare / copied, 0.85, "of memcpy", more_is_better=True)
-    os.close(fd)
-    memory.close()
-    scattered.close()
-
-
 def main() -> int:
     """Prints the table; always exit status 0, as it is no test."""
     parser = argparse.ArgumentParser(prog="bench", description="Measures vmodel against docs/performance.md's targets.")
     parser.add_argument("--json", action="store_true", help="for tools")
+    parser.add_argument("--plot", metavar="FILE.svg", help="only draw how translation grows with mappings")
     options = parser.parse_args()
     console = Console(stderr=True)
     cpu = max(os.sched_getaffinity(0))
@@ -198,11 +118,17 @@ def main() -> int:
             status.update(what)
 
         folder = Path(name)
-        peer = Peer(folder, cpu)
+        here = Path(__file__).parent
+        shim = here.parents[1] / "c_shim"
+        domains = Program(folder, cpu, "iommu", [here / "iommu.c", *sorted(shim.glob("*.c"))], f"-I{shim}")
+        if options.plot:
+            plot(growth(domains, say), Path(options.plot))
+            return 0
+        peer = Program(folder, cpu, "peer", [here / "peer.c"])
         pp = peer("pp", count=50000)
         with served(folder, cpu) as path:
             rows = list(over_socket(peer, path, say))
-        rows += in_process(peer, say)
+        rows += translated(peer, domains, say)
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release().partition('-')[0]}, "
     machine += f"Python {platform.python_version()}, pp = {pp / 1000:.1f} us"
     if options.json:

@@ -6,6 +6,7 @@ import contextlib
 import enum
 import errno
 import itertools
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,8 +131,8 @@ class PagingDomain(Domain):
         self.flushes = 0
         #: Whether writes are being tracked.
         self.tracking = False
-        self._map = shim.map
-        self._unmap = shim.unmap
+        self._map = shim.try_map
+        self._unmap = shim.try_unmap
         self._flush_after = can.flush_unmaps
         self._flush_seconds = can.flush_ms / 1000
         self._waiting: list[Span] = []
@@ -165,9 +166,11 @@ class PagingDomain(Domain):
         the output width; EEXIST something there is mapped; ENOSPC too many mappings.
         """
         try:
-            self._map(iova, gpa, size, access)
-        except (OSError, OverflowError) as error:
-            raise _why(error, f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}") from None
+            rc = self._map(iova, gpa, size, access)
+        except OverflowError:
+            rc = -errno.ERANGE
+        if rc:
+            raise _why(-rc, f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}")
 
     def unmap(self, iova: int, size: int) -> int:
         """Unmaps `size` bytes; how many were (Linux iommu_unmap).
@@ -177,22 +180,22 @@ class PagingDomain(Domain):
         """
         if self.deferred:
             return self._unmap_later(iova, size)
-        try:
-            removed = self._unmap(iova, size)
-        except (OSError, OverflowError) as error:
-            raise _why(error, f"unmap of {size:#x} bytes at iova {iova:#x}") from None
+        removed = self._unmap_pages(iova, size, 0)
         if removed:
             self.flushes += 1
         return removed
 
-    def _unmap_no_flush(self, iova: int, size: int) -> int:
+    def _unmap_pages(self, iova: int, size: int, flags: int) -> int:
         try:
-            return self._unmap(iova, size, _shim.UNMAP_DEFER)
-        except (OSError, OverflowError) as error:
-            raise _why(error, f"unmap of {size:#x} bytes at iova {iova:#x}") from None
+            rc = self._unmap(iova, size, flags)
+        except OverflowError:
+            rc = -errno.ERANGE
+        if rc < 0:
+            raise _why(-rc, f"unmap of {size:#x} bytes at iova {iova:#x}")
+        return rc << 12
 
     def _unmap_later(self, iova: int, size: int) -> int:
-        removed = self._unmap_no_flush(iova, size)
+        removed = self._unmap_pages(iova, size, _shim.UNMAP_DEFER)
         if removed:
             with self._lock:
                 self._waiting.append(Span.sized(iova, removed))
@@ -259,7 +262,7 @@ class PagingDomain(Domain):
         try:
             return self.shim.dirty_report(span.start, span.size, page_size, not clear)
         except (OSError, OverflowError) as error:
-            raise _why(error, f"dirty report of {span} in pages of {page_size:#x}") from None
+            raise _why(_code(error), f"dirty report of {span} in pages of {page_size:#x}") from None
 
 
 class Gather:
@@ -271,7 +274,7 @@ class Gather:
 
     def unmap(self, iova: int, size: int) -> int:
         """As PagingDomain.unmap; the range stays in IOTLBs until `sync`."""
-        removed = self._domain._unmap_no_flush(iova, size)
+        removed = self._domain._unmap_pages(iova, size, _shim.UNMAP_DEFER)
         if removed:
             fresh = Span.sized(iova, removed)
             old = self._span or fresh
@@ -309,7 +312,7 @@ class TableDomain(Domain):
                 None if parent is None else parent.shim,
             )
         except (OSError, OverflowError) as error:
-            raise _why(error, f"{table}") from None
+            raise _why(_code(error), f"{table}") from None
         super().__init__(kind, shim, made_for)
 
     def flush(self, span: Span | None = None) -> None:
@@ -325,10 +328,13 @@ _WHY = {
 }
 
 
-def _why(error: OSError | OverflowError, what: str) -> IommuError:
-    # What does not fit into 64 bits is beyond any aperture.
-    code = error.errno or errno.EINVAL if isinstance(error, OSError) else errno.ERANGE
-    return IommuError(code, f"{what}: {_WHY.get(code, error)}")
+def _why(code: int, what: str) -> IommuError:
+    return IommuError(code, f"{what}: {_WHY.get(code) or os.strerror(code)}")
+
+
+def _code(error: OSError | OverflowError) -> int:
+    """What does not fit into 64 bits is beyond any aperture."""
+    return error.errno or errno.EINVAL if isinstance(error, OSError) else errno.ERANGE
 
 
 #: Formats whose tables are a process's, so that an SVA domain may have them.
