@@ -401,3 +401,41 @@ def test_the_probe_of_a_live_socket_is_no_client(tmp_path: Path) -> None:
         other.listen(1)
         assert "is being served already" in refused(vmodel("serve", EXAMPLE, "--run-dir", tmp_path))
     assert (tmp_path / "edu0.sock").exists()
+
+
+# ---- groups ---------------------------------------------------------------------------------------
+
+GROUPS = ROOT / "examples" / "iommu-groups.toml"
+
+
+def test_groups() -> None:
+    shown = vmodel("groups", GROUPS)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    tree = shown.stdout.splitlines()
+    assert tree[0] == "segment 0000, bus 00"
+    assert tree[1].startswith("├── 0000:00:04.0 rp0, root port  group 0 (identity) ")
+    assert any(line.endswith("0000:00:08.0 outside  no group: no IOMMU covers it") for line in tree)
+    assert any("right  group 3 (identity) its DMA carries the id of PCIe-to-PCI bridge to-pci" in line for line in tree)
+    assert tree[-1] == "8 groups; IOMMUs: vtd0 (Intel VT-d)"
+    assert not any(line != line.rstrip() for line in tree)
+
+
+def test_groups_for_tools(tmp_path: Path) -> None:
+    found = json.loads(vmodel("groups", GROUPS, "--json").stdout)
+    members = {tuple(group["devices"]) for group in found["groups"]}
+    assert ("function0", "function1") in members and ("to-pci", "left", "right") in members
+    assert {device["name"]: device["group"] for device in found["devices"]}["outside"] is None
+    done = vmodel("groups", GROUPS, "--svg", tmp_path / "g.svg", "--sysfs", tmp_path / "sys")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "g.svg").read_text().startswith("<svg ")
+    device = tmp_path / "sys" / "iommu_groups" / "1" / "devices" / "0000:01:00.0"
+    assert (device / "iommu_group").resolve() == tmp_path / "sys" / "iommu_groups" / "1"
+
+
+def test_groups_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("")
+    said = refused(vmodel("groups", GROUPS, "--sysfs", tmp_path / "there"))
+    assert said == f"--sysfs {tmp_path}/there: is not empty: choose another folder"
+    said = refused(vmodel("groups", GROUPS, "--svg", tmp_path / "no" / "g.svg"))
+    assert said == f"--svg {tmp_path}/no/g.svg: No such file or directory"

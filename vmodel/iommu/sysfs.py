@@ -17,7 +17,7 @@ def export(system: System, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise IommuError(errno.EEXIST, f"{folder} is not empty")
+        raise IommuError(errno.EEXIST, "is not empty: choose another folder")
     for endpoint in system.endpoints:
         (folder / _place(endpoint)).mkdir(parents=True, exist_ok=True)
     for group in system.groups:
