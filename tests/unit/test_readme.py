@@ -26,7 +26,13 @@ def files(tmp_path: Path) -> Path:
 
 
 def test_the_blocks_are_there() -> None:
-    assert {name for _, name, _ in BLOCKS if name} == {"counter.py", "counter.toml", "test_counter.py"}
+    assert {name for _, name, _ in BLOCKS if name} == {
+        "counter.py",
+        "counter.toml",
+        "test_counter.py",
+        "behind.toml",
+        "test_iommu.py",
+    }
 
 
 def test_the_machine_and_its_model(files: Path) -> None:
@@ -38,8 +44,16 @@ def test_the_machine_and_its_model(files: Path) -> None:
     assert "COUNT" in done.stdout
 
 
-def test_the_test_of_the_model(files: Path) -> None:
-    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_counter.py"]
+def test_the_groups(files: Path) -> None:
+    (words,) = [words for words in command_lines() if words[1] == "groups"]
+    line = [sys.executable, "-m", *words]
+    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=True)
+    assert "0000:00:03.0 counter0  group 0 (DMA-FQ) on the root bus" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["test_counter.py", "test_iommu.py"])
+def test_the_tests_of_the_model(files: Path, name: str) -> None:
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
     done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=False)
     assert "1 passed" in done.stdout, done.stdout + done.stderr
 
