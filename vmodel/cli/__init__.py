@@ -18,7 +18,7 @@ import typer
 from vmodel.cli.doctor import doctor, mend_shim
 from vmodel.errors import ConfigError
 from vmodel.testing.artifacts import ArtifactError
-from vmodel.testing.guest import GuestError
+from vmodel.testing.guest import GuestRunError
 
 #: click's class of wrong command lines, wherever this version of typer keeps its click.
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), status=1)
     except ConfigError as error:
         return _fail(*str(error).splitlines(), status=2)
-    except GuestError as error:
+    except GuestRunError as error:
         return _fail(str(error), status=1)
     except (KeyboardInterrupt, typer.Abort):
         return 130

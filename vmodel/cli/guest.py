@@ -18,7 +18,7 @@ from vmodel.errors import ConfigError
 from vmodel.machine import Machine
 from vmodel.server import Server
 from vmodel.testing import artifacts
-from vmodel.testing.guest import Guest, GuestError, GuestResult, GuestSpec, writer
+from vmodel.testing.guest import Guest, GuestRunError, GuestResult, GuestSpec, writer
 
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run.", show_default=False)]
 Kernel = Annotated[str | None, typer.Option(metavar="NAME|PATH", help="6.12, 7.2, or the path of a vmlinuz.")]
@@ -72,7 +72,7 @@ def guest(
             spec.qemu_args = machine.qemu_args(folder)
             try:
                 result = _watch(spec, artifacts_dir, stop, interactive)
-            except GuestError:
+            except GuestRunError:
                 if not stop.number:
                     raise
                 raise typer.Exit(128 + stop.number) from None

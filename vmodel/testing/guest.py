@@ -36,27 +36,27 @@ _GRACE_OFF = 20.0
 _GRACE_PANIC = 1.0
 
 
-class GuestError(Exception):
+class GuestRunError(Exception):
     """The guest did not run the command to its end; a subclass says why.  The text has the console's last lines."""
 
 
-class GuestPanic(GuestError):
+class GuestPanic(GuestRunError):
     """The guest's kernel panicked."""
 
 
-class GuestTimeout(GuestError):
+class GuestTimeout(GuestRunError):
     """The time was over before the command was."""
 
 
-class QemuDied(GuestError):
+class QemuDied(GuestRunError):
     """QEMU ended with an error, or by a signal."""
 
 
-class GuestOff(GuestError):
+class GuestOff(GuestRunError):
     """The guest was off before its command had ended: it powered off, or rebooted without `allow_reboot`."""
 
 
-class ModuleError(GuestError):
+class ModuleError(GuestRunError):
     """A kernel module did not load."""
 
 
@@ -313,7 +313,7 @@ class Guest:
                 raise GuestOff(f"the command ended, and {pattern!r} had not come on {port}{self._tail()}")
 
     def wait(self) -> GuestResult:
-        """Waits for the guest's end.  GuestError: its subclasses say what else may come."""
+        """Waits for the guest's end.  GuestRunError: its subclasses say what else may come."""
         if self._process is None:
             raise RuntimeError("the guest has not been started")
         deadline = self._started + self.spec.timeout
@@ -370,7 +370,7 @@ def run_guest(
     on_output: Callable[[bytes], None] | None = None,
     on_console: Callable[[bytes], None] | None = None,
 ) -> GuestResult:
-    """Boots, runs the command, returns when the guest is off.  GuestError as in `Guest.wait`."""
+    """Boots, runs the command, returns when the guest is off.  GuestRunError as in `Guest.wait`."""
     with Guest(spec, artifacts=artifacts, on_output=on_output, on_console=on_console) as guest:
         return guest.wait()
 
