@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import colorsys
 from dataclasses import dataclass
 from html import escape
 
 from vmodel.iommu.core import Endpoint, System
 from vmodel.pci.topology import Bus, Function
 
-_ROW, _COLUMN, _WIDTH, _HEIGHT = 64, 250, 210, 46
+_ROW, _COLUMN, _WIDTH, _HEIGHT = 64, 275, 235, 46
 _MARGIN, _LEGEND = 24, 22
 #: Hues are spread by the golden angle, so that neighbours differ however many groups there are.
 _GOLDEN = 137.508
@@ -77,7 +78,9 @@ def _function(endpoint: Endpoint, parent: _Box, row: float) -> _Box:
 
 
 def _colour(number: int) -> str:
-    return f"hsl({number * _GOLDEN % 360:.0f},70%,85%)"
+    # As #rrggbb: not every viewer knows hsl().
+    rgb = colorsys.hls_to_rgb(number * _GOLDEN % 360 / 360, 0.85, 0.7)
+    return "#" + "".join(f"{round(part * 255):02x}" for part in rgb)
 
 
 def _legend(number: int, iommu: str, members: list[str]) -> tuple[str, str]:
@@ -99,7 +102,7 @@ def _line(box: _Box) -> str:
 def _rect(box: _Box) -> str:
     x, y = _at(box)
     texts = "".join(
-        f'<text x="{x + 8:g}" y="{y + 19 + 16 * n:g}"{style}>{escape(text[:32])}</text>'
+        f'<text x="{x + 8:g}" y="{y + 19 + 16 * n:g}"{style}>{escape(text[:34])}</text>'
         for n, (text, style) in enumerate(zip(box.lines, (' font-weight="bold"', ""), strict=True))
     )
     rect = f'<rect x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{box.fill}" stroke="#444"/>'
