@@ -59,7 +59,9 @@ def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("tests", ["tests/unit/test_memory.py", "tests/unit/test_channel.py", "tests/proto"])
+@pytest.mark.parametrize(
+    "tests", ["tests/unit/test_memory.py", "tests/unit/test_channel.py", "tests/proto", "tests/iommu"]
+)
 def test_no_complaints(sanitized: Path, tests: str) -> None:
     done = run(sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
