@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
+from tests.iommu.tables import examples
 from vmodel import _shim
 from vmodel.errors import DmaFault, Reason
 from vmodel.span import PAGE
 
-N = 20_000
+N = examples(20_000)
 LAST = 2**64 - 1
 Order = Callable[[int], Iterable[int]]
 

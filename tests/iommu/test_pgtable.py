@@ -26,6 +26,7 @@ from tests.iommu.tables import (
     ShimGuest,
     bits,
     build,
+    examples,
     index,
     make,
 )
@@ -880,7 +881,7 @@ seen: set[tuple[TableFormat, Reason | None]] = set()
 
 
 @given(seed=st.integers(0, 2**64 - 1), kind=st.sampled_from(["alone", "alone", "table", "mappings"]))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 def test_any_table(pair: tuple[ShimGuest, ReferenceGuest], seed: int, kind: str) -> None:
     shim, reference = pair
     rng = random.Random(seed)

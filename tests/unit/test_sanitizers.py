@@ -43,6 +43,7 @@ def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": str(root),
+        "VMODEL_SANITIZED": "1",  # see tests/iommu/tables.py
         "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
         # Python itself leaks on exit, on purpose.
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
