@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.iommu.tables import examples
 from vmodel import _shim
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.span import KiB, MiB
@@ -260,6 +261,28 @@ class DomainMachine(RuleBasedStateMachine):
             at = (domain.first + (first + i) * domain.unit) % 2**64, (gpa + i) * domain.unit, domain.unit, RW
             assert errno_of(domain.shim.map, *at) == domain.map(*at)
 
+    @rule(
+        data=st.data(),
+        n=which,
+        at=st.integers(0, 12),
+        gpa=st.integers(0, 12),
+        count=st.integers(1, 3),
+        ends=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+        prot=st.sampled_from([R, W, RW, RW, RW]),
+    )
+    def map_large(
+        self, data: st.DataObject, n: int, at: int, gpa: int, count: int, ends: tuple[int, int], prot: Access
+    ) -> None:
+        """Pages of one size, with some smallest ones before and behind them."""
+        domain = self.domains[n]
+        size = data.draw(st.sampled_from(domain.sizes))
+        before, behind = (end * domain.unit for end in ends)
+        iova, to = domain.first + at * size - before, gpa * size - before
+        if iova < 0 or to < 0:
+            return
+        length = before + count * size + behind
+        assert errno_of(domain.shim.map, iova, to, length, prot) == domain.map(iova, to, length, prot)
+
     @rule(n=which, offset=offsets, gpa=offsets, prot=st.sampled_from([0, 4, 7, 0x1000]))
     def map_badly(self, n: int, offset: int, gpa: int, prot: int) -> None:
         domain = self.domains[n]
@@ -275,7 +298,7 @@ class DomainMachine(RuleBasedStateMachine):
         assert errno_of(domain.shim.unmap, iova, size, _shim.UNMAP_DEFER if defer else 0) == expected
 
     @precondition(lambda self: any(domain.units for domain in self.domains))
-    @rule(data=st.data(), defer=st.booleans(), before=st.integers(0, 1), after=st.integers(-1, 2))
+    @rule(data=st.data(), defer=st.booleans(), before=st.sampled_from([0, 0, 1, 2]), after=st.integers(-2, 2))
     def unmap_one(self, data: st.DataObject, defer: bool, before: int, after: int) -> None:
         """A mapping, or a little more or less: so that something does happen."""
         domain = data.draw(st.sampled_from([domain for domain in self.domains if domain.units]))
@@ -503,7 +526,7 @@ class DomainMachine(RuleBasedStateMachine):
 
 
 DomainMachine.TestCase.settings = settings(
-    max_examples=500,
+    max_examples=examples(400),
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],

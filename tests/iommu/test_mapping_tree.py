@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
+from tests.iommu.tables import examples
 from vmodel import _shim
 from vmodel.errors import DmaFault, Reason
 from vmodel.span import PAGE
 
-N = 20_000
+N = examples(20_000)
 LAST = 2**64 - 1
 Order = Callable[[int], Iterable[int]]
 
@@ -216,6 +217,35 @@ def test_limits() -> None:
     none = paging(room=0)
     with pytest.raises(OSError):
         add(none, 0)
+
+
+@pytest.mark.parametrize(
+    ("iova", "gpa", "size", "code"),
+    [
+        (0x1000, 0x9000, PAGE, 0),
+        (0x8000, 0xF000, PAGE, 0),
+        (0, 0, PAGE, errno.ERANGE),
+        (0x9000, 0, PAGE, errno.ERANGE),
+        (0x8000, 0, 2 * PAGE, errno.ERANGE),
+        (0x1000, 0x1_0000, PAGE, errno.ERANGE),
+        (0x1000, 0xF000, 2 * PAGE, errno.ERANGE),
+        (2**64 - PAGE, 0, 2 * PAGE, errno.ERANGE),
+        (0x1000, 2**64 - PAGE, 2 * PAGE, errno.ERANGE),
+        (0x1000, 0, 0, errno.EINVAL),
+        (0x1000, 0, 0x800, errno.EINVAL),
+        (0x1800, 0, PAGE, errno.EINVAL),
+        (0x1000, 0x800, PAGE, errno.EINVAL),
+    ],
+)
+def test_where_mappings_may_be(iova: int, gpa: int, size: int, code: int) -> None:
+    domain = _shim.Domain.paging(PAGE, 0x1000, 0x8FFF, 0xFFFF, 9)
+    if not code:
+        domain.map(iova, gpa, size, 3)
+        return
+    with pytest.raises(OSError) as caught:
+        domain.map(iova, gpa, size, 3)
+    assert caught.value.errno == code
+    assert domain.count()[0] == 0
 
 
 @pytest.mark.parametrize("arguments", [

@@ -83,16 +83,18 @@ def devices(world: World, iova: int, size: int, pasid: int = _shim.NO_PASID) -> 
         raise errors[0]
 
 
-def drive(world: World, done: list[int], size: int, on: Callable[[], object], off: Callable[[], object]) -> int:
+def drive(world: World, done: list[int], size: int, on: Callable[[], object], off: Callable[[], object]) -> None:
     """Lets the devices in and shuts them out, over and over; the page stays as it is while they are out."""
-    end, rounds, zeros = time.monotonic() + SECONDS, 0, bytes(size)
+    begin, rounds, zeros = time.monotonic(), 0, bytes(size)
     view = memoryview(world.ram)[PLACE : PLACE + size]
     try:
-        while time.monotonic() < end:
+        # However slow the machine is: some rounds.
+        while time.monotonic() < begin + SECONDS or rounds < 5:
             before = list(done)
             on()
             # Until both have been at it, so that both have the translation.
-            while time.monotonic() < end and any(now == was for now, was in zip(done, before, strict=True)):
+            while any(now == was for now, was in zip(done, before, strict=True)):
+                assert time.monotonic() < begin + 30
                 time.sleep(0)
             off()
             view[:] = zeros
@@ -102,8 +104,6 @@ def drive(world: World, done: list[int], size: int, on: Callable[[], object], of
             rounds += 1
     finally:
         view.release()
-    assert rounds > 20
-    return rounds
 
 
 @pytest.mark.parametrize("size", [8, 3 * PAGE], ids=["page", "range"])
