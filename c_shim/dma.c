@@ -53,8 +53,12 @@ struct vms_requester {
 struct vms_pin {
     vms_memory *memory;
     mapped_file *file;
-    uint64_t *pages; /* GPA of each page that the pin touches, for the dirty log; NULL: not for writing */
+    /* What is marked as dirty; NULL: the pin is not for writing. */
+    struct touched {
+        uint64_t gpa, log_at; /* of a page; log_at: in the domain's log */
+    } *pages;
     size_t n_pages;
+    vms_domain *log; /* NULL: none */
 };
 
 /* Where a piece of an access is. */
@@ -312,6 +316,7 @@ static int translate(vms_requester *requester, const attachment *at, uint64_t io
     uint64_t gpa = iova, left = UINT64_MAX; /* bytes after the first */
 
     out->log = NULL;
+    out->log_at = 0;
     if (at) {
         fault->gpa = 0; /* of the piece before */
         const translation *t = find(requester, at, iova, access, fault);
@@ -512,8 +517,12 @@ int vms_dma_translate(vms_requester *requester, uint32_t pasid, const uint64_t *
 
 static void mark_pin(const vms_pin *pin)
 {
-    for (size_t i = 0; i < pin->n_pages; i++)
-        dirty_mark(&pin->memory->dirty, pin->pages[i], pin->pages[i] + (PAGE - 1));
+    for (size_t i = 0; i < pin->n_pages; i++) {
+        const struct touched *page = &pin->pages[i];
+        dirty_mark(&pin->memory->dirty, page->gpa, page->gpa + (PAGE - 1));
+        if (pin->log)
+            dirty_mark(&pin->log->dirty, page->log_at, page->log_at + (PAGE - 1));
+    }
 }
 
 int vms_dma_pin(vms_requester *requester, uint32_t pasid, uint64_t iova, size_t len, uint32_t flags, void **ptr,
@@ -551,14 +560,15 @@ int vms_dma_pin(vms_requester *requester, uint32_t pasid, uint64_t iova, size_t 
         file = p.window->file;
         if (!done)
             host = p.ptr;
+        pin->log = p.log; /* one domain for all pieces */
         for (uint64_t i = 0; write && i <= (p.gpa % PAGE + p.n - 1) / PAGE; i++)
-            pin->pages[pin->n_pages++] = (p.gpa & -PAGE) + i * PAGE;
-        if (write && p.log)
-            dirty_mark(&p.log->dirty, p.log_at, p.log_at + (p.n - 1));
+            pin->pages[pin->n_pages++] = (struct touched){ (p.gpa & -PAGE) + i * PAGE, (p.log_at & -PAGE) + i * PAGE };
     }
     if (rc == 0) {
         file_ref(file);
         memory_ref(requester->memory);
+        if (pin->log)
+            domain_ref(pin->log);
         pin->memory = requester->memory;
         pin->file = file;
         mark_pin(pin);
@@ -583,6 +593,7 @@ void vms_dma_unpin(vms_pin *pin)
     mark_pin(pin);
     file_put(pin->file);
     vms_memory_destroy(pin->memory);
+    vms_domain_destroy(pin->log);
     free(pin->pages);
     free(pin);
 }
