@@ -18,7 +18,7 @@ from vmodel.errors import ConfigError
 from vmodel.machine import Machine
 from vmodel.server import Server
 from vmodel.testing import artifacts
-from vmodel.testing.guest import Guest, GuestRunError, GuestResult, GuestSpec, writer
+from vmodel.testing.guest import Guest, GuestResult, GuestRunError, GuestSpec, writer
 
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run.", show_default=False)]
 Kernel = Annotated[str | None, typer.Option(metavar="NAME|PATH", help="6.12, 7.2, or the path of a vmlinuz.")]

@@ -39,14 +39,16 @@ from pathlib import Path
 from typing import Any
 
 from vmodel.device import PciDevice
+from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import ConfigError, IommuError
 from vmodel.iommu.capabilities import RegionType
 from vmodel.iommu.core import Coverage, Endpoint, Iommu, System, dma_domain_alloc
 from vmodel.iommu.group import Group
+from vmodel.machine.acpi import dmar_of, viot_of
 from vmodel.machine.check import Check
 from vmodel.machine.explain import one_line, short
-from vmodel.machine.models import describe, load_model
-from vmodel.machine.schema import GroupTable, MachineFile, MappingTable, coverage
+from vmodel.machine.models import describe, load_model, load_served
+from vmodel.machine.schema import GroupTable, IommuTable, MachineFile, MappingTable, coverage
 from vmodel.qemu import bridge_args, device_args, memory_args, spare_default_devices
 from vmodel.server import MAX_SOCKET_PATH, Server
 from vmodel.span import Span
@@ -83,6 +85,7 @@ class Machine:
         try:
             self._make_devices(check)
             self._make_iommus(check)
+            self._serve_iommus()
             self._set_domains()
         except BaseException:
             self.close()
@@ -98,6 +101,10 @@ class Machine:
                 raise ConfigError(message, file=self.file, key=f"device[{n}].model") from error
             self.devices[table.name] = made
 
+    def _make_iommu_device(self, table: IommuTable) -> None:
+        model = load_served(table.kind)
+        self.devices[table.name] = model(table.name, multifunction=self._shares_slot(table.name))
+
     def _shares_slot(self, name: str) -> bool:
         return self._functions[name].multifunction
 
@@ -108,6 +115,9 @@ class Machine:
             driver = check.drivers[n]
             covers = [Coverage.pci(*coverage(text)) for text in table.covers]
             self.system.add_iommu(Iommu(table.name, driver, covers, table.capabilities.over(driver.default)))
+            if table.address is not None:
+                self._make_iommu_device(table)
+        served = {table.name for table in self.content.iommu}
         chosen = {table.name: table.iommu for table in self.content.device}
         by_name = {iommu.name: iommu for iommu in self.system.iommus}
         for function in self.topology.functions():
@@ -116,10 +126,16 @@ class Machine:
                 function,
                 device.dma.requester if device is not None else None,
                 iommu=by_name.get(wish or ""),
-                bypass=wish == "none",
+                bypass=wish == "none" or function.name in served,
             )
             if device is not None:
                 device.dma.endpoint = endpoint
+
+    def _serve_iommus(self) -> None:
+        for iommu in self.system.iommus:
+            device = self.devices.get(iommu.name)
+            if isinstance(device, IommuDevice):
+                device.serve(iommu, self.system)
 
     def _set_domains(self) -> None:
         by_group: dict[Group, str] = {}
@@ -128,6 +144,10 @@ class Machine:
             group = endpoint.group
             if group is None:
                 raise self._wrong(n, "device", f"{table.device!r} is in no group: {endpoint.why}")
+            if group.iommu.name in self.devices:
+                raise self._wrong(
+                    n, "device", f"{table.device!r} is behind {group.iommu.name!r}, which the guest drives"
+                )
             if group in by_group:
                 raise self._wrong(
                     n, "device", f"{table.device!r} is in one group with {by_group[group]!r}: give it once"
@@ -167,7 +187,11 @@ class Machine:
     # ---- serving ---------------------------------------------------------------------------
 
     def serve(self, run_dir: Path) -> Server:
-        """A server with all devices bound, DIR/NAME.sock each, to be started.  ConfigError as in Server.add."""
+        """A server with all devices bound, DIR/NAME.sock each, to be started; ACPI tables are there as files, too.
+
+        ConfigError as in Server.add.
+        """
+        self._write_acpi(run_dir)
         server = Server()
         try:
             for name, device in self.devices.items():
@@ -181,10 +205,15 @@ class Machine:
         """Where a device is served.  ConfigError: the path is too long for a socket."""
         path = run_dir / f"{name}.sock"
         if (size := len(str(path).encode())) > MAX_SOCKET_PATH:
-            n = list(self.devices).index(name)
             message = f"{name!r}: its socket {path} has {size} bytes, at most {MAX_SOCKET_PATH} work: use --run-dir"
-            raise ConfigError(message, file=self.file, key=f"device[{n}].name")
+            raise ConfigError(message, file=self.file, key=self._key_of(name))
         return path
+
+    def _key_of(self, name: str) -> str:
+        """Where the file names a device."""
+        section = "device" if any(table.name == name for table in self.content.device) else "iommu"
+        names = [table.name for table in getattr(self.content, section)]
+        return f"{section}[{names.index(name)}].name"
 
     def qemu_args(self, run_dir: Path) -> list[str]:
         """What makes QEMU this machine: shared memory, bridges, and a -device for each function."""
@@ -193,9 +222,30 @@ class Machine:
         bridges = [function for function in self.topology.functions() if function.kind.is_bridge]
         for number, bridge in enumerate(bridges, 1):
             args += bridge_args(bridge, number)
-        for table in self.content.device:
-            args += device_args(table.name, self.socket(table.name, run_dir), functions[table.name])
+        for name in self.devices:
+            args += device_args(name, self.socket(name, run_dir), functions[name])
+        for signature in self.acpi_tables():
+            args += ["-acpitable", f"file={_acpi_file(run_dir, signature)}"]
         return args
+
+    # ---- ACPI ------------------------------------------------------------------------------
+
+    def acpi_tables(self) -> dict[str, bytes]:
+        """The tables that tell a guest of the IOMMUs that it may drive: "VIOT", "DMAR"; none without such."""
+        served = [device for device in self.devices.values() if isinstance(device, IommuDevice)]
+        found = {}
+        for signature, build in (("VIOT", viot_of), ("DMAR", dmar_of)):
+            if content := build(served):
+                found[signature] = content
+        return found
+
+    def _write_acpi(self, run_dir: Path) -> None:
+        for signature, content in self.acpi_tables().items():
+            path = _acpi_file(run_dir, signature)
+            try:
+                path.write_bytes(content)
+            except OSError as error:
+                raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Gives back what the devices hold."""
@@ -240,3 +290,7 @@ def load(path: Path) -> Machine:
     if not text.strip():
         raise ConfigError('is empty: a machine file needs a [machine] table with name = "edu-demo"', file=path)
     return parse(text, path)
+
+
+def _acpi_file(run_dir: Path, signature: str) -> Path:
+    return run_dir / f"{signature.lower()}.bin"

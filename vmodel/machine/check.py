@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vmodel.device import PciDevice
+from vmodel.devices import IOMMUS
 from vmodel.errors import ConfigError
 from vmodel.iommu.driver import Driver
 from vmodel.iommu.drivers import KINDS
@@ -53,6 +54,8 @@ class Check:
         for n, table in enumerate(self.sound["iommu"]):
             if "kind" in table:
                 self._driver(n, table)
+            if "address" in table and "kind" in table:
+                self._served_iommu(n, table)
         self._names()
         self._addresses()
         if not self._found:
@@ -115,6 +118,13 @@ class Check:
             except ValueError as error:
                 self.wrong("iommu", n, "capabilities", str(error))
 
+    def _served_iommu(self, n: int, table: Mapping[str, Any]) -> None:
+        if table["kind"] not in IOMMUS:
+            text = f"no guest can drive a {table['kind']} yet, only {', '.join(IOMMUS)}: leave the address out"
+            self.wrong("iommu", n, "address", text)
+        elif Bdf.parse(table["address"]).bus:
+            self.wrong("iommu", n, "address", f"{table['address']!r}: an IOMMU must be on bus 00")
+
     # ---- names and addresses ---------------------------------------------------------------
 
     def _tables(self, *sections: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -146,13 +156,13 @@ class Check:
 
     def _addresses(self) -> None:
         addresses: dict[str, tuple[str, int]] = {}
-        for section, n, table in self._tables("bridge", "device"):
+        for section, n, table in self._tables("iommu", "bridge", "device"):
             address = table.get("address")
             if address is not None and addresses.setdefault(address, (section, n)) != (section, n):
                 first, at = addresses[address]
                 other = self.sound[first][at].get("name", f"{first}[{at}]")
                 self.wrong(section, n, "address", f"{address!r} is taken by {other!r}: give each device its own")
-        for section, n, table in self._tables("bridge", "device"):
+        for section, n, table in self._tables("iommu", "bridge", "device"):
             address = table.get("address", "0")
             if address[-1] != "0" and f"{address[:-1]}0" not in addresses:
                 text = f"{address!r} needs a device at function 0 of its slot, {address[:-1]}0"
@@ -163,7 +173,7 @@ class Check:
     def _lay_out(self) -> None:
         """The functions on their buses."""
         self.topology.add_root()
-        waiting = [(section, n, table) for section, n, table in self._tables("bridge", "device")]
+        waiting = [item for item in self._tables("iommu", "bridge", "device") if "address" in item[2]]
         # A bridge may be listed before the one that it is behind.
         while waiting:
             ready = [item for item in waiting if (0, Bdf.parse(item[2]["address"]).bus) in self.topology]
@@ -182,7 +192,12 @@ class Check:
 
     def _place(self, section: str, n: int, table: Mapping[str, Any]) -> None:
         bdf = Bdf.parse(table["address"])
-        function = self._bridge(n, bdf, table) if section == "bridge" else self._device(n, bdf, table["name"])
+        if section == "bridge":
+            function = self._bridge(n, bdf, table)
+        elif section == "device":
+            function = self._device(n, bdf, table["name"])
+        else:
+            function = Function(bdf, PortType.CONVENTIONAL, name=table["name"])
         try:
             self.topology.add(function, table.get("secondary"))
         except ValueError as error:

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 from vmodel.device import PciDevice
-from vmodel.devices import BUILTIN
+from vmodel.devices import BUILTIN, IOMMUS
+from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import ConfigError
 from vmodel.machine.explain import guess, one_line
 
@@ -42,6 +43,13 @@ def load_model(name: str, base: Path | None = None) -> type[PciDevice]:
         raise ConfigError(f"model {name!r}: {class_name} must be a class derived from vmodel.device.PciDevice")
     if not hasattr(model, "vendor_id"):
         raise ConfigError(f"model {name!r}: {class_name} must declare vendor_id, device_id and class_code")
+    return model
+
+
+def load_served(kind: str) -> type[IommuDevice]:
+    """The model by which a guest drives an IOMMU of this kind."""
+    source, _, name = IOMMUS[kind].partition(":")
+    model: type[IommuDevice] = getattr(importlib.import_module(source), name)
     return model
 
 

@@ -185,6 +185,8 @@ class IommuTable(_Strict):
 
     name: Name = Field(examples=['"iommu0"'])
     kind: str = Field(examples=['"vt-d"'])
+    #: Where it is as a PCI function, for the guest to drive; without it, its domains are those of the file.
+    address: Address | None = Field(default=None, examples=['"0000:00:02.0"'])
     covers: Annotated[list[Annotated[str, AfterValidator(_covers)]], Field(min_length=1)] = Field(
         ["0000"], examples=['["0000:00:03.0-0000:00:1e.7"]']
     )

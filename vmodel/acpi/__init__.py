@@ -1,0 +1,1 @@
+"""ACPI tables that tell a guest of the machine's IOMMUs; QEMU adds them with -acpitable."""

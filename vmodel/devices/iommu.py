@@ -1,0 +1,29 @@
+"""What the models of IOMMUs that a guest drives have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from vmodel.device import PciDevice
+from vmodel.iommu.core import Endpoint, Iommu, System
+
+
+class IommuDevice(PciDevice):
+    """A PCI function by which a guest drives one of the machine's IOMMUs.
+
+    The groups and domains are those of `iommu` and `system`, so whatever the guest does can be looked at there.
+    """
+
+    iommu: Iommu
+    system: System
+    #: VT-d: the address of the registers, which DMAR names and the firmware has to choose.
+    base: ClassVar[int] = 0
+
+    def serve(self, iommu: Iommu, system: System) -> None:
+        """Called once all endpoints are there, before the device is served."""
+        self.iommu = iommu
+        self.system = system
+
+    def covered(self) -> list[Endpoint]:
+        """The endpoints behind it."""
+        return [endpoint for endpoint in self.system.endpoints if endpoint.iommu is self.iommu]
