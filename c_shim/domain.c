@@ -212,6 +212,23 @@ static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t 
     return 0;
 }
 
+/* Takes all mappings inside [start, last] out, unless one reaches out of it. */
+static int unmap_whole(vms_domain *domain, uint64_t start, uint64_t last, uint64_t *removed)
+{
+    mapping_tree *tree = &domain->mappings;
+    mapping item;
+
+    if (mapping_tree_from(tree, start, &item) && item.start < start)
+        return -ERANGE;
+    if (mapping_tree_from(tree, last, &item) && item.start <= last && item.last > last)
+        return -ERANGE;
+    while (mapping_tree_from(tree, start, &item) && item.start <= last) {
+        mapping_tree_remove(tree, item.start);
+        *removed += item.last - item.start + 1;
+    }
+    return 0;
+}
+
 int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags)
 {
     uint64_t last = iova + (size - 1), removed = 0;
@@ -222,11 +239,13 @@ int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint3
     pthread_rwlock_wrlock(&domain->lock);
     if (mapping_tree_remove_exact(&domain->mappings, iova, last)) /* as is usual */
         removed = size;
+    else if (flags & VMS_UNMAP_WHOLE)
+        rc = unmap_whole(domain, iova, last, &removed);
     else
         rc = unmap_pages(domain, iova, last, &removed);
     pthread_rwlock_unlock(&domain->lock);
     if (removed && !(flags & VMS_UNMAP_DEFER))
-        vms_domain_flush(domain, iova, iova + (removed - 1));
+        vms_domain_flush(domain, iova, flags & VMS_UNMAP_WHOLE ? last : iova + (removed - 1));
     return removed ? (int64_t)(removed >> 12) : rc;
 }
 

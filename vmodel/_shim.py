@@ -132,6 +132,7 @@ TABLE_2M: int = lib.VMS_TABLE_2M
 TABLE_1G: int = lib.VMS_TABLE_1G
 TABLE_SNOOP: int = lib.VMS_TABLE_SNOOP
 UNMAP_DEFER: int = lib.VMS_UNMAP_DEFER
+UNMAP_WHOLE: int = lib.VMS_UNMAP_WHOLE
 
 #: (first IOVA, last IOVA, GPA of the first, prot, level) of a mapping, or of what a walk has found.
 Mapped = tuple[int, int, int, int, int]

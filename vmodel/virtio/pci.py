@@ -1,0 +1,380 @@
+"""The modern PCI transport (VIRTIO 1.3, 4.1): `VirtioDevice` is what a virtio model derives from."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, ClassVar, cast
+
+from vmodel.device import Intx, MmioBar, Msix, PciDevice, ResetKind, on_read, on_write
+from vmodel.errors import GuestError
+from vmodel.pci.caps import VendorSpecific
+from vmodel.regs import RO, Bit, Layout, Reg8, Reg16, Reg32, Register, RegisterBank
+from vmodel.span import KiB
+from vmodel.virtio.queue import QueueError, Virtqueue
+
+VENDOR = 0x1AF4
+NO_VECTOR = 0xFFFF
+
+#: Feature bits of all devices (6).
+INDIRECT_DESC, EVENT_IDX, VERSION_1 = 1 << 28, 1 << 29, 1 << 32
+
+#: Where the parts are in the BAR.
+_COMMON, _ISR, DEVICE_CONFIG, _NOTIFY, _SIZE = 0x0000, 0x1000, 0x2000, 0x3000, 16 * KiB
+#: Queues of one device at most: as many doorbells fit.
+MAX_QUEUES = 64
+
+
+class DeviceStatus(Layout):
+    """device_status (2.1)."""
+
+    ACKNOWLEDGE = Bit(0)
+    DRIVER = Bit(1)
+    DRIVER_OK = Bit(2)
+    FEATURES_OK = Bit(3)
+    NEEDS_RESET = Bit(6)
+    FAILED = Bit(7)
+
+
+class CommonRegs(RegisterBank, size=0x40):
+    """Common configuration (4.1.4.3).  Those from QUEUE_SIZE on show the queue that QUEUE_SELECT names."""
+
+    DEVICE_FEATURE_SELECT = Reg32(0x00)
+    DEVICE_FEATURE = Reg32(0x04, RO)
+    DRIVER_FEATURE_SELECT = Reg32(0x08)
+    DRIVER_FEATURE = Reg32(0x0C)
+    CONFIG_VECTOR = Reg16(0x10, reset=NO_VECTOR)
+    NUM_QUEUES = Reg16(0x12, RO)
+    DEVICE_STATUS = Reg8(0x14, layout=DeviceStatus)
+    CONFIG_GENERATION = Reg8(0x15, RO)
+    QUEUE_SELECT = Reg16(0x16)
+    QUEUE_SIZE = Reg16(0x18)
+    QUEUE_VECTOR = Reg16(0x1A, reset=NO_VECTOR)
+    QUEUE_ENABLE = Reg16(0x1C)
+    QUEUE_NOTIFY_OFF = Reg16(0x1E, RO)
+    QUEUE_DESC_LOW = Reg32(0x20)
+    QUEUE_DESC_HIGH = Reg32(0x24)
+    QUEUE_DRIVER_LOW = Reg32(0x28)
+    QUEUE_DRIVER_HIGH = Reg32(0x2C)
+    QUEUE_DEVICE_LOW = Reg32(0x30)
+    QUEUE_DEVICE_HIGH = Reg32(0x34)
+    QUEUE_NOTIFY_DATA = Reg16(0x38, RO)
+    QUEUE_RESET = Reg16(0x3A, RO)
+
+
+class IsrStatus(Layout):
+    """ISR status (4.1.4.5); a read clears it."""
+
+    QUEUE = Bit(0)
+    CONFIG = Bit(1)
+
+
+class IsrRegs(RegisterBank, size=4, sizes=(1, 2, 4)):
+    """ISR status."""
+
+    STATUS = Reg8(0, RO, layout=IsrStatus)
+
+
+class NotifyRegs(RegisterBank, size=4 * MAX_QUEUES, sizes=(2, 4)):
+    """A doorbell for each queue: what is written does not matter."""
+
+    locals().update({f"QUEUE{n}": Reg32(4 * n) for n in range(MAX_QUEUES)})
+
+
+class PciCap(VendorSpecific):
+    """struct virtio_pci_cap (4.1.4): which part is where; `more`: what some have behind it."""
+
+    def __init__(self, part: int, at: int, size: int, more: bytes = b"") -> None:
+        super().__init__(struct.pack("<BBB2xII", part, 0, 0, at, size) + more)
+
+
+class CfgAccessCap(VendorSpecific):
+    """Access to the BAR by way of config space (4.1.4.9).
+
+    A read of its data cannot be seen in advance, so what the window shows is fetched when the window is set.
+    """
+
+    _WINDOW = struct.Struct("<BB3xII4s")
+
+    def __init__(self) -> None:
+        super().__init__(struct.pack("<BBB2xII4x", 5, 0, 0, 0, 0), writable=True)
+        self._shown = bytes(13)
+
+    def bound(self) -> None:
+        self._shown = bytes(self.regs.view[3:16])
+
+    def written(self) -> None:
+        view = self.regs.view
+        view[3], before = 5, self._shown  # cfg_type is read-only
+        _, bar, offset, length, data = self._WINDOW.unpack(view[3:20])
+        if length in (1, 2, 4) and bar == 0 and offset % length == 0 and offset + length <= _SIZE:
+            device = cast(PciDevice, self.owner)
+            if bytes(view[3:16]) == before:  # the window is as it was: the data was written
+                device.region_write(bar, offset, length, int.from_bytes(data[:length], "little"))
+            else:
+                value = device.region_read(bar, offset, length)
+                assert isinstance(value, int)
+                view[16:20] = value.to_bytes(4, "little")
+        self._shown = bytes(view[3:16])
+
+
+class VirtioDevice(PciDevice):
+    """A virtio device.
+
+    A model declares `vendor_id, device_id = VENDOR, 0x1040 + its type (5)`, `msix`, `queue_sizes`, `offered`, puts its
+    configuration at `DEVICE_CONFIG` of `bar0`, and overrides `on_queue`, and what else it wants to hear of.
+    """
+
+    revision = 1
+    #: Sizes of its queues.
+    queue_sizes: ClassVar[tuple[int, ...]]
+    #: Feature bits that it offers besides those of the transport.
+    offered: ClassVar[int] = 0
+
+    bar0 = MmioBar(0, size=_SIZE, is_64bit=True, fill=0)
+    common = bar0.bank(CommonRegs, at=_COMMON)
+    isr = bar0.bank(IsrRegs, at=_ISR)
+    doorbells = bar0.bank(NotifyRegs, at=_NOTIFY)
+    intx = Intx()
+    cap_common = PciCap(1, _COMMON, CommonRegs.size)
+    cap_isr = PciCap(3, _ISR, IsrRegs.size)
+    cap_device = PciCap(4, DEVICE_CONFIG, 0x1000)
+    cap_notify = PciCap(2, _NOTIFY, NotifyRegs.size, struct.pack("<I", 4))
+    cap_cfg = CfgAccessCap()
+    msix: Msix
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.queues: list[Virtqueue] = []
+        #: Feature bits that the driver has accepted.
+        self.features = 0
+        super().__init__(*args, **kwargs)
+
+    # ---- for models ------------------------------------------------------------------------
+
+    def on_queue(self, queue: Virtqueue) -> None:
+        """The driver says that there are requests.  QueueError, and whatever GuestError: the device needs a reset."""
+
+    def on_driver_ok(self) -> None:
+        """The driver is ready."""
+
+    def on_driver_reset(self) -> None:
+        """The driver has reset the device by its status."""
+
+    @property
+    def driver_ok(self) -> bool:
+        """Whether the driver is ready and all is well."""
+        status = DeviceStatus(self.common.DEVICE_STATUS)
+        return bool(status.DRIVER_OK) and not status.NEEDS_RESET
+
+    def interrupt(self, queue: Virtqueue) -> None:
+        """Tells the driver of what was answered on a queue, if it wants to hear."""
+        if queue.wants_interrupt():
+            self._signal(queue.vector, IsrStatus.QUEUE.mask)
+
+    def config_changed(self) -> None:
+        """Tells the driver that its configuration is another (4.1.5.1.3)."""
+        self.common.CONFIG_GENERATION = (self.common.CONFIG_GENERATION + 1) % 256
+        if self.driver_ok:
+            self._signal(self.common.CONFIG_VECTOR, IsrStatus.CONFIG.mask)
+
+    def _signal(self, vector: int, cause: int) -> None:
+        if self.msix.enabled:
+            if vector != NO_VECTOR:
+                self.msix.fire(vector)
+        else:
+            self.isr.STATUS |= cause
+            self.intx.raise_()
+
+    def broken(self, error: GuestError) -> None:
+        """The driver has broken the rules: nothing more is done until it resets the device (2.1.2)."""
+        self.log.info("%s: needs a reset: %s", self.name, error)
+        was_ok = self.driver_ok
+        self.common.DEVICE_STATUS |= DeviceStatus.NEEDS_RESET.mask
+        if was_ok:
+            self._signal(self.common.CONFIG_VECTOR, IsrStatus.CONFIG.mask)
+
+    # ---- reset and features ----------------------------------------------------------------
+
+    def on_reset(self, kind: ResetKind) -> None:
+        self._reset_transport()
+
+    def _reset_transport(self) -> None:
+        self.features = 0
+        if not self.queues:
+            self.queues = [Virtqueue(self.dma, n, size) for n, size in enumerate(self.queue_sizes)]
+        for queue in self.queues:
+            queue.reset()
+        self.common.load_reset()
+        self.isr.STATUS = 0
+        self.intx.lower()
+        self.common.NUM_QUEUES = len(self.queues)
+        self._show_features()
+        self._show_queue()
+
+    @property
+    def all_offered(self) -> int:
+        """The device's features and the transport's."""
+        return self.offered | INDIRECT_DESC | EVENT_IDX | VERSION_1
+
+    def _show_features(self) -> None:
+        word = self.common.DEVICE_FEATURE_SELECT
+        self.common.DEVICE_FEATURE = self.all_offered >> 32 * word & 0xFFFF_FFFF if word < 2 else 0
+
+    @on_write(CommonRegs.DEVICE_FEATURE_SELECT)
+    def _select_device_feature(self, new: int) -> int:
+        self.common.DEVICE_FEATURE_SELECT = new
+        self._show_features()
+        return new
+
+    @on_write(CommonRegs.DRIVER_FEATURE_SELECT)
+    def _select_driver_feature(self, new: int) -> int:
+        self.common.DRIVER_FEATURE = self.features >> 32 * new & 0xFFFF_FFFF if new < 2 else 0
+        return new
+
+    @on_write(CommonRegs.DRIVER_FEATURE)
+    def _driver_feature(self, new: int) -> int:
+        word = self.common.DRIVER_FEATURE_SELECT
+        if word < 2 and not DeviceStatus(self.common.DEVICE_STATUS).FEATURES_OK:
+            self.features = self.features & ~(0xFFFF_FFFF << 32 * word) | new << 32 * word
+        return new
+
+    @on_write(CommonRegs.DEVICE_STATUS)
+    def _device_status(self, new: int) -> int:
+        old = DeviceStatus(self.common.DEVICE_STATUS)
+        if not new:
+            self._reset_transport()
+            self.on_driver_reset()
+            return 0
+        status = DeviceStatus(new)
+        # The driver clears no bits (2.1.1); and what it has not been offered, or without VERSION_1, is not OK.
+        new |= old.value
+        acceptable = not self.features & ~self.all_offered and self.features & VERSION_1
+        if status.FEATURES_OK and not old.FEATURES_OK and not acceptable:
+            new &= ~DeviceStatus.FEATURES_OK.mask
+        if status.DRIVER_OK and not old.DRIVER_OK and new & DeviceStatus.FEATURES_OK.mask:
+            self.common.DEVICE_STATUS = new
+            self.on_driver_ok()
+        return new
+
+    # ---- queues ----------------------------------------------------------------------------
+
+    @property
+    def _selected(self) -> Virtqueue | None:
+        n = self.common.QUEUE_SELECT
+        return self.queues[n] if n < len(self.queues) else None
+
+    def _show_queue(self) -> None:
+        queue, regs = self._selected, self.common
+        regs.QUEUE_SIZE = queue.size if queue else 0
+        regs.QUEUE_VECTOR = queue.vector if queue else NO_VECTOR
+        regs.QUEUE_ENABLE = int(queue.enabled) if queue else 0
+        regs.QUEUE_NOTIFY_OFF = queue.index if queue else 0
+        for low, high, address in (
+            (CommonRegs.QUEUE_DESC_LOW, CommonRegs.QUEUE_DESC_HIGH, queue.descriptors if queue else 0),
+            (CommonRegs.QUEUE_DRIVER_LOW, CommonRegs.QUEUE_DRIVER_HIGH, queue.driver if queue else 0),
+            (CommonRegs.QUEUE_DEVICE_LOW, CommonRegs.QUEUE_DEVICE_HIGH, queue.device if queue else 0),
+        ):
+            low.__set__(regs, address & 0xFFFF_FFFF)
+            high.__set__(regs, address >> 32)
+
+    @on_write(CommonRegs.QUEUE_SELECT)
+    def _select_queue(self, new: int) -> int:
+        self.common.QUEUE_SELECT = new
+        self._show_queue()
+        return new
+
+    @on_write(CommonRegs.QUEUE_SIZE)
+    def _queue_size(self, new: int) -> int:
+        queue = self._selected
+        if queue is None or queue.enabled or not 0 < new <= queue.max_size or new & (new - 1):
+            return self.common.QUEUE_SIZE
+        queue.size = new
+        return new
+
+    @on_write(CommonRegs.CONFIG_VECTOR)
+    def _config_vector(self, new: int) -> int:
+        return self._vector(new)
+
+    @on_write(CommonRegs.QUEUE_VECTOR)
+    def _queue_vector(self, new: int) -> int:
+        queue = self._selected
+        if queue is None:
+            return NO_VECTOR
+        queue.vector = self._vector(new)
+        return queue.vector
+
+    def _vector(self, wanted: int) -> int:
+        """A vector that is not there reads back as none (4.1.5.1.2)."""
+        return wanted if wanted < self.msix.vectors else NO_VECTOR
+
+    def _address(self, name: str, shift: int, new: int, stored: int) -> int:
+        queue = self._selected
+        if queue is None or queue.enabled:
+            return stored
+        setattr(queue, name, getattr(queue, name) & ~(0xFFFF_FFFF << shift) | new << shift)
+        return new
+
+    @on_write(CommonRegs.QUEUE_DESC_LOW)
+    def _desc_low(self, new: int) -> int:
+        return self._address("descriptors", 0, new, self.common.QUEUE_DESC_LOW)
+
+    @on_write(CommonRegs.QUEUE_DESC_HIGH)
+    def _desc_high(self, new: int) -> int:
+        return self._address("descriptors", 32, new, self.common.QUEUE_DESC_HIGH)
+
+    @on_write(CommonRegs.QUEUE_DRIVER_LOW)
+    def _driver_low(self, new: int) -> int:
+        return self._address("driver", 0, new, self.common.QUEUE_DRIVER_LOW)
+
+    @on_write(CommonRegs.QUEUE_DRIVER_HIGH)
+    def _driver_high(self, new: int) -> int:
+        return self._address("driver", 32, new, self.common.QUEUE_DRIVER_HIGH)
+
+    @on_write(CommonRegs.QUEUE_DEVICE_LOW)
+    def _device_low(self, new: int) -> int:
+        return self._address("device", 0, new, self.common.QUEUE_DEVICE_LOW)
+
+    @on_write(CommonRegs.QUEUE_DEVICE_HIGH)
+    def _device_high(self, new: int) -> int:
+        return self._address("device", 32, new, self.common.QUEUE_DEVICE_HIGH)
+
+    @on_write(CommonRegs.QUEUE_ENABLE)
+    def _queue_enable(self, new: int) -> int:
+        queue = self._selected
+        if queue is None:
+            return 0
+        if new == 1 and not queue.enabled:
+            try:
+                wanted = self.features
+                queue.enable(event_index=bool(wanted & EVENT_IDX), indirect=bool(wanted & INDIRECT_DESC))
+            except QueueError as error:
+                self.broken(error)
+        return int(queue.enabled)
+
+    def _notified(self, index: int) -> None:
+        if index >= len(self.queues) or not self.queues[index].enabled or not self.driver_ok:
+            return
+        queue = self.queues[index]
+        try:
+            self.on_queue(queue)
+            self.interrupt(queue)
+        except QueueError as error:
+            self.broken(error)
+
+    @on_read(IsrRegs.STATUS)
+    def _isr(self, stored: int) -> int:
+        self.isr.STATUS = 0
+        self.intx.lower()
+        return stored
+
+
+def _doorbell(index: int, register: Register) -> Any:
+    def ring(self: VirtioDevice, new: int) -> int:
+        self._notified(index)
+        return 0
+
+    return on_write(register)(ring)
+
+
+# One hook for each: added before subclasses are made, whose hooks are collected from here.
+for _n, _register in enumerate(NotifyRegs.registers):
+    setattr(VirtioDevice, f"_doorbell{_n}", _doorbell(_n, _register))
