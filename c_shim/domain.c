@@ -212,23 +212,6 @@ static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t 
     return 0;
 }
 
-/* Takes all mappings inside [start, last] out, unless one reaches out of it. */
-static int unmap_whole(vms_domain *domain, uint64_t start, uint64_t last, uint64_t *removed)
-{
-    mapping_tree *tree = &domain->mappings;
-    mapping item;
-
-    if (mapping_tree_from(tree, start, &item) && item.start < start)
-        return -ERANGE;
-    if (mapping_tree_from(tree, last, &item) && item.start <= last && item.last > last)
-        return -ERANGE;
-    while (mapping_tree_from(tree, start, &item) && item.start <= last) {
-        mapping_tree_remove(tree, item.start);
-        *removed += item.last - item.start + 1;
-    }
-    return 0;
-}
-
 int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags)
 {
     uint64_t last = iova + (size - 1), removed = 0;
@@ -239,14 +222,38 @@ int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint3
     pthread_rwlock_wrlock(&domain->lock);
     if (mapping_tree_remove_exact(&domain->mappings, iova, last)) /* as is usual */
         removed = size;
-    else if (flags & VMS_UNMAP_WHOLE)
-        rc = unmap_whole(domain, iova, last, &removed);
     else
         rc = unmap_pages(domain, iova, last, &removed);
     pthread_rwlock_unlock(&domain->lock);
     if (removed && !(flags & VMS_UNMAP_DEFER))
-        vms_domain_flush(domain, iova, flags & VMS_UNMAP_WHOLE ? last : iova + (removed - 1));
+        vms_domain_flush(domain, iova, iova + (removed - 1));
     return removed ? (int64_t)(removed >> 12) : rc;
+}
+
+int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last)
+{
+    mapping_tree *tree = &domain->mappings;
+    uint64_t pages = 0, at = first;
+    mapping item;
+    int rc = 0;
+
+    if (domain->kind != VMS_DOMAIN_PAGING || last < first || ((first | (last + 1)) & (smallest_page(domain) - 1)))
+        return -EINVAL;
+    pthread_rwlock_wrlock(&domain->lock);
+    if ((mapping_tree_from(tree, first, &item) && item.start < first) ||
+        (mapping_tree_from(tree, last, &item) && item.start <= last && item.last > last))
+        rc = -ERANGE;
+    while (rc == 0 && mapping_tree_from(tree, at, &item) && item.start <= last) {
+        mapping_tree_remove(tree, item.start);
+        pages += (item.last - item.start) / 4096 + 1;
+        if (item.last == last)
+            break;
+        at = item.last + 1;
+    }
+    pthread_rwlock_unlock(&domain->lock);
+    if (pages)
+        vms_domain_flush(domain, first, last);
+    return pages ? (int64_t)pages : rc;
 }
 
 int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last)

@@ -170,9 +170,10 @@ int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t siz
  * when nothing is, -errno.  EINVAL: alignment; ENOMEM, ENOSPC: no room for what is left of a mapping on both sides.
  * Without VMS_UNMAP_DEFER it returns when no IOTLB has the range any more and no access through it is under way. */
 #define VMS_UNMAP_DEFER 1u
-/* All mappings in the range, holes or not, each in one piece.  ERANGE, and nothing is gone: one reaches out of it. */
-#define VMS_UNMAP_WHOLE 2u
 int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags);
+/* Removes all mappings in [first, last], holes or not, at once; returns like vms_domain_unmap().  ERANGE, and nothing is
+ * gone: one reaches out of it. */
+int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last);
 /* Takes [start, last] out of all IOTLBs that have it from this domain (or from one nested in it). */
 int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last);
 /* Where iova leads, by mapping or tables, past all IOTLBs.  access 0: whatever is allowed, and no flag is set.

@@ -132,7 +132,6 @@ TABLE_2M: int = lib.VMS_TABLE_2M
 TABLE_1G: int = lib.VMS_TABLE_1G
 TABLE_SNOOP: int = lib.VMS_TABLE_SNOOP
 UNMAP_DEFER: int = lib.VMS_UNMAP_DEFER
-UNMAP_WHOLE: int = lib.VMS_UNMAP_WHOLE
 
 #: (first IOVA, last IOVA, GPA of the first, prot, level) of a mapping, or of what a walk has found.
 Mapped = tuple[int, int, int, int, int]
@@ -187,6 +186,10 @@ class Domain:
     def unmap(self, iova: int, size: int, flags: int = 0) -> int:
         """Bytes removed."""
         return check(self.try_unmap(iova, size, flags)) << 12
+
+    def clear(self, first: int, last: int) -> int:
+        """Bytes removed."""
+        return check(lib.vms_domain_clear(self.handle, first, last)) << 12
 
     def flush(self, start: int, last: int) -> None:
         check(lib.vms_domain_flush(self.handle, start, last))

@@ -267,7 +267,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
 
     def _map(self, data: bytes) -> bytes:
         number, first, last, gpa, flags = struct.unpack_from("<IQQQI", data, 4)
-        if flags & ~(MapFlags.READ | MapFlags.WRITE | MapFlags.MMIO) or last < first:
+        if flags >= 1 << 3 or last < first:
             raise _Refused(Status.INVAL)
         if flags & MapFlags.MMIO and not self.features & F_MMIO:
             raise _Refused(Status.INVAL)
@@ -295,7 +295,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if (first | last + 1) & (page - 1):
             raise _Refused(Status.RANGE)
         try:
-            domain.unmap_whole(Span(first, last))
+            domain.clear(Span(first, last))
         except IommuError:
             raise _Refused(Status.RANGE) from None
         return b""

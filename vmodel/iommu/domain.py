@@ -194,15 +194,15 @@ class PagingDomain(Domain):
             raise _why(-rc, f"unmap of {size:#x} bytes at iova {iova:#x}")
         return rc << 12
 
-    def unmap_whole(self, span: Span) -> int:
+    def clear(self, span: Span) -> int:
         """Unmaps every mapping in `span`, holes or not; how many bytes were, flushed at once.
 
         IommuError: EINVAL not whole pages of the smallest size; ERANGE a mapping reaches out of it: nothing is gone.
         """
-        rc = self._unmap(span.start, span.size, _shim.UNMAP_WHOLE)
-        if rc < 0:
-            raise _why(-rc, f"unmap of {span}")
-        return rc << 12
+        try:
+            return self.shim.clear(span.start, span.last)
+        except OSError as error:
+            raise _why(_code(error), f"unmap of all in {span}") from None
 
     def _unmap_later(self, iova: int, size: int) -> int:
         removed = self._unmap_pages(iova, size, _shim.UNMAP_DEFER)

@@ -1,0 +1,352 @@
+"""virtio-iommu: each request, right and wrong, by its own statuses; events; what outlives which reset."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.virtio.driver import Driver, Queue
+from vmodel.device import ResetKind
+from vmodel.devices.virtio_iommu import F_BYPASS_CONFIG, F_MMIO, F_PROBE, PROBE_SIZE, Status, VirtioIommuDevice
+from vmodel.errors import Access, DmaFault, Reason
+from vmodel.iommu.domain import DomainType
+from vmodel.machine import Machine, parse
+from vmodel.span import PAGE
+
+MACHINE = """
+[machine]
+name = "m"
+[[iommu]]
+name = "viommu0"
+kind = "virtio-iommu"
+address = "0000:00:02.0"
+capabilities = { input_bits = 48 }
+[[bridge]]
+name = "rp0"
+kind = "root-port"
+address = "0000:00:05.0"
+secondary = 1
+[[bridge]]
+name = "pci0"
+kind = "pcie-to-pci"
+address = "0000:01:00.0"
+secondary = 2
+""" + "".join(
+    f'[[device]]\nname = "{name}"\nmodel = "edu"\naddress = "{address}"\n'
+    for name, address in (
+        ("a", "0000:00:03.0"),
+        ("b", "0000:00:04.0"),
+        ("left", "0000:02:01.0"),
+        ("right", "0000:02:02.0"),
+    )
+)
+A, B, LEFT, RIGHT, BRIDGE = 0x18, 0x20, 0x208, 0x210, 0x200
+READ, WRITE, MMIO = 1, 2, 4
+
+
+class World:
+    """The machine, its memory, and a driver of the virtio-iommu."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        device = machine.devices["viommu0"]
+        assert isinstance(device, VirtioIommuDevice)
+        self.iommu = device
+        self.driver = Driver(device)
+        for name in ("a", "b", "left", "right"):
+            other = machine.devices[name]
+            other.memory.map(0, 1 << 20, fd=self.driver.memory.fd)
+            other.config.write(4, b"\x06\x00")
+        self.start()
+
+    def start(self, features: int | None = None) -> None:
+        self.requests, self.events = self.driver.start([0, 1], features)
+
+    def ask(self, kind: int, *fields: int | bytes, form: str) -> Status:
+        answer = self.requests.ask(struct.pack("<B3x" + form, kind, *fields))
+        assert len(answer) == 4 and answer[1:] == bytes(3)
+        return Status(answer[0])
+
+    def attach(self, domain: int, endpoint: int, flags: int = 0, reserved: bytes = bytes(4)) -> Status:
+        return self.ask(1, domain, endpoint, flags, reserved, form="III4s")
+
+    def detach(self, domain: int, endpoint: int) -> Status:
+        return self.ask(2, domain, endpoint, bytes(8), form="II8s")
+
+    def map(self, domain: int, first: int, last: int, gpa: int, flags: int = READ | WRITE) -> Status:
+        return self.ask(3, domain, first, last, gpa, flags, form="IQQQI")
+
+    def unmap(self, domain: int, first: int, last: int) -> Status:
+        return self.ask(4, domain, first, last, bytes(4), form="IQQ4s")
+
+    def reaches(self, name: str, iova: int) -> int | None:
+        """The GPA that a device's write to iova has changed."""
+        mark = os.urandom(8)
+        try:
+            self.machine.devices[name].dma.write(iova, mark)
+        except DmaFault:
+            return None
+        return self.driver.memory.read(0, 1 << 20).find(mark)
+
+    def settle(self) -> None:
+        """Runs what was deferred to the IOMMU's thread."""
+        self.iommu.run_due(time.monotonic_ns())
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World(parse(MACHINE, Path("m.toml")))
+    yield made
+    made.driver.close()
+    made.machine.close()
+
+
+def test_configuration(world: World) -> None:
+    regs = world.iommu.config_regs
+    assert regs.PAGE_SIZE_MASK & 0xFFFF == 0xF000
+    assert (regs.INPUT_START, regs.INPUT_END) == (0, (1 << 48) - 1)
+    assert (regs.DOMAIN_START, regs.DOMAIN_END, regs.PROBE_SIZE, regs.BYPASS) == (0, 0xFFFF, PROBE_SIZE, 1)
+
+
+def test_map_and_unmap(world: World) -> None:
+    assert world.reaches("a", 0x9000) == 0x9000  # bypass
+    assert world.attach(1, A) is Status.OK
+    assert world.reaches("a", 0x9000) is None
+    assert world.map(1, 0x10000, 0x11FFF, 0x80000) is Status.OK
+    assert world.reaches("a", 0x11000) == 0x81000
+    assert world.reaches("b", 0x9000) == 0x9000  # not attached
+    assert world.unmap(1, 0x10000, 0x11FFF) is Status.OK
+    assert world.reaches("a", 0x11000) is None
+    assert world.detach(1, A) is Status.OK
+    assert world.reaches("a", 0x9000) == 0x9000
+
+
+def test_two_endpoints_in_one_domain(world: World) -> None:
+    assert [world.attach(1, A), world.attach(1, B)] == [Status.OK, Status.OK]
+    assert world.map(1, 0x10000, 0x10FFF, 0x80000) is Status.OK
+    assert world.reaches("a", 0x10000) == world.reaches("b", 0x10000) == 0x80000
+    assert world.detach(1, A) is Status.OK
+    assert world.reaches("b", 0x10000) == 0x80000
+    # With the last endpoint the domain goes, and its mappings.
+    assert world.detach(1, B) is Status.OK
+    assert world.map(1, 0, PAGE - 1, 0) is Status.NOENT
+    assert world.attach(1, A) is Status.OK
+    assert world.reaches("a", 0x10000) is None
+
+
+def test_an_endpoint_moves(world: World) -> None:
+    world.attach(1, A)
+    world.map(1, 0x10000, 0x10FFF, 0x80000)
+    world.attach(2, B)
+    world.map(2, 0x10000, 0x10FFF, 0x90000)
+    assert world.attach(2, A) is Status.OK
+    assert world.reaches("a", 0x10000) == 0x90000
+    assert world.map(1, 0x20000, 0x20FFF, 0) is Status.NOENT
+
+
+def test_endpoints_that_cannot_be_told_apart(world: World) -> None:
+    """Behind the bridge to PCI: either's id, or the bridge's own, moves both."""
+    assert world.attach(1, LEFT) is Status.OK
+    world.map(1, 0x10000, 0x10FFF, 0x80000)
+    assert world.reaches("right", 0x10000) == 0x80000
+    assert [world.attach(1, RIGHT), world.attach(1, BRIDGE)] == [Status.OK, Status.OK]
+    assert world.detach(1, LEFT) is Status.OK
+    assert world.reaches("left", 0x10000) == 0x80000  # the others are attached still
+    assert [world.detach(1, RIGHT), world.detach(1, BRIDGE)] == [Status.OK, Status.OK]
+    assert world.reaches("left", 0x9000) == 0x9000
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "gpa", "flags", "status"),
+    [
+        (0x10000, 0x10FFF, 0x1000, 0, Status.OK),  # nothing may be done there
+        (0x10000, 0x10FFF, 0x1000, READ | WRITE | MMIO, Status.OK),
+        (0x10000, 0x10FFF, 0x1000, 8, Status.INVAL),
+        (0x10000, 0xFFFF, 0x1000, 3, Status.INVAL),
+        (0x10000, 0x107FF, 0x1000, 3, Status.RANGE),
+        (0x10800, 0x117FF, 0x1000, 3, Status.RANGE),
+        (0x10000, 0x10FFF, 0x1800, 3, Status.RANGE),
+        (1 << 48, (1 << 48) + 0xFFF, 0, 3, Status.RANGE),
+        (0x7000, 0x8FFF, 0, 3, Status.INVAL),  # overlaps
+        (0, (1 << 64) - 1, 0, 3, Status.RANGE),
+    ],
+)
+def test_map_statuses(world: World, first: int, last: int, gpa: int, flags: int, status: Status) -> None:
+    world.attach(1, A)
+    world.map(1, 0x8000, 0x8FFF, 0)
+    assert world.map(1, first, last, gpa, flags) is status
+    assert world.map(2, first, last, gpa, flags & 7) in (Status.NOENT, Status.INVAL)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "status", "left"),
+    [
+        (0x8000, 0x9FFF, Status.OK, [0xC000]),
+        (0x8000, 0x8FFF, Status.RANGE, [0x8000, 0xC000]),  # would cut
+        (0x9000, 0xFFFF, Status.RANGE, [0x8000, 0xC000]),
+        (0x0, 0x8FFF, Status.RANGE, [0x8000, 0xC000]),
+        (0x0, 0xFFFFF, Status.OK, []),  # with holes
+        (0xA000, 0xBFFF, Status.OK, [0x8000, 0xC000]),  # nothing there
+        (0x0, (1 << 64) - 1, Status.OK, []),
+        (0x8000, 0x9FF0, Status.RANGE, [0x8000, 0xC000]),
+        (0x9000, 0x8FFF, Status.INVAL, [0x8000, 0xC000]),
+    ],
+)
+def test_unmap_statuses(world: World, first: int, last: int, status: Status, left: list[int]) -> None:
+    world.attach(1, A)
+    world.map(1, 0x8000, 0x9FFF, 0)
+    world.map(1, 0xC000, 0xCFFF, 0)
+    assert world.unmap(1, first, last) is status
+    group = world.machine.system["a"].group
+    assert group is not None
+    assert [m.span.start for m in group.domain.mappings()] == left  # type: ignore[attr-defined]
+    assert world.unmap(2, first, last) is Status.NOENT
+
+
+def test_attach_and_detach_statuses(world: World) -> None:
+    assert world.attach(1, 0x19) is Status.NOENT
+    assert world.attach(1, 0x10) is Status.NOENT  # the IOMMU itself
+    assert world.attach(0x10000, A) is Status.RANGE
+    assert world.attach(1, A, flags=2) is Status.INVAL
+    assert world.attach(1, A, reserved=b"\0\0\0\1") is Status.INVAL
+    assert world.detach(1, A) is Status.INVAL
+    assert world.detach(1, 0x19) is Status.NOENT
+    assert world.attach(1, A) is Status.OK
+    assert world.detach(2, A) is Status.INVAL
+    assert world.reaches("a", 0x9000) is None  # attached still
+
+
+def test_bypass_domains(world: World) -> None:
+    assert world.attach(1, A, flags=1) is Status.OK
+    assert world.reaches("a", 0x9000) == 0x9000
+    assert world.map(1, 0, PAGE - 1, 0) is Status.INVAL
+    assert world.unmap(1, 0, PAGE - 1) is Status.INVAL
+    assert world.attach(1, B) is Status.INVAL  # of another kind
+    world.start(F_PROBE)
+    assert world.attach(1, A, flags=1) is Status.INVAL  # was not negotiated
+
+
+def test_bypass_of_endpoints_without_a_domain(world: World) -> None:
+    world.attach(1, B)
+    world.map(1, 0x9000, 0x9FFF, 0x4000)
+    world.driver.put(0x2000 + 0x24, 1, 0)
+    assert (world.reaches("a", 0x9000), world.reaches("b", 0x9000)) == (None, 0x4000)
+    world.driver.put(0x2000 + 0x24, 1, 2)  # no such value
+    assert world.iommu.config_regs.BYPASS == 0
+    world.driver.put(0x2000 + 0x24, 1, 1)
+    assert world.reaches("a", 0x9000) == 0x9000
+    world.start(F_PROBE)
+    world.driver.put(0x2000 + 0x24, 1, 0)  # was not negotiated
+    assert world.iommu.config_regs.BYPASS == 1
+
+
+def test_mmio_needs_its_feature(world: World) -> None:
+    world.start(F_BYPASS_CONFIG)
+    world.attach(1, A)
+    assert world.map(1, 0, PAGE - 1, 0, READ | MMIO) is Status.INVAL
+    world.start(F_MMIO)
+    world.attach(1, A)
+    assert world.map(1, 0, PAGE - 1, 0, READ | MMIO) is Status.OK
+
+
+def test_probe(world: World) -> None:
+    request = struct.pack("<B3xI64s", 5, A, bytes(64))
+    answer = world.requests.ask(request, PROBE_SIZE + 4)
+    assert len(answer) == PROBE_SIZE + 4 and answer[PROBE_SIZE:] == bytes(4)
+    assert struct.unpack_from("<HHB3xQQ", answer) == (1, 20, 1, 0xFEE00000, 0xFEEFFFFF)
+    assert answer[24:PROBE_SIZE] == bytes(PROBE_SIZE - 24)
+    answer = world.requests.ask(struct.pack("<B3xI64s", 5, 0x19, bytes(64)), PROBE_SIZE + 4)
+    assert answer[PROBE_SIZE] == Status.NOENT
+    assert world.requests.ask(request, 8)[0] == Status.INVAL  # no room for properties
+
+
+def test_requests_that_are_none(world: World) -> None:
+    assert world.requests.ask(bytes([9]) + bytes(31)) == bytes([Status.UNSUPP, 0, 0, 0])
+    assert world.requests.ask(b"") == bytes([Status.UNSUPP, 0, 0, 0])
+    assert world.requests.ask(b"\x01\0\0\0") == bytes([Status.INVAL, 0, 0, 0])  # too short
+    assert world.requests.ask(b"\x01\0\0\0", 3) == b""  # no room for a tail
+    assert world.iommu.errors == 0
+
+
+def test_too_many_mappings() -> None:
+    text = MACHINE.replace("input_bits = 48", "input_bits = 48, max_mappings = 2")
+    world = World(parse(text, Path("m.toml")))
+    world.attach(1, A)
+    assert [world.map(1, n * PAGE, n * PAGE + PAGE - 1, 0) for n in range(3)] == [0, 0, Status.NOMEM]
+    world.driver.close()
+    world.machine.close()
+
+
+# ---- events ---------------------------------------------------------------------------------------
+
+
+def offer_events(queue: Queue, count: int) -> None:
+    for n in range(count):
+        queue.describe(n, queue.data + 32 * n, 24, 2)
+        queue.offer(n)
+    queue.notify()
+
+
+def test_faults_are_events(world: World) -> None:
+    offer_events(world.events, 2)
+    world.attach(1, A)
+    world.map(1, 0x8000, 0x8FFF, 0, READ)
+    assert world.reaches("a", 0x8010) is None
+    with pytest.raises(DmaFault):
+        world.machine.devices["a"].dma.read(0x5010, 4)
+    world.settle()
+    assert [written for _, written in world.events.used_now()] == [24, 24]
+    events = [struct.unpack("<B3xIIIQ", world.driver.memory.read(world.events.data + 32 * n, 24)) for n in (0, 1)]
+    assert events == [(2, 0x102, A, 0, 0x8000), (2, 0x101, A, 0, 0x5000)]
+    assert [r.reason for r in world.machine.system.iommus[0].faults.drain()] == [Reason.PERMISSION, Reason.NOT_MAPPED]
+
+
+def test_events_wait_for_buffers(world: World) -> None:
+    world.attach(1, A)
+    for _ in range(100):  # more than are kept
+        world.reaches("a", 0x5000)
+    world.settle()
+    assert world.events.used_now() == []
+    offer_events(world.events, 8)
+    assert len(world.events.used_now()) == 8
+
+
+def test_no_events_without_a_driver(world: World) -> None:
+    world.driver.put(0x14, 1, 0)
+    group = world.machine.system["a"].group
+    assert group is not None
+    group.attach(world.machine.system.iommus[0].blocked)
+    world.reaches("a", 0x5000)
+    world.settle()
+    assert world.iommu.errors == 0
+
+
+# ---- resets ---------------------------------------------------------------------------------------
+
+
+def test_what_outlives_which_reset(world: World) -> None:
+    world.attach(1, A)
+    world.map(1, 0x8000, 0x8FFF, 0x4000)
+    world.driver.put(0x14, 1, 0)  # by the driver: devices may be at work still
+    assert world.reaches("a", 0x8000) == 0x4000
+    world.start()  # a new driver finds nothing of the old one's
+    assert world.reaches("a", 0x8000) == 0x8000
+    world.attach(1, A)
+    world.iommu.reset(ResetKind.DEVICE)
+    assert world.reaches("a", 0x8000) == 0x8000
+    assert world.iommu.config_regs.PAGE_SIZE_MASK
+
+
+def test_groups_show_what_the_guest_has_attached(world: World) -> None:
+    group = world.machine.system["a"].group
+    assert group is not None and group.domain.type is DomainType.IDENTITY
+    world.attach(1, A)
+    world.map(1, 0x8000, 0x8FFF, 0x4000, READ)
+    assert group.domain.type is DomainType.UNMANAGED
+    (mapping,) = group.domain.mappings()  # type: ignore[attr-defined]
+    assert (mapping.span.start, mapping.gpa, mapping.access) == (0x8000, 0x4000, Access.READ)
