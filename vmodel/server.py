@@ -260,7 +260,7 @@ class Endpoint:
         self.device = device
         self.path = path
         self._limits = limits
-        self._listener = _listen(path, device.name)
+        self._listener = listen(path, f"device {device.name!r}")
         self._inode = path.stat().st_ino
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -316,8 +316,8 @@ class Endpoint:
             connection.close()
 
 
-def _listen(path: Path, name: str) -> socket.socket:
-    """A listening socket at `path`; one that a dead server left behind is replaced."""
+def listen(path: Path, what: str) -> socket.socket:
+    """A listening socket at `path` for `what`; one that a dead server left behind is replaced.  ConfigError."""
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise ConfigError(f"socket path {path} is longer than {MAX_SOCKET_PATH} bytes: choose a shorter one")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -326,7 +326,7 @@ def _listen(path: Path, name: str) -> socket.socket:
         try:
             # Two servers that start at once must not both take the other's socket for a dead one.
             fcntl.flock(directory, fcntl.LOCK_EX)
-            _clear_stale(path, name)
+            _clear_stale(path, what)
             sock.bind(str(path))
             path.chmod(0o600)
             sock.listen(8)
@@ -342,7 +342,7 @@ def _listen(path: Path, name: str) -> socket.socket:
     return sock
 
 
-def _clear_stale(path: Path, name: str) -> None:
+def _clear_stale(path: Path, what: str) -> None:
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -358,7 +358,7 @@ def _clear_stale(path: Path, name: str) -> None:
             return
         except (BlockingIOError, TimeoutError):
             pass  # its backlog is full: very much alive
-    raise ConfigError(f"device {name!r} is being served already on {path}: stop that server first")
+    raise ConfigError(f"{what} is being served already on {path}: stop that server first")
 
 
 class Server:

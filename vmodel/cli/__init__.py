@@ -41,16 +41,24 @@ def _options(
 
 def _commands() -> list[Callable[..., None]]:
     """ImportError where the compiled shim is missing or broken: all commands but doctor need it."""
+    from vmodel.cli.acpi import acpi
     from vmodel.cli.groups import groups
     from vmodel.cli.guest import guest
     from vmodel.cli.inspect import devices, regs
     from vmodel.cli.run import run
     from vmodel.cli.serve import qemu_args, serve
 
-    return [serve, run, qemu_args, guest, groups, devices, regs]
+    return [serve, run, qemu_args, guest, groups, acpi, devices, regs]
 
 
-def _app(commands: Sequence[Callable[..., None]]) -> typer.Typer:
+def _groups() -> dict[str, typer.Typer]:
+    """Commands that have commands of their own."""
+    from vmodel.cli import iommu
+
+    return {"iommu": iommu.app}
+
+
+def _app(commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer]) -> typer.Typer:
     app = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -60,6 +68,8 @@ def _app(commands: Sequence[Callable[..., None]]) -> typer.Typer:
     app.callback()(_options)
     for command in commands:
         app.command(name=command.__name__.replace("_", "-"))(command)
+    for name, group in groups.items():
+        app.add_typer(group, name=name)
     return app
 
 
@@ -67,15 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        commands = [*_commands(), doctor]
+        commands, groups = [*_commands(), doctor], _groups()
     except ImportError as error:
         if error.name != "vmodel._vmshim":
             raise
         if arguments[0] != "doctor":
             return _fail(f"the C shim cannot be loaded ({error}): {mend_shim()}", status=1)
-        commands = [doctor]
+        commands, groups = [doctor], {}
     try:
-        result = _app(commands)(arguments, prog_name="vmodel", standalone_mode=False)
+        result = _app(commands, groups)(arguments, prog_name="vmodel", standalone_mode=False)
         sys.stdout.flush()
     except _UsageError as error:
         return _fail(_usage(error), status=2)

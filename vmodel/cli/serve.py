@@ -16,7 +16,9 @@ from typing import Annotated
 import typer
 
 from vmodel import machine as machines
+from vmodel import status
 from vmodel.cli.output import Verbose, log_to_stderr
+from vmodel.control import Control
 from vmodel.errors import ConfigError
 from vmodel.server import Server
 
@@ -115,8 +117,11 @@ def loaded(path: Path) -> Iterator[machines.Machine]:
 def served(machine: machines.Machine, run_dir: Path | None) -> Iterator[tuple[Server, Path]]:
     """A machine while it is served: the server, and the folder of its sockets."""
     folder = prepare_run_dir(run_dir, machine.name)
-    with machine.serve(folder) as server:
-        yield server, folder
+    try:
+        with machine.serve(folder) as server, Control(folder, machine.name, status.commands(machine)):
+            yield server, folder
+    finally:
+        machine.remove_acpi(folder)
 
 
 def serve(path: MachinePath, run_dir: RunDir = None, verbose: Verbose = False) -> None:

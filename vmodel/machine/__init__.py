@@ -239,6 +239,11 @@ class Machine:
                 found[signature] = content
         return found
 
+    def remove_acpi(self, run_dir: Path) -> None:
+        """Takes the files of `serve` away again."""
+        for signature in self.acpi_tables():
+            _acpi_file(run_dir, signature).unlink(missing_ok=True)
+
     def _write_acpi(self, run_dir: Path) -> None:
         for signature, content in self.acpi_tables().items():
             path = _acpi_file(run_dir, signature)

@@ -1,0 +1,37 @@
+"""vmodel acpi."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vmodel.cli.output import log_to_stderr
+from vmodel.cli.serve import MachinePath, loaded
+from vmodel.errors import ConfigError
+
+
+def acpi(
+    path: MachinePath,
+    table: Annotated[Literal["viot", "dmar"], typer.Option("--table", help="Which one.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Else to stdout.")] = None,
+) -> None:
+    """Write the ACPI table that tells a guest of the machine's IOMMUs, as QEMU's -acpitable takes it."""
+    log_to_stderr(False)
+    with loaded(path) as machine:
+        tables = machine.acpi_tables()
+    content = tables.get(table.upper())
+    if content is None:
+        kind = "virtio-iommu" if table == "viot" else "vt-d"
+        raise ConfigError(f'has no [[iommu]] of kind "{kind}" with an address: there is no {table.upper()}', file=path)
+    if output is None:
+        if sys.stdout.isatty():
+            raise ConfigError("a table is binary: name a file with -o, or send it into a pipe")
+        sys.stdout.buffer.write(content)
+        return
+    try:
+        output.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"-o {output}: {error.strerror}") from error

@@ -1,0 +1,117 @@
+"""The control socket of a running server: one request and one answer a connection, each a line of JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vmodel.errors import ConfigError
+from vmodel.server import listen
+
+log = logging.getLogger(__name__)
+
+_MAX_REQUEST = 64 * 1024
+_TIMEOUT = 5.0
+
+#: What answers a request: its arguments to plain data.
+Command = Callable[[Mapping[str, Any]], Any]
+
+
+def socket_of(run_dir: Path, machine: str) -> Path:
+    """Where the server of a machine listens."""
+    return run_dir / f"{machine}.control"
+
+
+class Control:
+    """Answers requests on a thread of its own; a context manager."""
+
+    def __init__(self, run_dir: Path, machine: str, commands: Mapping[str, Command]) -> None:
+        """ConfigError: the socket cannot be bound, or another server has it."""
+        self.path = path = socket_of(run_dir, machine)
+        self._commands = commands
+        self._listener = listen(path, f"machine {machine!r}")
+        self._listener.settimeout(None)
+        self._inode = path.stat().st_ino
+        self._thread = threading.Thread(target=self._main, name="vmodel-control", daemon=True)
+
+    def _main(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            with sock:
+                try:
+                    self._answer(sock)
+                except (OSError, ValueError) as error:
+                    log.info("control: %s", error)
+
+    def _answer(self, sock: socket.socket) -> None:
+        sock.settimeout(_TIMEOUT)
+        answer = json.dumps(self._reply(_line(sock))) + "\n"
+        sock.sendall(answer.encode())
+
+    def _reply(self, text: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(text)
+            command = self._commands[request["command"]]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return {"error": f"no such request: known are {', '.join(self._commands)}"}
+        try:
+            return {"result": command(request)}
+        except Exception as error:
+            log.exception("control: %s failed", request["command"])
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # shutdown() wakes accept(); close() alone does not.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.stat().st_ino == self._inode:
+                self.path.unlink()
+
+
+def _line(sock: socket.socket) -> bytes:
+    data = b""
+    while b"\n" not in data and len(data) < _MAX_REQUEST:
+        piece = sock.recv(4096)
+        if not piece:
+            break
+        data += piece
+    return data.partition(b"\n")[0]
+
+
+def ask(path: Path, command: str, **arguments: Any) -> Any:
+    """A running server's answer.  ConfigError: none runs there, or it refuses."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(_TIMEOUT)
+            sock.connect(str(path))
+            sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            with sock.makefile("rb") as answer:
+                reply = json.loads(answer.read())
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise ConfigError(
+            f"no server runs in {path.parent}: start `vmodel serve` or `run`, or name its --run-dir"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the server in {path.parent} does not answer: {error}") from error
+    if "error" in reply:
+        raise ConfigError(f"the server in {path.parent}: {reply['error']}")
+    return reply["result"]

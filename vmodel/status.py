@@ -1,0 +1,62 @@
+"""What a running machine tells of itself on its control socket, as plain data."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from vmodel.control import Command
+from vmodel.iommu.domain import PagingDomain
+from vmodel.iommu.group import Group
+from vmodel.machine import Machine
+
+#: Mappings of one domain that are told of; `mapping_count` has the whole number.
+MAX_MAPPINGS = 1000
+
+
+def described(machine: Machine) -> dict[str, Any]:
+    """Groups, domains, mappings, IOTLBs and faults as plain data: the answer to "iommu" on the control socket."""
+    devices = machine.devices
+    return {
+        "machine": machine.name,
+        "iommus": [
+            {
+                "name": iommu.name,
+                "kind": iommu.driver.kind,
+                "faults": iommu.faults.total,
+                "lost": iommu.faults.lost,
+                "last_faults": [str(record) for record in iommu.faults.peek()[-8:]],
+            }
+            for iommu in machine.system.iommus
+        ],
+        "groups": [_group(group) for group in machine.system.groups],
+        "devices": {
+            endpoint.name: {"iotlb_hits": stats.iotlb_hits, "iotlb_misses": stats.iotlb_misses, "faults": stats.faults}
+            for endpoint in machine.system.endpoints
+            if endpoint.name in devices and (stats := devices[endpoint.name].dma.stats)
+        },
+    }
+
+
+def _group(group: Group) -> dict[str, Any]:
+    domain = group.domain
+    found: dict[str, Any] = {
+        "number": group.number,
+        "iommu": group.iommu.name,
+        "devices": [endpoint.name for endpoint in group.endpoints],
+        "domain": domain.name,
+        "type": domain.type.value,
+        "pasids": {str(pasid): other.name for pasid, other in group.pasids.items()},
+    }
+    if isinstance(domain, PagingDomain):
+        found["mapping_count"] = len(domain)
+        found["mappings"] = [
+            {"iova": m.span.start, "last": m.span.last, "gpa": m.gpa, "access": int(m.access)}
+            for m in islice(domain.mappings(), MAX_MAPPINGS)
+        ]
+    return found
+
+
+def commands(machine: Machine) -> dict[str, Command]:
+    """What a server's control socket answers."""
+    return {"iommu": lambda _: described(machine)}
