@@ -247,8 +247,8 @@ class Group:
     def claim_dma_owner(self, owner: object) -> None:
         """Takes the group over: blocked until its owner attaches a domain (Linux iommu_group_claim_dma_owner).
 
-        The same owner may claim again.  IommuError: EPERM another has it, or it is not viable; EBUSY somebody has attached
-        a domain; EINVAL a member has a region that must stay mapped 1:1.
+        The same owner may claim again.  IommuError: EPERM another has it, or it is not viable; EBUSY somebody else has
+        attached a domain; EINVAL a member has a region that must stay mapped 1:1.
         """
         with self._lock:
             if self.owner is not None and self.owner != owner:

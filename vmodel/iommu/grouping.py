@@ -106,13 +106,13 @@ def _by_topology(function: Function, other: Function, group_mf: bool) -> str:
         return f"{why or f'{other.name}: {their_why}'}, as {other.name}"
     if anchor.home is not theirs.home:
         return ""
-    names = f"{anchor.name} and {theirs.name}"
+    names = f"{f'{why}; ' if why else ''}{anchor.name} and {theirs.name}"
     if anchor.kind is theirs.kind is PortType.DOWNSTREAM and not isolates(anchor):
-        return f"ports {names} are of one switch, which has a port without ACS"
+        return f"{names} are ports of one switch, of which one has no ACS"
     if {anchor.bdf.devfn, *anchor.dma_aliases} & {theirs.bdf.devfn, *theirs.dma_aliases}:
-        return f"DMA alias: {names} have a requester id in common"
+        return f"{names} have a requester id in common (DMA alias)"
     if anchor.bdf.slot != theirs.bdf.slot or anchor.physical is not None or theirs.physical is not None:
         return ""
     if not anchor.has_acs and not theirs.has_acs:
         return f"{names} are functions of one device, without ACS"
-    return f"group_mf: {names} are functions of one device" if group_mf else ""
+    return f"{names} are functions of one device (group_mf)" if group_mf else ""

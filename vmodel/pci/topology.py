@@ -211,7 +211,7 @@ class Topology:
         if bdf in self._functions:
             raise ValueError(f"{bdf} is taken by {self._functions[bdf].name!r}")
         if kind.is_bridge != (secondary is not None):
-            raise ValueError(f"{bdf}: a {kind.value} {'needs' if kind.is_bridge else 'has no'} secondary bus")
+            raise ValueError(f"{bdf}: a {kind.value} {'needs a' if kind.is_bridge else 'has no'} secondary bus")
         if (text := _misplaced(function, bus)) is not None:
             raise ValueError(f"{bdf}: a {kind.value} {text}")
         if function.physical is not None and function.physical.bdf not in self._functions:
