@@ -10,7 +10,7 @@ import pytest
 
 from tests.iommu.world import World, group_of, iommu
 from vmodel.iommu.core import Coverage, Endpoint
-from vmodel.iommu.driver import PlatformDevice
+from vmodel.iommu.driver import PlatformDevice, Source
 from vmodel.iommu.drivers import KINDS
 from vmodel.pci.topology import ISOLATION, Bdf, Function, PortType
 
@@ -292,8 +292,13 @@ def test_a_second_function_comes(world: World) -> None:
 
 def test_coverage() -> None:
     part = Coverage.pci(Bdf(0, 1, 0, 0), Bdf(0, 1, 31, 7))
-    ins = [Function(Bdf(0, 1, 0, 0)), Function(Bdf(0, 1, 31, 7))]
-    outs = [Function(Bdf(0, 0, 31, 7)), Function(Bdf(0, 2, 0, 0)), Function(Bdf(1, 1, 0, 0)), PlatformDevice("uart")]
+    ins: list[Source] = [Function(Bdf(0, 1, 0, 0)), Function(Bdf(0, 1, 31, 7))]
+    outs: list[Source] = [
+        Function(Bdf(0, 0, 31, 7)),
+        Function(Bdf(0, 2, 0, 0)),
+        Function(Bdf(1, 1, 0, 0)),
+        PlatformDevice("uart"),
+    ]
     assert all(source in part for source in ins)
     assert not any(source in part for source in outs)
     assert PlatformDevice("uart") in Coverage.platform("uart", "dma")
@@ -311,7 +316,7 @@ def test_several_iommus(make: Callable[..., World]) -> None:
     arm.covers = [Coverage.segment(1), Coverage.platform("uart")]
     world = make(vtd, arm)
     world.topology.add_root(1, 0)
-    sources = [
+    sources: list[Source] = [
         world.function("00:03.0"),
         world.function("0001:00:03.0"),
         PlatformDevice("uart"),

@@ -271,21 +271,12 @@ class System:
                 found = find_group(self, endpoint)
                 endpoint.why = found.why
                 if found.isolated:
-                    group = found.group or self._new_group(iommu)
-                    try:
-                        group.join(endpoint)
-                    except IommuError:
-                        if not group.endpoints:
-                            group.retire()
-                            self.groups.remove(group)
-                        raise
+                    group = found.group or Group(iommu, next(self._numbers), iommu.identity, self._lock)
+                    group.join(endpoint)
+                    if found.group is None:
+                        self.groups.append(group)
             self.endpoints.append(endpoint)
             return endpoint
-
-    def _new_group(self, iommu: Iommu) -> Group:
-        group = Group(iommu, next(self._numbers), iommu.identity, self._lock)
-        self.groups.append(group)
-        return group
 
     def remove(self, endpoint: Endpoint) -> None:
         """A device goes.  It is detached; its group goes with its last member.  ValueError: it is not there."""

@@ -209,14 +209,9 @@ class Group:
             self.endpoints.remove(endpoint)
             endpoint.group = None
             if not self.endpoints and self.owner is None:  # an owner detaches and releases by itself
-                self.retire()
-
-    def retire(self) -> None:
-        """Nothing is left to translate for: no domain is in use here any more."""
-        with self._lock:
-            self._switch(self.iommu.blocked)
-            for pasid in list(self.pasids):
-                self._show_pasid(None, pasid)
+                self._switch(self.iommu.blocked)
+                for pasid in list(self.pasids):
+                    self._show_pasid(None, pasid)
 
     @property
     def reserved_regions(self) -> list[ReservedRegion]:
@@ -257,9 +252,9 @@ class Group:
                 others = ", ".join(f"{e.name} ({e.driver})" for e in self.endpoints if e.driver not in (None, owner))
                 raise IommuError(errno.EPERM, f"group {self.number} is not viable: in use by others: {others}")
             if self.owner is None:
+                self._check(self.iommu.blocked)
                 if self.in_use:
                     raise IommuError(errno.EBUSY, f"group {self.number}: a domain is attached already")
-                self._check(self.iommu.blocked)
             self._claims += 1
             if self.owner is None:
                 self.owner = owner
