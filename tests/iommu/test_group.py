@@ -227,6 +227,10 @@ def test_default_domain(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
     assert fault_of(dma) is Reason.BLOCKED
     group.release_dma_owner("vm")
     assert (dma.read(IOVA, 1), first.users, second.users) == (b"O", 1, 0)
+    group.claim_dma_owner("vm")
+    group.attach(first)
+    group.set_default(second)  # an owner's stays, even where it was the kernel's
+    assert (group.domain, dma.read(IOVA, 1)) == (first, b"O")
 
 
 def regions(*found: tuple[int, int, RegionType]) -> list[ReservedRegion]:

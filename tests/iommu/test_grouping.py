@@ -279,6 +279,26 @@ def test_one_that_would_join_two(world: World) -> None:
     assert groups(world) == expect("00:03.0", "00:03.1", "-00:03.2")
 
 
+def test_one_beside_a_device_without_group(world: World) -> None:
+    """Nobody shares with what is not translated, be it the same IOMMU's."""
+    world.device("00:03.0", acs=ISOLATION)
+    world.device("00:03.1", acs=ISOLATION)
+    world.plug(world.function("00:03.2", acs=ISOLATION, dma_aliases=(0x18, 0x19)))
+    last = world.plug(world.function("00:03.3", acs=ISOLATION, dma_aliases=(0x1A,)))
+    text = "00:03.3 and 00:03.2 have a requester id in common (DMA alias), which has no group"
+    assert (last.group, last.why) == (None, f"no isolation: {text}")
+
+
+def test_bridge_of_another_iommu(make: Callable[..., World]) -> None:
+    """It does no DMA: what is behind it may have its own IOMMU."""
+    a, b = iommu("vt-d", "a"), iommu("vt-d", "b")
+    world = make(a, b)
+    port = world.plug(world.port("00:01.0", 1, acs=False))
+    behind = world.plug(world.function("01:00.0", END), iommu=b)
+    assert (group_of(port).iommu, group_of(behind).iommu) == (a, b)
+    assert behind.why == "no ACS on the path from root port 00:01.0 to the root; the first one there"
+
+
 def test_a_second_function_comes(world: World) -> None:
     """Without ACS it reaches the first, which had nobody to reach before."""
     first, _ = world.device("00:03.0")
@@ -425,6 +445,16 @@ def test_amd_aliases(make: Callable[..., World]) -> None:
     assert endpoint_of(world, "00:08.0").why == "no isolation: it has no entry in the device table of 64 entries"
     with pytest.raises(pydantic.ValidationError, match="each segment has a table of its own"):
         KINDS["amd-vi"]({"aliases": {"0000:00:03.0": "0001:00:05.0"}})
+
+
+def test_amd_alias_of_what_is_behind_a_bridge(make: Callable[..., World]) -> None:
+    """The table has it by the device's own address or by that of the bridge."""
+    for alias in ("0000:02:02.0", "0000:02:00.0"):
+        world = make(iommu("amd-vi", params={"aliases": {alias: "0000:00:05.0"}}))
+        world.port("00:01.0", 1)
+        world.function("01:00.0", P2P, 2)
+        world.function("02:02.0", CONV)
+        assert plug_all(world)["02:02.0"].requester_id == 0x28
 
 
 def test_smmu_streams(make: Callable[..., World]) -> None:

@@ -53,6 +53,8 @@ def _alone(endpoint: Endpoint) -> str:
         return part[1]
     if isinstance(source, PlatformDevice):
         return "it has an id of its own"
+    if why := _anchor(source)[1]:
+        return f"{why}; the first one there"
     if source.physical is not None:
         return "a virtual function, isolated by ACS" if _bridges(source) else "a virtual function on the root bus"
     return "isolated by ACS up to the root" if _bridges(source) else "on the root bus, with a requester id of its own"
