@@ -58,7 +58,7 @@ def draw(system: System) -> str:
 def _lay(bus: Bus, parent: _Box, row: float, there: dict[Function, Endpoint], boxes: list[_Box]) -> float:
     """Places a bus's functions from `row` down; the first free row after them."""
     for function in bus.functions:
-        box = _function(there[function], parent, row)
+        box = _function(function, there.get(function), parent, row)
         boxes.append(box)
         if function.secondary is not None and function.secondary.functions:
             row = _lay(function.secondary, box, row, there, boxes)
@@ -67,14 +67,14 @@ def _lay(bus: Bus, parent: _Box, row: float, there: dict[Function, Endpoint], bo
     return max(row, parent.row + 1)
 
 
-def _function(endpoint: Endpoint, parent: _Box, row: float) -> _Box:
-    function, group = endpoint.source, endpoint.group
-    assert isinstance(function, Function)
+def _function(function: Function, endpoint: Endpoint | None, parent: _Box, row: float) -> _Box:
+    group = None if endpoint is None else endpoint.group
     what = function.kind.value if function.kind.is_bridge else "no group" if group is None else f"group {group.number}"
     if function.kind.is_bridge and group is not None:
         what += f", group {group.number}"
+    why = "" if endpoint is None else endpoint.why
     fill = "#eeeeee" if group is None else _colour(group.number)
-    return _Box(parent.column + 1, row, (f"{function.bdf} {function.name}", what), fill, endpoint.why, parent)
+    return _Box(parent.column + 1, row, (f"{function.bdf} {function.name}", what), fill, why, parent)
 
 
 def _colour(number: int) -> str:

@@ -10,7 +10,7 @@ from vmodel.span import GiB, KiB, MiB, Span
 
 
 class RegionType(enum.Enum):
-    """Kinds of reserved regions (Linux enum iommu_resv_type; the values are what sysfs prints)."""
+    """Kinds of reserved regions (Linux enum iommu_resv_type)."""
 
     #: Mapped 1:1 for as long as the device is there; it cannot be given to a user.
     DIRECT = "direct"

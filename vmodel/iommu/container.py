@@ -52,7 +52,7 @@ class Container:
     def add_group(self, group: Group) -> None:
         """Claims a group and shows it the map: through a domain that fits it, or a new one with all mappings in it.
 
-        IommuError: EBUSY it is in use by others, or here already; EPERM, see claim_dma_owner; EINVAL a mapping is where
+        IommuError: EBUSY it is here already; EPERM, EBUSY, EINVAL as Group.claim_dma_owner; EINVAL a mapping is where
         the group has a reserved region, or does not fit its IOMMU; then nothing has changed.
         """
         if group in self._groups:

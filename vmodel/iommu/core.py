@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vmodel import _shim
 from vmodel.errors import DmaFault, IommuError, Reason
-from vmodel.iommu.capabilities import Capabilities, ReservedRegion
+from vmodel.iommu.capabilities import Capabilities, RegionType, ReservedRegion
 from vmodel.iommu.domain import (
     CPU_FORMATS,
     AllocFlags,
@@ -143,6 +143,11 @@ class Endpoint:
         self._requests = itertools.count(1)
         self._pri_failed = False
 
+    @property
+    def needs_direct(self) -> bool:
+        """Whether a region of it must stay mapped 1:1, come what may."""
+        return any(region.type is RegionType.DIRECT for region in self.reserved)
+
     def show(self, domain: Domain | None, pasid: int | None = None) -> None:
         """Its accesses go through `domain` from now on; None: nothing is between it and memory, or no such PASID."""
         if self._requester is not None:
@@ -150,11 +155,14 @@ class Endpoint:
             self._requester.attach(shim, _shim.NO_PASID if pasid is None else pasid)
 
     def use(self, driver: object) -> None:
-        """A driver binds.  IommuError(EBUSY): another has it, or its group is owned by somebody else."""
+        """A driver binds.  IommuError(EBUSY): another has it, or its group is owned or attached by somebody else."""
         if self.driver is not None and self.driver != driver:
             raise IommuError(errno.EBUSY, f"{self.name} is in use by {self.driver}")
-        if self.group is not None and self.group.owner is not None and self.group.owner != driver:
-            raise IommuError(errno.EBUSY, f"{self.name}: {self.group} is owned by {self.group.owner}")
+        group = self.group
+        if group is not None and group.owner is not None and group.owner != driver:
+            raise IommuError(errno.EBUSY, f"{self.name}: {group} is owned by {group.owner}")
+        if group is not None and group.owner is None and group.in_use:
+            raise IommuError(errno.EBUSY, f"{self.name}: {group} has a domain that is not the kernel's")
         self.driver = driver
 
     def unuse(self) -> None:
@@ -263,23 +271,12 @@ class System:
                 found = find_group(self, endpoint)
                 endpoint.why = found.why
                 if found.isolated:
-                    group = found.group or self._new_group(iommu)
-                    try:
-                        group.join(endpoint)
-                    finally:
-                        self._drop_if_empty(group)
+                    group = found.group or Group(iommu, next(self._numbers), iommu.identity, self._lock)
+                    group.join(endpoint)
+                    if found.group is None:
+                        self.groups.append(group)
             self.endpoints.append(endpoint)
             return endpoint
-
-    def _new_group(self, iommu: Iommu) -> Group:
-        group = Group(iommu, next(self._numbers), iommu.identity, self._lock)
-        self.groups.append(group)
-        return group
-
-    def _drop_if_empty(self, group: Group) -> None:
-        if not group.endpoints and group in self.groups:
-            group.domain.users -= 1
-            self.groups.remove(group)
 
     def remove(self, endpoint: Endpoint) -> None:
         """A device goes.  It is detached; its group goes with its last member.  ValueError: it is not there."""
@@ -288,7 +285,8 @@ class System:
             group = endpoint.group
             if group is not None:
                 group.leave(endpoint)
-                self._drop_if_empty(group)
+                if not group.endpoints:
+                    self.groups.remove(group)
 
     def __getitem__(self, name: str) -> Endpoint:
         for endpoint in self.endpoints:
@@ -306,7 +304,7 @@ class System:
 
     def close(self) -> None:
         """Flushes what deferred domains hold back; their timers end."""
-        for domain in {d for group in self.groups for d in (group.domain, group.default_domain)}:
+        for domain in {d for g in self.groups for d in (g.domain, g.default_domain, *g.pasids.values())}:
             if isinstance(domain, PagingDomain):
                 with contextlib.suppress(IommuError):
                     domain.flush()
@@ -363,12 +361,17 @@ def nested_domain_alloc(endpoint: Endpoint, parent: PagingDomain, memory: GuestM
 def sva_domain_alloc(endpoint: Endpoint, memory: GuestMemory, table: Table) -> TableDomain:
     """A process's page table, for a PASID (Linux iommu_sva_bind_device).
 
-    IommuError: ENODEV no group; EOPNOTSUPP no PASIDs, no page requests, or not in this format; EINVAL the table cannot
-    be.
+    IommuError: ENODEV no group; EOPNOTSUPP no PASIDs, no page requests, not coherent, or not in this format; EINVAL the
+    table cannot be.
     """
     iommu = _iommu_of(endpoint)
     can = iommu.capabilities
-    if not can.pasid_bits or not can.can_wait or table.format not in CPU_FORMATS & iommu.driver.formats:
+    if (
+        not can.pasid_bits
+        or not can.can_wait
+        or not can.coherent
+        or table.format not in CPU_FORMATS & iommu.driver.formats
+    ):
         raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} cannot share {table.format.name} tables of processes")
     return TableDomain(DomainType.SVA, iommu, memory, table)
 

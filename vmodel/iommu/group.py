@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vmodel.errors import IommuError
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import Domain, DomainType, PagingDomain, TableDomain
+from vmodel.span import Span
 
 if TYPE_CHECKING:
     from vmodel.iommu.core import Endpoint, Iommu
@@ -30,6 +31,8 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
             return f"PASID {pasid} is not from 1 to {(1 << can.pasid_bits) - 1}"
     elif domain.type is DomainType.SVA:
         return "an SVA domain is for a PASID"
+    if domain.type is DomainType.BLOCKED and endpoint.needs_direct:
+        return f"{endpoint.name} has a direct-mapped region, which must not go"
     if domain.made_for is None:
         return None  # identity and blocked
     if domain.made_for.driver.kind != iommu.driver.kind:
@@ -50,12 +53,15 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
 
 
 def _can_walk(domain: TableDomain, iommu: Iommu, endpoint: Endpoint) -> str | None:
-    formats = iommu.driver.nested_formats if domain.parent is not None else iommu.driver.formats
-    if domain.table.format not in formats:
-        return f"format: {iommu.name} does not walk {domain.table.format.name} tables there"
-    if domain.parent is not None:
-        return can_attach(domain.parent, endpoint)
-    return None
+    can, table = iommu.capabilities, domain.table
+    if table.format not in (iommu.driver.formats if domain.parent is None else iommu.driver.nested_formats):
+        return f"format: {iommu.name} does not walk {table.format.name} tables there"
+    if domain.type is DomainType.SVA:
+        if not can.can_wait:
+            return f"page requests: {iommu.name} has none"
+        if not can.coherent:
+            return f"coherency: {iommu.name}'s walks do not see the CPU's caches"
+    return None if domain.parent is None else can_attach(domain.parent, endpoint)
 
 
 class Group:
@@ -79,22 +85,36 @@ class Group:
     # ---- domains ---------------------------------------------------------------------------
 
     def _check(self, domain: Domain, pasid: int | None = None) -> None:
+        if not self.endpoints:
+            raise IommuError(errno.ENODEV, f"group {self.number} has no devices any more")
         for endpoint in self.endpoints:
             if (why := can_attach(domain, endpoint, pasid)) is not None:
                 raise IommuError(errno.EINVAL, f"group {self.number}, {endpoint.name}: {why}")
 
-    def _switch(self, domain: Domain) -> None:
+    def _show(self, domain: Domain | None, pasid: int | None = None) -> None:
         """All members go over.  For each an access sees either the old domain or the new one, never nothing."""
-        for endpoint in self.endpoints:
-            endpoint.show(domain)
-        old, self.domain = self.domain, domain
-        domain.users += 1
-        old.users -= 1
+        old = self.domain_of(pasid)
+        try:
+            for endpoint in self.endpoints:
+                endpoint.show(domain, pasid)
+        except OSError:  # out of memory: those that went over come back
+            for endpoint in self.endpoints:
+                endpoint.show(old, pasid)
+            raise
+        if domain is not None:
+            domain.users += 1
+        if old is not None:
+            old.users -= 1
+
+    def _switch(self, domain: Domain) -> None:
+        self._show(domain)
+        self.domain = domain
 
     def attach(self, domain: Domain) -> None:
         """Attaches a domain in place of the one there is.
 
-        IommuError(EINVAL) with can_attach's reason, for the first member that it does not fit: nothing has changed.
+        IommuError: EINVAL with can_attach's reason, for the first member that it does not fit; ENODEV all members are
+        gone.  Then nothing has changed.
         """
         with self._lock:
             self._check(domain)
@@ -114,11 +134,9 @@ class Group:
             self._check(domain)
             for endpoint in self.endpoints:
                 _map_direct(domain, endpoint)
-            attached = self.domain is self.default_domain
-            old, self.default_domain = self.default_domain, domain
-            if attached and self.owner is None:
-                self.domain = old
+            if self.domain is self.default_domain and self.owner is None:
                 self._switch(domain)
+            self.default_domain = domain
 
     def attach_pasid(self, domain: Domain, pasid: int) -> None:
         """Accesses with `pasid` go through `domain`.
@@ -142,14 +160,10 @@ class Group:
             self._show_pasid(domain, pasid)
 
     def _show_pasid(self, domain: Domain | None, pasid: int) -> None:
-        for endpoint in self.endpoints:
-            endpoint.show(domain, pasid)
-        old = self.pasids.pop(pasid, None)
-        if old is not None:
-            old.users -= 1
+        self._show(domain, pasid)
+        self.pasids.pop(pasid, None)
         if domain is not None:
             self.pasids[pasid] = domain
-            domain.users += 1
 
     def detach_pasid(self, pasid: int) -> None:
         """Accesses with `pasid` fail from now on.  IommuError(EINVAL): it has no domain."""
@@ -194,14 +208,32 @@ class Group:
                 endpoint.show(None, pasid)
             self.endpoints.remove(endpoint)
             endpoint.group = None
+            if not self.endpoints and self.owner is None:  # an owner detaches and releases by itself
+                self._switch(self.iommu.blocked)
+                for pasid in list(self.pasids):
+                    self._show_pasid(None, pasid)
 
     @property
     def reserved_regions(self) -> list[ReservedRegion]:
-        """Those of all members, ascending, each once."""
+        """Those of all members, ascending; what overlaps is one where it is alike (iommu_insert_resv_region)."""
         found = {region for endpoint in self.endpoints for region in endpoint.reserved}
-        return sorted(found, key=lambda region: (region.span, region.type.value))
+        merged: list[ReservedRegion] = []
+        for region in sorted(found, key=lambda r: (r.type.value, int(r.access), r.span)):
+            last = merged[-1] if merged else None
+            alike = last is not None and (last.type, last.access) == (region.type, region.access)
+            if last is not None and alike and last.span.overlaps(region.span):
+                span = Span(last.span.start, max(last.span.last, region.span.last))
+                merged[-1] = ReservedRegion(span, region.type, region.access)
+            else:
+                merged.append(region)
+        return sorted(merged, key=lambda region: (region.span, region.type.value))
 
     # ---- ownership -------------------------------------------------------------------------
+
+    @property
+    def in_use(self) -> bool:
+        """Whether something else than the kernel's default is attached."""
+        return self.domain is not self.default_domain or bool(self.pasids)
 
     def viable(self, owner: object) -> bool:
         """Whether all members are `owner`'s, or nobody's (whom then nobody else can take)."""
@@ -210,18 +242,19 @@ class Group:
     def claim_dma_owner(self, owner: object) -> None:
         """Takes the group over: blocked until its owner attaches a domain (Linux iommu_group_claim_dma_owner).
 
-        The same owner may claim again.  IommuError: EBUSY another has it, or it is not viable; EPERM a member has a
-        region that must stay mapped 1:1.
+        The same owner may claim again.  IommuError: EPERM another has it, or it is not viable; EBUSY somebody else has
+        attached a domain; EINVAL a member has a region that must stay mapped 1:1.
         """
         with self._lock:
             if self.owner is not None and self.owner != owner:
-                raise IommuError(errno.EBUSY, f"group {self.number} is owned by {self.owner}")
+                raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")
             if not self.viable(owner):
                 others = ", ".join(f"{e.name} ({e.driver})" for e in self.endpoints if e.driver not in (None, owner))
-                raise IommuError(errno.EBUSY, f"group {self.number} is not viable: in use by others: {others}")
-            for endpoint in self.endpoints:
-                if any(region.type is RegionType.DIRECT for region in endpoint.reserved):
-                    raise IommuError(errno.EPERM, f"{endpoint.name} has a direct-mapped region that cannot go")
+                raise IommuError(errno.EPERM, f"group {self.number} is not viable: in use by others: {others}")
+            if self.owner is None:
+                self._check(self.iommu.blocked)
+                if self.in_use:
+                    raise IommuError(errno.EBUSY, f"group {self.number}: a domain is attached already")
             self._claims += 1
             if self.owner is None:
                 self.owner = owner
@@ -250,9 +283,19 @@ def _map_direct(domain: Domain, endpoint: Endpoint) -> None:
     """Regions that must work before, and without, a driver (Linux iommu_create_device_direct_mappings)."""
     if not isinstance(domain, PagingDomain):
         return
+    page = min(domain.page_sizes)
     for region in endpoint.reserved:
-        if region.type in (RegionType.DIRECT, RegionType.DIRECT_RELAXABLE):
-            start = region.span.start
-            # A sibling may have it as well.
-            if domain.iova_to_phys(start) != start or domain.iova_to_phys(region.span.last) != region.span.last:
-                domain.map(start, start, region.span.size, region.access)
+        if region.type not in (RegionType.DIRECT, RegionType.DIRECT_RELAXABLE):
+            continue
+        span = Span(region.span.start // page * page, region.span.last // page * page + page - 1)
+        at = span.start
+        # A sibling may have it as well, or a part of it.
+        for there in [m for m in domain.mappings() if m.span.overlaps(span)]:
+            if there.span.start != there.gpa:
+                text = f"{endpoint.name} must have {span} mapped 1:1, but {there.span} is mapped to {there.gpa:#x}"
+                raise IommuError(errno.EEXIST, text)
+            if at < there.span.start:
+                domain.map(at, at, there.span.start - at, region.access)
+            at = there.span.last + 1
+        if at <= span.last:
+            domain.map(at, at, span.last - at + 1, region.access)

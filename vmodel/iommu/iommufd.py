@@ -396,7 +396,7 @@ class Device(_Object):
     """An endpoint bound to a context (VFIO_DEVICE_BIND_IOMMUFD)."""
 
     def __init__(self, context: Context, endpoint: Endpoint) -> None:
-        """IommuError: ENODEV it has no group; EBUSY, EPERM as Group.claim_dma_owner."""
+        """IommuError: ENODEV it has no group; EPERM, EBUSY, EINVAL as Group.claim_dma_owner."""
         if endpoint.group is None:
             raise IommuError(errno.ENODEV, f"{endpoint.name} has no group: {endpoint.why}")
         self.endpoint = endpoint

@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 from vmodel.errors import IommuError
+from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.core import Endpoint, System
 from vmodel.pci.topology import Function, bridges_above
 
@@ -24,7 +25,7 @@ def export(system: System, folder: Path) -> None:
         here = folder / "iommu_groups" / str(group.number)
         members = here / "devices"
         members.mkdir(parents=True)
-        regions = "".join(f"{r.span.start:#018x} {r.span.last:#018x} {r.type.value}\n" for r in group.reserved_regions)
+        regions = "".join(_line(region) for region in group.reserved_regions)
         _write(here / "type", f"{group.default_domain.type.value}\n")
         _write(here / "reserved_regions", regions)
         if group.name:
@@ -38,11 +39,16 @@ def export(system: System, folder: Path) -> None:
         here.chmod(0o555)
 
 
+def _line(region: ReservedRegion) -> str:
+    kind = RegionType.MSI if region.type is RegionType.SW_MSI else region.type  # as Linux: tools look for "msi"
+    return f"{region.span.start:#018x} {region.span.last:#018x} {kind.value}\n"
+
+
 def _place(endpoint: Endpoint) -> Path:
     """As below /sys: devices/pci0000:00/0000:00:04.0/0000:01:00.0, or devices/platform/NAME."""
     source = endpoint.source
     if not isinstance(source, Function):
-        return Path("devices", "platform", source.name)
+        return Path("devices", "platform", source.name.replace("/", "!"))  # as Linux's kobject names
     above = [str(bridge.bdf) for bridge in bridges_above(source)][::-1]
     root = next((b for b in bridges_above(source) if b.home.bridge is None), source)
     return Path("devices", f"pci{root.bdf.segment:04x}:{root.bdf.bus:02x}", *above, str(source.bdf))

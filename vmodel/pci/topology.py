@@ -211,8 +211,8 @@ class Topology:
         if bdf in self._functions:
             raise ValueError(f"{bdf} is taken by {self._functions[bdf].name!r}")
         if kind.is_bridge != (secondary is not None):
-            raise ValueError(f"{bdf}: a {kind.value} {'needs' if kind.is_bridge else 'has no'} secondary bus")
-        if (text := _misplaced(kind, bus, bdf)) is not None:
+            raise ValueError(f"{bdf}: a {kind.value} {'needs a' if kind.is_bridge else 'has no'} secondary bus")
+        if (text := _misplaced(function, bus)) is not None:
             raise ValueError(f"{bdf}: a {kind.value} {text}")
         if function.physical is not None and function.physical.bdf not in self._functions:
             raise ValueError(f"{bdf}: its physical function {function.physical} is not there")
@@ -270,7 +270,8 @@ class Topology:
             yield from below(root)
 
 
-def _misplaced(kind: PortType, bus: Bus, bdf: Bdf) -> str | None:
+def _misplaced(function: Function, bus: Bus) -> str | None:
+    kind = function.kind
     above = None if bus.bridge is None else bus.bridge.kind
     conventional = above in (PortType.PCI_BRIDGE, PortType.PCIE_TO_PCI)
     if kind in (PortType.ROOT_PORT, PortType.INTEGRATED) and above is not None:
@@ -285,7 +286,7 @@ def _misplaced(kind: PortType, bus: Bus, bdf: Bdf) -> str | None:
         return "cannot be on a conventional bus"
     if kind is PortType.PCI_TO_PCIE and not conventional and above is not None:
         return "must be on a conventional bus"
-    if above in (PortType.ROOT_PORT, PortType.DOWNSTREAM) and bdf.device:
+    if above in (PortType.ROOT_PORT, PortType.DOWNSTREAM) and function.bdf.device and not function.physical:
         return f"must have device number 00: a {above.value} leads to one device only"
     return None
 

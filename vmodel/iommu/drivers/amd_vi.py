@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
 from vmodel.iommu.driver import Driver, PlatformDevice, Source, bdf_text, pci_id, topmost
@@ -37,6 +37,14 @@ class AmdVi(Driver):
             default_factory=dict, description="ACPI devices: name to the address that their requests carry"
         )
         device_table: int = Field(default=65536, ge=1, le=65536, description="entries of each segment's device table")
+
+        @field_validator("aliases")
+        @classmethod
+        def _one_segment(cls, aliases: dict[str, str]) -> dict[str, str]:
+            for device, alias in aliases.items():
+                if Bdf.parse(device).segment != Bdf.parse(alias).segment:
+                    raise ValueError(f"{device} to {alias}: each segment has a table of its own")
+            return aliases
 
     def requester_id(self, source: Source) -> int | None:
         if isinstance(source, PlatformDevice):

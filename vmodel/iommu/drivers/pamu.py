@@ -53,8 +53,6 @@ class Pamu(Driver):
         return f"LIODN {requester_id}"
 
     def partition(self, source: Source) -> tuple[Hashable, str] | None:
-        if isinstance(source, PlatformDevice):
-            return ("platform", source.name), "it has a LIODN of its own"
-        if not self.params.partitioned:
+        if not isinstance(source, PlatformDevice) and not self.params.partitioned:
             return ("controller", source.bdf.segment), "its PCI controller has one LIODN for all functions"
         return None

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from pydantic import Field
 
 from vmodel.iommu.capabilities import Capabilities
-from vmodel.iommu.driver import Driver, PlatformDevice, Source
+from vmodel.iommu.driver import Driver, PlatformDevice, Source, topmost
 from vmodel.iommu.driver import Params as BaseParams
 from vmodel.span import KiB, MiB
 
@@ -15,6 +15,7 @@ from vmodel.span import KiB, MiB
 class PowerPe(Driver):
     """A host bridge isolates partitionable endpoints (PEs), here one for each bus; one without PEs is a single group.
 
+    What bridges give their own id to is in the PE of that id's bus.
     Its tables (TCEs) are the host's own: no guest format is walked.
     """
 
@@ -38,7 +39,7 @@ class PowerPe(Driver):
     def requester_id(self, source: Source) -> int | None:
         if isinstance(source, PlatformDevice):
             return None
-        bus = 0 if source.bdf.segment in self.params.without_pe else source.bdf.bus
+        bus = 0 if source.bdf.segment in self.params.without_pe else topmost(source).bus
         return source.bdf.segment << 16 | bus
 
     def why_not(self, source: Source) -> str:
@@ -49,7 +50,7 @@ class PowerPe(Driver):
 
     def partition(self, source: Source) -> tuple[Hashable, str] | None:
         assert not isinstance(source, PlatformDevice)  # it has no id
-        segment, bus = source.bdf.segment, source.bdf.bus
+        segment, bus = source.bdf.segment, topmost(source).bus
         if segment in self.params.without_pe:
             return ("host bridge", segment), f"the host bridge of segment {segment:04x} has no PEs"
         return ("pe", segment, bus), f"bus {segment:04x}:{bus:02x} is one PE"

@@ -1,0 +1,477 @@
+"""Groups: attaching, PASIDs, owners, regions that are not free, members that come and go; with real DMA."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from tests.iommu.world import World, group_of, iommu
+from vmodel import _shim
+from vmodel.dma import Dma
+from vmodel.errors import Access, DmaFault, IommuError, Reason
+from vmodel.iommu.capabilities import RegionType, ReservedRegion
+from vmodel.iommu.core import Endpoint, dma_domain_alloc, paging_domain_alloc
+from vmodel.iommu.domain import Domain, DomainType, PagingDomain
+from vmodel.iommu.driver import PlatformDevice
+from vmodel.iommu.group import Group
+from vmodel.span import PAGE, Span
+
+IOVA, OLD, NEW = 0x10_0000, 0x20_0000, 0x30_0000
+DIRECT, RELAXABLE = RegionType.DIRECT, RegionType.DIRECT_RELAXABLE
+
+
+def refused(code: int, text: str, call: Callable[..., object], *args: object) -> None:
+    """`call` fails with this errno, and says so."""
+    with pytest.raises(IommuError) as caught:
+        call(*args)
+    assert caught.value.errno == code, caught.value
+    assert text in str(caught.value)
+
+
+def fault_of(dma: Dma, iova: int = IOVA, access: Access = Access.READ) -> Reason:
+    """How an access of 8 bytes fails; it must."""
+    with pytest.raises(DmaFault) as caught:
+        dma.read(iova, 8) if access is Access.READ else dma.write(iova, bytes(8))
+    return caught.value.reason
+
+
+def mapped(endpoint: Endpoint, gpa: int, iova: int = IOVA) -> PagingDomain:
+    """A domain with one page."""
+    domain = paging_domain_alloc(endpoint)
+    domain.map(iova, gpa, PAGE)
+    return domain
+
+
+def mark(world: World) -> None:
+    for gpa, byte in ((IOVA, b"I"), (OLD, b"O"), (NEW, b"N")):
+        world.ram[gpa : gpa + PAGE] = byte * PAGE
+
+
+@pytest.fixture
+def pair(world: World) -> tuple[Endpoint, Endpoint]:
+    """Two functions of one group."""
+    mark(world)
+    first, second = world.device("00:03.0")[0], world.device("00:03.1")[0]
+    assert first.group is second.group
+    return first, second
+
+
+# ---- domains -----------------------------------------------------------------------------------
+
+
+def test_attach_is_for_all_members(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group, dmas = group_of(pair[0]), list(world.dmas.values())
+    assert [dma.read(IOVA, 1) for dma in dmas] == [b"I"] * 2  # identity at first
+    assert group.domain.type is group.default_domain.type is DomainType.IDENTITY
+    old, new = mapped(pair[0], OLD), mapped(pair[1], NEW)
+    group.attach(old)
+    assert [dma.read(IOVA, 1) for dma in dmas] == [b"O"] * 2
+    assert (group.domain_of(), old.users, group.default_domain.users) == (old, 1, 0)
+    group.attach(new)
+    assert [dma.read(IOVA, 1) for dma in dmas] == [b"N"] * 2
+    group.attach(new)
+    assert (old.users, new.users) == (0, 1)
+    group.detach()
+    assert [dma.read(IOVA, 1) for dma in dmas] == [b"I"] * 2
+    assert (new.users, group.default_domain.users) == (0, 1)
+    group.attach(group.iommu.blocked)
+    assert [fault_of(dma) for dma in dmas] == [Reason.BLOCKED] * 2
+
+
+def test_what_does_not_fit_changes_nothing(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group, dma = group_of(pair[0]), world.dmas["00:03.0"]
+    old = mapped(pair[0], OLD)
+    group.attach(old)
+    foreign = world.system.add_iommu(iommu("smmu-v3", "other"))
+    stranger = world.plug(PlatformDevice("x"), iommu=iommu("smmu-v3", "third", params={"platform": {"x": 1}}))
+    refused(errno.EINVAL, "00:03.0: format: it has tables of Arm SMMUv3", group.attach, mapped(stranger, NEW))
+    assert (group.domain, old.users, dma.read(IOVA, 1)) == (old, 1, b"O")
+    assert foreign in world.system.iommus
+
+
+class Short(_shim.Requester):
+    """Runs out of memory at the n-th attach."""
+
+    def __init__(self, memory: _shim.Memory) -> None:
+        super().__init__(memory)
+        self.left = 1 << 30
+
+    def attach(self, domain: _shim.Domain | None, pasid: int = _shim.NO_PASID) -> None:
+        self.left -= 1
+        if not self.left:
+            raise OSError(errno.ENOMEM, "no memory")
+        super().attach(domain, pasid)
+
+
+@pytest.mark.parametrize("pasid", [None, 5])
+def test_no_memory_half_way(world: World, pair: tuple[Endpoint, Endpoint], pasid: int | None) -> None:
+    """The members that went over come back."""
+    short = Short(world.memory.shim)
+    short.enable(True)
+    third = world.system.add(world.function("00:03.2"), short)
+    group, dma = group_of(third), world.dmas["00:03.0"]
+    assert len(group.endpoints) == 3
+    old, new = mapped(third, OLD), mapped(third, NEW)
+    if pasid is None:
+        group.attach(old)
+    else:
+        group.attach_pasid(old, pasid)
+        dma = dma.with_pasid(pasid)
+    short.left = 1
+    with pytest.raises(OSError, match="no memory"):
+        group.attach(new) if pasid is None else group.replace_pasid(new, pasid)
+    assert (group.domain_of(pasid), old.users, new.users) == (old, 1, 0)
+    assert dma.read(IOVA, 1) == b"O"
+    assert short.read(IOVA, 1, _shim.NO_PASID if pasid is None else pasid) == b"O"
+
+
+def test_pasids(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group = group_of(pair[0])
+    dmas = [dma.with_pasid(7) for dma in world.dmas.values()]
+    assert [fault_of(dma) for dma in dmas] == [Reason.PASID] * 2
+    old, new = mapped(pair[0], OLD), mapped(pair[0], NEW)
+    refused(errno.EINVAL, "PASID 7 has no domain", group.replace_pasid, old, 7)
+    refused(errno.EINVAL, "PASID 7 has no domain", group.detach_pasid, 7)
+    group.attach_pasid(old, 7)
+    assert [dma.read(IOVA, 1) for dma in dmas] == [b"O"] * 2
+    assert world.dmas["00:03.0"].read(IOVA, 1) == b"I"  # without a PASID nothing has changed
+    assert fault_of(world.dmas["00:03.0"].with_pasid(8)) is Reason.PASID
+    refused(errno.EBUSY, f"PASID 7 has {old.name}", group.attach_pasid, new, 7)
+    group.replace_pasid(new, 7)
+    assert [dma.read(IOVA, 1) for dma in dmas] == [b"N"] * 2
+    assert (group.domain_of(7), old.users, new.users) == (new, 0, 1)
+    for pasid in (0, 1 << 20, -1):
+        refused(errno.EINVAL, f"PASID {pasid} is not from 1 to 1048575", group.attach_pasid, new, pasid)
+    group.detach_pasid(7)
+    assert [fault_of(dma) for dma in dmas] == [Reason.PASID] * 2
+    assert (group.domain_of(7), new.users) == (None, 0)
+
+
+def test_no_pasids() -> None:
+    world = World(iommu("pamu", params={"liodns": {"0000:00:03.0": 1}}))
+    endpoint, _ = world.device("00:03.0")
+    refused(errno.EOPNOTSUPP, "iommu0 has no PASIDs", group_of(endpoint).attach_pasid, mapped(endpoint, OLD), 1)
+    world.close()
+
+
+@pytest.mark.parametrize("pasid", [None, 3])
+def test_replacing_is_atomic(world: World, pair: tuple[Endpoint, Endpoint], pasid: int | None) -> None:
+    """Devices at work see the old domain or the new one: no fault, no third thing."""
+    group = group_of(pair[0])
+    domains = [mapped(pair[0], OLD), mapped(pair[0], NEW)]
+    if pasid is None:
+        group.attach(domains[0])
+    else:
+        group.attach_pasid(domains[0], pasid)
+    stop, errors, seen = threading.Event(), list[object](), set[bytes]()
+
+    def work(dma: Dma) -> None:
+        line = dma if pasid is None else dma.with_pasid(pasid)
+        try:
+            while not stop.is_set():
+                data = line.read(IOVA, 64)
+                seen.add(data)
+                line.write(IOVA + 64, b"w")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(dma,), daemon=True) for dma in world.dmas.values()]
+    for thread in threads:
+        thread.start()
+    for n in range(4000):
+        if pasid is None:
+            group.attach(domains[n & 1])
+        else:
+            group.replace_pasid(domains[n & 1], pasid)
+        if n >= 500 and len(seen) >= 2:
+            break
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+    assert not errors
+    assert seen == {b"O" * 64, b"N" * 64}
+    assert not world.system.iommus[0].faults.total
+
+
+def test_after_replacing_the_old_one_is_out_of_reach(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group, dma = group_of(pair[0]), world.dmas["00:03.1"]
+    old, new = mapped(pair[0], OLD), mapped(pair[0], NEW, IOVA + PAGE)
+    group.attach(old)
+    assert dma.read(IOVA, 1) == b"O"  # and it is in the IOTLB
+    group.attach(new)
+    assert fault_of(dma) is Reason.NOT_MAPPED
+    assert dma.read(IOVA + PAGE, 1) == b"N"
+
+
+# ---- default domains and regions ---------------------------------------------------------------
+
+
+def test_default_domain(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group, dma = group_of(pair[0]), world.dmas["00:03.0"]
+    first, second = dma_domain_alloc(pair[0]), dma_domain_alloc(pair[0])
+    first.map(IOVA, OLD, PAGE)
+    second.map(IOVA, NEW, PAGE)
+    group.set_default(first)
+    assert (group.domain, first.users, dma.read(IOVA, 1)) == (first, 1, b"O")
+    own = mapped(pair[0], IOVA)
+    group.attach(own)
+    group.set_default(second)  # not before the other goes
+    assert (group.domain, own.users, second.users) == (own, 1, 0)
+    group.detach()
+    assert (group.domain, dma.read(IOVA, 1), own.users, second.users) == (second, b"N", 0, 1)
+    group.claim_dma_owner("vm")
+    group.set_default(first)
+    assert fault_of(dma) is Reason.BLOCKED
+    group.release_dma_owner("vm")
+    assert (dma.read(IOVA, 1), first.users, second.users) == (b"O", 1, 0)
+    group.claim_dma_owner("vm")
+    group.attach(first)
+    group.set_default(second)  # an owner's stays, even where it was the kernel's
+    assert (group.domain, dma.read(IOVA, 1)) == (first, b"O")
+
+
+def regions(*found: tuple[int, int, RegionType]) -> list[ReservedRegion]:
+    return [ReservedRegion(Span(start, last), kind) for start, last, kind in found]
+
+
+def spans(domain: PagingDomain) -> list[tuple[int, int]]:
+    """Mappings that lead to themselves, those that touch put together."""
+    found: list[tuple[int, int]] = []
+    for one in domain.mappings():
+        assert one.gpa == one.span.start
+        if found and found[-1][1] + 1 == one.span.start:
+            found[-1] = found[-1][0], one.span.last
+        else:
+            found.append((one.span.start, one.span.last))
+    return found
+
+
+def test_direct_regions_are_mapped(world: World) -> None:
+    """Whole pages; regions of two members may overlap; those of other types are left alone."""
+    first = regions((0x1000, 0x2FFF, RELAXABLE), (0x8000, 0x8FFF, RegionType.RESERVED))
+    second = regions((0x2000, 0x4FFF, DIRECT), (0x6800, 0x6FFF, RELAXABLE))
+    endpoint, dma = world.device("00:03.0", reserved=first)
+    world.device("00:03.1", reserved=second)
+    group, domain = group_of(endpoint), dma_domain_alloc(endpoint)
+    group.set_default(domain)
+    assert spans(domain) == [(0x1000, 0x4FFF), (0x6000, 0x6FFF)]
+    dma.write(0x4FF8, b"directly")
+    assert world.ram[0x4FF8:0x5000] == b"directly"
+    assert fault_of(dma, 0x8000) is Reason.NOT_MAPPED
+    world.device("00:03.2", reserved=regions((0x0, 0x9FFF, RELAXABLE)))  # around what there is
+    assert spans(domain) == [(0, 0x9FFF)]
+
+
+def test_direct_region_where_something_else_is(world: World) -> None:
+    endpoint, dma = world.device("00:03.0", reserved=regions((0x1000, 0x2FFF, RELAXABLE)))
+    group, domain = group_of(endpoint), dma_domain_alloc(endpoint)
+    domain.map(0x2000, OLD, PAGE)
+    refused(errno.EEXIST, "0x2000..0x2fff is mapped to 0x200000", group.set_default, domain)
+    assert (group.default_domain.type, domain.users) == (DomainType.IDENTITY, 0)
+    assert dma.read(0x2000, 1) == b"\0"
+
+
+def test_direct_region_must_stay(world: World) -> None:
+    """Linux: such a device is never blocked, and so cannot be given to anybody."""
+    mark(world)
+    endpoint, dma = world.device("00:03.0", reserved=regions((0x1000, 0x1FFF, DIRECT)))
+    group = group_of(endpoint)
+    text = "00:03.0 has a direct-mapped region, which must not go"
+    refused(errno.EINVAL, text, group.claim_dma_owner, "vm")
+    refused(errno.EINVAL, text, group.attach, group.iommu.blocked)
+    refused(errno.EINVAL, text, group.set_default, group.iommu.blocked)
+    assert (group.owner, dma.read(IOVA, 1)) == (None, b"I")
+    relaxed, _ = world.device("00:04.0", reserved=regions((0x1000, 0x1FFF, RELAXABLE)))
+    group_of(relaxed).claim_dma_owner("vm")
+
+
+def test_reserved_regions_of_a_group(world: World) -> None:
+    first = regions((0x1000, 0x2FFF, DIRECT), (0x9000, 0x9FFF, RegionType.RESERVED))
+    second = regions((0x2000, 0x4FFF, DIRECT), (0x2000, 0x2FFF, RELAXABLE), (0x5000, 0x5FFF, DIRECT))
+    endpoint, _ = world.device("00:03.0", reserved=first)
+    world.device("00:03.1", reserved=second)
+    found = [(r.span.start, r.span.last, r.type) for r in group_of(endpoint).reserved_regions]
+    assert found == [
+        (0x1000, 0x4FFF, DIRECT),
+        (0x2000, 0x2FFF, RELAXABLE),
+        (0x5000, 0x5FFF, DIRECT),
+        (0x9000, 0x9FFF, RegionType.RESERVED),
+        (0xFEE0_0000, 0xFEEF_FFFF, RegionType.MSI),
+    ]
+
+
+# ---- ownership ------------------------------------------------------------------------------------
+
+
+def test_ownership(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group, dma = group_of(pair[0]), world.dmas["00:03.1"]
+    refused(errno.EINVAL, "is not owned by vm", group.release_dma_owner, "vm")
+    group.claim_dma_owner("vm")
+    assert (group.owner, fault_of(dma)) == ("vm", Reason.BLOCKED)
+    refused(errno.EPERM, "is owned by vm", group.claim_dma_owner, "other")
+    refused(errno.EINVAL, "is not owned by other", group.release_dma_owner, "other")
+    group.claim_dma_owner("vm")
+    group.attach(mapped(pair[0], OLD))
+    group.release_dma_owner("vm")  # the first of two
+    assert (group.owner, dma.read(IOVA, 1)) == ("vm", b"O")
+    refused(errno.EBUSY, "a domain is attached still", group.release_dma_owner, "vm")
+    assert (group.owner, dma.read(IOVA, 1)) == ("vm", b"O")
+    group.detach()
+    assert fault_of(dma) is Reason.BLOCKED  # an owner's group never falls back to the kernel's domain
+    group.attach_pasid(mapped(pair[0], OLD), 1)
+    refused(errno.EBUSY, "a domain is attached still", group.release_dma_owner, "vm")
+    group.detach_pasid(1)
+    group.release_dma_owner("vm")
+    assert (group.owner, dma.read(IOVA, 1)) == (None, b"I")
+    group.claim_dma_owner("other")
+
+
+def test_viability(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group = group_of(pair[0])
+    pair[0].use("vm")
+    pair[1].use("e1000")
+    assert not group.viable("vm")
+    refused(errno.EPERM, "not viable: in use by others: 00:03.1 (e1000)", group.claim_dma_owner, "vm")
+    assert (group.owner, world.dmas["00:03.0"].read(IOVA, 1)) == (None, b"I")
+    pair[1].unuse()
+    assert group.viable("vm")
+    group.claim_dma_owner("vm")
+    refused(errno.EBUSY, "is owned by vm", pair[1].use, "e1000")
+    refused(errno.EBUSY, "is in use by vm", pair[0].use, "e1000")
+    pair[1].use("vm")
+    assert pair[1].driver == "vm"
+
+
+def test_no_claim_under_a_domain(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    """Somebody who does not own the group uses it (Linux: EBUSY), and drivers must not trust the kernel's domain."""
+    group = group_of(pair[0])
+    group.attach(mapped(pair[0], OLD))
+    refused(errno.EBUSY, "a domain is attached already", group.claim_dma_owner, "vm")
+    refused(errno.EBUSY, "not the kernel's", pair[1].use, "e1000")
+    group.detach()
+    group.attach_pasid(mapped(pair[0], OLD), 1)
+    refused(errno.EBUSY, "a domain is attached already", group.claim_dma_owner, "vm")
+    group.detach_pasid(1)
+    pair[1].use("e1000")
+    pair[1].unuse()
+    group.claim_dma_owner("vm")
+
+
+# ---- members that come and go -------------------------------------------------------------------
+
+
+def test_hot_add_takes_over_the_domains(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group = group_of(pair[0])
+    group.claim_dma_owner("vm")
+    group.attach(mapped(pair[0], OLD))
+    group.attach_pasid(mapped(pair[0], NEW), 9)
+    late, dma = world.device("00:03.2")
+    assert late.group is group
+    assert (dma.read(IOVA, 1), dma.with_pasid(9).read(IOVA, 1)) == (b"O", b"N")
+    assert fault_of(dma, OLD) is Reason.NOT_MAPPED
+    refused(errno.EBUSY, "is owned by vm", late.use, "e1000")
+
+
+def test_hot_add_into_a_blocked_group(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group_of(pair[0]).claim_dma_owner("vm")
+    assert fault_of(world.device("00:03.2")[1]) is Reason.BLOCKED
+
+
+def test_hot_add_of_what_does_not_fit(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group = group_of(pair[0])
+    group.claim_dma_owner("vm")
+    dma = Dma(world.memory)
+    dma.bus_master = True
+    function = world.function("00:03.2")
+    with pytest.raises(IommuError) as caught:
+        world.system.add(function, dma.requester, reserved=regions((0x1000, 0x1FFF, DIRECT)))
+    assert caught.value.errno == errno.EINVAL
+    assert fault_of(dma) is Reason.BLOCKED
+    assert [e.name for e in world.system.endpoints] == [e.name for e in group.endpoints] == ["00:03.0", "00:03.1"]
+    assert world.plug(function).group is group  # without the region
+
+
+def test_direct_region_outside_of_the_aperture(world: World) -> None:
+    outside = regions((1 << 50, (1 << 50) + PAGE - 1, DIRECT))
+    function = world.function("00:03.0")
+    world.plug(function, reserved=outside)  # identity at first: nothing has to be mapped
+    group = world.system.groups[0]
+    refused(errno.ERANGE, "outside of the aperture", group.set_default, dma_domain_alloc(group.endpoints[0]))
+    assert group.default_domain.type is DomainType.IDENTITY
+
+
+def test_removal(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group, dmas = group_of(pair[0]), list(world.dmas.values())
+    domain, other = mapped(pair[0], OLD), mapped(pair[0], NEW)
+    group.attach(domain)
+    group.attach_pasid(other, 4)
+    world.system.remove(pair[0])
+    assert (pair[0].group, group.endpoints, world.system.groups) == (None, [pair[1]], [group])
+    assert (fault_of(dmas[0]), fault_of(dmas[0].with_pasid(4))) == (Reason.BLOCKED, Reason.PASID)
+    assert (dmas[1].read(IOVA, 1), dmas[1].with_pasid(4).read(IOVA, 1)) == (b"O", b"N")
+    assert (domain.users, other.users) == (1, 1)
+    with pytest.raises(ValueError):
+        world.system.remove(pair[0])
+    world.system.remove(pair[1])
+    assert (world.system.groups, domain.users, other.users, group.pasids) == ([], 0, 0, {})
+    assert [fault_of(dma) for dma in dmas] == [Reason.BLOCKED] * 2
+    refused(errno.ENODEV, "has no devices any more", group.attach, domain)
+    refused(errno.ENODEV, "has no devices any more", group.claim_dma_owner, "vm")
+
+
+def test_removal_under_an_owner(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    """Whoever holds a group whose devices are gone can still let go of it."""
+    group = group_of(pair[0])
+    group.claim_dma_owner("vm")
+    domain = mapped(pair[0], OLD)
+    group.attach(domain)
+    group.attach_pasid(domain, 4)
+    for endpoint in pair:
+        world.system.remove(endpoint)
+    assert not world.system.groups
+    group.detach_pasid(4)
+    group.detach()
+    group.release_dma_owner("vm")
+    assert (domain.users, group.owner) == (0, None)
+    again = world.plug(pair[0].source)
+    assert (group_of(again).number, group_of(again).owner) == (1, None)
+
+
+def test_removal_while_it_works(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    """After remove() nothing of the device gets through, though it tries all the time."""
+    stop = threading.Event()
+    writes = [0]
+    dma = world.dmas["00:03.1"]
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                dma.write(OLD, b"\xee" * 8)
+                writes[0] += 1
+            except DmaFault as fault:
+                assert fault.reason is Reason.BLOCKED
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while not writes[0]:
+        pass
+    world.system.remove(pair[1])
+    world.ram[OLD : OLD + 8] = bytes(8)
+    for _ in range(1000):
+        assert world.ram[OLD : OLD + 8] == bytes(8)
+    stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert world.ram[OLD : OLD + 8] == bytes(8)
+
+
+def test_names_for_people(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    group: Group = group_of(pair[0])
+    domain: Domain = group.domain
+    assert (str(group), repr(group)) == ("group 0", "<group 0 of iommu0: 00:03.0, 00:03.1>")
+    assert repr(domain) == "<identity domain identity>"
+    assert repr(pair[0]) == "<endpoint 00:03.0, 0000:00:03.0>"
+    assert repr(group.iommu) == "<Intel VT-d iommu0>"
