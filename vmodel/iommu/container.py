@@ -62,7 +62,9 @@ class Container:
         group.claim_dma_owner(self)
         try:
             self._check(group)
-            domain = next((d for d in self.domains if shares_tables(d, group)), None) or self._fresh(group)
+            domain = next((d for d in self.domains if shares_tables(d, group)), None)
+            if domain is None:  # not `or`: a domain without mappings is false
+                domain = self._fresh(group)
             group.attach(domain)
         except IommuError:
             group.release_dma_owner(self)
