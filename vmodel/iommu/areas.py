@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from vmodel.errors import IommuError
+from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import Mapping, PagingDomain
-from vmodel.span import Span
+from vmodel.span import PAGE, Span
 
 
 class Areas:
@@ -61,17 +63,29 @@ def fill(domain: PagingDomain, areas: Iterable[Mapping]) -> None:
         raise
 
 
-def map_in_all(domains: Iterable[PagingDomain], area: Mapping) -> None:
-    """Maps an area in all domains, or in none: IommuError as PagingDomain.map."""
+def map_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapping]) -> None:
+    """Maps areas in all domains, or in none: IommuError as PagingDomain.map."""
     done: list[PagingDomain] = []
     try:
         for domain in domains:
-            fill(domain, [area])
+            fill(domain, areas)
             done.append(domain)
     except IommuError:
-        for domain in done:
-            domain.unmap(area.span.start, area.span.size)
+        unmap_in_all(done, areas)
         raise
+
+
+def unmap_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapping]) -> None:
+    """Unmaps areas that are in all domains, with one flush for each domain."""
+    for domain in domains:
+        with domain.gather() as gather:
+            for area in areas:
+                gather.unmap(area.span.start, area.span.size)
+
+
+def off_limits(regions: Iterable[ReservedRegion]) -> list[Span]:
+    """Where a user may not map.  Only relaxable regions go when a user comes; the kernel keeps SW_MSI for doorbells."""
+    return [region.span for region in regions if region.type is not RegionType.DIRECT_RELAXABLE]
 
 
 def holes(usable: Iterable[Span], taken: Iterable[Span]) -> list[Span]:
@@ -99,9 +113,9 @@ def common(one: Iterable[Span], other: Iterable[Span]) -> list[Span]:
 
 def merged_dirty(domains: Iterable[PagingDomain], span: Span, page_size: int, clear: bool) -> bytes:
     """One bitmap of what any of the domains has seen written."""
-    total, size = 0, 0
+    if page_size < PAGE or page_size & (page_size - 1) or (span.start | span.size) & (page_size - 1):
+        raise IommuError(errno.EINVAL, f"dirty report of {span}: not whole pages of {page_size:#x}")
+    total, size = 0, (span.size // page_size + 63) // 64 * 8
     for domain in domains:
-        bitmap = domain.read_dirty(span, page_size, clear=clear)
-        total |= int.from_bytes(bitmap, "little")
-        size = len(bitmap)
+        total |= int.from_bytes(domain.read_dirty(span, page_size, clear=clear), "little")
     return total.to_bytes(size, "little")

@@ -10,11 +10,10 @@ import itertools
 from collections.abc import Sequence
 
 from vmodel.errors import Access, IommuError
-from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty
-from vmodel.iommu.capabilities import RegionType
+from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, off_limits, unmap_in_all
 from vmodel.iommu.core import paging_domain_alloc
 from vmodel.iommu.domain import AllocFlags, Mapping, PagingDomain
-from vmodel.iommu.group import Group, can_attach
+from vmodel.iommu.group import Group, shares_tables
 from vmodel.span import PAGE, Span
 
 #: Mappings that one container may have (the module's dma_entry_limit).
@@ -33,6 +32,8 @@ class Container:
         self._groups: dict[Group, PagingDomain] = {}
         self._areas = Areas()
         self._tracking = False
+        #: Domains without a group any more, for what they saw written since tracking began.
+        self._gone: list[PagingDomain] = []
 
     def __str__(self) -> str:
         return self.name
@@ -52,34 +53,37 @@ class Container:
     def add_group(self, group: Group) -> None:
         """Claims a group and shows it the map: through a domain that fits it, or a new one with all mappings in it.
 
-        IommuError: EBUSY it is here already; EPERM, EBUSY, EINVAL as Group.claim_dma_owner; EINVAL a mapping is where
-        the group has a reserved region, or does not fit its IOMMU; then nothing has changed.
+        IommuError: EINVAL it is here already, a mapping is where it has a reserved region or beyond its aperture, or it
+        has no address or page size in common with the others; EBUSY, EPERM as Group.claim_dma_owner; EOPNOTSUPP writes
+        are being tracked, and it cannot; else as PagingDomain.map of what there is.  Then nothing has changed.
         """
         if group in self._groups:
-            raise IommuError(errno.EBUSY, f"{group} is in {self.name} already")
+            raise IommuError(errno.EINVAL, f"{group} is in {self.name} already")
         group.claim_dma_owner(self)
         try:
-            for region in _forbidden(group):
-                if self._areas.overlaps(region):
-                    raise IommuError(
-                        errno.EINVAL, f"{self.name}: a mapping is in a reserved region of {group}, {region}"
-                    )
-            domain = self._compatible(group) or self._fresh(group)
+            self._check(group)
+            domain = next((d for d in self.domains if shares_tables(d, group)), None)
+            if domain is None:  # not `or`: a domain without mappings is false
+                domain = self._fresh(group)
             group.attach(domain)
         except IommuError:
             group.release_dma_owner(self)
             raise
         self._groups[group] = domain
 
-    def _compatible(self, group: Group) -> PagingDomain | None:
-        for domain in self.domains:
-            # Tables are shared only where the other IOMMU would have made the very same.
-            made_for = domain.made_for
-            if made_for is None or made_for.capabilities != group.iommu.capabilities:
-                continue
-            if all(can_attach(domain, endpoint) is None for endpoint in group.endpoints):
-                return domain
-        return None
+    def _check(self, group: Group) -> None:
+        can = group.iommu.capabilities
+        usable = holes([can.usable], off_limits(group.reserved_regions))
+        for area in self._areas:
+            if not any(span.covers(area.span) for span in usable):
+                text = (
+                    f"{self.name}: the mapping {area.span} is beyond the aperture of {group}, or in a reserved region"
+                )
+                raise IommuError(errno.EINVAL, text)
+        if not common(self._apertures(), [can.usable]):
+            raise IommuError(errno.EINVAL, f"{self.name}: {group} has no IOVA in common with the others")
+        if self._groups and not self.page_sizes & can.page_sizes:
+            raise IommuError(errno.EINVAL, f"{self.name}: {group} has no page size in common with the others")
 
     def _fresh(self, group: Group) -> PagingDomain:
         can, flags = group.iommu.capabilities, AllocFlags.NONE
@@ -88,13 +92,9 @@ class Container:
         if can.enforce_snoop:
             flags |= AllocFlags.ENFORCE_SNOOP
         domain = paging_domain_alloc(group.endpoints[0], flags)
-        try:
-            fill(domain, self._areas)
-        except IommuError as error:
-            text = f"{self.name}: its mappings do not fit {group.iommu.name}: {error.strerror}"
-            raise IommuError(errno.EINVAL, text) from None
+        fill(domain, self._areas)
         if self._tracking:
-            domain.set_dirty_tracking(True)  # EOPNOTSUPP: then it stays out
+            domain.set_dirty_tracking(True)
         return domain
 
     def remove_group(self, group: Group) -> None:
@@ -103,10 +103,13 @@ class Container:
             raise IommuError(errno.ENODEV, f"{group} is not in {self.name}")
         group.detach()
         group.release_dma_owner(self)
-        del self._groups[group]
+        domain = self._groups.pop(group)
+        if self._tracking and domain not in self.domains:
+            self._gone.append(domain)
         if not self._groups:
             self._areas = Areas()
             self._tracking = False
+            self._gone.clear()
 
     # ---- what it can do --------------------------------------------------------------------
 
@@ -124,10 +127,13 @@ class Container:
     @property
     def iova_ranges(self) -> list[Span]:
         """IOVAs that may be mapped: in every aperture, and in no reserved region."""
+        return holes(self._apertures(), [span for group in self._groups for span in off_limits(group.reserved_regions)])
+
+    def _apertures(self) -> Sequence[Span]:
         ranges: Sequence[Span] = [_EVERYTHING]
         for domain in self.domains:
             ranges = common(ranges, [domain.aperture])
-        return holes(ranges, [span for group in self._groups for span in _forbidden(group)])
+        return ranges
 
     @property
     def dma_avail(self) -> int:
@@ -143,36 +149,35 @@ class Container:
     def map(self, iova: int, gpa: int, size: int, access: Access = Access.READ | Access.WRITE) -> None:
         """VFIO_IOMMU_MAP_DMA, with guest memory in place of a process's.
 
-        IommuError: EINVAL not whole pages, no access, wraps, or outside of `iova_ranges`; EEXIST overlaps; ENOSPC too
-        many.
+        IommuError: EINVAL not whole pages, no access, or outside of `iova_ranges`; EOVERFLOW wraps; EEXIST overlaps;
+        ENOSPC too many; ERANGE the GPA is beyond an IOMMU's output width.
         """
         span = self._checked(iova, size, gpa)
         if not access:
             raise IommuError(errno.EINVAL, f"{self.name}: a mapping without read or write access")
         if self._areas.overlaps(span):
             raise IommuError(errno.EEXIST, f"{self.name}: {span} overlaps a mapping")
-        if not any(valid.covers(span) for valid in self.iova_ranges):
-            raise IommuError(errno.EINVAL, f"{self.name}: {span} is not in the valid IOVA ranges")
         if self.dma_avail <= 0:
             raise IommuError(errno.ENOSPC, f"{self.name} has {self.dma_limit} mappings, which is all it may")
+        if not any(valid.covers(span) for valid in self.iova_ranges):
+            raise IommuError(errno.EINVAL, f"{self.name}: {span} is not in the valid IOVA ranges")
         area = Mapping(span, gpa, access)
-        map_in_all(self.domains, area)
+        map_in_all(self.domains, [area])
         self._areas.add(area)
 
     def _checked(self, iova: int, size: int, gpa: int = 0) -> Span:
-        page = min(self.page_sizes, default=0)
-        if not page:
-            raise IommuError(errno.EINVAL, f"{self.name}: its IOMMUs have no page size in common")
-        if size <= 0 or (iova | gpa | size) & (page - 1) or not 0 <= iova <= iova + size - 1 < 1 << 64:
-            raise IommuError(
-                errno.EINVAL, f"{self.name}: iova {iova:#x}, {size:#x} bytes: not whole pages of {page:#x}"
-            )
+        what = f"{self.name}: iova {iova:#x}, gpa {gpa:#x}, {size:#x} bytes"
+        if size > 0 and (min(iova, gpa) < 0 or max(iova, gpa) + size > 1 << 64):
+            raise IommuError(errno.EOVERFLOW, f"{what}: past 2**64")
+        page = min(self.page_sizes)
+        if size <= 0 or (iova | gpa | size) & (page - 1):
+            raise IommuError(errno.EINVAL, f"{what}: not whole pages of {page:#x}")
         return Span.sized(iova, size)
 
     def unmap(self, iova: int, size: int) -> int:
         """VFIO_IOMMU_UNMAP_DMA: removes all mappings in the range; bytes removed, 0 when there are none.
 
-        IommuError(EINVAL): not whole pages, or a mapping would be cut; then nothing has changed.
+        IommuError: EINVAL not whole pages, or a mapping would be cut; EOVERFLOW wraps; then nothing has changed.
         """
         span = self._checked(iova, size)
         found = list(self._areas.over(span))
@@ -186,10 +191,7 @@ class Container:
         return self._remove(list(self._areas))
 
     def _remove(self, areas: list[Mapping]) -> int:
-        for domain in self.domains:
-            with domain.gather() as gather:
-                for area in areas:
-                    gather.unmap(area.span.start, area.span.size)
+        unmap_in_all(self.domains, areas)
         for area in areas:
             self._areas.remove(area)
         return sum(area.span.size for area in areas)
@@ -203,16 +205,15 @@ class Container:
         for domain in self.domains:
             if domain.tracks:
                 domain.set_dirty_tracking(on)
+        if not on:
+            self._gone.clear()
         self._tracking = on
 
     def read_dirty(self, span: Span, page_size: int = PAGE) -> bytes:
-        """Reads and clears: what any member has written to, as PagingDomain.read_dirty.  IommuError(EINVAL)."""
+        """Reads and clears: what members, also those that have left, have written to, as PagingDomain.read_dirty.
+
+        IommuError(EINVAL): tracking is off, or `span` is not made of whole pages.
+        """
         if not self._tracking:
             raise IommuError(errno.EINVAL, f"{self.name}: dirty tracking is off")
-        return merged_dirty(self.domains, span, page_size, True)
-
-
-def _forbidden(group: Group) -> list[Span]:
-    """Where a user may not map; relaxable regions go when a user comes, and doorbells are placed by software."""
-    free = (RegionType.DIRECT_RELAXABLE, RegionType.SW_MSI)
-    return [region.span for region in group.reserved_regions if region.type not in free]
+        return merged_dirty([*self.domains, *self._gone], span, page_size, True)

@@ -52,6 +52,16 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
     return next((text.format(iommu.name, domain=domain) for good, text in wanted if not good), None)
 
 
+def shares_tables(domain: PagingDomain, group: Group) -> bool:
+    """Whether the group's IOMMU would have made the very same tables: one kind, equal capabilities."""
+    made_for = domain.made_for
+    return (
+        made_for is not None
+        and made_for.capabilities == group.iommu.capabilities
+        and all(can_attach(domain, endpoint) is None for endpoint in group.endpoints)
+    )
+
+
 def _can_walk(domain: TableDomain, iommu: Iommu, endpoint: Endpoint) -> str | None:
     can, table = iommu.capabilities, domain.table
     if table.format not in (iommu.driver.formats if domain.parent is None else iommu.driver.nested_formats):

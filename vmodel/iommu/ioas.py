@@ -1,0 +1,245 @@
+"""`Ioas`: an address space as iommufd has it (Linux drivers/iommu/iommufd/ioas.c, io_pagetable.c).
+
+errno values are those of Linux.  Guest memory takes the place of a process's, so a map names a GPA.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from vmodel.errors import Access, IommuError
+from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, unmap_in_all
+from vmodel.iommu.context import Context, Object
+from vmodel.iommu.domain import Mapping
+from vmodel.span import PAGE, Span
+
+if TYPE_CHECKING:
+    from vmodel.iommu.iommufd import Hwpt
+
+_LAST = (1 << 64) - 1
+_RW = Access.READ | Access.WRITE
+#: Where no IOVA is chosen (iopt_alloc_iova).
+_NEVER_CHOSEN = [Span(0, PAGE - 1), Span(_LAST - PAGE + 1, _LAST)]
+
+
+class Ioas(Object):
+    """A map of IOVAs, shown to devices by the paging HWPTs that are made from it."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.hwpts: list[Hwpt] = []
+        self._areas = Areas()
+        self._allowed: list[Span] | None = None
+        #: Reserved by whom: goes when it leaves.
+        self._reserved: list[tuple[Span, object]] = []
+
+    # ---- addresses -------------------------------------------------------------------------
+
+    @property
+    def alignment(self) -> int:
+        """What IOVAs, GPAs and sizes must be multiples of: the largest of the HWPTs' smallest pages.
+
+        Without a HWPT it is a page (in Linux one byte: there it is the CPU's page tables that make pages of them).
+        """
+        return max((min(hwpt.paging.page_sizes) for hwpt in self.hwpts), default=PAGE)
+
+    def iova_ranges(self) -> list[Span]:
+        """IOMMU_IOAS_IOVA_RANGES: what may be mapped, given the devices that are attached."""
+        ranges = [Span(0, _LAST)]
+        for hwpt in self.hwpts:
+            ranges = common(ranges, [hwpt.paging.aperture])
+        return holes(ranges, [span for span, _ in self._reserved])
+
+    def allow_iovas(self, spans: Iterable[Span]) -> None:
+        """IOMMU_IOAS_ALLOW_IOVAS: these stay mappable, and chosen IOVAs come from them; none: from anywhere.
+
+        IommuError: EINVAL they overlap, or one is a single byte; EADDRINUSE one is not in `iova_ranges`.
+        """
+        self.check()
+        wanted = sorted(spans)
+        if any(a.overlaps(b) for a, b in itertools.pairwise(wanted)) or any(a.start == a.last for a in wanted):
+            raise IommuError(errno.EINVAL, f"{self}: allowed ranges that overlap, or of a single byte")
+        for span in wanted:
+            if not any(valid.covers(span) for valid in self.iova_ranges()):
+                raise IommuError(errno.EADDRINUSE, f"{self}: {span} is reserved for a device")
+        self._allowed = wanted or None
+
+    def reserve(self, span: Span, owner: object) -> None:
+        """Nothing may be mapped there as long as `owner` is attached.  IommuError(EADDRINUSE): something is."""
+        self._check_unused(span)
+        self._reserved.append((span, owner))
+
+    def _check_unused(self, span: Span) -> None:
+        if self._areas.overlaps(span):
+            raise IommuError(errno.EADDRINUSE, f"{self}: {span}, which is to be reserved, has a mapping")
+        if any(allowed.overlaps(span) for allowed in self._allowed or ()):
+            raise IommuError(errno.EADDRINUSE, f"{self}: {span}, which is to be reserved, is an allowed range")
+
+    def unreserve(self, owner: object) -> None:
+        """All that `owner` had reserved."""
+        self._reserved = [(span, by) for span, by in self._reserved if by is not owner]
+
+    # ---- the map ---------------------------------------------------------------------------
+
+    def map(self, gpa: int, size: int, access: Access = _RW, iova: int | None = None) -> int:
+        """IOMMU_IOAS_MAP, at `iova` or where there is room; the IOVA.
+
+        IommuError: EINVAL not aligned, no access, or reserved; EEXIST overlaps; EOVERFLOW wraps; ENOSPC no room, or too
+        many mappings; ERANGE the GPA is beyond an IOMMU's output width; ENOENT the IOAS is gone.  Nothing has changed
+        then.
+        """
+        self._check_range("gpa", gpa, size)
+        return self._insert([(gpa, size)], access, iova)
+
+    def _check_range(self, what: str, start: int, size: int) -> None:
+        self.check()
+        if size <= 0:
+            raise IommuError(errno.EINVAL, f"{self}: {size} bytes")
+        if start < 0 or start + size - 1 > _LAST:
+            raise IommuError(errno.EOVERFLOW, f"{self}: {what} {start:#x}, {size:#x} bytes: past 2**64")
+
+    def _insert(self, pieces: list[tuple[int, int]], access: Access, iova: int | None) -> int:
+        """Maps pieces (gpa, size) one after the other, each as an area; the IOVA of the first."""
+        if not access:
+            raise IommuError(errno.EINVAL, f"{self}: a mapping without read or write access")
+        for gpa, size in pieces:
+            if (gpa | size) & (self.alignment - 1):
+                text = f"{self}: gpa {gpa:#x}, {size:#x} bytes: not aligned to {self.alignment:#x}"
+                raise IommuError(errno.EINVAL, text)
+        total = sum(size for _, size in pieces)
+        first = at = self._choose(pieces[0][0], total) if iova is None else self._fixed(iova, total)
+        areas = []
+        for gpa, size in pieces:
+            areas.append(Mapping(Span.sized(at, size), gpa, access))
+            at += size
+        map_in_all([hwpt.paging for hwpt in self.hwpts], areas)
+        for area in areas:
+            self._areas.add(area)
+        return first
+
+    def _fixed(self, iova: int, size: int) -> int:
+        if iova & (self.alignment - 1):
+            raise IommuError(errno.EINVAL, f"{self}: iova {iova:#x} is not aligned to {self.alignment:#x}")
+        self._check_range("iova", iova, size)
+        span = Span.sized(iova, size)
+        if not any(valid.covers(span) for valid in self.iova_ranges()):
+            raise IommuError(errno.EINVAL, f"{self}: {span} is reserved, or beyond the aperture")
+        if self._areas.overlaps(span):
+            raise IommuError(errno.EEXIST, f"{self}: {span} overlaps a mapping")
+        return iova
+
+    def _choose(self, gpa: int, size: int) -> int:
+        """The first room, as aligned as the GPA is, so that big pages stay possible; never 0."""
+        if size >= _LAST // 2:
+            raise IommuError(errno.EOVERFLOW, f"{self}: {size:#x} bytes are more than an IOVA is chosen for")
+        wanted = 1 << (size - 1).bit_length()
+        align = max(min(wanted, gpa & -gpa) if gpa else wanted, self.alignment)
+        room = common(self.iova_ranges(), self._allowed or [Span(0, _LAST)])
+        for hole in holes(room, [*_NEVER_CHOSEN, *(area.span for area in self._areas)]):
+            start = (hole.start + align - 1) & -align
+            if start + size - 1 <= hole.last:
+                return start
+        raise IommuError(errno.ENOSPC, f"{self}: no room for {size:#x} bytes")
+
+    def unmap(self, iova: int, size: int) -> int:
+        """IOMMU_IOAS_UNMAP; bytes removed.  IOVA 0 and 2**64 - 1 bytes: as `unmap_all`.
+
+        IommuError: EINVAL no size; EOVERFLOW wraps; ENOENT nothing is mapped there, or a mapping reaches out of the
+        range (those before it are gone then, as in Linux), or the IOAS is gone.
+        """
+        if iova == 0 and size == _LAST:
+            return self.unmap_all()
+        self._check_range("iova", iova, size)
+        span = Span.sized(iova, size)
+        found: list[Mapping] = []
+        cut = None
+        for area in self._areas.over(span):
+            if not span.covers(area.span):
+                cut = area
+                break
+            found.append(area)
+        removed = self._remove(found)
+        if cut is not None:
+            raise IommuError(errno.ENOENT, f"{self}: unmap of {span} would cut the mapping {cut.span}")
+        if not found:
+            raise IommuError(errno.ENOENT, f"{self}: nothing is mapped in {span}")
+        return removed
+
+    def unmap_all(self) -> int:
+        """IOMMU_IOAS_UNMAP of everything; bytes removed, 0 when there was nothing.  IommuError(ENOENT): it is gone."""
+        self.check()
+        return self._remove(list(self._areas))
+
+    def _remove(self, areas: list[Mapping]) -> int:
+        unmap_in_all((hwpt.paging for hwpt in self.hwpts), areas)
+        for area in areas:
+            self._areas.remove(area)
+        return sum(area.span.size for area in areas)
+
+    def copy(self, source: Ioas, source_iova: int, size: int, access: Access = _RW, iova: int | None = None) -> int:
+        """IOMMU_IOAS_COPY: maps here what `source` maps there, in as many areas; the IOVA.
+
+        IommuError: ENOENT the range is not wholly mapped in `source`, or that is of another context; EINVAL no size, or
+        not aligned; EOVERFLOW wraps; EPERM write access that the source has not; and as `map`.
+        """
+        source.check(self.context)
+        self._check_range("iova", source_iova, size)
+        span, at = Span.sized(source_iova, size), source_iova
+        pieces: list[tuple[int, int]] = []
+        found = list(source._areas.over(span))
+        for area in found:
+            if area.span.start > at:
+                break
+            last = min(area.span.last, span.last)
+            pieces.append((area.gpa + (at - area.span.start), last - at + 1))
+            at = last + 1
+        if at <= span.last:
+            raise IommuError(errno.ENOENT, f"{source} has no mapping at iova {at:#x}")
+        if Access.WRITE in access and any(Access.WRITE not in area.access for area in found):
+            raise IommuError(errno.EPERM, f"{source}: {span} is read-only")
+        return self._insert(pieces, access, iova)
+
+    def mappings(self) -> list[Mapping]:
+        """Ascending, as they were made."""
+        return list(self._areas)
+
+    # ---- dirty tracking --------------------------------------------------------------------
+
+    def set_dirty_tracking(self, on: bool) -> None:
+        """As Hwpt.set_dirty_tracking, of all HWPTs.  IommuError(EOPNOTSUPP): one cannot, and none has changed."""
+        for hwpt in self.hwpts:
+            if not hwpt.paging.tracks:
+                raise IommuError(errno.EOPNOTSUPP, f"{self}: {hwpt} was allocated without dirty tracking")
+        for hwpt in self.hwpts:
+            hwpt.paging.set_dirty_tracking(on)
+
+    def get_dirty_bitmap(self, span: Span, page_size: int = PAGE, *, clear: bool = True) -> bytes:
+        """What was written to through any HWPT, as PagingDomain.read_dirty.  IommuError(EINVAL): one does not track."""
+        for hwpt in self.hwpts:
+            if not hwpt.paging.tracking:
+                raise IommuError(errno.EINVAL, f"{self}: {hwpt} does not track writes")
+        return merged_dirty([hwpt.paging for hwpt in self.hwpts], span, page_size, clear)
+
+    # ---- HWPTs -----------------------------------------------------------------------------
+
+    def show_in(self, hwpt: Hwpt) -> None:
+        """A new paging HWPT gets all mappings.
+
+        IommuError: EADDRINUSE a mapping, or an allowed range, is beyond its aperture, or not of whole pages; as map.
+        """
+        for beyond in holes([Span(0, _LAST)], [hwpt.paging.aperture]):
+            self._check_unused(beyond)
+        page = min(hwpt.paging.page_sizes)
+        if any((area.span.start | area.span.size | area.gpa) & (page - 1) for area in self._areas):
+            raise IommuError(errno.EADDRINUSE, f"{self}: a mapping is not made of whole pages of {page:#x}")
+        fill(hwpt.paging, self._areas)
+        self.hwpts.append(hwpt)
+        self.users += 1
+
+    def hide_from(self, hwpt: Hwpt) -> None:
+        """A paging HWPT goes."""
+        self.hwpts.remove(hwpt)
+        self.users -= 1
