@@ -367,7 +367,7 @@ def test_how_far_it_came(device: Device, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_faults_that_are_kept(device: Device, kind: str) -> None:
     """A fault in a cycle with the frames that it came through: CPython's collector survives that."""
-    for _ in range(20):
+    for _ in range(3):
         device.domain.page_handler = lambda request: PageResponse.SUCCESS  # again and again, by all code there is
         fault = fails(accesses(device.dma)[kind])
         fault.__cause__ = fault
