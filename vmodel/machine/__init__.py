@@ -43,6 +43,7 @@ from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import ConfigError, IommuError
 from vmodel.iommu.capabilities import RegionType
 from vmodel.iommu.core import Coverage, Endpoint, Iommu, System, dma_domain_alloc
+from vmodel.iommu.domain import Domain
 from vmodel.iommu.group import Group
 from vmodel.machine.acpi import dmar_of, viot_of
 from vmodel.machine.check import Check
@@ -162,7 +163,7 @@ class Machine:
         if table.domain != "paging":
             if table.mapping:
                 raise self._wrong(n, "mapping", f'a domain "{table.domain}" has no mappings: only "paging" has')
-            group.set_default(group.iommu.identity if table.domain == "identity" else group.iommu.blocked)
+            self._set_default(n, group, group.iommu.identity if table.domain == "identity" else group.iommu.blocked)
             return
         domain = dma_domain_alloc(endpoint)
         for m, mapping in enumerate(table.mapping):
@@ -173,7 +174,13 @@ class Machine:
                 page = group.iommu.capabilities.smallest_page
                 hint = f" (pages of {page:#x} bytes, aperture {domain.aperture})"
                 raise self._wrong(n, f"mapping[{m}]", f"{error.strerror}{hint}") from None
-        group.set_default(domain)
+        self._set_default(n, group, domain)
+
+    def _set_default(self, n: int, group: Group, domain: Domain) -> None:
+        try:
+            group.set_default(domain)
+        except IommuError as error:
+            raise self._wrong(n, "domain", error.strerror or "") from None
 
     def _check_mapping(self, n: int, m: int, mapping: MappingTable, group: Group) -> None:
         if not mapping.size or mapping.iova + mapping.size > 1 << 64:
