@@ -3,7 +3,7 @@
 #: The models of IOMMUs that a guest drives, by kind.
 IOMMUS: dict[str, str] = {
     "virtio-iommu": "vmodel.devices.virtio_iommu:VirtioIommuDevice",
-    "vt-d": "vmodel.devices.vtd:VtdDevice",
+    "vt-d": "vmodel.devices.vtd.unit:VtdDevice",
 }
 
 BUILTIN: dict[str, str] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from vmodel.device import PciDevice
@@ -16,6 +17,8 @@ class IommuDevice(PciDevice):
 
     iommu: Iommu
     system: System
+    #: All devices of the machine by name; one of them may have to send a message that this function cannot.
+    peers: Mapping[str, PciDevice] = {}
     #: VT-d: the address of the registers, which DMAR names and the firmware has to choose.
     base: ClassVar[int] = 0
 

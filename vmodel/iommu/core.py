@@ -87,6 +87,9 @@ class Iommu:
         #: What a group without a domain is attached to, and the way round the IOMMU.
         self.blocked = BlockedDomain()
         self.identity = IdentityDomain()
+        #: Asked first when an access fails, on its thread: whether it is worth another try now.  An IOMMU that a guest
+        #: drives reads its table of devices here, as hardware does at the first request of a device.
+        self.resolver: Callable[[Endpoint, DmaFault], bool] | None = None
         self._handlers: list[Callable[[FaultRecord], None]] = []
         self._log_limit = RateLimit(10, 5.0)
 
@@ -179,6 +182,8 @@ class Endpoint:
         iommu, group = self.iommu, self.group
         if iommu is None or group is None or fault.reason is Reason.BUS_MASTER_OFF:  # it never got there
             return False
+        if ask and iommu.resolver is not None and iommu.resolver(self, fault):
+            return True
         domain = group.domain_of(fault.pasid)
         if ask and domain is not None and self._ask(domain, fault):
             return True

@@ -136,6 +136,7 @@ class Machine:
         for iommu in self.system.iommus:
             device = self.devices.get(iommu.name)
             if isinstance(device, IommuDevice):
+                device.peers = self.devices
                 device.serve(iommu, self.system)
 
     def _set_domains(self) -> None:

@@ -1,0 +1,96 @@
+"""A VT-d unit that stock kernels drive: they find it, translate edu's DMA by it, and report what it refuses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vmodel.devices.vtd.unit import VtdDevice
+from vmodel.iommu.domain import TableDomain
+from vmodel.machine import load
+from vmodel.testing.artifacts import find_kernel
+from vmodel.testing.guest import Guest, GuestSpec
+
+pytestmark = pytest.mark.guest
+Compiled = Callable[[str], Path]
+MACHINE = Path(__file__).parents[2] / "examples" / "edu-vtd.toml"
+
+
+def guest(tmp_path: Path, kernel: str, *more: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "vmodel", "guest", MACHINE, "--run-dir", tmp_path / "run", "--kernel", kernel, *more]
+    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=200)
+
+
+def test_vfio(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
+    """IOVA != GPA by the guest's own tables; what is not mapped is refused, and reported by the guest's kernel."""
+    program = compiled("tests/guest/vfio_edu.c")
+    modules = ["--module", "vfio_iommu_type1", "--module", "vfio-pci", "--file", program]
+    done = guest(tmp_path, kernel, *modules, "--", "sh", "-c", "./vfio_edu && ls -1 /sys/bus/pci/devices && dmesg")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all is well" in done.stdout
+    page = re.search(r"^iova 0x123400000 is at (0x\w+)$", done.stdout, re.MULTILINE)
+    assert page is not None
+    for what, kind, address, code in (
+        ("write beside the mapping", "Write", "0x123402000", "05"),
+        ("write to the physical address", "Write", page[1], "05"),
+        ("read after unmap", "Read", "0x123400000", "06"),
+    ):
+        said = rf"{what} refused: DMAR: \[DMA {kind} NO_PASID\] Request device \[(0000:)?00:03.0\] "
+        assert re.search(said + rf"fault addr {address} \[fault reason 0x{code}\]", done.stdout), (what, done.stdout)
+    assert "DMAR: dmar0: reg_base_addr fd000000 ver 1:0" in done.stdout
+    assert "DMAR: dmar0: Using Queued invalidation" in done.stdout
+    assert "0000:00:03.0\n" in done.stdout
+    assert "0000:00:02.0\n" not in done.stdout  # the unit has hidden itself
+
+
+def test_no_dma_without_a_mapping(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
+    """uio knows no IOMMU: DMA by physical address is refused by default, and gets through with iommu=pt."""
+    program = compiled("examples/edu_check.c")
+    more = ["--module", "uio_pci_generic", "--file", program]
+    script = "cat /sys/bus/pci/devices/0000:00:03.0/iommu_group/type; ./edu_check"
+    done = guest(tmp_path, kernel, *more, "--", "sh", "-c", script)
+    assert done.stdout.startswith("DMA-FQ\n") and done.returncode == 1, done
+    assert re.search(r"DMAR: \[DMA Read NO_PASID\] Request device \[(0000:)?00:03.0\]", done.stderr), done
+    done = guest(tmp_path, kernel, *more, "--append", "iommu=pt", "--", "sh", "-c", script)
+    assert done.stdout.startswith("identity\n") and done.returncode == 0, done
+    assert "equal" in done.stdout
+
+
+def test_warm_reboot(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
+    """The firmware finds the function again, and the next kernel the unit."""
+    machine = load(MACHINE)
+    unit = machine.devices["vtd0"]
+    assert isinstance(unit, VtdDevice) and unit.contexts is not None
+    spec = GuestSpec(
+        command="echo booted; read what; [ $what = go ] || reboot -f; ./vfio_edu",
+        kernel=find_kernel(kernel),
+        modules=["vfio_iommu_type1", "vfio-pci"],
+        files=[compiled("tests/guest/vfio_edu.c")],
+        allow_reboot=True,
+    )
+    try:
+        with machine.serve(tmp_path):
+            spec.qemu_args = machine.qemu_args(tmp_path)
+            with Guest(spec) as running:
+                running.expect(rb"booted")
+                assert unit.contexts.enabled
+                running.send(b"again\n")
+                running.expect(rb"booted")
+                assert running.boots == 2
+                assert unit.contexts.enabled and unit.config.header.VENDOR_ID == 0xFFFF
+                running.send(b"go\n")
+                running.expect(rb"round trip 1 equal")
+                group = machine.system["edu0"].group
+                assert group is not None and isinstance(group.domain, TableDomain)
+                # What the guest maps can be looked at from here.
+                assert group.domain.iova_to_phys(0x1_2340_0000) is not None
+                result = running.wait()
+        assert result.status == 0, result.output
+        assert unit.errors == 0 and machine.devices["edu0"].errors == 3  # as the program was refused
+    finally:
+        machine.close()

@@ -1,0 +1,392 @@
+"""`VtdDevice`: an Intel VT-d remapping unit for stock guests.
+
+It is a PCI function whose BAR0 is the unit's register file; DMAR says where that is.  A guest that uses the unit must
+not see the function: Linux reserves the registers' addresses as "dmar0", would then find the BAR in the way, and move
+it.  So the function is gone from config space (vendor ffff) once CAP has been read, while its BAR goes on decoding, and
+is back after a reset, when the firmware looks for it again.  It needs a slot of its own: where function 0 is gone,
+a guest does not look for the others.
+
+Tables are read from shared memory (QEMU's memory-backend with share=on, as vmodel's own arguments have it): memory that
+only messages reach counts as unreadable.
+
+Left out: interrupt remapping, scalable mode, ATS and PRI.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Iterator
+
+from vmodel.device import MmioBar, PciDevice, ResetKind, on_read, on_write
+from vmodel.devices.iommu import IommuDevice
+from vmodel.devices.vtd.contexts import Code, Contexts
+from vmodel.devices.vtd.queue import (
+    QueueFault,
+    QueueStopped,
+    carry_out,
+    invalidate_contexts,
+    invalidate_iotlb,
+)
+from vmodel.devices.vtd.regs import (
+    PROTECTED_BITS,
+    RECORDS_AT,
+    CompletionStatus,
+    ContextCommand,
+    EventControl,
+    FaultInfo,
+    FaultStatus,
+    Global,
+    InvalidateAddress,
+    IotlbInvalidate,
+    ProtectedEnable,
+    QueueAddress,
+    RecordRegs,
+    RootAddress,
+    VtdRegs,
+    capability,
+    extended_capability,
+    record_count,
+)
+from vmodel.dma import Dma
+from vmodel.errors import Access, DmaFault, PeerError, Reason
+from vmodel.iommu.core import Iommu, System
+from vmodel.iommu.fault import FaultRecord
+from vmodel.span import PAGE, MiB, Span
+
+_DESCRIPTOR = struct.Struct("<QQ")
+_STATE = struct.Struct("<QBB")
+#: Faults that wait to be recorded; the records would overflow long before.
+_MOST_ARRIVED = 64
+#: What FSTS keeps itself; PPF and FRI follow from the records.
+_KEPT = FaultStatus.PFO.mask | FaultStatus.IQE.mask
+_NOBODY = 0xFFFF
+
+
+class VtdDevice(IommuDevice):
+    """Intel VT-d remapping unit: legacy mode, queued invalidation, pass-through."""
+
+    # Nobody's ids: no driver is to bind.  Class: a system peripheral without a kind.
+    vendor_id, device_id, class_code = 0x1234, 0x56D0, 0x088000
+    # SeaBIOS places BARs by size, so that one of 16 MiB is the first below the I/O APIC whatever else there is.
+    base = 0xFD00_0000
+
+    bar0 = MmioBar(0, size=16 * MiB, fill=0)
+    regs = bar0.bank(VtdRegs, at=0)
+    records = bar0.bank(RecordRegs, at=RECORDS_AT)
+
+    contexts: Contexts | None = None
+    _misplaced = False
+
+    # ---- life -------------------------------------------------------------------------------
+
+    def serve(self, iommu: Iommu, system: System) -> None:
+        super().serve(iommu, system)
+        can = iommu.capabilities
+        self._cap, self._ecap = capability(can), extended_capability(can)
+        self._record_count = record_count(can)
+        self.contexts = Contexts(iommu, self.covered(), self.memory, self._cap, self._ecap)
+        iommu.resolver = self.contexts.resolve
+        iommu.on_fault(self._on_fault)
+        self.on_reset(ResetKind.DEVICE)
+
+    def on_reset(self, kind: ResetKind) -> None:
+        # The unit reads and writes memory on its own account: its function's bus mastering is off, as SeaBIOS leaves
+        # it, and the guest does not see the function.
+        self._memory_access = Dma(self.memory)
+        self._memory_access.bus_master = True
+        self._misplaced = False
+        self._arrived: deque[tuple[FaultRecord, Code]] = deque()
+        self._next_record = 0
+        if self.contexts is not None:
+            self.regs.CAP, self.regs.ECAP = self._cap, self._ecap
+            self.contexts.root = 0
+            self.contexts.enabled = False
+            self.contexts.protect(())
+
+    def save_extra(self) -> bytes:
+        contexts = self.contexts
+        return _STATE.pack(contexts.root if contexts else 0, self._next_record, bool(contexts and contexts.enabled))
+
+    def restore_extra(self, data: bytes) -> None:
+        try:
+            root, next_record, enabled = _STATE.unpack(data)
+        except struct.error:
+            raise PeerError(22, f"{self.name}: {len(data)} bytes of state, not {_STATE.size}") from None
+        self._next_record = next_record % self._record_count
+        if (contexts := self.contexts) is not None:
+            # Nothing is cached on the other side; protected memory follows with the registers.
+            contexts.root = root & RootAddress.RTA.mask
+            contexts.enable(bool(enabled))
+            self.defer(self._protect)
+
+    # ---- where the registers are ------------------------------------------------------------
+
+    def update_enables(self) -> None:
+        super().update_enables()
+        address = self.config.bar_address(0)
+        wrong = bool(self.config.command.MEMORY) and address != self.base
+        if wrong and not self._misplaced:
+            self.log.error(
+                "%s: the firmware has placed the registers at %#x, DMAR says %#x: the guest will not find the unit",
+                self.name,
+                address,
+                self.base,
+            )
+        self._misplaced = wrong
+
+    # A guest that finds the unit misplaced reads all ones at DMAR's address, by itself: there is nothing.  Linux takes
+    # all ones in CAP and ECAP for "no such unit", so that is what the registers say elsewhere, too.
+    @on_read(VtdRegs.CAP)
+    def _read_cap(self, stored: int) -> int:
+        if self._misplaced:
+            return (1 << 64) - 1
+        header = self.config.header
+        header.VENDOR_ID = header.DEVICE_ID = _NOBODY
+        return stored
+
+    @on_read(VtdRegs.ECAP)
+    def _read_ecap(self, stored: int) -> int:
+        return (1 << 64) - 1 if self._misplaced else stored
+
+    # ---- commands ---------------------------------------------------------------------------
+
+    @on_write(VtdRegs.GCMD)
+    def _global_command(self, new: int) -> None:
+        asked, contexts = Global(new), self.contexts
+        if contexts is None:
+            return
+        if asked.ROOT:
+            contexts.root = self.regs.RTADDR
+            self._set_status(Global.ROOT.mask, True)
+        before = Global(self.regs.GSTS)
+        if asked.QI != before.QI:
+            self.regs.IQH = 0
+            self._set_status(Global.QI.mask, bool(asked.QI))
+            self._run_queue()
+        if asked.TRANSLATION != before.TRANSLATION:
+            contexts.enable(bool(asked.TRANSLATION))
+            self._set_status(Global.TRANSLATION.mask, bool(asked.TRANSLATION))
+
+    def _set_status(self, mask: int, on: bool) -> None:
+        self.regs.GSTS = self.regs.GSTS | mask if on else self.regs.GSTS & ~mask
+
+    @on_write(VtdRegs.CCMD)
+    def _context_command(self, new: int) -> int:
+        asked = ContextCommand(new)
+        if not asked.ICC or self.contexts is None:
+            return new
+        done = invalidate_contexts(self.contexts, asked.CIRG, asked.DID, asked.SID, asked.FM)
+        new = ContextCommand.CAIG.put(new, asked.CIRG if done else 0)
+        return ContextCommand.ICC.put(new, 0)
+
+    @on_write(VtdRegs.IOTLB)
+    def _iotlb(self, new: int) -> int:
+        asked, where = IotlbInvalidate(new), InvalidateAddress(self.regs.IVA)
+        if not asked.IVT or self.contexts is None:
+            return new
+        done = invalidate_iotlb(self.contexts, asked.IIRG, asked.DID, where.ADDR, where.AM)
+        new = IotlbInvalidate.IAIG.put(new, asked.IIRG if done else 0)
+        return IotlbInvalidate.IVT.put(new, 0)
+
+    # ---- protected memory -------------------------------------------------------------------
+
+    @on_write(VtdRegs.PMEN)
+    def _protected_enable(self, new: int) -> int:
+        on = ProtectedEnable(new).EPM
+        self.regs.PMEN = ProtectedEnable.PRS.put(new, on)
+        self._protect()
+        return self.regs.PMEN
+
+    def _protect(self) -> None:
+        if self.contexts is not None:
+            self.contexts.protect(self._protected() if ProtectedEnable(self.regs.PMEN).EPM else ())
+
+    def _protected(self) -> Iterator[Span]:
+        regs = self.regs
+        for start, limit in ((regs.PLMBASE, regs.PLMLIMIT), (regs.PHMBASE, regs.PHMLIMIT)):
+            if start <= limit and limit:  # base above limit: none (11.4.7.3)
+                yield Span(start, limit | (1 << PROTECTED_BITS) - 1)
+
+    # ---- invalidation queue -----------------------------------------------------------------
+
+    @on_write(VtdRegs.IQT)
+    def _tail(self, new: int) -> int:
+        self.regs.IQT = new
+        self._run_queue()
+        return new
+
+    def _run_queue(self) -> None:
+        regs, contexts = self.regs, self.contexts
+        if contexts is None or not Global(regs.GSTS).QI:
+            return
+        size = PAGE << QueueAddress(regs.IQA).QS
+        table = regs.IQA & QueueAddress.IQA.mask
+        try:
+            tail = regs.IQT
+            if tail >= size:
+                raise QueueStopped(QueueFault.TAIL)
+            while tail != regs.IQH and not FaultStatus(regs.FSTS).IQE:
+                try:
+                    low, high = _DESCRIPTOR.unpack(self._memory_access.read(table + regs.IQH, _DESCRIPTOR.size))
+                except DmaFault:
+                    raise QueueStopped(QueueFault.FETCH) from None
+                carry_out(contexts, low, high, self._wait)
+                regs.IQH = (regs.IQH + _DESCRIPTOR.size) % size
+        except QueueStopped as stopped:
+            if not FaultStatus(regs.FSTS).IQE:
+                self.log.info("%s: the invalidation queue stops at %#x: %s", self.name, regs.IQH, stopped)
+                regs.IQER = stopped.why
+                self._raise_status(FaultStatus.IQE.mask)
+
+    def _wait(self, address: int | None, data: int, interrupt: bool) -> None:
+        """An invalidation wait descriptor: everything before it is done."""
+        if address is not None:
+            try:
+                self._memory_access.write(address, data.to_bytes(4, "little"))
+            except DmaFault as fault:
+                self.log.info("%s: the status of an invalidation cannot be written: %s", self.name, fault)
+                raise QueueStopped(QueueFault.UNKNOWN) from None
+        if interrupt and not CompletionStatus(self.regs.ICS).IWC:
+            self.regs.ICS |= CompletionStatus.IWC.mask
+            if EventControl(self.regs.IECTL).IM:
+                self.regs.IECTL |= EventControl.IP.mask
+            else:
+                self._completion_event()
+
+    def _completion_event(self) -> None:
+        regs = self.regs
+        self._send(regs.IEUADDR << 32 | regs.IEADDR, regs.IEDATA)
+
+    @on_read(VtdRegs.IECTL)
+    def _read_completion_control(self, stored: int) -> int:
+        return stored if self.regs.ICS else EventControl.IP.put(stored, 0)
+
+    @on_write(VtdRegs.IECTL)
+    def _completion_control(self, new: int) -> int:
+        if not EventControl(new).IM and EventControl(new).IP:
+            if self.regs.ICS:
+                self._completion_event()
+            new = EventControl.IP.put(new, 0)
+        return new
+
+    # ---- faults -----------------------------------------------------------------------------
+
+    def _on_fault(self, record: FaultRecord) -> None:
+        """On the thread of the device whose access has failed."""
+        assert self.contexts is not None
+        code = self.contexts.code_of(record)
+        if code is not None and len(self._arrived) < _MOST_ARRIVED:
+            self._arrived.append((record, code))
+            self.defer(self._record)
+
+    def _record(self) -> None:
+        if not self._arrived:  # a reset was faster
+            return
+        record, code = self._arrived.popleft()
+        if FaultStatus(self.regs.FSTS).PFO:  # 7.2.1: then nothing is recorded any more
+            return
+        cells, at = self.records.cells[64], 2 * self._next_record
+        if FaultInfo(cells[at + 1]).F:
+            self._raise_status(FaultStatus.PFO.mask, record.requester)
+            return
+        info = FaultInfo.F.mask
+        for field, value in (
+            (FaultInfo.SID, record.requester_id & 0xFFFF),
+            (FaultInfo.FR, code),
+            (FaultInfo.T, int(Access.WRITE not in record.access)),
+        ):
+            info = field.put(info, value)
+        quiet = not self._status()
+        cells[at], cells[at + 1] = record.iova // PAGE * PAGE, info
+        self._next_record = (self._next_record + 1) % self._record_count
+        if quiet:
+            self._fault_interrupt(record.requester)
+
+    def _oldest(self) -> int | None:
+        """The first record with F set, in the order in which they came."""
+        for n in range(self._next_record, self._next_record + self._record_count):
+            if FaultInfo(self.records.cells[64][2 * (n % self._record_count) + 1]).F:
+                return n % self._record_count
+        return None
+
+    def _status(self) -> int:
+        """FSTS as it reads."""
+        stored, oldest = self.regs.FSTS, self._oldest()
+        return stored if oldest is None else FaultStatus.FRI.put(stored | FaultStatus.PPF.mask, oldest)
+
+    def _raise_status(self, mask: int, culprit: str = "") -> None:
+        """7.3: what comes when something is pending already makes no interrupt of its own."""
+        quiet = not self._status()
+        self.regs.FSTS |= mask
+        if quiet:
+            self._fault_interrupt(culprit)
+
+    def _fault_interrupt(self, culprit: str) -> None:
+        if EventControl(self.regs.FECTL).IM:
+            self.regs.FECTL |= EventControl.IP.mask
+        else:
+            self._fault_event(culprit)
+
+    def _fault_event(self, culprit: str = "") -> None:
+        regs = self.regs
+        self._send(regs.FEUADDR << 32 | regs.FEADDR, regs.FEDATA, culprit)
+
+    @on_read(VtdRegs.FSTS)
+    def _read_status(self, stored: int) -> int:
+        return self._status()
+
+    @on_write(VtdRegs.FSTS)
+    def _write_status(self, new: int) -> int:
+        stopped = FaultStatus(self.regs.FSTS).IQE
+        self.regs.FSTS = new & _KEPT
+        if stopped and not FaultStatus(new).IQE:
+            self.regs.IQER = 0
+            self._run_queue()  # it goes on where it stopped
+        return self.regs.FSTS
+
+    @on_read(VtdRegs.FECTL)
+    def _read_fault_control(self, stored: int) -> int:
+        return stored if self._status() else EventControl.IP.put(stored, 0)
+
+    @on_write(VtdRegs.FECTL)
+    def _fault_control(self, new: int) -> int:
+        if not EventControl(new).IM and EventControl(new).IP:
+            if self._status():
+                self._fault_event()
+            new = EventControl.IP.put(new, 0)
+        return new
+
+    # ---- interrupts -------------------------------------------------------------------------
+
+    def _send(self, address: int, data: int, culprit: str = "") -> None:
+        """An interrupt message: 4 bytes written to `address`.
+
+        QEMU carries a DMA_WRITE out on behalf of the function on whose socket it comes, if that has bus mastering on.
+        Ours has not (see on_reset), so a device that the unit translates has to do it: the one that is at fault first,
+        as it was about to do DMA.
+        """
+        devices: list[PciDevice] = [self]
+        devices += [self.peers[e.name] for e in self.covered() if e.name in self.peers]
+        devices = [device for device in devices if device.dma.bus_master and device.dma.courier is not None]
+        devices.sort(key=lambda device: device.name != culprit)
+        self._send_by(devices, address, data.to_bytes(4, "little"))
+
+    def _send_by(self, devices: list[PciDevice], address: int, data: bytes) -> None:
+        if not devices:
+            self.log.error("%s: no device has bus mastering on: an interrupt is lost", self.name)
+            return
+        device, others = devices[0], devices[1:]
+
+        # Nobody waits for it here: the client may answer only once we have answered it.
+        def send() -> None:
+            courier = device.dma.courier
+            try:
+                if courier is None:
+                    raise DmaFault(Reason.CLIENT, address, Access.WRITE)
+                courier.write(address, data)
+            except DmaFault as fault:
+                self.log.info("%s: %s could not send an interrupt: %s", self.name, device.name, fault)
+                self.defer(lambda: self._send_by(others, address, data))
+
+        device.defer(send)
