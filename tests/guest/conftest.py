@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vmodel.device import PciDevice
+from vmodel.pci.topology import Bdf, Function, Topology
 from vmodel.qemu import device_args, memory_args
 from vmodel.server import Server
 from vmodel.testing.artifacts import KERNELS, find_kernel
@@ -92,7 +93,9 @@ def boot(artifacts: Path, tmp_path: Path) -> Iterator[Boot]:
             devices.append(device)
         else:
             path = device
-        args = device_args("device", path, "0000:00:03.0", False)
+        topology = Topology()
+        topology.add_root()
+        args = device_args("device", path, topology.add(Function(Bdf(0, 0, 3, 0))))
         args[1] = json.dumps({**json.loads(args[1]), **properties})
         spec = GuestSpec(
             command=command,
