@@ -9,9 +9,10 @@ from construct import Bytes, Const, GreedyBytes, Int8ul, Int16ul, Int64ul, Paddi
 
 from vmodel.acpi.table import table
 
+_ENDPOINT, _HIERARCHY = 1, 2
 _Head = Struct("host_address_width" / Int8ul, "flags" / Int8ul, Padding(10))
 _Scope = Struct(
-    "type" / Const(1, Int8ul),  # PCI endpoint
+    "type" / Int8ul,
     "length" / Int8ul,
     Padding(2),
     "enumeration_id" / Const(0, Int8ul),
@@ -30,15 +31,24 @@ _Drhd = Struct(
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A remapping unit: where its registers are, and the way to each device behind it, from a root bus down.
+class Scope:
+    """The way to a device: the number of the root bus, then (device, function) for each step down.
 
-    A way is the number of the root bus and a (device, function) for each step.
+    A bridge (`hierarchy`) stands for all that is behind it as well.
     """
+
+    bus: int
+    path: Sequence[tuple[int, int]]
+    hierarchy: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A remapping unit: where its registers are, and what is behind it."""
 
     segment: int
     base: int
-    ways: Sequence[tuple[int, Sequence[tuple[int, int]]]]
+    scopes: Sequence[Scope]
 
 
 def dmar(units: Sequence[Unit], address_width: int = 46) -> bytes:
@@ -46,9 +56,10 @@ def dmar(units: Sequence[Unit], address_width: int = 46) -> bytes:
     body = _Head.build({"host_address_width": address_width - 1, "flags": 0})
     for unit in units:
         scopes = b""
-        for bus, way in unit.ways:
-            path = b"".join(bytes(step) for step in way)
-            scopes += _Scope.build({"length": 6 + len(path), "start_bus": bus, "path": path})
+        for scope in unit.scopes:
+            path = b"".join(bytes(step) for step in scope.path)
+            kind = _HIERARCHY if scope.hierarchy else _ENDPOINT
+            scopes += _Scope.build({"type": kind, "length": 6 + len(path), "start_bus": scope.bus, "path": path})
         fields = {"length": 16 + len(scopes), "segment": unit.segment, "base": unit.base, "scopes": scopes}
         body += _Drhd.build(fields)
     return table(b"DMAR", 1, body)

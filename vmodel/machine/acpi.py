@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vmodel.acpi.dmar import Unit, dmar
+from vmodel.acpi.dmar import Scope, Unit, dmar
 from vmodel.acpi.viot import PciRange, viot
 from vmodel.devices.iommu import IommuDevice
 from vmodel.iommu.core import Endpoint
@@ -36,7 +36,7 @@ def _ranges(endpoints: Sequence[Endpoint], first: int) -> list[PciRange]:
 def dmar_of(devices: Iterable[IommuDevice]) -> bytes | None:
     """DMAR; None without a VT-d unit."""
     units = [
-        Unit(_own(device).segment, device.base, [_way(function) for function in _functions(device.covered())])
+        Unit(_own(device).segment, device.base, _scopes(_functions(device.covered())))
         for device in devices
         if device.iommu.driver.kind == "vt-d"
     ]
@@ -51,7 +51,25 @@ def _functions(endpoints: Iterable[Endpoint]) -> list[Function]:
     return [endpoint.source for endpoint in endpoints if isinstance(endpoint.source, Function)]
 
 
-def _way(function: Function) -> tuple[int, list[tuple[int, int]]]:
-    """From the root bus down."""
-    above = [*list(bridges_above(function))[::-1], function]
-    return above[0].bdf.bus, [(step.bdf.device, step.bdf.function) for step in above]
+def _scopes(covered: Sequence[Function]) -> list[Scope]:
+    """A bridge stands for what is behind it, if all of that is covered; else each device for itself."""
+    whole = [bridge for bridge in covered if bridge.secondary is not None and _all_below(bridge) <= set(covered)]
+    listed = [
+        function
+        for function in covered
+        if not any(above in whole for above in bridges_above(function))
+        and (function in whole or function.secondary is None)
+    ]
+    return [_scope(function) for function in listed]
+
+
+def _all_below(bridge: Function) -> set[Function]:
+    found: set[Function] = set()
+    for function in bridge.secondary.functions if bridge.secondary is not None else []:
+        found |= {function} | _all_below(function)
+    return found
+
+
+def _scope(function: Function) -> Scope:
+    way = [*list(bridges_above(function))[::-1], function]
+    return Scope(way[0].bdf.bus, [(f.bdf.device, f.bdf.function) for f in way], function.secondary is not None)

@@ -68,10 +68,10 @@ class VtdDevice(IommuDevice):
 
     # Nobody's ids: no driver is to bind.  Class: a system peripheral without a kind.
     vendor_id, device_id, class_code = 0x1234, 0x56D0, 0x088000
-    # SeaBIOS places BARs by size, so that one of 16 MiB is the first below the I/O APIC whatever else there is.
-    base = 0xFD00_0000
+    # SeaBIOS places the largest BAR lowest, at a multiple of its size: with up to 108 MiB of others above it, here.
+    base = 0xF000_0000
 
-    bar0 = MmioBar(0, size=16 * MiB, fill=0)
+    bar0 = MmioBar(0, size=128 * MiB, fill=0)
     regs = bar0.bank(VtdRegs, at=0)
     records = bar0.bank(RecordRegs, at=RECORDS_AT)
 
