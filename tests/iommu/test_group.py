@@ -475,3 +475,15 @@ def test_names_for_people(world: World, pair: tuple[Endpoint, Endpoint]) -> None
     assert repr(domain) == "<identity domain identity>"
     assert repr(pair[0]) == "<endpoint 00:03.0, 0000:00:03.0>"
     assert repr(group.iommu) == "<Intel VT-d iommu0>"
+
+
+def test_a_device_that_moves_out_of_the_iommus_reach_is_not_translated(world: World) -> None:
+    function = world.function("03.0")
+    endpoint = world.plug(function)
+    dma = world.dmas[endpoint.name]
+    group_of(endpoint).attach(group_of(endpoint).iommu.blocked)
+    world.system.remove(endpoint)
+    again = world.system.add(function, dma.requester, bypass=True)
+    assert again.group is None
+    dma.endpoint = again
+    dma.write(0x1000, b"x")

@@ -280,6 +280,8 @@ class System:
                     group.join(endpoint)
                     if found.group is None:
                         self.groups.append(group)
+            if endpoint.group is None:
+                endpoint.show(None)  # it may have been here before, behind an IOMMU
             self.endpoints.append(endpoint)
             return endpoint
 
