@@ -478,7 +478,7 @@ def test_names_for_people(world: World, pair: tuple[Endpoint, Endpoint]) -> None
 
 
 def test_a_device_that_moves_out_of_the_iommus_reach_is_not_translated(world: World) -> None:
-    function = world.function("03.0")
+    function = world.function("00:03.0")
     endpoint = world.plug(function)
     dma = world.dmas[endpoint.name]
     group_of(endpoint).attach(group_of(endpoint).iommu.blocked)
