@@ -22,7 +22,7 @@ from vmodel.iommu.domain import AllocFlags, BlockedDomain, Domain, DomainType, P
 from vmodel.iommu.fault import FaultRecord
 from vmodel.iommu.pgtable import Table, TableFlag, TableFormat
 from vmodel.memory import GuestMemory
-from vmodel.span import Span
+from vmodel.span import PAGE, Span
 
 
 class Code(enum.IntEnum):
@@ -78,9 +78,12 @@ class Context:
 class Contexts:
     """Which domain each device behind a unit goes through.  Any thread may call it."""
 
-    def __init__(self, iommu: Iommu, endpoints: Iterable[Endpoint], memory: GuestMemory, cap: int, ecap: int) -> None:
+    def __init__(
+        self, iommu: Iommu, covered: Callable[[], list[Endpoint]], memory: GuestMemory, cap: int, ecap: int
+    ) -> None:
+        """`covered`: the devices behind the unit at any time; `memory`: where tables are read."""
         self.iommu = iommu
-        self.endpoints = [endpoint for endpoint in endpoints if endpoint.group is not None]
+        self._covered = covered
         self.cap, self.ecap = Cap(cap), Ecap(ecap)
         #: The root table, as it was when software last set it.
         self.root = 0
@@ -89,12 +92,14 @@ class Contexts:
         #: What is not translated goes through it: identity, less protected memory.
         self.plain: Domain = iommu.identity
         self.unread = BlockedDomain()
+        self.unread.name = "no context entry read"
         self.cache: dict[int, Context] = {}
         self._why: dict[int, _Refused] = {}
         self._memory = memory
-        # The unit reads memory on its own account, whatever its function's Command says.
-        self._reader = Dma(memory)
-        self._reader.bus_master = True
+        #: How the unit itself reaches memory, whatever its function's Command says: SeaBIOS leaves bus mastering off,
+        #: and the guest does not see the function.
+        self.dma = Dma(memory)
+        self.dma.bus_master = True
         self._output_bits = min(iommu.capabilities.output_bits, 52)
         self._lock = threading.RLock()
 
@@ -105,7 +110,7 @@ class Contexts:
         with self._lock:
             self.enabled = on
             self.cache.clear()
-            for group in {endpoint.group for endpoint in self.endpoints}:
+            for group in {endpoint.group for endpoint in self._covered()}:
                 if group is not None:
                     group.set_default(self.unread if on else self.plain)
 
@@ -155,7 +160,7 @@ class Contexts:
 
     def _entry(self, table: int, index: int, code: Code) -> tuple[int, int]:
         try:
-            low, high = _ENTRY.unpack(self._reader.read(table + 16 * index, 16))
+            low, high = _ENTRY.unpack(self.dma.read(table + 16 * index, 16))
         except DmaFault:
             raise _Refused(code) from None
         return low, high
@@ -213,8 +218,8 @@ class Contexts:
         gone = {source for source, context in self.cache.items() if chosen(source, context)}
         for source in gone:
             del self.cache[source]
-        for endpoint in self.endpoints:
-            if endpoint.requester_id in gone:
+        for endpoint in self._covered():
+            if endpoint.requester_id in gone and endpoint.group is not None:
                 with contextlib.suppress(IommuError):  # blocked fits everywhere
                     self._attach(endpoint, self.unread)
 
@@ -252,7 +257,8 @@ def _without(iommu: Iommu, spans: Iterable[Span]) -> Domain:
     if not holes:
         return iommu.identity
     domain = PagingDomain(DomainType.UNMANAGED, iommu, AllocFlags.NONE, "identity but protected memory")
-    at, end = domain.aperture.start, min(domain.aperture.last, (1 << domain.output_bits) - 1) + 1
+    at = (domain.aperture.start + PAGE - 1) // PAGE * PAGE
+    end = (min(domain.aperture.last, (1 << domain.output_bits) - 1) + 1) // PAGE * PAGE
     for hole in [*holes, Span(end, end)]:
         if at < min(hole.start, end):
             domain.map(at, at, min(hole.start, end) - at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vmodel.errors import ConfigError
 from vmodel.iommu.capabilities import Capabilities
 from vmodel.regs import RO, RW, W1C, WO, Bit, Bits, Layout, Reg32, Reg64, RegisterBank
-from vmodel.span import GiB, MiB
+from vmodel.span import PAGE, GiB, MiB
 
 #: Where the IOTLB registers and the fault recording registers are, and how many of these there are at most.
 IOTLB_AT, RECORDS_AT, MOST_RECORDS = 0x100, 0x200, 8
@@ -224,9 +224,11 @@ class RecordRegs(RegisterBank, size=16 * MOST_RECORDS):
 
 
 def widest(can: Capabilities) -> int:
-    """MGAW in bits.  ConfigError: less than a table of three levels translates."""
-    if can.input_bits <= 30:
-        raise ConfigError(f"input_bits {can.input_bits}: a VT-d unit that a guest drives needs from 31 to 48")
+    """MGAW in bits.  ConfigError: no such unit can be."""
+    if can.input_bits <= 30:  # a table of three levels translates more
+        raise ConfigError(f"input_bits {can.input_bits}: a VT-d unit that a guest drives needs at least 31")
+    if PAGE not in can.page_sizes:
+        raise ConfigError("page_sizes: a VT-d unit that a guest drives has pages of 4 KiB in any case")
     return min(can.input_bits, 48)
 
 

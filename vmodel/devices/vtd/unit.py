@@ -14,6 +14,7 @@ Left out: interrupt remapping, scalable mode, ATS and PRI.
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections import deque
 from collections.abc import Iterator
@@ -48,8 +49,7 @@ from vmodel.devices.vtd.regs import (
     extended_capability,
     record_count,
 )
-from vmodel.dma import Dma
-from vmodel.errors import Access, DmaFault, PeerError, Reason
+from vmodel.errors import Access, ConfigError, DmaFault, PeerError, Reason
 from vmodel.iommu.core import Iommu, System
 from vmodel.iommu.fault import FaultRecord
 from vmodel.span import PAGE, MiB, Span
@@ -61,6 +61,7 @@ _MOST_ARRIVED = 64
 #: What FSTS keeps itself; PPF and FRI follow from the records.
 _KEPT = FaultStatus.PFO.mask | FaultStatus.IQE.mask
 _NOBODY = 0xFFFF
+_ALL = (1 << 64) - 1
 
 
 class VtdDevice(IommuDevice):
@@ -82,19 +83,17 @@ class VtdDevice(IommuDevice):
 
     def serve(self, iommu: Iommu, system: System) -> None:
         super().serve(iommu, system)
+        if any(isinstance(other, VtdDevice) and other is not self for other in self.peers.values()):
+            raise ConfigError(f"{self.name} is not the only VT-d unit: one can have its registers at {self.base:#x}")
         can = iommu.capabilities
         self._cap, self._ecap = capability(can), extended_capability(can)
         self._record_count = record_count(can)
-        self.contexts = Contexts(iommu, self.covered(), self.memory, self._cap, self._ecap)
+        self.contexts = Contexts(iommu, self.covered, self.memory, self._cap, self._ecap)
         iommu.resolver = self.contexts.resolve
         iommu.on_fault(self._on_fault)
         self.on_reset(ResetKind.DEVICE)
 
     def on_reset(self, kind: ResetKind) -> None:
-        # The unit reads and writes memory on its own account: its function's bus mastering is off, as SeaBIOS leaves
-        # it, and the guest does not see the function.
-        self._memory_access = Dma(self.memory)
-        self._memory_access.bus_master = True
         self._misplaced = False
         self._arrived: deque[tuple[FaultRecord, Code]] = deque()
         self._next_record = 0
@@ -112,9 +111,9 @@ class VtdDevice(IommuDevice):
         try:
             root, next_record, enabled = _STATE.unpack(data)
         except struct.error:
-            raise PeerError(22, f"{self.name}: {len(data)} bytes of state, not {_STATE.size}") from None
-        self._next_record = next_record % self._record_count
+            raise PeerError(errno.EINVAL, f"{self.name}: {len(data)} bytes of state, not {_STATE.size}") from None
         if (contexts := self.contexts) is not None:
+            self._next_record = next_record % self._record_count
             # Nothing is cached on the other side; protected memory follows with the registers.
             contexts.root = root & RootAddress.RTA.mask
             contexts.enable(bool(enabled))
@@ -140,14 +139,14 @@ class VtdDevice(IommuDevice):
     @on_read(VtdRegs.CAP)
     def _read_cap(self, stored: int) -> int:
         if self._misplaced:
-            return (1 << 64) - 1
+            return _ALL
         header = self.config.header
         header.VENDOR_ID = header.DEVICE_ID = _NOBODY
         return stored
 
     @on_read(VtdRegs.ECAP)
     def _read_ecap(self, stored: int) -> int:
-        return (1 << 64) - 1 if self._misplaced else stored
+        return _ALL if self._misplaced else stored
 
     # ---- commands ---------------------------------------------------------------------------
 
@@ -205,7 +204,7 @@ class VtdDevice(IommuDevice):
     def _protected(self) -> Iterator[Span]:
         regs = self.regs
         for start, limit in ((regs.PLMBASE, regs.PLMLIMIT), (regs.PHMBASE, regs.PHMLIMIT)):
-            if start <= limit and limit:  # base above limit: none (11.4.7.3)
+            if start <= limit and limit:  # a guess: neither is there a region with base above limit, nor at reset
                 yield Span(start, limit | (1 << PROTECTED_BITS) - 1)
 
     # ---- invalidation queue -----------------------------------------------------------------
@@ -228,7 +227,7 @@ class VtdDevice(IommuDevice):
                 raise QueueStopped(QueueFault.TAIL)
             while tail != regs.IQH and not FaultStatus(regs.FSTS).IQE:
                 try:
-                    low, high = _DESCRIPTOR.unpack(self._memory_access.read(table + regs.IQH, _DESCRIPTOR.size))
+                    low, high = _DESCRIPTOR.unpack(contexts.dma.read((table + regs.IQH) & _ALL, _DESCRIPTOR.size))
                 except DmaFault:
                     raise QueueStopped(QueueFault.FETCH) from None
                 carry_out(contexts, low, high, self._wait)
@@ -241,9 +240,9 @@ class VtdDevice(IommuDevice):
 
     def _wait(self, address: int | None, data: int, interrupt: bool) -> None:
         """An invalidation wait descriptor: everything before it is done."""
-        if address is not None:
+        if address is not None and self.contexts is not None:
             try:
-                self._memory_access.write(address, data.to_bytes(4, "little"))
+                self.contexts.dma.write(address, data.to_bytes(4, "little"))
             except DmaFault as fault:
                 self.log.info("%s: the status of an invalidation cannot be written: %s", self.name, fault)
                 raise QueueStopped(QueueFault.UNKNOWN) from None
@@ -363,8 +362,8 @@ class VtdDevice(IommuDevice):
         """An interrupt message: 4 bytes written to `address`.
 
         QEMU carries a DMA_WRITE out on behalf of the function on whose socket it comes, if that has bus mastering on.
-        Ours has not (see on_reset), so a device that the unit translates has to do it: the one that is at fault first,
-        as it was about to do DMA.
+        Ours has not (see Contexts.dma), so a device behind the unit has to do it, first of all the one that is at
+        fault: it was about to do DMA.
         """
         devices: list[PciDevice] = [self]
         devices += [self.peers[e.name] for e in self.covered() if e.name in self.peers]
