@@ -25,7 +25,7 @@ def guest(machine: Path, tmp_path: Path, kernel: str, *more: object) -> subproce
 
 def test_vfio(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
     """IOVA != GPA by the guest's own requests; what is not mapped is refused, and reported by the guest's kernel."""
-    more = ["--module", "vfio_iommu_type1", "--module", "vfio-pci", "--file", compiled("tests/guest/vfio_edu.c")]
+    more = ["--module", "vfio_iommu_type1", "--module", "vfio-pci", "--file", compiled("examples/vfio_edu.c")]
     said = "virtio_iommu virtio0: page fault"
     command = ["./vfio_edu", "0000:00:03.0", said]
     done = guest(EXAMPLES / "edu-viommu.toml", tmp_path, kernel, *more, "--stats", "--", *command)

@@ -28,7 +28,7 @@ def guest(tmp_path: Path, kernel: str, *more: object) -> subprocess.CompletedPro
 
 def test_vfio(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
     """IOVA != GPA by the guest's own tables; what is not mapped is refused, and reported by the guest's kernel."""
-    program = compiled("tests/guest/vfio_edu.c")
+    program = compiled("examples/vfio_edu.c")
     modules = ["--module", "vfio_iommu_type1", "--module", "vfio-pci", "--file", program]
     done = guest(tmp_path, kernel, *modules, "--", "sh", "-c", "./vfio_edu && ls -1 /sys/bus/pci/devices && dmesg")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,7 +70,7 @@ def test_warm_reboot(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
         command="echo booted; read what; [ $what = go ] || reboot -f; ./vfio_edu",
         kernel=find_kernel(kernel),
         modules=["vfio_iommu_type1", "vfio-pci"],
-        files=[compiled("tests/guest/vfio_edu.c")],
+        files=[compiled("examples/vfio_edu.c")],
         allow_reboot=True,
     )
     try:

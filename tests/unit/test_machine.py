@@ -71,7 +71,9 @@ def lines(text: str, folder: Path) -> list[str]:
     ("name", "devices"),
     [
         ("edu", ["edu0"]),
-        ("edu-demo", ["edu0", "edu1"]),
+        ("edu-demo", ["edu0", "edu1", "edu2", "vtd0"]),
+        ("edu-viommu", ["edu0", "viommu0"]),
+        ("edu-vtd", ["edu0", "vtd0"]),
         (
             "iommu-groups",
             ["alone", "left", "right", "switched0", "switched1", "function0", "function1", "outside"],
