@@ -240,6 +240,17 @@ WRONG = {
     EDU + 'iommu = "iommu1"\n': "device[0].iommu: 'iommu1' is no [[iommu]]: there is no [[iommu]]; or \"none\"",
     IOMMU + EDU.replace("edu0", "iommu0"): "device[0].name: 'iommu0' is the name of iommu[0] already: "
     "give each its own",
+    IOMMU.replace("vt-d", "pamu")
+    + 'address = "0000:00:02.0"\n': "iommu[0].address: no guest can drive an IOMMU of kind "
+    "pamu, only virtio-iommu, vt-d: leave the address out",
+    IOMMU
+    + 'address = "0000:00:02.0"\n'
+    + IOMMU.replace("iommu0", "b")
+    + 'address = "0000:00:05.0"\n': "iommu[1].address: "
+    "a guest can drive one VT-d unit only: its registers have one place. Leave the address out",
+    RP0 + IOMMU + 'address = "0000:01:00.0"\n': "iommu[0].address: '0000:01:00.0': an IOMMU must be on bus 00",
+    IOMMU + 'address = "0000:00:02.0"\n' + EDU + GROUP: "group[0].device: 'edu0' is behind 'iommu0', which the guest "
+    "drives",
     # [[bridge]]
     bridge("b", "root_port", "0000:00:04.0", 1): "bridge[0].kind: 'root_port': input should be 'root-port', "
     "'switch-upstream', 'switch-downstream', 'pcie-to-pci' or 'pci-bridge'",

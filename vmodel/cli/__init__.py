@@ -105,7 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage(error: Exception) -> str:
-    text = " ".join(str(getattr(error, "format_message", lambda: error)()).split()).rstrip(".")
+    text = (
+        " ".join(str(getattr(error, "format_message", lambda: error)()).split())
+        .rstrip(".")
+        .replace("Value error, ", "")
+    )
     command = getattr(getattr(error, "ctx", None), "command_path", "vmodel")
     return f"{text[:1].lower()}{text[1:]} (see {command} --help)"
 

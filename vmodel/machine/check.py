@@ -120,7 +120,12 @@ class Check:
 
     def _served_iommu(self, n: int, table: Mapping[str, Any]) -> None:
         if table["kind"] not in IOMMUS:
-            text = f"no guest can drive a {table['kind']} yet, only {', '.join(IOMMUS)}: leave the address out"
+            text = (
+                f"no guest can drive an IOMMU of kind {table['kind']}, only {', '.join(IOMMUS)}: leave the address out"
+            )
+            self.wrong("iommu", n, "address", text)
+        elif table["kind"] == "vt-d" and any(_is_served_vtd(other) for other in self.sound["iommu"][:n]):
+            text = "a guest can drive one VT-d unit only: its registers have one place. Leave the address out"
             self.wrong("iommu", n, "address", text)
         elif Bdf.parse(table["address"]).bus:
             self.wrong("iommu", n, "address", f"{table['address']!r}: an IOMMU must be on bus 00")
@@ -239,3 +244,7 @@ class Check:
                 self.wrong(
                     "bridge", places[bridge.name], "secondary", f"{text}: buses in order of the bridges' addresses"
                 )
+
+
+def _is_served_vtd(table: Mapping[str, Any]) -> bool:
+    return table.get("kind") == "vt-d" and "address" in table
