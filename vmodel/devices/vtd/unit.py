@@ -69,15 +69,18 @@ class VtdDevice(IommuDevice):
 
     # Nobody's ids: no driver is to bind.  Class: a system peripheral without a kind.
     vendor_id, device_id, class_code = 0x1234, 0x56D0, 0x088000
-    # SeaBIOS places BARs by size, so that one of 16 MiB is the first below the I/O APIC whatever else there is.
-    base = 0xFD00_0000
+    # SeaBIOS puts the largest BAR first, and all of them as far up below the I/O APIC (0xfec0_0000) as its alignment
+    # allows.  One of 256 MiB is at 0xe000_0000 whatever the others are, as long as they and the windows of bridges take
+    # no more than 236 MiB; one of 16 MiB moves when there are some root ports.
+    base = 0xE000_0000
 
-    bar0 = MmioBar(0, size=16 * MiB, fill=0)
+    bar0 = MmioBar(0, size=256 * MiB, fill=0)
     regs = bar0.bank(VtdRegs, at=0)
     records = bar0.bank(RecordRegs, at=RECORDS_AT)
 
     contexts: Contexts | None = None
     _misplaced = False
+    _told = False
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -94,7 +97,7 @@ class VtdDevice(IommuDevice):
         self.on_reset(ResetKind.DEVICE)
 
     def on_reset(self, kind: ResetKind) -> None:
-        self._misplaced = False
+        self._misplaced = self._told = False
         self._arrived: deque[tuple[FaultRecord, Code]] = deque()
         self._next_record = 0
         if self.contexts is not None:
@@ -125,7 +128,8 @@ class VtdDevice(IommuDevice):
         super().update_enables()
         address = self.config.bar_address(0)
         wrong = bool(self.config.command.MEMORY) and address != self.base
-        if wrong and not self._misplaced:
+        if wrong and not self._told:
+            self._told = True
             self.log.error(
                 "%s: the firmware has placed the registers at %#x, DMAR says %#x: the guest will not find the unit",
                 self.name,
