@@ -35,12 +35,24 @@ def _ranges(endpoints: Sequence[Endpoint], first: int) -> list[PciRange]:
 
 def dmar_of(devices: Iterable[IommuDevice]) -> bytes | None:
     """DMAR; None without a VT-d unit."""
-    units = [
-        Unit(_own(device).segment, device.base, [_way(function) for function in _functions(device.covered())])
-        for device in devices
-        if device.iommu.driver.kind == "vt-d"
-    ]
+    units = [_unit(device) for device in devices if device.iommu.driver.kind == "vt-d"]
     return dmar(units) if units else None
+
+
+def _unit(device: IommuDevice) -> Unit:
+    """A bridge stands for all that is below it, so it is there only if all of that is behind the unit."""
+    covered = {id(function) for function in _functions(device.covered())}
+    uncovered = [f for f in device.system.topology.functions() if id(f) not in covered]
+    torn = {id(bridge) for function in uncovered for bridge in (function, *bridges_above(function))}
+    bridges, endpoints = [], []
+    for function in _functions(device.covered()):
+        if any(id(bridge) not in torn for bridge in bridges_above(function)):
+            continue
+        if not function.kind.is_bridge:
+            endpoints.append(_way(function))
+        elif id(function) not in torn:
+            bridges.append(_way(function))
+    return Unit(_own(device).segment, device.base, endpoints, bridges)
 
 
 def _own(device: IommuDevice) -> Bdf:
