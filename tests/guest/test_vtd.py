@@ -21,8 +21,8 @@ Compiled = Callable[[str], Path]
 MACHINE = Path(__file__).parents[2] / "examples" / "edu-vtd.toml"
 
 
-def guest(tmp_path: Path, kernel: str, *more: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "vmodel", "guest", MACHINE, "--run-dir", tmp_path / "run", "--kernel", kernel, *more]
+def guest(tmp_path: Path, kernel: str, *more: object, machine: Path = MACHINE) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "vmodel", "guest", machine, "--run-dir", tmp_path / "run", "--kernel", kernel, *more]
     return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=200)
 
 
@@ -46,6 +46,83 @@ def test_vfio(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
     assert "DMAR: dmar0: Using Queued invalidation" in done.stdout
     assert "0000:00:03.0\n" in done.stdout
     assert "0000:00:02.0\n" not in done.stdout  # the unit has hidden itself
+
+
+BRIDGES = """
+[machine]
+name = "m"
+[[iommu]]
+name = "vtd0"
+kind = "vt-d"
+address = "0000:00:02.0"
+[[bridge]]
+name = "rp0"
+kind = "root-port"
+address = "0000:00:04.0"
+secondary = 1
+[[device]]
+name = "alone"
+model = "edu"
+address = "0000:01:00.0"
+params = { dma_mask = 0xffff_ffff_ffff }
+[[bridge]]
+name = "rp1"
+kind = "root-port"
+address = "0000:00:05.0"
+secondary = 2
+[[bridge]]
+name = "to-pci"
+kind = "pcie-to-pci"
+address = "0000:02:00.0"
+secondary = 3
+[[device]]
+name = "left"
+model = "edu"
+address = "0000:03:01.0"
+params = { dma_mask = 0xffff_ffff_ffff }
+[[device]]
+name = "right"
+model = "edu"
+address = "0000:03:02.0"
+[[bridge]]
+name = "rp2"
+kind = "root-port"
+address = "0000:00:06.0"
+secondary = 4
+[[device]]
+name = "mixed"
+model = "edu"
+address = "0000:04:00.0"
+[[device]]
+name = "outside"
+model = "edu"
+address = "0000:04:00.1"
+iommu = "none"
+"""
+
+
+def test_bridges(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
+    """The guest's groups are ours; a device behind a bridge to PCI is known by the bridge's id."""
+    machine = tmp_path / "m.toml"
+    machine.write_text(BRIDGES)
+    program = compiled("tests/guest/vfio_edu.c")
+    # The kernel's driver reports ten lines in 5 seconds.
+    script = (
+        "ls -1d /sys/kernel/iommu_groups/*/devices/* && ./vfio_edu 0000:01:00.0 && sleep 6 && ./vfio_edu 0000:03:01.0"
+    )
+    modules = ["--module", "vfio_iommu_type1", "--module", "vfio-pci", "--file", program]
+    done = guest(tmp_path, kernel, *modules, "--", "sh", "-c", script, machine=machine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"Request device \[(0000:)?01:00.0\]", done.stdout)
+    assert re.search(r"Request device \[(0000:)?03:00.0\]", done.stdout)
+    theirs: dict[str, set[str]] = {}
+    for number, address in re.findall(r"^/sys/kernel/iommu_groups/(\d+)/devices/(\S+)$", done.stdout, re.MULTILINE):
+        theirs.setdefault(number, set()).add(address)
+    loaded = load(machine)
+    ours = {frozenset(str(e.source.bdf) for e in group.endpoints) for group in loaded.system.groups}  # type: ignore[union-attr]
+    loaded.close()
+    # A bridge that is not listed, because not all that is below it is behind the unit, is in no group of the guest's.
+    assert {frozenset(group) for group in theirs.values()} == ours - {frozenset({"0000:00:06.0"})}
 
 
 def test_no_dma_without_a_mapping(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
