@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from vmodel.devices.vtd.unit import VtdDevice
 from vmodel.iommu.domain import TableDomain
 from vmodel.machine import load
 from vmodel.testing.artifacts import find_kernel
-from vmodel.testing.guest import Guest, GuestSpec
+from vmodel.testing.guest import Guest, GuestSpec, run_guest
 
 pytestmark = pytest.mark.guest
 Compiled = Callable[[str], Path]
@@ -171,3 +172,30 @@ def test_warm_reboot(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
         assert unit.errors == 0 and machine.devices["edu0"].errors == 3  # as the program was refused
     finally:
         machine.close()
+
+
+def test_the_registers_are_not_where_dmar_says(
+    kernel: str, compiled: Compiled, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Linux leaves the unit alone, and the device works without it."""
+    machine = load(MACHINE)
+    unit = machine.devices["vtd0"]
+    assert isinstance(unit, VtdDevice)
+    unit.base = 0xC800_0000  # type: ignore[misc]
+    spec = GuestSpec(
+        command="dmesg | grep DMAR; cat /sys/bus/pci/devices/0000:00:02.0/vendor; ./edu_check",
+        kernel=find_kernel(kernel),
+        modules=["uio_pci_generic"],
+        files=[compiled("examples/edu_check.c")],
+    )
+    try:
+        with machine.serve(tmp_path):
+            spec.qemu_args = machine.qemu_args(tmp_path)
+            result = run_guest(spec)
+    finally:
+        machine.close()
+    assert result.status == 0, result.output
+    assert b"No supported address widths. Not attempting DMA translation" in result.output
+    assert b"\n0x1234\n" in result.output  # nobody has read CAP
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert said.startswith("vtd0: the firmware has placed the registers at 0xe0000000, DMAR says 0xc8000000:")

@@ -131,15 +131,15 @@ class VtdDevice(IommuDevice):
         if wrong and not self._told:
             self._told = True
             self.log.error(
-                "%s: the firmware has placed the registers at %#x, DMAR says %#x: the guest will not find the unit",
+                "%s: the firmware has placed the registers at %#x, DMAR says %#x: the guest does without",
                 self.name,
                 address,
                 self.base,
             )
         self._misplaced = wrong
 
-    # A guest that finds the unit misplaced reads all ones at DMAR's address, by itself: there is nothing.  Linux takes
-    # all ones in CAP and ECAP for "no such unit", so that is what the registers say elsewhere, too.
+    # Where DMAR says and nothing is, QEMU answers zeros: "No supported address widths", says Linux, and goes on without.
+    # Whoever reads the registers where they are instead gets all ones, which Linux takes for no unit at all.
     @on_read(VtdRegs.CAP)
     def _read_cap(self, stored: int) -> int:
         if self._misplaced:
