@@ -138,7 +138,7 @@ class VtdDevice(IommuDevice):
             )
         self._misplaced = wrong
 
-    # Where DMAR says and nothing is, QEMU answers zeros: "No supported address widths", says Linux, and goes on without.
+    # Where nothing is, QEMU answers zeros: "No supported address widths", says Linux, and goes on without the unit.
     # Whoever reads the registers where they are instead gets all ones, which Linux takes for no unit at all.
     @on_read(VtdRegs.CAP)
     def _read_cap(self, stored: int) -> int:
