@@ -28,5 +28,5 @@ class IommuDevice(PciDevice):
         self.system = system
 
     def covered(self) -> list[Endpoint]:
-        """The endpoints behind it."""
-        return [endpoint for endpoint in self.system.endpoints if endpoint.iommu is self.iommu]
+        """The endpoints behind it; what has no group is not translated, and not for the guest to know of."""
+        return [e for e in self.system.endpoints if e.iommu is self.iommu and e.group is not None]

@@ -69,15 +69,18 @@ class VtdDevice(IommuDevice):
 
     # Nobody's ids: no driver is to bind.  Class: a system peripheral without a kind.
     vendor_id, device_id, class_code = 0x1234, 0x56D0, 0x088000
-    # SeaBIOS places the largest BAR lowest, at a multiple of its size: with up to 108 MiB of others above it, here.
-    base = 0xF000_0000
+    # SeaBIOS puts the largest BAR first, and all of them as far up below the I/O APIC (0xfec0_0000) as its alignment
+    # allows.  One of 256 MiB is at 0xe000_0000 whatever the others are, as long as they and the windows of bridges take
+    # no more than 236 MiB; one of 16 MiB moves when there are some root ports.
+    base = 0xE000_0000
 
-    bar0 = MmioBar(0, size=128 * MiB, fill=0)
+    bar0 = MmioBar(0, size=256 * MiB, fill=0)
     regs = bar0.bank(VtdRegs, at=0)
     records = bar0.bank(RecordRegs, at=RECORDS_AT)
 
     contexts: Contexts | None = None
     _misplaced = False
+    _told = False
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -94,7 +97,7 @@ class VtdDevice(IommuDevice):
         self.on_reset(ResetKind.DEVICE)
 
     def on_reset(self, kind: ResetKind) -> None:
-        self._misplaced = False
+        self._misplaced = self._told = False
         self._arrived: deque[tuple[FaultRecord, Code]] = deque()
         self._next_record = 0
         if self.contexts is not None:
@@ -125,17 +128,18 @@ class VtdDevice(IommuDevice):
         super().update_enables()
         address = self.config.bar_address(0)
         wrong = bool(self.config.command.MEMORY) and address != self.base
-        if wrong and not self._misplaced:
+        if wrong and not self._told:
+            self._told = True
             self.log.error(
-                "%s: the firmware has placed the registers at %#x, DMAR says %#x: the guest will not find the unit",
+                "%s: the firmware has placed the registers at %#x, DMAR says %#x: the guest does without",
                 self.name,
                 address,
                 self.base,
             )
         self._misplaced = wrong
 
-    # A guest that finds the unit misplaced reads all ones at DMAR's address, by itself: there is nothing.  Linux takes
-    # all ones in CAP and ECAP for "no such unit", so that is what the registers say elsewhere, too.
+    # Where nothing is, QEMU answers zeros: "No supported address widths", says Linux, and goes on without the unit.
+    # Whoever reads the registers where they are instead gets all ones, which Linux takes for no unit at all.
     @on_read(VtdRegs.CAP)
     def _read_cap(self, stored: int) -> int:
         if self._misplaced:
