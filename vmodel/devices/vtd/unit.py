@@ -49,7 +49,7 @@ from vmodel.devices.vtd.regs import (
     extended_capability,
     record_count,
 )
-from vmodel.errors import Access, ConfigError, DmaFault, PeerError, Reason
+from vmodel.errors import Access, DmaFault, PeerError, Reason
 from vmodel.iommu.core import Iommu, System
 from vmodel.iommu.fault import FaultRecord
 from vmodel.span import PAGE, MiB, Span
@@ -86,8 +86,6 @@ class VtdDevice(IommuDevice):
 
     def serve(self, iommu: Iommu, system: System) -> None:
         super().serve(iommu, system)
-        if any(isinstance(other, VtdDevice) and other is not self for other in self.peers.values()):
-            raise ConfigError(f"{self.name} is not the only VT-d unit: one can have its registers at {self.base:#x}")
         can = iommu.capabilities
         self._cap, self._ecap = capability(can), extended_capability(can)
         self._record_count = record_count(can)
