@@ -441,6 +441,55 @@ def test_print_fetches_nothing(cache: Path, capsys: pytest.CaptureFixture[str]) 
     assert keys == ["qemu", "qemu-version", "busybox", "kernel-7.2", "modules-7.2"]
 
 
+def test_iasl_is_for_who_asks(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole_cache(cache)
+    assert get_qemu.missing_parts(artifacts.KERNELS) == []
+    assert get_qemu.missing_parts(artifacts.KERNELS, iasl=True) == ["iasl"]
+    with pytest.raises(ArtifactError, match=r"no iasl found; run scripts/get-qemu --iasl$"):
+        artifacts.find_iasl()
+    assert get_qemu.main(["--print", "--iasl"]) == 1
+    assert capsys.readouterr().out == ""
+    cached(cache, "iasl", version="20250404")
+    assert get_qemu.missing_parts(artifacts.KERNELS, iasl=True) == []
+    assert get_qemu.missing_parts([], refresh=True, iasl=True)[-1] == "iasl"
+    assert get_qemu.main(["--print", "--iasl"]) == 0
+    assert f"\niasl={cache}/iasl/iasl\n" in capsys.readouterr().out
+    host = fake_qemu(tmp_path / "bin" / "iasl")
+    assert artifacts.find_iasl() == host, "the host's comes first"
+
+
+@pytest.mark.parametrize(
+    ("loader", "outcome"),
+    [
+        ("echo 'ASL+ Optimizing Compiler/Disassembler version 20250404'", "20250404"),
+        ("echo something else", "does not look like iasl"),
+        ("exit 3", "does not run here"),
+    ],
+)
+def test_unpacking_iasl(tmp_path: Path, loader: str, outcome: str) -> None:
+    """Its own loader runs it, given the libraries that came with it."""
+    script = f'#!/bin/sh\n[ "${{5##*/root/}} $6" = "usr/bin/iasl -v" ] || exit 9\n{loader}\n'.encode()
+    members: list[tuple[str, bytes | str, int]] = [
+        ("./usr/bin/iasl", b"program", 0o755),
+        ("./usr/bin/acpidump", b"not wanted", 0o755),
+        (f"./{debian.LIBS}/ld-linux-x86-64.so.2", script, 0o755),
+        (f"./{debian.LIBS}/libc.so.6", b"library", 0o644),
+    ]
+    deb, folder = fake_deb(tmp_path, members), tmp_path / "iasl"
+    for tool in ("dirname", "readlink"):
+        (tmp_path / "bin" / tool).symlink_to(f"/usr/bin/{tool}")
+    if outcome.isdigit():
+        assert debian.unpack_iasl([deb], folder) == outcome
+    else:
+        with pytest.raises(ArtifactError, match=outcome):
+            debian.unpack_iasl([deb], folder)
+    assert sorted(path.name for path in (folder / "root").rglob("*") if path.is_file()) == [
+        "iasl",
+        "ld-linux-x86-64.so.2",
+        "libc.so.6",
+    ]
+
+
 @pytest.mark.parametrize("name", ["", "6", "../6.12", "6.12;x", "6.12 7.2", "latest"])
 def test_bad_kernel_names(name: str) -> None:
     with pytest.raises(SystemExit, match="2"):

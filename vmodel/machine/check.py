@@ -129,6 +129,12 @@ class Check:
             self.wrong("iommu", n, "address", text)
         elif Bdf.parse(table["address"]).bus:
             self.wrong("iommu", n, "address", f"{table['address']!r}: an IOMMU must be on bus 00")
+        elif table["kind"] == "vt-d":
+            # The address of its registers is fixed (vmodel/devices/vtd): there is room for one.
+            others = [t for t in self.sound["iommu"][:n] if t.get("kind") == "vt-d" and "address" in t]
+            if others:
+                text = f"a guest can drive one vt-d only, and {others[0].get('name', '')!r} is one"
+                self.wrong("iommu", n, "address", f"{text}: leave one of the addresses out")
 
     # ---- names and addresses ---------------------------------------------------------------
 

@@ -7,6 +7,7 @@ when all of it is there, with its `stamp.json` written last, so a part is whole 
 
     qemu/          qemu-system-x86_64 (wrapper), root/ (from Debian's packages, with every library that it needs)
     busybox/       busybox (static)
+    iasl/          iasl (wrapper), root/ (as of qemu); for the tests only
     kernel-6.12/   boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/
     kernel-7.2/    the same
 """
@@ -114,6 +115,16 @@ def find_busybox() -> Path:
     if not read_stamp(part):
         raise ArtifactError(f"no static busybox found; run {MEND}")
     return part / "busybox"
+
+
+def find_iasl() -> Path:
+    """ACPICA's compiler and disassembler of ACPI tables: the one in PATH, else the cache's.  ArtifactError without."""
+    part = cache_dir() / "iasl"
+    if host := shutil.which("iasl"):
+        return Path(host)
+    if not read_stamp(part):
+        raise ArtifactError(f"no iasl found; run {MEND} --iasl")
+    return part / "iasl"
 
 
 def find_kernels() -> dict[str, Kernel]:

@@ -23,6 +23,7 @@ SUITE = "trixie"
 BACKPORTS = f"{SUITE}-backports"
 QEMU_PACKAGE = "qemu-system-x86"
 BUSYBOX_PACKAGE = "busybox-static"
+IASL_PACKAGE = "acpica-tools"
 KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
 #: Host settings of apt's that say how to reach the archive. None of them weakens what is checked: signatures
 #: (Allow*) and dates (Check-*) stay at apt's own defaults.
@@ -221,22 +222,45 @@ def unpack_qemu(debs: Sequence[Path], folder: Path) -> str:
     wanted = ("usr/bin/qemu-system-x86_64", f"{LIBS}/", *(f"{place}/" for place in FIRMWARE))
     for deb in debs:
         unpack(deb, folder / "root", lambda name: name if name.startswith(wanted) else None)
-    wrapper = folder / "qemu-system-x86_64"
     firmware = " ".join(f'-L "$root/{place}"' for place in FIRMWARE)
-    # exec: the process that the caller started is QEMU itself, so a signal to its id reaches QEMU.
+    wrapper = _wrapper(folder, "qemu-system-x86_64", firmware, f'export QEMU_MODULE_DIR="$root/{LIBS}/qemu"\n')
+    probe_qemu(wrapper)
+    return output([str(wrapper), "--version"]).splitlines()[0]
+
+
+def unpack_iasl(debs: Sequence[Path], folder: Path) -> str:
+    """Unpack iasl with its libraries into `folder`/root, write the wrapper, try it; the version that it tells.
+
+    ArtifactError: it does not run here.
+    """
+    wanted = ("usr/bin/iasl", f"{LIBS}/")
+    for deb in debs:
+        unpack(deb, folder / "root", lambda name: name if name.startswith(wanted) else None)
+    try:
+        said = output([str(_wrapper(folder, "iasl")), "-v"])
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ArtifactError(f"Debian's iasl does not run here: {error}") from None
+    found = re.search(r"version (\d{8})", said)
+    if not found:
+        raise ArtifactError(f"Debian's iasl does not look like iasl, it says {said[:80]!r}")
+    return found[1]
+
+
+def _wrapper(folder: Path, name: str, arguments: str = "", before: str = "") -> Path:
+    """A script `folder`/`name` that runs the program `name` of `folder`/root with the loader and libraries there."""
+    wrapper = folder / name
+    # exec: the process that the caller started is the program itself, so a signal to its id reaches it.
     wrapper.write_text(
         f"""#!/bin/sh
-# QEMU of Debian's packages with their own loader and libraries; nothing of the host's is used.
+# {name} of Debian's packages with their own loader and libraries; nothing of the host's is used.
 root=$(dirname "$(readlink -f "$0")")/root
 unset LD_PRELOAD LD_LIBRARY_PATH
-export QEMU_MODULE_DIR="$root/{LIBS}/qemu"
-exec "$root/{LIBS}/ld-linux-x86-64.so.2" --argv0 "$0" --library-path "$root/{LIBS}" \\
-    "$root/usr/bin/qemu-system-x86_64" {firmware} "$@"
+{before}exec "$root/{LIBS}/ld-linux-x86-64.so.2" --argv0 "$0" --library-path "$root/{LIBS}" \\
+    "$root/usr/bin/{name}" {arguments} "$@"
 """
     )
     wrapper.chmod(0o755)
-    probe_qemu(wrapper)
-    return output([str(wrapper), "--version"]).splitlines()[0]
+    return wrapper
 
 
 def unpack_kernel(debs: Sequence[Path], folder: Path, release: str) -> None:

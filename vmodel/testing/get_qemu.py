@@ -24,6 +24,7 @@ from vmodel.testing.artifacts import (
     cache_dir,
     cached_qemu,
     find_busybox,
+    find_iasl,
     find_kernel,
     find_qemu,
     host_qemu,
@@ -32,6 +33,7 @@ from vmodel.testing.artifacts import (
 from vmodel.testing.debian import (
     BACKPORTS,
     BUSYBOX_PACKAGE,
+    IASL_PACKAGE,
     QEMU_PACKAGE,
     SUITE,
     Apt,
@@ -39,6 +41,7 @@ from vmodel.testing.debian import (
     host_mirror,
     transport,
     unpack,
+    unpack_iasl,
     unpack_kernel,
     unpack_qemu,
 )
@@ -81,16 +84,21 @@ class Steps:
 
 
 def fetch(
-    kernels: Sequence[str] = KERNELS, *, mirror: str | None = None, refresh: bool = False, steps: Steps | None = None
+    kernels: Sequence[str] = KERNELS,
+    *,
+    mirror: str | None = None,
+    refresh: bool = False,
+    iasl: bool = False,
+    steps: Steps | None = None,
 ) -> None:
     """Bring what is missing into the cache: QEMU (unless the host's serves), busybox, and `kernels` by version prefix.
 
-    `mirror` is a URI; by default the host's apt says. With `refresh`, parts that are there are fetched again.
+    With `iasl`, that as well. `mirror` is a URI; by default the host's apt says. With `refresh`, parts that are there are fetched again.
     Where nothing is missing this downloads nothing. Two at a time wait for each other. Raises ArtifactError.
     """
     steps = steps or Steps()
     cache = cache_dir()
-    if not missing_parts(kernels, refresh):
+    if not missing_parts(kernels, refresh, iasl):
         return
     if re.search(r"[:;]", str(cache)):
         raise ArtifactError("a cache folder with ':' or ';' in its path cannot hold libraries; set XDG_CACHE_HOME")
@@ -98,22 +106,32 @@ def fetch(
     with _locked(cache / "lock", steps):
         for left in cache.glob("tmp-*"):  # of a run that was killed; whoever holds the lock owns all of them
             shutil.rmtree(left, ignore_errors=True)
-        parts = missing_parts(kernels, refresh)  # once more: the run waited for may have brought them
+        parts = missing_parts(kernels, refresh, iasl)  # once more: the run waited for may have brought them
         if parts:
             keyring = check_host()
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache, ignore_cleanup_errors=True) as work:
                 _fetch_parts(parts, Path(work), mirror or host_mirror(), keyring, steps)
 
 
-def missing_parts(kernels: Sequence[str], refresh: bool = False) -> list[str]:
+def missing_parts(kernels: Sequence[str], refresh: bool = False, iasl: bool = False) -> list[str]:
     """The names of the cache's folders that have to be fetched."""
     parts = ["busybox", *(f"kernel-{name}" for name in dict.fromkeys(kernels))]
     missing = [part for part in parts if refresh or not read_stamp(cache_dir() / part)]
+    if iasl and (refresh or not _has_iasl()):
+        missing.append("iasl")
     try:
         serves = (None if refresh else cached_qemu()) or host_qemu()
     except ArtifactError:
         serves = None
     return missing if serves else ["qemu", *missing]
+
+
+def _has_iasl() -> bool:
+    try:
+        find_iasl()
+    except ArtifactError:
+        return False
+    return True
 
 
 def _fetch_parts(parts: Sequence[str], work: Path, mirror: str, keyring: Path, steps: Steps) -> None:
@@ -124,7 +142,7 @@ def _fetch_parts(parts: Sequence[str], work: Path, mirror: str, keyring: Path, s
     releases: dict[str, str] = {}
     files: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
-    installs = {"qemu": QEMU_PACKAGE, "busybox": BUSYBOX_PACKAGE}
+    installs = {"qemu": QEMU_PACKAGE, "busybox": BUSYBOX_PACKAGE, "iasl": IASL_PACKAGE}
     downloads: list[str] = []
     for part in parts:
         if part in installs:
@@ -157,6 +175,8 @@ def _fetch_parts(parts: Sequence[str], work: Path, mirror: str, keyring: Path, s
             facts = {"packages": " ".join(files[part])}
             if part == "qemu":
                 facts["version"] = unpack_qemu(debs, folder)
+            elif part == "iasl":
+                facts["version"] = unpack_iasl(debs, folder)
             elif part == "busybox":
                 for deb in debs:
                     unpack(deb, folder, lambda name: "busybox" if name in ("bin/busybox", "usr/bin/busybox") else None)
@@ -181,14 +201,16 @@ def _locked(path: Path, steps: Steps) -> Iterator[None]:
         yield
 
 
-def paths(kernels: Sequence[str]) -> dict[str, str]:
-    """What `--print` prints: qemu, qemu-version, busybox, and kernel-NAME, modules-NAME. Raises ArtifactError."""
+def paths(kernels: Sequence[str], iasl: bool = False) -> dict[str, str]:
+    """What `--print` prints: qemu, qemu-version, busybox, [iasl,] kernel-NAME, modules-NAME. Raises ArtifactError."""
     qemu = find_qemu()
     rows = {
         "qemu": str(qemu.path),
         "qemu-version": ".".join(map(str, qemu.version)),
         "busybox": str(find_busybox()),
     }
+    if iasl:
+        rows["iasl"] = str(find_iasl())
     for name in kernels:
         kernel = find_kernel(name)
         rows |= {f"kernel-{name}": str(kernel.image), f"modules-{name}": str(kernel.modules)}
@@ -208,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="VERSION",
         help=f"a kernel to have; repeatable; default {' '.join(KERNELS)}",
     )
+    parser.add_argument("--iasl", action="store_true", help="ACPICA's iasl as well, which only the tests need")
     parser.add_argument("--print", action="store_true", help="fetch nothing; print NAME=PATH for each part")
     parser.add_argument("--mirror", metavar="URI", help="a mirror of Debian's archive; default: the one apt uses here")
     parser.add_argument("--refresh", action="store_true", help="fetch again what is already there, for newer versions")
@@ -223,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, stop)  # so that the temporary folder goes away on either
     try:
         if not options.print:
-            fetch(kernels, mirror=options.mirror, refresh=options.refresh)
-        found = paths(kernels)
+            fetch(kernels, mirror=options.mirror, refresh=options.refresh, iasl=options.iasl)
+        found = paths(kernels, options.iasl)
         if options.print:
             for key, value in found.items():
                 print(f"{key}={value}")
