@@ -249,7 +249,7 @@ def test_no_such_unit(wrong: str) -> None:
 
 def test_one_unit_a_machine() -> None:
     second = '[[iommu]]\nname = "vtd1"\nkind = "vt-d"\naddress = "0000:00:05.0"\n[[device]]'
-    with pytest.raises(ConfigError, match="one VT-d unit only"):
+    with pytest.raises(ConfigError, match="one vt-d only"):
         parse((MACHINE % "").replace("[[device]]", second, 1), Path("m.toml"))
 
 

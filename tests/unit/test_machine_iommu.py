@@ -247,7 +247,7 @@ WRONG = {
     + 'address = "0000:00:02.0"\n'
     + IOMMU.replace("iommu0", "b")
     + 'address = "0000:00:05.0"\n': "iommu[1].address: "
-    "a guest can drive one VT-d unit only: its registers have one place. Leave the address out",
+    "a guest can drive one vt-d only, and 'iommu0' is one: leave one of the addresses out",
     RP0 + IOMMU + 'address = "0000:01:00.0"\n': "iommu[0].address: '0000:01:00.0': an IOMMU must be on bus 00",
     IOMMU + 'address = "0000:00:02.0"\n' + EDU + GROUP: "group[0].device: 'edu0' is behind 'iommu0', which the guest "
     "drives",

@@ -124,9 +124,6 @@ class Check:
                 f"no guest can drive an IOMMU of kind {table['kind']}, only {', '.join(IOMMUS)}: leave the address out"
             )
             self.wrong("iommu", n, "address", text)
-        elif table["kind"] == "vt-d" and any(_is_served_vtd(other) for other in self.sound["iommu"][:n]):
-            text = "a guest can drive one VT-d unit only: its registers have one place. Leave the address out"
-            self.wrong("iommu", n, "address", text)
         elif Bdf.parse(table["address"]).bus:
             self.wrong("iommu", n, "address", f"{table['address']!r}: an IOMMU must be on bus 00")
         elif table["kind"] == "vt-d":
@@ -250,7 +247,3 @@ class Check:
                 self.wrong(
                     "bridge", places[bridge.name], "secondary", f"{text}: buses in order of the bridges' addresses"
                 )
-
-
-def _is_served_vtd(table: Mapping[str, Any]) -> bool:
-    return table.get("kind") == "vt-d" and "address" in table
