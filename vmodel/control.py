@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,10 @@ from vmodel.server import listen
 log = logging.getLogger(__name__)
 
 _MAX_REQUEST = 64 * 1024
+#: Seconds that a client gets to ask, and then to take the answer.
 _TIMEOUT = 5.0
+#: Clients at a time; more wait.
+_MAX_CLIENTS = 16
 
 #: What answers a request: its arguments to plain data.
 Command = Callable[[Mapping[str, Any]], Any]
@@ -30,7 +34,7 @@ def socket_of(run_dir: Path, machine: str) -> Path:
 
 
 class Control:
-    """Answers requests on a thread of its own; a context manager."""
+    """Answers requests, each client on a thread of its own, one command at a time; a context manager."""
 
     def __init__(self, run_dir: Path, machine: str, commands: Mapping[str, Command]) -> None:
         """ConfigError: the socket cannot be bound, or another server has it."""
@@ -38,25 +42,34 @@ class Control:
         self._commands = commands
         self._listener = listen(path, f"machine {machine!r}")
         self._listener.settimeout(None)
+        self._listener.listen(64)  # a connect() with a time limit fails at once where the backlog is full
         self._inode = path.stat().st_ino
+        self._free = threading.BoundedSemaphore(_MAX_CLIENTS)
+        self._one = threading.Lock()
+        self._clients: dict[threading.Thread, socket.socket] = {}
         self._thread = threading.Thread(target=self._main, name="vmodel-control", daemon=True)
 
     def _main(self) -> None:
         while True:
+            self._free.acquire()
             try:
                 sock, _ = self._listener.accept()
             except OSError:  # closed
                 return
-            with sock:
-                try:
-                    self._answer(sock)
-                except (OSError, ValueError) as error:
-                    log.info("control: %s", error)
+            client = threading.Thread(target=self._client, args=(sock,), name="vmodel-control-client", daemon=True)
+            self._clients = {thread: other for thread, other in self._clients.items() if thread.is_alive()}
+            self._clients[client] = sock
+            client.start()
 
-    def _answer(self, sock: socket.socket) -> None:
-        sock.settimeout(_TIMEOUT)
-        answer = json.dumps(self._reply(_line(sock))) + "\n"
-        sock.sendall(answer.encode())
+    def _client(self, sock: socket.socket) -> None:
+        with sock:
+            try:
+                answer = json.dumps(self._reply(_line(sock))) + "\n"
+                sock.settimeout(_TIMEOUT)
+                sock.sendall(answer.encode())
+            except (OSError, ValueError) as error:
+                log.info("control: %s", error)
+        self._free.release()
 
     def _reply(self, text: bytes) -> dict[str, Any]:
         try:
@@ -65,7 +78,8 @@ class Control:
         except (ValueError, KeyError, TypeError, RecursionError):
             return {"error": f"no such request: known are {', '.join(self._commands)}"}
         try:
-            return {"result": command(request)}
+            with self._one:
+                return {"result": command(request)}
         except Exception as error:
             log.exception("control: %s failed", request["command"])
             return {"error": f"{type(error).__name__}: {error}"}
@@ -81,15 +95,28 @@ class Control:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join()
+        # All clients' threads end: what their commands look at may be closed next.
+        while self._thread.is_alive():
+            self._hang_up()
+            self._thread.join(0.05)
+        self._hang_up()
+        for client in self._clients:
+            client.join()
         with contextlib.suppress(FileNotFoundError):
             if self.path.stat().st_ino == self._inode:
                 self.path.unlink()
 
+    def _hang_up(self) -> None:
+        for sock in list(self._clients.values()):
+            with contextlib.suppress(OSError):  # closed already
+                sock.shutdown(socket.SHUT_RDWR)
+
 
 def _line(sock: socket.socket) -> bytes:
-    data = b""
+    """OSError: it does not come in time, byte by byte or not at all."""
+    data, deadline = b"", time.monotonic() + _TIMEOUT
     while b"\n" not in data and len(data) < _MAX_REQUEST:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
         piece = sock.recv(4096)
         if not piece:
             break
@@ -110,8 +137,10 @@ def ask(path: Path, command: str, **arguments: Any) -> Any:
         raise ConfigError(
             f"no server runs in {path.parent}: start `vmodel serve` or `run`, or name its --run-dir"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"the server in {path.parent} does not answer: {error}") from error
+    if not isinstance(reply, dict) or not {"error", "result"} & set(reply):
+        raise ConfigError(f"the server in {path.parent} does not answer: that is no vmodel")
     if "error" in reply:
         raise ConfigError(f"the server in {path.parent}: {reply['error']}")
     return reply["result"]

@@ -191,7 +191,7 @@ def test_a_dead_servers_socket_is_replaced_and_a_live_ones_is_not(tmp_path: Path
         assert path.exists()
     with serving(EXAMPLE, "--run-dir", tmp_path) as (second, _):
         said = refused(vmodel("serve", EXAMPLE, "--run-dir", tmp_path))
-        assert said == f"device 'edu0' is being served already on {path}: stop that server first"
+        assert said == f"machine 'edu' is being served already on {tmp_path}/edu.control: stop that server first"
         with Client.connect(path) as client:  # the one that is alive does not mind
             client.negotiate()
         assert second.poll() is None

@@ -53,10 +53,13 @@ def show_iommus(
         for line in _faults(shown):
             print(line)
         return
-    with Live(_table(control.ask(socket, "iommu")), console=out, auto_refresh=False) as live:
-        while True:
-            time.sleep(1)
-            live.update(_table(control.ask(socket, "iommu")), refresh=True)
+    try:
+        with Live(_table(control.ask(socket, "iommu")), console=out, auto_refresh=False) as live:
+            while True:
+                time.sleep(1)
+                live.update(_table(control.ask(socket, "iommu")), refresh=True)
+    finally:
+        out.show_cursor(True)  # Ctrl-C while Live starts: it has hidden the cursor, and is not ended
 
 
 def _table(shown: dict[str, Any]) -> Table:

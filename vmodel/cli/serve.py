@@ -117,11 +117,13 @@ def loaded(path: Path) -> Iterator[machines.Machine]:
 def served(machine: machines.Machine, run_dir: Path | None) -> Iterator[tuple[Server, Path]]:
     """A machine while it is served: the server, and the folder of its sockets."""
     folder = prepare_run_dir(run_dir, machine.name)
-    try:
-        with machine.serve(folder) as server, Control(folder, machine.name, status.commands(machine)):
-            yield server, folder
-    finally:
-        machine.remove_acpi(folder)
+    # The control socket first: whoever has it owns the machine's ACPI tables in the folder.
+    with Control(folder, machine.name, status.commands(machine)):
+        try:
+            with machine.serve(folder) as server:
+                yield server, folder
+        finally:
+            machine.remove_acpi(folder)
 
 
 def serve(path: MachinePath, run_dir: RunDir = None, verbose: Verbose = False) -> None:

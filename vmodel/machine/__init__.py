@@ -233,7 +233,11 @@ class Machine:
         for name in self.devices:
             args += device_args(name, self.socket(name, run_dir), functions[name])
         for signature in self.acpi_tables():
-            args += ["-acpitable", f"file={_acpi_file(run_dir, signature)}"]
+            # QEMU's own escape of commas; its list of files is split at colons, which have none.
+            path = str(self._acpi_file(run_dir, signature))
+            if ":" in path:
+                raise ConfigError(f"{path}: QEMU takes no ACPI table at a path with ':': use another --run-dir")
+            args += ["-acpitable", f"file={path.replace(',', ',,')}"]
         return args
 
     # ---- ACPI ------------------------------------------------------------------------------
@@ -250,15 +254,18 @@ class Machine:
     def remove_acpi(self, run_dir: Path) -> None:
         """Takes the files of `serve` away again."""
         for signature in self.acpi_tables():
-            _acpi_file(run_dir, signature).unlink(missing_ok=True)
+            self._acpi_file(run_dir, signature).unlink(missing_ok=True)
 
     def _write_acpi(self, run_dir: Path) -> None:
         for signature, content in self.acpi_tables().items():
-            path = _acpi_file(run_dir, signature)
+            path = self._acpi_file(run_dir, signature)
             try:
                 path.write_bytes(content)
             except OSError as error:
                 raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+    def _acpi_file(self, run_dir: Path, signature: str) -> Path:
+        return run_dir / f"{self.name}.{signature.lower()}"
 
     def close(self) -> None:
         """Gives back what the devices hold."""
@@ -303,7 +310,3 @@ def load(path: Path) -> Machine:
     if not text.strip():
         raise ConfigError('is empty: a machine file needs a [machine] table with name = "edu-demo"', file=path)
     return parse(text, path)
-
-
-def _acpi_file(run_dir: Path, signature: str) -> Path:
-    return run_dir / f"{signature.lower()}.bin"

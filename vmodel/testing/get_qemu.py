@@ -94,8 +94,8 @@ def fetch(
     """Bring what is missing into the cache: QEMU (unless the host's serves), busybox, and `kernels` by version prefix.
 
     With `iasl`, that as well. `mirror` is a URI; by default the host's apt says. With `refresh`, parts that are there
-    are fetched again. Where nothing is missing this downloads nothing. Two at a time wait for each other. Raises
-    ArtifactError.
+    are fetched again.
+    Where nothing is missing this downloads nothing. Two at a time wait for each other. Raises ArtifactError.
     """
     steps = steps or Steps()
     cache = cache_dir()
