@@ -24,7 +24,7 @@ from vmodel.testing.guest import Guest, GuestSpec
 
 pytestmark = pytest.mark.guest
 Compiled = Callable[[str], Path]
-PROGRAM = "tests/guest/vfio_edu.c"
+PROGRAM = "examples/vfio_edu.c"
 VFIO = ["vfio_iommu_type1", "vfio-pci"]
 MEMORY = 512 << 20
 
