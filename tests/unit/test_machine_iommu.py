@@ -318,3 +318,54 @@ def test_a_mapping_is_a_span() -> None:
     (found,) = group.domain.mappings()  # type: ignore[attr-defined]
     assert (found.span, found.gpa) == (Span.sized(GiB, 512 * MiB), MiB)
     made.close()
+
+
+@pytest.mark.parametrize(
+    "covers,expected",
+    [
+        ("0000", [(1, 0, b"\6\0"), (2, 0, b"\4\0")]),  # rp0 stands for what is below, rp1 would for `outside`, too
+        ("0000:01", [(1, 0, b"\4\0\0\0")]),  # by way of rp0, which is not covered itself
+    ],
+)
+def test_dmar_scopes(covers: str, expected: list[tuple[int, int, bytes]]) -> None:
+    """Type, bus and path of each scope: a bridge (2) is there only if all that is below it is behind the unit."""
+    text = f"""
+[machine]
+name = "m"
+[[iommu]]
+name = "vtd0"
+kind = "vt-d"
+address = "0000:00:02.0"
+covers = ["{covers}"]
+[[bridge]]
+name = "rp0"
+kind = "root-port"
+address = "0000:00:04.0"
+secondary = 1
+[[device]]
+name = "below"
+model = "edu"
+address = "0000:01:00.0"
+[[bridge]]
+name = "rp1"
+kind = "root-port"
+address = "0000:00:05.0"
+secondary = 2
+[[device]]
+name = "outside"
+model = "edu"
+address = "0000:02:00.0"
+iommu = "none"
+[[device]]
+name = "plain"
+model = "edu"
+address = "0000:00:06.0"
+"""
+    made = parse(text, Path("m.toml"))
+    table = made.acpi_tables()["DMAR"]
+    made.close()
+    scopes, at = [], 48 + 16  # DMAR's head, and DRHD's
+    while at < len(table):
+        scopes.append((table[at], table[at + 5], bytes(table[at + 6 : at + table[at + 1]])))
+        at += table[at + 1]
+    assert sorted(scopes) == expected
