@@ -32,7 +32,7 @@ class Courier(Protocol):
 
 @dataclass(frozen=True)
 class DmaStats:
-    """Accesses and bytes since the device was made."""
+    """Accesses and bytes since the device was made; `faults` that the IOMMU has mended are not counted."""
 
     read_ops: int
     read_bytes: int
@@ -52,6 +52,7 @@ class _Line:
         self.courier: Courier | None = None
         self.endpoint: Endpoint | None = None
         self.message_bytes = [0, 0]
+        self.mended = 0
 
 
 class Dma:
@@ -101,7 +102,9 @@ class Dma:
     def _mended(self, fault: DmaFault, *, ask: bool = True) -> bool:
         """Tells the IOMMU of a fault; whether to try again."""
         endpoint = self._line.endpoint
-        return endpoint is not None and endpoint.faulted(fault, ask=ask)
+        mended = endpoint is not None and endpoint.faulted(fault, ask=ask)
+        self._line.mended += mended
+        return mended
 
     @property
     def bus_master(self) -> bool:
@@ -292,7 +295,9 @@ class Dma:
         """Counters; message transfers included."""
         read_ops, read_bytes, write_ops, write_bytes, faults, hits, misses = self._requester.stats()
         by_read, by_write = self._line.message_bytes
-        return DmaStats(read_ops, read_bytes + by_read, write_ops, write_bytes + by_write, faults, hits, misses)
+        # What was mended, such as a table entry not read before, is none to whoever looks.
+        refused = faults - self._line.mended
+        return DmaStats(read_ops, read_bytes + by_read, write_ops, write_bytes + by_write, refused, hits, misses)
 
     def close(self) -> None:
         """Forgets the client; accesses fail from now on."""

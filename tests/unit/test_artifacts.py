@@ -258,11 +258,13 @@ def test_kernel_package_names() -> None:
         "linux-headers-6.12.110+deb13-amd64",
     ]
     releases = debian.kernel_releases(names)
-    assert releases == ["6.1.200+deb13-amd64", "6.12.94+deb13-amd64", RELEASE]
+    cloud = "6.12.109+deb13-cloud-amd64"
+    assert releases == ["6.1.200+deb13-amd64", "6.12.94+deb13-amd64", RELEASE, cloud]
     assert artifacts.pick_release(releases, "6.12") == RELEASE
     assert artifacts.pick_release(releases, "6.12.94") == "6.12.94+deb13-amd64"
     assert artifacts.pick_release(releases, "6.1") == "6.1.200+deb13-amd64"
-    for none in ("6.12.9", "6.13", "7.2"):
+    assert artifacts.pick_release(releases, "6.12-cloud") == cloud
+    for none in ("6.12.9", "6.12.109", "6.13", "7.2", "6.1-cloud"):
         assert artifacts.pick_release(releases, none) is None
 
 

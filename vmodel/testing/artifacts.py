@@ -9,7 +9,7 @@ when all of it is there, with its `stamp.json` written last, so a part is whole 
     busybox/       busybox (static)
     iasl/          iasl (wrapper), root/ (as of qemu); for the tests only
     kernel-6.12/   boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/
-    kernel-7.2/    the same
+    kernel-7.2/    the same; so kernel-6.12-cloud/, if asked for
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ MEND = "scripts/get-qemu"
 MIN_QEMU = (10, 1)
 #: Kernels that the tests run on, by the start of their version.
 KERNELS = ("6.12", "7.2")
+#: A kernel for virtual machines, with fewer drivers; tests that need it are skipped without it.
+CLOUD = "6.12-cloud"
+#: How a kernel may be named, other than by a path.
+KERNEL_NAME = re.compile(r"\d+(\.\d+)+(-cloud)?")
 
 
 class ArtifactError(ConfigError):
@@ -134,7 +138,7 @@ def find_kernels() -> dict[str, Kernel]:
 
 
 def find_kernel(name: str | os.PathLike[str] | None = None) -> Kernel:
-    """A kernel: a version ("6.12", or a longer "6.12.107"), or the path of an image; None: the cache's oldest.
+    """A kernel: a version ("6.12", "6.12.107", "6.12-cloud"), or the path of an image; None: the oldest generic one.
 
     A path is what has a / in it, or is a Path. Modules are looked for in lib/modules/RELEASE, beside the image and one
     folder up (where /boot/vmlinuz-* has them); a kernel without any is allowed.  ArtifactError.
@@ -143,10 +147,10 @@ def find_kernel(name: str | os.PathLike[str] | None = None) -> Kernel:
         return _kernel_at(Path(name))
     kernels = find_kernels()
     for short, kernel in kernels.items():
-        if name is None or name == short or pick_release([kernel.release], name):
+        if not is_cloud(short) if name is None else name == short or pick_release([kernel.release], name):
             return kernel
     have = ", ".join(kernels) or "none"
-    wanted = f" --kernel {name}" if name and re.fullmatch(r"\d+(\.\d+)+", name) else ""
+    wanted = f" --kernel {name}" if name and KERNEL_NAME.fullmatch(name) else ""
     raise ArtifactError(f"no kernel{f' {name}' if name else ''} in the cache (there: {have}); run {MEND}{wanted}")
 
 
@@ -168,9 +172,18 @@ def kernel_release(image: Path) -> str:
 
 
 def pick_release(releases: Sequence[str], prefix: str) -> str | None:
-    """The newest release whose version is `prefix` or starts with it at a dot: "6.1" is not "6.12"."""
-    matching = [release for release in releases if re.match(re.escape(prefix) + r"(?!\d)", release)]
+    """The newest release whose version is `prefix` or starts with it at a dot: "6.1" is not "6.12".
+
+    With "-cloud" at its end it means cloud kernels only, else none of them.
+    """
+    version = re.escape(prefix.removesuffix("-cloud")) + r"(?!\d)"
+    matching = [found for found in releases if re.match(version, found) and is_cloud(found) == is_cloud(prefix)]
     return max(matching, key=natural, default=None)
+
+
+def is_cloud(name: str) -> bool:
+    """Whether a release, or a name such as "6.12-cloud", is a cloud kernel's."""
+    return "-cloud" in name
 
 
 def natural(text: str) -> list[tuple[int, str]]:

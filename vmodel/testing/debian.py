@@ -17,7 +17,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vmodel.testing.artifacts import MEND, ArtifactError, natural, output, pick_release, probe_qemu
+from vmodel.testing.artifacts import MEND, ArtifactError, is_cloud, natural, output, pick_release, probe_qemu
 
 SUITE = "trixie"
 BACKPORTS = f"{SUITE}-backports"
@@ -97,12 +97,13 @@ class Apt:
         self._run(["apt-get", "download", *packages], tick)
 
     def kernel_packages(self, prefix: str) -> tuple[str, list[str]]:
-        """The newest generic kernel whose version starts with `prefix`: (release, packages with its files)."""
+        """The newest kernel whose version starts with `prefix`, generic or "-cloud": (release, its packages)."""
         names = self._run(["apt-cache", "pkgnames", "linux-image-"]).split()
         releases = kernel_releases(names)
         release = pick_release(releases, prefix)
         if release is None:
-            have = ", ".join(sorted({".".join(found.split(".")[:2]) for found in releases}, key=natural))
+            same = [found for found in releases if is_cloud(found) == is_cloud(prefix)]
+            have = ", ".join(sorted({".".join(found.split(".")[:2]) for found in same}, key=natural))
             raise ArtifactError(f"{SUITE} and {BACKPORTS} have no kernel {prefix} (they have: {have})", key="--kernel")
         depends = self._run(["apt-cache", "show", "--no-all-versions", f"linux-image-{release}"])
         # Since 6.17 or so the image package is empty and the files are in linux-{base,binary,modules}-RELEASE.
@@ -144,8 +145,8 @@ class Apt:
 
 
 def kernel_releases(packages: Sequence[str]) -> list[str]:
-    """The releases of generic kernels among package names, oldest first: not cloud, rt, unsigned or dbg."""
-    found = (re.fullmatch(r"linux-image-(\d+\.\d+[^-]*-amd64)", name) for name in packages)
+    """The releases of generic and cloud kernels among package names, oldest first: not rt, unsigned or dbg."""
+    found = (re.fullmatch(r"linux-image-(\d+\.\d+[^-]*(?:-cloud)?-amd64)", name) for name in packages)
     return sorted((match[1] for match in found if match), key=natural)
 
 

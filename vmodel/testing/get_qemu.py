@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from vmodel.testing.artifacts import (
+    KERNEL_NAME,
     KERNELS,
     ArtifactError,
     cache_dir,
@@ -238,8 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     kernels: list[str] = options.kernel or list(KERNELS)
     for name in kernels:
-        if not re.fullmatch(r"\d+(\.\d+)+", name):
-            parser.error(f"--kernel takes a version such as 6.12, not {name!r}")
+        if not KERNEL_NAME.fullmatch(name):
+            parser.error(f"--kernel takes a version such as 6.12, or 6.12-cloud, not {name!r}")
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
