@@ -398,10 +398,13 @@ static void unmap_while_it_runs(uint8_t *memory)
         unmap(IOVA, 2 * PAGE);
         unsigned long before = started;
         memset(memory, 0x77, 2 * PAGE);
-        usleep(10000);
+        /* Until the thread has begun some that can only have come after the unmap. */
+        for (int i = 0; started < before + 3; i++) {
+            if (i == 5000)
+                fail("the thread sleeps");
+            usleep(1000);
+        }
         all_are(memory, 0x77, "DMA after unmap");
-        if (started == before)
-            fail("the thread sleeps");
         map(memory, IOVA, 2 * PAGE, READ | WRITE);
     }
     stop = 1;
