@@ -103,13 +103,38 @@ def over_socket(peer: Program, path: Path, say: Callable[[str], None]) -> Iterat
             yield Row(4, name, ratio("map", live, kind, count=4000), reach, "pp")
 
 
+def guests(console: Console, as_json: bool) -> int:
+    """scripts/bench --iommu."""
+    import guest_iommu  # it needs QEMU and kernels
+
+    with tempfile.TemporaryDirectory(prefix="vmodel-bench-") as name, console.status("compiling") as status:
+        measured = [*guest_iommu.from_guests(Path(name), status.update), *guest_iommu.in_process(status.update)]
+        rates = list(guest_iommu.hit_rates(status.update))
+    if as_json:
+        rows = [{**asdict(row), "pair": row.pair, "per_second": row.per_second} for row in measured]
+        print(json.dumps({"machine": machine(), "mapping": rows, "iotlb": dict(rates)}))
+        return 0
+    for table in guest_iommu.tables(measured, rates, machine()):
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
+    return 0
+
+
+def machine() -> str:
+    """What these figures are of."""
+    system = f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release().partition('-')[0]}"
+    return f"{system}, Python {platform.python_version()}"
+
+
 def main() -> int:
     """Prints the table; always exit status 0, as it is no test."""
     parser = argparse.ArgumentParser(prog="bench", description="Measures vmodel against docs/performance.md's targets.")
     parser.add_argument("--json", action="store_true", help="for tools")
     parser.add_argument("--plot", metavar="FILE.svg", help="only draw how translation grows with mappings")
+    parser.add_argument("--iommu", action="store_true", help="only what mapping costs guests, beside QEMU's own IOMMUs")
     options = parser.parse_args()
     console = Console(stderr=True)
+    if options.iommu:
+        return guests(console, options.json)
     cpu = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpu})
     with tempfile.TemporaryDirectory(prefix="vmodel-bench-") as name, console.status("compiling") as status:
@@ -129,12 +154,11 @@ def main() -> int:
         with served(folder, cpu) as path:
             rows = list(over_socket(peer, path, say))
         rows += translated(peer, domains, say)
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release().partition('-')[0]}, "
-    machine += f"Python {platform.python_version()}, pp = {pp / 1000:.1f} us"
+    title = f"{machine()}, pp = {pp / 1000:.1f} us"
     if options.json:
-        print(json.dumps({"machine": machine, "rows": [{**asdict(row), "good": row.good} for row in rows]}))
+        print(json.dumps({"machine": title, "rows": [{**asdict(row), "good": row.good} for row in rows]}))
         return 0
-    table = Table("#", "what", "measured", "reach", "", title=machine, box=None)
+    table = Table("#", "what", "measured", "reach", "", title=title, box=None)
     for row in rows:
         sign = "≥" if row.more_is_better else "≤"
         mark = "PASS" if row.good else "short"

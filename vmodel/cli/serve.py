@@ -117,6 +117,8 @@ def loaded(path: Path) -> Iterator[machines.Machine]:
 def served(machine: machines.Machine, run_dir: Path | None) -> Iterator[tuple[Server, Path]]:
     """A machine while it is served: the server, and the folder of its sockets."""
     folder = prepare_run_dir(run_dir, machine.name)
+    for name in machine.devices:
+        machine.socket(name, folder)  # too long a path is best told of by the name of a device
     # The control socket first: whoever has it owns the machine's ACPI tables in the folder.
     with Control(folder, machine.name, status.commands(machine)):
         try:
