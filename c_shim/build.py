@@ -17,6 +17,7 @@ SOURCES = [
     "guest_memory.c",
     "domain.c",
     "pgtable.c",
+    "stale.c",
     "dma.c",
     "func.c",
     "stream.c",

@@ -6,29 +6,14 @@
  * mapping has gone: so a window's file outlives every copy from it, and the reply to DMA_UNMAP, or the return of an
  * unmap, means that no access is in flight. */
 #define _GNU_SOURCE
-#include "domain.h"
+#include "iotlb.h"
+#include "stale.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define CACHED 4
-
-/* The IOTLB.  Single pages are found by their number; whatever is larger is kept whole, in a few entries of its own. */
-#define IOTLB_PAGES 1024
-#define IOTLB_RANGES 8
-#define PAGE ((uint64_t)4096)
-
-typedef struct iotlb_entry {
-    const attachment *at; /* NULL: free */
-    translation t;
-} iotlb_entry;
-
-typedef struct iotlb {
-    iotlb_entry range[IOTLB_RANGES];
-    unsigned victim;
-    iotlb_entry page[IOTLB_PAGES];
-} iotlb;
 
 struct vms_requester {
     vms_requester *next; /* under memory->requesters_lock */
@@ -48,6 +33,7 @@ struct vms_requester {
         uint32_t prot;
     } cache[CACHED];
     vms_dma_stats stats;
+    stale_log *stale; /* NULL: nobody wants to know */
 };
 
 struct vms_pin {
@@ -109,6 +95,7 @@ void vms_requester_destroy(vms_requester *requester)
     pthread_mutex_destroy(&requester->attaching);
     pthread_mutex_destroy(&requester->lock);
     free(requester->iotlb);
+    free(requester->stale);
     free(requester);
 }
 
@@ -142,38 +129,10 @@ static attachment *with_pasid(vms_requester *requester, uint32_t pasid)
     return node && node->start == pasid ? (attachment *)node : NULL;
 }
 
-static iotlb_entry *page_slot(iotlb *tlb, const attachment *at, uint64_t iova)
-{
-    uint64_t page = iova / PAGE;
-    return &tlb->page[(page ^ page >> 10 ^ at->pasid.start * 37) % IOTLB_PAGES];
-}
-
-static void drop(iotlb_entry *entry, const attachment *at, uint64_t start, uint64_t last)
-{
-    if (entry->at == at && entry->t.start <= last && start <= entry->t.last)
-        entry->at = NULL;
-}
-
-/* Under requester->lock. */
-static void invalidate(vms_requester *requester, const attachment *at, uint64_t start, uint64_t last)
-{
-    iotlb *tlb = requester->iotlb;
-
-    for (int i = 0; i < IOTLB_RANGES; i++)
-        drop(&tlb->range[i], at, start, last);
-    if ((last - start) / PAGE < IOTLB_PAGES / 4) {
-        for (uint64_t page = start / PAGE; page <= last / PAGE; page++)
-            drop(page_slot(tlb, at, page * PAGE), at, start, last);
-    } else {
-        for (int i = 0; i < IOTLB_PAGES; i++)
-            drop(&tlb->page[i], at, start, last);
-    }
-}
-
 void requester_invalidate(vms_requester *requester, const attachment *at, uint64_t start, uint64_t last)
 {
     pthread_mutex_lock(&requester->lock);
-    invalidate(requester, at, start, last);
+    iotlb_invalidate(requester->iotlb, at, start, last);
     pthread_mutex_unlock(&requester->lock);
 }
 
@@ -216,10 +175,11 @@ int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *d
             span_tree_insert(&requester->pasids, &fresh->pasid);
     }
     if (old)
-        invalidate(requester, old, 0, UINT64_MAX);
+        iotlb_invalidate(requester->iotlb, old, 0, UINT64_MAX);
     pthread_mutex_unlock(&requester->lock);
     if (old) {
         domain_unlink(old);
+        witness_destroy(old->witness);
         free(old);
     }
     pthread_mutex_unlock(&requester->attaching);
@@ -227,40 +187,67 @@ int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *d
     return 0;
 }
 
+int vms_requester_chosen_by(vms_requester *requester, uint32_t pasid, vms_memory *memory, const vms_word *words,
+                            size_t n)
+{
+    if (n > VMS_WORDS)
+        return -EINVAL;
+    struct witness *witness = witness_create(memory, words, n), *old = witness;
+    if (!witness)
+        return -ENOMEM;
+    pthread_mutex_lock(&requester->lock);
+    attachment *at = pasid == VMS_NO_PASID ? requester->attached : with_pasid(requester, pasid);
+    if (at) {
+        old = at->witness;
+        at->witness = witness;
+    }
+    pthread_mutex_unlock(&requester->lock);
+    witness_destroy(old);
+    return at ? 0 : -ENOENT;
+}
+
+int vms_requester_check_stale(vms_requester *requester, int on)
+{
+    stale_log *log = on ? calloc(1, sizeof *log) : NULL;
+
+    if (on && !log)
+        return -ENOMEM;
+    pthread_mutex_lock(&requester->lock);
+    if (!on || !requester->stale) {
+        stale_log *old = requester->stale;
+        if (log)
+            log->total = &requester->stats.stale;
+        requester->stale = log;
+        log = old;
+    }
+    pthread_mutex_unlock(&requester->lock);
+    free(log);
+    return 0;
+}
+
+size_t vms_requester_stale(vms_requester *requester, vms_stale *out, size_t room)
+{
+    pthread_mutex_lock(&requester->lock);
+    size_t n = requester->stale ? stale_take(requester->stale, out, room) : 0;
+    pthread_mutex_unlock(&requester->lock);
+    return n;
+}
+
 /* The translation of iova, from the IOTLB or by the domain; NULL: *fault is filled.  Under requester->lock. */
 static const translation *find(vms_requester *requester, const attachment *at, uint64_t iova, uint32_t access,
                                vms_fault *fault)
 {
-    iotlb *tlb = requester->iotlb;
-    iotlb_entry *entry = page_slot(tlb, at, iova);
-
-    if (entry->at == at && entry->t.start == (iova & -PAGE) && (entry->t.prot & access) == access) {
-        requester->stats.iotlb_hits++;
-        return &entry->t;
-    }
-    for (int i = 0; i < IOTLB_RANGES; i++) {
-        iotlb_entry *range = &tlb->range[i];
-        if (range->at == at && range->t.start <= iova && iova <= range->t.last && (range->t.prot & access) == access) {
-            requester->stats.iotlb_hits++;
-            return &range->t;
-        }
-    }
+    const translation *cached = iotlb_find(requester->iotlb, at, iova, access);
     translation fresh;
+
+    if (cached) {
+        requester->stats.iotlb_hits++;
+        return requester->stale ? stale_entry(requester->stale, at, cached, iova, access) : cached;
+    }
     requester->stats.iotlb_misses++;
     if (domain_translate(at->domain, iova, access, &fresh, fault) < 0)
         return NULL;
-    if (fresh.last - fresh.start >= PAGE) {
-        /* Its older self, which allowed less, must not stay beside it. */
-        for (int i = 0; i < IOTLB_RANGES; i++)
-            drop(&tlb->range[i], at, fresh.start, fresh.last);
-        entry = &tlb->range[tlb->victim++ % IOTLB_RANGES];
-    }
-    entry->at = at;
-    entry->t = fresh;
-    /* A walk for nothing in particular has set no flags: the first access has to walk again. */
-    if (!access)
-        entry->t.prot = 0;
-    return &entry->t;
+    return iotlb_keep(requester->iotlb, at, iova, access, &fresh);
 }
 
 /* ---- one piece of an access -------------------------------------------------------------------- */
@@ -306,7 +293,15 @@ static int route(vms_requester *requester, uint32_t pasid, uint64_t iova, attach
     *at = pasid == VMS_NO_PASID ? requester->attached : with_pasid(requester, pasid);
     if (pasid != VMS_NO_PASID && !*at)
         return fail(requester, fault, VMS_REASON_PASID, iova);
+    if (requester->stale && *at)
+        stale_route(requester->stale, *at, iova, fault->access);
     return 0;
+}
+
+/* What a call returns.  Under requester->lock. */
+static int outcome(const vms_requester *requester, int rc)
+{
+    return rc == 0 && requester->stale && requester->stale->count ? 1 : rc;
 }
 
 /* Where iova is: at most `want` bytes there.  Under requester->lock. */
@@ -420,6 +415,7 @@ int vms_dma_rw(vms_requester *requester, uint32_t pasid, uint64_t iova, void *bu
     if (rc == 0)
         rc = transfer(requester, at, iova, buf, len, flags, fault);
     count(requester, flags, fault->done);
+    rc = outcome(requester, rc);
     pthread_mutex_unlock(&requester->lock);
     return rc;
 }
@@ -439,6 +435,7 @@ int vms_dma_sg(vms_requester *requester, uint32_t pasid, const vms_sg *sg, size_
             rc = transfer(requester, at, sg[i].iova, (uint8_t *)buf + fault->done, sg[i].len, flags, fault);
     }
     count(requester, flags, fault->done);
+    rc = outcome(requester, rc);
     pthread_mutex_unlock(&requester->lock);
     return rc;
 }
@@ -485,6 +482,7 @@ int vms_dma_atomic(vms_requester *requester, uint32_t pasid, uint64_t iova, uint
     }
     count(requester, 0, fault->done);
     count(requester, VMS_DMA_WRITE, fault->done);
+    rc = outcome(requester, rc);
     pthread_mutex_unlock(&requester->lock);
     return rc;
 }
@@ -509,6 +507,7 @@ int vms_dma_translate(vms_requester *requester, uint32_t pasid, const uint64_t *
         else
             gpa[i] = iova[i];
     }
+    rc = outcome(requester, rc);
     pthread_mutex_unlock(&requester->lock);
     return rc;
 }
@@ -577,6 +576,7 @@ int vms_dma_pin(vms_requester *requester, uint32_t pasid, uint64_t iova, size_t 
         *out = pin;
     }
     count(requester, flags, fault->done);
+    rc = outcome(requester, rc);
     pthread_mutex_unlock(&requester->lock);
     if (rc < 0) {
         free(pin->pages);

@@ -16,6 +16,7 @@ typedef struct attachment {
     span_node pasid; /* first: a span_node * is an attachment *; in the requester's tree unless VMS_NO_PASID */
     vms_requester *requester;
     vms_domain *domain;
+    struct witness *witness; /* under requester->lock; NULL: unknown; see stale.h */
     struct attachment *next; /* under domain->attach_lock */
 } attachment;
 

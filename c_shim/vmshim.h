@@ -229,8 +229,37 @@ int vms_dma_translate(vms_requester *requester, uint32_t pasid, const uint64_t *
 typedef struct vms_dma_stats {
     uint64_t read_ops, read_bytes, write_ops, write_bytes, faults;
     uint64_t iotlb_hits, iotlb_misses;
+    uint64_t stale; /* see vms_requester_check_stale() */
 } vms_dma_stats;
 void vms_dma_stats_get(vms_requester *requester, vms_dma_stats *out);
+
+/* Uses of what is cached and no longer so.  While this is on (off at creation), each access that an IOTLB entry serves
+ * is compared with a walk that sets no flags, page by page, and the words that its domain was chosen by with memory.
+ * Each difference is counted (vms_dma_stats) and noted, as long as there is room for it; vms_dma_* that succeed return
+ * 1 instead of 0 as long as something is noted. */
+int vms_requester_check_stale(vms_requester *requester, int on);
+
+enum vms_stale_kind {
+    VMS_STALE_ENTRY, /* an IOTLB entry led to GPA was, the domain leads to now */
+    VMS_STALE_ROUTE, /* the domain was chosen by the word at GPA word, which was `was` then */
+};
+
+typedef struct vms_stale {
+    uint64_t iova, word, was, now;
+    uint32_t pasid, access, was_prot, now_prot;
+    uint32_t kind;
+    uint32_t reason; /* why the domain leads nowhere now, or the word cannot be read; VMS_REASON_NONE: it does, or can */
+} vms_stale;
+/* Takes up to `room` notes, the oldest first. */
+size_t vms_requester_stale(vms_requester *requester, vms_stale *out, size_t room);
+
+#define VMS_WORDS 24u
+typedef struct vms_word {
+    uint64_t gpa, value;
+} vms_word;
+/* What is attached to this PASID (or VMS_NO_PASID) was chosen by these words of `memory`.  ENOENT: nothing is. */
+int vms_requester_chosen_by(vms_requester *requester, uint32_t pasid, vms_memory *memory, const vms_word *words,
+                            size_t n);
 
 /* ---- function: regions -------------------------------------------------------------------- */
 

@@ -27,6 +27,9 @@ REGIONS: int = lib.VMS_REGIONS
 BATCH: int = lib.VMS_BATCH
 NO_PASID: int = lib.VMS_NO_PASID
 DMA_WRITE: int = lib.VMS_DMA_WRITE
+STALE_ROUTE: int = lib.VMS_STALE_ROUTE
+#: Notes of stale uses that are taken at once.
+_NOTES = 16
 #: Deadline that never comes.
 FOREVER = 2**64 - 1
 
@@ -260,6 +263,27 @@ def _raise_fault(rc: int, fault: Any) -> None:
     )
 
 
+@dataclass(frozen=True)
+class StaleNote:
+    """A stale use; the fields are those of vms_stale, but `pasid`: None without one."""
+
+    iova: int
+    word: int
+    was: int
+    now: int
+    pasid: int | None
+    access: int
+    was_prot: int
+    now_prot: int
+    kind: int
+    reason: int
+
+
+def _note(n: Any) -> StaleNote:
+    pasid = None if n.pasid == NO_PASID else n.pasid
+    return StaleNote(n.iova, n.word, n.was, n.now, pasid, n.access, n.was_prot, n.now_prot, n.kind, n.reason)
+
+
 class Requester:
     """What issues DMA.  Any thread may call it.
 
@@ -274,6 +298,9 @@ class Requester:
         self._local = threading.local()
         self._stats = ffi.new("vms_dma_stats *")
 
+        #: Gets the notes of stale uses, after the access and on its thread; see check_stale.
+        self.on_stale: Callable[[list[StaleNote]], None] | None = None
+
     def enable(self, on: bool) -> None:
         check(lib.vms_requester_enable(self.handle, on))
 
@@ -285,6 +312,13 @@ class Requester:
             fault = self._local.fault = ffi.new("vms_fault *")
             return fault
 
+    def _ended(self, rc: int, fault: Any) -> None:
+        """A call did not just succeed."""
+        if self.on_stale is not None and (notes := self.stale()):
+            self.on_stale(notes)
+        if rc < 0:
+            _raise_fault(rc, fault)
+
     def attach(self, domain: Domain | None, pasid: int = NO_PASID) -> None:
         """Accesses with this PASID go through `domain` from now on; None as in vms_requester_attach."""
         check(lib.vms_requester_attach(self.handle, pasid, ffi.NULL if domain is None else domain.handle))
@@ -294,7 +328,7 @@ class Requester:
         fault, out = self._fault(), ffi.new("uint64_t[]", len(iovas))
         rc = lib.vms_dma_translate(self.handle, pasid, list(iovas), len(iovas), access, out, fault)
         if rc:
-            _raise_fault(rc, fault)
+            self._ended(rc, fault)
         return list(out)
 
     def read(self, iova: int, size: int, pasid: int = NO_PASID) -> bytes:
@@ -303,7 +337,7 @@ class Requester:
         scratch = self._local.scratch if size <= _SCRATCH else ffi.new("char[]", size)
         rc = lib.vms_dma_rw(self.handle, pasid, iova, scratch, size, 0, fault)
         if rc:
-            _raise_fault(rc, fault)
+            self._ended(rc, fault)
         return ffi.unpack(scratch, size)  # type: ignore[no-any-return]
 
     def readinto(self, iova: int, buffer: Any, pasid: int = NO_PASID) -> None:
@@ -313,7 +347,7 @@ class Requester:
         rc = lib.vms_dma_rw(self.handle, pasid, iova, into, len(into), 0, fault)
         if rc:
             ffi.release(into)
-            _raise_fault(rc, fault)
+            self._ended(rc, fault)
 
     def write(self, iova: int, data: Any, pasid: int = NO_PASID) -> None:
         """Writes `data` (bytes-like, contiguous) to `iova`."""
@@ -322,13 +356,13 @@ class Requester:
         rc = lib.vms_dma_rw(self.handle, pasid, iova, source, len(source), DMA_WRITE, fault)
         if rc:
             ffi.release(source)
-            _raise_fault(rc, fault)
+            self._ended(rc, fault)
 
     def atomic(self, iova: int, op: int, size: int, operand: int, compare: int, pasid: int = NO_PASID) -> int:
         fault, old = self._fault(), ffi.new("uint64_t *")
         rc = lib.vms_dma_atomic(self.handle, pasid, iova, op, size, operand, compare, old, fault)
         if rc:
-            _raise_fault(rc, fault)
+            self._ended(rc, fault)
         return int(old[0])
 
     def gather(self, pieces: Sequence[tuple[int, int]], buffer: Any, flags: int, pasid: int = NO_PASID) -> None:
@@ -339,22 +373,38 @@ class Requester:
         rc = lib.vms_dma_sg(self.handle, pasid, vector, len(pieces), flat, len(flat), flags, fault)
         if rc:
             ffi.release(flat)
-            _raise_fault(rc, fault)
+            self._ended(rc, fault)
 
     def pin(self, iova: int, size: int, flags: int, pasid: int = NO_PASID) -> Pin:
         fault = self._fault()
         pointer, pin = ffi.new("void **"), ffi.new("vms_pin **")
         rc = lib.vms_dma_pin(self.handle, pasid, iova, size, flags, pointer, pin, fault)
         if rc:
-            _raise_fault(rc, fault)
+            self._ended(rc, fault)
         view = memoryview(ffi.buffer(pointer[0], size))
         return Pin(self, ffi.gc(pin[0], lib.vms_dma_unpin), view if flags & DMA_WRITE else view.toreadonly())
 
-    def stats(self) -> tuple[int, int, int, int, int, int, int]:
-        """(read operations, read bytes, write operations, write bytes, faults, IOTLB hits, IOTLB misses)."""
+    def chosen_by(self, memory: Memory, words: Sequence[tuple[int, int]], pasid: int = NO_PASID) -> None:
+        """What is attached was chosen by these (GPA, word) of `memory`.  OSError(ENOENT): nothing is."""
+        check(lib.vms_requester_chosen_by(self.handle, pasid, memory.handle, list(words), len(words)))
+
+    def check_stale(self, on: bool) -> None:
+        """Whether each use of what is cached is compared with what the tables say now."""
+        check(lib.vms_requester_check_stale(self.handle, on))
+
+    def stale(self) -> list[StaleNote]:
+        """Notes of stale uses, which leave."""
+        out = ffi.new("vms_stale[]", _NOTES)
+        found: list[StaleNote] = []
+        while n := lib.vms_requester_stale(self.handle, out, _NOTES):
+            found += [_note(out[i]) for i in range(n)]
+        return found
+
+    def stats(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """(read operations, read bytes, write operations, write bytes, faults, IOTLB hits, misses, stale uses)."""
         lib.vms_dma_stats_get(self.handle, self._stats)
         s = self._stats
-        return s.read_ops, s.read_bytes, s.write_ops, s.write_bytes, s.faults, s.iotlb_hits, s.iotlb_misses
+        return s.read_ops, s.read_bytes, s.write_ops, s.write_bytes, s.faults, s.iotlb_hits, s.iotlb_misses, s.stale
 
 
 class Pin:

@@ -41,6 +41,8 @@ class DmaStats:
     faults: int
     iotlb_hits: int
     iotlb_misses: int
+    #: Uses of what is cached and no longer so; 0 where the IOMMU does not look (`report_stale`).
+    stale: int
 
 
 class _Line:
@@ -293,11 +295,11 @@ class Dma:
     @property
     def stats(self) -> DmaStats:
         """Counters; message transfers included."""
-        read_ops, read_bytes, write_ops, write_bytes, faults, hits, misses = self._requester.stats()
+        read_ops, read_bytes, write_ops, write_bytes, faults, hits, misses, stale = self._requester.stats()
         by_read, by_write = self._line.message_bytes
         # What was mended, such as a table entry not read before, is none to whoever looks.
         refused = faults - self._line.mended
-        return DmaStats(read_ops, read_bytes + by_read, write_ops, write_bytes + by_write, refused, hits, misses)
+        return DmaStats(read_ops, read_bytes + by_read, write_ops, write_bytes + by_write, refused, hits, misses, stale)
 
     def close(self) -> None:
         """Forgets the client; accesses fail from now on."""

@@ -421,6 +421,7 @@ class Server:
                 "dma_faults": dma.faults,
                 "iotlb_hits": dma.iotlb_hits,
                 "iotlb_misses": dma.iotlb_misses,
+                "stale": dma.stale,
                 "interrupts": device.irqs.raised,
             }
         return found

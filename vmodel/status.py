@@ -31,7 +31,12 @@ def described(machine: Machine) -> dict[str, Any]:
         ],
         "groups": [_group(group) for group in machine.system.groups],
         "devices": {
-            endpoint.name: {"iotlb_hits": stats.iotlb_hits, "iotlb_misses": stats.iotlb_misses, "faults": stats.faults}
+            endpoint.name: {
+                "iotlb_hits": stats.iotlb_hits,
+                "iotlb_misses": stats.iotlb_misses,
+                "stale": stats.stale,
+                "faults": stats.faults,
+            }
             for endpoint in machine.system.endpoints
             if endpoint.name in devices and (stats := devices[endpoint.name].dma.stats)
         },

@@ -154,6 +154,7 @@ def summary(server: Server, machine: Machine, result: GuestResult) -> None:
         ("DMA faults", ["dma_faults"]),
         ("IOTLB hits", ["iotlb_hits"]),
         ("IOTLB misses", ["iotlb_misses"]),
+        ("stale translations used", ["stale"]),
         ("interrupts", ["interrupts"]),
     ):
         table.add_row(label, *(f"{sum(counters[key] for key in keys):,}" for counters in stats.values()))

@@ -8,7 +8,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vmodel import _shim
@@ -29,6 +29,7 @@ from vmodel.iommu.fault import FaultQueue, FaultRecord, PageRequest, PageRespons
 from vmodel.iommu.group import Group
 from vmodel.iommu.grouping import find_group
 from vmodel.iommu.pgtable import Table
+from vmodel.iommu.stale import StaleUse
 from vmodel.memory import GuestMemory
 from vmodel.pci.topology import Bdf, Function, Topology
 
@@ -91,7 +92,9 @@ class Iommu:
         #: drives reads its table of devices here, as hardware does at the first request of a device.
         self.resolver: Callable[[Endpoint, DmaFault], bool] | None = None
         self._handlers: list[Callable[[FaultRecord], None]] = []
-        self._log_limit = RateLimit(10, 5.0)
+        #: Whether uses of what is cached and no longer so are counted and logged.
+        self.report_stale = bool(getattr(driver.params, "report_stale", False))
+        self._log_limit, self._stale_limit = RateLimit(10, 5.0), RateLimit(10, 5.0)
 
     def on_fault(self, handler: Callable[[FaultRecord], None]) -> Callable[[], None]:
         """Calls `handler` with each record, on the thread of the access; the result takes it back."""
@@ -111,6 +114,14 @@ class Iommu:
                 handler(record)
             except Exception:
                 log.exception("%s: a fault handler failed", self.name)
+
+    def stale(self, use: StaleUse) -> None:
+        """Puts a stale use into the log (10 lines in 5 s)."""
+        passed, held = self._stale_limit()
+        if held:
+            log.warning("%s: %d more stale uses were not logged", self.name, held)
+        if passed:
+            log.warning("%s", use)
 
     def __contains__(self, source: Source) -> bool:
         return any(source in part for part in self.covers)
@@ -145,6 +156,10 @@ class Endpoint:
         self._requester = requester
         self._requests = itertools.count(1)
         self._pri_failed = False
+        if requester is not None:
+            watched = iommu is not None and iommu.report_stale
+            requester.on_stale = self._stale if watched else None
+            requester.check_stale(watched)
 
     @property
     def needs_direct(self) -> bool:
@@ -156,6 +171,16 @@ class Endpoint:
         if self._requester is not None:
             shim = None if domain is None else domain.shim
             self._requester.attach(shim, _shim.NO_PASID if pasid is None else pasid)
+
+    def chosen_by(self, memory: GuestMemory, words: Sequence[tuple[int, int]], pasid: int | None = None) -> None:
+        """What it has been shown was chosen by these (GPA, word) of `memory`: if they change, its use is stale."""
+        if self._requester is not None:
+            self._requester.chosen_by(memory.shim, words, _shim.NO_PASID if pasid is None else pasid)
+
+    def _stale(self, notes: list[_shim.StaleNote]) -> None:
+        if (iommu := self.iommu) is not None:
+            for note in notes:
+                iommu.stale(StaleUse(iommu.name, self.name, self.requester_id or 0, note))
 
     def use(self, driver: object) -> None:
         """A driver binds.  IommuError(EBUSY): another has it, or its group is owned or attached by somebody else."""

@@ -28,6 +28,9 @@ class IntelVtd(Driver):
             default_factory=dict,
             description="ACPI namespace devices (DMAR ANDD): name to the address that their requests carry",
         )
+        report_stale: bool = Field(
+            False, description="log and count each use of what is cached and the tables no longer say"
+        )
 
     def requester_id(self, source: Source) -> int | None:
         if isinstance(source, PlatformDevice):
