@@ -8,6 +8,7 @@
  *          beside the mapping, and one after it is gone, must not get through and must be in the kernel's log.
  *   more   MSI, DMA over borders of scattered pages, a mapping for reading only, faults, unmap while DMA runs.
  *   die    A process that does DMA all the time is killed: none reaches its memory afterwards.
+ *   loop   Does DMA until it is killed; prints an x once it arrives.
  *   many   Maps 10,000 windows of one page each, waits for a line on stdin, unmaps them, waits for another.
  *   raw    No VFIO: DMA by physical address, on a device without a driver.
  */
@@ -493,6 +494,11 @@ static void die(void)
     printf("killed while DMA runs: 5 times\n");
 }
 
+static void loop(void)
+{
+    victim(anonymous(2, MAP_PRIVATE), 1);
+}
+
 /* ---- many ------------------------------------------------------------------------------------------------------- */
 
 #define MANY 10000u
@@ -567,7 +573,8 @@ static void raw(void)
 int main(int argc, char **argv)
 {
     static const struct { const char *name; void (*run)(void); int vfio; } modes[] = {
-        { "basic", basic, 1 }, { "more", more, 1 }, { "die", die, 1 }, { "many", many, 1 }, { "raw", raw, 0 },
+        { "basic", basic, 1 }, { "more", more, 1 }, { "die", die, 1 },
+        { "loop", loop, 1 },   { "many", many, 1 }, { "raw", raw, 0 },
     };
     const char *mode = argc > 3 ? argv[3] : "basic";
 

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from vmodel.iommu.domain import DomainType
 from vmodel.machine import Machine, parse
 from vmodel.memory import shared_files
 from vmodel.qemu import device_args
-from vmodel.testing.artifacts import CLOUD, find_kernel, find_kernels
-from vmodel.testing.guest import Guest, GuestSpec
+from vmodel.testing.artifacts import CLOUD, KERNELS, find_kernel, find_kernels
+from vmodel.testing.guest import Guest, GuestResult, GuestSpec
 
 pytestmark = pytest.mark.guest
 Compiled = Callable[[str], Path]
@@ -63,6 +64,14 @@ def one_iommu(kind: str, more: str = "", covers: str = "0000") -> str:
 
 
 EDU0 = EDU.format(name="edu0", address="0000:00:03.0")
+
+
+@pytest.fixture(params=[*KERNELS, CLOUD])
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Each of the guest kernels, and Debian's for virtual machines, if it is there."""
+    if request.param == CLOUD and CLOUD not in find_kernels():
+        pytest.skip(f"no cloud kernel in the cache: scripts/get-qemu --kernel {CLOUD}")
+    return str(request.param)
 
 
 class Runs:
@@ -110,6 +119,14 @@ def run(tmp_path: Path, artifacts: Path, compiled: Compiled) -> Runs:
     return Runs(tmp_path, artifacts, compiled(PROGRAM))
 
 
+def off_in_time(guest: Guest) -> GuestResult:
+    """The command ends now: 10 s are what a guest may take then."""
+    ended = time.monotonic()
+    result = guest.wait()
+    assert result.powered_off and time.monotonic() - ended < 10
+    return result
+
+
 # ---- drivers that use the DMA API ---------------------------------------------------------------
 
 RNG = """
@@ -126,10 +143,6 @@ TYPES = [("", "DMA-FQ"), ("iommu.strict=1", "DMA"), ("iommu=pt", "identity")]
 @pytest.mark.parametrize(("append", "type_"), TYPES)
 def test_a_stock_driver(run: Runs, kind: str, kernel: str, append: str, type_: str) -> None:
     """virtio-rng, which asks the DMA API for addresses: by IOVAs of the kernel's, or by physical addresses."""
-    check_a_stock_driver(run, kind, kernel, append, type_)
-
-
-def check_a_stock_driver(run: Runs, kind: str, kernel: str, append: str, type_: str) -> None:
     script = (
         "cat /sys/bus/pci/devices/0000:00:03.0/iommu_group/type;"
         "cat /sys/class/misc/hw_random/rng_current; dd if=/dev/hwrng bs=64 count=200 2>/dev/null; read go"
@@ -141,7 +154,7 @@ def check_a_stock_driver(run: Runs, kind: str, kernel: str, append: str, type_: 
         assert group is not None
         domain = group.domain.type
         guest.send(b"\n")
-        result = guest.wait()
+        result = off_in_time(guest)
         seen = machine.devices["rng0"].seen  # type: ignore[attr-defined]
         assert machine.system.iommus[0].faults.total == machine.devices["rng0"].dma.stats.faults == 0
     assert (result.output.split()[0].decode(), result.status) == (type_, 0)
@@ -151,14 +164,6 @@ def check_a_stock_driver(run: Runs, kind: str, kernel: str, append: str, type_: 
         assert max(seen) < MEMORY and domain is DomainType.IDENTITY
     else:
         assert min(seen) >= MEMORY and domain is not DomainType.IDENTITY
-
-
-@pytest.mark.parametrize(("append", "type_"), TYPES)
-def test_the_cloud_kernel(run: Runs, append: str, type_: str) -> None:
-    """Debian's kernel for virtual machines, which knows no IOMMU but virtio-iommu."""
-    if CLOUD not in find_kernels():
-        pytest.skip(f"no cloud kernel in the cache: scripts/get-qemu --kernel {CLOUD}")
-    check_a_stock_driver(run, "virtio-iommu", CLOUD, append, type_)
 
 
 # ---- VFIO ---------------------------------------------------------------------------------------
@@ -172,12 +177,9 @@ def test_vfio(run: Runs, kind: str, kernel: str) -> None:
     )
     with run(one_iommu(kind, EDU0), kernel, script, MODULES[kind] + VFIO, first=["-smp", "2"]) as (machine, guest):
         guest.expect(rb"end\n", 100)
-        ended = time.monotonic()
-        result = guest.wait()
-        off = time.monotonic() - ended
+        result = off_in_time(guest)
         text = result.output.decode()
         assert result.status == 0, text
-        assert result.powered_off and off < 10
         assert machine.devices["iommu0"].errors == 0
         assert machine.system["edu0"].group is not None
     for line in (
@@ -201,13 +203,49 @@ def test_vfio(run: Runs, kind: str, kernel: str) -> None:
         assert re.search(rf"^{what} refused: {re.escape(SAID[kind])} ?{wanted}", text, re.MULTILINE), text
 
 
+RNG1 = RNG.replace("rng0", "rng1").replace("03.0", "05.0")
+
+
 def test_warm_reboot(run: Runs, kind: str, kernel: str) -> None:
-    """All that VFIO does, before and after."""
-    script = f'./vfio_edu 0000:00:03.0 "{SAID[kind]}" || exit 1; [ $VMODEL_BOOT = 2 ] || reboot -f; sleep 1'
-    with run(one_iommu(kind, EDU0), kernel, script, MODULES[kind] + VFIO, allow_reboot=True) as (_, guest):
+    """VFIO and a driver of the kernel's, before and after; when the guest goes down both do DMA."""
+    script = f"""
+        dd if=/dev/hwrng bs=64 count=10 2>/dev/null | hexdump -C | head -n 1
+        ./vfio_edu 0000:00:03.0 "{SAID[kind]}" || exit 1
+        [ $VMODEL_BOOT = 2 ] && exit
+        dd if=/dev/hwrng of=/dev/null bs=64 2>/dev/null &
+        ./vfio_edu 0000:00:03.0 "{SAID[kind]}" loop &
+        sleep 1; echo down; reboot -f; sleep 10
+    """
+    modules = [*MODULES[kind], *VFIO, "virtio-rng"]
+    with run(one_iommu(kind, EDU0 + RNG1), kernel, script, modules, allow_reboot=True) as (_, guest):
+        guest.expect(rb"xdown")
+        went = time.monotonic()
+        guest.expect(rb"vmodel")
+        assert time.monotonic() - went < 20
         result = guest.wait()
     assert (result.status, result.boots) == (0, 2), result.output
+    assert result.output.count(b"|vmodel..vmodel") == 2
     assert result.output.count(b"all is well") == 2
+
+
+def test_a_guest_that_is_killed(run: Runs, kind: str) -> None:
+    """The next one finds all as it should be, though DMA was running."""
+    first = f'./vfio_edu 0000:00:03.0 "{SAID[kind]}" loop'
+    with run(one_iommu(kind, EDU0), "6.12", first, MODULES[kind] + VFIO) as (machine, guest):
+        guest.expect(rb"x")
+        guest.kill()
+        wait_until(lambda: not any(len(device.memory) for device in machine.devices.values()))
+        assert shared_files().mapped == 0
+        with Guest(replace(guest.spec, command=f'./vfio_edu 0000:00:03.0 "{SAID[kind]}"')) as second:
+            assert second.wait().status == 0, second.output
+        wait_until(lambda: not shared_files().mapped)
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # ---- hot-plug, and drivers that come late ---------------------------------------------------------
