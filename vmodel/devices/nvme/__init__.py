@@ -1,0 +1,1 @@
+"""NVMe (base specification 1.4) with the NVM command set."""
