@@ -6,10 +6,13 @@ One guest for each kernel and IOMMU has all these tests; each of them leaves the
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from qemu.qmp import QMPClient
@@ -151,3 +154,250 @@ async def _device_del(socket: Path, name: str) -> None:
         await client.execute("device_del", {"id": name})
     finally:
         await client.disconnect()
+
+
+# ---- the nvme command -----------------------------------------------------------------------------
+
+#: A file of 4 KiB with random contents; ones and zeroes of the same size.
+FILES = (
+    "head -c 4096 /dev/urandom >random; head -c 4096 /dev/zero >zeroes; tr '\\000' '\\377' <zeroes >ones;"
+    "printf 'image-2 ' >image; cat random random >>image; truncate -s 12K image"
+)
+
+
+@pytest.fixture
+def admin(rig: Rig) -> Nvme:
+    """The third controller."""
+    rig.shell.run(FILES)
+    return Nvme(rig)
+
+
+class Nvme:
+    """The nvme command on the controller for administration, and on its namespaces."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig, self.shell = rig, rig.shell
+        self.name = rig.controller(ADMIN)
+        self.device = f"/dev/{self.name}"
+
+    def __call__(self, command: str, arguments: str = "", nsid: int = 0) -> str:
+        """Runs it on the controller, or a namespace; what it says."""
+        return self.shell.run(self.line(command, arguments, nsid))
+
+    def line(self, command: str, arguments: str = "", nsid: int = 0) -> str:
+        device = self.rig.block(ADMIN, nsid) if nsid else self.device
+        return f"nvme {command} {device} {arguments}"
+
+    def fails(self, command: str, arguments: str, said: str, nsid: int = 0) -> None:
+        """It must end with that status."""
+        self.shell.fails(self.line(command, arguments, nsid), re.escape(said))
+
+    def json(self, command: str, arguments: str = "", nsid: int = 0) -> dict[str, Any]:
+        found = json.loads(self(command, f"{arguments} -o json", nsid))
+        assert isinstance(found, dict)
+        return found
+
+    def namespaces(self, arguments: str = "") -> list[int]:
+        return [entry["nsid"] for entry in self.json("list-ns", arguments)["nsid_list"]]
+
+    def holds(self, lba: int, file: str, nsid: int = 1) -> None:
+        """8 blocks of 512 bytes, or one of 4096, are equal to a file of the guest's."""
+        self("read", f"-s {lba} -c {7 if nsid == 1 else 0} -z 4096 -d read", nsid)
+        self.shell.run(f"cmp read {file}")
+
+    def write(self, lba: int, file: str, nsid: int = 1) -> None:
+        self("write", f"-s {lba} -c {7 if nsid == 1 else 0} -z 4096 -d {file}", nsid)
+
+
+#: Where 8 blocks are in arguments of most commands.
+BLOCKS = "-s 64 -c 7"
+
+
+def test_list_and_identify(admin: Nvme) -> None:
+    found = json.loads(admin.shell.run("nvme list -o json"))["Devices"]
+    ours = {entry["NameSpace"]: entry for entry in found if entry["SerialNumber"] == "ADMIN"}
+    assert {nsid: (entry["PhysicalSize"], entry["SectorSize"]) for nsid, entry in ours.items()} == {
+        1: (32 * MiB, 512),
+        2: (16 * MiB, 4096),
+    }
+    assert {(entry["ModelNumber"], entry["Firmware"]) for entry in ours.values()} == {("A model", "1.5")}
+    identity = admin.json("id-ctrl")
+    assert [identity[key].strip() for key in ("sn", "mn", "fr")] == ["ADMIN", "A model", "1.5"]
+    assert (identity["sqes"], identity["cqes"], identity["ver"] >> 8) == (0x66, 0x44, 0x104)
+    # Security is absent; format, firmware, namespaces, self-test are there.
+    assert identity["oacs"] & 0x1F == 0x1E
+    # Compare, write uncorrectable, dataset management, write zeroes, verify, copy.
+    assert identity["oncs"] & 0x18F == 0x18F
+    assert identity["tnvmcap"] == 112 * MiB and identity["unvmcap"] == 64 * MiB
+    assert identity["sanicap"] & 7
+    block = admin.json("id-ns", nsid=2)
+    assert (block["nsze"] * 4096, [1 << f["ds"] for f in block["lbafs"]], block["flbas"]) == (16 * MiB, [512, 4096], 1)
+
+
+def test_smart_log_counts(admin: Nvme) -> None:
+    before = admin.json("smart-log")
+    for n in range(3):
+        admin.write(8 * n, "random")
+        admin.holds(8 * n, "random")
+    after = admin.json("smart-log")
+    for key in ("host_read_commands", "host_write_commands"):
+        assert after[key] == before[key] + 3, key
+    # In 1000 times 512 bytes, rounded up.
+    big = admin.line("write", "-s 0 -c 4095 -z 2M -d /dev/zero", 1)
+    admin.shell.run(f"head -c 2M /dev/zero >big; {big.replace('/dev/zero', 'big')}")
+    assert 4 <= admin.json("smart-log")["data_units_written"] - after["data_units_written"] <= 5
+    assert after["critical_warning"] == 0 and 273 < after["temperature"] < 373
+
+
+def test_error_log(admin: Nvme) -> None:
+    before = admin.json("smart-log")["num_err_log_entries"]
+    admin.fails("read", "-s 0x10000 -c 7 -z 4096 -d read", "LBA Out of Range", nsid=1)
+    last = admin.json("error-log", "-e 4")["errors"][0]
+    # The status field: code 80h, type 0; do not retry.
+    assert (last["status_field"] & 0x7FF, last["nsid"], last["lba"]) == (0x80, 1, 0x10000)
+    assert admin.json("smart-log")["num_err_log_entries"] == last["error_count"] == before + 1
+
+
+def test_features(admin: Nvme) -> None:
+    def current(feature: int) -> int:
+        return int(admin("get-feature", f"-f {feature}").rpartition("0x")[2], 16)
+
+    assert current(7) == 0x0001_0001  # two queues of each kind, counted from 0
+    threshold = current(4)
+    admin("set-feature", "-f 4 --value=0x150")
+    assert current(4) == 0x150
+    admin("set-feature", f"-f 4 --value={threshold:#x}")
+    assert current(6) == 1
+    admin("set-feature", "-f 6 --value=0")
+    assert current(6) == 0
+    admin("set-feature", "-f 6 --value=1")
+    admin.fails("get-feature", "-f 0x77", "Invalid Field in Command")
+    admin.fails("set-feature", "-f 7 --value=0", "Command Sequence Error")
+
+
+def test_flush_compare_write_zeroes_and_deallocate(admin: Nvme) -> None:
+    for nsid in (1, 2):
+        where = f"-s 64 -c {7 if nsid == 1 else 0}"
+        admin.write(64, "random", nsid)
+        assert "success" in admin("flush", nsid=nsid)
+        admin("compare", f"{where} -z 4096 -d random", nsid)
+        admin.fails("compare", f"{where} -z 4096 -d ones", "Compare Failure", nsid)
+        admin("verify", where, nsid)
+        admin("write-zeroes", where, nsid)
+        admin.holds(64, "zeroes", nsid)
+        admin.write(64, "ones", nsid)
+        admin("dsm", f"--ad --slbs=64 --blocks={8 if nsid == 1 else 1}", nsid)
+        admin.holds(64, "zeroes", nsid)
+
+
+def test_write_uncorrectable(admin: Nvme) -> None:
+    """Reads, compares and verifies fail until the blocks are written anew."""
+    admin("write-uncor", BLOCKS, 1)
+    errors = admin.json("smart-log")["media_errors"]
+    for command in ("read", "compare"):
+        admin.fails(command, f"{BLOCKS} -z 4096 -d ones", "Unrecovered Read Error", 1)
+    admin.fails("verify", BLOCKS, "Unrecovered Read Error", 1)
+    assert admin.json("smart-log")["media_errors"] > errors
+    admin.write(64, "random")
+    admin.holds(64, "random")
+
+
+def test_copy(admin: Nvme) -> None:
+    admin.write(64, "random")
+    admin.write(128, "ones")
+    admin("copy", "--sdlba=256 --slbs=64,128 --blocks=7,7 --format=0", 1)
+    admin.holds(256, "random")
+    admin.holds(264, "ones")
+
+
+def test_firmware(admin: Nvme) -> None:
+    assert "1.5" in admin("fw-log")
+    admin("fw-download", "-f image")
+    admin("fw-commit", "-s 2 -a 1")
+    log = admin("fw-log")
+    assert re.search(r"frs1.*1\.5", log) and re.search(r"frs2.*image-2", log), log
+    assert admin.json("id-ctrl")["fr"].strip() == "1.5"
+    admin("reset")
+    assert admin.json("id-ctrl")["fr"].strip() == "image-2"
+    admin("fw-commit", "-s 1 -a 2")
+    admin("reset")
+    assert admin.json("id-ctrl")["fr"].strip() == "1.5"
+    admin.fails("fw-commit", "-s 7 -a 2", "Invalid Firmware Slot")
+
+
+def test_namespace_management(admin: Nvme) -> None:
+    assert admin.namespaces() == [1, 2]
+    controller = admin.json("id-ctrl")["cntlid"]
+    made = re.search(r"created nsid:(\d+)", admin("create-ns", "--nsze=2048 --ncap=2048 --flbas=1"))
+    assert made is not None
+    nsid = int(made[1])
+    assert admin.json("id-ctrl")["unvmcap"] == 56 * MiB
+    assert (admin.namespaces(), admin.namespaces("-a")) == ([1, 2], [1, 2, nsid])
+    admin("attach-ns", f"-n {nsid} -c {controller}")
+    assert admin.namespaces() == [1, 2, nsid]
+    name = admin.rig.block(ADMIN, nsid).removeprefix("/dev/")
+    assert admin.shell.run(f"cat /sys/block/{name}/size /sys/block/{name}/queue/logical_block_size").split() == [
+        "16384",
+        "4096",
+    ]
+    admin.shell.run(f"{FIO} --name=v --filename=/dev/{name} --bs=16k --size=1M --iodepth=8")
+    admin("detach-ns", f"-n {nsid} -c {controller}")
+    assert (admin.namespaces(), admin.namespaces("-a")) == ([1, 2], [1, 2, nsid])
+    admin.shell.run(f"[ ! -e /sys/block/{name} ]")
+    admin("delete-ns", f"-n {nsid}")
+    assert admin.namespaces("-a") == [1, 2]
+    assert admin.json("id-ctrl")["unvmcap"] == 64 * MiB
+    admin.fails("create-ns", "--nsze=0x1000000 --ncap=0x1000000 --flbas=0", "Namespace Insufficient Capacity")
+
+
+def test_format(admin: Nvme) -> None:
+    """Another size of blocks, which the driver sees at once; and back."""
+    admin.write(64, "random")
+    name = admin.rig.block(ADMIN, 1).removeprefix("/dev/")
+    for number, lba in ((1, 4096), (0, 512)):
+        admin("format", f"--lbaf={number} --force", 1)
+        found = admin.shell.run(f"cat /sys/block/{name}/size /sys/block/{name}/queue/logical_block_size")
+        assert [int(line) for line in found.split()] == [32 * MiB // 512, lba]
+        assert admin.json("id-ns", nsid=1)["flbas"] == number
+    admin.holds(64, "zeroes")
+
+
+def test_self_test(admin: Nvme) -> None:
+    for code in (1, 2):
+        admin("device-self-test", f"-n 0xffffffff -s {code}")
+        log = until(lambda: admin.json("self-test-log"), lambda log: not log["Current Device Self-Test Operation"])
+        result = log["List of Valid Reports"][0]
+        assert (result["Self test result"], result["Self test code"]) == (0, code)
+
+
+def test_sanitize(admin: Nvme) -> None:
+    for nsid in (1, 2):
+        admin.write(64, "random", nsid)
+    for action in ("start-block-erase", "start-crypto-erase", "start-overwrite --owpass=1 --ovrpat=0xffffffff"):
+        admin("sanitize", f"-a {action}")
+        log = until(lambda: admin.json("sanitize-log")[admin.name], lambda log: log["sprog"] == 65535)
+        assert log["sstat"]["status"]["(1) Most Recent Sanitize Command Completed Successfully"], log
+        for nsid in (1, 2):
+            admin.holds(64, "ones" if "overwrite" in action else "zeroes", nsid)
+
+
+def until(ask: Callable[[], dict[str, Any]], what: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Asks until the answer is right; at most 10 s."""
+    deadline = time.monotonic() + 10
+    while not what(found := ask()):
+        assert time.monotonic() < deadline, found
+    return found
+
+
+# ---- afterwards -----------------------------------------------------------------------------------
+
+
+def test_nothing_went_wrong_unseen(rig: Rig) -> None:
+    """After all that: no timeouts in the guest's log, and no DMA where the guest had not mapped it."""
+    log = rig.shell.run("dmesg")
+    bad = r"I/O tag|timeout|timed out|I/O error|controller is down|Oops|WARNING|BUG:|DMAR:.*fault|page fault from EP"
+    lines = [line for line in log.splitlines() if re.search(bad, line)]
+    # The disk that was pulled out may be mentioned.
+    assert [line for line in lines if PORT not in line and "nvme1n1" not in line] == []
+    for iommu in rig.machine.system.iommus:
+        assert iommu.faults.total == 0, iommu.faults.peek()
