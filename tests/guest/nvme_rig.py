@@ -29,7 +29,11 @@ memory = "640M"
 name = "nvme0"
 model = "nvme"
 address = "0000:00:03.0"
-params = { serial = "DATA", queues = 4, namespaces = [ { path = "disk.img", size = "256M" }, { memory = "64M", lba = 4096 } ] }
+
+[device.params]
+serial = "DATA"
+queues = 4
+namespaces = [ { path = "disk.img", size = "256M" }, { memory = "64M", lba = 4096 } ]
 
 [[bridge]]
 name = "rp0"

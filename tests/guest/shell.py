@@ -48,7 +48,8 @@ class Shell:
 
     def end(self, timeout: float = 60.0) -> tuple[int, str]:
         """(status, output) of the script that was begun."""
-        found = self.guest.expect(rb"(?s)(.*?)\n\x01(\d+)\n", timeout)
+        # Anchored: else each attempt on a long output would take a time that is quadratic in it.
+        found = self.guest.expect(rb"(?s)\A(.*?)\n\x01(\d+)\n", timeout)
         return int(found[2]), found[1].decode(errors="replace")
 
     def off(self) -> None:
