@@ -14,7 +14,7 @@ from vmodel.span import MiB, number
 #: Sizes of logical blocks, in bytes, in the order of the LBA formats.
 LBA_SIZES = (512, 4096)
 #: Most namespaces of a controller.
-MAX_NAMESPACES = 256
+MAX_NAMESPACES = 32
 
 
 def _printable(value: str) -> str:

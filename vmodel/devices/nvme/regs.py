@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from vmodel.regs import RO, W1C, Bit, Bits, Layout, Reg32, Reg64, RegisterBank
+from vmodel.regs import RO, RW, W1C, Bit, Bits, Layout, Reg32, Reg64, RegisterBank
 
 #: Version 1.4.0.
 VERSION = 0x0001_0400
@@ -37,13 +37,13 @@ class Cap(Layout):
 class Cc(Layout):
     """Controller Configuration."""
 
-    EN = Bit(0, doc="enable")
-    CSS = Bits(4, 6, doc="0: NVM command set")
-    MPS = Bits(7, 10, doc="page size: 4096 << MPS bytes")
-    AMS = Bits(11, 13, doc="arbitration: 0 round robin, 1 weighted")
-    SHN = Bits(14, 15, doc="shutdown: 1 normal, 2 abrupt")
-    IOSQES = Bits(16, 19, doc="6: I/O submission queue entries of 64 bytes")
-    IOCQES = Bits(20, 23, doc="4: I/O completion queue entries of 16 bytes")
+    EN = Bit(0, RW, doc="enable")
+    CSS = Bits(4, 6, RW, doc="0: NVM command set")
+    MPS = Bits(7, 10, RW, doc="page size: 4096 << MPS bytes")
+    AMS = Bits(11, 13, RW, doc="arbitration: 0 round robin, 1 weighted")
+    SHN = Bits(14, 15, RW, doc="shutdown: 1 normal, 2 abrupt")
+    IOSQES = Bits(16, 19, RW, doc="6: I/O submission queue entries of 64 bytes")
+    IOCQES = Bits(20, 23, RW, doc="4: I/O completion queue entries of 16 bytes")
 
 
 class Csts(Layout):
@@ -59,14 +59,14 @@ class Csts(Layout):
 class Aqa(Layout):
     """Admin Queue Attributes."""
 
-    ASQS = Bits(0, 11, doc="entries of the admin submission queue less 1")
-    ACQS = Bits(16, 27, doc="entries of the admin completion queue less 1")
+    ASQS = Bits(0, 11, RW, doc="entries of the admin submission queue less 1")
+    ACQS = Bits(16, 27, RW, doc="entries of the admin completion queue less 1")
 
 
 class AdminBase(Layout):
     """Address of an admin queue: bits 11:0 are 0."""
 
-    BASE = Bits(12, 63)
+    BASE = Bits(12, 63, RW)
 
 
 # Registers of 64 bits may be accessed in two halves; nothing narrower than 32 bits is defined, and reads as all ones.
@@ -79,7 +79,7 @@ class ControllerRegs(RegisterBank, size=0x1000, sizes=(4, 8), misaligned=False):
     VS = Reg32(0x08, RO, reset=VERSION, doc="version: 1.4.0")
     INTMS = Reg32(0x0C, doc="write 1 to mask vectors 0-31; not with MSI-X")
     INTMC = Reg32(0x10, doc="write 1 to unmask; both read as the mask")
-    CC = Reg32(0x14, layout=Cc)
+    CC = Reg32(0x14, RO, layout=Cc)
     CSTS = Reg32(0x1C, RO, layout=Csts)
     NSSR = Reg32(0x20, doc=f"write {SUBSYSTEM_RESET:#x} (NVMe) to reset the subsystem; reads as 0")
     AQA = Reg32(0x24, RO, layout=Aqa)
