@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmodel.machine import parse
+from vmodel.qemu import memory_args
 from vmodel.span import MiB
 from vmodel.testing.artifacts import find_qemu
 
@@ -56,7 +57,7 @@ def assembled(name: str, address: int, folder: Path) -> bytes:
 
 def image(folder: Path) -> bytes:
     """The disk: boot record, partition table, program, and what it is to read."""
-    record, program = assembled("mbr", 0x600, folder), assembled("partition", 0x7C00, folder)
+    record, program = assembled("mbr", 0x7C00, folder), assembled("partition", 0x8000, folder)
     assert len(record) <= 446 and len(program) == BLOCK
     data = random.Random(1).randbytes(READ * BLOCK)
     total = sum(struct.unpack(f"<{len(data) // 4}I", data)) & 0xFFFF_FFFF
@@ -70,15 +71,19 @@ def image(folder: Path) -> bytes:
     return bytes(disk)
 
 
-@pytest.mark.parametrize("kind", [None, "virtio-iommu", "vt-d"])
+@pytest.mark.parametrize("kind", [None, "virtio-iommu", "vt-d", "without shared memory"])
 def test_boot(kind: str | None, tmp_path: Path) -> None:
     """From the disk with the lower bootindex, twice: the machine resets itself in between."""
     (tmp_path / "boot.img").write_bytes(image(tmp_path))
-    machine = parse(MACHINE + (IOMMU.format(kind) if kind else ""), tmp_path / "m.toml")
+    shared = kind != "without shared memory"
+    machine = parse(MACHINE + (IOMMU.format(kind) if kind and shared else ""), tmp_path / "m.toml")
     try:
         with machine.serve(tmp_path):
             line = [str(find_qemu().path), "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none"]
-            line += [*machine.qemu_args(tmp_path), "-serial", "stdio", "-device", "isa-debug-exit"]
+            args = machine.qemu_args(tmp_path)
+            if not shared:
+                args = ["-machine", "q35", "-m", "256M", *args[len(memory_args("256M")) :]]
+            line += [*args, "-serial", "stdio", "-device", "isa-debug-exit"]
             done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     finally:
         machine.close()

@@ -1,5 +1,7 @@
-/* A master boot record: loads the first sector of the active partition to 0x7c00, as any does, and jumps there.
-   The firmware has loaded it to 0x7c00; it moves to 0x600, for which it is linked. DL is the drive. */
+/* A master boot record: loads the first sector of the active partition to 0x8000 and jumps there.  DL is the drive.
+
+   It is read to 0x10000 and then moved, as GRUB's does.  Without KVM that matters: QEMU does not see what a device of
+   another process writes to memory, and would go on with what it has translated of the code that was there before. */
     .code16
     .globl _start
 _start:
@@ -9,15 +11,9 @@ _start:
     movw    %ax, %es
     movw    %ax, %ss
     movw    $0x7c00, %sp
-    movw    $0x7c00, %si
-    movw    $0x600, %di
-    movw    $256, %cx
-    cld
-    rep movsw
-    ljmp    $0, $moved
-moved:
     sti
-    movw    $0x600 + 446, %bp       /* the partition table */
+    cld
+    movw    $0x7c00 + 446, %bp      /* the partition table */
     movb    $4, %cl
 find:
     cmpb    $0x80, (%bp)
@@ -29,21 +25,28 @@ fail:
     movb    $'M', %al               /* no active partition, or the read failed */
     movw    $0x3f8, %dx
     outb    %al, %dx
+stop:
     hlt
-    jmp     fail
+    jmp     stop
 found:
-    movl    8(%bp), %eax            /* where it starts */
-    movl    %eax, lba
+    movl    8(%bp), %ebx            /* where it starts; the program there wants to know it, too */
+    movl    %ebx, lba
     movw    $packet, %si
     movb    $0x42, %ah
     int     $0x13
     jc      fail
-    movl    lba, %ebx               /* for the partition's sector */
-    ljmp    $0, $0x7c00
+    movw    $0x1000, %ax
+    movw    %ax, %ds
+    xorw    %si, %si
+    movw    $0x8000, %di
+    movw    $256, %cx
+    rep movsw
+    movw    %cx, %ds
+    ljmp    $0, $0x8000
 
 packet:
     .byte   16, 0
     .word   1
-    .word   0x7c00, 0
+    .word   0, 0x1000
 lba:
     .quad   0

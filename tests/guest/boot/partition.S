@@ -1,4 +1,4 @@
-/* The first sector of a partition, loaded to 0x7c00: DL is the drive, EBX the partition's first LBA.
+/* The first sector of a partition, moved to 0x8000: DL is the drive, EBX the partition's first LBA.
 
    It reads 127 sectors that follow it, in one request, and compares their sum with the one in `sum`; counts its boots in
    the partition's sector 200, which it writes; resets the machine at the first boot, and ends QEMU at the second one.
