@@ -19,6 +19,7 @@ SOURCES = [
     "pgtable.c",
     "stale.c",
     "dma.c",
+    "pin.c",
     "func.c",
     "stream.c",
     "sleep.c",
