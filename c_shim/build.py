@@ -24,6 +24,9 @@ SOURCES = [
     "stream.c",
     "sleep.c",
     "channel.c",
+    "store.c",
+    "workers.c",
+    "nvme.c",
 ]
 
 
