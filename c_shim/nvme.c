@@ -45,7 +45,7 @@ typedef struct plain {
 /* A plain command that a worker has in hand. */
 typedef struct task {
     work work; /* first: a work * is a task * */
-    uint32_t sq, generation;
+    uint32_t sq;
     uint16_t cid;
     uint8_t command[ENTRY];
     uint32_t n;
@@ -56,7 +56,7 @@ struct vms_nvme {
     vms_requester *requester;
     vms_workers *workers; /* NULL: none */
     inbox done;
-    uint32_t page_size, generation;
+    uint32_t page_size;
     uint64_t max_transfer;
     vms_nvme_sq sq[VMS_NVME_QUEUES];
     vms_nvme_cq cq[VMS_NVME_QUEUES];
@@ -99,20 +99,26 @@ static void task_free(work *item)
     free(item);
 }
 
-void vms_nvme_destroy(vms_nvme *nvme)
+/* Takes back what workers have not begun, and waits for the rest. */
+static void drop_tasks(vms_nvme *nvme)
 {
     work *item;
 
+    if (!nvme->workers)
+        return;
+    while ((item = workers_revoke(nvme->workers, &nvme->done, any, 0)))
+        task_free(item);
+    vms_workers_settle(nvme->workers);
+    while ((item = workers_take(nvme->workers, &nvme->done)))
+        task_free(item);
+}
+
+void vms_nvme_destroy(vms_nvme *nvme)
+{
     if (!nvme)
         return;
-    if (nvme->workers) {
-        while ((item = workers_revoke(nvme->workers, &nvme->done, any, 0)))
-            task_free(item);
-        vms_workers_settle(nvme->workers, 0);
-        while ((item = workers_take(nvme->workers, &nvme->done)))
-            task_free(item);
-        vms_workers_destroy(nvme->workers);
-    }
+    drop_tasks(nvme);
+    vms_workers_destroy(nvme->workers);
     for (uint32_t i = 0; i <= VMS_NVME_NAMESPACES; i++)
         vms_store_destroy(nvme->ns[i].store);
     free(nvme);
@@ -422,7 +428,7 @@ static int defer(vms_nvme *nvme, const attachment *at, const plain *p, uint32_t 
     uint8_t *data = malloc(p->length);
     if (!t || !data)
         goto not;
-    *t = (task){ .sq = qid, .generation = nvme->generation, .cid = p->cid };
+    *t = (task){ .sq = qid, .cid = p->cid };
     memcpy(t->command, entry, ENTRY);
     if (p->write) {
         if (move(nvme, at, nvme->piece, p->n, data, 0) < 0)
@@ -463,15 +469,12 @@ int vms_nvme_collect(vms_nvme *nvme, vms_nvme_run *run)
     pthread_mutex_lock(&requester->lock);
     while (nvme->workers && run->stop == VMS_NVME_EMPTY && (item = workers_take(nvme->workers, &nvme->done))) {
         task *t = (task *)item;
-        if (t->generation != nvme->generation) {
-            task_free(item);
-            continue;
-        }
         uint32_t qid = nvme->sq[t->sq].cq;
         vms_nvme_cq *cq = &nvme->cq[qid];
         int write = item->job.op == VMS_STORE_WRITE;
         uint64_t faults = requester->stats.faults;
         cq->reserved--;
+        run->taken++;
         int rc = item->job.error ? -EIO : 0;
         if (rc == 0 && !write) {
             dma_begin(&fault, VMS_NO_PASID, VMS_DMA_WRITE);
@@ -520,7 +523,7 @@ int vms_nvme_abort(vms_nvme *nvme, uint32_t qid, uint16_t cid)
 
 void vms_nvme_forget(vms_nvme *nvme)
 {
-    nvme->generation++;
+    drop_tasks(nvme);
     memset(nvme->sq, 0, sizeof nvme->sq);
     memset(nvme->cq, 0, sizeof nvme->cq);
 }
@@ -578,6 +581,7 @@ static int carry_out(vms_nvme *nvme, const attachment *at, vms_nvme_cq *cq, uint
             if (post(nvme, qid, cq, run) < 0 || !defer(nvme, at, &p, qid, entry))
                 return 0;
             cq->reserved++;
+            run->deferred++;
             sq->head = next;
             return 1;
         }

@@ -422,7 +422,7 @@ typedef struct vms_job {
     void *data;
     const void *expected;
     uint64_t cookie; /* the caller's */
-    int32_t error;   /* out: errno of a job that workers have done; ECANCELED: it was not begun */
+    int32_t error;   /* out: errno of a job that workers have done */
 } vms_job;
 /* Does it now, and waits if need be.  EINVAL: out of the store, no data. */
 int vms_store_run(vms_store *store, const vms_job *job);
@@ -438,8 +438,8 @@ int vms_workers_submit(vms_workers *workers, vms_store *store, const vms_job *jo
 size_t vms_workers_collect(vms_workers *workers, vms_job *out, size_t room);
 /* Takes a job back.  ENOENT: it has begun, or is done. */
 int vms_workers_revoke(vms_workers *workers, uint64_t cookie);
-/* Returns when nothing is under way: all is done, or with `cancel` what had not begun is ECANCELED. */
-void vms_workers_settle(vms_workers *workers, int cancel);
+/* Returns when nothing is under way any more. */
+void vms_workers_settle(vms_workers *workers);
 
 /* ---- nvme: the hot loop ----------------------------------------------------------------------- */
 
@@ -474,7 +474,8 @@ enum vms_nvme_stop {
 
 typedef struct vms_nvme_run {
     uint32_t stop;  /* enum vms_nvme_stop */
-    uint32_t taken; /* entries of the submission queue */
+    uint32_t taken; /* entries of the submission queue; collect: commands */
+    uint32_t deferred; /* of these: workers have them */
     uint32_t sq;    /* collect: OTHER is `command`, of this queue */
     uint64_t reads, writes, read_bytes, write_bytes; /* that are complete */
     uint64_t posted[2]; /* collect: completion queues that have new entries, a bit for each */
@@ -500,7 +501,8 @@ int vms_nvme_run_queue(vms_nvme *nvme, uint32_t qid, uint32_t count, vms_nvme_ru
 int vms_nvme_collect(vms_nvme *nvme, vms_nvme_run *run);
 /* Takes a command back from the workers.  ENOENT: they do not have it, or have begun. */
 int vms_nvme_abort(vms_nvme *nvme, uint32_t qid, uint16_t cid);
-/* A reset: what workers have in hand is no command of ours any more.  After vms_workers_settle(). */
+/* A reset: takes back what workers have not begun, and waits for the rest, which is no command of ours any more.  All
+ * rings are empty. */
 void vms_nvme_forget(vms_nvme *nvme);
 
 /* CDEF-END */

@@ -248,19 +248,9 @@ int vms_workers_revoke(vms_workers *workers, uint64_t cookie)
     return item ? 0 : -ENOENT;
 }
 
-void vms_workers_settle(vms_workers *workers, int cancel)
+void vms_workers_settle(vms_workers *workers)
 {
     pthread_mutex_lock(&workers->lock);
-    while (cancel && workers->first) {
-        work *item = workers->first;
-        workers->first = item->next;
-        item->job.error = ECANCELED;
-        deliver(workers, item);
-    }
-    if (cancel) {
-        workers->last = NULL;
-        workers->queued = 0;
-    }
     while (workers->first || workers->running)
         pthread_cond_wait(&workers->settled, &workers->lock);
     pthread_mutex_unlock(&workers->lock);
