@@ -95,7 +95,7 @@ class Machine:
     def _make_devices(self, check: Check) -> None:
         for n, table in enumerate(self.content.device):
             try:
-                made = check.models[n](table.name, table.params, multifunction=self._shares_slot(table.name))
+                made = check.models[n](table.name, check.params[n], multifunction=self._shares_slot(table.name))
             except Exception as error:  # the model's own code: whatever it raises, the file's author chose the model
                 text = str(error) if isinstance(error, ConfigError) else describe(error)
                 message = f"model {table.model!r} cannot be made: {text}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vmodel.device import PciDevice
+from vmodel.device import Params, PciDevice
 from vmodel.devices import IOMMUS
 from vmodel.errors import ConfigError
 from vmodel.iommu.driver import Driver
@@ -34,6 +34,8 @@ class Check:
         self.file = file
         self.content: MachineFile | None = None
         self.models: dict[int, type[PciDevice]] = {}
+        #: The parameters of each device, checked.
+        self.params: dict[int, Params] = {}
         self.drivers: dict[int, Driver] = {}
         self.topology = Topology()
         #: The function of each bridge and device, by name.
@@ -97,7 +99,8 @@ class Check:
             self.wrong("device", n, "model", str(error))
             return
         try:
-            model.Params.model_validate(table.get("params", {}))
+            # Paths in parameters count from the file, as those of models do.
+            self.params[n] = model.Params.model_validate(table.get("params", {}), context={"base": self.file.parent})
         except ValidationError as error:
             self._found += explain(error, self.file, model.Params, f"device[{n}].params")
 

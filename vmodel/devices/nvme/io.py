@@ -51,9 +51,11 @@ class IoHost(Host, Protocol):
     page_size: int
     #: Bytes that one command may transfer (MDTS).
     max_transfer: int
-    #: Feature Volatile Write Cache: off, each write is on disk when it is complete.
-    write_cache: bool
     health: Health
+
+    @property
+    def write_cache(self) -> bool:
+        """Feature Volatile Write Cache: off, each write is on disk when it is complete."""
 
     def namespace(self, nsid: int) -> Namespace:
         """An attached namespace that can be used.  CommandError: it is not valid, not active, not ready."""

@@ -42,8 +42,14 @@ class Host(Protocol):
     dma: Dma
     log: logging.Logger
     arbiter: Arbiter
-    admin: CommandSet
-    io: CommandSet
+
+    @property
+    def admin(self) -> CommandSet:
+        """The commands of the admin queue."""
+
+    @property
+    def io(self) -> CommandSet:
+        """Those of the others."""
 
     def interrupt(self, vector: int) -> None:
         """Raises a vector."""
