@@ -27,9 +27,7 @@ class Rings:
 
     def __init__(self, requester: Requester, workers: Workers) -> None:
         self._requester = requester
-        self._handle = _create(
-            lib.vms_nvme_create, lib.vms_nvme_destroy, "vms_nvme", requester.handle, workers.handle
-        )
+        self._handle = _create(lib.vms_nvme_create, lib.vms_nvme_destroy, "vms_nvme", requester.handle, workers.handle)
         #: What `run` and `collect` have come to: a vms_nvme_run.
         self.result: Any = ffi.new("vms_nvme_run *")
 

@@ -79,9 +79,7 @@ class Workers:
     """Threads; they wake `function` when something is done.  All methods belong to the device's thread."""
 
     def __init__(self, function: Function, threads: int) -> None:
-        self.handle = _create(
-            lib.vms_workers_create, lib.vms_workers_destroy, "vms_workers", function.handle, threads
-        )
+        self.handle = _create(lib.vms_workers_create, lib.vms_workers_destroy, "vms_workers", function.handle, threads)
         self._cookies = itertools.count(1)
         self._out = ffi.new("vms_job[]", _ROOM)
         self._pending: dict[int, tuple[_Filled, Callable[[int], None]]] = {}
