@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -11,6 +12,7 @@ import pydantic
 
 from vmodel.device import MmioBar, Msi, Msix, PciDevice, Pcie, Pm, ResetKind, on_write, on_write_each
 from vmodel.devices.nvme.admin import AdminCommands
+from vmodel.devices.nvme.backend import Job, Op
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.events import Event, Events
 from vmodel.devices.nvme.fast import FastPath
@@ -36,6 +38,7 @@ from vmodel.devices.nvme.regs import (
 from vmodel.devices.nvme.sanitize import Sanitize
 from vmodel.devices.nvme.selftest import DeviceSelfTest
 from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.work import Failure, Work
 from vmodel.errors import DmaFault
 from vmodel.timers import Timer
 
@@ -43,7 +46,7 @@ from vmodel.timers import Timer
 _MSI_VECTORS = 32
 #: Longest that becoming ready takes (CAP.TO), in 500 ms.
 _TIMEOUT = 20
-_NORMAL_SHUTDOWN, _SHUT_DOWN = 1, 2
+_SHUTTING_DOWN, _SHUT_DOWN = 1, 2
 _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 #: Statuses that tell the host nothing that it did not ask for: not for the error log.
 _ASKED_FOR = (Status.ABORT_REQUESTED, Status.ABORTED_SQ_DELETION, Status.COMPARE_FAILURE)
@@ -101,6 +104,8 @@ class Nvme(PciDevice):
         self.completion: dict[int, CompletionQueue] = {}
         self.page_size = 4096
         self._shadow: tuple[int, int] | None = None
+        #: What a shutdown waits for.
+        self._flushing: Work | None = None
         self._keep_alive: Timer | None = None
         self._keep_alive_ms = 0
         #: Vectors that INTMS masks, or that wait behind the mask.
@@ -165,6 +170,9 @@ class Nvme(PciDevice):
     def _controller_reset(self) -> None:
         """7.3.2, but for the registers."""
         self._drop_queues()
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
         self.arbiter.reset()
         self.events.clear()
         self.features.reset()
@@ -205,8 +213,8 @@ class Nvme(PciDevice):
             # What is not to be changed while it is enabled stays as it is.
             for field in (Cc.CSS, Cc.MPS, Cc.AMS):
                 new = field.put(new, field.of(before.value))
-        if after.SHN != before.SHN or (after.SHN and not Csts(self.regs.CSTS).SHST):
-            self._shutdown(after.SHN)
+        if after.SHN and after.SHN != before.SHN and after.EN:
+            self._shutdown()
         return new
 
     def _enable(self, cc: Cc) -> None:
@@ -241,19 +249,24 @@ class Nvme(PciDevice):
         return None
 
     def _disable(self) -> None:
-        if self.submission and not Csts(self.regs.CSTS).SHST:
-            self.log.debug("%s: reset by CC.EN", self.name)
         self._controller_reset()
         self.regs.INTMS = self.regs.INTMC = 0
         self.regs.CSTS &= Csts.NSSRO.mask
 
-    def _shutdown(self, kind: int) -> None:
-        """7.6.2: what was written is on disk when it is complete."""
-        status = self.regs.CSTS
-        if not kind:
-            self.regs.CSTS = Csts.SHST.put(status, 0)
+    def _shutdown(self) -> None:
+        """7.6.2, normal or abrupt: what was written is on disk when it is complete."""
+        self.regs.CSTS = Csts.SHST.put(self.regs.CSTS, _SHUTTING_DOWN)
+        syncs = [(namespace, Job(Op.SYNC)) for namespace in self.inventory.allocated if not namespace.backend.read_only]
+        self._flushing = Work(self, syncs, self._shut_down)
+        self._flushing.resume()
+
+    def _shut_down(self, failure: Failure | None) -> None:
+        self._flushing = None
+        if failure is not None:
+            self.log.warning("%s: namespace %d is not on disk", self.name, failure.namespace.nsid)
+            self._fail(f"shutdown: {os.strerror(failure.code)}")
             return
-        self.regs.CSTS = Csts.SHST.put(status, _SHUT_DOWN)
+        self.regs.CSTS = Csts.SHST.put(self.regs.CSTS, _SHUT_DOWN)
 
     @on_write(ControllerRegs.NSSR)
     def _reset_subsystem(self, new: int) -> int:
