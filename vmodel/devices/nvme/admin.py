@@ -152,6 +152,7 @@ class AdminCommands:
         queue = self._controller.submission.get(qid) if qid else None
         if queue is None:
             raise CommandError(Status.INVALID_QUEUE_ID, location=40)
+        queue.drain()
         del self._controller.submission[qid]
         queue.close()
         return 0

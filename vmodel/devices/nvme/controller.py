@@ -15,6 +15,7 @@ from vmodel.devices.nvme.admin import AdminCommands
 from vmodel.devices.nvme.backend import Job, Op
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.events import Event, Events
+from vmodel.devices.nvme.fast import FastPath
 from vmodel.devices.nvme.features import Features
 from vmodel.devices.nvme.firmware import Firmware
 from vmodel.devices.nvme.health import Health
@@ -94,6 +95,7 @@ class Nvme(PciDevice):
         self.sanitize = Sanitize(self)
         self.self_test = DeviceSelfTest(self)
         self.max_transfer = self.params.max_transfer
+        self.fast = FastPath(self, enabled=self.params.fast_path)
         self.admin = AdminCommands(self)
         self.io = IoCommands(self)
         self.arbiter = Arbiter(self)
@@ -114,12 +116,13 @@ class Nvme(PciDevice):
 
     def open(self) -> None:
         if not self._opened:
-            self.inventory.open(self.params.namespaces)
+            self.inventory.open(self.params.namespaces, self.fast.workers)
             self._opened = True
 
     def close(self) -> None:
         self._drop_queues()
         super().close()
+        self.fast.close()
         self.inventory.close()
         self._opened = False
 
@@ -161,6 +164,8 @@ class Nvme(PciDevice):
             cq.close()
         self.submission.clear()
         self.completion.clear()
+        self.io.reset()
+        self.fast.reset()
 
     def _controller_reset(self) -> None:
         """7.3.2, but for the registers."""
@@ -183,6 +188,10 @@ class Nvme(PciDevice):
         self.regs.load_reset()
         self._load_capabilities()
         self.regs.CSTS = Csts.NSSRO.mask
+
+    def run_due(self, now_ns: int) -> int | None:
+        self.fast.collect()
+        return super().run_due(now_ns)
 
     # ---- registers -------------------------------------------------------------------------
 
@@ -380,7 +389,7 @@ class Nvme(PciDevice):
             return
         n = 2 * queue.qid + isinstance(queue, CompletionQueue)
         at = n * (4 << self.params.doorbell_stride)
-        queue.shadow, queue.event_index = self._shadow[0] + at, self._shadow[1] + at
+        queue.set_shadow(self._shadow[0] + at, self._shadow[1] + at)
 
     # ---- keep alive (7.12) -----------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from vmodel._shim.store import Workers
 from vmodel.devices.nvme.backend import Backend, FileBackend, MemoryBackend
 from vmodel.devices.nvme.command import BROADCAST
 from vmodel.devices.nvme.namespace import Namespace
@@ -15,12 +16,12 @@ from vmodel.devices.nvme.status import CommandError, Status
 _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 
 
-def backend(params: NamespaceParams) -> Backend:
+def backend(params: NamespaceParams, workers: Workers) -> Backend:
     """What is behind a namespace of a machine file.  ConfigError."""
     if params.memory is not None:
         return MemoryBackend(params.memory)
     assert params.path is not None  # as the parameters are checked
-    return FileBackend(params.path, params.size, read_only=params.read_only)
+    return FileBackend(params.path, params.size, read_only=params.read_only, workers=workers)
 
 
 class Inventory:
@@ -32,11 +33,14 @@ class Inventory:
         self._by_id: dict[int, Namespace] = {}
         self.unallocated = capacity
 
-    def open(self, params: Sequence[NamespaceParams]) -> None:
-        """Makes the namespaces of a machine file, from id 1 on.  ConfigError: a file is not to be had."""
+    def open(self, params: Sequence[NamespaceParams], workers: Workers) -> None:
+        """Makes the namespaces of a machine file, from id 1 on; `workers` wait for files.
+
+        ConfigError: a file is not to be had.
+        """
         with ExitStack() as opened:
             for nsid, one in enumerate(params, 1):
-                made = backend(one)
+                made = backend(one, workers)
                 opened.callback(made.close)
                 self._by_id[nsid] = Namespace(nsid, made, one.lba, uuid.uuid5(_NAMES, f"{self._serial} {nsid}"))
             opened.pop_all()
