@@ -160,7 +160,7 @@ def test_overwriting(started: Callable[..., Driver], tmp_path: Path) -> None:
     driver = started(namespaces=[{"path": path, "size": "2M"}])
     passes, invert = 3, 1 << 8
     assert sanitize(driver, 3 | passes << 4 | invert, 0x1122_3344) == "SUCCESS"
-    driver.run()
+    driver.until(lambda: not driver.device.sanitize.in_progress)
     assert sanitize_log(driver)[1] == 1 << 8 | passes << 3 | 1
     assert path.read_bytes() == b"\x44\x33\x22\x11" * (1 << 19)
 
@@ -198,6 +198,7 @@ def test_sanitize_goes_on_through_resets(started: Callable[..., Driver]) -> None
     assert driver.device.sanitize.in_progress
     driver.enable()
     driver.run()
+    driver.until(lambda: not driver.device.sanitize.in_progress)
     assert sanitize_log(driver)[1] & 7 == 1
     pair = driver.create(1)
     assert read(driver, pair, 1, 32767, 512) == b"\xff" * 512
@@ -270,8 +271,7 @@ def test_a_self_test_that_fails(started: Callable[..., Driver], tmp_path: Path) 
     with path.open("r+b") as file:
         file.truncate(3 << 20)
     assert name(driver.admin.send(SELF_TEST, nsid=1, cdw10=2)) == "SUCCESS"
-    while driver.log(6, 4)[0]:
-        driver.run()
+    driver.until(lambda: bool(results(driver)))
     data = driver.log(6, 564)
     status, segment, valid, nsid, lba = struct.unpack_from("<BBBx8xIQ", data, 4)
     assert (status, segment, valid, nsid, lba) == (0x27, 1, 3, 1, 3 << 20 >> 9)

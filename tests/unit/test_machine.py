@@ -78,6 +78,7 @@ def lines(text: str, folder: Path) -> list[str]:
             "iommu-groups",
             ["alone", "left", "right", "switched0", "switched1", "function0", "function1", "outside"],
         ),
+        ("nvme", ["nvme0"]),
     ],
 )
 def test_the_examples_of_the_repository(name: str, devices: list[str]) -> None:

@@ -136,6 +136,7 @@ class Sanitize:
         if failure is None:
             for namespace in self._controller.inventory.allocated:
                 namespace.uncorrectable.clear()
+        self._controller.fast.changed()
         self._controller.events.report(Event.SANITIZE_COMPLETED)
 
     def log(self) -> bytes:
