@@ -143,6 +143,12 @@ def test_qemu_arguments() -> None:
     ]
 
 
+def test_what_the_firmware_boots_from() -> None:
+    text = MACHINE + device(more="bootindex = 3") + device("b", address="0000:00:04.0")
+    found = devices_of(parse(text, Path("m.toml")).qemu_args(Path("/run")))
+    assert [d.get("bootindex") for d in found] == [3, None]
+
+
 def test_functions_of_one_slot() -> None:
     text = MACHINE + device("b", address="0000:00:03.1") + device("a") + device("c", address="0000:00:04.0")
     machine = parse(text, Path("m.toml"))
@@ -224,6 +230,9 @@ WRONG = {
     " is taken by 'edu0': give each device its own",
     MACHINE + device() + device(address="0000:00:04.0"): "device[1].name: 'edu0' is the name of device[0] already:"
     " give each its own",
+    MACHINE + device(more="bootindex = 2") + device("b", address="0000:00:04.0", more="bootindex = 2"): "device[1]."
+    "bootindex: 2 is taken by 'edu0': give each device its own",
+    MACHINE + device(more="bootindex = 0"): "device[0].bootindex: 0: input should be greater than or equal to 1",
     MACHINE + device(model="ed"): f"device[0].model: unknown model 'ed': did you mean 'edu'? {BUILTINS}",
     MACHINE + device(model=""): f"device[0].model: unknown model '': {BUILTINS}",
     MACHINE + device(model="toy.py"): "device[0].model: model 'toy.py': lacks the class, as \"toy.py:Class\"",
