@@ -78,6 +78,7 @@ def lines(text: str, folder: Path) -> list[str]:
             "iommu-groups",
             ["alone", "left", "right", "switched0", "switched1", "function0", "function1", "outside"],
         ),
+        ("nvme", ["nvme0"]),
     ],
 )
 def test_the_examples_of_the_repository(name: str, devices: list[str]) -> None:
@@ -181,7 +182,7 @@ def test_socket_paths_have_a_limit() -> None:
 ADDRESS = 'must be "SSSS:BB:DD.F" (segment, bus, device 00-1f, function 0-7), as "0000:00:03.0"'
 NAME = "must be a letter, then up to 39 letters, digits, '_', '.' or '-': it names a socket file"
 NO_MACHINE = 'a machine file needs a [machine] table with name = "edu-demo"'
-BUILTINS = 'Built-ins are edu, idio16; else "path/file.py:Class", or "package.module:Class"'
+BUILTINS = 'Built-ins are edu, idio16, nvme; else "path/file.py:Class", or "package.module:Class"'
 
 WRONG = {
     "": f"is empty: {NO_MACHINE}",
@@ -235,7 +236,7 @@ WRONG = {
     MACHINE + device(model="ed"): f"device[0].model: unknown model 'ed': did you mean 'edu'? {BUILTINS}",
     MACHINE + device(model=""): f"device[0].model: unknown model '': {BUILTINS}",
     MACHINE + device(model="toy.py"): "device[0].model: model 'toy.py': lacks the class, as \"toy.py:Class\"",
-    MACHINE + device(model=".:X"): "device[0].model: model '.:X': must be a built-in (edu, idio16),"
+    MACHINE + device(model=".:X"): "device[0].model: model '.:X': must be a built-in (edu, idio16, nvme),"
     ' "path/file.py:Class", or "package.module:Class"',
     MACHINE + device(model="no.such:X"): "device[0].model: model 'no.such:X': there is no module 'no'",
     MACHINE + device(model="vmodel.such:X"): "device[0].model: model 'vmodel.such:X': there is no module 'vmodel.such'",

@@ -152,6 +152,7 @@ class AdminCommands:
         queue = self._controller.submission.get(qid) if qid else None
         if queue is None:
             raise CommandError(Status.INVALID_QUEUE_ID, location=40)
+        queue.drain()
         del self._controller.submission[qid]
         queue.close()
         return 0
@@ -296,6 +297,7 @@ class AdminCommands:
 
     def _formatted(self, work: Work, chosen: list[Namespace], form: int, later: Later, failure: Failure | None) -> None:
         self._formats.remove(work)
+        self._controller.fast.changed()
         for namespace in chosen:
             namespace.formatting = False
             if failure is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -11,8 +13,10 @@ import pydantic
 
 from vmodel.device import MmioBar, Msi, Msix, PciDevice, Pcie, Pm, ResetKind, on_write, on_write_each
 from vmodel.devices.nvme.admin import AdminCommands
+from vmodel.devices.nvme.backend import Job, Op
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.events import Event, Events
+from vmodel.devices.nvme.fast import FastPath
 from vmodel.devices.nvme.features import Features
 from vmodel.devices.nvme.firmware import Firmware
 from vmodel.devices.nvme.health import Health
@@ -35,6 +39,7 @@ from vmodel.devices.nvme.regs import (
 from vmodel.devices.nvme.sanitize import Sanitize
 from vmodel.devices.nvme.selftest import DeviceSelfTest
 from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.work import Failure, Work
 from vmodel.errors import DmaFault
 from vmodel.timers import Timer
 
@@ -42,7 +47,7 @@ from vmodel.timers import Timer
 _MSI_VECTORS = 32
 #: Longest that becoming ready takes (CAP.TO), in 500 ms.
 _TIMEOUT = 20
-_NORMAL_SHUTDOWN, _SHUT_DOWN = 1, 2
+_SHUTTING_DOWN, _SHUT_DOWN = 1, 2
 _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 #: Statuses that tell the host nothing that it did not ask for: not for the error log.
 _ASKED_FOR = (Status.ABORT_REQUESTED, Status.ABORTED_SQ_DELETION, Status.COMPARE_FAILURE)
@@ -91,6 +96,7 @@ class Nvme(PciDevice):
         self.sanitize = Sanitize(self)
         self.self_test = DeviceSelfTest(self)
         self.max_transfer = self.params.max_transfer
+        self.fast = FastPath(self, enabled=self.params.fast_path)
         self.admin = AdminCommands(self)
         self.io = IoCommands(self)
         self.arbiter = Arbiter(self)
@@ -99,6 +105,8 @@ class Nvme(PciDevice):
         self.completion: dict[int, CompletionQueue] = {}
         self.page_size = 4096
         self._shadow: tuple[int, int] | None = None
+        #: What a shutdown waits for.
+        self._flushing: Work | None = None
         self._keep_alive: Timer | None = None
         self._keep_alive_ms = 0
         #: Vectors that INTMS masks, or that wait behind the mask.
@@ -109,12 +117,13 @@ class Nvme(PciDevice):
 
     def open(self) -> None:
         if not self._opened:
-            self.inventory.open(self.params.namespaces)
+            self.inventory.open(self.params.namespaces, self.fast.workers)
             self._opened = True
 
     def close(self) -> None:
         self._drop_queues()
         super().close()
+        self.fast.close()
         self.inventory.close()
         self._opened = False
 
@@ -156,10 +165,15 @@ class Nvme(PciDevice):
             cq.close()
         self.submission.clear()
         self.completion.clear()
+        self.io.reset()
+        self.fast.reset()
 
     def _controller_reset(self) -> None:
         """7.3.2, but for the registers."""
         self._drop_queues()
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
         self.arbiter.reset()
         self.events.clear()
         self.features.reset()
@@ -175,6 +189,13 @@ class Nvme(PciDevice):
         self.regs.load_reset()
         self._load_capabilities()
         self.regs.CSTS = Csts.NSSRO.mask
+
+    def run_due(self, now_ns: int) -> int | None:
+        started = time.monotonic_ns()
+        self.fast.collect()
+        deadline = super().run_due(now_ns)
+        self.health.busy_ns += time.monotonic_ns() - started
+        return deadline
 
     # ---- registers -------------------------------------------------------------------------
 
@@ -196,8 +217,8 @@ class Nvme(PciDevice):
             # What is not to be changed while it is enabled stays as it is.
             for field in (Cc.CSS, Cc.MPS, Cc.AMS):
                 new = field.put(new, field.of(before.value))
-        if after.SHN != before.SHN or (after.SHN and not Csts(self.regs.CSTS).SHST):
-            self._shutdown(after.SHN)
+        if after.SHN and after.SHN != before.SHN and after.EN:
+            self._shutdown()
         return new
 
     def _enable(self, cc: Cc) -> None:
@@ -232,19 +253,24 @@ class Nvme(PciDevice):
         return None
 
     def _disable(self) -> None:
-        if self.submission and not Csts(self.regs.CSTS).SHST:
-            self.log.debug("%s: reset by CC.EN", self.name)
         self._controller_reset()
         self.regs.INTMS = self.regs.INTMC = 0
         self.regs.CSTS &= Csts.NSSRO.mask
 
-    def _shutdown(self, kind: int) -> None:
-        """7.6.2: what was written is on disk when it is complete."""
-        status = self.regs.CSTS
-        if not kind:
-            self.regs.CSTS = Csts.SHST.put(status, 0)
+    def _shutdown(self) -> None:
+        """7.6.2, normal or abrupt: what was written is on disk when it is complete."""
+        self.regs.CSTS = Csts.SHST.put(self.regs.CSTS, _SHUTTING_DOWN)
+        syncs = [(namespace, Job(Op.SYNC)) for namespace in self.inventory.allocated if not namespace.backend.read_only]
+        self._flushing = Work(self, syncs, self._shut_down)
+        self._flushing.resume()
+
+    def _shut_down(self, failure: Failure | None) -> None:
+        self._flushing = None
+        if failure is not None:
+            self.log.warning("%s: namespace %d is not on disk", self.name, failure.namespace.nsid)
+            self._fail(f"shutdown: {os.strerror(failure.code)}")
             return
-        self.regs.CSTS = Csts.SHST.put(status, _SHUT_DOWN)
+        self.regs.CSTS = Csts.SHST.put(self.regs.CSTS, _SHUT_DOWN)
 
     @on_write(ControllerRegs.NSSR)
     def _reset_subsystem(self, new: int) -> int:
@@ -367,7 +393,7 @@ class Nvme(PciDevice):
             return
         n = 2 * queue.qid + isinstance(queue, CompletionQueue)
         at = n * (4 << self.params.doorbell_stride)
-        queue.shadow, queue.event_index = self._shadow[0] + at, self._shadow[1] + at
+        queue.set_shadow(self._shadow[0] + at, self._shadow[1] + at)
 
     # ---- keep alive (7.12) -----------------------------------------------------------------
 

@@ -6,21 +6,26 @@ import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from vmodel._shim.store import Workers
 from vmodel.devices.nvme.backend import Backend, FileBackend, MemoryBackend
 from vmodel.devices.nvme.command import BROADCAST
 from vmodel.devices.nvme.namespace import Namespace
 from vmodel.devices.nvme.params import LBA_SIZES, MAX_NAMESPACES, NamespaceParams
 from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.errors import ConfigError
 
 _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 
 
-def backend(params: NamespaceParams) -> Backend:
+def backend(params: NamespaceParams, workers: Workers) -> Backend:
     """What is behind a namespace of a machine file.  ConfigError."""
     if params.memory is not None:
-        return MemoryBackend(params.memory)
+        try:
+            return MemoryBackend(params.memory)
+        except OSError as error:
+            raise ConfigError(f"{params.memory} bytes of memory for a namespace: {error.strerror}") from error
     assert params.path is not None  # as the parameters are checked
-    return FileBackend(params.path, params.size, read_only=params.read_only)
+    return FileBackend(params.path, params.size, read_only=params.read_only, workers=workers)
 
 
 class Inventory:
@@ -32,11 +37,14 @@ class Inventory:
         self._by_id: dict[int, Namespace] = {}
         self.unallocated = capacity
 
-    def open(self, params: Sequence[NamespaceParams]) -> None:
-        """Makes the namespaces of a machine file, from id 1 on.  ConfigError: a file is not to be had."""
+    def open(self, params: Sequence[NamespaceParams], workers: Workers) -> None:
+        """Makes the namespaces of a machine file, from id 1 on; `workers` wait for files.
+
+        ConfigError: a file is not to be had.
+        """
         with ExitStack() as opened:
             for nsid, one in enumerate(params, 1):
-                made = backend(one)
+                made = backend(one, workers)
                 opened.callback(made.close)
                 self._by_id[nsid] = Namespace(nsid, made, one.lba, uuid.uuid5(_NAMES, f"{self._serial} {nsid}"))
             opened.pop_all()
@@ -92,12 +100,15 @@ class Inventory:
             raise CommandError(Status.INVALID_FIELD)
         size = blocks * LBA_SIZES[lba_format]
         if size > self.unallocated:
-            # The result says what would have gone: in Bytes 0-3 of the completion there is no room for more.
             raise CommandError(Status.INSUFFICIENT_CAPACITY)
         nsid = next((n for n in range(1, MAX_NAMESPACES + 1) if n not in self._by_id), None)
         if nsid is None:
             raise CommandError(Status.NAMESPACE_ID_UNAVAILABLE)
-        namespace = Namespace(nsid, MemoryBackend(size), LBA_SIZES[lba_format], uuid.uuid4())
+        try:
+            made = MemoryBackend(size)
+        except OSError as error:  # the host's memory is less than the machine file says
+            raise CommandError(Status.INSUFFICIENT_CAPACITY) from error
+        namespace = Namespace(nsid, made, LBA_SIZES[lba_format], uuid.uuid4())
         namespace.attached = False
         self._by_id[nsid] = namespace
         self.unallocated -= size

@@ -74,18 +74,21 @@ class _Course:
     def __init__(self, commands: IoCommands, steps: Steps) -> None:
         self._commands = commands
         self._steps = steps
-        self.later = Later()
-        self._running = False
+        self.later = Later(self.drop)
+        self._job: tuple[Namespace, Job, int] | None = None
         self._codes: list[int] = []
+        self._cancelled = False
 
     def go(self, error: CommandError | None = None) -> None:
         """Goes on, after a failure or not, until it has to wait or is through."""
-        self._running = True
+        self._job = None
         try:
             while True:
                 namespace, job = self._steps.throw(error) if error is not None else next(self._steps)
-                namespace.backend.submit(job, lambda code, n=namespace, j=job: self._done(n, j, code))  # type: ignore[misc]
-                if not self._codes:
+                number = namespace.backend.submit(job, self._done)
+                if number is not None:
+                    self._job = namespace, job, number
+                    self._commands.waiting.add(self)
                     return
                 code = self._codes.pop()
                 error = self._commands.status(namespace, job, code) if code else None
@@ -93,14 +96,30 @@ class _Course:
             self.later.succeed()
         except Exception as failure:
             self.later.fail(failure)
-        finally:
-            self._running = False
 
-    def _done(self, namespace: Namespace, job: Job, code: int) -> None:
-        if self._running:
-            self._codes.append(code)
-        else:
+    def _done(self, code: int) -> None:
+        if self._job is None:
+            self._codes.append(code)  # it is done before `submit` is
+            return
+        namespace, job, _ = self._job
+        self._commands.waiting.discard(self)
+        if not self._cancelled:
             self.go(self._commands.status(namespace, job, code) if code else None)
+
+    def cancel(self) -> None:
+        """It takes no further step."""
+        if not self.drop():
+            self._cancelled = True
+
+    def drop(self) -> bool:
+        """Takes back the job that it waits for; False: that has begun."""
+        if self._job is None:
+            return False
+        namespace, _, number = self._job
+        if not namespace.backend.revoke(number):
+            return False
+        self._commands.waiting.discard(self)
+        return True
 
 
 class IoCommands:
@@ -108,6 +127,8 @@ class IoCommands:
 
     def __init__(self, host: IoHost) -> None:
         self._host = host
+        #: Those that wait for workers.
+        self.waiting: set[_Course] = set()
         self._table: dict[int, Callable[[Command], Steps]] = {
             0x00: self._flush,
             0x01: self._write,
@@ -119,6 +140,12 @@ class IoCommands:
             0x0C: self._verify,
             0x19: self._copy,
         }
+
+    def reset(self) -> None:
+        """The queues are gone: no command goes on."""
+        for course in list(self.waiting):
+            course.cancel()
+        self.waiting.clear()
 
     @property
     def opcodes(self) -> set[int]:
@@ -229,7 +256,7 @@ class IoCommands:
         namespace, offset, length = self._target(command)
         transfer = self._transfer(command, length, to_host=False)
         self._readable(namespace, command.slba, command.blocks)
-        yield namespace, Job(Op.COMPARE, offset, length, transfer.from_guest())
+        yield namespace, Job(Op.COMPARE, offset, length, expected=transfer.from_guest())
         self._host.health.reads += 1
         self._host.health.bytes_read += length
 
@@ -254,6 +281,7 @@ class IoCommands:
         )
         compare = Later()
         write = _Course(self, self._compare_and_write(namespace, job, compare))
+        write.later.abort = None  # neither can go without the other
         write.go()
         return compare, write.later
 

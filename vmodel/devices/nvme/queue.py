@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Command, Completion, Fuse
+from vmodel.devices.nvme.fast import FULL as NO_ROOM
+from vmodel.devices.nvme.fast import OTHER, FastPath
 from vmodel.devices.nvme.status import CommandError, Status
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault
@@ -41,6 +43,7 @@ class Host(Protocol):
 
     dma: Dma
     log: logging.Logger
+    fast: FastPath
     arbiter: Arbiter
 
     @property
@@ -119,39 +122,42 @@ class CompletionQueue:
         self.entries = entries
         self.vector = vector
         self.interrupts = interrupts
-        #: Where the driver reads next, and where we write next; `phase` is that of the next entry.
-        self.head = self.tail = 0
-        self.phase = 1
+        # head: where the driver reads next; tail: where we write next, with `phase`.
+        self._ring = ring = host.fast.add_completion(self)
+        ring.iova, ring.entries, ring.phase = iova, entries, 1
+        ring.head = ring.tail = ring.reserved = ring.posted = 0
         self.queues: list[SubmissionQueue] = []
-        #: Shadow doorbell and EventIdx in guest memory, 0 without them (5.7).
-        self.shadow = self.event_index = 0
-        self.unsignalled = 0
+        self._shadow = self._event_index = 0
+        self._unsignalled = 0
         self._waiting: deque[tuple[SubmissionQueue, int, int, int]] = deque()
         self._timer: Timer | None = None
 
     @property
     def room(self) -> int:
-        """Completions that it has room for."""
-        return (self.head - self.tail - 1) % self.entries
+        """Completions that it has room for, besides those of commands that workers have."""
+        ring = self._ring
+        free: int = (ring.head - ring.tail - 1) % self.entries - ring.reserved
+        return max(free, 0)
 
     @property
     def full(self) -> bool:
         """No more commands are taken for it."""
         if self._waiting or not self.room:
-            self.poll()
+            self._poll()
             return bool(self._waiting) or not self.room
         return False
 
     @property
     def pending(self) -> bool:
         """There are completions that the driver has not taken: the level of a pin-based interrupt."""
-        return self.head != self.tail
+        return bool(self._ring.head != self._ring.tail)
 
     def doorbell(self, value: int) -> bool:
         """The driver has taken entries up to `value`; whether it may say so."""
-        if value >= self.entries or (value - self.head) % self.entries > (self.tail - self.head) % self.entries:
+        ring = self._ring
+        if value >= self.entries or (value - ring.head) % self.entries > (ring.tail - ring.head) % self.entries:
             return False
-        self.head = value
+        ring.head = value
         while self._waiting and self.room:
             self._write(*self._waiting.popleft())
         for queue in self.queues:
@@ -159,17 +165,21 @@ class CompletionQueue:
                 self._host.arbiter.ring(queue)
         return True
 
-    def poll(self) -> None:
+    def set_shadow(self, doorbell: int, event_index: int) -> None:
+        """Where its shadow doorbell and EventIdx are in guest memory (5.7)."""
+        self._shadow, self._event_index = doorbell, event_index
+
+    def _poll(self) -> None:
         """Looks at the shadow doorbell, if there is one."""
-        if not self.shadow:
+        if not self._shadow:
             return
         try:
-            self._host.dma.write(self.event_index, _U32.pack(self.head))
-            value: int = _U32.unpack(self._host.dma.read(self.shadow, 4))[0]
+            self._host.dma.write(self._event_index, _U32.pack(self._ring.head))
+            value: int = _U32.unpack(self._host.dma.read(self._shadow, 4))[0]
         except DmaFault as fault:
             self._host.fatal(f"the shadow doorbell of completion queue {self.qid}", fault)
             return
-        if value != self.head:
+        if value != self._ring.head:
             self.doorbell(value)
 
     def post(self, sq: SubmissionQueue, cid: int, status: int, result: int = 0) -> None:
@@ -180,8 +190,9 @@ class CompletionQueue:
             self._write(sq, cid, status, result)
 
     def _write(self, sq: SubmissionQueue, cid: int, status: int, result: int) -> None:
-        entry = Completion(result, sq.head, sq.qid, cid, status, self.phase).build()
-        at = self.iova + self.tail * COMPLETION_SIZE
+        ring = self._ring
+        entry = Completion(result, sq.head, sq.qid, cid, status, ring.phase).build()
+        at = self.iova + ring.tail * COMPLETION_SIZE
         try:
             # The driver may look at any time: the phase tag comes last.
             self._host.dma.write(at, entry[:12])
@@ -189,22 +200,24 @@ class CompletionQueue:
         except DmaFault as fault:
             self._host.fatal(f"completion queue {self.qid}", fault)
             return
-        self.tail += 1
-        if self.tail == self.entries:
-            self.tail = 0
-            self.phase ^= 1
-        self.posted(1)
+        ring.tail += 1
+        if ring.tail == self.entries:
+            ring.tail = 0
+            ring.phase ^= 1
+        ring.posted += 1
+        self.posted()
 
-    def posted(self, count: int) -> None:
+    def posted(self) -> None:
         """Completions have been posted: an interrupt is due."""
-        self.unsignalled += count
+        self._unsignalled += self._ring.posted
+        self._ring.posted = 0
         if self.interrupts:
             self._host.arbiter.signal(self)
 
     def raise_interrupt(self) -> None:
         """Raises the vector now, or when enough completions or time have come together (5.21.1.8)."""
         threshold, seconds = self._host.coalesced(self.vector)
-        if self.unsignalled >= threshold:
+        if self._unsignalled >= threshold:
             self._fire()
         elif self._timer is None:
             self._timer = self._host.after(seconds, self._fire)
@@ -213,7 +226,7 @@ class CompletionQueue:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self.unsignalled = 0
+        self._unsignalled = 0
         self._host.interrupt(self.vector)
 
     def close(self) -> None:
@@ -236,52 +249,70 @@ class SubmissionQueue:
         self.entries = entries
         self.cq = cq
         self.priority = priority
-        #: Where we read next, and where the driver writes next.
-        self.head = self.tail = 0
-        #: Shadow doorbell and EventIdx in guest memory, 0 without them (5.7).
-        self.shadow = self.event_index = 0
+        # head: where we read next; tail: where the driver writes next.
+        self._ring = ring = host.fast.add_submission(self)
+        ring.iova, ring.entries, ring.cq = iova, entries, cq.qid
+        ring.head = ring.tail = ring.shadow = ring.event = 0
         #: Commands under way, by command identifier.
         self.in_flight: dict[int, Later] = {}
         self._closed = False
         cq.queues.append(self)
 
     @property
+    def head(self) -> int:
+        """The entry that is taken next."""
+        return self._ring.head  # type: ignore[no-any-return]
+
+    @property
     def waiting(self) -> bool:
         """There are commands that have not been taken."""
-        return self.head != self.tail
+        return bool(self._ring.head != self._ring.tail)
+
+    def set_shadow(self, doorbell: int, event_index: int) -> None:
+        """Where its shadow doorbell and EventIdx are in guest memory (5.7)."""
+        self._ring.shadow, self._ring.event = doorbell, event_index
 
     def doorbell(self, value: int) -> bool:
         """The driver has written entries up to `value`; whether it may say so."""
         if value >= self.entries:
             return False
-        self.tail = value
+        self._ring.tail = value
         self._host.arbiter.ring(self)
         return True
 
-    def poll(self) -> None:
+    def _poll(self) -> None:
         """Looks at the shadow doorbell, if there is one; no command that is there already is missed after it."""
-        if not self.shadow:
+        ring, dma = self._ring, self._host.dma
+        if not ring.shadow:
             return
-        dma = self._host.dma
         try:
             while True:
-                value: int = _U32.unpack(dma.read(self.shadow, 4))[0]
+                value: int = _U32.unpack(dma.read(ring.shadow, 4))[0]
                 if value < self.entries:
-                    self.tail = value
-                if self.head != self.tail:
+                    ring.tail = value
+                if ring.head != ring.tail:
                     return
                 # Ask for a doorbell at the next one, and look again: it may have come meanwhile.
-                event: int = _U32.unpack(dma.read(self.event_index, 4))[0]
-                if event == self.tail:
+                event: int = _U32.unpack(dma.read(ring.event, 4))[0]
+                if event == ring.tail:
                     return
-                dma.write(self.event_index, _U32.pack(self.tail))
+                dma.write(ring.event, _U32.pack(ring.tail))
         except DmaFault as fault:
             self._host.fatal(f"the shadow doorbell of submission queue {self.qid}", fault)
 
     def run(self, count: int) -> int:
         """Carries out up to `count` commands; how many there were."""
-        done = 0
+        done, fast = 0, self._host.fast
         while done < count and not self._closed and not self.cq.full:
+            if self.qid and fast.enabled:
+                stop, taken = fast.run(self.qid, count - done)
+                if taken:
+                    done += taken
+                    self.cq.posted()
+                if stop == NO_ROOM:
+                    continue
+                if stop != OTHER:
+                    break
             command = self._fetch()
             if command is None:
                 break
@@ -289,24 +320,26 @@ class SubmissionQueue:
             if command.flags & 3 == Fuse.FIRST:
                 done += self._fused(command)
             else:
-                self._carry_out(command)
+                self.carry_out(command)
         return done
 
     def _fetch(self) -> Command | None:
-        if self.head == self.tail:
-            self.poll()
-            if self.head == self.tail:
+        ring = self._ring
+        if ring.head == ring.tail:
+            self._poll()
+            if ring.head == ring.tail:
                 return None
         try:
-            entry = self._host.dma.read(self.iova + self.head * SUBMISSION_SIZE, SUBMISSION_SIZE)
+            entry = self._host.dma.read(self.iova + ring.head * SUBMISSION_SIZE, SUBMISSION_SIZE)
         except DmaFault as fault:
             self._host.fatal(f"submission queue {self.qid}", fault)
             return None
-        self.head = (self.head + 1) % self.entries
+        ring.head = (ring.head + 1) % self.entries
         return Command.parse(entry)
 
     def _fused(self, first: Command) -> int:
         """A fused operation; how many commands were taken besides the first."""
+        self._host.fast.changed()
         # Both have to be there with one doorbell (4.12).
         second = self._fetch()
         if second is None:
@@ -316,7 +349,7 @@ class SubmissionQueue:
             self.end(first, CommandError(Status.ABORTED_MISSING_FUSED))
             if second.flags & 3 == Fuse.FIRST:
                 return 1 + self._fused(second)
-            self._carry_out(second)
+            self.carry_out(second)
             return 1
         try:
             self._check_cid(first)
@@ -336,7 +369,9 @@ class SubmissionQueue:
         if command.cid in self.in_flight:
             raise CommandError(Status.CID_CONFLICT)
 
-    def _carry_out(self, command: Command) -> None:
+    def carry_out(self, command: Command) -> None:
+        """Carries a command out the general way."""
+        self._host.fast.changed()
         try:
             if command.flags & 3 == Fuse.SECOND:
                 raise CommandError(Status.ABORTED_MISSING_FUSED)
@@ -366,6 +401,7 @@ class SubmissionQueue:
         """Posts a command's completion."""
         if self._closed:
             return
+        self._host.fast.changed()
         status = 0
         if error is not None:
             failure = self._as_status(error)
@@ -376,10 +412,19 @@ class SubmissionQueue:
     def abort(self, cid: int, status: Status = Status.ABORT_REQUESTED) -> bool:
         """Aborts a command that is under way, which then is complete; False: it is not, or cannot be any more."""
         later = self.in_flight.get(cid)
-        if later is None or later.abort is None or not later.abort():
-            return False
-        later.fail(CommandError(status))
-        return True
+        if later is not None and later.abort is not None and later.abort():
+            later.fail(CommandError(status))
+            return True
+        if self._host.fast.abort(self.qid, cid):
+            self.end(Command.make(0, cid=cid), CommandError(status))
+            return True
+        return False
+
+    def drain(self) -> None:
+        """Completes or aborts all that is under way, as before the queue is deleted (5.6)."""
+        for cid in list(self.in_flight):
+            self.abort(cid, Status.ABORTED_SQ_DELETION)
+        self._host.fast.settle()
 
     def close(self) -> None:
         """It is deleted, or the controller is reset: nothing is posted for it any more."""
