@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmodel.devices.nvme import Nvme
@@ -147,6 +147,13 @@ class Driver:
             deadline = self.device.run_due(now)
             if deadline is None or deadline > now:
                 return
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Lets it run until something is so."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            self.run()
+            assert time.monotonic() < deadline, "that takes too long"
 
     def set_up(self) -> None:
         """Admin queues, before enabling."""

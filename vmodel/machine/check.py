@@ -173,6 +173,12 @@ class Check:
                 first, at = addresses[address]
                 other = self.sound[first][at].get("name", f"{first}[{at}]")
                 self.wrong(section, n, "address", f"{address!r} is taken by {other!r}: give each device its own")
+        boots: dict[int, int] = {}
+        for section, n, table in self._tables("device"):
+            index = table.get("bootindex")
+            if index is not None and boots.setdefault(index, n) != n:
+                other = self.sound["device"][boots[index]].get("name", f"device[{boots[index]}]")
+                self.wrong(section, n, "bootindex", f"{index} is taken by {other!r}: give each device its own")
         for section, n, table in self._tables("iommu", "bridge", "device"):
             address = table.get("address", "0")
             if address[-1] != "0" and f"{address[:-1]}0" not in addresses:

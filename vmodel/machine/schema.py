@@ -104,6 +104,8 @@ class DeviceTable(_Strict):
     params: dict[str, Any] = Field(default_factory=dict, examples=["{ }"])
     #: The name of an [[iommu]], or "none"; without it, the first that covers the address.
     iommu: str | None = Field(default=None, examples=['"iommu0"'])
+    #: Its place among what the firmware boots from, the lowest first; 0 is the kernel's that QEMU is given.
+    bootindex: Annotated[int, Field(ge=1, le=9999)] | None = Field(default=None, examples=["1"])
 
 
 BRIDGES: dict[str, PortType] = {

@@ -297,6 +297,7 @@ class AdminCommands:
 
     def _formatted(self, work: Work, chosen: list[Namespace], form: int, later: Later, failure: Failure | None) -> None:
         self._formats.remove(work)
+        self._controller.fast.changed()
         for namespace in chosen:
             namespace.formatting = False
             if failure is None:

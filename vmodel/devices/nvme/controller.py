@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -190,8 +191,11 @@ class Nvme(PciDevice):
         self.regs.CSTS = Csts.NSSRO.mask
 
     def run_due(self, now_ns: int) -> int | None:
+        started = time.monotonic_ns()
         self.fast.collect()
-        return super().run_due(now_ns)
+        deadline = super().run_due(now_ns)
+        self.health.busy_ns += time.monotonic_ns() - started
+        return deadline
 
     # ---- registers -------------------------------------------------------------------------
 

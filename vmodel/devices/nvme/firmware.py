@@ -63,8 +63,8 @@ class Firmware:
             raise CommandError(Status.OVERLAPPING_RANGE)
 
     def store(self, offset: int, data: bytes) -> None:
-        """A part that `download` found good.  The first part of an image begins a new one."""
-        if not offset:
+        """A part that `download` found good; their order does not matter.  A second first part begins a new image."""
+        if self._parts.first_in(offset, len(data)) is not None:
             self._forget()
         if len(self._image) < offset + len(data):
             self._image.extend(bytes(offset + len(data) - len(self._image)))

@@ -12,6 +12,7 @@ from vmodel.devices.nvme.command import BROADCAST
 from vmodel.devices.nvme.namespace import Namespace
 from vmodel.devices.nvme.params import LBA_SIZES, MAX_NAMESPACES, NamespaceParams
 from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.errors import ConfigError
 
 _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 
@@ -19,7 +20,10 @@ _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 def backend(params: NamespaceParams, workers: Workers) -> Backend:
     """What is behind a namespace of a machine file.  ConfigError."""
     if params.memory is not None:
-        return MemoryBackend(params.memory)
+        try:
+            return MemoryBackend(params.memory)
+        except OSError as error:
+            raise ConfigError(f"{params.memory} bytes of memory for a namespace: {error.strerror}") from error
     assert params.path is not None  # as the parameters are checked
     return FileBackend(params.path, params.size, read_only=params.read_only, workers=workers)
 
@@ -96,12 +100,15 @@ class Inventory:
             raise CommandError(Status.INVALID_FIELD)
         size = blocks * LBA_SIZES[lba_format]
         if size > self.unallocated:
-            # The result says what would have gone: in Bytes 0-3 of the completion there is no room for more.
             raise CommandError(Status.INSUFFICIENT_CAPACITY)
         nsid = next((n for n in range(1, MAX_NAMESPACES + 1) if n not in self._by_id), None)
         if nsid is None:
             raise CommandError(Status.NAMESPACE_ID_UNAVAILABLE)
-        namespace = Namespace(nsid, MemoryBackend(size), LBA_SIZES[lba_format], uuid.uuid4())
+        try:
+            made = MemoryBackend(size)
+        except OSError as error:  # the host's memory is less than the machine file says
+            raise CommandError(Status.INSUFFICIENT_CAPACITY) from error
+        namespace = Namespace(nsid, made, LBA_SIZES[lba_format], uuid.uuid4())
         namespace.attached = False
         self._by_id[nsid] = namespace
         self.unallocated -= size

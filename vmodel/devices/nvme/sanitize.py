@@ -89,19 +89,21 @@ class Sanitize:
         if any(namespace.read_only for namespace in namespaces):
             raise CommandError(Status.NAMESPACE_WRITE_PROTECTED)
         self._cdw10, self._state = command.cdw10, State.IN_PROGRESS
+        total = sum(namespace.backend.size for namespace in namespaces)
         if action is Action.OVERWRITE:
             jobs = self._overwrites(namespaces, command)
+            total *= self._passes_of(command.cdw10)
         else:
             jobs = (
                 (namespace, Job(Op.DISCARD, offset, length))
                 for namespace in namespaces
                 for offset, length in pieces(namespace.backend.size, LARGE_PIECE)
             )
-        self._work = Work(self._controller, jobs, self._ended)
+        self._work = Work(self._controller, jobs, self._ended, total=total)
         self._work.resume()
 
     def _overwrites(self, namespaces: list[Namespace], command: Command) -> Iterator[tuple[Namespace, Job]]:
-        passes, pattern = command.cdw10 >> 4 & 15 or 16, command.cdw11
+        passes, pattern = self._passes_of(command.cdw10), command.cdw11
         for n in range(passes):
             # With OIPBP each pass has the inverse of the one before, and the last one the pattern itself.
             inverted = command.cdw10 & _INVERT and (passes - 1 - n) % 2
@@ -110,6 +112,11 @@ class Sanitize:
             for namespace in namespaces:
                 for offset, length in pieces(namespace.backend.size, PIECE):
                     yield namespace, Job(Op.WRITE, offset, length, memoryview(data)[:length])
+
+    @staticmethod
+    def _passes_of(cdw10: int) -> int:
+        """Overwrite Pass Count: 0 stands for 16."""
+        return cdw10 >> 4 & 15 or 16
 
     def resume(self) -> None:
         """Goes on after a reset."""
@@ -125,10 +132,11 @@ class Sanitize:
             self._state = State.COMPLETED_DEALLOCATED
         else:
             self._state = State.COMPLETED
-        self._passes = self._cdw10 >> 4 & 15 or 16 if self._cdw10 & 7 == Action.OVERWRITE else 0
+        self._passes = self._passes_of(self._cdw10) if self._cdw10 & 7 == Action.OVERWRITE else 0
         if failure is None:
             for namespace in self._controller.inventory.allocated:
                 namespace.uncorrectable.clear()
+        self._controller.fast.changed()
         self._controller.events.report(Event.SANITIZE_COMPLETED)
 
     def log(self) -> bytes:

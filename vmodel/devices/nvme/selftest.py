@@ -69,14 +69,17 @@ class DeviceSelfTest:
         if self._work is not None:
             raise CommandError(Status.SELF_TEST_IN_PROGRESS, dnr=False)
         self._code, self._nsid = code, command.nsid
-        self._work = Work(self._controller, self._reads(namespaces, code), self._ended)
+        total = sum(namespace.backend.size for namespace in namespaces)
+        self._work = Work(self._controller, self._reads(namespaces, code), self._ended, total=total)
         self._work.resume()
 
     @staticmethod
     def _reads(namespaces: list[Namespace], code: Code) -> Iterator[tuple[Namespace, Job]]:
         for namespace in namespaces:
-            parts = list(pieces(namespace.backend.size, PIECE))
-            for offset, length in parts if code is Code.EXTENDED else (parts[0], parts[-1]):
+            size = namespace.backend.size
+            piece = min(PIECE, size)
+            ends = ((0, piece), (size - piece, piece))
+            for offset, length in pieces(size, PIECE) if code is Code.EXTENDED else ends:
                 yield namespace, Job(Op.VERIFY, offset, length)
 
     def abort(self, why: Outcome) -> None:

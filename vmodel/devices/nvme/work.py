@@ -20,21 +20,28 @@ class Work:
     """Jobs that are done one after the other; commands have their turn in between."""
 
     def __init__(
-        self, host: _Host, jobs: Iterable[tuple[Namespace, Job]], done: Callable[[Failure | None], None]
+        self,
+        host: _Host,
+        jobs: Iterable[tuple[Namespace, Job]],
+        done: Callable[[Failure | None], None],
+        *,
+        total: int = 0,
     ) -> None:
-        """`done` is called once all jobs are done, or one has failed.  Nothing happens before `resume`."""
+        """`done` is called once all jobs are done, or one has failed; `total`: bytes of all, for `progress`.
+
+        Nothing happens before `resume`.
+        """
         self._host = host
-        self._jobs = [(namespace, job) for namespace, job in jobs]
-        self._total = sum(job.length for _, job in self._jobs)
-        self._left = self._total
-        self._jobs.reverse()
+        self._jobs = iter(jobs)
+        self._current: tuple[Namespace, Job] | None = None
+        self._total, self._bytes = total, 0
         self._done: Callable[[Failure | None], None] | None = done
         self._turn = 0
 
     @property
     def progress(self) -> float:
         """From 0 to 1."""
-        return 1 - self._left / self._total if self._total else 1.0
+        return self._bytes / self._total if self._total else 0.0
 
     def resume(self) -> None:
         """Begins, or goes on after a reset, which has forgotten what was deferred: a piece may be done twice."""
@@ -46,15 +53,16 @@ class Work:
         """No further piece is begun, and `done` is not called."""
         self._turn += 1
         self._done = None
-        self._jobs.clear()
 
     def _step(self, turn: int) -> None:
         if turn != self._turn or self._done is None:
             return
-        if not self._jobs:
+        if self._current is None:
+            self._current = next(self._jobs, None)
+        if self._current is None:
             self._end(None)
             return
-        namespace, job = self._jobs[-1]
+        namespace, job = self._current
 
         def ended(code: int) -> None:
             if turn != self._turn or self._done is None:
@@ -62,8 +70,8 @@ class Work:
             if code:
                 self._end(Failure(namespace, job, code))
                 return
-            self._jobs.pop()
-            self._left -= job.length
+            self._current = None
+            self._bytes += job.length
             self._host.defer(lambda: self._step(turn))
 
         namespace.backend.submit(job, ended)
