@@ -54,7 +54,8 @@ def test_the_demo() -> None:
     done = run(ROOT / "scripts" / "demo")
     assert done.returncode == 0, done
     steps = re.findall(
-        r"^\[(\d)/4\]|^(group|round trip|device|id|liveness|factorial|refused|DMA|namespace|4 KiB reads|4 KiB writes) |^(all is well|demo: all is well)"
+        r"^\[(\d)/4\]|^(group|round trip|device|id|liveness|factorial|refused|DMA|namespace|4 KiB reads|4 KiB writes) "
+        r"|^(all is well|demo: all is well)"
         r"|(?<= )(refused): ",
         done.stdout,
         re.MULTILINE,

@@ -135,7 +135,7 @@ def test_hot_remove_under_load(rig: Rig) -> None:
     rig.shell.run(f"{FIO} --name=v --filename={disk} --bs=4k --size=1M --iodepth=8")
     rig.shell.run(
         f"""
-        written() {{ cut -c 37-45 /sys/block/{disk.removeprefix("/dev/")}/stat; }}
+        written() {{ set -- $(cat /sys/block/{disk.removeprefix("/dev/")}/stat); echo $5; }}
         before=$(written)
         fio --minimal --ioengine=libaio --direct=1 --thread --name=v --filename={disk} --allow_file_create=0 \\
             --rw=randwrite --bs=4k --size=16M --iodepth=8 --time_based --runtime=100 >log 2>&1 &
