@@ -79,10 +79,10 @@ class Workers:
     """Threads; they wake `function` when something is done.  All methods belong to the device's thread."""
 
     def __init__(self, function: Function, threads: int) -> None:
+        self._pending: dict[int, tuple[_Filled, Callable[[int], None]]] = {}
         self.handle = _create(lib.vms_workers_create, lib.vms_workers_destroy, "vms_workers", function.handle, threads)
         self._cookies = itertools.count(1)
         self._out = ffi.new("vms_job[]", _ROOM)
-        self._pending: dict[int, tuple[_Filled, Callable[[int], None]]] = {}
 
     def __len__(self) -> int:
         """Jobs that are not collected yet."""
@@ -114,3 +114,10 @@ class Workers:
     def settle(self) -> None:
         """Waits until all is done; it is still to be collected."""
         lib.vms_workers_settle(self.handle)
+
+    def __del__(self) -> None:
+        # Buffers of jobs that are under way must not go before those have ended.
+        if self._pending:
+            for cookie in list(self._pending):
+                self.revoke(cookie)
+            self.settle()

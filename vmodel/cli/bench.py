@@ -87,8 +87,8 @@ def nvme(
 ) -> None:
     """Random reads and writes of an NVMe controller, by way of a vfio-user client of our own.
 
-    IOPS/core are commands in a second of CPU time of client and server together, and "of memcpy" is their bandwidth over
-    that of memcpy between the same blocks: both hold on a machine that has other work, too.
+    IOPS/core are commands in a second of CPU time of client and server together, and "of memcpy" is their bandwidth
+    over that of memcpy between the same blocks: both hold on a machine that has other work, too.
     """
     cpus = sorted(os.sched_getaffinity(0))
     if apart and len(cpus) < 2:
