@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmodel.devices.vtd.contexts import Code
+from vmodel.devices.vtd.codes import Code
 from vmodel.devices.vtd.unit import VtdDevice
 from vmodel.dma import Buffer
 from vmodel.errors import Access, ConfigError, DmaFault, PeerError, Reason

@@ -28,6 +28,12 @@ class IntelVtd(Driver):
             default_factory=dict,
             description="ACPI namespace devices (DMAR ANDD): name to the address that their requests carry",
         )
+        scalable: bool = Field(
+            False, description="a guest may use scalable mode: PASIDs, first-stage and nested tables"
+        )
+        ats: bool = Field(
+            False, description="a guest may let devices have TLBs of their own, and in scalable mode page requests"
+        )
         report_stale: bool = Field(
             False, description="log and count each use of what is cached and the tables no longer say"
         )
