@@ -10,7 +10,7 @@ from vmodel.pci.extcaps import Ats, Pasid, Pri
 class AtsEdu(Edu):
     """An operating system may switch on ATS, PASIDs and page requests."""
 
-    pcie = Pcie(integrated=True)
+    pcie = Pcie(integrated=True, tlp_prefix=True)
     ats = Ats()
     pasid = Pasid(width=16)
     pri = Pri(pasid=True)

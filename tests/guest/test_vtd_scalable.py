@@ -92,7 +92,7 @@ def test_scalable_mode(kernel: str, compiled: Callable[[str], Path], tmp_path: P
         machine.close()
     assert {got[at : at + 6] for at in range(0, len(got), 8)} == {MARK}
     assert min(seen) >= 512 << 20  # no physical addresses
-    text = result.output.decode()
+    text = result.output.decode(errors="replace")
     for what, kind in (("write beside the mapping", "Write"), ("read after unmap", "Read")):
         said = rf"{what} refused: DMAR: \[DMA {kind} NO_PASID\] Request device \[(0000:)?00:03.0\] "
         assert re.search(said + rf"fault addr 0x[0-9a-f]+ \[fault reason 0x{reason}\] SM: ", text), text
