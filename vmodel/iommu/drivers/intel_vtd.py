@@ -19,6 +19,7 @@ class IntelVtd(Driver):
     kind, title = "vt-d", "Intel VT-d"
     formats = frozenset((TableFormat.VTD_SECOND, TableFormat.X86))
     nested_formats = frozenset((TableFormat.X86,))
+    served_params = frozenset(("scalable", "ats"))
     default = Capabilities(input_bits=48, fault_queue_depth=8, reserved=(X86_MSI,))
 
     class Params(BaseParams):

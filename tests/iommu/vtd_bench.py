@@ -1,0 +1,192 @@
+"""A VT-d unit without a guest: its registers by hand, two devices behind it, and memory that they share."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from vmodel.devices.vtd.unit import VtdDevice
+from vmodel.dma import Buffer
+from vmodel.errors import Access, DmaFault, Reason
+from vmodel.machine import Machine, parse
+from vmodel.span import GiB, MiB
+from vmodel.vfio_user.wire import Region
+
+RAM = 16 * MiB
+VER, CAP, ECAP, GCMD, GSTS, RTADDR, CCMD = 0x00, 0x08, 0x10, 0x18, 0x1C, 0x20, 0x28
+FSTS, FECTL, FEDATA, FEADDR, FEUADDR = 0x34, 0x38, 0x3C, 0x40, 0x44
+PMEN, PLMBASE, PLMLIMIT, PHMBASE, PHMLIMIT = 0x64, 0x68, 0x6C, 0x70, 0x78
+IQH, IQT, IQA, ICS, IECTL, IEDATA, IEADDR, IQER = 0x80, 0x88, 0x90, 0x9C, 0xA0, 0xA4, 0xA8, 0xB0
+IVA, IOTLB, RECORDS = 0x100, 0x108, 0x200
+TE, SRTP, QIE = 1 << 31, 1 << 30, 1 << 26
+PFO, PPF, IQE = 1, 2, 16
+#: Where things are in guest memory.
+ROOT, CONTEXT, QUEUE, STATUS, TABLES, DATA = 0x1000, 0x2000, 0x4000, 0x8000, 0x10_0000, 0x80_0000
+OUTSIDE = 1 * GiB
+MACHINE = """
+[machine]
+name = "m"
+[[iommu]]
+name = "vtd0"
+kind = "vt-d"
+address = "0000:00:02.0"
+capabilities = { %s }
+params = { %s }
+[[device]]
+name = "edu0"
+model = "%s"
+address = "0000:00:03.0"
+[[device]]
+name = "edu1"
+model = "%s"
+address = "0000:00:04.0"
+"""
+SID = {"edu0": 0x18, "edu1": 0x20}
+
+
+class Line:
+    """A courier that keeps what is written by message."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, bytes]] = []
+        self.broken = False
+
+    def read(self, gpa: int, size: int) -> bytes:
+        raise AssertionError("nothing is read by message")
+
+    def write(self, gpa: int, data: Buffer) -> None:
+        if self.broken:
+            raise DmaFault(Reason.CLIENT, gpa, Access.WRITE)
+        self.sent.append((gpa, bytes(data)))
+
+
+class Bench:
+    """A unit, two devices behind it, and 16 MiB that they share."""
+
+    def __init__(self, capabilities: str = "", params: str = "", model: str = "edu") -> None:
+        self.machine: Machine = parse(MACHINE % (capabilities, params, model, model), Path("m.toml"))
+        self.system = self.machine.system
+        unit = self.machine.devices["vtd0"]
+        assert isinstance(unit, VtdDevice) and unit.contexts is not None
+        self.unit, self.contexts = unit, unit.contexts
+        fd = os.memfd_create("ram")
+        os.ftruncate(fd, RAM)
+        self.ram = mmap.mmap(fd, RAM)
+        for device in self.machine.devices.values():
+            device.memory.map(0, RAM, fd=fd)
+        os.close(fd)
+        self.lines = {}
+        for name in SID:
+            device = self.machine.devices[name]
+            device.dma.bus_master = True
+            device.dma.courier = self.lines[name] = Line()
+        self.place(unit.base)
+        self._next_table = TABLES
+
+    def place(self, address: int) -> None:
+        self.unit.region_write(Region.CONFIG, 0x10, 4, address)
+        self.unit.region_write(Region.CONFIG, 0x04, 2, 2)
+
+    def close(self) -> None:
+        assert self.unit.errors == 0  # no hook has failed
+        self.machine.close()
+
+    # ---- registers -------------------------------------------------------------------------
+
+    def get(self, at: int, size: int = 4) -> int:
+        value = self.unit.register_read(0, 0, at, size)
+        assert isinstance(value, int)
+        return value
+
+    def put(self, at: int, value: int, size: int = 4) -> None:
+        self.unit.region_write(0, at, size, value)
+
+    def run(self) -> None:
+        """What has been put off, on all threads."""
+        for _ in range(4):
+            for device in self.machine.devices.values():
+                device.run_due(0)
+
+    def on(self, root: int = ROOT) -> None:
+        self.put(RTADDR, root, 8)
+        self.put(GCMD, SRTP)
+        assert self.get(GSTS) & SRTP
+        self.put(GCMD, TE)
+        assert self.get(GSTS) & TE
+
+    # ---- memory ----------------------------------------------------------------------------
+
+    def words(self, at: int, *values: int) -> None:
+        struct.pack_into(f"<{len(values)}Q", self.ram, at, *values)
+
+    def context(self, name: str, low: int, high: int) -> None:
+        self.words(ROOT, CONTEXT | 1, 0)
+        self.words(CONTEXT + 16 * SID[name], low, high)
+
+    def slot(self, root: int, iova: int, levels: int) -> int:
+        """Where the entry of 4 KiB for `iova` is; makes tables on the way."""
+        table = root
+        for level in range(levels, 1, -1):
+            at = table + 8 * (iova >> 3 + 9 * level & 511)
+            (entry,) = struct.unpack_from("<Q", self.ram, at)
+            if not entry:
+                entry = self.new_table() | 3
+                self.words(at, entry)
+            table = entry & ~0xFFF
+        return table + 8 * (iova >> 12 & 511)
+
+    def new_table(self) -> int:
+        self._next_table += 4096
+        return self._next_table
+
+    def translate(self, name: str, domain_id: int = 7, levels: int = 4, root: int | None = None) -> int:
+        """A context entry; the table's root."""
+        root = self.new_table() if root is None else root
+        self.context(name, root | 1, domain_id << 8 | levels - 2)
+        return root
+
+    def map(self, root: int, iova: int, gpa: int, flags: int = 3, levels: int = 4) -> None:
+        self.words(self.slot(root, iova, levels), gpa | flags)
+
+    # ---- DMA -------------------------------------------------------------------------------
+
+    def read(self, name: str, iova: int, size: int = 4) -> bytes:
+        return self.machine.devices[name].dma.read(iova, size)
+
+    def refused(self, name: str, iova: int, *, write: bool = False) -> Reason:
+        dma = self.machine.devices[name].dma
+        with pytest.raises(DmaFault) as caught:
+            if write:
+                dma.write(iova, b"x")
+            else:
+                dma.read(iova, 1)
+        self.run()
+        return caught.value.reason
+
+    def record(self, n: int = 0) -> tuple[int, int, int, bool] | None:
+        """(page, reason, source-id, a read) of a fault; None: F is clear."""
+        page, info = self.get(RECORDS + 16 * n, 8), self.get(RECORDS + 16 * n + 8, 8)
+        if not info >> 63:
+            return None
+        return page, info >> 32 & 0xFF, info & 0xFFFF, bool(info >> 62 & 1)
+
+    def clear(self, n: int = 0) -> None:
+        self.put(RECORDS + 16 * n + 12, 1 << 31)
+
+    # ---- queue -----------------------------------------------------------------------------
+
+    def queue(self, *descriptors: tuple[int, int]) -> None:
+        """Queued invalidation, on if it is not."""
+        if not self.get(GSTS) & QIE:
+            self.put(IQT, 0, 8)
+            self.put(IQA, QUEUE, 8)
+            self.put(GCMD, self.get(GSTS) & TE | QIE)
+        tail = self.get(IQT, 8)
+        for low, high in descriptors:
+            self.words(QUEUE + tail, low, high)
+            tail = (tail + 16) % 4096
+        self.put(IQT, tail, 8)
