@@ -21,6 +21,7 @@ VER, CAP, ECAP, GCMD, GSTS, RTADDR, CCMD = 0x00, 0x08, 0x10, 0x18, 0x1C, 0x20, 0
 FSTS, FECTL, FEDATA, FEADDR, FEUADDR = 0x34, 0x38, 0x3C, 0x40, 0x44
 PMEN, PLMBASE, PLMLIMIT, PHMBASE, PHMLIMIT = 0x64, 0x68, 0x6C, 0x70, 0x78
 IQH, IQT, IQA, ICS, IECTL, IEDATA, IEADDR, IQER = 0x80, 0x88, 0x90, 0x9C, 0xA0, 0xA4, 0xA8, 0xB0
+PQH, PQT, PQA, PRS, PECTL, PEDATA, PEADDR = 0xC0, 0xC8, 0xD0, 0xDC, 0xE0, 0xE4, 0xE8
 IVA, IOTLB, RECORDS = 0x100, 0x108, 0x200
 TE, SRTP, QIE = 1 << 31, 1 << 30, 1 << 26
 PFO, PPF, IQE = 1, 2, 16
@@ -67,8 +68,12 @@ class Line:
 class Bench:
     """A unit, two devices behind it, and 16 MiB that they share."""
 
+    #: Where edu1 is.
+    second = "0000:00:04.0"
+
     def __init__(self, capabilities: str = "", params: str = "", model: str = "edu") -> None:
-        self.machine: Machine = parse(MACHINE % (capabilities, params, model, model), Path("m.toml"))
+        text = MACHINE % (capabilities, params, model, model)
+        self.machine: Machine = parse(text.replace("0000:00:04.0", self.second), Path("m.toml"))
         self.system = self.machine.system
         unit = self.machine.devices["vtd0"]
         assert isinstance(unit, VtdDevice) and unit.contexts is not None
@@ -127,14 +132,14 @@ class Bench:
         self.words(ROOT, CONTEXT | 1, 0)
         self.words(CONTEXT + 16 * SID[name], low, high)
 
-    def slot(self, root: int, iova: int, levels: int) -> int:
-        """Where the entry of 4 KiB for `iova` is; makes tables on the way."""
+    def slot(self, root: int, iova: int, levels: int, flags: int = 3) -> int:
+        """Where the entry of 4 KiB for `iova` is; makes tables on the way, whose entries have `flags`."""
         table = root
         for level in range(levels, 1, -1):
             at = table + 8 * (iova >> 3 + 9 * level & 511)
             (entry,) = struct.unpack_from("<Q", self.ram, at)
             if not entry:
-                entry = self.new_table() | 3
+                entry = self.new_table() | flags
                 self.words(at, entry)
             table = entry & ~0xFFF
         return table + 8 * (iova >> 12 & 511)
@@ -190,3 +195,74 @@ class Bench:
             self.words(QUEUE + tail, low, high)
             tail = (tail + 16) % 4096
         self.put(IQT, tail, 8)
+
+
+#: Scalable mode: TTM, descriptors of 256 bits; P, PASIDE; a page for everything in a first-stage table.
+SCALABLE, WIDE, PRESENT, PASIDE, USER = 1 << 10, 1 << 11, 1, 8, 7
+FIRST, SECOND, NESTED, THROUGH = 1 << 6, 2 << 6, 3 << 6, 4 << 6
+SM_SID = {"edu0": 0x18, "edu1": 0xA0}
+
+
+class ScalableBench(Bench):
+    """The same in scalable mode; edu1 is one of the upper half of devices."""
+
+    second = "0000:00:14.0"
+
+    def __init__(self, capabilities: str = "", params: str = "", model: str = "edu") -> None:
+        super().__init__(capabilities, f"scalable = true{', ' if params else ''}{params}", model)
+        self.pasid_tables: dict[str, int] = {}
+
+    def on(self, root: int = ROOT | SCALABLE) -> None:
+        super().on(root)
+
+    def device(self, name: str, flags: int = PRESENT | PASIDE, rid_pasid: int = 0) -> None:
+        """A context entry, with a directory of one table."""
+        directory, table = self.new_table(), self.new_table()
+        self.words(directory, table | PRESENT)
+        self.pasid_tables[name] = table
+        self.words(ROOT, CONTEXT | PRESENT, CONTEXT + 0x1000 | PRESENT)
+        self.words(self.context_at(name), directory | flags, rid_pasid, 0, 0)
+
+    def context_at(self, name: str) -> int:
+        return CONTEXT + 0x1000 * (SM_SID[name] >> 7) + 32 * (SM_SID[name] & 0x7F)
+
+    def entry(self, name: str, pasid: int, *words: int) -> None:
+        """A PASID table entry."""
+        if name not in self.pasid_tables:
+            self.device(name)
+        self.words(self.pasid_tables[name] + 64 * pasid, *words, *[0] * (8 - len(words)))
+
+    def first(self, name: str, pasid: int = 0, domain_id: int = 7, levels: int = 4) -> int:
+        """A first-stage entry; the table's root."""
+        root = self.new_table()
+        self.entry(name, pasid, FIRST | PRESENT, domain_id, root | (levels - 4) << 2)
+        return root
+
+    def second_stage(self, name: str, pasid: int = 0, domain_id: int = 7, levels: int = 4, flags: int = 0) -> int:
+        """A second-stage entry; the table's root."""
+        root = self.new_table()
+        self.entry(name, pasid, root | SECOND | levels - 2 << 2 | PRESENT | flags, domain_id)
+        return root
+
+    def nested(self, name: str, pasid: int = 0, domain_id: int = 7) -> tuple[int, int]:
+        """A nested entry; the roots of first and second stage.  The first's is its own IOVA."""
+        first, second = self.new_table(), self.new_table()
+        self.entry(name, pasid, second | NESTED | 2 << 2 | PRESENT, domain_id, first)
+        self.map(second, first, first)
+        return first, second
+
+    def map_first(self, root: int, iova: int, gpa: int, flags: int = USER, levels: int = 4) -> None:
+        self.words(self.slot(root, iova, levels, USER), gpa | flags)
+
+    def queue(self, *descriptors: tuple[int, ...]) -> None:
+        """Queued invalidation with wide descriptors, on if it is not."""
+        if not self.get(GSTS) & QIE:
+            self.put(IQT, 0, 8)
+            self.put(IQA, QUEUE | WIDE, 8)
+            self.put(GCMD, self.get(GSTS) & TE | QIE)
+        tail = self.get(IQT, 8)
+        for descriptor in descriptors:
+            self.words(QUEUE + tail, *descriptor, *[0] * (4 - len(descriptor)))
+            tail = (tail + 32) % 4096
+        self.put(IQT, tail, 8)
+        self.run()
