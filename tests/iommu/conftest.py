@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.iommu.tables import Guest, ReferenceGuest, ShimGuest
-from tests.iommu.vtd_bench import Bench
+from tests.iommu.vtd_bench import Bench, ScalableBench
 from tests.iommu.world import World, iommu
 
 
@@ -28,5 +28,13 @@ def world() -> Iterator[World]:
 def bench() -> Iterator[Bench]:
     """A VT-d unit in legacy mode."""
     made = Bench()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def scalable() -> Iterator[ScalableBench]:
+    """A VT-d unit in scalable mode."""
+    made = ScalableBench()
     yield made
     made.close()

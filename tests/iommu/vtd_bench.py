@@ -266,3 +266,25 @@ class ScalableBench(Bench):
             tail = (tail + 32) % 4096
         self.put(IQT, tail, 8)
         self.run()
+
+
+def read(bench: Bench, name: str, iova: int, pasid: int | None = None, size: int = 4) -> bytes:
+    dma = bench.machine.devices[name].dma
+    return (dma if pasid is None else dma.with_pasid(pasid)).read(iova, size)
+
+
+def refused(bench: Bench, name: str, iova: int, pasid: int | None = None, write: bool = False) -> Reason:
+    dma = bench.machine.devices[name].dma
+    dma = dma if pasid is None else dma.with_pasid(pasid)
+    with pytest.raises(DmaFault) as caught:
+        if write:
+            dma.write(iova, b"x")
+        else:
+            dma.read(iova, 1)
+    bench.run()
+    return caught.value.reason
+
+
+def code(bench: Bench, n: int = 0) -> int | None:
+    found = bench.record(n)
+    return None if found is None else found[1]
