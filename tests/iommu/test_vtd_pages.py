@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
-from tests.iommu.test_vtd_ats import DTE, MODEL, edu, switch
+from tests.iommu.test_vtd_ats import ATS_CONTROL, DTE, MODEL, edu, switch
 from tests.iommu.vtd_bench import (
     DATA,
     FSTS,
+    GCMD,
+    IQA,
     IQE,
     IQER,
+    IQT,
     OUTSIDE,
     PASIDE,
     PEADDR,
@@ -26,13 +32,28 @@ from tests.iommu.vtd_bench import (
     PQT,
     PRESENT,
     PRS,
+    QIE,
+    QUEUE,
+    RAM,
+    ROOT,
+    RTADDR,
+    SCALABLE,
+    SRTP,
+    TABLES,
+    TE,
+    WIDE,
     ScalableBench,
 )
 from vmodel.devices.vtd import pages
 from vmodel.devices.vtd.codes import Code
+from vmodel.devices.vtd.unit import VtdDevice
 from vmodel.errors import DmaFault, Reason
 from vmodel.iommu.fault import PageResponse
+from vmodel.machine import parse
 from vmodel.pci.extcaps import PriSta
+from vmodel.span import MiB
+from vmodel.vfio_user.client import Client
+from vmodel.vfio_user.wire import Region
 
 PRE, PPR, PRO = 16, 1, 2
 REQUESTS = 0xA000  # the queue, one page: 128 requests
@@ -278,3 +299,77 @@ def test_draining(pri: PageBench) -> None:
     """What is asked for is in the queue by then."""
     pri.queue((5 | 1 << 7 | 1 << 6 | 1 << 5 | 1 << 32, 0x8000), (9 | 0x18 << 16, 3 << 3))
     assert pri.get(FSTS) == 0 and pri.ram[0x8000] == 1
+
+
+# ---- served ------------------------------------------------------------------------------------------
+
+
+def test_the_guest_reaches_a_device_that_waits(tmp_path: Path) -> None:
+    """Two sockets: edu's registers answer while its DMA waits, and the unit takes the response."""
+    bench = ScalableBench(params="ats = true", model=MODEL)  # lays the tables out
+    bench.device("edu0", PRESENT | PASIDE | DTE | PRE)
+    root = bench.first("edu0")
+    machine = parse(bench.text, Path("m.toml"))
+    with (
+        machine.serve(tmp_path),
+        Client.connect(tmp_path / "vtd0.sock") as unit,
+        Client.connect(tmp_path / "edu0.sock") as device,
+    ):
+
+        def put(client: Client, at: int, value: int, size: int = 8) -> None:
+            client.region_write(0, at, value.to_bytes(size, "little"))
+
+        def get(client: Client, at: int, size: int = 8) -> int:
+            return int.from_bytes(client.region_read(0, at, size), "little")
+
+        rams = []
+        for client in (unit, device):
+            client.negotiate()
+            fd = os.memfd_create("ram") if not rams else os.dup(rams[0])
+            rams.append(fd)
+            os.ftruncate(fd, RAM)
+            client.map_dma(0, RAM, fd=fd)
+        ram = mmap.mmap(rams[0], RAM)
+        ram[:] = bench.ram[:]
+        messages = device.share(OUTSIDE, 0x1000, by_fd=False)  # where the event goes, like an MSI by a write
+        unit.region_write(Region.CONFIG, 0x10, VtdDevice.base.to_bytes(4, "little"))
+        unit.region_write(Region.CONFIG, 4, b"\x02\0")
+        device.region_write(Region.CONFIG, 4, b"\x06\0")
+        for at, value, size in (
+            (RTADDR, ROOT | SCALABLE, 8),
+            (GCMD, SRTP, 4),
+            (PQA, REQUESTS, 8),
+            (PEADDR, OUTSIDE, 4),
+            (PEDATA, 0x77, 4),
+            (PECTL, 0, 4),
+            (IQA, QUEUE | WIDE, 8),
+            (GCMD, TE | QIE, 4),
+        ):
+            put(unit, at, value, size)
+        device.region_write(Region.CONFIG, ATS_CONTROL, b"\0\x80")
+        device.region_write(Region.CONFIG, PRI_CONTROL, b"\1\0")
+        for at, value in ((0x80, 0x5000), (0x88, 0x40000), (0x90, 4), (0x98, 1)):
+            put(device, at, value)
+        until(lambda: get(unit, PQT))
+        assert get(device, 0, 4) == 0x010000ED and get(device, 0x98) & 1
+        until(lambda: device.serve(0.01) or messages.view[0] == 0x77)  # sent by the device that waits
+        bench.map_first(root, 0x5000, DATA)
+        ram[TABLES : TABLES + MiB] = bench.ram[TABLES : TABLES + MiB]
+        words = struct.unpack_from("<2Q", ram, REQUESTS)
+        struct.pack_into("<2Q", ram, QUEUE, 9 | words[0] & 0xFFFF_0000, words[1] & 0xFFC)
+        put(unit, IQT, 32)
+        until(lambda: not get(device, 0x98) & 1)
+        assert machine.devices["edu0"].errors == machine.devices["vtd0"].errors == 0
+        assert machine.devices["edu0"].dma.stats.read_bytes == 4
+        ram.close()
+    for fd in rams:
+        os.close(fd)
+    machine.close()
+    bench.close()
+
+
+def until(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 5
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

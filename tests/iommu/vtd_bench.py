@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,9 @@ class Line:
             raise DmaFault(Reason.CLIENT, gpa, Access.WRITE)
         self.sent.append((gpa, bytes(data)))
 
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        return event.wait(seconds)
+
 
 class Bench:
     """A unit, two devices behind it, and 16 MiB that they share."""
@@ -72,8 +76,8 @@ class Bench:
     second = "0000:00:04.0"
 
     def __init__(self, capabilities: str = "", params: str = "", model: str = "edu") -> None:
-        text = MACHINE % (capabilities, params, model, model)
-        self.machine: Machine = parse(text.replace("0000:00:04.0", self.second), Path("m.toml"))
+        self.text = (MACHINE % (capabilities, params, model, model)).replace("0000:00:04.0", self.second)
+        self.machine: Machine = parse(self.text, Path("m.toml"))
         self.system = self.machine.system
         unit = self.machine.devices["vtd0"]
         assert isinstance(unit, VtdDevice) and unit.contexts is not None

@@ -1,19 +1,17 @@
 """Page requests (7.4 to 7.7): a device's access waits for a page that the guest has yet to put into its tables.
 
-The access waits on the thread of its device, the queue is written on that of the unit.  What else the device has to do
-meanwhile, which is to send the unit's interrupt, comes to the waiting thread by `Waiting.inbox`.
+The access waits on the thread of its device, which serves the client meanwhile; the queue is written on the unit's.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import struct
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from vmodel.device import PciDevice
 from vmodel.devices.vtd.events import Event
 from vmodel.devices.vtd.regs import PageAddress, PageOffset, PageStatus, VtdRegs
 from vmodel.dma import Dma
@@ -24,9 +22,8 @@ from vmodel.span import PAGE
 
 log = logging.getLogger(__name__)
 
-#: How long an access waits, in seconds.  On PCIe there is no limit, but nobody else waits there: here the guest cannot
-#: reach the device's registers meanwhile, and a guest with one CPU that tries would not answer.
-PATIENCE = 1.0
+#: How long an access waits, in seconds; on PCIe there is no limit.
+PATIENCE = 5.0
 _DESCRIPTOR = struct.Struct("<4Q")
 _INDICES = 512
 
@@ -56,10 +53,21 @@ Key = tuple[int, int | None, int]
 
 @dataclass
 class Waiting:
-    """An access that waits: its device's name, and what its thread is to do."""
+    """An access that waits, and what becomes of it."""
 
-    name: str
-    inbox: queue.SimpleQueue[PageResponse | Callable[[], None]] = field(default_factory=queue.SimpleQueue)
+    device: PciDevice
+    response: PageResponse = PageResponse.INVALID
+    answered: threading.Event = field(default_factory=threading.Event)
+
+    def answer(self, response: PageResponse) -> None:
+        """Any thread: the access goes on."""
+        self.response = response
+        self.answered.set()
+        self.device.defer(_nothing)  # wakes its thread
+
+
+def _nothing() -> None:
+    pass
 
 
 class PageRequests:
@@ -75,58 +83,39 @@ class PageRequests:
 
     # ---- the device's thread ---------------------------------------------------------------
 
-    def ask(self, source: int, request: PageRequest) -> PageResponse:
-        """Puts a request into the queue and waits for its answer."""
+    def ask(self, device: PciDevice, source: int, request: PageRequest) -> PageResponse:
+        """Puts a request of a device into the queue and waits for its answer."""
         key = source, request.pasid, request.group_index % _INDICES
-        waiting = Waiting(request.requester)
+        waiting = Waiting(device)
         with self._lock:
             if key in self._waiting:  # 512 are under way
                 return PageResponse.FAILURE
             self._waiting[key] = waiting
         self._defer(lambda: self._enqueue(key, request, waiting))
+        courier = device.dma.courier
         try:
-            return self._wait(waiting)
+            event = waiting.answered
+            if not (event.wait(PATIENCE) if courier is None else courier.wait(event, PATIENCE)):
+                log.warning("%s: the guest does not answer a page request: the access fails", device.name)
+            return waiting.response
         finally:
             with self._lock:
                 del self._waiting[key]
-            while not waiting.inbox.empty():
-                if callable(left := waiting.inbox.get()):
-                    left()
-
-    def _wait(self, waiting: Waiting) -> PageResponse:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                item = waiting.inbox.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                log.warning("%s: the guest does not answer a page request: the access fails", waiting.name)
-                return PageResponse.INVALID
-            if isinstance(item, PageResponse):
-                return item
-            item()
 
     # ---- any thread ------------------------------------------------------------------------
-
-    def run_on(self, name: str, call: Callable[[], None]) -> bool:
-        """Has `call` run by a device's thread if that waits here; False: it does not."""
-        with self._lock:
-            waiting = next((w for w in self._waiting.values() if w.name == name), None)
-            if waiting is not None:
-                waiting.inbox.put(call)
-            return waiting is not None
 
     def answer(self, source: int, pasid: int | None, index: int, response: PageResponse) -> None:
         """A page group response (7.7.1); one that nobody waits for any more is dropped."""
         with self._lock:
             for (rid, asked, group), waiting in self._waiting.items():
                 if (rid & 0xFFFF, asked, group) == (source, pasid, index):
-                    waiting.inbox.put(response)
+                    waiting.answer(response)
 
     def cancel(self) -> None:
         """The unit is reset: nobody will answer."""
         with self._lock:
             for waiting in self._waiting.values():
-                waiting.inbox.put(PageResponse.INVALID)
+                waiting.answer(PageResponse.INVALID)
 
     # ---- the unit's thread -----------------------------------------------------------------
 
@@ -138,13 +127,13 @@ class PageRequests:
         if PageStatus(regs.PRS).PRO or following == head:
             # 7.4.1: the device is told to try again.
             self._raise(PageStatus.PRO.mask, waiting)
-            waiting.inbox.put(PageResponse.SUCCESS)
+            waiting.answer(PageResponse.SUCCESS)
             return
         try:
             self._dma.write((regs.PQA & PageAddress.PQA.mask) + tail, _DESCRIPTOR.pack(*_descriptor(key, request)))
         except DmaFault as fault:
-            log.warning("%s: the page request queue cannot be written: %s", waiting.name, fault)
-            waiting.inbox.put(PageResponse.FAILURE)
+            log.warning("%s: the page request queue cannot be written: %s", waiting.device.name, fault)
+            waiting.answer(PageResponse.FAILURE)
             return
         regs.PQT = following
         self._raise(PageStatus.PPR.mask, waiting)
@@ -154,7 +143,7 @@ class PageRequests:
         quiet = not self._regs.PRS
         self._regs.PRS |= mask
         if quiet:
-            self._event.happen(waiting.name)
+            self._event.happen(waiting.device.name)
 
 
 def _descriptor(key: Key, request: PageRequest) -> tuple[int, int, int, int]:

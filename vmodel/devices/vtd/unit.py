@@ -334,7 +334,7 @@ class VtdDevice(IommuDevice):
             return PageResponse.INVALID
         if not self.contexts.may_ask(source, request.pasid):
             return PageResponse.INVALID
-        response = self.pages.ask(source, request)
+        response = self.pages.ask(self.peers[request.requester], source, request)
         if response is PageResponse.FAILURE:
             pri.regs.STATUS |= PriSta.RESPONSE_FAILURE.mask
         return response
@@ -455,8 +455,7 @@ class VtdDevice(IommuDevice):
             return
         device, others = devices[0], devices[1:]
 
-        # Nobody waits for it here: the client may answer only once we have answered it.  A device that waits for a page
-        # sends it from there.
+        # Nobody waits for it here: the client may answer only once we have answered it.
         def send() -> None:
             courier = device.dma.courier
             try:
@@ -467,5 +466,4 @@ class VtdDevice(IommuDevice):
                 self.log.info("%s: %s could not send an interrupt: %s", self.name, device.name, fault)
                 self.defer(lambda: self._send_by(others, address, data))
 
-        if self.contexts is None or not self.pages.run_on(device.name, send):
-            device.defer(send)
+        device.defer(send)
