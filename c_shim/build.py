@@ -20,10 +20,14 @@ SOURCES = [
     "stale.c",
     "requester.c",
     "dma.c",
+    "pin.c",
     "func.c",
     "stream.c",
     "sleep.c",
     "channel.c",
+    "store.c",
+    "workers.c",
+    "nvme.c",
 ]
 
 

@@ -53,9 +53,9 @@ def _commands() -> list[Callable[..., None]]:
 
 def _groups() -> dict[str, typer.Typer]:
     """Commands that have commands of their own."""
-    from vmodel.cli import iommu
+    from vmodel.cli import bench, iommu
 
-    return {"iommu": iommu.app}
+    return {"bench": bench.app, "iommu": iommu.app}
 
 
 def _app(commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer]) -> typer.Typer:
