@@ -9,7 +9,6 @@
 #include "dma.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 /* The translation of iova, from the IOTLB or by the domain; NULL: *fault is filled.  Under requester->lock. */
