@@ -224,6 +224,29 @@ def test_interrupts_by_msi_and_their_mask(started: Callable[..., Driver]) -> Non
         os.close(fd)
 
 
+def test_interrupts_by_the_pin(driver: Driver) -> None:
+    pin = driver.device.intx
+    assert pin is not None
+    pair = driver.create(1)
+    assert not pin.level
+    driver.admin.write(Command.make(0x18))
+    driver.admin.ring()
+    assert pin.level, "until the driver has taken what is there"
+    driver.put(ControllerRegs.INTMS, 1)
+    assert not pin.level
+    driver.put(ControllerRegs.INTMC, 1)
+    assert pin.level
+    driver.admin.wait()
+    assert not pin.level
+    pair.send(0x00, nsid=1)
+    assert not pin.level, "this queue has no interrupts"
+    driver.admin.write(Command.make(0x18))
+    driver.admin.ring()
+    assert pin.level
+    driver.disable()
+    assert not pin.level
+
+
 def test_doorbells_further_apart(started: Callable[..., Driver]) -> None:
     driver = started(doorbell_stride=3, namespaces=[{"memory": "1M"}])
     assert driver.stride == 32

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import pydantic
 
-from vmodel.device import MmioBar, Msi, Msix, PciDevice, Pcie, Pm, ResetKind, on_write, on_write_each
+from vmodel.device import Intx, MmioBar, Msi, Msix, PciDevice, Pcie, Pm, ResetKind, on_write, on_write_each
 from vmodel.devices.nvme.admin import AdminCommands
 from vmodel.devices.nvme.backend import Job, Op
 from vmodel.devices.nvme.command import Command
@@ -68,6 +68,7 @@ class Nvme(PciDevice):
     msix: Msix | None = Msix(vectors=QUEUE_PAIRS, own_bar=4)
     msi: Msi | None = None
     pcie = Pcie()
+    intx = Intx()
 
     Params = NvmeParams
     params: NvmeParams
@@ -165,6 +166,7 @@ class Nvme(PciDevice):
             cq.close()
         self.submission.clear()
         self.completion.clear()
+        self._drive_pin()
         self.io.reset()
         self.fast.reset()
 
@@ -283,6 +285,7 @@ class Nvme(PciDevice):
     def _mask(self, new: int) -> int:
         self._masked |= new
         self.regs.INTMC = self._masked
+        self._drive_pin()
         return self._masked
 
     @on_write(ControllerRegs.INTMC)
@@ -293,6 +296,7 @@ class Nvme(PciDevice):
         for vector in range(_MSI_VECTORS):
             if due >> vector & 1:
                 self.interrupt(vector)
+        self._drive_pin()
         return self._masked
 
     @on_write_each(*_Doorbells.registers)
@@ -303,6 +307,8 @@ class Nvme(PciDevice):
                 self.events.report(Event.INVALID_DOORBELL_REGISTER)
         elif self.enabled and not queue.doorbell(new):
             self.events.report(Event.INVALID_DOORBELL_VALUE)
+        elif n & 1 and self.intx.level:
+            self._drive_pin()
 
     # ---- what queues and commands need -----------------------------------------------------
 
@@ -318,12 +324,23 @@ class Nvme(PciDevice):
 
     def interrupt(self, vector: int) -> None:
         """Raises a vector."""
-        if self.msix is not None:
+        if self.msix is not None and self.msix.enabled:
             self.msix.fire(vector)
-        elif self._masked >> vector & 1:
+        elif vector < _MSI_VECTORS and self._masked >> vector & 1:
             self._pending |= 1 << vector
-        elif self.msi is not None:
+        elif self.msi is not None and self.msi.enabled:
             self.msi.fire(vector)
+        else:
+            self._drive_pin()
+
+    def _drive_pin(self) -> None:
+        """The pin's level: there are completions that the driver has not taken, and no messages (7.5.1)."""
+        messages = (self.msix is not None and self.msix.enabled) or (self.msi is not None and self.msi.enabled)
+        queues = self.completion.values()
+        if not messages and any(cq.interrupts and cq.pending and not self._masked >> cq.vector & 1 for cq in queues):
+            self.intx.raise_()
+        elif self.intx.level:
+            self.intx.lower()
 
     def arbitrate(self) -> None:
         """Queues are served as CC and the feature Arbitration say."""

@@ -150,10 +150,18 @@ class CompletionQueue:
     @property
     def pending(self) -> bool:
         """There are completions that the driver has not taken: the level of a pin-based interrupt."""
+        self._poll()
         return bool(self._ring.head != self._ring.tail)
 
     def doorbell(self, value: int) -> bool:
         """The driver has taken entries up to `value`; whether it may say so."""
+        if self._shadow and value < self.entries:
+            # What is in memory may be further on than a doorbell that was rung before.
+            self._poll()
+            return True
+        return self._taken(value)
+
+    def _taken(self, value: int) -> bool:
         ring = self._ring
         if value >= self.entries or (value - ring.head) % self.entries > (ring.tail - ring.head) % self.entries:
             return False
@@ -180,7 +188,7 @@ class CompletionQueue:
             self._host.fatal(f"the shadow doorbell of completion queue {self.qid}", fault)
             return
         if value != self._ring.head:
-            self.doorbell(value)
+            self._taken(value)
 
     def post(self, sq: SubmissionQueue, cid: int, status: int, result: int = 0) -> None:
         """Posts a completion of `sq`, as soon as there is room; `status`: the 15-bit field."""
@@ -276,7 +284,8 @@ class SubmissionQueue:
         """The driver has written entries up to `value`; whether it may say so."""
         if value >= self.entries:
             return False
-        self._ring.tail = value
+        if not self._ring.shadow:  # which may be further on than a doorbell that was rung before
+            self._ring.tail = value
         self._host.arbiter.ring(self)
         return True
 
