@@ -17,7 +17,7 @@ import pytest
 from vmodel.devices.nvme.command import Command
 from vmodel.testing.nvme import FLUSH, READ, WRITE, NvmeDriver, prps
 
-ROUNDS = 25
+ROUNDS = 15
 BLOCKS = 64  # of 4096 bytes
 MACHINE = """
 [machine]
