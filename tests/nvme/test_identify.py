@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.nvme.driver import PAGE, Driver, name, prps
+from vmodel.devices.nvme import Nvme
 from vmodel.devices.nvme.identify import Controller, NamespaceData
 
 #: Offsets of figure 247, written down once more by hand.
@@ -48,6 +49,7 @@ def test_controller(started: Callable[..., Driver]) -> None:
 def test_two_controllers_differ(started: Callable[..., Driver]) -> None:
     one, other = started(serial="A"), started(serial="B")
     assert one.identify(1)[768:1024] != other.identify(1)[768:1024]
+    assert Nvme("x", {"serial": "A"}).uuid != Nvme("y", {"serial": "A"}).uuid
 
 
 def test_namespaces(started: Callable[..., Driver]) -> None:

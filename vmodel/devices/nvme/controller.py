@@ -87,16 +87,19 @@ class Nvme(PciDevice):
     ) -> Self:
         """Parameters choose what is declared: the kind of interrupts, and the doorbells' stride."""
         chosen = params if isinstance(params, cls.Params) else cls.Params.model_validate(params or {})
-        base: type[Nvme] = cls
-        return cast(Self, object.__new__(_variant(base, chosen.interrupts, chosen.doorbell_stride)))
+        # mypy does not see that a class is hashable.
+        variant = _variant(cls, chosen.interrupts, chosen.doorbell_stride)  # type: ignore[arg-type]
+        return cast(Self, object.__new__(variant))
 
     def _make_parts(self) -> None:
         """What outlives resets."""
         self.serial = self.params.serial or self.name[:20]
-        self.uuid = uuid.uuid5(_NAMES, self.serial)
+        # Controllers that a machine file gives one serial number are still two.
+        identity = f"{self.serial} {self.name}"
+        self.uuid = uuid.uuid5(_NAMES, identity)
         self.health = Health()
         self.firmware = Firmware(self.params.firmware)
-        self.inventory = Inventory(self.serial, self.params.capacity or 0)
+        self.inventory = Inventory(identity, self.params.capacity or 0)
         self.features = Features(self)
         self.events = Events()
         self.sanitize = Sanitize(self)
