@@ -156,6 +156,8 @@ class _MessageInterrupts(Capability):
         vector = self._type.vectors[n]
         if not self.enabled:
             return
+        if not (vector.pending or vector.masked or self._masked(n)) and self.owner.irqs.signal(vector):
+            return  # it was not pending at any time
         vector.pending = True
         self._deliver(n)
 
@@ -281,6 +283,9 @@ class MsixControl(Layout):
     ENABLE = Bit(15, RW)
 
 
+_MSIX_ENABLE, _MSIX_FUNCTION_MASK = MsixControl.ENABLE.mask, MsixControl.FUNCTION_MASK.mask
+
+
 class MsixRegs(RegisterBank, size=12):
     """MSI-X capability."""
 
@@ -344,10 +349,10 @@ class Msix(_MessageInterrupts):
 
     @property
     def enabled(self) -> bool:
-        return bool(MsixControl(self.regs.CONTROL).ENABLE)
+        return bool(self.regs.CONTROL & _MSIX_ENABLE)
 
     def _masked(self, n: int) -> bool:
-        if MsixControl(self.regs.CONTROL).FUNCTION_MASK:
+        if self.regs.CONTROL & _MSIX_FUNCTION_MASK:
             return True
         return self.table_used and bool(self.table[16 * n + 12] & 1)
 

@@ -48,6 +48,8 @@ _MSI_VECTORS = 32
 #: Longest that becoming ready takes (CAP.TO), in 500 ms.
 _TIMEOUT = 20
 _SHUTTING_DOWN, _SHUT_DOWN = 1, 2
+_READY = Csts.RDY.mask
+_WORKING = _READY | Csts.CFS.mask
 _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 #: Statuses that tell the host nothing that it did not ask for: not for the error log.
 _ASKED_FOR = (Status.ABORT_REQUESTED, Status.ABORTED_SQ_DELETION, Status.COMPARE_FAILURE)
@@ -204,8 +206,8 @@ class Nvme(PciDevice):
     @property
     def enabled(self) -> bool:
         """It works on commands."""
-        status = Csts(self.regs.CSTS)
-        return bool(status.RDY and not status.CFS)
+        status: int = self.regs.CSTS & _WORKING
+        return status == _READY
 
     @on_write(ControllerRegs.CC)
     def _configure(self, new: int) -> int:
