@@ -40,7 +40,7 @@ def test_controller(started: Callable[..., Driver]) -> None:
     assert (parsed.ver, parsed.sqes, parsed.cqes, parsed.nn, parsed.cntrltype) == (0x10400, 0x66, 0x44, 32, 1)
     assert int.from_bytes(data[280:296], "little") == (3 << 20) + (64 << 10)
     assert int.from_bytes(data[296:312], "little") == 64 << 10
-    assert parsed.oncs == 0b1_1101_1111 and not parsed.oacs & 0x100
+    assert (parsed.oncs, parsed.oacs) == (0b1_1101_1111, 0b1_0011_1110)
     assert data[768:1024].rstrip(b"\0").startswith(b"nqn.2014-08.org.nvmexpress:uuid:")
     assert struct.unpack_from("<H", data, 2048) == (2500,)
 
