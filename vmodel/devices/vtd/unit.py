@@ -89,7 +89,7 @@ class VtdDevice(IommuDevice):
         can = iommu.capabilities
         self._cap, self._ecap = capability(can), extended_capability(can)
         self._record_count = record_count(can)
-        self.contexts = Contexts(iommu, self.covered, self.memory, self._cap, self._ecap)
+        self.contexts = Contexts(iommu, self.covered, self.memory, self._cap, self._ecap, self.points)
         iommu.resolver = self.contexts.resolve
         iommu.on_fault(self._on_fault)
         self.on_reset(ResetKind.DEVICE)
