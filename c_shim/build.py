@@ -26,6 +26,7 @@ SOURCES = [
     "channel.c",
     "store.c",
     "workers.c",
+    "nvme_command.c",
     "nvme.c",
 ]
 
