@@ -34,6 +34,7 @@ typedef struct region {
 struct vms_func {
     region regions[VMS_REGIONS];
     int wake_fd;
+    uint64_t poll_ns; /* see sleep.c */
     _Atomic unsigned refs; /* its creator's and its channels' */
     pthread_mutex_t watch_lock;
     struct {

@@ -310,13 +310,15 @@ static uint8_t *scattered(unsigned pages)
 {
     uint8_t *pool = anonymous(4 * pages, MAP_PRIVATE), *row = anonymous(pages, MAP_PRIVATE);
 
-    for (unsigned i = 0; i < pages; i++)
-        if (mremap(pool + (size_t)(pages - 1 - i) * 4 * PAGE, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
-                   row + (size_t)i * PAGE) == MAP_FAILED)
+    for (unsigned i = 0, next = 4 * pages; i < pages; i++) {
+        do {
+            if (!next--)
+                fail("nearly all pages are neighbours");
+        } while (i && physical(pool + (size_t)next * PAGE) == physical(row + (size_t)(i - 1) * PAGE) + PAGE);
+        if (mremap(pool + (size_t)next * PAGE, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, row + (size_t)i * PAGE) ==
+            MAP_FAILED)
             fail("mremap");
-    for (unsigned i = 1; i < pages; i++)
-        if (physical(row + (size_t)i * PAGE) == physical(row + (size_t)(i - 1) * PAGE) + PAGE)
-            fail("pages %u and %u are neighbours", i - 1, i);
+    }
     return row;
 }
 

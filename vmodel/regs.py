@@ -27,8 +27,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar, overload
 
@@ -68,7 +70,7 @@ class Field:
     doc: str = ""
     name: str = ""
 
-    @property
+    @cached_property
     def mask(self) -> int:
         """The field's bits, in place."""
         return ((1 << (self.hi - self.lo + 1)) - 1) << self.lo
@@ -417,6 +419,9 @@ class HookedBank:
         self._writers = writers
         self._plain_read = plain_read
         self._plain_write = plain_write
+        #: Offsets of registers with a hook, ascending; registers do not overlap.
+        self._read_order = sorted(readers, key=lambda r: r.offset)
+        self._write_order = sorted(writers, key=lambda r: r.offset)
         #: What a read or a write of the whole register does.
         self.whole_reads = {r: self._whole_read(r, hook) for r, hook in readers.items()}
         self.whole_writes = {r: self._whole_write(r, hook) for r, hook in writers.items()}
@@ -451,13 +456,15 @@ class HookedBank:
         stored = register.__get__(self.bank, type(self.bank))
         register.__set__(self.bank, stored & kept | new & ~kept)
 
-    def _overlapping(self, registers: dict[Register, Any], offset: int, count: int) -> list[Register]:
-        found = [r for r in registers if r.offset < offset + count and offset < r.offset + r.size]
-        return sorted(found, key=lambda r: r.offset)
+    @staticmethod
+    def _overlapping(order: list[Register], offset: int, count: int) -> list[Register]:
+        first = bisect_left(order, offset, key=lambda r: r.offset + r.size - 1)
+        last = bisect_left(order, offset + count, lo=first, key=lambda r: r.offset)
+        return order[first:last]
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on."""
-        hooked = self._overlapping(self._readers, offset, count)
+        hooked = self._overlapping(self._read_order, offset, count)
         # Hooks see what was stored before a read clears it.
         values = {r: self._readers[r](r.__get__(self.bank, type(self.bank))) for r in hooked}
         data = bytearray(self._plain_read(offset, count))
@@ -471,7 +478,7 @@ class HookedBank:
         """Writes `count` bytes (little-endian int, or bytes)."""
         data = value.to_bytes(count, "little") if isinstance(value, int) else value
         at = offset
-        for register in self._overlapping(self._writers, offset, count):
+        for register in self._overlapping(self._write_order, offset, count):
             if at < register.offset:
                 self._plain_write(at, data[at - offset : register.offset - offset])
             first, last = max(offset, register.offset), min(offset + count, register.offset + register.size)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from tests.nvme.driver import CONFIGURATION, PAGE, Driver, raised, start
 from vmodel.device import ResetKind
+from vmodel.devices.nvme import Nvme
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.regs import SUBSYSTEM_RESET, Cap, Cc, ControllerRegs, Csts
+from vmodel.errors import PeerError
 from vmodel.vfio_user.wire import Irq
 
 ALL_ONES = 0xFFFF_FFFF
@@ -251,6 +253,26 @@ def test_doorbells_further_apart(started: Callable[..., Driver]) -> None:
     driver = started(doorbell_stride=3, namespaces=[{"memory": "1M"}])
     assert driver.stride == 32
     assert driver.create(16).send(0x00, nsid=1).status == 0
+
+
+def test_models_of_ones_own(driver: Driver) -> None:
+    """A class derived from it has the same choices."""
+
+    class Mine(Nvme):
+        pass
+
+    assert type(Mine("m")) is Mine
+    other = Mine("m", {"interrupts": "msi", "doorbell_stride": 1})
+    assert isinstance(other, Mine) and other.msix is None and other.msi is not None
+    assert Cap(other.regs.CAP).DSTRD == 1
+
+
+def test_migration_is_refused(driver: Driver) -> None:
+    driver.device.quiesce(True)
+    with pytest.raises(PeerError, match="cannot be migrated"):
+        driver.device.save()
+    driver.device.quiesce(False)
+    assert driver.identify(1)[77] == 9
 
 
 def test_large_pages(started: Callable[..., Driver]) -> None:

@@ -35,16 +35,16 @@ class Shadow:
 @pytest.fixture(params=[True, False], ids=["fast", "general"])
 def driver(request: pytest.FixtureRequest, started: Callable[..., Driver]) -> Driver:
     """A controller that offers it."""
-    return started(shadow_doorbells=True, fast_path=request.param, namespaces=[{"memory": "1M"}])
+    return started(fast_path=request.param, namespaces=[{"memory": "1M"}])
 
 
 def read(driver: Driver, block: int) -> Command:
     return Command.make(0x02, nsid=1, cdw10=block, dptr=prps(driver.page))
 
 
-def test_is_offered_by_a_parameter(driver: Driver, started: Callable[..., Driver]) -> None:
+def test_is_offered_unless_a_parameter_says_no(driver: Driver, started: Callable[..., Driver]) -> None:
     assert driver.identify(1)[257] & 1
-    other = started()
+    other = started(shadow_doorbells=False)
     assert not other.identify(1)[257] & 1
     assert name(other.admin.send(CONFIG, dptr=prps(4096, 8192))) == "INVALID_OPCODE"
 

@@ -9,6 +9,7 @@ import random
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -502,3 +503,32 @@ def test_mutated_streams_never_break_the_shim(seed: int) -> None:
         del rig
     os.close(fd)
     assert open_fds() == before
+
+
+def test_a_client_that_answers_at_once(rig: Rig) -> None:
+    """The shim looks for its next message before it sleeps: deadlines, wakes and the end are as without that."""
+
+    def client() -> None:
+        for n in range(300):
+            rig.send(write(HOOKED, struct.pack("<I", n)))
+            rig.reply()
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    seen: list[int] = []
+    while len(seen) < 300:
+        assert rig.channel.enter(_shim.FOREVER) == _shim.EXIT_WRITE
+        seen.append(rig.channel.run.value)
+        for ahead in (0, 20_000, 300_000) if len(seen) % 50 == 0 else ():
+            deadline = time.monotonic_ns() + ahead
+            if rig.channel.enter(deadline) == _shim.EXIT_TIMEOUT:
+                assert time.monotonic_ns() >= deadline
+            else:
+                seen.append(rig.channel.run.value)
+    rig.channel.complete()
+    thread.join()
+    assert seen == list(range(300))
+    threading.Timer(0.02, rig.function.wake).start()
+    assert rig.channel.enter(_shim.FOREVER) == _shim.EXIT_WAKE
+    rig.client.close()
+    assert rig.channel.enter(_shim.FOREVER) == _shim.EXIT_CLOSED

@@ -75,9 +75,9 @@ class IsrRegs(RegisterBank, size=4, sizes=(1, 2, 4)):
 
 
 class NotifyRegs(RegisterBank, size=4 * MAX_QUEUES, sizes=(2, 4)):
-    """A doorbell for each queue: what is written does not matter."""
+    """A doorbell for each queue, of 16 bits as drivers write them: what is written does not matter."""
 
-    locals().update({f"QUEUE{n}": Reg32(4 * n) for n in range(MAX_QUEUES)})
+    locals().update({f"QUEUE{n}": Reg16(4 * n) for n in range(MAX_QUEUES)})
 
 
 class PciCap(VendorSpecific):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+import sys
+from array import array
 from dataclasses import dataclass, field
 
 from vmodel.dma import Dma
@@ -14,6 +15,8 @@ MAX_SIZE = 32768
 
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _AVAIL_NO_INTERRUPT = 1
+#: Descriptors that are read at once.
+_AHEAD = 4
 _DESCRIPTOR = struct.Struct("<QIHH")
 _U16 = struct.Struct("<H")
 _USED_ELEMENT = struct.Struct("<II")
@@ -23,7 +26,7 @@ class QueueError(GuestError):
     """The driver has broken the queue's rules: the device needs a reset (2.1.2)."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Chain:
     """A request: its parts as (address, size), those that the device reads before those that it writes."""
 
@@ -62,6 +65,8 @@ class Virtqueue:
         self.event_index = self.indirect = False
         self._next_avail = self._next_used = 0
         self._signalled = 0
+        #: Requests that the driver has made available, the next one last.
+        self._heads: list[int] = []
 
     def enable(self, *, event_index: bool, indirect: bool) -> None:
         """Starts it with what was negotiated.  QueueError: addresses or size cannot be (2.7)."""
@@ -82,52 +87,70 @@ class Virtqueue:
             raise QueueError(f"queue {self.index}: {fault}") from fault
 
     def _pop(self) -> Chain | None:
-        available = self._u16(self.driver + 2)
-        if available == self._next_avail:
-            if self.event_index:
-                # Ask for a notification of the next one, and look again: it may have come meanwhile (2.7.10).
-                self._dma.write(self.device + 4 + 8 * self.size, _U16.pack(self._next_avail))
-                available = self._u16(self.driver + 2)
+        if not self._heads:
+            available = self._u16(self.driver + 2)
             if available == self._next_avail:
-                return None
-        if (available - self._next_avail) % 65536 > self.size:
-            raise QueueError(f"queue {self.index}: {available} requests are more than the queue has")
-        head = self._u16(self.driver + 4 + 2 * (self._next_avail % self.size))
+                if self.event_index:
+                    # Ask for a notification of the next one, and look again: it may have come meanwhile (2.7.10).
+                    self._dma.write(self.device + 4 + 8 * self.size, _U16.pack(self._next_avail))
+                    available = self._u16(self.driver + 2)
+                if available == self._next_avail:
+                    return None
+            self._heads = self._between(self._next_avail, available)
+        head = self._heads[-1]
         chain = self._walk(head)
+        self._heads.pop()
         self._next_avail = (self._next_avail + 1) % 65536
         return chain
+
+    def _between(self, first: int, end: int) -> list[int]:
+        """The heads at [first, end) of the available ring, the last one first."""
+        count = (end - first) % 65536
+        if count > self.size:
+            raise QueueError(f"queue {self.index}: {end} requests are more than the queue has")
+        at, ring = first % self.size, self.driver + 4
+        whole = min(count, self.size - at)
+        data = self._dma.read(ring + 2 * at, 2 * whole)
+        if whole < count:
+            data += self._dma.read(ring, 2 * (count - whole))
+        heads = array("H", data)
+        if sys.byteorder == "big":
+            heads.byteswap()
+        heads.reverse()
+        return heads.tolist()
 
     def _u16(self, address: int) -> int:
         value: int = _U16.unpack(self._dma.read(address, 2))[0]
         return value
 
     def _walk(self, head: int) -> Chain:
+        """A chain by its descriptors; an indirect table counts as its parts (2.7.5.3)."""
         chain = Chain(head)
-        for address, size, flags in self._entries(head):
+        table, entries, index, inside = self.descriptors, self.size, head, False
+        # Descriptors of a chain are mostly neighbours: a few are read at once.
+        first = count = seen = 0
+        data = b""
+        while True:
+            if not first <= index < first + count:
+                if index >= entries:
+                    raise QueueError(f"queue {self.index}: descriptor {index} of {entries}")
+                first, count = index, min(_AHEAD, entries - index)
+                data = self._dma.read(table + 16 * index, 16 * count)
+            address, size, flags, following = _DESCRIPTOR.unpack_from(data, 16 * (index - first))
+            if flags & _INDIRECT:
+                if inside or not self.indirect or flags & _NEXT or not size or size % 16 or size // 16 > MAX_SIZE:
+                    raise QueueError(f"queue {self.index}: an indirect table that cannot be")
+                table, entries, index, inside = address, size // 16, 0, True
+                first = count = seen = 0
+                continue
             if flags & _WRITE:
                 chain.writable.append((address, size))
             elif chain.writable:
                 raise QueueError(f"queue {self.index}: a part to read behind one to write")
             else:
                 chain.readable.append((address, size))
-        return chain
-
-    def _entries(self, head: int) -> Iterator[tuple[int, int, int]]:
-        """(address, size, flags) of each part; an indirect table counts as its parts (2.7.5.3)."""
-        table, entries, index, inside = self.descriptors, self.size, head, False
-        seen = 0
-        while True:
-            if index >= entries:
-                raise QueueError(f"queue {self.index}: descriptor {index} of {entries}")
-            address, size, flags, following = _DESCRIPTOR.unpack(self._dma.read(table + 16 * index, 16))
-            if flags & _INDIRECT:
-                if inside or not self.indirect or flags & _NEXT or not size or size % 16 or size // 16 > MAX_SIZE:
-                    raise QueueError(f"queue {self.index}: an indirect table that cannot be")
-                table, entries, index, inside, seen = address, size // 16, 0, True, 0
-                continue
-            yield address, size, flags
             if not flags & _NEXT:
-                return
+                return chain
             index, seen = following, seen + 1
             if seen >= entries:
                 raise QueueError(f"queue {self.index}: a chain that runs in a circle")
@@ -141,7 +164,7 @@ class Virtqueue:
             pieces.append((address, min(size, left)))
             left -= pieces[-1][1]
         try:
-            return self._dma.gather(pieces)
+            return self._dma.read(*pieces[0]) if len(pieces) == 1 else self._dma.gather(pieces)
         except DmaFault as fault:
             raise QueueError(f"queue {self.index}: {fault}") from fault
 
@@ -154,7 +177,9 @@ class Virtqueue:
             pieces.append((address, min(size, left)))
             left -= pieces[-1][1]
         try:
-            if pieces:
+            if len(pieces) == 1:
+                self._dma.write(pieces[0][0], data[: pieces[0][1]])
+            elif pieces:
                 self._dma.scatter(pieces, data[: len(data) - left])
             self._push(chain.head, len(data) - left)
         except DmaFault as fault:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import pydantic
 
@@ -40,7 +41,7 @@ from vmodel.devices.nvme.sanitize import Sanitize
 from vmodel.devices.nvme.selftest import DeviceSelfTest
 from vmodel.devices.nvme.status import CommandError, Status
 from vmodel.devices.nvme.work import Failure, Work
-from vmodel.errors import DmaFault
+from vmodel.errors import DmaFault, PeerError
 from vmodel.timers import Timer
 
 #: Vectors of MSI; MSI-X has one for each completion queue.
@@ -74,6 +75,10 @@ class Nvme(PciDevice):
 
     Params = NvmeParams
     params: NvmeParams
+    #: What of the parameters the declaration is for.
+    _declared_for = ("msix", 0)
+    #: What outlives resets is there.
+    _made = False
 
     def __new__(
         cls,
@@ -83,17 +88,20 @@ class Nvme(PciDevice):
         multifunction: bool = False,
     ) -> Self:
         """Parameters choose what is declared: the kind of interrupts, and the doorbells' stride."""
-        chosen = params if isinstance(params, NvmeParams) else NvmeParams.model_validate(params or {})
-        variant = _variant(chosen.interrupts, chosen.doorbell_stride) if cls is Nvme else cls
-        return object.__new__(variant)  # type: ignore[return-value]
+        chosen = params if isinstance(params, cls.Params) else cls.Params.model_validate(params or {})
+        # mypy does not see that a class is hashable.
+        variant = _variant(cls, chosen.interrupts, chosen.doorbell_stride)  # type: ignore[arg-type]
+        return cast(Self, object.__new__(variant))
 
     def _make_parts(self) -> None:
         """What outlives resets."""
         self.serial = self.params.serial or self.name[:20]
-        self.uuid = uuid.uuid5(_NAMES, self.serial)
+        # Controllers that a machine file gives one serial number are still two.
+        identity = f"{self.serial} {self.name}"
+        self.uuid = uuid.uuid5(_NAMES, identity)
         self.health = Health()
         self.firmware = Firmware(self.params.firmware)
-        self.inventory = Inventory(self.serial, self.params.capacity or 0)
+        self.inventory = Inventory(identity, self.params.capacity or 0)
         self.features = Features(self)
         self.events = Events()
         self.sanitize = Sanitize(self)
@@ -110,6 +118,7 @@ class Nvme(PciDevice):
         self._shadow: tuple[int, int] | None = None
         #: What a shutdown waits for.
         self._flushing: Work | None = None
+        self._was_shut_down = False
         self._keep_alive: Timer | None = None
         self._keep_alive_ms = 0
         #: Vectors that INTMS masks, or that wait behind the mask.
@@ -130,13 +139,20 @@ class Nvme(PciDevice):
         self.inventory.close()
         self._opened = False
 
+    def save_extra(self) -> bytes:
+        # Queues, commands under way and all namespaces' blocks would be part of it.
+        raise PeerError(errno.ENOTSUP, f"{self.name}: an NVMe controller cannot be migrated")
+
+    def restore_extra(self, data: bytes) -> None:
+        raise PeerError(errno.EINVAL, f"{self.name}: an NVMe controller has no state that could be restored")
+
     def on_reset(self, kind: ResetKind) -> None:
-        if not hasattr(self, "health"):
+        if not self._made:
             self._make_parts()
-        if self.submission and not Csts(self.regs.CSTS).SHST:
-            self.health.unsafe_shutdowns += kind is ResetKind.DEVICE
+            self._made = True
         if kind is ResetKind.DEVICE:
             self.health.power_cycles += 1
+            self.health.unsafe_shutdowns += bool(self.submission) and not self._was_shut_down
             for namespace in self.inventory.allocated:
                 if namespace.protection is Protection.UNTIL_POWER_CYCLE:
                     namespace.protection = Protection.NONE
@@ -236,6 +252,7 @@ class Nvme(PciDevice):
         self.completion[0] = cq
         self.submission[0] = SubmissionQueue(self, 0, self.regs.ASQ, attributes.ASQS + 1, cq)
         self.arbitrate()
+        self._was_shut_down = False
         self.regs.CSTS = Csts.RDY.put(self.regs.CSTS, 1)
 
     def _misuse(self, cc: Cc) -> str | None:
@@ -274,6 +291,7 @@ class Nvme(PciDevice):
             self.log.warning("%s: namespace %d is not on disk", self.name, failure.namespace.nsid)
             self._fail(f"shutdown: {os.strerror(failure.code)}")
             return
+        self._was_shut_down = True
         self.regs.CSTS = Csts.SHST.put(self.regs.CSTS, _SHUT_DOWN)
 
     @on_write(ControllerRegs.NSSR)
@@ -434,23 +452,25 @@ class Nvme(PciDevice):
 
 
 @functools.cache
-def _variant(interrupts: str, stride: int) -> type[Nvme]:
-    """Nvme with what parameters change in its declaration."""
-    if interrupts == "msix" and not stride:
-        return Nvme
+def _variant(base: type[Nvme], interrupts: str, stride: int) -> type[Nvme]:
+    """A class with what parameters change in its declaration."""
+    if base._declared_for == (interrupts, stride):
+        return base
     bank = doorbells(stride)
     end = DOORBELLS_AT + bank.size
     bar = MmioBar(0, size=1 << (end - 1).bit_length(), is_64bit=True)
 
-    class Variant(Nvme):
+    class Variant(base):  # type: ignore[valid-type, misc]
         bar0 = bar
         regs = bar.bank(ControllerRegs)
         doorbells = bar.bank(bank, at=DOORBELLS_AT)
         msix = Msix(vectors=QUEUE_PAIRS, own_bar=4) if interrupts == "msix" else None
         msi = Msi(vectors=_MSI_VECTORS) if interrupts == "msi" else None
+        _declared_for = (interrupts, stride)
 
         @on_write_each(*bank.registers)
         def _ring(self, n: int, new: int) -> None:
             super()._ring(n, new)
 
+    Variant.__name__ = base.__name__
     return Variant
