@@ -27,6 +27,7 @@ SOURCES = [
     "channel.c",
     "store.c",
     "workers.c",
+    "nvme_command.c",
     "nvme.c",
 ]
 
