@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.inject.lab import PLAIN, RAISE, Bench, armed, bench, eventually, fired
+from vmodel.errors import Reason
 from vmodel.vfio_user.client import Client, Closed
 from vmodel.vfio_user.wire import Irq, IrqSetFlags
 
@@ -135,6 +136,15 @@ def test_surprise_disconnect(tmp_path: Path) -> None:
         with Client.connect(tmp_path / "lab.sock") as again:
             again.negotiate()
             assert again.info().num_regions == 9
+
+
+def test_what_a_device_has_in_hand_is_lost_with_it(tmp_path: Path) -> None:
+    with bench(tmp_path) as lab, armed(lab, "dma.write once do=disconnect"):
+        with pytest.raises((Closed, OSError)):
+            lab.copy(b"data")
+            lab.client.info()
+        assert lab.target(4) == bytes(4) and not lab.raised()
+        assert [fault.reason for fault in lab.lab.faults] == [Reason.NO_WINDOW]
 
 
 def test_disconnect_later_and_at_the_start(tmp_path: Path) -> None:
