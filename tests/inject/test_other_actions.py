@@ -71,6 +71,16 @@ def test_storm(lab: Bench) -> None:
         assert eventually(all_there)
 
 
+def test_a_storm_ends_with_its_rule(lab: Bench) -> None:
+    with armed(lab, "irq once do=storm(100000, ms=1)") as engine:
+        lab.put(RAISE, 1)
+        assert eventually(lambda: lab.raised(1))
+        engine.remove("rule1")
+        lab.settle()
+        lab.raised(1)
+        assert lab.raised(1) == 0
+
+
 def test_spurious(lab: Bench) -> None:
     with armed(lab, "mmio.read nth=2 do=spurious(vector=2)", "mmio.read nth=3 do=spurious(vector=1, ms=30)"):
         lab.get(PLAIN)
