@@ -18,6 +18,7 @@ SOURCES = [
     "domain.c",
     "pgtable.c",
     "stale.c",
+    "requester.c",
     "dma.c",
     "pin.c",
     "func.c",

@@ -24,6 +24,8 @@
 #define PIECES 1024u   /* most pieces of a plain command, not more than IOV_MAX */
 #define SGL_DESCRIPTORS 256u
 #define INLINE ((uint64_t)256 * 1024) /* a transfer from or to a file that is larger is for workers */
+#define KEPT 64u       /* buffers that are kept: what malloc gives anew costs a page fault for each page */
+#define KEPT_SIZE ((uint64_t)256 * 1024)
 
 enum { FLUSH, WRITE, READ };
 
@@ -70,6 +72,8 @@ struct vms_nvme {
         uint64_t length;
     } batch[FETCH];
     uint32_t batched;
+    void *kept[KEPT]; /* buffers of KEPT_SIZE */
+    uint32_t n_kept;
 };
 
 int vms_nvme_create(vms_requester *requester, vms_workers *workers, vms_nvme **out)
@@ -93,9 +97,25 @@ static int any(const work *item, uint64_t key)
     return 1;
 }
 
-static void task_free(work *item)
+/* A buffer for a task; NULL: no memory. */
+static void *buffer_take(vms_nvme *nvme, uint64_t size)
 {
-    free(item->job.data);
+    if (size > KEPT_SIZE)
+        return malloc(size);
+    return nvme->n_kept ? nvme->kept[--nvme->n_kept] : malloc(KEPT_SIZE);
+}
+
+static void buffer_give(vms_nvme *nvme, void *buffer, uint64_t size)
+{
+    if (buffer && size <= KEPT_SIZE && nvme->n_kept < KEPT)
+        nvme->kept[nvme->n_kept++] = buffer;
+    else
+        free(buffer);
+}
+
+static void task_free(vms_nvme *nvme, work *item)
+{
+    buffer_give(nvme, item->job.data, item->job.length);
     free(item);
 }
 
@@ -107,10 +127,10 @@ static void drop_tasks(vms_nvme *nvme)
     if (!nvme->workers)
         return;
     while ((item = workers_revoke(nvme->workers, &nvme->done, any, 0)))
-        task_free(item);
+        task_free(nvme, item);
     vms_workers_settle(nvme->workers);
     while ((item = workers_take(nvme->workers, &nvme->done)))
-        task_free(item);
+        task_free(nvme, item);
 }
 
 void vms_nvme_destroy(vms_nvme *nvme)
@@ -119,6 +139,8 @@ void vms_nvme_destroy(vms_nvme *nvme)
         return;
     drop_tasks(nvme);
     vms_workers_destroy(nvme->workers);
+    while (nvme->n_kept)
+        free(nvme->kept[--nvme->n_kept]);
     for (uint32_t i = 0; i <= VMS_NVME_NAMESPACES; i++)
         vms_store_destroy(nvme->ns[i].store);
     free(nvme);
@@ -425,7 +447,7 @@ static int defer(vms_nvme *nvme, const attachment *at, const plain *p, uint32_t 
     if (!nvme->workers)
         return 0;
     task *t = malloc(sizeof *t + (p->write ? 0 : p->n) * sizeof t->piece[0]);
-    uint8_t *data = malloc(p->length);
+    uint8_t *data = buffer_take(nvme, p->length);
     if (!t || !data)
         goto not;
     *t = (task){ .sq = qid, .cid = p->cid };
@@ -453,7 +475,7 @@ static int defer(vms_nvme *nvme, const attachment *at, const plain *p, uint32_t 
     }
     return 1;
 not:
-    free(data);
+    buffer_give(nvme, data, p->length);
     free(t);
     return 0;
 }
@@ -495,7 +517,7 @@ int vms_nvme_collect(vms_nvme *nvme, vms_nvme_run *run)
             run->sq = t->sq;
             memcpy(run->command, t->command, ENTRY);
         }
-        task_free(item);
+        task_free(nvme, item);
     }
     int rc = dma_outcome(requester, 0);
     pthread_mutex_unlock(&requester->lock);
@@ -517,7 +539,7 @@ int vms_nvme_abort(vms_nvme *nvme, uint32_t qid, uint16_t cid)
     if (!item)
         return -ENOENT;
     nvme->cq[nvme->sq[qid].cq].reserved--;
-    task_free(item);
+    task_free(nvme, item);
     return 0;
 }
 
