@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,8 +31,6 @@ class Journal:
         self._lock = threading.Lock()
         self._last: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._count = 0
-        #: Called with each record, on the thread of the event.
-        self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def put(self, record: dict[str, Any]) -> None:
         """OSError: the file cannot be written."""
@@ -45,8 +42,6 @@ class Journal:
                 if self._file is None:
                     self._file = self.path.open("w", encoding="utf-8", buffering=1)
                 self._file.write(json.dumps(numbered) + "\n")
-        for listener in list(self.listeners):
-            listener(numbered)
 
     def since(self, n: int = 0, most: int = 1000) -> list[dict[str, Any]]:
         """Records after number `n`, the oldest first, of those that are kept."""
