@@ -71,8 +71,10 @@ class Finding(BaseModel):
     text: str
     #: The same for the same thing in another run: without addresses, numbers and times; with the functions of a splat.
     signature: str
-    #: Seconds since the workload began; None where nobody knows.
+    #: Seconds since the workload began, of the first time and of the last; None where nobody knows.
     at: float | None = None
+    last: float | None = None
+    count: int = 1
 
 
 def classify(findings: Sequence[Finding], *, injected: bool) -> Outcome:
