@@ -79,11 +79,21 @@ _WANTED = {
 }
 
 
+def _is_key(location: Location, root: type[BaseModel]) -> bool:
+    """Whether a value is a key's, and not a whole table's."""
+    schema = _schema_at(location, root)
+    field = schema.model_fields.get(str(location[-1])) if schema and location else None
+    return field is not None and not any(
+        isinstance(c, type) and issubclass(c, BaseModel)
+        for c in (field.annotation, *getattr(field.annotation, "__args__", ()))
+    )
+
+
 def _message(detail: Mapping[str, Any], root: type[BaseModel]) -> str:
     location, kind, value = detail["loc"], detail["type"], detail["input"]
     if kind == "extra_forbidden":
         schema = _schema_at(location, root)
-        known = sorted(schema.model_fields) if schema else []
+        known = sorted(field.alias or name for name, field in schema.model_fields.items()) if schema else []
         close = guess(str(location[-1]), known)
         return (
             f"unknown key: did you mean {close!r}?" if close else f"unknown key: known are {', '.join(known) or 'none'}"
@@ -91,7 +101,7 @@ def _message(detail: Mapping[str, Any], root: type[BaseModel]) -> str:
     if root.__name__ == "MachineFile" and location == ("machine",):
         wrong = "is missing" if kind == "missing" else short(value)
         return f'{wrong}: a machine file needs a [machine] table with name = "edu-demo"'
-    if root.__name__ == "MachineFile" and len(location) == 1:
+    if kind in ("list_type", "tuple_type") and len(location) == 1:
         return f"{short(value)}: must be written [[{location[0]}]], in two brackets, as there may be several"
     if kind == "missing":
         return f"is missing{_as_example(location, root)}"
@@ -112,5 +122,9 @@ def explain(error: ValidationError, file: Path | str, root: type[BaseModel], pre
         location = detail["loc"]
         if detail["type"] == "missing" and location in guesses:
             continue  # it is there, misspelt: one mistake, one line
-        key = ".".join(part for part in (prefix, where(location)) if part)
-        yield ConfigError(_message(detail, root), file=file, key=key)
+        key, message = ".".join(part for part in (prefix, where(location)) if part), _message(detail, root)
+        if detail["type"] == "value_error" and isinstance(detail["input"], dict) and not _is_key(location, root):
+            # A check of the whole table: it says itself which key it is about.
+            inner, colon, rest = one_line(detail["msg"].removeprefix("Value error, ")).partition(": ")
+            key, message = (f"{key}.{inner}" if key else inner, rest) if colon else (key, inner)
+        yield ConfigError(message, file=file, key=key)

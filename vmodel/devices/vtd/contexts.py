@@ -22,6 +22,7 @@ from vmodel.iommu.domain import AllocFlags, BlockedDomain, Domain, DomainType, P
 from vmodel.iommu.fault import FaultRecord
 from vmodel.iommu.pgtable import Table, TableFlag, TableFormat
 from vmodel.memory import GuestMemory
+from vmodel.points import Point, Points
 from vmodel.span import PAGE, Span
 
 
@@ -79,9 +80,16 @@ class Contexts:
     """Which domain each device behind a unit goes through.  Any thread may call it."""
 
     def __init__(
-        self, iommu: Iommu, covered: Callable[[], list[Endpoint]], memory: GuestMemory, cap: int, ecap: int
+        self,
+        iommu: Iommu,
+        covered: Callable[[], list[Endpoint]],
+        memory: GuestMemory,
+        cap: int,
+        ecap: int,
+        points: Points,
     ) -> None:
         """`covered`: the devices behind the unit at any time; `memory`: where tables are read."""
+        self._points = points
         self.iommu = iommu
         self._covered = covered
         self.cap, self.ecap = Cap(cap), Ecap(ecap)
@@ -211,8 +219,21 @@ class Contexts:
                 return False
             return domain_id is None or context.domain_id == domain_id
 
+        def forget(_: object) -> None:
+            with self._lock:
+                self._forget(chosen)
+
+        if self._points.wants(Point.INVALIDATE):
+            others = self._concerned(chosen)
+            self._points.at(Point.INVALIDATE, forget, kind="context", others=others)
+        else:
+            forget(None)
+
+    def _concerned(self, chosen: Callable[[int, Context], bool]) -> tuple[str, ...]:
+        """The devices whose cached entries are chosen."""
         with self._lock:
-            self._forget(chosen)
+            sources = {source for source, context in self.cache.items() if chosen(source, context)}
+        return tuple(endpoint.name for endpoint in self._covered() if endpoint.requester_id in sources)
 
     def _forget(self, chosen: Callable[[int, Context], bool]) -> None:
         gone = {source for source, context in self.cache.items() if chosen(source, context)}
@@ -227,9 +248,23 @@ class Contexts:
         """IOTLB invalidation: all, those of a domain, or those of IOVAs of a domain."""
         with self._lock:
             domains = {c.domain for c in self.cache.values() if domain_id is None or c.domain_id == domain_id}
-        for domain in domains:
-            if isinstance(domain, TableDomain):
-                domain.flush(span)
+
+        def flush(_: object) -> None:
+            for domain in domains:
+                if isinstance(domain, TableDomain):
+                    domain.flush(span)
+
+        if self._points.wants(Point.INVALIDATE):
+            about = {
+                "kind": "iotlb",
+                "others": self._concerned(lambda _, c: domain_id is None or c.domain_id == domain_id),
+                "domain": None if domain_id is None else f"domain-id {domain_id}",
+                "address": 0 if span is None else span.start,
+                "size": 1 << 64 if span is None else span.size,
+            }
+            self._points.at(Point.INVALIDATE, flush, **about)
+        else:
+            flush(None)
 
     # ---- faults ----------------------------------------------------------------------------
 
