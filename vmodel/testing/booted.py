@@ -30,6 +30,8 @@ MAX_SCRIPT = 24 * 1024
 #: Seconds that a guest gets after an oops, for what else it has to say.
 _GRACE = 2.0
 _CRASH = re.compile(rb"Oops\b|Kernel panic|kernel BUG at|BUG: (unable to handle|kernel NULL)")
+#: In the kernel's log, before what a script makes the kernel say.
+BEGIN = "vmodel: a script begins:"
 #: A guest's panic comes by QMP, too, if the kernel has this module.
 PVPANIC = "pvpanic-mmio"
 
@@ -52,6 +54,7 @@ while read -r verb id limit script; do
         echo "$script" | base64 -d > /run/vmodel/$id
         echo $limit > /proc/sys/kernel/hung_task_timeout_secs
         echo 1 > /sys/kernel/debug/clear_warn_once
+        echo "<6>BEGIN $id" > /dev/kmsg
         ((sh /run/vmodel/$id </dev/null 2>&1; say done $id $?) &)
         ;;
     log) say log $id "$(dmesg -r | base64 | tr -d '\n')"; dmesg -c > /dev/null ;;
@@ -82,8 +85,8 @@ class Done:
     output: bytes
     started: float
     ended: float
-    #: When its last output came; None: there was none.
-    last_output: float | None = None
+    #: When each piece of its output came.
+    came: tuple[float, ...] = ()
 
 
 #: What the host does for a script: arguments to an exit status.
@@ -115,7 +118,7 @@ class BootedGuest:
             modules.append(PVPANIC)
         self.spec = replace(
             spec,
-            command=_AGENT.replace("HOST", _HOST.strip()).replace("TOKEN", self._token),
+            command=_AGENT.replace("HOST", _HOST.strip()).replace("BEGIN", BEGIN).replace("TOKEN", self._token),
             kernel=kernel,
             modules=modules,
             qemu_args=[*panic, *spec.qemu_args],
@@ -134,9 +137,7 @@ class BootedGuest:
         self._boots = 0
         self._number = 0
         self._monitor: Monitor | None = None
-        self.guest = Guest(
-            self.spec, artifacts=artifacts, on_output=self._on_output, on_console=self._on_console
-        )
+        self.guest = Guest(self.spec, artifacts=artifacts, on_output=self._on_output, on_console=self._on_console)
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -283,7 +284,7 @@ class BootedGuest:
         with self._changed:
             came = self._output[first:]
         output = b"".join(data for _, data in came)
-        return Done(status, output, started, ended, came[-1][0] if came else None)
+        return Done(status, output, started, ended, tuple(at for at, _ in came))
 
     def alive(self, timeout: float = 5.0) -> bool:
         """Whether the agent answers."""
@@ -352,4 +353,3 @@ class BootedGuest:
             for line in whole:
                 found += [replace(one, at=at) for one in kernel_log.lines_of(line.decode(errors="replace"))]
         return found + kernel_log.lines_of(rest.decode(errors="replace"))
-

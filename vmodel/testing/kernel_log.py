@@ -56,10 +56,10 @@ SIGNS = (
         r"^slab: .*(corrupt|overwritten)",
         r"^usercopy: Kernel memory (overwrite|exposure) attempt",
     ),
-    _sign("soft lockup", Effect.NOTICED, r"BUG: soft lockup - CPU#\d+ stuck"),
-    _sign("hard lockup", Effect.NOTICED, r"Watchdog detected hard LOCKUP"),
-    _sign("hung task", Effect.NOTICED, r"^INFO: task \S.*:\d+ blocked.* for more than \d+ seconds"),
-    _sign("rcu stall", Effect.NOTICED, r"^(rcu: )?INFO: \S+ (self-)?detected (expedited )?stalls?\b"),
+    _sign("softlockup", Effect.NOTICED, r"BUG: soft lockup - CPU#\d+ stuck"),
+    _sign("hardlockup", Effect.NOTICED, r"Watchdog detected hard LOCKUP"),
+    _sign("hung-task", Effect.NOTICED, r"^INFO: task \S.*:\d+ blocked.* for more than \d+ seconds"),
+    _sign("rcu-stall", Effect.NOTICED, r"^(rcu: )?INFO: \S+ (self-)?detected (expedited )?stalls?\b"),
     _sign(
         "oops",
         Effect.CRASH,
@@ -69,8 +69,10 @@ SIGNS = (
     ),
     _sign("bug", Effect.CRASH, r"^kernel BUG at ", r"^BUG: "),
     _sign("warn", Effect.NOTICED, r"^WARNING: (CPU: \d+ PID: \d+ )?(at )?\S+:\d+", r"^WARNING: at \S+\+0x"),
-    _sign("warn", Effect.NOTICED, r"^WARNING: (possible|suspicious|inconsistent|bad unlock)", r"^UBSAN: ", r"^DMA-API: "),
-    _sign("blocked task", Effect.NOTICED, r"^task:\S.* state:D\b"),
+    _sign(
+        "warn", Effect.NOTICED, r"^WARNING: (possible|suspicious|inconsistent|bad unlock)", r"^UBSAN: ", r"^DMA-API: "
+    ),
+    _sign("blocked-task", Effect.NOTICED, r"^task:\S.* state:D\b"),
     _sign(
         "aer",
         Effect.NOTICED,
@@ -79,7 +81,7 @@ SIGNS = (
         r"\bDPC: (containment|unmasked)",
     ),
     _sign(
-        "iommu fault",
+        "iommu-fault",
         Effect.NOTICED,
         r"\bDMAR: \[.*(fault addr|fault index)",
         r"\bDMAR: VT-d detected \w+",
@@ -90,10 +92,10 @@ SIGNS = (
         r"\bAMD-Vi: Completion-Wait loop timed out",
         r"\barm-smmu(-v3)? \S+ (event|Unhandled context fault)",
     ),
-    _sign("nvme timeout", Effect.NOTICED, r"\bI/O (tag )?\d+ .*QID \d+ timeout", r"\bFw activation timeout"),
-    _sign("nvme abort", Effect.NOTICED, r"\bAbort status: 0x"),
+    _sign("nvme-timeout", Effect.NOTICED, r"\bI/O (tag )?\d+ .*QID \d+ timeout", r"\bFw activation timeout"),
+    _sign("nvme-abort", Effect.NOTICED, r"\bAbort status: 0x"),
     _sign(
-        "nvme reset",
+        "nvme-reset",
         Effect.NOTICED,
         r"\bnvme\S*: (resetting controller|restart after slot reset|frozen state error|controller is down; will reset)",
         r"\bnvme\S*: Disabling device after reset failure",
@@ -101,14 +103,14 @@ SIGNS = (
         r"\bnvme\S*: Removing after probe failure",
     ),
     _sign(
-        "nvme error",
+        "nvme-error",
         Effect.NOTICED,
         r"\binvalid id \d+ completed on queue",
         r"\bgenctr mismatch",
         r"\bcould not locate request for tag",
         r"\bnvme\S*: .*(I/O Error|Cmd\(.*\), I/O|Admin Cmd\()",
     ),
-    _sign("i/o error", Effect.NOTICED, r"\berror, dev \S+, sector \d+", r"^Buffer I/O error on dev"),
+    _sign("io-error", Effect.NOTICED, r"\berror, dev \S+, sector \d+", r"^Buffer I/O error on dev"),
     _sign(
         "filesystem",
         Effect.NOTICED,
@@ -151,10 +153,16 @@ _CUT = re.compile(r"^-+\[ cut here \]-+")
 _END = re.compile(r"^-+\[ end trace|^</TASK>|^ </TASK>")
 #: What may follow the first line of a splat and belongs to it.
 _BODY = re.compile(
-    r"^(?:\s|RIP|[ER]?[A-D]X|RSP|RBP|RS[IP]|R\d\d|RA|FS:|CS:|CR\d|DR\d|PKRU|Call Trace|Code:|Modules linked|CPU: |Hardware"
-    r"|Tainted|Workqueue|Oops|#PF|PGD|P4D|-+\[|Sending NMI|NMI |Kernel Offset|note: |rcu: |\(|handlers:|\[<|\w+ event stamp"
-    r"|hardirqs|softirqs|Stack|Disabling lock debugging|general protection fault|\"echo|\S+\+0x[0-9a-f]+/0x|Show|=====|Read of"
-    r"|Write of|The buggy|which belongs|Allocated by|Freed by|Memory state|page: |flags: |raw: |page dumped|kfence-#|addr:|vma)"
+    r"^(?:\s|Call Trace|\S+\+0x[0-9a-f]+/0x|\[<|Stack|task:"
+    # registers and the task
+    r"|RIP|[ER]?[A-D]X|RSP|RBP|RS[IP]|R\d\d|RA|FS:|CS:|CR\d|DR\d|PKRU|Code:|CPU: |CPU#|Hardware|Tainted|Workqueue"
+    # the page fault and oops that the first line announced
+    r"|Oops|general protection fault|#PF|PGD|P4D|-+\[|Modules linked|Kernel Offset|note: |Disabling lock debugging"
+    # watchdogs, interrupts
+    r"|Sending NMI|NMI |rcu: |\(|handlers:|\w+ event stamp|hardirqs|softirqs|Show|\"echo"
+    # KASAN, KFENCE, bad pages
+    r"|=====|(?:Read|Write) of|The buggy|which belongs|Allocated by|Freed by|Memory state|addr:|vma"
+    r"|(?:page|flags|raw): |page dumped|kfence-#)"
 )
 _FUNCTION = re.compile(r"(\?\s+)?\b([A-Za-z_][\w.]*)\+0x[0-9a-f]+/0x[0-9a-f]+")
 #: Functions that say how a splat was made, or that a task sleeps: not why.
@@ -183,10 +191,15 @@ def merged(console: Sequence[Line], log: Iterable[Line]) -> list[Line]:
     lines = {(line.stamp, line.text): line for line in log}
     for line in console:
         known = lines.get((line.stamp, line.text))
-        lines[line.stamp, line.text] = line if known is None else Line(
-            line.text, line.stamp, known.level, line.at, known.oracle, known.foreign
+        lines[line.stamp, line.text] = (
+            line if known is None else Line(line.text, line.stamp, known.level, line.at, known.oracle, known.foreign)
         )
     return sorted(lines.values(), key=lambda line: float(line.stamp or 0))
+
+
+def at(line: Line, when: float | None) -> Line:
+    """The same line, come at another time."""
+    return Line(line.text, line.stamp, line.level, when, line.oracle, line.foreign)
 
 
 @dataclass
@@ -203,8 +216,8 @@ class _Splat:
         """Whether a line belongs to it."""
         if not self.open:
             return False
-        if self.sign.name == "hung task" and text.startswith("task:"):
-            return True
+        if text.startswith("task:") and self.sign.name != "hung-task":
+            return False
         if not _BODY.match(text):
             return False
         if _END.match(text):
@@ -231,10 +244,7 @@ class _Splat:
         )
 
 
-_SPLATS = frozenset(
-    ("panic", "kasan", "memory", "soft lockup", "hard lockup", "hung task", "rcu stall", "oops", "bug", "warn")
-    + ("blocked task",)
-)
+_SPLATS = frozenset("panic kasan memory softlockup hardlockup hung-task rcu-stall oops bug warn blocked-task".split())
 #: The level from which on an unknown message counts: 3 is an error, 4 a warning.
 _ERROR, _WARNING = 3, 4
 _UNKNOWN = {
@@ -253,15 +263,15 @@ def findings(lines: Iterable[Line], *, unknown: bool = True) -> list[Finding]:
         sign = next((sign for sign in SIGNS if sign.pattern.search(text)), None)
         inside = current is not None and current.takes(text)
         # "Oops: 0002 [#1]" and "general protection fault" stand first, or second in an oops or BUG that has begun.
-        if inside and (sign is None or sign.name in ("oops", "blocked task", "rcu stall")):
+        if inside and (sign is None or sign.name in ("oops", "blocked-task", "rcu-stall")):
             continue
         if sign is None and cut:
             cut = False  # the message of the WARN that the next line begins
             continue
         cut = bool(_CUT.match(text))
-        if sign is None and not line.foreign and not _NOISE.search(text) and text.strip() and unknown:
-            if line.level is not None and line.level <= _WARNING:
-                sign = _UNKNOWN[line.level <= _ERROR]
+        if sign is None and not line.foreign and line.level is not None and line.level <= _WARNING:
+            counts = unknown and not inside and text.strip() and not _NOISE.search(text)
+            sign = _UNKNOWN[line.level <= _ERROR] if counts else None
         if sign is None:
             if not inside:
                 current = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Coroutine, Mapping
@@ -52,7 +53,8 @@ class Monitor:
     async def _listen(self) -> None:
         async for message in self._client.events:
             with self._arrived:
-                self.events.append((time.monotonic(), str(message["event"]), dict(message.get("data", {}))))
+                data: Any = message.get("data", {})
+                self.events.append((time.monotonic(), str(message["event"]), data))
                 self._arrived.notify_all()
 
     def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -76,6 +78,11 @@ class Monitor:
                 if not self._arrived.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
                     raise MonitorError(f"QEMU did not report {name} in {timeout:g} s")
 
+    def forget(self, name: str) -> None:
+        """Forgets the events of that name that have come: `wait` is for a new one."""
+        with self._arrived:
+            self.events = [event for event in self.events if event[1] != name]
+
     def close(self) -> None:
         """Leaves."""
         if self._loop.is_closed():
@@ -90,10 +97,8 @@ class Monitor:
         if listening is not None:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
-        try:
+        with contextlib.suppress(QMPError, OSError, EOFError):  # QEMU has ended first
             await self._client.disconnect()
-        except (QMPError, OSError, EOFError):
-            pass  # QEMU has ended first
 
     def __enter__(self) -> Self:
         return self
