@@ -402,7 +402,9 @@ class _Trial:
 def _detected(found: Sequence[Finding], first: float | None) -> float | None:
     if first is None:
         return None
-    times = [finding.at for finding in found if finding.at is not None and finding.at >= first]
+    # That the time is over is not what the guest has found out.
+    said = [finding for finding in found if finding.oracle not in ("time", "model", "qemu")]
+    times = [finding.at for finding in said if finding.at is not None and finding.at >= first]
     return min(times) - first if times else None
 
 

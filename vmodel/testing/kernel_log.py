@@ -244,7 +244,12 @@ class _Splat:
         )
 
 
-_SPLATS = frozenset("panic kasan memory softlockup hardlockup hung-task rcu-stall oops bug warn blocked-task".split())
+_SPLATS = frozenset(
+    (
+        *("panic", "oops", "bug", "kasan", "memory", "warn"),
+        *("softlockup", "hardlockup", "rcu-stall", "hung-task", "blocked-task"),
+    )
+)
 #: The level from which on an unknown message counts: 3 is an error, 4 a warning.
 _ERROR, _WARNING = 3, 4
 _UNKNOWN = {
