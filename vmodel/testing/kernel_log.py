@@ -153,7 +153,7 @@ _CUT = re.compile(r"^-+\[ cut here \]-+")
 _END = re.compile(r"^-+\[ end trace|^</TASK>|^ </TASK>")
 #: What may follow the first line of a splat and belongs to it.
 _BODY = re.compile(
-    r"^(?:\s|Call Trace|\S+\+0x[0-9a-f]+/0x|\[<|Stack|task:"
+    r"^(?:\s|$|Call Trace|\S+\+0x[0-9a-f]+/0x|\[<|Stack|task:"
     # registers and the task
     r"|RIP|[ER]?[A-D]X|RSP|RBP|RS[IP]|R\d\d|RA|FS:|CS:|CR\d|DR\d|PKRU|Code:|CPU: |CPU#|Hardware|Tainted|Workqueue"
     # the page fault and oops that the first line announced
@@ -168,7 +168,7 @@ _FUNCTION = re.compile(r"(\?\s+)?\b([A-Za-z_][\w.]*)\+0x[0-9a-f]+/0x[0-9a-f]+")
 #: Functions that say how a splat was made, or that a task sleeps: not why.
 _GENERIC = re.compile(
     r"^(show_\w+|dump_stack\w*|__?die\w*|page_fault_oops|kernelmode_fixup_or_oops|\w*exc_\w+|panic|vpanic|__warn\w*|report_bug"
-    r"|handle_bug|warn_slowpath\w*|__?schedule(_timeout\w*)?|io_schedule\w*|schedule_\w+|__wait_for_common|bit_wait\w*"
+    r"|handle_bug|warn_slowpath\w*|(__)?schedule|io_schedule\w*|schedule_\w+|__wait_for_common|bit_wait\w*"
     r"|preempt_schedule\w*|kasan_\w+|__kasan\w+|print_\w*report\w*|watchdog\w*|__hrtimer\w*|hrtimer\w*|sched_show_task\w*"
     r"|asm_\w+|entry_\w+|do_syscall_64|x64_sys_call|ret_from_fork\w*)$"
 )
@@ -306,7 +306,8 @@ _NORMAL = (
     (re.compile(r"\b(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b"), "PCI"),
     (re.compile(r"\bCPU: \d+ PID: \d+ at "), ""),
     (re.compile(r", CPU#\d+: .*$"), ""),
-    (re.compile(r"(\.[ch]):\d+"), r"\1"),
+    (re.compile(r"(\.[ch]):\d+(?: at\b)?"), r"\1"),
+    (re.compile(r"^task:(\S+)\s+state:.*"), r"\1"),
     (re.compile(r"\b0x[0-9a-f]+\b|\b[0-9a-f]{8,}\b|\([0-9a-f]{4}\)"), "#"),
     (re.compile(r"\b\d+(?:\.\d+)?(?=[a-z]{0,3}\b)"), "#"),
 )
