@@ -83,7 +83,8 @@ def test_effects() -> None:
     [
         (
             SPLATS["oops"],
-            "oops: BUG: kernel NULL pointer dereference, address: # in nvme_complete_rq < nvme_pci_complete_rq < nvme_irq",
+            "oops: BUG: kernel NULL pointer dereference, address: # in nvme_complete_rq < nvme_pci_complete_rq <"
+            " nvme_irq",
         ),
         (SPLATS["kasan"], "kasan: BUG: KASAN: slab-out-of-bounds in edu_read [edu] in edu_read < vfs_read"),
         (

@@ -1,6 +1,6 @@
 """A driver without a kernel, and memory without a guest: for tests of models that take milliseconds.
 
-Nothing of vmodel is replaced: the device is served on a socket, and the driver is its client (`vmodel.vfio_user.client`).
+Nothing of vmodel is replaced: the device is served on a socket, and the driver is a client of the protocol.
 """
 
 from __future__ import annotations
