@@ -140,6 +140,11 @@ def test_terse_mistakes(text: str, said: str) -> None:
         ("irq device=zzz do=drop", ": device: no device is called 'zzz': devices are lab"),
         ("mmio.read register=PLANE do=ones", ": register: no register is called 'PLANE': did you mean 'PLAIN'?"),
         ("config.read register=PLAIN do=ones", ": register: no register is called 'PLAIN'"),
+        (
+            "config.read do=hide(msx)",
+            ": do: 'hide(capability=msx)': no capability is called 'msx': msi, msix, pcie, pm",
+        ),
+        ("connection do=no-bar(3)", ": do: 'no-bar(bar=3)': no such device has a BAR3"),
         ("irq when=no.py:f do=drop", ": when: 'no.py:f': there is no file 'no.py'"),
         ("irq when=f do=drop", ": when: 'f': must be \"path/file.py:function\""),
         ("irq name=n between=irq..reset device=q do=drop", ": device: no device is called 'q'"),

@@ -103,6 +103,11 @@ class Engine:
         name = rule.name or next(f"rule{n}" for n in range(1, len(names) + 2) if f"rule{n}" not in names)
         if name in names:
             raise ConfigError(f"{name!r} is the name of another rule already", key="name")
+        devices = Predicate(rule, self._maps, self.plan.base).devices
+        try:
+            rule.do.check([self.devices[device] for device in devices])
+        except ValueError as error:
+            raise ConfigError(f"{str(rule.do)!r}: {error}", key="do") from error
         same = sum(keyed(live.rule) == keyed(rule) for live in self._rules)
         seed = f"{self.plan.seed}\0{keyed(rule)}\0{same}"
         self._rules.append(_Live(rule, name, seed, self._maps, self.plan.base))
