@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import vmodel.inject
 import vmodel.machine
 import vmodel.testing.experiment
 import vmodel.testing.fakes  # noqa: F401
+from vmodel.testing.oracle import Outcome
 
 pytest_plugins = "pytester"
 
@@ -171,3 +173,26 @@ def test_it_costs_no_import() -> None:
     code = "import sys, vmodel.testing.plugin; print([m for m in sys.modules if m.startswith(('vmodel.', 'pydantic'))])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "['vmodel.testing', 'vmodel.testing.plugin']\n"
+
+
+def test_the_page_names_what_there_is(pytester: pytest.Pytester) -> None:
+    """Each fixture, mark and option of docs/testing.md, and each that is there."""
+    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+    fixtures = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    found = pytester.runpytest("--fixtures", "-q").outlines
+    ours = {
+        line.split()[0]
+        for line in found
+        if "vmodel/testing/plugin.py" in line and not line.startswith(("vmodel_", "pytester"))
+    }
+    assert fixtures - {"vmodel_seed"} == ours
+    said = "\n".join(pytester.runpytest("--help").outlines)
+    assert set(re.findall(r"`(--vmodel-\w+)", page)) == set(re.findall(r"(--vmodel-\w+)[=\n]", said))
+    marks = "\n".join(pytester.runpytest("--markers").outlines)
+    for mark in re.findall(r"^\| `(\w+)\(", page, re.MULTILINE):
+        assert f"@pytest.mark.{mark}(" in marks
+
+
+def test_the_outcomes_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+    assert set(Outcome) <= set(re.findall(r"^\| ([a-z ]+) \|", page, re.MULTILINE))
