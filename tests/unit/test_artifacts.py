@@ -446,18 +446,26 @@ def test_print_fetches_nothing(cache: Path, capsys: pytest.CaptureFixture[str]) 
 def test_iasl_is_for_who_asks(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole_cache(cache)
     assert get_qemu.missing_parts(artifacts.KERNELS) == []
-    assert get_qemu.missing_parts(artifacts.KERNELS, iasl=True) == ["iasl"]
+    assert get_qemu.missing_parts(artifacts.KERNELS, optional=["iasl"]) == ["iasl"]
     with pytest.raises(ArtifactError, match=r"no iasl found; run scripts/get-qemu --iasl$"):
         artifacts.find_iasl()
     assert get_qemu.main(["--print", "--iasl"]) == 1
     assert capsys.readouterr().out == ""
     cached(cache, "iasl", version="20250404")
-    assert get_qemu.missing_parts(artifacts.KERNELS, iasl=True) == []
-    assert get_qemu.missing_parts([], refresh=True, iasl=True)[-1] == "iasl"
+    assert get_qemu.missing_parts(artifacts.KERNELS, optional=["iasl"]) == []
+    assert get_qemu.missing_parts([], refresh=True, optional=["iasl"])[-1] == "iasl"
     assert get_qemu.main(["--print", "--iasl"]) == 0
     assert f"\niasl={cache}/iasl/iasl\n" in capsys.readouterr().out
     host = fake_qemu(tmp_path / "bin" / "iasl")
     assert artifacts.find_iasl() == host, "the host's comes first"
+
+
+def test_all_is_what_the_tests_need(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[str] = []
+    monkeypatch.setattr(get_qemu, "_fetch_parts", lambda parts, *rest: wanted.extend(parts))
+    monkeypatch.setattr(get_qemu, "check_host", lambda: Path("/k.gpg"))
+    assert get_qemu.main(["--all", "--mirror", URI]) == 1, "nothing has come"
+    assert wanted == ["qemu", "busybox", "kernel-6.12", "kernel-7.2", "kernel-6.12-cloud", "iasl", "tools"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ Modules = Annotated[list[str] | None, typer.Option("--module", metavar="M", help
 Files = Annotated[
     list[str] | None, typer.Option("--file", metavar="F[:DEST]", help="A file for the guest, else at /root/NAME.")
 ]
+Tools = Annotated[
+    list[str] | None, typer.Option("--tool", metavar="T", help="A program of Debian's for the guest, such as nvme.")
+]
 Append = Annotated[str, typer.Option(metavar="STR", help="More kernel arguments.")]
 Timeout = Annotated[float, typer.Option(metavar="S", help="Seconds for the whole run.")]
 Artifacts = Annotated[Path | None, typer.Option("--artifacts", metavar="DIR", help="Keep the logs there.")]
@@ -42,6 +45,7 @@ def guest(
     kernel: Kernel = None,
     module: Modules = None,
     file: Files = None,
+    tool: Tools = None,
     append: Append = "",
     timeout: Timeout = 300.0,
     artifacts_dir: Artifacts = None,
@@ -64,6 +68,7 @@ def guest(
             kernel=artifacts.find_kernel(kernel),
             modules=module or (),
             files=files,
+            tools=tool or (),
             append=append,
             timeout=timeout,
             qemu=artifacts.find_qemu(),

@@ -8,6 +8,7 @@ when all of it is there, with its `stamp.json` written last, so a part is whole 
     qemu/          qemu-system-x86_64 (wrapper), root/ (from Debian's packages, with every library that it needs)
     busybox/       busybox (static)
     iasl/          iasl (wrapper), root/ (as of qemu); for the tests only
+    tools/         root/: Debian's programs for guests, see tools.py; if asked for
     kernel-6.12/   boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/
     kernel-7.2/    the same; so kernel-6.12-cloud/, if asked for
 """

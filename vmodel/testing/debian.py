@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vmodel.testing.artifacts import MEND, ArtifactError, is_cloud, natural, output, pick_release, probe_qemu
+from vmodel.testing.tools import LIBS, program_files, programs
 
 SUITE = "trixie"
 BACKPORTS = f"{SUITE}-backports"
@@ -32,7 +33,6 @@ TRANSPORT = re.compile(r"Acquire::(?:https?(?:::|\s)|Retries|ForceIPv|Proxy|Queu
 DEBIAN_RELEASES = frozenset(
     ["bullseye", "bookworm", "trixie", "forky", "duke", "sid", "oldstable", "stable", "testing", "unstable"]
 )
-LIBS = "usr/lib/x86_64-linux-gnu"
 #: QEMU looks for firmware below its own binary. Started by ld.so it finds none, so it is told: Debian's three places.
 FIRMWARE = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
 
@@ -245,6 +245,28 @@ def unpack_iasl(debs: Sequence[Path], folder: Path) -> str:
     if not found:
         raise ArtifactError(f"Debian's iasl does not look like iasl, it says {said[:80]!r}")
     return found[1]
+
+
+def unpack_tools(debs: Sequence[Path], folder: Path) -> None:
+    """Unpack the programs for guests into `folder`/root, with the libraries that they need and no others.
+
+    ArtifactError: a program or a library is not in the packages.
+    """
+    root = folder / "root"
+    wanted = {f"usr/{place}/{name}" for name in programs() for place in ("bin", "sbin")}
+    # Debian's mkfs.ext4 is a link to it.
+    wanted |= {"usr/sbin/mke2fs"}
+
+    def place(name: str) -> str | None:
+        name = name if name.startswith("usr/") else f"usr/{name}"
+        return name if name in wanted or (name.startswith(f"{LIBS}/") and ".so" in name) else None
+
+    for deb in debs:
+        unpack(deb, root, place)
+    keep = {path.resolve() for _, path in program_files(root, programs())}
+    for path in list(root.rglob("*")):
+        if not path.is_dir() and path.resolve() not in keep:
+            path.unlink()
 
 
 def _wrapper(folder: Path, name: str, arguments: str = "", before: str = "") -> Path:

@@ -14,11 +14,12 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from vmodel.testing.artifacts import (
+    CLOUD,
     KERNEL_NAME,
     KERNELS,
     ArtifactError,
@@ -45,7 +46,14 @@ from vmodel.testing.debian import (
     unpack_iasl,
     unpack_kernel,
     unpack_qemu,
+    unpack_tools,
 )
+from vmodel.testing.tools import TOOLS, find_tools
+
+#: Parts that only those get who ask for them: what finds each.
+OPTIONAL = {"iasl": find_iasl, "tools": find_tools}
+#: Debian's packages of parts other than kernels.
+PACKAGES = {"qemu": [QEMU_PACKAGE], "busybox": [BUSYBOX_PACKAGE], "iasl": [IASL_PACKAGE], "tools": list(TOOLS)}
 
 
 class Steps:
@@ -89,18 +97,18 @@ def fetch(
     *,
     mirror: str | None = None,
     refresh: bool = False,
-    iasl: bool = False,
+    optional: Collection[str] = (),
     steps: Steps | None = None,
 ) -> None:
     """Bring what is missing into the cache: QEMU (unless the host's serves), busybox, and `kernels` by version prefix.
 
-    With `iasl`, that as well. `mirror` is a URI; by default the host's apt says. With `refresh`, parts that are there
-    are fetched again.
+    `optional`: which of OPTIONAL as well. `mirror` is a URI; by default the host's apt says. With `refresh`, parts that
+    are there are fetched again.
     Where nothing is missing this downloads nothing. Two at a time wait for each other. Raises ArtifactError.
     """
     steps = steps or Steps()
     cache = cache_dir()
-    if not missing_parts(kernels, refresh, iasl):
+    if not missing_parts(kernels, refresh, optional):
         return
     if re.search(r"[:;]", str(cache)):
         raise ArtifactError("a cache folder with ':' or ';' in its path cannot hold libraries; set XDG_CACHE_HOME")
@@ -108,19 +116,18 @@ def fetch(
     with _locked(cache / "lock", steps):
         for left in cache.glob("tmp-*"):  # of a run that was killed; whoever holds the lock owns all of them
             shutil.rmtree(left, ignore_errors=True)
-        parts = missing_parts(kernels, refresh, iasl)  # once more: the run waited for may have brought them
+        parts = missing_parts(kernels, refresh, optional)  # once more: the run waited for may have brought them
         if parts:
             keyring = check_host()
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache, ignore_cleanup_errors=True) as work:
                 _fetch_parts(parts, Path(work), mirror or host_mirror(), keyring, steps)
 
 
-def missing_parts(kernels: Sequence[str], refresh: bool = False, iasl: bool = False) -> list[str]:
+def missing_parts(kernels: Sequence[str], refresh: bool = False, optional: Collection[str] = ()) -> list[str]:
     """The names of the cache's folders that have to be fetched."""
     parts = ["busybox", *(f"kernel-{name}" for name in dict.fromkeys(kernels))]
     missing = [part for part in parts if refresh or not read_stamp(cache_dir() / part)]
-    if iasl and (refresh or not _has_iasl()):
-        missing.append("iasl")
+    missing += [part for part in optional if refresh or not _has(OPTIONAL[part])]
     try:
         serves = (None if refresh else cached_qemu()) or host_qemu()
     except ArtifactError:
@@ -128,9 +135,9 @@ def missing_parts(kernels: Sequence[str], refresh: bool = False, iasl: bool = Fa
     return missing if serves else ["qemu", *missing]
 
 
-def _has_iasl() -> bool:
+def _has(find: Callable[[], Path]) -> bool:
     try:
-        find_iasl()
+        find()
     except ArtifactError:
         return False
     return True
@@ -144,11 +151,10 @@ def _fetch_parts(parts: Sequence[str], work: Path, mirror: str, keyring: Path, s
     releases: dict[str, str] = {}
     files: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
-    installs = {"qemu": QEMU_PACKAGE, "busybox": BUSYBOX_PACKAGE, "iasl": IASL_PACKAGE}
     downloads: list[str] = []
     for part in parts:
-        if part in installs:
-            found = apt.install_files([installs[part]])
+        if part in PACKAGES:
+            found = apt.install_files(PACKAGES[part])
         else:
             releases[part], packages = apt.kernel_packages(part.removeprefix("kernel-"))
             found = apt.files(packages)
@@ -163,7 +169,7 @@ def _fetch_parts(parts: Sequence[str], work: Path, mirror: str, keyring: Path, s
             got = sum(path.stat().st_size for path in apt.archives.rglob("*.deb") if path.is_file()) / 1e6
             show(f"{got:.0f} of {total:.0f} MB")
 
-        if install := [installs[part] for part in parts if part in installs]:
+        if install := [package for part in parts for package in PACKAGES.get(part, ())]:
             apt.install(install, tick)
         if downloads:
             apt.download(downloads, tick)
@@ -179,6 +185,8 @@ def _fetch_parts(parts: Sequence[str], work: Path, mirror: str, keyring: Path, s
                 facts["version"] = unpack_qemu(debs, folder)
             elif part == "iasl":
                 facts["version"] = unpack_iasl(debs, folder)
+            elif part == "tools":
+                unpack_tools(debs, folder)
             elif part == "busybox":
                 for deb in debs:
                     unpack(deb, folder, lambda name: "busybox" if name in ("bin/busybox", "usr/bin/busybox") else None)
@@ -203,16 +211,15 @@ def _locked(path: Path, steps: Steps) -> Iterator[None]:
         yield
 
 
-def paths(kernels: Sequence[str], iasl: bool = False) -> dict[str, str]:
-    """What `--print` prints: qemu, qemu-version, busybox, [iasl,] kernel-NAME, modules-NAME. Raises ArtifactError."""
+def paths(kernels: Sequence[str], optional: Collection[str] = ()) -> dict[str, str]:
+    """What `--print` prints: qemu, qemu-version, busybox, [iasl, tools,] kernel-NAME, modules-NAME. ArtifactError."""
     qemu = find_qemu()
     rows = {
         "qemu": str(qemu.path),
         "qemu-version": ".".join(map(str, qemu.version)),
         "busybox": str(find_busybox()),
     }
-    if iasl:
-        rows["iasl"] = str(find_iasl())
+    rows |= {part: str(OPTIONAL[part]()) for part in optional}
     for name in kernels:
         kernel = find_kernel(name)
         rows |= {f"kernel-{name}": str(kernel.image), f"modules-{name}": str(kernel.modules)}
@@ -233,11 +240,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"a kernel to have; repeatable; default {' '.join(KERNELS)}",
     )
     parser.add_argument("--iasl", action="store_true", help="ACPICA's iasl as well, which only the tests need")
+    parser.add_argument("--tools", action="store_true", help="programs for guests as well: nvme, fio, mkfs.ext4, ...")
+    parser.add_argument("--all", action="store_true", help="all that the tests need")
     parser.add_argument("--print", action="store_true", help="fetch nothing; print NAME=PATH for each part")
     parser.add_argument("--mirror", metavar="URI", help="a mirror of Debian's archive; default: the one apt uses here")
     parser.add_argument("--refresh", action="store_true", help="fetch again what is already there, for newer versions")
     options = parser.parse_args(argv)
     kernels: list[str] = options.kernel or list(KERNELS)
+    if options.all:
+        kernels = list(dict.fromkeys([*(options.kernel or ()), *KERNELS, CLOUD]))
+    optional = [part for part in OPTIONAL if options.all or getattr(options, part)]
     for name in kernels:
         if not KERNEL_NAME.fullmatch(name):
             parser.error(f"--kernel takes a version such as 6.12, or 6.12-cloud, not {name!r}")
@@ -248,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, stop)  # so that the temporary folder goes away on either
     try:
         if not options.print:
-            fetch(kernels, mirror=options.mirror, refresh=options.refresh, iasl=options.iasl)
-        found = paths(kernels, options.iasl)
+            fetch(kernels, mirror=options.mirror, refresh=options.refresh, optional=optional)
+        found = paths(kernels, optional)
         if options.print:
             for key, value in found.items():
                 print(f"{key}={value}")

@@ -81,6 +81,8 @@ class GuestSpec:
     qemu: Qemu | None = None
     #: Kernel modules that are there for `modprobe`, but not loaded.
     extra_modules: Sequence[str] = ()
+    #: Programs of Debian's that the command uses, such as "nvme": see tools.py.
+    tools: Sequence[str] = ()
 
 
 @dataclass
@@ -156,9 +158,10 @@ class Guest:
         spec, folder = self.spec, Path(self._scratch.name)
         qemu, kernel = spec.qemu or find_qemu(), spec.kernel or find_kernel()
         image = folder / "initramfs"
-        image.write_bytes(
-            initramfs.build(kernel, find_busybox(), spec.command, spec.modules, spec.files, spec.extra_modules)
+        made = initramfs.build(
+            kernel, find_busybox(), spec.command, spec.modules, spec.files, spec.extra_modules, spec.tools
         )
+        image.write_bytes(made)
         self.line = [str(qemu.path), "-accel", "tcg", "-cpu", "max", "-nodefaults", "-no-user-config"]
         self.line += ["-display", "none", "-kernel", str(kernel.image), "-initrd", str(image)]
         self.line += ["-append", f"{_APPEND} {spec.append}".strip()]

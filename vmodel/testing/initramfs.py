@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from vmodel.errors import ConfigError
 from vmodel.testing.artifacts import ArtifactError, Kernel
+from vmodel.testing.tools import find_tools, program_files
 
 #: Commands that /init needs before `busybox --install` has made the others.
 _APPLETS = ("sh", "mount")
@@ -245,12 +246,14 @@ def build(
     modules: Iterable[str] = (),
     files: Iterable[Path | tuple[Path, str]] = (),
     extra_modules: Iterable[str] = (),
+    tools: Sequence[str] = (),
 ) -> bytes:
     """An initramfs that runs `command` (words, or a shell script) and powers off.
 
     `modules` are loaded in the order given, dependencies first; `extra_modules` are there for `modprobe`.
+    `tools` are Debian's programs with their libraries; in /bin, where they come before busybox's of the same name.
     `files`: (path on this machine, path in the guest), or a path for /root/NAME; executable ones stay so.
-    ArtifactError: busybox or a module is missing.  ConfigError: a file is missing, or its place in the guest is taken.
+    ArtifactError: busybox, a tool or a module is missing.  ConfigError: a file is missing, or its place is taken.
     """
     archive = Cpio()
     for folder in ("proc", "sys", "dev", "tmp", "root", "bin", "sbin", "usr/bin", "usr/sbin", "run", "etc"):
@@ -271,6 +274,9 @@ def build(
         # modprobe loads from a line's end to its start; `below` is in load order.
         dep += " ".join([f"{name}.ko:", *(f"{need}.ko" for need in reversed(below) if need in below[name])]) + "\n"
     archive.file(f"{home}/modules.dep", dep.encode())
+    if tools:
+        for target, source in program_files(find_tools(), tools):
+            archive.file(target, _read(source), 0o755)
     for entry in files:
         source, target = entry if isinstance(entry, tuple) else (entry, f"root/{entry.name}")
         archive.file(target, _read(source), source.stat().st_mode & 0o777)
