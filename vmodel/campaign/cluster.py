@@ -7,6 +7,7 @@ Artefacts travel back with the result, so that the workers need not see the camp
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import tarfile
 import tempfile
@@ -33,7 +34,7 @@ class Cluster:
     def __init__(self, rig: str, address: str) -> None:
         """ConfigError: Dask is not installed, or no scheduler answers."""
         try:
-            import distributed
+            distributed: Any = importlib.import_module("distributed")
         except ImportError as error:
             raise ConfigError(f"--scheduler needs Dask ({error}): pip install 'vmodel[cluster]'") from error
         try:
@@ -50,7 +51,8 @@ class Cluster:
     @property
     def free(self) -> int:
         # Some more than it has threads for, so that none waits for us.
-        return max(2 * sum(self._client.nthreads().values()), 2) - len(self._tasks)
+        threads = sum(map(int, self._client.nthreads().values()))
+        return max(2 * threads, 2) - len(self._tasks)
 
     def submit(self, task: Task) -> None:
         name = f"vmodel-{self._session}-{task.id}-{uuid.uuid4().hex[:8]}"

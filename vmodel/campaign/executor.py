@@ -49,5 +49,5 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what is under way; all rigs have let go of their guests when it returns."""
+        """Ends what is under way, as far as it can be reached."""
         ...

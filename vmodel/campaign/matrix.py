@@ -188,15 +188,14 @@ class Matrix:
         read = inputs(case, self.rig)
 
         def run(title: str, seed: int, expect: tuple[Outcome, ...], **changes: Any) -> Run:
+            named = " / ".join((name, workload.name, title))
             return Run(
                 machine=name,
                 kernel=kernel or "",
                 workload=workload.name,
                 plan=title,
                 seed=seed,
-                case=case.model_copy(
-                    update={"name": " / ".join((name, workload.name, title)), "seed": seed, **changes}
-                ),
+                case=case.model_copy(update={"name": named, "seed": seed, **changes}),
                 expect=expect,
                 inputs=read,
                 rig=self.rig,
