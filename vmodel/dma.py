@@ -70,6 +70,9 @@ class Dma:
     it is told of each fault first, and may have mended it.
     """
 
+    # With slots the class can be replaced (`become`) without making accesses slower from then on.
+    __slots__ = ("__weakref__", "_line", "_pasid", "_requester")
+
     def __init__(self, memory: GuestMemory) -> None:
         self._line = _Line(memory)
         self._requester = self._line.requester

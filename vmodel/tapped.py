@@ -7,7 +7,7 @@ looked up as ever, and is another one while somebody listens.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from vmodel._shim import EXIT_ON_READ, EXIT_ON_WRITE
@@ -24,6 +24,8 @@ _DMA = frozenset((Point.DMA_READ, Point.DMA_WRITE, Point.TRANSLATE))
 
 class TappedDma(Dma):
     """DMA that announces each access.  One over several pieces is several accesses."""
+
+    __slots__ = ()
 
     def read(self, iova: int, size: int) -> bytes:
         if not size:
@@ -179,11 +181,13 @@ def tap(device: PciDevice, wanted: Collection[Point], sink: Sink | None) -> None
 
 def _replace(owner: Any, **paths: Any) -> None:
     """Methods of one object, in place of its class's; None: the class's."""
+    # Not by vars(): an object whose dictionary has been looked at is slower ever after.
     for name, path in paths.items():
-        if path is None:
-            vars(owner).pop(name, None)
+        if path is not None:
+            setattr(owner, name, path)
         else:
-            vars(owner)[name] = path
+            with suppress(AttributeError):
+                delattr(owner, name)
 
 
 def _tap_regions(device: PciDevice, wanted: Collection[Point]) -> None:

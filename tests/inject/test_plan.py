@@ -136,13 +136,13 @@ def test_terse_mistakes(text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        ("irq device=lba do=drop", "rule[0].device: no device is called 'lba': did you mean 'lab'?"),
-        ("irq device=zzz do=drop", "rule[0].device: no device is called 'zzz': devices are lab"),
-        ("mmio.read register=PLANE do=ones", "rule[0].register: no register is called 'PLANE': did you mean 'PLAIN'?"),
-        ("config.read register=PLAIN do=ones", "rule[0].register: no register is called 'PLAIN'"),
-        ("irq when=no.py:f do=drop", "rule[0].when: 'no.py:f': there is no file 'no.py'"),
-        ("irq when=f do=drop", "rule[0].when: 'f': must be \"path/file.py:function\""),
-        ("irq name=n between=irq..reset device=q do=drop", "rule[0] (n).device: no device is called 'q'"),
+        ("irq device=lba do=drop", "irq device=lba do=drop: device: no device is called 'lba': did you mean 'lab'?"),
+        ("irq device=zzz do=drop", ": device: no device is called 'zzz': devices are lab"),
+        ("mmio.read register=PLANE do=ones", ": register: no register is called 'PLANE': did you mean 'PLAIN'?"),
+        ("config.read register=PLAIN do=ones", ": register: no register is called 'PLAIN'"),
+        ("irq when=no.py:f do=drop", ": when: 'no.py:f': there is no file 'no.py'"),
+        ("irq when=f do=drop", ": when: 'f': must be \"path/file.py:function\""),
+        ("irq name=n between=irq..reset device=q do=drop", ": device: no device is called 'q'"),
     ],
 )
 def test_names_that_no_device_has(rule: str, said: str) -> None:
@@ -150,6 +150,9 @@ def test_names_that_no_device_has(rule: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         Engine(FaultPlan(rule=(parse_rule(rule),)), [lab])
     assert said in str(error.value) and "\n" not in str(error.value)
+    plan = FaultPlan.parse('[[rule]]\nname = "n"\npoint = "irq"\ndevice = "q"\ndo = "drop"', Path("p.toml"))
+    with pytest.raises(ConfigError, match=r"^p.toml: rule\[0\] \(n\)\.device: no device is called 'q'"):
+        Engine(plan, [lab])
     lab.close()
 
 

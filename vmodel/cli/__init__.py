@@ -44,18 +44,19 @@ def _commands() -> list[Callable[..., None]]:
     from vmodel.cli.acpi import acpi
     from vmodel.cli.groups import groups
     from vmodel.cli.guest import guest
+    from vmodel.cli.inject import log
     from vmodel.cli.inspect import devices, regs
     from vmodel.cli.run import run
     from vmodel.cli.serve import qemu_args, serve
 
-    return [serve, run, qemu_args, guest, groups, acpi, devices, regs]
+    return [serve, run, qemu_args, guest, groups, acpi, devices, regs, log]
 
 
 def _groups() -> dict[str, typer.Typer]:
     """Commands that have commands of their own."""
-    from vmodel.cli import iommu
+    from vmodel.cli import inject, iommu, plan
 
-    return {"iommu": iommu.app}
+    return {"iommu": iommu.app, "plan": plan.app, "inject": inject.app}
 
 
 def _app(commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer]) -> typer.Typer:

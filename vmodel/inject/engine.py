@@ -90,8 +90,10 @@ class Engine:
             try:
                 self._add(rule)
             except ConfigError as error:
-                place = f"rule[{n}]" + (f" ({rule.name})" if rule.name else "")
-                raise ConfigError(_bare(error), file=plan.file, key=f"{place}.{error.key}") from error
+                file, place = plan.place(n)
+                raise ConfigError(
+                    _bare(error), file=file, key=f"{place}.{error.key}" if file else f"{place}: {error.key}"
+                ) from error
         self._arm()
 
     # ---- rules -----------------------------------------------------------------------------

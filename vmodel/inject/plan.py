@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +68,11 @@ def _match(value: object) -> object:
     return {"point": value} if isinstance(value, str) else value
 
 
+def _also_text(schema: dict[str, Any]) -> None:
+    """An event may be only its point's name, where that says enough."""
+    schema["anyOf"] += [{"type": "string"}, {"type": "array", "items": {"type": ["string", "object"]}}]
+
+
 def _pair(value: object) -> object:
     if isinstance(value, str):
         first, dots, second = value.partition("..")
@@ -89,7 +95,10 @@ class Rule(Match):
     after: Seconds = Field(default=0.0, examples=['"2s"'], description="since the plan was armed")
     until: Seconds | None = Field(default=None, examples=['"10s"'])
     between: Annotated[tuple[Match, Match] | None, BeforeValidator(_pair)] = Field(
-        default=None, examples=['["irq", "reset"]'], description="only after the first event and before the second"
+        default=None,
+        examples=['["irq", "reset"]'],
+        description="only after the first event and before the second",
+        json_schema_extra=_also_text,
     )
     once: Flag = Field(default=False, examples=["true"])
     times: Annotated[Number | None, Field(ge=1)] = Field(default=None, examples=["3"], description="at most")
@@ -150,7 +159,10 @@ class Heal(BaseModel):
 
     after: Seconds | None = Field(default=None, examples=['"20s"'], description="since the plan was armed")
     on: Annotated[Match | None, BeforeValidator(_match)] = Field(
-        default=None, examples=['{ point = "reset" }'], description="after that event"
+        default=None,
+        examples=['{ point = "reset" }'],
+        description="after that event",
+        json_schema_extra=_also_text,
     )
 
     @model_validator(mode="after")
@@ -180,6 +192,14 @@ class FaultPlan(BaseModel):
         return Path() if self._file is None else self._file.parent
 
     _file: Path | None = None
+    _in_file: int = 0
+
+    def place(self, n: int) -> tuple[Path | None, str]:
+        """Where rule `n` was written: a file and the key in it, or the line that it is."""
+        rule = self.rule[n]
+        if n < self._in_file:
+            return self._file, f"rule[{n}]" + (f" ({rule.name})" if rule.name else "")
+        return None, rule.text()
 
     @model_validator(mode="after")
     def _names(self) -> FaultPlan:
@@ -194,6 +214,15 @@ class FaultPlan(BaseModel):
         """What the plan says, as TOML or JSON would have it; `FaultPlan.model_validate` takes it back."""
         said = self.model_dump(mode="json", exclude_defaults=True, by_alias=True, exclude={"rule"})
         return {**said, "rule": [rule.plain() for rule in self.rule]}
+
+    def extended(self, rules: Iterable[Rule], seed: int | None = None) -> FaultPlan:
+        """With more rules behind its own, and perhaps another seed.  ConfigError: two rules have one name."""
+        try:
+            plan = FaultPlan(seed=self.seed if seed is None else seed, rule=(*self.rule, *rules), heal=self.heal)
+        except ValidationError as error:
+            raise ConfigError("\n".join(map(str, explain(error, "", FaultPlan)))) from error
+        plan._file, plan._in_file = self._file, self._in_file
+        return plan
 
     @classmethod
     def load(cls, path: Path) -> FaultPlan:
@@ -217,7 +246,7 @@ class FaultPlan(BaseModel):
             plan = cls.model_validate(raw)
         except ValidationError as error:
             raise PlanErrors(error, raw, file) from error
-        plan._file = file
+        plan._file, plan._in_file = file, len(plan.rule)
         return plan
 
 

@@ -52,6 +52,7 @@ from vmodel.devices.vtd.regs import (
 from vmodel.errors import Access, DmaFault, PeerError, Reason
 from vmodel.iommu.core import Iommu, System
 from vmodel.iommu.fault import FaultRecord
+from vmodel.points import Point
 from vmodel.span import PAGE, MiB, Span
 
 _DESCRIPTOR = struct.Struct("<QQ")
@@ -367,6 +368,9 @@ class VtdDevice(IommuDevice):
         Ours has not (see Contexts.dma), so a device behind the unit has to do it, first of all the one that is at
         fault: it was about to do DMA.
         """
+        self.points.at(Point.IRQ, lambda _: self._send_now(address, data, culprit), vector=0)
+
+    def _send_now(self, address: int, data: int, culprit: str) -> None:
         devices: list[PciDevice] = [self]
         devices += [self.peers[e.name] for e in self.covered() if e.name in self.peers]
         devices = [device for device in devices if device.dma.bus_master and device.dma.courier is not None]

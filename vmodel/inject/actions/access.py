@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from vmodel._shim import NO_PASID
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, Reason
 from vmodel.inject.action import Action, Injection, milliseconds
@@ -57,9 +58,16 @@ class Fault(Action, name="fault"):
 
     def run(self, at: Injection) -> bytes:
         fault = at.fault(Reason.NOT_MAPPED if self.kind == "translation" else Reason.PERMISSION, level=1)
-        endpoint = at.device.dma.endpoint
-        if endpoint is not None:
-            endpoint.faulted(fault, ask=False)
+        dma = at.device.dma
+        if dma.endpoint is not None:
+            try:
+                # As hardware does, the IOMMU looks first at what it has to know of the device.
+                pasid = NO_PASID if fault.pasid is None else fault.pasid
+                dma.requester.translate([fault.iova], fault.access, pasid)
+            except DmaFault as other:
+                if not dma.endpoint.faulted(other):
+                    raise
+            dma.endpoint.faulted(fault, ask=False)
         raise fault
 
 
