@@ -151,7 +151,7 @@ class Matrix:
             check_plans(path, plans)
 
     def runs(self) -> list[Run]:
-        """All runs: those without faults first, then those that can share a guest together.  ConfigError."""
+        """All runs: those that can share a guest together, the one without faults first.  ConfigError."""
         kernels: Sequence[str | None] = self.content.campaign.kernels or (KERNELS[0] if self.rig == GUESTS else None,)
         found: list[Run] = []
         for name, machine, path in self._machines:
@@ -159,7 +159,6 @@ class Matrix:
                 for workload in self.content.workload:
                     if selected(name, workload.machines):
                         found += self._cell(name, machine, path, kernel, workload)
-        found.sort(key=lambda run: not run.control)
         if not found:
             raise ConfigError("no workload is for any of the machines", file=self.file)
         if len(found) > MOST_RUNS:

@@ -15,8 +15,8 @@ from vmodel.testing.oracle import Outcome
 
 _T = TypeVar("_T")
 
-#: Keys that say at which of its events a rule fires.
-_SCHEDULE = ("nth", "every", "first", "probability", "after", "until", "once", "times", "duration")
+#: Keys that say at which of the events that it counts a rule fires; those before `after` are not counted.
+_SCHEDULE = ("nth", "every", "first", "probability", "once", "times", "duration")
 
 
 def ddmin(items: Sequence[_T], holds: Callable[[list[_T]], bool]) -> list[_T]:

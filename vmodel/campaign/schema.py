@@ -51,7 +51,7 @@ def _name(value: str) -> str:
     return value
 
 
-def seeds(value: object) -> tuple[int, ...]:
+def seed_numbers(value: object) -> tuple[int, ...]:
     """How many (3: 0, 1, 2), or which: [1, 7], "1-3".  ValueError."""
     text = 'must be how many seeds, as 3, or which, as [1, 7] or "10-19"'
     if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+)-([0-9]+)", value)):
@@ -118,7 +118,7 @@ class CampaignTable(_Table):
 
     name: Name = Field(examples=['"edu"'])
     kernels: tuple[Kernel, ...] = Field(default=(), examples=['["6.12", "7.2"]'])
-    seeds: Annotated[tuple[int, ...], BeforeValidator(seeds)] = Field(default=(0,), examples=["3"])
+    seeds: Annotated[tuple[int, ...], BeforeValidator(seed_numbers)] = Field(default=(0,), examples=["3"])
     control: bool = Field(default=True, examples=["true"], description="each workload also once without faults")
     rig: str = Field(default=GUESTS, examples=['"lab.py:Lab"'], description="what carries out cases, if not guests")
 
