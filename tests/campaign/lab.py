@@ -1,8 +1,8 @@
 """An experiment without a guest: vmodel's own client drives the served edu device as a driver would, under a plan.
 
-Workloads: `copy N` moves N blocks to the device and back, and only then looks at them; `careful N` looks at each and tries
-again.  Before them may stand `note FILE`, which appends a line to a file, `kill FILE`, which kills this process unless the file
-is there (and makes it), and `sleep SECONDS`.
+Workloads: `copy N` moves N blocks to the device and back, and only then looks at them; `careful N` looks at each and
+tries again.  Before them may stand `note FILE`, which appends a line to a file, `kill FILE`, which kills this process
+unless the file is there (and makes it), `sleep SECONDS`, and `break WORD`, which is a bug of this file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drawings of the report, as inline SVG: colours are the page's CSS variables, so that they follow its dark or light."""
+"""Drawings of the report, as inline SVG; colours are the page's CSS variables, so they follow its dark or light."""
 
 from __future__ import annotations
 
@@ -82,16 +82,15 @@ def seconds(value: float) -> str:
 
 
 def times(rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
-    """The distribution of times, in seconds: of all as a histogram; below it for each row its runs, and their median."""
+    """The distribution of times, in seconds: of all as a histogram; below it each row's runs, and their median."""
     rows = [row for row in rows if row[1]]
     every = [value for _, values in rows for value in values]
     if not every:
         return Markup("")
     axis = _Axis.of(every)
     height = _HISTOGRAM + 12 + _ROW * len(rows) + 24
-    out = [
-        f'<svg class="times" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Time to recover of {len(every)} runs">'
-    ]
+    said = f"Time to recover of {len(every)} runs"
+    out = [f'<svg class="times" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{said}">']
     foot = height - 24
     for tick in axis.ticks():
         x = axis.x(tick)
@@ -114,8 +113,8 @@ def _histogram(axis: _Axis, values: Sequence[float]) -> list[str]:
         if count:
             x, y = _LEFT + n * width, _HISTOGRAM - tall
             out.append(
-                f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{tall:.1f}" fill="var(--recovered)">'
-                f"<title>{count} runs</title></rect>"
+                f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{tall:.1f}"'
+                f' fill="var(--recovered)"><title>{count} runs</title></rect>'
             )
             out.append(f'<text x="{x + width / 2:.1f}" y="{y - 3:.1f}" text-anchor="middle">{count}</text>')
     out.append(f'<line x1="{_LEFT}" y1="{_HISTOGRAM}" x2="{_WIDTH - _RIGHT}" y2="{_HISTOGRAM}" stroke="var(--muted)"/>')
@@ -128,7 +127,8 @@ def _strip(axis: _Axis, y: float, name: str, values: Sequence[float]) -> list[st
     x = axis.x(middle)
     out = [
         f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(shown)}<title>{escape(name)}</title></text>',
-        f'<line x1="{axis.x(min(values)):.1f}" y1="{y}" x2="{axis.x(max(values)):.1f}" y2="{y}" stroke="var(--muted)"/>',
+        f'<line x1="{axis.x(min(values)):.1f}" y1="{y}" x2="{axis.x(max(values)):.1f}" y2="{y}"'
+        ' stroke="var(--muted)"/>',
     ]
     out += [
         f'<circle cx="{axis.x(value):.1f}" cy="{y}" r="4" fill="var(--recovered)" fill-opacity=".55">'

@@ -64,7 +64,7 @@ def _quantiles(summary: Summary) -> dict[str, float]:
 
 def as_json(summary: Summary) -> str:
     """All of it for tools."""
-    said = {
+    said: dict[str, Any] = {
         "kind": summary.kind,
         "name": summary.name,
         "started": summary.started,

@@ -128,7 +128,7 @@ def sweep(
 def at_work(
     folder: Path, definition: dict[str, str], rig: str, jobs: int, scheduler: str | None
 ) -> Iterator[tuple[Store, Runner, Bar]]:
-    """A campaign's folder while its runs are made; says at the end how they went.  Ctrl-C and SIGTERM end it in order."""
+    """A campaign's folder while its runs are made; says at the end how they went.  Ctrl-C and SIGTERM end it."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with Store.create(folder, definition) as store:
