@@ -19,10 +19,14 @@ SOURCES = [
     "pgtable.c",
     "stale.c",
     "dma.c",
+    "pin.c",
     "func.c",
     "stream.c",
     "sleep.c",
     "channel.c",
+    "store.c",
+    "workers.c",
+    "nvme.c",
 ]
 
 

@@ -6,55 +6,12 @@
  * mapping has gone: so a window's file outlives every copy from it, and the reply to DMA_UNMAP, or the return of an
  * unmap, means that no access is in flight. */
 #define _GNU_SOURCE
-#include "iotlb.h"
+#include "dma.h"
 #include "stale.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define CACHED 4
-
-struct vms_requester {
-    vms_requester *next; /* under memory->requesters_lock */
-    vms_memory *memory;
-    pthread_mutex_t attaching; /* one change of attachments at a time; outermost */
-    pthread_mutex_t lock;      /* all below */
-    int enabled;
-    attachment *attached; /* without a PASID; NULL: no translation */
-    span_tree pasids;
-    iotlb *iotlb; /* NULL: never attached */
-    unsigned victim;
-    struct cached {
-        uint64_t start, last; /* start > last: free */
-        uint8_t *host;
-        mapped_file *file; /* NULL: by message */
-        uint64_t file_offset;
-        uint32_t prot;
-    } cache[CACHED];
-    vms_dma_stats stats;
-    stale_log *stale; /* NULL: nobody wants to know */
-};
-
-struct vms_pin {
-    vms_memory *memory;
-    mapped_file *file;
-    /* What is marked as dirty; NULL: the pin is not for writing. */
-    struct touched {
-        uint64_t gpa, log_at; /* of a page; log_at: in the domain's log */
-    } *pages;
-    size_t n_pages;
-    vms_domain *log; /* NULL: none */
-};
-
-/* Where a piece of an access is. */
-typedef struct place {
-    uint8_t *ptr;
-    uint64_t gpa, n;
-    const struct cached *window;
-    vms_domain *log;  /* has the write noted in its dirty log, NULL: none */
-    uint64_t log_at;
-} place;
 
 vms_requester **requester_link(vms_requester *requester)
 {
@@ -276,7 +233,7 @@ static const struct cached *lookup(vms_requester *requester, uint64_t gpa)
     return c;
 }
 
-static int fail(vms_requester *requester, vms_fault *fault, enum vms_reason reason, uint64_t iova)
+int dma_fail(vms_requester *requester, vms_fault *fault, enum vms_reason reason, uint64_t iova)
 {
     fault->reason = reason;
     fault->iova = iova;
@@ -286,26 +243,26 @@ static int fail(vms_requester *requester, vms_fault *fault, enum vms_reason reas
 }
 
 /* What an access goes through: 0 with *at, NULL for no translation.  Under requester->lock. */
-static int route(vms_requester *requester, uint32_t pasid, uint64_t iova, attachment **at, vms_fault *fault)
+int dma_route(vms_requester *requester, uint32_t pasid, uint64_t iova, attachment **at, vms_fault *fault)
 {
     if (!requester->enabled)
-        return fail(requester, fault, VMS_REASON_BUS_MASTER_OFF, iova);
+        return dma_fail(requester, fault, VMS_REASON_BUS_MASTER_OFF, iova);
     *at = pasid == VMS_NO_PASID ? requester->attached : with_pasid(requester, pasid);
     if (pasid != VMS_NO_PASID && !*at)
-        return fail(requester, fault, VMS_REASON_PASID, iova);
+        return dma_fail(requester, fault, VMS_REASON_PASID, iova);
     if (requester->stale && *at)
         stale_route(requester->stale, *at, iova, fault->access);
     return 0;
 }
 
 /* What a call returns.  Under requester->lock. */
-static int outcome(const vms_requester *requester, int rc)
+int dma_outcome(const vms_requester *requester, int rc)
 {
     return rc == 0 && requester->stale && requester->stale->count ? 1 : rc;
 }
 
 /* Where iova is: at most `want` bytes there.  Under requester->lock. */
-static int translate(vms_requester *requester, const attachment *at, uint64_t iova, uint64_t want, uint32_t access,
+int dma_translate(vms_requester *requester, const attachment *at, uint64_t iova, uint64_t want, uint32_t access,
                      place *out, vms_fault *fault)
 {
     uint64_t gpa = iova, left = UINT64_MAX; /* bytes after the first */
@@ -316,7 +273,7 @@ static int translate(vms_requester *requester, const attachment *at, uint64_t io
         fault->gpa = 0; /* of the piece before */
         const translation *t = find(requester, at, iova, access, fault);
         if (!t)
-            return fail(requester, fault, fault->reason, iova);
+            return dma_fail(requester, fault, fault->reason, iova);
         gpa = t->gpa + (iova - t->start);
         left = t->last - iova;
         out->log = t->log;
@@ -325,9 +282,9 @@ static int translate(vms_requester *requester, const attachment *at, uint64_t io
     fault->gpa = gpa;
     const struct cached *c = lookup(requester, gpa);
     if (!c)
-        return fail(requester, fault, VMS_REASON_NO_WINDOW, iova);
+        return dma_fail(requester, fault, VMS_REASON_NO_WINDOW, iova);
     if ((c->prot & access) != access)
-        return fail(requester, fault, VMS_REASON_PERMISSION, iova);
+        return dma_fail(requester, fault, VMS_REASON_PERMISSION, iova);
     if (c->last - gpa < left)
         left = c->last - gpa;
     out->n = left < want - 1 ? left + 1 : want;
@@ -340,47 +297,47 @@ static int translate(vms_requester *requester, const attachment *at, uint64_t io
             if (out->log)
                 dirty_mark(&out->log->dirty, out->log_at, out->log_at + (out->n - 1));
         }
-        return fail(requester, fault, VMS_REASON_NO_FILE, iova);
+        return dma_fail(requester, fault, VMS_REASON_NO_FILE, iova);
     }
     uint64_t offset = gpa - c->start;
     if (c->file_offset + offset + out->n > atomic_load_explicit(&c->file->good, memory_order_acquire))
-        return fail(requester, fault, VMS_REASON_TRUNCATED, iova);
+        return dma_fail(requester, fault, VMS_REASON_TRUNCATED, iova);
     out->ptr = c->host + offset;
     return 0;
 }
 
-static int still_there(const place *p)
+int dma_still_there(const place *p)
 {
     return p->window->file_offset + (p->gpa - p->window->start) + p->n <= atomic_load(&p->window->file->good);
 }
 
-static void wrote(vms_requester *requester, const place *p)
+void dma_wrote(vms_requester *requester, const place *p)
 {
     dirty_mark(&requester->memory->dirty, p->gpa, p->gpa + (p->n - 1));
     if (p->log)
         dirty_mark(&p->log->dirty, p->log_at, p->log_at + (p->n - 1));
 }
 
-static int transfer(vms_requester *requester, const attachment *at, uint64_t iova, uint8_t *buf, uint64_t len,
+int dma_transfer(vms_requester *requester, const attachment *at, uint64_t iova, uint8_t *buf, uint64_t len,
                     uint32_t flags, vms_fault *fault)
 {
     uint32_t access = flags & VMS_DMA_WRITE ? VMS_PROT_WRITE : VMS_PROT_READ;
 
     if (len && iova + (len - 1) < iova)
-        return fail(requester, fault, VMS_REASON_WRAP, iova);
+        return dma_fail(requester, fault, VMS_REASON_WRAP, iova);
     while (len) {
         place p;
-        int rc = translate(requester, at, iova, len, access, &p, fault);
+        int rc = dma_translate(requester, at, iova, len, access, &p, fault);
         if (rc < 0)
             return rc;
         if (flags & VMS_DMA_WRITE) {
             memcpy(p.ptr, buf, p.n);
-            wrote(requester, &p);
+            dma_wrote(requester, &p);
         } else {
             memcpy(buf, p.ptr, p.n);
         }
-        if (!still_there(&p))
-            return fail(requester, fault, VMS_REASON_TRUNCATED, iova);
+        if (!dma_still_there(&p))
+            return dma_fail(requester, fault, VMS_REASON_TRUNCATED, iova);
         fault->done += p.n;
         iova += p.n;
         buf += p.n;
@@ -389,12 +346,12 @@ static int transfer(vms_requester *requester, const attachment *at, uint64_t iov
     return 0;
 }
 
-static void begin(vms_fault *fault, uint32_t pasid, uint32_t flags)
+void dma_begin(vms_fault *fault, uint32_t pasid, uint32_t flags)
 {
     *fault = (vms_fault){ .pasid = pasid, .access = flags & VMS_DMA_WRITE ? VMS_PROT_WRITE : VMS_PROT_READ };
 }
 
-static void count(vms_requester *requester, uint32_t flags, uint64_t done)
+void dma_count(vms_requester *requester, uint32_t flags, uint64_t done)
 {
     if (flags & VMS_DMA_WRITE) {
         requester->stats.write_ops++;
@@ -408,14 +365,14 @@ static void count(vms_requester *requester, uint32_t flags, uint64_t done)
 int vms_dma_rw(vms_requester *requester, uint32_t pasid, uint64_t iova, void *buf, size_t len,
                uint32_t flags, vms_fault *fault)
 {
-    begin(fault, pasid, flags);
+    dma_begin(fault, pasid, flags);
     attachment *at;
     pthread_mutex_lock(&requester->lock);
-    int rc = route(requester, pasid, iova, &at, fault);
+    int rc = dma_route(requester, pasid, iova, &at, fault);
     if (rc == 0)
-        rc = transfer(requester, at, iova, buf, len, flags, fault);
-    count(requester, flags, fault->done);
-    rc = outcome(requester, rc);
+        rc = dma_transfer(requester, at, iova, buf, len, flags, fault);
+    dma_count(requester, flags, fault->done);
+    rc = dma_outcome(requester, rc);
     pthread_mutex_unlock(&requester->lock);
     return rc;
 }
@@ -425,17 +382,17 @@ int vms_dma_sg(vms_requester *requester, uint32_t pasid, const vms_sg *sg, size_
 {
     attachment *at;
 
-    begin(fault, pasid, flags);
+    dma_begin(fault, pasid, flags);
     pthread_mutex_lock(&requester->lock);
-    int rc = route(requester, pasid, n ? sg[0].iova : 0, &at, fault);
+    int rc = dma_route(requester, pasid, n ? sg[0].iova : 0, &at, fault);
     for (size_t i = 0; i < n && rc == 0; i++) {
         if (sg[i].len > len - fault->done)
             rc = -EINVAL;
         else
-            rc = transfer(requester, at, sg[i].iova, (uint8_t *)buf + fault->done, sg[i].len, flags, fault);
+            rc = dma_transfer(requester, at, sg[i].iova, (uint8_t *)buf + fault->done, sg[i].len, flags, fault);
     }
-    count(requester, flags, fault->done);
-    rc = outcome(requester, rc);
+    dma_count(requester, flags, fault->done);
+    rc = dma_outcome(requester, rc);
     pthread_mutex_unlock(&requester->lock);
     return rc;
 }
@@ -461,28 +418,28 @@ int vms_dma_atomic(vms_requester *requester, uint32_t pasid, uint64_t iova, uint
 
     if ((size != 4 && size != 8) || op > VMS_ATOMIC_CAS)
         return -EINVAL;
-    begin(fault, pasid, VMS_DMA_WRITE);
+    dma_begin(fault, pasid, VMS_DMA_WRITE);
     fault->access = VMS_PROT_READ | VMS_PROT_WRITE;
     pthread_mutex_lock(&requester->lock);
-    int rc = route(requester, pasid, iova, &at, fault);
+    int rc = dma_route(requester, pasid, iova, &at, fault);
     if (rc == 0 && (iova & (size - 1)))
-        rc = fail(requester, fault, VMS_REASON_UNALIGNED, iova);
+        rc = dma_fail(requester, fault, VMS_REASON_UNALIGNED, iova);
     if (rc == 0) /* windows and mappings are page-aligned, so an aligned operand never crosses one */
-        rc = translate(requester, at, iova, size, fault->access, &p, fault);
+        rc = dma_translate(requester, at, iova, size, fault->access, &p, fault);
     if (rc == 0) {
         if (size == 4)
             ATOMIC_ON(uint32_t);
         else
             ATOMIC_ON(uint64_t);
-        wrote(requester, &p);
-        if (!still_there(&p))
-            rc = fail(requester, fault, VMS_REASON_TRUNCATED, iova);
+        dma_wrote(requester, &p);
+        if (!dma_still_there(&p))
+            rc = dma_fail(requester, fault, VMS_REASON_TRUNCATED, iova);
         else
             fault->done = size;
     }
-    count(requester, 0, fault->done);
-    count(requester, VMS_DMA_WRITE, fault->done);
-    rc = outcome(requester, rc);
+    dma_count(requester, 0, fault->done);
+    dma_count(requester, VMS_DMA_WRITE, fault->done);
+    rc = dma_outcome(requester, rc);
     pthread_mutex_unlock(&requester->lock);
     return rc;
 }
@@ -494,106 +451,20 @@ int vms_dma_translate(vms_requester *requester, uint32_t pasid, const uint64_t *
 
     if (access & ~(VMS_PROT_READ | VMS_PROT_WRITE))
         return -EINVAL;
-    begin(fault, pasid, access & VMS_PROT_WRITE ? VMS_DMA_WRITE : 0);
+    dma_begin(fault, pasid, access & VMS_PROT_WRITE ? VMS_DMA_WRITE : 0);
     fault->access = access;
     pthread_mutex_lock(&requester->lock);
-    int rc = route(requester, pasid, n ? iova[0] : 0, &at, fault);
+    int rc = dma_route(requester, pasid, n ? iova[0] : 0, &at, fault);
     for (size_t i = 0; i < n && rc == 0; i++) {
         const translation *t = at ? find(requester, at, iova[i], access, fault) : NULL;
         if (t)
             gpa[i] = t->gpa + (iova[i] - t->start);
         else if (at)
-            rc = fail(requester, fault, fault->reason, iova[i]);
+            rc = dma_fail(requester, fault, fault->reason, iova[i]);
         else
             gpa[i] = iova[i];
     }
-    rc = outcome(requester, rc);
+    rc = dma_outcome(requester, rc);
     pthread_mutex_unlock(&requester->lock);
     return rc;
-}
-
-/* ---- pins ---------------------------------------------------------------------------------------- */
-
-static void mark_pin(const vms_pin *pin)
-{
-    for (size_t i = 0; i < pin->n_pages; i++) {
-        const struct touched *page = &pin->pages[i];
-        dirty_mark(&pin->memory->dirty, page->gpa, page->gpa + (PAGE - 1));
-        if (pin->log)
-            dirty_mark(&pin->log->dirty, page->log_at, page->log_at + (PAGE - 1));
-    }
-}
-
-int vms_dma_pin(vms_requester *requester, uint32_t pasid, uint64_t iova, size_t len, uint32_t flags, void **ptr,
-                vms_pin **out, vms_fault *fault)
-{
-    attachment *at;
-    place p;
-    uint8_t *host = NULL;
-    mapped_file *file = NULL;
-
-    begin(fault, pasid, flags);
-    if (!len)
-        return -EINVAL;
-    vms_pin *pin = calloc(1, sizeof *pin);
-    int write = (flags & VMS_DMA_WRITE) != 0;
-    if (pin && write)
-        pin->pages = malloc((len / PAGE + 2) * sizeof *pin->pages);
-    if (!pin || (write && !pin->pages)) {
-        free(pin);
-        return -ENOMEM;
-    }
-    /* A view that may be written may be read as well. */
-    uint32_t access = write ? VMS_PROT_READ | VMS_PROT_WRITE : VMS_PROT_READ;
-    fault->access = access;
-    pthread_mutex_lock(&requester->lock);
-    int rc = route(requester, pasid, iova, &at, fault);
-    if (rc == 0 && iova + (len - 1) < iova)
-        rc = fail(requester, fault, VMS_REASON_WRAP, iova);
-    for (uint64_t done = 0; rc == 0 && done < len; done += p.n) {
-        rc = translate(requester, at, iova + done, len - done, access, &p, fault);
-        if (rc == 0 && done && (p.window->file != file || p.ptr != host + done))
-            rc = fail(requester, fault, VMS_REASON_NO_WINDOW, iova + done);
-        if (rc < 0)
-            break;
-        file = p.window->file;
-        if (!done)
-            host = p.ptr;
-        pin->log = p.log; /* one domain for all pieces */
-        for (uint64_t i = 0; write && i <= (p.gpa % PAGE + p.n - 1) / PAGE; i++)
-            pin->pages[pin->n_pages++] = (struct touched){ (p.gpa & -PAGE) + i * PAGE, (p.log_at & -PAGE) + i * PAGE };
-    }
-    if (rc == 0) {
-        file_ref(file);
-        memory_ref(requester->memory);
-        if (pin->log)
-            domain_ref(pin->log);
-        pin->memory = requester->memory;
-        pin->file = file;
-        mark_pin(pin);
-        fault->done = len;
-        *ptr = host;
-        *out = pin;
-    }
-    count(requester, flags, fault->done);
-    rc = outcome(requester, rc);
-    pthread_mutex_unlock(&requester->lock);
-    if (rc < 0) {
-        free(pin->pages);
-        free(pin);
-    }
-    return rc;
-}
-
-void vms_dma_unpin(vms_pin *pin)
-{
-    if (!pin)
-        return;
-    /* Again: the log may have been read since the pin was made. */
-    mark_pin(pin);
-    file_put(pin->file);
-    vms_memory_destroy(pin->memory);
-    vms_domain_destroy(pin->log);
-    free(pin->pages);
-    free(pin);
 }

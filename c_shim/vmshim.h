@@ -10,6 +10,9 @@
  *   requester what issues DMA: an IOTLB, a domain (one for each PASID), bytes, dirty marks, faults
  *   function  regions (BARs, ROM, config space): backing store and who answers each byte
  *   channel   one vfio-user connection: framing, fds, replies, exits
+ *   store     blocks in memory or in a file
+ *   workers   threads for what may have to wait
+ *   nvme      the hot loop of an NVMe controller: plain reads and writes between guest memory and stores
  *
  * Rules.  Every function returns 0 or -errno (those that say so return a count); results leave
  * through trailing pointers.  Objects come in create/destroy pairs.  The library locks itself, holds
@@ -392,6 +395,118 @@ int vms_unwatch(vms_func *func, int eventfd);
 /* Sleeps without a connection: until `listener` (or -1) is readable, a wake, a watch, or the deadline.
  * Returns an enum vms_exit_reason, COMMAND standing for the listener, or -errno. *cookie for EVENT. */
 int vms_idle(vms_func *func, int listener, uint64_t deadline_ns, uint16_t *cookie);
+
+/* ---- store: blocks ------------------------------------------------------------------------- */
+
+typedef struct vms_store vms_store;
+/* Zeros, taken as they are written.  One thread may use it at a time. */
+int vms_store_create_memory(uint64_t size, vms_store **out);
+/* `size` bytes of a file; the fd stays the caller's.  Any thread. */
+int vms_store_create_file(int fd, uint64_t size, vms_store **out);
+void vms_store_destroy(vms_store *store);
+/* The bytes, NULL for a file; they live as long as the store. */
+uint8_t *vms_store_memory(vms_store *store);
+
+enum vms_store_op {
+    VMS_STORE_READ,
+    VMS_STORE_WRITE,
+    VMS_STORE_COMPARE,       /* EBADMSG: it is not what `expected` says */
+    VMS_STORE_COMPARE_WRITE, /* a write if it is what `expected` says, and nothing comes in between */
+    VMS_STORE_ZERO,
+    VMS_STORE_DISCARD,       /* zeros, too, and the space is given back */
+    VMS_STORE_VERIFY,        /* reads, for nothing but errors */
+    VMS_STORE_SYNC,          /* all that was written is on disk */
+};
+
+typedef struct vms_job {
+    uint32_t op;   /* enum vms_store_op */
+    uint32_t sync; /* what it writes is on disk when it is done; a read: what it reads */
+    uint64_t offset, length;
+    void *data;
+    const void *expected;
+    uint64_t cookie; /* the caller's */
+    int32_t error;   /* out: errno of a job that workers have done */
+} vms_job;
+/* Does it now, and waits if need be.  EINVAL: out of the store, no data. */
+int vms_store_run(vms_store *store, const vms_job *job);
+
+typedef struct vms_workers vms_workers;
+/* Up to `threads` threads, started as they are needed.  They wake `func` when something is done. */
+int vms_workers_create(vms_func *func, uint32_t threads, vms_workers **out);
+/* Waits for what has begun. */
+void vms_workers_destroy(vms_workers *workers);
+/* The buffers stay the caller's, and must not go away before the job comes back. */
+int vms_workers_submit(vms_workers *workers, vms_store *store, const vms_job *job);
+/* Copies up to `room` jobs that are done; how many. */
+size_t vms_workers_collect(vms_workers *workers, vms_job *out, size_t room);
+/* Takes a job back.  ENOENT: it has begun, or is done. */
+int vms_workers_revoke(vms_workers *workers, uint64_t cookie);
+/* Returns when nothing is under way any more. */
+void vms_workers_settle(vms_workers *workers);
+
+/* ---- nvme: the hot loop ----------------------------------------------------------------------- */
+
+#define VMS_NVME_QUEUES 65u
+#define VMS_NVME_NAMESPACES 256u
+
+/* Rings, shared with Python; all of it belongs to the device's thread. */
+typedef struct vms_nvme_sq {
+    uint64_t iova;
+    uint64_t shadow, event; /* shadow doorbell and EventIdx; shadow 0: none */
+    uint32_t entries, head, tail;
+    uint32_t cq;
+} vms_nvme_sq;
+
+typedef struct vms_nvme_cq {
+    uint64_t iova;
+    uint32_t entries, head, tail, phase;
+    uint32_t reserved; /* room for what workers have in hand */
+    uint32_t posted;   /* since Python last set it to 0 */
+} vms_nvme_cq;
+
+#define VMS_NVME_READ 1u  /* reads are plain */
+#define VMS_NVME_WRITE 2u /* writes are plain */
+#define VMS_NVME_SYNC 4u  /* each write is to be on disk when it is complete */
+
+enum vms_nvme_stop {
+    VMS_NVME_EMPTY, /* nothing is left */
+    VMS_NVME_TURN,  /* as many as were asked for */
+    VMS_NVME_FULL,  /* the completion queue has no room */
+    VMS_NVME_OTHER, /* Python's turn: what is next is not plain, or has failed and so is as if it had not begun */
+};
+
+typedef struct vms_nvme_run {
+    uint32_t stop;  /* enum vms_nvme_stop */
+    uint32_t taken; /* entries of the submission queue; collect: commands */
+    uint32_t deferred; /* of these: workers have them */
+    uint32_t sq;    /* collect: OTHER is `command`, of this queue */
+    uint64_t reads, writes, read_bytes, write_bytes; /* that are complete */
+    uint64_t posted[2]; /* collect: completion queues that have new entries, a bit for each */
+    uint8_t command[64];
+} vms_nvme_run;
+
+typedef struct vms_nvme vms_nvme;
+/* workers NULL: all that may have to wait is left to Python. */
+int vms_nvme_create(vms_requester *requester, vms_workers *workers, vms_nvme **out);
+void vms_nvme_destroy(vms_nvme *nvme);
+/* Rings of a queue; NULL: the number is too large.  They live as long as the controller. */
+vms_nvme_sq *vms_nvme_sq_at(vms_nvme *nvme, uint32_t qid);
+vms_nvme_cq *vms_nvme_cq_at(vms_nvme *nvme, uint32_t qid);
+/* Page size (a power of two >= 4096) and largest transfer. */
+int vms_nvme_set(vms_nvme *nvme, uint32_t page_size, uint64_t max_transfer);
+/* Namespace nsid: `blocks` of 1 << shift bytes; flags VMS_NVME_*.  store NULL: nothing of it is plain. */
+int vms_nvme_namespace(vms_nvme *nvme, uint32_t nsid, vms_store *store, uint32_t shift, uint64_t blocks,
+                       uint32_t flags);
+/* Carries out up to `count` plain commands of a queue and posts their completions, but for those that workers have to
+ * do.  Returns 1 instead of 0 as vms_dma_* do. */
+int vms_nvme_run_queue(vms_nvme *nvme, uint32_t qid, uint32_t count, vms_nvme_run *run);
+/* Completes what workers have done, until one has failed (OTHER). */
+int vms_nvme_collect(vms_nvme *nvme, vms_nvme_run *run);
+/* Takes a command back from the workers.  ENOENT: they do not have it, or have begun. */
+int vms_nvme_abort(vms_nvme *nvme, uint32_t qid, uint16_t cid);
+/* A reset: takes back what workers have not begun, and waits for the rest, which is no command of ours any more.  All
+ * rings are empty. */
+void vms_nvme_forget(vms_nvme *nvme);
 
 /* CDEF-END */
 

@@ -8,6 +8,7 @@ and a test can use it by itself.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -29,7 +30,17 @@ from vmodel.pci.caps import Capability, Msi, Msix, Pcie, Pm, ResetKind, VendorSp
 from vmodel.pci.config import ConfigSpace, Identity, Status
 from vmodel.pci.irq import Intx, Irqs
 from vmodel.points import Point, Points
-from vmodel.regs import Hook, HookedBank, Register, RegisterBank, RegisterError, hooks_of, on_read, on_write
+from vmodel.regs import (
+    Hook,
+    HookedBank,
+    Register,
+    RegisterBank,
+    RegisterError,
+    hooks_of,
+    on_read,
+    on_write,
+    on_write_each,
+)
 from vmodel.span import Span
 from vmodel.timers import Agenda, Timer
 from vmodel.vfio_user.commands import IoEventFd, IrqInfo, RegionInfo, SetIrqs
@@ -49,6 +60,7 @@ __all__ = [
     "VendorSpecific",
     "on_read",
     "on_write",
+    "on_write_each",
 ]
 
 _STATE_MAGIC = b"VMS1"
@@ -235,9 +247,9 @@ class PciDevice:
         bank = slot.bank(self.function.add_bank(region, at, slot.bank.size))
         bank.view[:] = bytes([slot.bar.fill]) * len(bank.view)
         bank.load_reset(everything=True)
-        mine = {h: method for h, method in self._hooks.items() if h.register.bank is slot.bank}
-        readers = {h.register: getattr(self, m) for h, m in mine.items() if h.kind == "read"}
-        writers = {h.register: getattr(self, m) for h, m in mine.items() if h.kind == "write"}
+        mine = {h: self._method(h, name) for h, name in self._hooks.items() if h.register.bank is slot.bank}
+        readers = {h.register: method for h, method in mine.items() if h.kind == "read"}
+        writers = {h.register: method for h, method in mine.items() if h.kind == "write"}
         self.function.set_policy(region, at, bank.policy(set(readers), set(writers)))
         hooked = HookedBank(
             bank,
@@ -254,6 +266,10 @@ class PciDevice:
             self._exact_writes[access_key(region, at + register.offset, register.size)] = write
         self.register_banks[name] = (region, at, bank)
         setattr(self, name, bank)
+
+    def _method(self, hook: Hook, name: str) -> Callable[..., Any]:
+        method = getattr(self, name)
+        return method if hook.index is None else functools.partial(method, hook.index)
 
     def _lay_msix(self, msix: Msix) -> None:
         region, size = msix.bar.index, msix.table_size
@@ -287,6 +303,12 @@ class PciDevice:
     def defer(self, call: Callable[[], None]) -> None:
         """Runs `call` on the device's thread once the access at hand is answered."""
         self._agenda.defer(call)
+
+    def open(self) -> None:
+        """For a model to override: takes hold of files and the like, just before the device is served.
+
+        ConfigError, one line for the user.  What it takes hold of is given back by `close`.
+        """
 
     def on_reset(self, kind: ResetKind) -> None:
         """For a model to override: registers have their reset values, timers are gone."""

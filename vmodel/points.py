@@ -47,6 +47,8 @@ class Point(enum.Enum):
         return _DOCS[self]
 
 
+#: What a device may do many times without Python, if nobody asks.
+_DETAILS = frozenset((Point.DMA_READ, Point.DMA_WRITE, Point.TRANSLATE, Point.COMPLETION))
 _READS = frozenset((Point.DMA_READ, Point.MMIO_READ, Point.CONFIG_READ))
 _DOCS = {
     Point.DMA_READ: "a device reads guest memory (or makes an atomic access)",
@@ -133,6 +135,8 @@ class Points:
     def __init__(self, device: str) -> None:
         self.device = device
         self.phase = Phase.PROBE
+        #: Whether somebody wants to hear of each access or command: ways that do not tell of them are closed.
+        self.detailed = False
         self._wanted: Collection[Point] = ()
         self._sink: Sink | None = None
 
@@ -140,6 +144,7 @@ class Points:
         """`sink` hears of the points `wanted` from now on; nobody of the others."""
         self._sink = None
         self._wanted = frozenset(wanted)
+        self.detailed = sink is not None and not _DETAILS.isdisjoint(wanted)
         self._sink = sink
 
     def wants(self, point: Point) -> bool:

@@ -61,11 +61,13 @@ def bridge_args(bridge: Function, number: int) -> list[str]:
     return ["-device", json.dumps(device | _place(bridge))]
 
 
-def device_args(name: str, socket: Path, function: Function) -> list[str]:
+def device_args(name: str, socket: Path, function: Function, bootindex: int | None = None) -> list[str]:
     """`-device` for a function that is served on `socket`."""
     device: dict[str, object] = {
         "driver": "vfio-user-pci",
         "id": name,
         "socket": {"type": "unix", "path": str(socket)},
     }
+    if bootindex is not None:
+        device["bootindex"] = bootindex
     return ["-device", json.dumps(device | _place(function))]

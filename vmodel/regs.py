@@ -25,6 +25,7 @@ and write nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -350,19 +351,22 @@ class Hook:
 
     kind: str  # "read" or "write"
     register: Register
+    #: The register's place among those of an `on_write_each`; None with the other hooks.
+    index: int | None = dataclasses.field(default=None, compare=False)
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _hook(kind: str, registers: tuple[Register, ...]) -> Callable[[_F], _F]:
+def _hook(kind: str, registers: tuple[Register, ...], *, indexed: bool = False) -> Callable[[_F], _F]:
     for register in registers:
         if not isinstance(register, Register) or register.bank is None:
             raise RegisterError(f"on_{kind} takes registers of a bank, not {register!r}")
 
     def mark(method: _F) -> _F:
         hooks = getattr(method, "_vmodel_hooks", ())
-        method._vmodel_hooks = hooks + tuple(Hook(kind, r) for r in registers)  # type: ignore[attr-defined]
+        mine = tuple(Hook(kind, r, n if indexed else None) for n, r in enumerate(registers))
+        method._vmodel_hooks = hooks + mine  # type: ignore[attr-defined]
         return method
 
     return mark
@@ -375,6 +379,14 @@ def on_write(*registers: Register) -> Callable[[_F], _F]:
     None stores `new`.  WO bits are never stored.
     """
     return _hook("write", registers)
+
+
+def on_write_each(*registers: Register) -> Callable[[_F], _F]:
+    """Marks a method `(self, index: int, new: int) -> int | None` of registers that are alike, as doorbells are.
+
+    `index` is the register's place in `registers`; the rest is as with `on_write`.
+    """
+    return _hook("write", registers, indexed=True)
 
 
 def on_read(*registers: Register) -> Callable[[_F], _F]:

@@ -371,8 +371,13 @@ class Server:
         self._stopped = threading.Event()
 
     def add(self, device: PciDevice, path: Path | str) -> None:
-        """Binds `path` for `device`.  ConfigError: a live server has it, it is no socket, or too long."""
-        self._endpoints.append(Endpoint(device, Path(path), self._limits))
+        """Binds `path` for `device` and opens it.
+
+        ConfigError: a live server has the path, it is no socket, or too long; or the device cannot be opened.
+        """
+        endpoint = Endpoint(device, Path(path), self._limits)
+        self._endpoints.append(endpoint)
+        device.open()
 
     @property
     def devices(self) -> list[PciDevice]:

@@ -159,6 +159,38 @@ def guests(console: Console, as_json: bool) -> int:
     return 0
 
 
+def nvme(console: Console, as_json: bool) -> int:
+    """scripts/bench --nvme."""
+    import guest_nvme  # it needs QEMU and a kernel
+
+    with tempfile.TemporaryDirectory(prefix="vmodel-bench-") as name, console.status("compiling") as status:
+        measured = list(guest_nvme.from_guests(Path(name), status.update))
+    rows = list(guest_nvme.rows(measured))
+    if as_json:
+        print(json.dumps({"machine": machine(), "rows": as_dicts(rows), "times": [asdict(m) for m in measured]}))
+        return 0
+    for table in (of_rows(rows, machine()), guest_nvme.table(measured)):
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+def as_dicts(rows: list[Row]) -> list[dict[str, object]]:
+    """For tools."""
+    return [{**asdict(row), "good": row.good} for row in rows]
+
+
+def of_rows(rows: list[Row], title: str) -> Table:
+    """The table of targets and what was measured."""
+    table = Table("#", "what", "measured", "reach", "", title=title, box=None)
+    for row in rows:
+        sign = "≥" if row.more_is_better else "≤"
+        mark = "PASS" if row.good else "short"
+        table.add_row(
+            str(row.number), row.what, f"{row.measured:.2f} {row.unit}", f"{sign} {row.reach} {row.unit}", mark
+        )
+    return table
+
+
 def machine() -> str:
     """What these figures are of."""
     system = f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release().partition('-')[0]}"
@@ -171,10 +203,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="for tools")
     parser.add_argument("--plot", metavar="FILE.svg", help="only draw how translation grows with mappings")
     parser.add_argument("--iommu", action="store_true", help="only what mapping costs guests, beside QEMU's own IOMMUs")
+    parser.add_argument("--nvme", action="store_true", help="only what NVMe costs guests, beside QEMU's own controller")
     options = parser.parse_args()
     console = Console(stderr=True)
     if options.iommu:
         return guests(console, options.json)
+    if options.nvme:
+        return nvme(console, options.json)
     cpu = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpu})
     with tempfile.TemporaryDirectory(prefix="vmodel-bench-") as name, console.status("compiling") as status:
@@ -197,16 +232,9 @@ def main() -> int:
         rows.sort(key=lambda row: row.number)
     title = f"{machine()}, pp = {pp / 1000:.1f} us"
     if options.json:
-        print(json.dumps({"machine": title, "rows": [{**asdict(row), "good": row.good} for row in rows]}))
+        print(json.dumps({"machine": title, "rows": as_dicts(rows)}))
         return 0
-    table = Table("#", "what", "measured", "reach", "", title=title, box=None)
-    for row in rows:
-        sign = "≥" if row.more_is_better else "≤"
-        mark = "PASS" if row.good else "short"
-        table.add_row(
-            str(row.number), row.what, f"{row.measured:.2f} {row.unit}", f"{sign} {row.reach} {row.unit}", mark
-        )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(of_rows(rows, title))
     return 0
 
 

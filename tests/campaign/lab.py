@@ -17,7 +17,7 @@ from pathlib import Path
 from vmodel import machine as machines
 from vmodel.campaign.rig import host_versions
 from vmodel.inject import Engine, FaultPlan
-from vmodel.testing.experiment import Case, Result
+from vmodel.testing.case import Case, Result
 from vmodel.testing.oracle import DATA_WRONG, Effect, Finding, classify, of_status
 from vmodel.vfio_user.client import Client, Ram
 

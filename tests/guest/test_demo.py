@@ -54,7 +54,8 @@ def test_the_demo() -> None:
     done = run(ROOT / "scripts" / "demo")
     assert done.returncode == 0, done
     steps = re.findall(
-        r"^\[(\d)/4\]|^(group|round trip|device|id|liveness|factorial|refused|DMA) |^(all is well|demo: all is well)"
+        r"^\[(\d)/4\]|^(group|round trip|device|id|liveness|factorial|refused|DMA|namespace|4 KiB reads|4 KiB writes) "
+        r"|^(all is well|demo: all is well)"
         r"|(?<= )(refused): ",
         done.stdout,
         re.MULTILINE,
@@ -63,7 +64,8 @@ def test_the_demo() -> None:
         "1", "2", "3", "4",
         "group", "round trip", "refused", "refused", "round trip", "refused", "round trip", "all is well",
         "device", "id", "liveness", "factorial", "DMA",
-        "device", "id", "liveness", "factorial", "refused", "DMA", "demo: all is well",
+        "device", "id", "liveness", "factorial", "refused", "DMA",
+        "namespace", "round trip", "4 KiB reads", "4 KiB writes", "demo: all is well",
     ]  # fmt: skip
     # What the guest's own IOMMU driver says of a fault.
     line = r"DMAR: \[DMA Write NO_PASID\] Request device \[00:05\.0\] fault addr 0x123402000 \[fault reason 0x05\]"
@@ -74,7 +76,14 @@ def test_the_demo() -> None:
     assert int(iova, 16) == int(page, 16) + (1 << 30)
     refused = re.search(r"^refused +DMA to iova (0x\w+),", done.stdout, re.MULTILINE)[1]
     assert f"iommu0: 1 fault recorded\n  iommu0: edu1 [0x20]: WRITE at iova {refused}: NOT_MAPPED" in done.stderr
+    # The kernel's own driver, by IOVAs of the guest's: each byte went once to the controller and once back.
+    assert re.search(r"^namespace +nvme0n1: 64 MiB in blocks of 512 bytes; IOMMU: DMA", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^round trip .* written with \d+ MB/s and flushed, read with \d+ MB/s, equal$", done.stdout, re.MULTILINE
+    )
     found = counters(done.stderr)
+    for way in ("guest to device", "device to guest"):
+        assert int(found[f"DMA bytes, {way}"][3].replace(",", "")) > 32 << 20
     assert found["interrupts"][:2] == ["3", "3"]
     assert found["DMA bytes, guest to device"] == found["DMA bytes, device to guest"]
     assert found["DMA bytes, guest to device"][:2] == ["4,096", "4,096"]

@@ -116,8 +116,8 @@ def test_version() -> None:
         ("guest x.toml", "missing argument '-- COMMAND...' (see vmodel guest --help)"),
         ("guest x.toml --timeout 0 -- true", "--timeout 0: must be more than 0 seconds"),
         ("serve nix.toml", "nix.toml: cannot be read: No such file or directory"),
-        ("regs ed", "unknown model 'ed': did you mean 'edu'? Built-ins are edu, idio16; else \"path/file.py:Class\", or"
-         ' "package.module:Class"'),
+        ("regs ed", "unknown model 'ed': did you mean 'edu'? Built-ins are edu, idio16, nvme; else"
+         ' "path/file.py:Class", or "package.module:Class"'),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(line: str, said: str, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def lines(text: str, folder: Path) -> list[str]:
             "iommu-groups",
             ["alone", "left", "right", "switched0", "switched1", "function0", "function1", "outside"],
         ),
+        ("nvme", ["nvme0"]),
     ],
 )
 def test_the_examples_of_the_repository(name: str, devices: list[str]) -> None:
@@ -142,6 +143,12 @@ def test_qemu_arguments() -> None:
     ]
 
 
+def test_what_the_firmware_boots_from() -> None:
+    text = MACHINE + device(more="bootindex = 3") + device("b", address="0000:00:04.0")
+    found = devices_of(parse(text, Path("m.toml")).qemu_args(Path("/run")))
+    assert [d.get("bootindex") for d in found] == [3, None]
+
+
 def test_functions_of_one_slot() -> None:
     text = MACHINE + device("b", address="0000:00:03.1") + device("a") + device("c", address="0000:00:04.0")
     machine = parse(text, Path("m.toml"))
@@ -175,7 +182,7 @@ def test_socket_paths_have_a_limit() -> None:
 ADDRESS = 'must be "SSSS:BB:DD.F" (segment, bus, device 00-1f, function 0-7), as "0000:00:03.0"'
 NAME = "must be a letter, then up to 39 letters, digits, '_', '.' or '-': it names a socket file"
 NO_MACHINE = 'a machine file needs a [machine] table with name = "edu-demo"'
-BUILTINS = 'Built-ins are edu, idio16; else "path/file.py:Class", or "package.module:Class"'
+BUILTINS = 'Built-ins are edu, idio16, nvme; else "path/file.py:Class", or "package.module:Class"'
 
 WRONG = {
     "": f"is empty: {NO_MACHINE}",
@@ -223,10 +230,13 @@ WRONG = {
     " is taken by 'edu0': give each device its own",
     MACHINE + device() + device(address="0000:00:04.0"): "device[1].name: 'edu0' is the name of device[0] already:"
     " give each its own",
+    MACHINE + device(more="bootindex = 2") + device("b", address="0000:00:04.0", more="bootindex = 2"): "device[1]."
+    "bootindex: 2 is taken by 'edu0': give each device its own",
+    MACHINE + device(more="bootindex = 0"): "device[0].bootindex: 0: input should be greater than or equal to 1",
     MACHINE + device(model="ed"): f"device[0].model: unknown model 'ed': did you mean 'edu'? {BUILTINS}",
     MACHINE + device(model=""): f"device[0].model: unknown model '': {BUILTINS}",
     MACHINE + device(model="toy.py"): "device[0].model: model 'toy.py': lacks the class, as \"toy.py:Class\"",
-    MACHINE + device(model=".:X"): "device[0].model: model '.:X': must be a built-in (edu, idio16),"
+    MACHINE + device(model=".:X"): "device[0].model: model '.:X': must be a built-in (edu, idio16, nvme),"
     ' "path/file.py:Class", or "package.module:Class"',
     MACHINE + device(model="no.such:X"): "device[0].model: model 'no.such:X': there is no module 'no'",
     MACHINE + device(model="vmodel.such:X"): "device[0].model: model 'vmodel.such:X': there is no module 'vmodel.such'",

@@ -20,7 +20,7 @@ from typing import Any
 from vmodel.campaign.executor import Answer, Task
 from vmodel.campaign.rig import Rig, load_rig, perform, plain
 from vmodel.errors import ConfigError
-from vmodel.testing.experiment import Case, Result
+from vmodel.testing.case import Case, Result
 
 #: Seconds after which a rig that nothing runs in is closed.
 _IDLE = 30.0

@@ -19,7 +19,7 @@ from vmodel.errors import ConfigError
 from vmodel.inject import Engine, FaultPlan
 from vmodel.machine import Machine
 from vmodel.testing.artifacts import KERNELS
-from vmodel.testing.experiment import Case
+from vmodel.testing.case import Case
 from vmodel.testing.oracle import Outcome
 
 #: What the plan of a run without faults is called.

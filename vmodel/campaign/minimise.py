@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from vmodel.inject import FaultPlan, Rule
-from vmodel.testing.experiment import Result
+from vmodel.testing.case import Result
 from vmodel.testing.oracle import Outcome
 
 _T = TypeVar("_T")

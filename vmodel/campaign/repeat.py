@@ -9,7 +9,7 @@ from vmodel.campaign.matrix import digest
 from vmodel.campaign.rig import Rig, perform
 from vmodel.campaign.store import Row
 from vmodel.errors import ConfigError
-from vmodel.testing.experiment import Result
+from vmodel.testing.case import Result
 
 
 def changed_inputs(row: Row) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 from vmodel.errors import ConfigError
 from vmodel.machine.explain import one_line
 from vmodel.machine.models import describe, load_source
-from vmodel.testing.experiment import Case, Result
+from vmodel.testing.case import Case, Result
 from vmodel.testing.oracle import Effect, Finding, Outcome
 
 #: Cases run in stock guests.

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from vmodel.campaign.matrix import Run
 from vmodel.campaign.rig import plain
 from vmodel.errors import ConfigError
-from vmodel.testing.experiment import Result
+from vmodel.testing.case import Result
 
 DATABASE = "campaign.db"
 #: Of the tables below; another number is another version's.

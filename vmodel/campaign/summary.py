@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from vmodel.campaign.statistics import Rate
 from vmodel.campaign.store import Row, Store
-from vmodel.testing.experiment import Result
+from vmodel.testing.case import Result
 from vmodel.testing.oracle import Effect, Outcome
 
 #: Outcomes that say nothing about the driver: no part of rates.

@@ -11,7 +11,7 @@ from vmodel.errors import ConfigError
 from vmodel.inject import ACTIONS, FaultPlan, Rule, parse_rule
 from vmodel.inject.terse import split
 from vmodel.points import Point
-from vmodel.testing.experiment import Case
+from vmodel.testing.case import Case
 from vmodel.testing.oracle import Outcome
 
 #: What is done by default: the first that the point knows.

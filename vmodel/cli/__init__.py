@@ -72,9 +72,9 @@ def _commands() -> list[Callable[..., None]]:
 
 def _groups() -> dict[str, typer.Typer]:
     """Commands that have commands of their own."""
-    from vmodel.cli import inject, iommu, plan
+    from vmodel.cli import bench, inject, iommu, plan
 
-    return {"iommu": iommu.app, "plan": plan.app, "inject": inject.app}
+    return {"bench": bench.app, "iommu": iommu.app, "plan": plan.app, "inject": inject.app}
 
 
 def _app(commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer]) -> typer.Typer:

@@ -25,7 +25,7 @@ from vmodel.cli.output import console, log_to_stderr, show
 from vmodel.cli.serve import MachinePath
 from vmodel.errors import ConfigError
 from vmodel.testing.artifacts import find_busybox, find_kernel, find_qemu
-from vmodel.testing.experiment import Case
+from vmodel.testing.case import Case
 from vmodel.testing.oracle import Outcome
 
 Folder = Annotated[

@@ -19,7 +19,7 @@ from vmodel.cli.campaign import check_host
 from vmodel.cli.output import log_to_stderr
 from vmodel.errors import ConfigError
 from vmodel.inject import FaultPlan
-from vmodel.testing.experiment import Result
+from vmodel.testing.case import Result
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as edu.runs/17.", show_default=False)]
 

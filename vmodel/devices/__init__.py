@@ -9,4 +9,5 @@ IOMMUS: dict[str, str] = {
 BUILTIN: dict[str, str] = {
     "edu": "vmodel.devices.edu:Edu",
     "idio16": "vmodel.devices.idio16:Idio16",
+    "nvme": "vmodel.devices.nvme:Nvme",
 }

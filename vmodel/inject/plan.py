@@ -224,6 +224,12 @@ class FaultPlan(BaseModel):
         plan._file, plan._in_file = self._file, self._in_file
         return plan
 
+    def placed(self, file: Path | None) -> FaultPlan:
+        """As if it had been read from `file`: paths in it count from its folder."""
+        plan = self.extended(())
+        plan._file, plan._in_file = file, 0 if file is None else len(self.rule)
+        return plan
+
     @classmethod
     def load(cls, path: Path) -> FaultPlan:
         """The plan of a TOML file.  PlanErrors, one line for each mistake."""

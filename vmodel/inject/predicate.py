@@ -39,7 +39,7 @@ KEYS: dict[str, frozenset[Point]] = {
     "offset": _MMIO | _CONFIG,
     "register": _MMIO | _CONFIG,
     "vector": frozenset((Point.IRQ,)),
-    "kind": frozenset((Point.RESET, Point.INVALIDATE)),
+    "kind": frozenset((Point.RESET, Point.INVALIDATE, Point.DOORBELL)),
     "queue": _COMMANDS,
     "opcode": frozenset((Point.COMPLETION,)),
     "lba": frozenset((Point.COMPLETION,)),
@@ -141,7 +141,9 @@ class Match(BaseModel):
     )
     vector: Numbers | None = Field(default=None, examples=["0"])
     kind: Words | None = Field(
-        default=None, examples=['"FLR"'], description="of a reset: FLR, DEVICE_RESET, D3hot*; of an invalidation"
+        default=None,
+        examples=['"FLR"'],
+        description="FLR, DEVICE_RESET, D3hot*; iotlb, context; submission, completion",
     )
     queue: Numbers | None = Field(default=None, examples=["1"])
     opcode: Numbers | None = Field(default=None, examples=["1"])

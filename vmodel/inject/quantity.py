@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
-from vmodel.machine.schema import number
-from vmodel.span import Span
+from vmodel.span import Span, number
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(us|ms|s|min)")

@@ -95,7 +95,7 @@ class Machine:
     def _make_devices(self, check: Check) -> None:
         for n, table in enumerate(self.content.device):
             try:
-                made = check.models[n](table.name, table.params, multifunction=self._shares_slot(table.name))
+                made = check.models[n](table.name, check.params[n], multifunction=self._shares_slot(table.name))
             except Exception as error:  # the model's own code: whatever it raises, the file's author chose the model
                 text = str(error) if isinstance(error, ConfigError) else describe(error)
                 message = f"model {table.model!r} cannot be made: {text}"
@@ -230,8 +230,9 @@ class Machine:
         bridges = [function for function in self.topology.functions() if function.kind.is_bridge]
         for number, bridge in enumerate(bridges, 1):
             args += bridge_args(bridge, number)
+        boots = {table.name: table.bootindex for table in self.content.device}
         for name in self.devices:
-            args += device_args(name, self.socket(name, run_dir), functions[name])
+            args += device_args(name, self.socket(name, run_dir), functions[name], boots.get(name))
         for signature in self.acpi_tables():
             # QEMU's own escape of commas; its list of files is split at colons, which have none.
             path = str(self._acpi_file(run_dir, signature))

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vmodel.device import PciDevice
+from vmodel.device import Params, PciDevice
 from vmodel.devices import IOMMUS
 from vmodel.errors import ConfigError
 from vmodel.iommu.driver import Driver
@@ -34,6 +34,8 @@ class Check:
         self.file = file
         self.content: MachineFile | None = None
         self.models: dict[int, type[PciDevice]] = {}
+        #: The parameters of each device, checked.
+        self.params: dict[int, Params] = {}
         self.drivers: dict[int, Driver] = {}
         self.topology = Topology()
         #: The function of each bridge and device, by name.
@@ -97,7 +99,8 @@ class Check:
             self.wrong("device", n, "model", str(error))
             return
         try:
-            model.Params.model_validate(table.get("params", {}))
+            # Paths in parameters count from the file, as those of models do.
+            self.params[n] = model.Params.model_validate(table.get("params", {}), context={"base": self.file.parent})
         except ValidationError as error:
             self._found += explain(error, self.file, model.Params, f"device[{n}].params")
 
@@ -170,6 +173,12 @@ class Check:
                 first, at = addresses[address]
                 other = self.sound[first][at].get("name", f"{first}[{at}]")
                 self.wrong(section, n, "address", f"{address!r} is taken by {other!r}: give each device its own")
+        boots: dict[int, int] = {}
+        for section, n, table in self._tables("device"):
+            index = table.get("bootindex")
+            if index is not None and boots.setdefault(index, n) != n:
+                other = self.sound["device"][boots[index]].get("name", f"device[{boots[index]}]")
+                self.wrong(section, n, "bootindex", f"{index} is taken by {other!r}: give each device its own")
         for section, n, table in self._tables("iommu", "bridge", "device"):
             address = table.get("address", "0")
             if address[-1] != "0" and f"{address[:-1]}0" not in addresses:

@@ -79,14 +79,10 @@ _WANTED = {
 }
 
 
-def _is_key(location: Location, root: type[BaseModel]) -> bool:
-    """Whether a value is a key's, and not a whole table's."""
-    schema = _schema_at(location, root)
-    field = schema.model_fields.get(str(location[-1])) if schema and location else None
-    return field is not None and not any(
-        isinstance(c, type) and issubclass(c, BaseModel)
-        for c in (field.annotation, *getattr(field.annotation, "__args__", ()))
-    )
+def _keys(location: Location, root: type[BaseModel]) -> set[str]:
+    """The keys of the table at `location`; none where a key is there."""
+    schema = _schema_at((*location, ""), root)
+    return set() if schema is None else {field.alias or name for name, field in schema.model_fields.items()}
 
 
 def _message(detail: Mapping[str, Any], root: type[BaseModel]) -> str:
@@ -123,8 +119,8 @@ def explain(error: ValidationError, file: Path | str, root: type[BaseModel], pre
         if detail["type"] == "missing" and location in guesses:
             continue  # it is there, misspelt: one mistake, one line
         key, message = ".".join(part for part in (prefix, where(location)) if part), _message(detail, root)
-        if detail["type"] == "value_error" and isinstance(detail["input"], dict) and not _is_key(location, root):
-            # A check of the whole table: it says itself which key it is about.
-            inner, colon, rest = one_line(detail["msg"].removeprefix("Value error, ")).partition(": ")
-            key, message = (f"{key}.{inner}" if key else inner, rest) if colon else (key, inner)
+        inner, colon, rest = one_line(detail["msg"].removeprefix("Value error, ")).partition(": ")
+        if colon and detail["type"] == "value_error" and inner.partition("[")[0] in _keys(location, root):
+            # A check of the whole table says itself which of its keys it is about.
+            key, message = f"{key}.{inner}" if key else inner, rest
         yield ConfigError(message, file=file, key=key)

@@ -10,11 +10,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from vmodel.errors import Access
 from vmodel.iommu.capabilities import Capabilities
 from vmodel.pci.topology import Bdf, PortType
-from vmodel.span import GiB, KiB, MiB, Span
+from vmodel.span import UNITS, GiB, MiB, Span, number
 
-UNITS = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": 1024 * GiB}
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,39}")
-_SIZE = re.compile(r"(0x[0-9a-f_]+|[0-9][0-9_]*)([KMGT]?)", re.IGNORECASE)
 
 
 def _memory(value: str) -> str:
@@ -45,21 +43,6 @@ def _address(value: str) -> str:
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise ValueError("must be a letter, then up to 39 letters, digits, '_', '.' or '-': it names a socket file")
-    return value
-
-
-def number(value: object) -> int:
-    """A number of bytes or an address: 4096, "4K", "0x4000_0000".  ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError('must be a number or text, as 4096, "4K" or "0x4000_0000"')
-    if isinstance(value, str):
-        match = _SIZE.fullmatch(value.strip())
-        digits = match[1].strip("_") if match else ""
-        if match is None or digits.lower() in ("", "0x"):
-            raise ValueError('must be a number with K, M, G or T behind it, or 0x before it, as "4K" or "0x4000_0000"')
-        value = int(digits, 0 if digits.lower().startswith("0x") else 10) * UNITS[match[2].upper()]
-    if not 0 <= value < 1 << 64:
-        raise ValueError("must be from 0 to 2**64 - 1")
     return value
 
 
@@ -121,6 +104,8 @@ class DeviceTable(_Strict):
     params: dict[str, Any] = Field(default_factory=dict, examples=["{ }"])
     #: The name of an [[iommu]], or "none"; without it, the first that covers the address.
     iommu: str | None = Field(default=None, examples=['"iommu0"'])
+    #: Its place among what the firmware boots from, the lowest first; 0 is the kernel's that QEMU is given.
+    bootindex: Annotated[int, Field(ge=1, le=9999)] | None = Field(default=None, examples=["1"])
 
 
 BRIDGES: dict[str, PortType] = {

@@ -1,8 +1,8 @@
 """What became of a fault: outcome classes, and the evidence for one.
 
-Oracles are what looks at a run and says what it saw: the console and the kernel's log (`vmodel.testing.kernel_log`), the
-workload's exit status, its check of data, the time, QEMU (by QMP), the device models.  Each `Finding` says which one it
-comes from; `classify` makes one `Outcome` of them all.
+Oracles are what looks at a run and says what it saw: the console and the kernel's log (`vmodel.testing.kernel_log`),
+the workload's exit status, its check of data, the time, QEMU (by QMP), the device models.  Each `Finding` says which
+one it comes from; `classify` makes one `Outcome` of them all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _DOCS = {
     Outcome.CORRUPTION: "nobody reported an error, and data was wrong",
     Outcome.HANG: "the workload, or the check after it, did not end in its time",
     Outcome.CRASH: "the kernel panicked, had an oops or a BUG, or damaged its own memory",
-    Outcome.HARNESS: "the experiment itself went wrong: QEMU, the guest's boot, a model, or the workload without a fault",
+    Outcome.HARNESS: "the experiment itself went wrong: QEMU, a boot, a model, or the workload without a fault",
 }
 
 
@@ -66,13 +66,15 @@ class Finding(BaseModel):
     #: "console", "kernel log", "status", "check", "time", "qmp", "model", "boot".
     oracle: str
     effect: Effect
-    #: What it is: of kernel messages a name of `kernel_log.SIGNS`, as "oops", "hung task", "aer", "iommu fault".
+    #: What it is: of kernel messages a name of `kernel_log.SIGNS`, as "oops", "hung-task", "aer", "iommu-fault".
     sign: str
     text: str
     #: The same for the same thing in another run: without addresses, numbers and times; with the functions of a splat.
     signature: str
-    #: Seconds since the workload began; None where nobody knows.
+    #: Seconds since the workload began, of the first time and of the last; None where nobody knows.
     at: float | None = None
+    last: float | None = None
+    count: int = 1
 
 
 def classify(findings: Sequence[Finding], *, injected: bool) -> Outcome:

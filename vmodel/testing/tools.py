@@ -43,7 +43,7 @@ def programs() -> list[str]:
 
 
 def program_files(root: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """(path in the guest, path here) of programs and of all libraries that they need.  ArtifactError: one is missing."""
+    """(path in the guest, path here) of programs and all libraries that they need.  ArtifactError: one is missing."""
     libraries: dict[str, Path] = {}
     todo: list[tuple[str, Path]] = []
     for name in dict.fromkeys(names):

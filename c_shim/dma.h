@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: MIT
+ * What is behind a requester's handle, and accesses piece by piece; see dma.c.  All of it is under requester->lock. */
+#ifndef VMS_DMA_H
+#define VMS_DMA_H
+
+#include "iotlb.h"
+#include "stale.h"
+
+#define CACHED 4
+
+struct vms_requester {
+    vms_requester *next; /* under memory->requesters_lock */
+    vms_memory *memory;
+    pthread_mutex_t attaching; /* one change of attachments at a time; outermost */
+    pthread_mutex_t lock;      /* all below */
+    int enabled;
+    attachment *attached; /* without a PASID; NULL: no translation */
+    span_tree pasids;
+    iotlb *iotlb; /* NULL: never attached */
+    unsigned victim;
+    struct cached {
+        uint64_t start, last; /* start > last: free */
+        uint8_t *host;
+        mapped_file *file; /* NULL: by message */
+        uint64_t file_offset;
+        uint32_t prot;
+    } cache[CACHED];
+    vms_dma_stats stats;
+    stale_log *stale; /* NULL: nobody wants to know */
+};
+
+/* Where a piece of an access is. */
+typedef struct place {
+    uint8_t *ptr;
+    uint64_t gpa, n;
+    const struct cached *window;
+    vms_domain *log;  /* has the write noted in its dirty log, NULL: none */
+    uint64_t log_at;
+} place;
+
+/* Begins an access: *fault is empty. */
+void dma_begin(vms_fault *fault, uint32_t pasid, uint32_t flags);
+/* What an access goes through: 0 with *at, NULL for no translation. */
+int dma_route(vms_requester *requester, uint32_t pasid, uint64_t iova, attachment **at, vms_fault *fault);
+/* Fills *fault; -EFAULT. */
+int dma_fail(vms_requester *requester, vms_fault *fault, enum vms_reason reason, uint64_t iova);
+/* Where iova is: at most `want` bytes there. */
+int dma_translate(vms_requester *requester, const attachment *at, uint64_t iova, uint64_t want, uint32_t access,
+                  place *out, vms_fault *fault);
+/* Whether the file behind it has not shrunk meanwhile. */
+int dma_still_there(const place *p);
+/* Notes that the piece was written. */
+void dma_wrote(vms_requester *requester, const place *p);
+/* Moves len bytes; fault->done counts them. */
+int dma_transfer(vms_requester *requester, const attachment *at, uint64_t iova, uint8_t *buf, uint64_t len,
+                 uint32_t flags, vms_fault *fault);
+/* Counts an access of `done` bytes. */
+void dma_count(vms_requester *requester, uint32_t flags, uint64_t done);
+/* What a call returns. */
+int dma_outcome(const vms_requester *requester, int rc);
+
+#endif

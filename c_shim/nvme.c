@@ -1,0 +1,645 @@
+/* SPDX-License-Identifier: MIT
+ * The hot loop of an NVMe controller: plain Reads and Writes, from the submission queue to the completion queue.
+ *
+ * A command is plain when nothing about it needs a decision: no fused operation, no protection information, blocks
+ * that are there, PRPs or a short SGL, a namespace without a special state.  Everything else stops the loop before the
+ * command is taken, and so does a failure: Python then carries the command out from its beginning, which is the
+ * same thing once more for a Read or a Write, and finds the right status.
+ *
+ * What a file cannot do without waiting goes to workers, by way of a buffer.  They never see guest memory: a Write's
+ * data is fetched before, a Read's is stored when the device's thread collects it.  Section numbers are those of NVMe
+ * base 1.4. */
+#define _GNU_SOURCE
+#include "dma.h"
+#include "workers.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ENTRY 64u      /* bytes of a submission queue entry */
+#define COMPLETION 16u /* and of a completion */
+#define FETCH 32u      /* entries that are fetched at once, and completions that are posted at once */
+#define PIECES 1024u   /* most pieces of a plain command, not more than IOV_MAX */
+#define SGL_DESCRIPTORS 256u
+#define INLINE ((uint64_t)256 * 1024) /* a transfer from or to a file that is larger is for workers */
+
+enum { FLUSH, WRITE, READ };
+
+typedef struct namespace {
+    vms_store *store; /* NULL: nothing is plain */
+    uint64_t blocks;
+    uint32_t shift, flags;
+} namespace;
+
+/* A plain command. */
+typedef struct plain {
+    const namespace *ns;
+    uint64_t offset, length;
+    int write, sync;
+    uint16_t cid;
+    uint32_t n; /* pieces */
+} plain;
+
+/* A plain command that a worker has in hand. */
+typedef struct task {
+    work work; /* first: a work * is a task * */
+    uint32_t sq;
+    uint16_t cid;
+    uint8_t command[ENTRY];
+    uint32_t n;
+    vms_sg piece[]; /* of a Read */
+} task;
+
+struct vms_nvme {
+    vms_requester *requester;
+    vms_workers *workers; /* NULL: none */
+    inbox done;
+    uint32_t page_size;
+    uint64_t max_transfer;
+    vms_nvme_sq sq[VMS_NVME_QUEUES];
+    vms_nvme_cq cq[VMS_NVME_QUEUES];
+    namespace ns[VMS_NVME_NAMESPACES + 1];
+    vms_sg piece[PIECES];
+    struct iovec iov[PIECES];
+    /* The last commands that one queue has taken, as long as their completions are not posted. */
+    struct {
+        uint16_t cid, sq_head;
+        int write;
+        uint64_t length;
+    } batch[FETCH];
+    uint32_t batched;
+};
+
+int vms_nvme_create(vms_requester *requester, vms_workers *workers, vms_nvme **out)
+{
+    vms_nvme *nvme = calloc(1, sizeof *nvme);
+    if (!nvme)
+        return -ENOMEM;
+    nvme->requester = requester;
+    nvme->workers = workers;
+    nvme->page_size = 4096;
+    if (workers)
+        workers_ref(workers);
+    *out = nvme;
+    return 0;
+}
+
+static int any(const work *item, uint64_t key)
+{
+    (void)item;
+    (void)key;
+    return 1;
+}
+
+static void task_free(work *item)
+{
+    free(item->job.data);
+    free(item);
+}
+
+/* Takes back what workers have not begun, and waits for the rest. */
+static void drop_tasks(vms_nvme *nvme)
+{
+    work *item;
+
+    if (!nvme->workers)
+        return;
+    while ((item = workers_revoke(nvme->workers, &nvme->done, any, 0)))
+        task_free(item);
+    vms_workers_settle(nvme->workers);
+    while ((item = workers_take(nvme->workers, &nvme->done)))
+        task_free(item);
+}
+
+void vms_nvme_destroy(vms_nvme *nvme)
+{
+    if (!nvme)
+        return;
+    drop_tasks(nvme);
+    vms_workers_destroy(nvme->workers);
+    for (uint32_t i = 0; i <= VMS_NVME_NAMESPACES; i++)
+        vms_store_destroy(nvme->ns[i].store);
+    free(nvme);
+}
+
+vms_nvme_sq *vms_nvme_sq_at(vms_nvme *nvme, uint32_t qid)
+{
+    return qid < VMS_NVME_QUEUES ? &nvme->sq[qid] : NULL;
+}
+
+vms_nvme_cq *vms_nvme_cq_at(vms_nvme *nvme, uint32_t qid)
+{
+    return qid < VMS_NVME_QUEUES ? &nvme->cq[qid] : NULL;
+}
+
+int vms_nvme_set(vms_nvme *nvme, uint32_t page_size, uint64_t max_transfer)
+{
+    if (page_size < 4096 || page_size > 1u << 27 || page_size & (page_size - 1))
+        return -EINVAL;
+    nvme->page_size = page_size;
+    nvme->max_transfer = max_transfer;
+    return 0;
+}
+
+int vms_nvme_namespace(vms_nvme *nvme, uint32_t nsid, vms_store *store, uint32_t shift, uint64_t blocks,
+                       uint32_t flags)
+{
+    if (!nsid || nsid > VMS_NVME_NAMESPACES || shift < 9 || shift > 16)
+        return -EINVAL;
+    if (store && blocks > store->size >> shift)
+        return -EINVAL;
+    namespace *ns = &nvme->ns[nsid];
+    if (store)
+        store_ref(store);
+    vms_store_destroy(ns->store);
+    *ns = (namespace){ .store = store, .blocks = blocks, .shift = shift, .flags = flags };
+    return 0;
+}
+
+static uint32_t le32(const uint8_t *at)
+{
+    uint32_t value;
+    memcpy(&value, at, sizeof value);
+    return le32toh(value);
+}
+
+static uint64_t le64(const uint8_t *at)
+{
+    uint64_t value;
+    memcpy(&value, at, sizeof value);
+    return le64toh(value);
+}
+
+/* ---- what a command says ------------------------------------------------------------------------ */
+
+/* 1: it is plain, as far as the entry itself tells. */
+static int decode(const vms_nvme *nvme, const uint8_t *entry, plain *out)
+{
+    uint32_t nsid = le32(entry + 4), dword12 = le32(entry + 48);
+    uint64_t slba = le64(entry + 40), blocks = (dword12 & 0xFFFF) + 1;
+
+    if ((entry[0] != READ && entry[0] != WRITE) || entry[1] & 0x3F || entry[1] >> 6 == 3)
+        return 0;
+    if (!nsid || nsid > VMS_NVME_NAMESPACES || !nvme->ns[nsid].store)
+        return 0;
+    const namespace *ns = &nvme->ns[nsid];
+    int write = entry[0] == WRITE;
+    if (!(ns->flags & (write ? VMS_NVME_WRITE : VMS_NVME_READ)) || slba >= ns->blocks || blocks > ns->blocks - slba)
+        return 0;
+    int fua = dword12 >> 30 & 1;
+    /* Protection information (29:26), a directive (23:20), a Read that must find the medium up to date. */
+    if (dword12 & 0x3CF00000 || (fua && !write))
+        return 0;
+    out->ns = ns;
+    out->write = write;
+    out->sync = write && (fua || ns->flags & VMS_NVME_SYNC) && !ns->store->memory;
+    out->offset = slba << ns->shift;
+    out->length = blocks << ns->shift;
+    out->cid = (uint16_t)(entry[2] | entry[3] << 8);
+    return out->length <= nvme->max_transfer;
+}
+
+/* Adds a piece, as a part of the last one where they touch; 0: no room. */
+static int add_piece(vms_nvme *nvme, plain *p, uint64_t iova, uint64_t len)
+{
+    if (p->n && nvme->piece[p->n - 1].iova + nvme->piece[p->n - 1].len == iova) {
+        nvme->piece[p->n - 1].len += len;
+        return 1;
+    }
+    if (p->n == PIECES)
+        return 0;
+    nvme->piece[p->n++] = (vms_sg){ iova, len };
+    return 1;
+}
+
+static int fetch(vms_nvme *nvme, const attachment *at, uint64_t iova, void *buf, uint64_t len)
+{
+    vms_fault fault;
+
+    dma_begin(&fault, VMS_NO_PASID, 0);
+    int rc = dma_transfer(nvme->requester, at, iova, buf, len, 0, &fault);
+    dma_count(nvme->requester, 0, fault.done);
+    return rc;
+}
+
+/* The entries of a PRP list for `left` bytes (4.3). */
+static int prp_list(vms_nvme *nvme, const attachment *at, plain *p, uint64_t list, uint64_t left)
+{
+    uint8_t entries[4096];
+    uint64_t page = nvme->page_size;
+
+    if (list & 7)
+        return 0;
+    while (left) {
+        uint64_t room = (page - list % page) / 8, wanted = (left + page - 1) / page, n = room < wanted ? room : wanted;
+        if (n > sizeof entries / 8)
+            n = sizeof entries / 8;
+        if (fetch(nvme, at, list, entries, n * 8) < 0)
+            return 0;
+        /* The last entry of a page leads to the next list where one entry would not do for what is left. */
+        int chained = n == room && wanted > room;
+        for (uint64_t i = 0; i < n; i++) {
+            uint64_t entry = le64(entries + 8 * i);
+            if (entry % page)
+                return 0;
+            if (chained && i == n - 1) {
+                list = entry;
+                break;
+            }
+            uint64_t len = left < page ? left : page;
+            if (!add_piece(nvme, p, entry, len))
+                return 0;
+            left -= len;
+        }
+        if (!chained)
+            list += n * 8;
+    }
+    return 1;
+}
+
+static int prp(vms_nvme *nvme, const attachment *at, plain *p, uint64_t first, uint64_t second)
+{
+    uint64_t page = nvme->page_size, len = page - first % page;
+
+    if (first & 3)
+        return 0;
+    if (len >= p->length)
+        return add_piece(nvme, p, first, p->length);
+    add_piece(nvme, p, first, len);
+    if (p->length - len > page)
+        return prp_list(nvme, at, p, second, p->length - len);
+    return second % page == 0 && add_piece(nvme, p, second, p->length - len);
+}
+
+/* One data block, or a segment of nothing else (4.4). */
+static int sgl(vms_nvme *nvme, const attachment *at, plain *p, const uint8_t *descriptor)
+{
+    uint8_t segment[SGL_DESCRIPTORS * 16];
+    uint64_t length = le32(descriptor + 8), left = p->length;
+
+    if (descriptor[15] == 0)
+        return length == left && add_piece(nvme, p, le64(descriptor), length);
+    if (descriptor[15] != 0x30 || !length || length % 16 || length > sizeof segment)
+        return 0;
+    if (fetch(nvme, at, le64(descriptor), segment, length) < 0)
+        return 0;
+    for (const uint8_t *d = segment; d < segment + length; d += 16) {
+        uint64_t len = le32(d + 8);
+        if (d[15] != 0 || len > left || (len && !add_piece(nvme, p, le64(d), len)))
+            return 0;
+        left -= len;
+    }
+    return left == 0;
+}
+
+static int find_pieces(vms_nvme *nvme, const attachment *at, plain *p, const uint8_t *entry)
+{
+    p->n = 0;
+    if (entry[1] >> 6)
+        return sgl(nvme, at, p, entry + 24);
+    return prp(nvme, at, p, le64(entry + 24), le64(entry + 32));
+}
+
+/* ---- moving data --------------------------------------------------------------------------------- */
+
+/* Between guest memory and `data`. */
+static int move(vms_nvme *nvme, const attachment *at, const vms_sg *piece, uint32_t n, uint8_t *data, int to_guest)
+{
+    uint32_t flags = to_guest ? VMS_DMA_WRITE : 0;
+    vms_fault fault;
+    int rc = 0;
+
+    dma_begin(&fault, VMS_NO_PASID, flags);
+    for (uint32_t i = 0; i < n && rc == 0; i++)
+        rc = dma_transfer(nvme->requester, at, piece[i].iova, data + fault.done, piece[i].len, flags, &fault);
+    dma_count(nvme->requester, flags, fault.done);
+    return rc;
+}
+
+/* Between guest memory and a file, if nothing has to be waited for.  1: done; 0: it has; -EFAULT. */
+static int move_file(vms_nvme *nvme, const attachment *at, const plain *p)
+{
+    uint32_t access = p->write ? VMS_PROT_READ : VMS_PROT_WRITE, n = 0;
+    vms_fault fault;
+    place found[PIECES];
+
+    dma_begin(&fault, VMS_NO_PASID, p->write ? 0 : VMS_DMA_WRITE);
+    for (uint32_t i = 0; i < p->n; i++) {
+        uint64_t iova = nvme->piece[i].iova, left = nvme->piece[i].len;
+        if (iova + (left - 1) < iova)
+            return -EFAULT;
+        for (; left; n++) {
+            if (n == PIECES)
+                return 0;
+            int rc = dma_translate(nvme->requester, at, iova, left, access, &found[n], &fault);
+            if (rc < 0)
+                return rc;
+            nvme->iov[n] = (struct iovec){ found[n].ptr, found[n].n };
+            iova += found[n].n;
+            left -= found[n].n;
+        }
+    }
+    int rc = store_try(p->ns->store, p->write, p->offset, p->length, nvme->iov, (int)n);
+    /* Even a read that has failed may have written something. */
+    for (uint32_t i = 0; i < n && !p->write; i++)
+        dma_wrote(nvme->requester, &found[i]);
+    if (rc == 1)
+        dma_count(nvme->requester, p->write ? 0 : VMS_DMA_WRITE, p->length);
+    return rc;
+}
+
+/* ---- completions ---------------------------------------------------------------------------------- */
+
+static uint32_t room_in(const vms_nvme_cq *cq)
+{
+    uint32_t room = (cq->head + cq->entries - cq->tail - 1) % cq->entries;
+    return room > cq->reserved ? room - cq->reserved : 0;
+}
+
+static void batch(vms_nvme *nvme, uint16_t cid, uint32_t sq_head, int write, uint64_t length)
+{
+    nvme->batch[nvme->batched].cid = cid;
+    nvme->batch[nvme->batched].sq_head = (uint16_t)sq_head;
+    nvme->batch[nvme->batched].write = write;
+    nvme->batch[nvme->batched++].length = length;
+}
+
+/* Posts the batch, in order; -EFAULT: what could not be posted is still in it. */
+static int post(vms_nvme *nvme, uint32_t qid, vms_nvme_cq *cq, vms_nvme_run *run)
+{
+    uint32_t done = 0;
+    attachment *at;
+    vms_fault fault;
+    place p;
+
+    dma_begin(&fault, VMS_NO_PASID, VMS_DMA_WRITE);
+    int rc = dma_route(nvme->requester, VMS_NO_PASID, cq->iova, &at, &fault);
+    while (rc == 0 && done < nvme->batched) {
+        uint32_t n = nvme->batched - done;
+        if (n > cq->entries - cq->tail)
+            n = cq->entries - cq->tail;
+        rc = dma_translate(nvme->requester, at, cq->iova + (uint64_t)cq->tail * COMPLETION, n * COMPLETION,
+                           VMS_PROT_WRITE, &p, &fault);
+        if (rc == 0 && (p.n < COMPLETION || (uintptr_t)p.ptr & 3))
+            rc = -EFAULT; /* no driver has its queue there */
+        if (rc < 0)
+            break;
+        n = (uint32_t)(p.n / COMPLETION);
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t *to = (uint32_t *)(void *)(p.ptr + i * COMPLETION);
+            to[0] = to[1] = 0;
+            to[2] = htole32(nvme->batch[done + i].sq_head | qid << 16);
+            /* The driver may look at any time: the phase tag comes last. */
+            __atomic_store_n(&to[3], htole32(nvme->batch[done + i].cid | cq->phase << 16), __ATOMIC_RELEASE);
+        }
+        dma_wrote(nvme->requester, &p);
+        if (!dma_still_there(&p)) {
+            rc = -EFAULT;
+            break;
+        }
+        for (uint32_t i = done; i < done + n; i++) {
+            *(nvme->batch[i].write ? &run->writes : &run->reads) += 1;
+            *(nvme->batch[i].write ? &run->write_bytes : &run->read_bytes) += nvme->batch[i].length;
+        }
+        done += n;
+        cq->tail += n;
+        cq->posted += n;
+        if (cq->tail == cq->entries) {
+            cq->tail = 0;
+            cq->phase ^= 1;
+        }
+    }
+    dma_count(nvme->requester, VMS_DMA_WRITE, (uint64_t)done * COMPLETION);
+    memmove(nvme->batch, nvme->batch + done, (nvme->batched - done) * sizeof nvme->batch[0]);
+    nvme->batched -= done;
+    return rc;
+}
+
+/* ---- workers -------------------------------------------------------------------------------------- */
+
+/* Hands a command to the workers; 0: Python has to do it. */
+static int defer(vms_nvme *nvme, const attachment *at, const plain *p, uint32_t qid, const uint8_t *entry)
+{
+    if (!nvme->workers)
+        return 0;
+    task *t = malloc(sizeof *t + (p->write ? 0 : p->n) * sizeof t->piece[0]);
+    uint8_t *data = malloc(p->length);
+    if (!t || !data)
+        goto not;
+    *t = (task){ .sq = qid, .cid = p->cid };
+    memcpy(t->command, entry, ENTRY);
+    if (p->write) {
+        if (move(nvme, at, nvme->piece, p->n, data, 0) < 0)
+            goto not;
+    } else {
+        t->n = p->n;
+        memcpy(t->piece, nvme->piece, p->n * sizeof t->piece[0]);
+    }
+    t->work.store = p->ns->store;
+    t->work.to = &nvme->done;
+    t->work.job = (vms_job){
+        .op = p->write ? VMS_STORE_WRITE : VMS_STORE_READ,
+        .sync = (uint32_t)p->sync,
+        .offset = p->offset,
+        .length = p->length,
+        .data = data,
+    };
+    store_ref(t->work.store);
+    if (workers_submit(nvme->workers, &t->work) < 0) {
+        work_release(&t->work);
+        goto not;
+    }
+    return 1;
+not:
+    free(data);
+    free(t);
+    return 0;
+}
+
+int vms_nvme_collect(vms_nvme *nvme, vms_nvme_run *run)
+{
+    vms_requester *requester = nvme->requester;
+    work *item;
+    vms_fault fault;
+    attachment *at;
+
+    *run = (vms_nvme_run){ .stop = VMS_NVME_EMPTY };
+    pthread_mutex_lock(&requester->lock);
+    while (nvme->workers && run->stop == VMS_NVME_EMPTY && (item = workers_take(nvme->workers, &nvme->done))) {
+        task *t = (task *)item;
+        uint32_t qid = nvme->sq[t->sq].cq;
+        vms_nvme_cq *cq = &nvme->cq[qid];
+        int write = item->job.op == VMS_STORE_WRITE;
+        uint64_t faults = requester->stats.faults;
+        cq->reserved--;
+        run->taken++;
+        int rc = item->job.error ? -EIO : 0;
+        if (rc == 0 && !write) {
+            dma_begin(&fault, VMS_NO_PASID, VMS_DMA_WRITE);
+            rc = dma_route(requester, VMS_NO_PASID, t->n ? t->piece[0].iova : 0, &at, &fault);
+            if (rc == 0)
+                rc = move(nvme, at, t->piece, t->n, item->job.data, 1);
+        }
+        if (rc == 0) {
+            nvme->batched = 0;
+            batch(nvme, t->cid, nvme->sq[t->sq].head, write, item->job.length);
+            rc = post(nvme, t->sq, cq, run);
+        }
+        if (rc == 0) {
+            run->posted[qid / 64] |= (uint64_t)1 << qid % 64;
+        } else {
+            requester->stats.faults = faults; /* it is counted when Python meets it again */
+            run->stop = VMS_NVME_OTHER;
+            run->sq = t->sq;
+            memcpy(run->command, t->command, ENTRY);
+        }
+        task_free(item);
+    }
+    int rc = dma_outcome(requester, 0);
+    pthread_mutex_unlock(&requester->lock);
+    return rc;
+}
+
+static int is_command(const work *item, uint64_t key)
+{
+    const task *t = (const task *)item;
+    return t->sq == key >> 16 && t->cid == (key & 0xFFFF);
+}
+
+int vms_nvme_abort(vms_nvme *nvme, uint32_t qid, uint16_t cid)
+{
+    work *item = NULL;
+
+    if (nvme->workers && qid < VMS_NVME_QUEUES)
+        item = workers_revoke(nvme->workers, &nvme->done, is_command, (uint64_t)qid << 16 | cid);
+    if (!item)
+        return -ENOENT;
+    nvme->cq[nvme->sq[qid].cq].reserved--;
+    task_free(item);
+    return 0;
+}
+
+void vms_nvme_forget(vms_nvme *nvme)
+{
+    drop_tasks(nvme);
+    memset(nvme->sq, 0, sizeof nvme->sq);
+    memset(nvme->cq, 0, sizeof nvme->cq);
+}
+
+/* ---- the loop ------------------------------------------------------------------------------------- */
+
+/* Looks at the shadow doorbell (5.7, 7.13); when there is nothing, asks for a doorbell at the next command.  0, -errno. */
+static int look_at_shadow(vms_nvme *nvme, const attachment *at, vms_nvme_sq *sq)
+{
+    vms_fault fault;
+    uint32_t value, event;
+
+    for (;;) {
+        int rc = fetch(nvme, at, sq->shadow, &value, sizeof value);
+        if (rc < 0)
+            return rc;
+        value = le32toh(value);
+        if (value < sq->entries)
+            sq->tail = value;
+        if (sq->head != sq->tail)
+            return 0;
+        rc = fetch(nvme, at, sq->event, &event, sizeof event);
+        if (rc < 0 || le32toh(event) == sq->tail)
+            return rc;
+        event = htole32(sq->tail);
+        dma_begin(&fault, VMS_NO_PASID, VMS_DMA_WRITE);
+        rc = dma_transfer(nvme->requester, at, sq->event, (uint8_t *)&event, sizeof event, VMS_DMA_WRITE, &fault);
+        dma_count(nvme->requester, VMS_DMA_WRITE, fault.done);
+        if (rc < 0)
+            return rc;
+        /* The driver writes its tail, then looks at EventIdx; we the other way round. */
+        atomic_thread_fence(memory_order_seq_cst);
+    }
+}
+
+/* Carries one command out.  1: it is in the batch, or workers have it; 0: it is Python's. */
+static int carry_out(vms_nvme *nvme, const attachment *at, vms_nvme_cq *cq, uint32_t qid, const uint8_t *entry,
+                     vms_nvme_run *run)
+{
+    vms_nvme_sq *sq = &nvme->sq[qid];
+    uint32_t next = sq->head + 1 == sq->entries ? 0 : sq->head + 1;
+    plain p;
+
+    if (!decode(nvme, entry, &p) || !find_pieces(nvme, at, &p, entry))
+        return 0;
+    if (p.ns->store->memory) {
+        if (move(nvme, at, nvme->piece, p.n, p.ns->store->memory + p.offset, !p.write) < 0)
+            return 0;
+    } else {
+        int rc = p.sync || p.length > INLINE ? 0 : move_file(nvme, at, &p);
+        if (rc < 0)
+            return 0;
+        if (rc == 0) {
+            /* A batch has no gaps: it is taken back from its end when it cannot be posted. */
+            if (post(nvme, qid, cq, run) < 0 || !defer(nvme, at, &p, qid, entry))
+                return 0;
+            cq->reserved++;
+            run->deferred++;
+            sq->head = next;
+            return 1;
+        }
+    }
+    sq->head = next;
+    batch(nvme, p.cid, next, p.write, p.length);
+    return 1;
+}
+
+int vms_nvme_run_queue(vms_nvme *nvme, uint32_t qid, uint32_t count, vms_nvme_run *run)
+{
+    uint8_t entries[FETCH * ENTRY];
+    vms_requester *requester = nvme->requester;
+    vms_fault fault;
+    attachment *at;
+
+    *run = (vms_nvme_run){ .stop = VMS_NVME_OTHER };
+    if (qid >= VMS_NVME_QUEUES || nvme->sq[qid].cq >= VMS_NVME_QUEUES)
+        return -EINVAL;
+    vms_nvme_sq *sq = &nvme->sq[qid];
+    vms_nvme_cq *cq = &nvme->cq[sq->cq];
+    if (!sq->entries || !cq->entries || sq->head >= sq->entries || sq->tail >= sq->entries || cq->tail >= cq->entries)
+        return -EINVAL;
+    nvme->batched = 0;
+    int noted = 0;
+    for (int going = 1; going;) {
+        /* The lock is let go from time to time: whoever unmaps memory waits for it. */
+        pthread_mutex_lock(&requester->lock);
+        uint64_t faults = requester->stats.faults;
+        dma_begin(&fault, VMS_NO_PASID, 0);
+        int rc = dma_route(requester, VMS_NO_PASID, sq->iova, &at, &fault);
+        if (rc == 0 && sq->head == sq->tail && sq->shadow)
+            rc = look_at_shadow(nvme, at, sq);
+        uint32_t n = sq->tail >= sq->head ? sq->tail - sq->head : sq->entries - sq->head, room = room_in(cq);
+        n = n > FETCH ? FETCH : n;
+        n = n > count - run->taken ? count - run->taken : n;
+        n = n > room ? room : n;
+        if (rc == 0 && n == 0) {
+            run->stop = sq->head == sq->tail ? VMS_NVME_EMPTY : !room ? VMS_NVME_FULL : VMS_NVME_TURN;
+            going = 0;
+        } else if (rc < 0 || fetch(nvme, at, sq->iova + (uint64_t)sq->head * ENTRY, entries, n * ENTRY) < 0) {
+            going = 0;
+        }
+        for (uint32_t i = 0; i < n && going; i++) {
+            going = carry_out(nvme, at, cq, qid, entries + i * ENTRY, run);
+            run->taken += (uint32_t)going;
+        }
+        if (post(nvme, qid, cq, run) < 0) {
+            /* As if they had not begun. */
+            sq->head = (sq->head + sq->entries - nvme->batched) % sq->entries;
+            run->taken -= nvme->batched;
+            nvme->batched = 0;
+            going = 0;
+        }
+        if (!going)
+            requester->stats.faults = faults; /* what failed is counted when Python meets it again */
+        noted |= dma_outcome(requester, 0);
+        pthread_mutex_unlock(&requester->lock);
+    }
+    return noted;
+}

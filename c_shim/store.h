@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: MIT
+ * What is behind a store's handle; see store.c. */
+#ifndef VMS_STORE_H
+#define VMS_STORE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/uio.h>
+
+#include "vmshim.h"
+
+#define STORE_RANGES 64
+
+struct vms_store {
+    _Atomic unsigned refs;
+    uint64_t size;
+    uint8_t *memory; /* NULL: a file */
+    int fd;
+    _Atomic int waits[2]; /* reads, writes: the file system cannot say whether it would have to wait */
+    pthread_rwlock_t range[STORE_RANGES]; /* files: see store.c */
+};
+
+void store_ref(vms_store *store);
+/* A file: reads or writes all of [offset, offset+length) if that takes no waiting.  1: done; 0: it would, or the range
+ * is being written; -EFAULT: the memory in iov is not there, else -errno. */
+int store_try(vms_store *store, int write, uint64_t offset, uint64_t length, const struct iovec *iov, int n);
+
+#endif

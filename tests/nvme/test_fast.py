@@ -1,0 +1,241 @@
+"""The fast path against the general one: whatever the commands, both come to the same."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.nvme.driver import Driver, Pair, prps, start
+from vmodel.devices.nvme.command import Command
+
+#: Guest memory that commands move data to and from, and where their lists are.
+DATA, DATA_SIZE = 32 << 20, 1 << 20
+LISTS = 40 << 20
+NOWHERE = 1 << 40
+BLOCKS = 256  # of 4096 bytes: namespace 1; namespace 2 has twice as many of 512
+
+READ, WRITE = 0x02, 0x01
+
+
+class Twins:
+    """Two controllers with the same namespaces, one of them without the fast path."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.drivers: list[Driver] = []
+        self.pairs: list[Pair] = []
+        for fast in (True, False):
+            spaces: list[dict[str, Any]] = [{"lba": 4096}, {"lba": 512}]
+            for n, space in enumerate(spaces):
+                size = BLOCKS * 4096 >> 2 * n
+                if kind == "memory":
+                    space["memory"] = size
+                else:
+                    space.update(path=folder / f"{kind}-{fast}-{n}.img", size=size)
+            params = {"namespaces": spaces, "fast_path": fast, "max_transfer": "128K"}
+            self.drivers.append(start(params))
+            self.pairs.append(self.drivers[-1].create(1, 16))
+
+    def clear(self) -> None:
+        for driver in self.drivers:
+            for namespace in driver.device.namespaces():
+                namespace.uncorrectable.clear()
+            for nsid, shift in ((1, 12), (2, 9)):
+                pair = self.pairs[self.drivers.index(driver)]
+                for slba in range(0, namespace_blocks(nsid), 64):
+                    assert pair.send(0x08, nsid=nsid, cdw10=slba, cdw12=63 | 1 << 25).status == 0, shift
+            driver.memory.write(DATA, bytes(n * 11 & 0xFF for n in range(4096)) * (DATA_SIZE // 4096))
+
+    def submit(self, commands: list[Command], lists: list[tuple[int, bytes]]) -> list[list[tuple[int, int, int]]]:
+        """(cid, status, result) of each command, in the order of the commands, by both controllers."""
+        results = []
+        for driver, pair in zip(self.drivers, self.pairs, strict=True):
+            for at, data in lists:
+                driver.memory.write(at, data)
+            for command in commands:
+                pair.write(command)
+            pair.ring()
+            done = pair.wait(len(commands))
+            assert len(done) == len(commands)
+            results.append(sorted((c.cid, c.status, c.result) for c in done))
+        return results
+
+    def contents(self) -> list[tuple[bytes, list[bytes], list[int]]]:
+        """Guest memory, and the namespaces, of both."""
+        found = []
+        for driver in self.drivers:
+            spaces = []
+            for namespace in driver.device.namespaces():
+                view = namespace.backend.view(0, namespace.backend.size)
+                spaces.append(bytes(view) if view is not None else file_of(namespace.backend))
+            health = driver.device.health
+            counts = [health.reads, health.writes, health.bytes_read, health.bytes_written]
+            found.append((driver.memory.read(DATA, DATA_SIZE), spaces, counts))
+        return found
+
+    def close(self) -> None:
+        for driver in self.drivers:
+            assert not driver.device.errors
+            driver.device.close()
+            driver.close()
+
+
+def namespace_blocks(nsid: int) -> int:
+    return BLOCKS if nsid == 1 else BLOCKS * 2
+
+
+def file_of(backend: Any) -> bytes:
+    return os.pread(backend._fd, backend.size, 0)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Twins]]:
+    made: dict[str, Twins] = {}
+
+    def get(kind: str) -> Twins:
+        if kind not in made:
+            made[kind] = Twins(tmp_path_factory.mktemp("twins"), kind)
+        return made[kind]
+
+    yield get
+    for pair in made.values():
+        pair.close()
+
+
+@st.composite
+def pointers(draw: st.DrawFn, n: int, size: int) -> tuple[int, bytes, list[tuple[int, bytes]]]:
+    """(flags, data pointer, what is to be written for it); about one in four is wrong in some way."""
+    at, wrong = LISTS + n * 65536, draw(st.integers(0, 3)) == 0
+    lists: list[tuple[int, bytes]] = []
+    pages = draw(st.lists(st.integers(0, DATA_SIZE // 4096 - 1), min_size=40, max_size=40))
+    if draw(st.booleans()):
+        offset = 4 * draw(st.integers(0, 1023)) if draw(st.booleans()) else 0
+        rest = [DATA + 4096 * page for page in pages[: -(-(offset + size) // 4096)]][1:]
+        first = DATA + 4096 * pages[0] + offset
+        if wrong:
+            where = draw(st.integers(0, 2))
+            if where == 0:
+                first += draw(st.integers(1, 3))
+            elif where == 1 and rest:
+                rest[draw(st.integers(0, len(rest) - 1))] += draw(st.integers(1, 4095))
+            else:
+                first = NOWHERE
+        if len(rest) < 2:
+            return 0, prps(first, rest[0] if rest else 7), lists
+        # The list begins anywhere in its page.
+        list_at = at + 4096 - 8 * draw(st.integers(1, 40))
+        room = (at + 4096 - list_at) // 8
+        if len(rest) > room:
+            lists.append((at + 4096, struct.pack(f"<{len(rest) - room + 1}Q", *rest[room - 1 :])))
+            rest = [*rest[: room - 1], at + 4096]
+        lists.append((list_at, struct.pack(f"<{len(rest)}Q", *rest)))
+        return 0, prps(first, list_at + (wrong and draw(st.integers(0, 7)))), lists
+    flags = draw(st.sampled_from([1, 2])) << 6
+    cuts = sorted(draw(st.lists(st.integers(0, size), max_size=5)))
+    parts = [b - a for a, b in zip([0, *cuts], [*cuts, size], strict=True)]
+    raw = b"".join(
+        struct.pack("<QI3xB", DATA + 4096 * page + draw(st.integers(0, 500)), part, 0)
+        for page, part in zip(pages, parts, strict=False)
+    )
+    if wrong:
+        change = draw(st.integers(0, 3))
+        if change == 0:
+            raw += struct.pack("<QI3xB", DATA, 512, 0)
+        elif change == 1:
+            raw = raw[:15] + bytes([draw(st.sampled_from([0x01, 0x10, 0x20, 0x40]))]) + raw[16:]
+        elif change == 2:
+            raw = struct.pack("<Q", NOWHERE) + raw[8:]
+        else:
+            return flags, struct.pack("<QI3xB", at, 16 * len(parts) + 1, 0x30), [(at, raw)]
+    if len(raw) == 16:
+        return flags, raw, lists
+    return flags, struct.pack("<QI3xB", at, len(raw), 0x30), [(at, raw)]
+
+
+@st.composite
+def commands(draw: st.DrawFn, n: int) -> tuple[Command, list[tuple[int, bytes]]]:
+    opcode = draw(st.sampled_from([READ, READ, READ, WRITE, WRITE, WRITE, 0x00, 0x04, 0x05, 0x08, 0x0C, 0x7F]))
+    nsid = draw(st.sampled_from([1, 1, 1, 2, 2, 0, 3, 300, 0xFFFF_FFFF]))
+    blocks = draw(st.one_of(st.integers(1, 4), st.integers(1, 40)))
+    limit = namespace_blocks(nsid)
+    slba = draw(st.one_of(st.integers(0, limit - blocks), st.integers(limit - 2, limit + 2), st.just(2**64 - 1)))
+    size = blocks << (9 if nsid == 2 else 12)
+    flags, dptr, lists = draw(pointers(n, min(size, 40 * 4096)))
+    if draw(st.integers(0, 7)) == 0:
+        flags |= draw(st.sampled_from([1, 2, 3, 0xC0, 4]))
+    bits = draw(st.sampled_from([0, 0, 0, 0, 1 << 30, 1 << 31, 1 << 26, 1 << 20, 1 << 25]))
+    command = Command.make(
+        opcode,
+        flags=flags,
+        cid=n + 1,
+        nsid=nsid,
+        dptr=dptr,
+        cdw10=slba & 0xFFFF_FFFF,
+        cdw11=slba >> 32,
+        cdw12=blocks - 1 | bits,
+    )
+    return command, lists
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[list[tuple[Command, list[tuple[int, bytes]]]]]:
+    return [[draw(commands(n)) for n in range(draw(st.integers(1, 15)))] for _ in range(draw(st.integers(1, 3)))]
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None, max_examples=150)
+@given(batches())
+def test_memory(twins: Callable[[str], Twins], work: list[list[tuple[Command, list[tuple[int, bytes]]]]]) -> None:
+    both = twins("memory")
+    both.clear()
+    for batch in work:
+        fast, general = both.submit([c for c, _ in batch], [written for _, lists in batch for written in lists])
+        assert fast == general
+    first, second = both.contents()
+    assert first[:2] == second[:2]
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None, max_examples=40)
+@given(batches())
+def test_files(twins: Callable[[str], Twins], work: list[list[tuple[Command, list[tuple[int, bytes]]]]]) -> None:
+    """One command at a time: several may be carried out in any order, as workers do them."""
+    both = twins("file")
+    both.clear()
+    for command, lists in (one for batch in work for one in batch):
+        fast, general = both.submit([command], lists)
+        assert fast == general
+    first, second = both.contents()
+    assert first[:2] == second[:2]
+
+
+def test_the_fast_path_is_taken(twins: Callable[[str], Twins]) -> None:
+    """Else the properties above would compare a thing with itself."""
+    both = twins("memory")
+    both.clear()
+    seen = []
+    for driver, pair in zip(both.drivers, both.pairs, strict=True):
+        calls: list[int] = []
+        queue = driver.device.submission[1]
+        original = queue.carry_out
+        queue.carry_out = lambda command, calls=calls, original=original: (calls.append(1), original(command))  # type: ignore[method-assign]
+        for n in range(8):
+            assert pair.send(WRITE, nsid=1, dptr=prps(DATA), cdw10=n).status == 0
+        del queue.carry_out
+        seen.append(len(calls))
+    assert seen == [0, 8]
+
+
+def test_counters_agree(tmp_path: Path) -> None:
+    both = Twins(tmp_path, "memory")
+    batch = [Command.make(1 + n % 2, cid=n + 1, nsid=1, dptr=prps(DATA), cdw10=n, cdw12=0) for n in range(15)]
+    fast, general = both.submit(batch, [])
+    assert fast == general
+    first, second = both.contents()
+    assert first == second
+    assert first[2] == [7, 8, 7 * 4096, 8 * 4096]
+    both.close()

@@ -1,0 +1,445 @@
+"""`Nvme`: the controller as a PCI function; its registers, resets, queues and interrupts (NVMe 1.4, 3, 7)."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import pydantic
+
+from vmodel.device import MmioBar, Msi, Msix, PciDevice, Pcie, Pm, ResetKind, on_write, on_write_each
+from vmodel.devices.nvme.admin import AdminCommands
+from vmodel.devices.nvme.backend import Job, Op
+from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.events import Event, Events
+from vmodel.devices.nvme.fast import FastPath
+from vmodel.devices.nvme.features import Features
+from vmodel.devices.nvme.firmware import Firmware
+from vmodel.devices.nvme.health import Health
+from vmodel.devices.nvme.inventory import Inventory
+from vmodel.devices.nvme.io import IoCommands
+from vmodel.devices.nvme.namespace import Namespace, Protection
+from vmodel.devices.nvme.params import NvmeParams
+from vmodel.devices.nvme.queue import Arbiter, CompletionQueue, SubmissionQueue
+from vmodel.devices.nvme.regs import (
+    DOORBELLS_AT,
+    QUEUE_PAIRS,
+    SUBSYSTEM_RESET,
+    Aqa,
+    Cap,
+    Cc,
+    ControllerRegs,
+    Csts,
+    doorbells,
+)
+from vmodel.devices.nvme.sanitize import Sanitize
+from vmodel.devices.nvme.selftest import DeviceSelfTest
+from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.work import Failure, Work
+from vmodel.errors import DmaFault
+from vmodel.points import Point
+from vmodel.timers import Timer
+
+#: Vectors of MSI; MSI-X has one for each completion queue.
+_MSI_VECTORS = 32
+#: Longest that becoming ready takes (CAP.TO), in 500 ms.
+_TIMEOUT = 20
+_SHUTTING_DOWN, _SHUT_DOWN = 1, 2
+_NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
+#: Statuses that tell the host nothing that it did not ask for: not for the error log.
+_ASKED_FOR = (Status.ABORT_REQUESTED, Status.ABORTED_SQ_DELETION, Status.COMPARE_FAILURE)
+
+_Doorbells = doorbells(0)
+
+
+class Nvme(PciDevice):
+    """NVMe 1.4 controller."""
+
+    vendor_id, device_id, class_code, revision = 0x1234, 0x4E56, 0x010802, 0x01
+    subsystem_vendor_id, subsystem_id = 0x1234, 0x4E56
+
+    bar0 = MmioBar(0, size=0x4000, is_64bit=True)
+    regs = bar0.bank(ControllerRegs)
+    doorbells = bar0.bank(_Doorbells, at=DOORBELLS_AT)
+    pm = Pm(no_soft_reset=False)
+    msix: Msix | None = Msix(vectors=QUEUE_PAIRS, own_bar=4)
+    msi: Msi | None = None
+    pcie = Pcie()
+
+    Params = NvmeParams
+    params: NvmeParams
+
+    def __new__(
+        cls,
+        name: str = "",
+        params: pydantic.BaseModel | Mapping[str, Any] | None = None,
+        *,
+        multifunction: bool = False,
+    ) -> Self:
+        """Parameters choose what is declared: the kind of interrupts, and the doorbells' stride."""
+        chosen = params if isinstance(params, NvmeParams) else NvmeParams.model_validate(params or {})
+        variant = _variant(chosen.interrupts, chosen.doorbell_stride) if cls is Nvme else cls
+        return object.__new__(variant)  # type: ignore[return-value]
+
+    def _make_parts(self) -> None:
+        """What outlives resets."""
+        self.serial = self.params.serial or self.name[:20]
+        self.uuid = uuid.uuid5(_NAMES, self.serial)
+        self.health = Health()
+        self.firmware = Firmware(self.params.firmware)
+        self.inventory = Inventory(self.serial, self.params.capacity or 0)
+        self.features = Features(self)
+        self.events = Events()
+        self.sanitize = Sanitize(self)
+        self.self_test = DeviceSelfTest(self)
+        self.max_transfer = self.params.max_transfer
+        self.fast = FastPath(self, enabled=self.params.fast_path)
+        self.admin = AdminCommands(self)
+        self.io = IoCommands(self)
+        self.arbiter = Arbiter(self)
+        #: Queues by id; 0 is the admin queue.
+        self.submission: dict[int, SubmissionQueue] = {}
+        self.completion: dict[int, CompletionQueue] = {}
+        self.page_size = 4096
+        self._shadow: tuple[int, int] | None = None
+        #: What a shutdown waits for.
+        self._flushing: Work | None = None
+        self._keep_alive: Timer | None = None
+        self._keep_alive_ms = 0
+        #: Vectors that INTMS masks, or that wait behind the mask.
+        self._masked = self._pending = 0
+        self._opened = False
+
+    # ---- resets ----------------------------------------------------------------------------
+
+    def open(self) -> None:
+        if not self._opened:
+            self.inventory.open(self.params.namespaces, self.fast.workers)
+            self._opened = True
+
+    def close(self) -> None:
+        self._drop_queues()
+        super().close()
+        self.fast.close()
+        self.inventory.close()
+        self._opened = False
+
+    def on_reset(self, kind: ResetKind) -> None:
+        if not hasattr(self, "health"):
+            self._make_parts()
+        if self.submission and not Csts(self.regs.CSTS).SHST:
+            self.health.unsafe_shutdowns += kind is ResetKind.DEVICE
+        if kind is ResetKind.DEVICE:
+            self.health.power_cycles += 1
+            for namespace in self.inventory.allocated:
+                if namespace.protection is Protection.UNTIL_POWER_CYCLE:
+                    namespace.protection = Protection.NONE
+        self._controller_reset()
+        self._load_capabilities()
+        # What was deferred is forgotten with the reset.
+        self.admin.resume()
+        self.sanitize.resume()
+
+    def _load_capabilities(self) -> None:
+        params = self.params
+        cap = Cap.MQES.put(0, params.queue_entries - 1)
+        for field, value in (
+            (Cap.CQR, 1),
+            (Cap.AMS, 1),
+            (Cap.TO, _TIMEOUT),
+            (Cap.DSTRD, params.doorbell_stride),
+            (Cap.NSSRS, 1),
+            (Cap.CSS, 1),
+            (Cap.MPSMAX, params.max_page_shift - 12),
+        ):
+            cap = field.put(cap, value)
+        self.regs.CAP = cap
+
+    def _drop_queues(self) -> None:
+        for queue in self.submission.values():
+            queue.close()
+        for cq in self.completion.values():
+            cq.close()
+        self.submission.clear()
+        self.completion.clear()
+        self.io.reset()
+        self.fast.reset()
+
+    def _controller_reset(self) -> None:
+        """7.3.2, but for the registers."""
+        self._drop_queues()
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        self.arbiter.reset()
+        self.events.clear()
+        self.features.reset()
+        self.firmware.reset()
+        self.self_test.reset()
+        self._shadow = None
+        self._masked = self._pending = 0
+        self.keep_alive(0)
+
+    def _subsystem_reset(self) -> None:
+        """7.3.1: all of the subsystem is this controller.  The PCI function keeps what the host has configured."""
+        self._controller_reset()
+        self.regs.load_reset()
+        self._load_capabilities()
+        self.regs.CSTS = Csts.NSSRO.mask
+
+    def run_due(self, now_ns: int) -> int | None:
+        started = time.monotonic_ns()
+        self.fast.collect()
+        deadline = super().run_due(now_ns)
+        self.health.busy_ns += time.monotonic_ns() - started
+        return deadline
+
+    # ---- registers -------------------------------------------------------------------------
+
+    @property
+    def enabled(self) -> bool:
+        """It works on commands."""
+        status = Csts(self.regs.CSTS)
+        return bool(status.RDY and not status.CFS)
+
+    @on_write(ControllerRegs.CC)
+    def _configure(self, new: int) -> int:
+        before, after = Cc(self.regs.CC), Cc(new)
+        if before.EN and not after.EN:
+            self._disable()
+        elif after.EN and not before.EN:
+            self.regs.CC = new  # the queues look at it
+            self._enable(after)
+        elif after.EN:
+            # What is not to be changed while it is enabled stays as it is.
+            for field in (Cc.CSS, Cc.MPS, Cc.AMS):
+                new = field.put(new, field.of(before.value))
+        if after.SHN and after.SHN != before.SHN and after.EN:
+            self._shutdown()
+        return new
+
+    def _enable(self, cc: Cc) -> None:
+        wrong = self._misuse(cc)
+        if wrong is not None:
+            self._fail(f"it cannot be enabled: {wrong}")
+            return
+        self.page_size = 4096 << cc.MPS
+        attributes = Aqa(self.regs.AQA)
+        cq = CompletionQueue(self, 0, self.regs.ACQ, attributes.ACQS + 1, 0, True)
+        self.completion[0] = cq
+        self.submission[0] = SubmissionQueue(self, 0, self.regs.ASQ, attributes.ASQS + 1, cq)
+        self.arbitrate()
+        self.regs.CSTS = Csts.RDY.put(self.regs.CSTS, 1)
+
+    def _misuse(self, cc: Cc) -> str | None:
+        """Why it cannot be enabled; None: it can."""
+        if Csts(self.regs.CSTS).CFS:
+            return "it has failed, and was not reset"
+        if cc.CSS:
+            return f"command set {cc.CSS}"
+        if cc.AMS > 1:
+            return f"arbitration {cc.AMS}"
+        if cc.MPS > Cap(self.regs.CAP).MPSMAX:
+            return f"page size {4096 << cc.MPS}"
+        attributes = Aqa(self.regs.AQA)
+        if not attributes.ASQS or not attributes.ACQS:
+            return "an admin queue with one entry"
+        for address in (self.regs.ASQ, self.regs.ACQ):
+            if address % (4096 << cc.MPS):
+                return f"an admin queue at {address:#x}, which is no page"
+        return None
+
+    def _disable(self) -> None:
+        self._controller_reset()
+        self.regs.INTMS = self.regs.INTMC = 0
+        self.regs.CSTS &= Csts.NSSRO.mask
+
+    def _shutdown(self) -> None:
+        """7.6.2, normal or abrupt: what was written is on disk when it is complete."""
+        self.regs.CSTS = Csts.SHST.put(self.regs.CSTS, _SHUTTING_DOWN)
+        syncs = [(namespace, Job(Op.SYNC)) for namespace in self.inventory.allocated if not namespace.backend.read_only]
+        self._flushing = Work(self, syncs, self._shut_down)
+        self._flushing.resume()
+
+    def _shut_down(self, failure: Failure | None) -> None:
+        self._flushing = None
+        if failure is not None:
+            self.log.warning("%s: namespace %d is not on disk", self.name, failure.namespace.nsid)
+            self._fail(f"shutdown: {os.strerror(failure.code)}")
+            return
+        self.regs.CSTS = Csts.SHST.put(self.regs.CSTS, _SHUT_DOWN)
+
+    @on_write(ControllerRegs.NSSR)
+    def _reset_subsystem(self, new: int) -> int:
+        if new == SUBSYSTEM_RESET:
+            # Once the write is answered: the register it is stored in is among those that are reset.
+            self.defer(self._subsystem_reset)
+        return 0
+
+    @on_write(ControllerRegs.INTMS)
+    def _mask(self, new: int) -> int:
+        self._masked |= new
+        self.regs.INTMC = self._masked
+        return self._masked
+
+    @on_write(ControllerRegs.INTMC)
+    def _unmask(self, new: int) -> int:
+        self._masked &= ~new
+        self.regs.INTMS = self._masked
+        due, self._pending = self._pending & ~self._masked, self._pending & self._masked
+        for vector in range(_MSI_VECTORS):
+            if due >> vector & 1:
+                self.interrupt(vector)
+        return self._masked
+
+    @on_write_each(*_Doorbells.registers)
+    def _ring(self, n: int, new: int) -> None:
+        if self.points.wants(Point.DOORBELL):
+            kind = "completion" if n & 1 else "submission"
+            self.points.doorbell(lambda _: self._rung(n, new), queue=n >> 1, kind=kind)
+        else:
+            self._rung(n, new)
+
+    def _rung(self, n: int, new: int) -> None:
+        queue = (self.completion if n & 1 else self.submission).get(n >> 1)
+        if queue is None:
+            if self.enabled:
+                self.events.report(Event.INVALID_DOORBELL_REGISTER)
+        elif self.enabled and not queue.doorbell(new):
+            self.events.report(Event.INVALID_DOORBELL_VALUE)
+
+    # ---- what queues and commands need -----------------------------------------------------
+
+    @property
+    def vectors(self) -> int:
+        """Interrupt vectors that a completion queue may have."""
+        return self.msix.vectors if self.msix is not None else _MSI_VECTORS
+
+    @property
+    def has_io_queues(self) -> bool:
+        """There are queues besides the admin queue."""
+        return len(self.submission) > 1 or len(self.completion) > 1
+
+    def interrupt(self, vector: int) -> None:
+        """Raises a vector."""
+        if self.msix is not None:
+            self.msix.fire(vector)
+        elif self._masked >> vector & 1:
+            self._pending |= 1 << vector
+        elif self.msi is not None:
+            self.msi.fire(vector)
+
+    def arbitrate(self) -> None:
+        """Queues are served as CC and the feature Arbitration say."""
+        self.arbiter.weights = self.features.weights if Cc(self.regs.CC).AMS else None
+        self.arbiter.set_burst(self.features.burst)
+
+    def coalesced(self, vector: int) -> tuple[int, float]:
+        """(completions, seconds) that may gather before the vector is raised; (1, 0) when each counts."""
+        return self.features.coalescing(vector)
+
+    def failed(self, sq: SubmissionQueue, command: Command, error: CommandError) -> bool:
+        """A command has failed; whether the error log has more about it."""
+        if error.status in _ASKED_FOR:
+            return False
+        self.health.failed(sq.qid, command, error)
+        return True
+
+    def fatal(self, what: str, fault: DmaFault) -> None:
+        """A queue's own memory cannot be reached: CSTS.CFS."""
+        self._fail(f"{what}: {fault}")
+
+    def _fail(self, why: str) -> None:
+        self.log.warning("%s: fatal: %s", self.name, why)
+        self.regs.CSTS = Csts.CFS.put(self.regs.CSTS, 1)
+        self._drop_queues()
+
+    @property
+    def write_cache(self) -> bool:
+        """Feature Volatile Write Cache."""
+        return self.features.write_cache
+
+    def namespace(self, nsid: int) -> Namespace:
+        """An attached namespace that can be used.  CommandError: it is not valid, not active, not ready."""
+        namespace = self.inventory.attached(nsid)
+        self.sanitize.check()
+        if namespace.formatting:
+            raise CommandError(Status.FORMAT_IN_PROGRESS, dnr=False)
+        return namespace
+
+    def namespaces(self) -> Iterable[Namespace]:
+        """All attached namespaces."""
+        return self.inventory.active
+
+    def namespace_changed(self, nsid: int) -> None:
+        """A namespace has come, gone, or is another."""
+        self.admin.logs.changed.add(nsid)
+        self.notice(Event.NAMESPACE_CHANGED)
+
+    def notice(self, event: Event) -> None:
+        """Reports an event that the host may have asked not to be told of."""
+        if self.features.notices(event):
+            self.events.report(event)
+
+    # ---- shadow doorbells (5.7, 7.13) ------------------------------------------------------
+
+    def set_shadow(self, tails: int, indexes: int) -> None:
+        """Where the driver keeps doorbells in memory, and where it is told which of them need a write."""
+        self._shadow = tails, indexes
+        for sq in self.submission.values():
+            self.shadow_queue(sq)
+        for cq in self.completion.values():
+            self.shadow_queue(cq)
+
+    def shadow_queue(self, queue: SubmissionQueue | CompletionQueue) -> None:
+        """A queue's places there; the admin queue has none."""
+        if self._shadow is None or not queue.qid:
+            return
+        n = 2 * queue.qid + isinstance(queue, CompletionQueue)
+        at = n * (4 << self.params.doorbell_stride)
+        queue.set_shadow(self._shadow[0] + at, self._shadow[1] + at)
+
+    # ---- keep alive (7.12) -----------------------------------------------------------------
+
+    def keep_alive(self, milliseconds: int) -> None:
+        """Sets the timer; 0: there is none."""
+        self._keep_alive_ms = milliseconds
+        self.restart_keep_alive()
+
+    def restart_keep_alive(self) -> None:
+        """The host is there."""
+        if self._keep_alive is not None:
+            self._keep_alive.cancel()
+            self._keep_alive = None
+        if self._keep_alive_ms:
+            self._keep_alive = self.after(self._keep_alive_ms / 1000, self._expired)
+
+    def _expired(self) -> None:
+        self._fail(f"no Keep Alive for {self._keep_alive_ms} ms")
+
+
+@functools.cache
+def _variant(interrupts: str, stride: int) -> type[Nvme]:
+    """Nvme with what parameters change in its declaration."""
+    if interrupts == "msix" and not stride:
+        return Nvme
+    bank = doorbells(stride)
+    end = DOORBELLS_AT + bank.size
+    bar = MmioBar(0, size=1 << (end - 1).bit_length(), is_64bit=True)
+
+    class Variant(Nvme):
+        bar0 = bar
+        regs = bar.bank(ControllerRegs)
+        doorbells = bar.bank(bank, at=DOORBELLS_AT)
+        msix = Msix(vectors=QUEUE_PAIRS, own_bar=4) if interrupts == "msix" else None
+        msi = Msi(vectors=_MSI_VECTORS) if interrupts == "msi" else None
+
+        @on_write_each(*bank.registers)
+        def _ring(self, n: int, new: int) -> None:
+            super()._ring(n, new)
+
+    return Variant

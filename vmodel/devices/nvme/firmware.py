@@ -1,0 +1,109 @@
+"""Firmware images: downloaded, put into slots, activated (NVMe 1.4, 5.11 and 5.12).
+
+The model's behaviour is the same with each.  An image's revision is what its first 8 bytes say, if they are printable
+ASCII, else the first 8 digits of its SHA-256.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+
+from vmodel.devices.nvme.extents import Extents
+from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.span import MiB
+
+#: Slots, all of which can be written.
+SLOTS = 3
+#: Largest image in bytes, and the granularity of its parts (FWUG, in 4 KiB).
+MAX_IMAGE, GRANULARITY = 16 * MiB, 1
+
+
+class Action(enum.IntEnum):
+    """Commit Action."""
+
+    REPLACE = 0
+    REPLACE_ACTIVATE_AT_RESET = 1
+    ACTIVATE_AT_RESET = 2
+    ACTIVATE_NOW = 3
+
+
+class Firmware:
+    """Slots and the image that is being downloaded; slots outlive resets."""
+
+    def __init__(self, revision: str) -> None:
+        #: Revisions by slot.
+        self.slots = {1: revision}
+        self.active = 1
+        #: The slot that a reset activates, 0: as it is.
+        self.pending = 0
+        self._image = bytearray()
+        self._parts = Extents()
+
+    @property
+    def revision(self) -> str:
+        """Of what runs."""
+        return self.slots[self.active]
+
+    def reset(self) -> None:
+        """A controller reset: what was committed for it runs now, and a download that was not committed is lost."""
+        if self.pending:
+            self.active, self.pending = self.pending, 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._image = bytearray()
+        self._parts.clear()
+
+    def download(self, offset: int, size: int) -> None:
+        """Checks a part of `size` bytes at `offset` before it is transferred.  CommandError."""
+        if (offset | size) % (GRANULARITY << 12) or offset + size > MAX_IMAGE:
+            raise CommandError(Status.INVALID_FIELD, location=40)
+        if offset and self._parts.first_in(offset, size) is not None:
+            raise CommandError(Status.OVERLAPPING_RANGE)
+
+    def store(self, offset: int, data: bytes) -> None:
+        """A part that `download` found good; their order does not matter.  A second first part begins a new image."""
+        if self._parts.first_in(offset, len(data)) is not None:
+            self._forget()
+        if len(self._image) < offset + len(data):
+            self._image.extend(bytes(offset + len(data) - len(self._image)))
+        self._image[offset : offset + len(data)] = data
+        self._parts.add(offset, len(data))
+
+    def commit(self, slot: int, action: int) -> bool:
+        """Firmware Commit; slot 0: the first one that is free, or that does not run.  CommandError.
+
+        Whether another image runs from now on.
+        """
+        if action > Action.ACTIVATE_NOW:
+            raise CommandError(Status.INVALID_FIELD, location=40)
+        if slot > SLOTS:
+            raise CommandError(Status.INVALID_FIRMWARE_SLOT, location=40)
+        downloaded = bool(self._parts)
+        if not slot:
+            free = [n for n in range(1, SLOTS + 1) if n not in self.slots]
+            slot = (free or [n for n in self.slots if n != self.active])[0]
+        if action in (Action.REPLACE, Action.REPLACE_ACTIVATE_AT_RESET) or (
+            action == Action.ACTIVATE_NOW and downloaded
+        ):
+            self.slots[slot] = self._take()
+        elif slot not in self.slots:
+            raise CommandError(Status.INVALID_FIRMWARE_SLOT, location=40)
+        if action in (Action.REPLACE_ACTIVATE_AT_RESET, Action.ACTIVATE_AT_RESET):
+            self.pending = slot
+        if action == Action.ACTIVATE_NOW:
+            self.active, self.pending = slot, 0
+            return True
+        return False
+
+    def _take(self) -> str:
+        """The revision of the image that was downloaded.  CommandError: there is none, or it has holes."""
+        image, spans = bytes(self._image), list(self._parts)
+        self._forget()
+        if spans != [(0, len(image))]:
+            raise CommandError(Status.INVALID_FIRMWARE_IMAGE)
+        name = image[:8].rstrip(b"\0 ")
+        if name and all(0x20 < byte < 0x7F for byte in name):
+            return name.decode("ascii")
+        return hashlib.sha256(image).hexdigest()[:8]

@@ -1,0 +1,369 @@
+"""The NVM command set (NVMe 1.4, 6; Copy: technical proposal 4065)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Generator, Iterable
+from typing import Protocol
+
+from vmodel.devices.nvme.backend import Backend, Job, Op
+from vmodel.devices.nvme.command import BROADCAST, Command
+from vmodel.devices.nvme.extents import Extents
+from vmodel.devices.nvme.health import Health
+from vmodel.devices.nvme.pointers import Transfer
+from vmodel.devices.nvme.queue import Host, Later, SubmissionQueue
+from vmodel.devices.nvme.status import CommandError, Status
+
+#: Most blocks that Compare and Write handles as one: all that a command can have.
+ATOMIC_COMPARE_WRITE = 65536
+#: Limits of Copy: blocks in a source range, blocks in all, source ranges.
+MAX_COPY_RANGE, MAX_COPY, MAX_COPY_RANGES = 1 << 12, 1 << 14, 128
+
+_RANGE = struct.Struct("<IIQ")  # Dataset Management: context attributes, blocks, first block
+_SOURCE = struct.Struct("<8xQH6xIHH")  # Copy, format 0: first block, blocks (0's based), tags
+
+_FUA, _DEALLOCATE, _PRINFO = 1 << 30, 1 << 25, 15 << 26
+_AD = 1 << 2  # Dataset Management: deallocate
+_PRINFO_READ = 15 << 12  # Copy
+_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Namespace(Protocol):
+    """A namespace as I/O commands see it; `blocks` of 1 << `lba_shift` bytes."""
+
+    nsid: int
+    backend: Backend
+    lba_shift: int
+    blocks: int
+    #: Blocks that Write Uncorrectable has marked.
+    uncorrectable: Extents
+
+    @property
+    def read_only(self) -> bool:
+        """Writes are refused."""
+
+
+class IoHost(Host, Protocol):
+    """The controller as I/O commands see it."""
+
+    page_size: int
+    #: Bytes that one command may transfer (MDTS).
+    max_transfer: int
+    health: Health
+
+    @property
+    def write_cache(self) -> bool:
+        """Feature Volatile Write Cache: off, each write is on disk when it is complete."""
+
+    def namespace(self, nsid: int) -> Namespace:
+        """An attached namespace that can be used.  CommandError: it is not valid, not active, not ready."""
+
+    def namespaces(self) -> Iterable[Namespace]:
+        """All attached namespaces."""
+
+
+#: A command: yields what a namespace's backend is to do, one after the other; CommandError is thrown in when it fails.
+Steps = Generator[tuple[Namespace, Job], None, None]
+
+
+class _Course:
+    """A command on its way through its steps."""
+
+    def __init__(self, commands: IoCommands, steps: Steps) -> None:
+        self._commands = commands
+        self._steps = steps
+        self.later = Later(self.drop)
+        self._job: tuple[Namespace, Job, int] | None = None
+        self._codes: list[int] = []
+        self._cancelled = False
+
+    def go(self, error: CommandError | None = None) -> None:
+        """Goes on, after a failure or not, until it has to wait or is through."""
+        self._job = None
+        try:
+            while True:
+                namespace, job = self._steps.throw(error) if error is not None else next(self._steps)
+                number = namespace.backend.submit(job, self._done)
+                if number is not None:
+                    self._job = namespace, job, number
+                    self._commands.waiting.add(self)
+                    return
+                code = self._codes.pop()
+                error = self._commands.status(namespace, job, code) if code else None
+        except StopIteration:
+            self.later.succeed()
+        except Exception as failure:
+            self.later.fail(failure)
+
+    def _done(self, code: int) -> None:
+        if self._job is None:
+            self._codes.append(code)  # it is done before `submit` is
+            return
+        namespace, job, _ = self._job
+        self._commands.waiting.discard(self)
+        if not self._cancelled:
+            self.go(self._commands.status(namespace, job, code) if code else None)
+
+    def cancel(self) -> None:
+        """It takes no further step."""
+        if not self.drop():
+            self._cancelled = True
+
+    def drop(self) -> bool:
+        """Takes back the job that it waits for; False: that has begun."""
+        if self._job is None:
+            return False
+        namespace, _, number = self._job
+        if not namespace.backend.revoke(number):
+            return False
+        self._commands.waiting.discard(self)
+        return True
+
+
+class IoCommands:
+    """The commands of I/O queues, as a table."""
+
+    def __init__(self, host: IoHost) -> None:
+        self._host = host
+        #: Those that wait for workers.
+        self.waiting: set[_Course] = set()
+        self._table: dict[int, Callable[[Command], Steps]] = {
+            0x00: self._flush,
+            0x01: self._write,
+            0x02: self._read,
+            0x04: self._write_uncorrectable,
+            0x05: self._compare,
+            0x08: self._write_zeroes,
+            0x09: self._dataset_management,
+            0x0C: self._verify,
+            0x19: self._copy,
+        }
+
+    def reset(self) -> None:
+        """The queues are gone: no command goes on."""
+        for course in list(self.waiting):
+            course.cancel()
+        self.waiting.clear()
+
+    @property
+    def opcodes(self) -> set[int]:
+        """All that are supported, for the log of command effects."""
+        return set(self._table)
+
+    def execute(self, command: Command, sq: SubmissionQueue) -> int | Later:
+        """One command.  CommandError, DmaFault."""
+        handler = self._table.get(command.opcode)
+        if handler is None:
+            raise CommandError(Status.INVALID_OPCODE, location=0)
+        course = _Course(self, handler(command))
+        course.go()
+        return course.later
+
+    # ---- what commands have in common ----------------------------------------------------------
+
+    @staticmethod
+    def _check_blocks(namespace: Namespace, slba: int, count: int) -> None:
+        if slba + count > namespace.blocks:
+            raise CommandError(Status.LBA_OUT_OF_RANGE, location=40, lba=slba)
+
+    def _target(self, command: Command) -> tuple[Namespace, int, int]:
+        """The namespace of a command and (offset, length) in bytes of the blocks that it names."""
+        namespace = self._host.namespace(command.nsid)
+        self._check_blocks(namespace, command.slba, command.blocks)
+        if command.cdw12 & _PRINFO:
+            # No namespace is formatted with protection information.
+            raise CommandError(Status.INVALID_PROTECTION_INFORMATION, location=2 << 8 | 51)
+        return namespace, command.slba << namespace.lba_shift, command.blocks << namespace.lba_shift
+
+    def _transfer(self, command: Command, size: int, *, to_host: bool) -> Transfer:
+        if size > self._host.max_transfer:
+            raise CommandError(Status.INVALID_FIELD, location=48)
+        return Transfer(self._host.dma, command, self._host.page_size, size, to_host=to_host)
+
+    @staticmethod
+    def _writable(namespace: Namespace) -> None:
+        if namespace.read_only:
+            raise CommandError(Status.NAMESPACE_WRITE_PROTECTED)
+
+    @staticmethod
+    def _readable(namespace: Namespace, slba: int, count: int) -> None:
+        bad = namespace.uncorrectable.first_in(slba, count)
+        if bad is not None:
+            raise CommandError(Status.UNRECOVERED_READ, lba=bad)
+
+    def _durable(self, command: Command) -> bool:
+        """Whether what a command writes must be on disk when it is complete."""
+        return bool(command.cdw12 & _FUA) or not self._host.write_cache
+
+    @staticmethod
+    def _written(namespace: Namespace, slba: int, count: int) -> None:
+        """Blocks have data again."""
+        if namespace.uncorrectable:
+            namespace.uncorrectable.remove(slba, count)
+
+    def status(self, namespace: Namespace, job: Job, code: int) -> CommandError:
+        """What an errno is to the guest; logs it."""
+        lba = job.offset >> namespace.lba_shift
+        if code == errno.EBADMSG:
+            return CommandError(Status.COMPARE_FAILURE, lba=lba)
+        self._host.log.warning("namespace %d: %s at block %d: %s", namespace.nsid, job.op.name, lba, os.strerror(code))
+        if code in _SPACE:
+            return CommandError(Status.CAPACITY_EXCEEDED, lba=lba)
+        if code in (errno.EROFS, errno.EPERM, errno.EBADF):
+            return CommandError(Status.NAMESPACE_WRITE_PROTECTED, lba=lba)
+        self._host.health.media_errors += 1
+        reading = job.op in (Op.READ, Op.VERIFY, Op.COMPARE)
+        return CommandError(Status.UNRECOVERED_READ if reading else Status.WRITE_FAULT, lba=lba)
+
+    # ---- the commands --------------------------------------------------------------------------
+
+    def _read(self, command: Command) -> Steps:
+        namespace, offset, length = self._target(command)
+        transfer = self._transfer(command, length, to_host=True)
+        self._readable(namespace, command.slba, command.blocks)
+        view = namespace.backend.view(offset, length)
+        if view is not None:
+            transfer.to_guest(view)
+        else:
+            buffer = bytearray(length)
+            # What is read must be on the medium first.
+            yield namespace, Job(Op.READ, offset, length, buffer, sync=bool(command.cdw12 & _FUA))
+            transfer.to_guest(buffer)
+        self._host.health.reads += 1
+        self._host.health.bytes_read += length
+
+    def _write(self, command: Command) -> Steps:
+        namespace, offset, length = self._target(command)
+        transfer = self._transfer(command, length, to_host=False)
+        self._writable(namespace)
+        view = namespace.backend.view(offset, length)
+        if view is not None:
+            transfer.from_guest_into(view)
+        else:
+            yield namespace, Job(Op.WRITE, offset, length, transfer.from_guest(), sync=self._durable(command))
+        self._written(namespace, command.slba, command.blocks)
+        self._host.health.writes += 1
+        self._host.health.bytes_written += length
+
+    def _flush(self, command: Command) -> Steps:
+        everything = command.nsid == BROADCAST
+        for namespace in list(self._host.namespaces()) if everything else [self._host.namespace(command.nsid)]:
+            yield namespace, Job(Op.SYNC)
+
+    def _compare(self, command: Command) -> Steps:
+        namespace, offset, length = self._target(command)
+        transfer = self._transfer(command, length, to_host=False)
+        self._readable(namespace, command.slba, command.blocks)
+        yield namespace, Job(Op.COMPARE, offset, length, expected=transfer.from_guest())
+        self._host.health.reads += 1
+        self._host.health.bytes_read += length
+
+    def execute_fused(self, first: Command, second: Command, sq: SubmissionQueue) -> tuple[Later, Later]:
+        """Compare and Write (6.2): nothing comes between both.  CommandError, DmaFault."""
+        if (first.opcode, second.opcode) != (0x05, 0x01):
+            raise CommandError(Status.INVALID_FIELD, location=0)
+        if (first.nsid, first.slba, first.blocks) != (second.nsid, second.slba, second.blocks):
+            raise CommandError(Status.INVALID_FIELD, location=40)
+        namespace, offset, length = self._target(first)
+        self._target(second)
+        expected, data = (self._transfer(c, length, to_host=False) for c in (first, second))
+        self._writable(namespace)
+        self._readable(namespace, first.slba, first.blocks)
+        job = Job(
+            Op.COMPARE_WRITE,
+            offset,
+            length,
+            data.from_guest(),
+            expected=expected.from_guest(),
+            sync=self._durable(second),
+        )
+        compare = Later()
+        write = _Course(self, self._compare_and_write(namespace, job, compare))
+        write.later.abort = None  # neither can go without the other
+        write.go()
+        return compare, write.later
+
+    def _compare_and_write(self, namespace: Namespace, job: Job, compare: Later) -> Steps:
+        try:
+            yield namespace, job
+        except CommandError as error:
+            if error.status is not Status.COMPARE_FAILURE:
+                compare.succeed()
+                raise
+            compare.fail(error)
+            raise CommandError(Status.ABORTED_FAILED_FUSED) from error
+        compare.succeed()
+        self._host.health.reads += 1
+        self._host.health.bytes_read += job.length
+        self._host.health.writes += 1
+        self._host.health.bytes_written += job.length
+
+    def _write_uncorrectable(self, command: Command) -> Steps:
+        namespace, _, _ = self._target(command)
+        self._writable(namespace)
+        namespace.uncorrectable.add(command.slba, command.blocks)
+        return
+        yield
+
+    def _write_zeroes(self, command: Command) -> Steps:
+        namespace, offset, length = self._target(command)
+        self._writable(namespace)
+        op = Op.DISCARD if command.cdw12 & _DEALLOCATE else Op.ZERO
+        yield namespace, Job(op, offset, length, sync=self._durable(command))
+        self._written(namespace, command.slba, command.blocks)
+
+    def _dataset_management(self, command: Command) -> Steps:
+        namespace = self._host.namespace(command.nsid)
+        size = ((command.cdw10 & 0xFF) + 1) * _RANGE.size
+        raw = Transfer(self._host.dma, command, self._host.page_size, size, to_host=False).from_guest()
+        ranges = [(slba, blocks) for _, blocks, slba in _RANGE.iter_unpack(raw)]
+        for slba, blocks in ranges:
+            self._check_blocks(namespace, slba, blocks)
+        if not command.cdw11 & _AD:
+            return  # only hints
+        self._writable(namespace)
+        for slba, blocks in ranges:
+            if blocks:
+                yield namespace, Job(Op.DISCARD, slba << namespace.lba_shift, blocks << namespace.lba_shift)
+                self._written(namespace, slba, blocks)
+
+    def _verify(self, command: Command) -> Steps:
+        namespace, offset, length = self._target(command)
+        self._readable(namespace, command.slba, command.blocks)
+        yield namespace, Job(Op.VERIFY, offset, length)
+        self._host.health.reads += 1
+
+    def _copy(self, command: Command) -> Steps:
+        namespace = self._host.namespace(command.nsid)
+        shift = namespace.lba_shift
+        if command.cdw12 >> 8 & 15:  # a descriptor format that is not 0
+            raise CommandError(Status.INVALID_FIELD, location=49)
+        if command.cdw12 & (_PRINFO | _PRINFO_READ):
+            raise CommandError(Status.INVALID_PROTECTION_INFORMATION, location=48)
+        count = (command.cdw12 & 0xFF) + 1
+        if count > MAX_COPY_RANGES:
+            raise CommandError(Status.COMMAND_SIZE_LIMIT_EXCEEDED, location=48)
+        size = count * _SOURCE.size
+        raw = Transfer(self._host.dma, command, self._host.page_size, size, to_host=False).from_guest()
+        sources = [(slba, blocks + 1) for slba, blocks, *_ in _SOURCE.iter_unpack(raw)]
+        total = sum(blocks for _, blocks in sources)
+        if total > MAX_COPY or any(blocks > MAX_COPY_RANGE for _, blocks in sources):
+            raise CommandError(Status.COMMAND_SIZE_LIMIT_EXCEEDED, location=48)
+        self._check_blocks(namespace, command.slba, total)
+        self._writable(namespace)
+        target = command.slba
+        for n, (slba, blocks) in enumerate(sources):
+            try:
+                self._check_blocks(namespace, slba, blocks)
+                self._readable(namespace, slba, blocks)
+                data = bytearray(blocks << shift)
+                yield namespace, Job(Op.READ, slba << shift, len(data), data)
+                yield namespace, Job(Op.WRITE, target << shift, len(data), data, sync=self._durable(command))
+            except CommandError as error:
+                # Dword 0 says which was the first range that was not copied.
+                error.result = n
+                raise
+            self._written(namespace, target, blocks)
+            target += blocks

@@ -1,0 +1,558 @@
+"""Submission and completion queues (NVMe 1.4, 4.1), and the order in which they are served (4.13).
+
+A doorbell only marks its queue as ready.  Once the guest's write has been answered, the `Arbiter` lets ready queues
+run, posts what is complete and raises each vector once.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Command, Completion, Fuse
+from vmodel.devices.nvme.fast import FULL as NO_ROOM
+from vmodel.devices.nvme.fast import OTHER, FastPath
+from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.dma import Dma
+from vmodel.errors import DmaFault
+from vmodel.points import Event, Point, Points
+from vmodel.timers import Timer
+
+#: Commands that are taken from all queues before the device looks at its client again.
+TURN = 256
+#: Arbitration Burst that stands for no limit.
+NO_BURST = 7
+
+_U32 = struct.Struct("<I")
+#: Write, Read, Write Uncorrectable, Compare, Write Zeroes, Verify: commands that name blocks.
+_OF_BLOCKS = frozenset((0x01, 0x02, 0x04, 0x05, 0x08, 0x0C))
+
+
+class CommandSet(Protocol):
+    """A table of commands: that of the admin queue, or that of the others."""
+
+    def execute(self, command: Command, sq: SubmissionQueue) -> int | Later:
+        """Carries a command out: Dword 0 of the completion, or Later.  CommandError, DmaFault."""
+
+    def execute_fused(self, first: Command, second: Command, sq: SubmissionQueue) -> tuple[Later, Later]:
+        """Carries a fused operation out.  CommandError: neither of both."""
+
+
+class Host(Protocol):
+    """The controller as its queues see it."""
+
+    dma: Dma
+    points: Points
+    log: logging.Logger
+    fast: FastPath
+    arbiter: Arbiter
+
+    @property
+    def admin(self) -> CommandSet:
+        """The commands of the admin queue."""
+
+    @property
+    def io(self) -> CommandSet:
+        """Those of the others."""
+
+    def interrupt(self, vector: int) -> None:
+        """Raises a vector."""
+
+    def coalesced(self, vector: int) -> tuple[int, float]:
+        """(completions, seconds) that may gather before the vector is raised; (1, 0) when each counts."""
+
+    def failed(self, sq: SubmissionQueue, command: Command, error: CommandError) -> bool:
+        """A command has failed; whether the error log has more about it."""
+
+    def fatal(self, what: str, fault: DmaFault) -> None:
+        """A queue's own memory cannot be reached: CSTS.CFS."""
+
+    def defer(self, call: Callable[[], None]) -> None:
+        """As with PciDevice."""
+
+    def after(self, seconds: float, call: Callable[[], None]) -> Timer:
+        """As with PciDevice."""
+
+
+class Later:
+    """A command that is completed after its handler has returned: by a worker, or by an event.
+
+    `abort`: called when the guest wants it aborted; whether it could be, and then nothing may complete it any more.
+    """
+
+    def __init__(self, abort: Callable[[], bool] | None = None) -> None:
+        self.abort = abort
+        self._outcome: tuple[Exception | None, int] | None = None
+        self._queue: SubmissionQueue | None = None
+        self._command: Command | None = None
+
+    def succeed(self, result: int = 0) -> None:
+        """Completes it; `result`: Dword 0."""
+        self._end(None, result)
+
+    def fail(self, error: Exception) -> None:
+        """Completes it with another status: a CommandError's, or what a DmaFault or a bug comes to."""
+        self._end(error, error.result if isinstance(error, CommandError) else 0)
+
+    def begin(self, queue: SubmissionQueue, command: Command) -> None:
+        """It is under way; completes it at once if that is what it already is."""
+        self._queue, self._command = queue, command
+        if self._outcome is not None:
+            queue.end(command, *self._outcome)
+        else:
+            queue.in_flight[command.cid] = self
+
+    def _end(self, error: Exception | None, result: int) -> None:
+        if self._outcome is not None:
+            raise ValueError("a command was completed twice")
+        self._outcome = error, result
+        queue, command = self._queue, self._command
+        # A queue that is gone, or its controller reset: nobody waits for it any more.
+        if queue is not None and command is not None and queue.in_flight.get(command.cid) is self:
+            del queue.in_flight[command.cid]
+            queue.end(command, error, result)
+
+
+class CompletionQueue:
+    """Completions of one or more submission queues."""
+
+    def __init__(self, host: Host, qid: int, iova: int, entries: int, vector: int, interrupts: bool) -> None:
+        self._host = host
+        self.qid = qid
+        self.iova = iova
+        self.entries = entries
+        self.vector = vector
+        self.interrupts = interrupts
+        # head: where the driver reads next; tail: where we write next, with `phase`.
+        self._ring = ring = host.fast.add_completion(self)
+        ring.iova, ring.entries, ring.phase = iova, entries, 1
+        ring.head = ring.tail = ring.reserved = ring.posted = 0
+        self.queues: list[SubmissionQueue] = []
+        self._shadow = self._event_index = 0
+        self._unsignalled = 0
+        self._waiting: deque[tuple[SubmissionQueue, int, int, int]] = deque()
+        self._timer: Timer | None = None
+
+    @property
+    def room(self) -> int:
+        """Completions that it has room for, besides those of commands that workers have."""
+        ring = self._ring
+        free: int = (ring.head - ring.tail - 1) % self.entries - ring.reserved
+        return max(free, 0)
+
+    @property
+    def full(self) -> bool:
+        """No more commands are taken for it."""
+        if self._waiting or not self.room:
+            self._poll()
+            return bool(self._waiting) or not self.room
+        return False
+
+    @property
+    def pending(self) -> bool:
+        """There are completions that the driver has not taken: the level of a pin-based interrupt."""
+        return bool(self._ring.head != self._ring.tail)
+
+    def doorbell(self, value: int) -> bool:
+        """The driver has taken entries up to `value`; whether it may say so."""
+        ring = self._ring
+        if value >= self.entries or (value - ring.head) % self.entries > (ring.tail - ring.head) % self.entries:
+            return False
+        ring.head = value
+        while self._waiting and self.room:
+            self._write(*self._waiting.popleft())
+        for queue in self.queues:
+            if queue.waiting:
+                self._host.arbiter.ring(queue)
+        return True
+
+    def set_shadow(self, doorbell: int, event_index: int) -> None:
+        """Where its shadow doorbell and EventIdx are in guest memory (5.7)."""
+        self._shadow, self._event_index = doorbell, event_index
+
+    def _poll(self) -> None:
+        """Looks at the shadow doorbell, if there is one."""
+        if not self._shadow:
+            return
+        try:
+            self._host.dma.write(self._event_index, _U32.pack(self._ring.head))
+            value: int = _U32.unpack(self._host.dma.read(self._shadow, 4))[0]
+        except DmaFault as fault:
+            self._host.fatal(f"the shadow doorbell of completion queue {self.qid}", fault)
+            return
+        if value != self._ring.head:
+            self.doorbell(value)
+
+    def post(self, sq: SubmissionQueue, cid: int, status: int, result: int = 0) -> None:
+        """Posts a completion of `sq`, as soon as there is room; `status`: the 15-bit field."""
+        if self._waiting or not self.room:
+            self._waiting.append((sq, cid, status, result))
+        else:
+            self._write(sq, cid, status, result)
+
+    def _write(self, sq: SubmissionQueue, cid: int, status: int, result: int) -> None:
+        ring = self._ring
+        entry = Completion(result, sq.head, sq.qid, cid, status, ring.phase).build()
+        at = self.iova + ring.tail * COMPLETION_SIZE
+        try:
+            # The driver may look at any time: the phase tag comes last.
+            self._host.dma.write(at, entry[:12])
+            self._host.dma.write(at + 12, entry[12:])
+        except DmaFault as fault:
+            self._host.fatal(f"completion queue {self.qid}", fault)
+            return
+        ring.tail += 1
+        if ring.tail == self.entries:
+            ring.tail = 0
+            ring.phase ^= 1
+        ring.posted += 1
+        self.posted()
+
+    def posted(self) -> None:
+        """Completions have been posted: an interrupt is due."""
+        self._unsignalled += self._ring.posted
+        self._ring.posted = 0
+        if self.interrupts:
+            self._host.arbiter.signal(self)
+
+    def raise_interrupt(self) -> None:
+        """Raises the vector now, or when enough completions or time have come together (5.21.1.8)."""
+        threshold, seconds = self._host.coalesced(self.vector)
+        if self._unsignalled >= threshold:
+            self._fire()
+        elif self._timer is None:
+            self._timer = self._host.after(seconds, self._fire)
+
+    def _fire(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._unsignalled = 0
+        self._host.interrupt(self.vector)
+
+    def close(self) -> None:
+        """It is deleted."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._waiting.clear()
+        self.interrupts = False
+
+
+class SubmissionQueue:
+    """Commands of the driver; qid 0 is the admin queue.  `priority`: 0 (urgent) to 3 (low)."""
+
+    def __init__(self, host: Host, qid: int, iova: int, entries: int, cq: CompletionQueue, priority: int = 0) -> None:
+        self._host = host
+        self._commands = host.io if qid else host.admin
+        self.qid = qid
+        self.iova = iova
+        self.entries = entries
+        self.cq = cq
+        self.priority = priority
+        # head: where we read next; tail: where the driver writes next.
+        self._ring = ring = host.fast.add_submission(self)
+        ring.iova, ring.entries, ring.cq = iova, entries, cq.qid
+        ring.head = ring.tail = ring.shadow = ring.event = 0
+        #: Commands under way, by command identifier.
+        self.in_flight: dict[int, Later] = {}
+        self._closed = False
+        cq.queues.append(self)
+
+    @property
+    def head(self) -> int:
+        """The entry that is taken next."""
+        return self._ring.head  # type: ignore[no-any-return]
+
+    @property
+    def waiting(self) -> bool:
+        """There are commands that have not been taken."""
+        return bool(self._ring.head != self._ring.tail)
+
+    def set_shadow(self, doorbell: int, event_index: int) -> None:
+        """Where its shadow doorbell and EventIdx are in guest memory (5.7)."""
+        self._ring.shadow, self._ring.event = doorbell, event_index
+
+    def doorbell(self, value: int) -> bool:
+        """The driver has written entries up to `value`; whether it may say so."""
+        if value >= self.entries:
+            return False
+        self._ring.tail = value
+        self._host.arbiter.ring(self)
+        return True
+
+    def _poll(self) -> None:
+        """Looks at the shadow doorbell, if there is one; no command that is there already is missed after it."""
+        ring, dma = self._ring, self._host.dma
+        if not ring.shadow:
+            return
+        try:
+            while True:
+                value: int = _U32.unpack(dma.read(ring.shadow, 4))[0]
+                if value < self.entries:
+                    ring.tail = value
+                if ring.head != ring.tail:
+                    return
+                # Ask for a doorbell at the next one, and look again: it may have come meanwhile.
+                event: int = _U32.unpack(dma.read(ring.event, 4))[0]
+                if event == ring.tail:
+                    return
+                dma.write(ring.event, _U32.pack(ring.tail))
+        except DmaFault as fault:
+            self._host.fatal(f"the shadow doorbell of submission queue {self.qid}", fault)
+
+    def run(self, count: int) -> int:
+        """Carries out up to `count` commands; how many there were."""
+        done, fast = 0, self._host.fast
+        while done < count and not self._closed and not self.cq.full:
+            if self.qid and fast.enabled and not self._host.points.detailed:
+                stop, taken = fast.run(self.qid, count - done)
+                if taken:
+                    done += taken
+                    self.cq.posted()
+                if stop == NO_ROOM:
+                    continue
+                if stop != OTHER:
+                    break
+            command = self._fetch()
+            if command is None:
+                break
+            done += 1
+            if command.flags & 3 == Fuse.FIRST:
+                done += self._fused(command)
+            else:
+                self.carry_out(command)
+        return done
+
+    def _fetch(self) -> Command | None:
+        ring = self._ring
+        if ring.head == ring.tail:
+            self._poll()
+            if ring.head == ring.tail:
+                return None
+        try:
+            entry = self._host.dma.read(self.iova + ring.head * SUBMISSION_SIZE, SUBMISSION_SIZE)
+        except DmaFault as fault:
+            self._host.fatal(f"submission queue {self.qid}", fault)
+            return None
+        ring.head = (ring.head + 1) % self.entries
+        return Command.parse(entry)
+
+    def _fused(self, first: Command) -> int:
+        """A fused operation; how many commands were taken besides the first."""
+        self._host.fast.changed()
+        # Both have to be there with one doorbell (4.12).
+        second = self._fetch()
+        if second is None:
+            self.end(first, CommandError(Status.ABORTED_MISSING_FUSED))
+            return 0
+        if second.flags & 3 != Fuse.SECOND:
+            self.end(first, CommandError(Status.ABORTED_MISSING_FUSED))
+            if second.flags & 3 == Fuse.FIRST:
+                return 1 + self._fused(second)
+            self.carry_out(second)
+            return 1
+        try:
+            self._check_cid(first)
+            self._check_cid(second)
+            if first.cid == second.cid:
+                raise CommandError(Status.CID_CONFLICT)
+            later = self._commands.execute_fused(first, second, self)
+        except Exception as error:
+            self.end(first, error)
+            self.end(second, CommandError(Status.ABORTED_FAILED_FUSED))
+        else:
+            later[0].begin(self, first)
+            later[1].begin(self, second)
+        return 1
+
+    def _check_cid(self, command: Command) -> None:
+        if command.cid in self.in_flight:
+            raise CommandError(Status.CID_CONFLICT)
+
+    def carry_out(self, command: Command) -> None:
+        """Carries a command out the general way."""
+        self._host.fast.changed()
+        try:
+            if command.flags & 3 == Fuse.SECOND:
+                raise CommandError(Status.ABORTED_MISSING_FUSED)
+            if command.flags & 3 == Fuse.RESERVED or command.flags >> 6 == 3:
+                raise CommandError(Status.INVALID_FIELD, location=1)
+            self._check_cid(command)
+            outcome = self._commands.execute(command, self)
+        except Exception as error:
+            self.end(command, error)
+        else:
+            if isinstance(outcome, Later):
+                outcome.begin(self, command)
+            else:
+                self.end(command, None, outcome)
+
+    def _as_status(self, error: Exception) -> CommandError:
+        """The status of what a command's handler has raised."""
+        if isinstance(error, CommandError):
+            return error
+        if isinstance(error, DmaFault):
+            self._host.log.info("submission queue %d: %s", self.qid, error)
+            return CommandError(Status.DATA_TRANSFER_ERROR, dnr=False)
+        self._host.log.error("submission queue %d: a command failed", self.qid, exc_info=error)
+        return CommandError(Status.INTERNAL_ERROR)
+
+    def end(self, command: Command, error: Exception | None, result: int = 0) -> None:
+        """Posts a command's completion."""
+        if self._closed:
+            return
+        self._host.fast.changed()
+        status = 0
+        if error is not None:
+            failure = self._as_status(error)
+            status = failure.field(more=self._host.failed(self, command, failure))
+            result = failure.result
+        if self._host.points.wants(Point.COMPLETION):
+            self._announce(command, status, result)
+        else:
+            self.cq.post(self, command.cid, status, result)
+
+    def _announce(self, command: Command, status: int, result: int) -> None:
+        """Posts a completion if nobody who listens has it otherwise; one that comes late may find the queue gone."""
+
+        def post(event: Event) -> None:
+            if not self._closed:
+                found = event.id or 0, event.status or 0, event.length or 0
+                self.cq.post(self, found[0] & 0xFFFF, found[1] & 0x7FFF, found[2] & 0xFFFF_FFFF)
+
+        blocks = (command.slba, command.blocks) if self.qid and command.opcode in _OF_BLOCKS else (None, None)
+        self._host.points.completion(
+            post,
+            queue=self.qid,
+            opcode=command.opcode,
+            lba=blocks[0],
+            blocks=blocks[1],
+            id=command.cid,
+            status=status,
+            length=result,
+        )
+
+    def abort(self, cid: int, status: Status = Status.ABORT_REQUESTED) -> bool:
+        """Aborts a command that is under way, which then is complete; False: it is not, or cannot be any more."""
+        later = self.in_flight.get(cid)
+        if later is not None and later.abort is not None and later.abort():
+            later.fail(CommandError(status))
+            return True
+        if self._host.fast.abort(self.qid, cid):
+            self.end(Command.make(0, cid=cid), CommandError(status))
+            return True
+        return False
+
+    def drain(self) -> None:
+        """Completes or aborts all that is under way, as before the queue is deleted (5.6)."""
+        for cid in list(self.in_flight):
+            self.abort(cid, Status.ABORTED_SQ_DELETION)
+        self._host.fast.settle()
+
+    def close(self) -> None:
+        """It is deleted, or the controller is reset: nothing is posted for it any more."""
+        self._closed = True
+        self.in_flight.clear()
+        self.cq.queues.remove(self)
+        self._host.arbiter.forget(self)
+
+
+class Arbiter:
+    """Chooses the queue that runs next, and raises interrupts when all have run.
+
+    Round robin, or with `weights` weighted round robin with urgent priority class (4.13.2).
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        #: Commands that a queue may have carried out before others have their turn.
+        self.burst = TURN
+        #: Commands of the high, medium and low priority class in a round; None: round robin.
+        self.weights: tuple[int, int, int] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all queues; round robin without a limit of the burst."""
+        self.set_burst(NO_BURST)
+        self.weights = None
+        self._ready: dict[int, deque[SubmissionQueue]] = {}
+        self._credit = [0, 0, 0]
+        self._signals: list[CompletionQueue] = []
+        self._running = self._scheduled = False
+
+    def set_burst(self, value: int) -> None:
+        """Arbitration Burst as in the feature: a power of two; 7: no limit."""
+        self.burst = TURN if value == NO_BURST else 1 << value
+
+    def ring(self, queue: SubmissionQueue) -> None:
+        """A queue has, or may have, commands."""
+        line = self._ready.setdefault(self._class_of(queue), deque())
+        if queue not in line:
+            line.append(queue)
+        self._schedule()
+
+    def signal(self, queue: CompletionQueue) -> None:
+        """A completion queue's interrupt is due."""
+        if queue not in self._signals:
+            self._signals.append(queue)
+        self._schedule()
+
+    def forget(self, queue: SubmissionQueue) -> None:
+        """A queue is gone."""
+        for line in self._ready.values():
+            if queue in line:
+                line.remove(queue)
+
+    def _class_of(self, queue: SubmissionQueue) -> int:
+        """0: before all others."""
+        if self.weights is None:
+            return 1
+        return queue.priority if queue.qid else -1
+
+    def _schedule(self) -> None:
+        if not self._scheduled and not self._running:
+            self._scheduled = True
+            self._host.defer(self.run)
+
+    def run(self) -> None:
+        """Lets ready queues run, until there are none or others have waited for long enough."""
+        self._scheduled, self._running = False, True
+        try:
+            left = TURN
+            while left > 0 and (chosen := self._next()) is not None:
+                line, burst = chosen
+                queue = line.popleft()
+                taken = queue.run(min(burst, left))
+                left -= taken
+                if self.weights is not None and queue.qid and queue.priority:
+                    self._credit[queue.priority - 1] -= taken
+                if taken and queue.waiting and not queue.cq.full and queue in queue.cq.queues:
+                    line.append(queue)
+        finally:
+            self._running = False
+        signals, self._signals = self._signals, []
+        for cq in signals:
+            if cq.interrupts:
+                cq.raise_interrupt()
+        if any(self._ready.values()):
+            self._schedule()
+
+    def _next(self) -> tuple[deque[SubmissionQueue], int] | None:
+        """The line whose first queue is next, and what that may take."""
+        ready = self._ready
+        for strict in (-1, 0) if self.weights is not None else (1,):
+            if ready.get(strict):
+                return ready[strict], self.burst
+        if self.weights is None:
+            return None
+        classes = [n for n in (1, 2, 3) if ready.get(n)]
+        if not classes:
+            return None
+        if all(self._credit[n - 1] <= 0 for n in classes):
+            self._credit = list(self.weights)
+        n = next(n for n in classes if self._credit[n - 1] > 0)
+        return ready[n], min(self.burst, self._credit[n - 1])

@@ -1,0 +1,160 @@
+"""Sanitize operations and their log (NVMe 1.4, 5.24, 8.15, 5.14.1.16.2)."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vmodel.devices.nvme.backend import Job, Op
+from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.events import Event
+from vmodel.devices.nvme.identify import build
+from vmodel.devices.nvme.logs import SanitizeStatus
+from vmodel.devices.nvme.namespace import Namespace
+from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.work import LARGE_PIECE, PIECE, Failure, Work, pieces
+
+if TYPE_CHECKING:
+    from vmodel.devices.nvme.controller import Nvme
+
+
+class Action(enum.IntEnum):
+    """SANACT."""
+
+    EXIT_FAILURE_MODE = 1
+    BLOCK_ERASE = 2
+    OVERWRITE = 3
+    CRYPTO_ERASE = 4
+
+
+class State(enum.IntEnum):
+    """Status of the most recent sanitize operation."""
+
+    NEVER = 0
+    COMPLETED = 1
+    IN_PROGRESS = 2
+    FAILED = 3
+    #: Completed, and deallocated although that was not asked for.
+    COMPLETED_DEALLOCATED = 4
+
+
+_UNRESTRICTED, _NO_DEALLOCATE, _INVERT = 1 << 3, 1 << 9, 1 << 8
+_GLOBAL_ERASED = 1 << 8
+
+
+class Sanitize:
+    """The operation under way, or the last one; it goes on through resets."""
+
+    def __init__(self, controller: Nvme) -> None:
+        self._controller = controller
+        self._state = State.NEVER
+        self._cdw10 = 0
+        self._passes = 0
+        self._work: Work | None = None
+
+    @property
+    def in_progress(self) -> bool:
+        """Namespaces cannot be accessed."""
+        return self._state is State.IN_PROGRESS
+
+    @property
+    def failed(self) -> bool:
+        """They cannot either, until a sanitize operation succeeds or failure mode is left."""
+        return self._state is State.FAILED
+
+    def check(self) -> None:
+        """CommandError, if commands that need namespaces' contents are not allowed."""
+        if self.in_progress:
+            raise CommandError(Status.SANITIZE_IN_PROGRESS, dnr=False)
+        if self.failed:
+            raise CommandError(Status.SANITIZE_FAILED)
+
+    def start(self, command: Command) -> None:
+        """The Sanitize command; it completes when the operation has begun.  CommandError."""
+        if self.in_progress:
+            raise CommandError(Status.SANITIZE_IN_PROGRESS, dnr=False)
+        try:
+            action = Action(command.cdw10 & 7)
+        except ValueError:
+            raise CommandError(Status.INVALID_FIELD, location=40) from None
+        if action is Action.EXIT_FAILURE_MODE:
+            # Only a failure in unrestricted mode can be left that way.
+            if self.failed and not self._cdw10 & _UNRESTRICTED:
+                raise CommandError(Status.SANITIZE_FAILED)
+            if self.failed:
+                self._state = State.NEVER
+            return
+        namespaces = self._controller.inventory.allocated
+        if any(namespace.read_only for namespace in namespaces):
+            raise CommandError(Status.NAMESPACE_WRITE_PROTECTED)
+        self._cdw10, self._state = command.cdw10, State.IN_PROGRESS
+        total = sum(namespace.backend.size for namespace in namespaces)
+        if action is Action.OVERWRITE:
+            jobs = self._overwrites(namespaces, command)
+            total *= self._passes_of(command.cdw10)
+        else:
+            jobs = (
+                (namespace, Job(Op.DISCARD, offset, length))
+                for namespace in namespaces
+                for offset, length in pieces(namespace.backend.size, LARGE_PIECE)
+            )
+        self._work = Work(self._controller, jobs, self._ended, total=total)
+        self._work.resume()
+
+    def _overwrites(self, namespaces: list[Namespace], command: Command) -> Iterator[tuple[Namespace, Job]]:
+        passes, pattern = self._passes_of(command.cdw10), command.cdw11
+        for n in range(passes):
+            # With OIPBP each pass has the inverse of the one before, and the last one the pattern itself.
+            inverted = command.cdw10 & _INVERT and (passes - 1 - n) % 2
+            word = (pattern ^ 0xFFFF_FFFF if inverted else pattern).to_bytes(4, "little")
+            data = bytearray(word * (PIECE // 4))
+            for namespace in namespaces:
+                for offset, length in pieces(namespace.backend.size, PIECE):
+                    yield namespace, Job(Op.WRITE, offset, length, memoryview(data)[:length])
+
+    @staticmethod
+    def _passes_of(cdw10: int) -> int:
+        """Overwrite Pass Count: 0 stands for 16."""
+        return cdw10 >> 4 & 15 or 16
+
+    def resume(self) -> None:
+        """Goes on after a reset."""
+        if self._work is not None:
+            self._work.resume()
+
+    def _ended(self, failure: Failure | None) -> None:
+        self._work = None
+        if failure is not None:
+            self._controller.log.warning("%s: sanitize failed: errno %d", self._controller.name, failure.code)
+            self._state = State.FAILED
+        elif self._cdw10 & 7 != Action.OVERWRITE and self._cdw10 & _NO_DEALLOCATE:
+            self._state = State.COMPLETED_DEALLOCATED
+        else:
+            self._state = State.COMPLETED
+        self._passes = self._passes_of(self._cdw10) if self._cdw10 & 7 == Action.OVERWRITE else 0
+        if failure is None:
+            for namespace in self._controller.inventory.allocated:
+                namespace.uncorrectable.clear()
+        self._controller.fast.changed()
+        self._controller.events.report(Event.SANITIZE_COMPLETED)
+
+    def log(self) -> bytes:
+        """The sanitize status page."""
+        progress = int(self._work.progress * 65535) if self._work is not None else 65535
+        erased = _GLOBAL_ERASED if self._state in (State.COMPLETED, State.COMPLETED_DEALLOCATED) else 0
+        unknown = 0xFFFF_FFFF  # no time is reported
+        return build(
+            SanitizeStatus,
+            {
+                "progress": progress,
+                "status": self._state | self._passes << 3 | erased,
+                "cdw10": self._cdw10,
+                "overwrite_seconds": unknown,
+                "block_erase_seconds": unknown,
+                "crypto_erase_seconds": unknown,
+                "overwrite_no_deallocate_seconds": unknown,
+                "block_erase_no_deallocate_seconds": unknown,
+                "crypto_erase_no_deallocate_seconds": unknown,
+            },
+        )

@@ -1,0 +1,130 @@
+"""Device Self-test (NVMe 1.4, 5.6 and 8.11).
+
+The short test reads the first and the last blocks of the namespaces, the extended one all of them.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vmodel.devices.nvme.backend import Job, Op
+from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.identify import build
+from vmodel.devices.nvme.logs import SelfTest, SelfTestResult
+from vmodel.devices.nvme.namespace import Namespace
+from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.work import PIECE, Failure, Work, pieces
+
+if TYPE_CHECKING:
+    from vmodel.devices.nvme.controller import Nvme
+
+_RESULTS = 20
+
+
+class Code(enum.IntEnum):
+    """STC."""
+
+    SHORT = 0x1
+    EXTENDED = 0x2
+    ABORT = 0xF
+
+
+class Outcome(enum.IntEnum):
+    """How a test has ended."""
+
+    PASSED = 0x0
+    ABORTED_BY_COMMAND = 0x1
+    ABORTED_BY_RESET = 0x2
+    ABORTED_BY_NAMESPACE_REMOVAL = 0x3
+    ABORTED_BY_FORMAT = 0x4
+    SEGMENT_FAILED = 0x7
+    ABORTED_BY_SANITIZE = 0x9
+    UNUSED = 0xF
+
+
+class DeviceSelfTest:
+    """The test under way, and the results of the last 20."""
+
+    def __init__(self, controller: Nvme) -> None:
+        self._controller = controller
+        self._results: deque[dict[str, Any]] = deque(maxlen=_RESULTS)
+        self._code: Code | None = None
+        self._nsid = 0
+        self._work: Work | None = None
+
+    def start(self, command: Command) -> None:
+        """The Device Self-test command; it completes when the test has begun.  CommandError."""
+        try:
+            code = Code(command.cdw10 & 15)
+        except ValueError:
+            raise CommandError(Status.INVALID_FIELD, location=40) from None
+        # 0: the controller alone, FFFFFFFFh: with all active namespaces.
+        namespaces = self._controller.inventory.chosen(command.nsid) if command.nsid else []
+        if code is Code.ABORT:
+            self.abort(Outcome.ABORTED_BY_COMMAND)
+            return
+        if self._work is not None:
+            raise CommandError(Status.SELF_TEST_IN_PROGRESS, dnr=False)
+        self._code, self._nsid = code, command.nsid
+        total = sum(namespace.backend.size for namespace in namespaces)
+        self._work = Work(self._controller, self._reads(namespaces, code), self._ended, total=total)
+        self._work.resume()
+
+    @staticmethod
+    def _reads(namespaces: list[Namespace], code: Code) -> Iterator[tuple[Namespace, Job]]:
+        for namespace in namespaces:
+            size = namespace.backend.size
+            piece = min(PIECE, size)
+            ends = ((0, piece), (size - piece, piece))
+            for offset, length in pieces(size, PIECE) if code is Code.EXTENDED else ends:
+                yield namespace, Job(Op.VERIFY, offset, length)
+
+    def abort(self, why: Outcome) -> None:
+        """Ends a test, if there is one."""
+        if self._work is not None:
+            self._work.cancel()
+            self._end(why)
+
+    def reset(self) -> None:
+        """A controller reset ends a short test; an extended one goes on."""
+        if self._code is Code.SHORT:
+            self.abort(Outcome.ABORTED_BY_RESET)
+        elif self._work is not None:
+            self._work.resume()
+
+    def _ended(self, failure: Failure | None) -> None:
+        if failure is None:
+            self._end(Outcome.PASSED)
+        else:
+            self._end(Outcome.SEGMENT_FAILED, nsid=failure.namespace.nsid, lba=failure.lba)
+
+    def _end(self, outcome: Outcome, *, nsid: int | None = None, lba: int | None = None) -> None:
+        assert self._code is not None
+        fields: dict[str, Any] = {
+            "status": self._code << 4 | outcome,
+            "power_on_hours": self._controller.health.power_on_hours,
+            "nsid": self._nsid if nsid is None else nsid,
+            "lba": lba or 0,
+            # What is valid: bit 0 the namespace, 1 the block.
+            "valid": (1 if nsid or self._nsid else 0) | (2 if lba is not None else 0),
+            "segment": 1 if outcome is Outcome.SEGMENT_FAILED else 0,
+        }
+        self._results.appendleft(fields)
+        self._code, self._work = None, None
+
+    def log(self) -> bytes:
+        """The device self-test page."""
+        results = [SelfTestResult.parse(build(SelfTestResult, fields)) for fields in self._results]
+        unused = SelfTestResult.parse(build(SelfTestResult, {"status": Outcome.UNUSED}))
+        progress = min(int(self._work.progress * 100), 99) if self._work is not None else 0
+        return build(
+            SelfTest,
+            {
+                "operation": self._code or 0,
+                "completion": progress,
+                "results": results + [unused] * (_RESULTS - len(results)),
+            },
+        )
