@@ -144,9 +144,7 @@ class Lab:
         self._cases += 1
         began = time.monotonic()
         machine = machines.load(case.machine)
-        plan = case.plan or FaultPlan()
-        if case.seed is not None:
-            plan = plan.model_copy(update={"seed": case.seed})
+        plan = case.seeded() or FaultPlan()
         with tempfile.TemporaryDirectory() as sockets:
             try:
                 with machine.serve(Path(sockets)):
@@ -198,6 +196,7 @@ class Lab:
             signatures=tuple(dict.fromkeys(f.signature for f in findings)),
             status=status,
             check_status=None,
+            injected=len(records),
             injections=records,
             rules=rules,
             time_to_detect=max(seen[0] - first, 0.0) if seen and first is not None else None,

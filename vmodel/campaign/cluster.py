@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import tarfile
 import tempfile
 import threading
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from vmodel.campaign.executor import Answer, Task
-from vmodel.campaign.rig import Rig, load_rig, perform, plain
+from vmodel.campaign.rig import plain
+from vmodel.campaign.worker import Processes
 from vmodel.errors import ConfigError
 from vmodel.testing.case import Case, Result
 
-#: Seconds after which a rig that nothing runs in is closed.
+#: Seconds after which a process that has nothing to do is ended, with its guest.
 _IDLE = 30.0
 #: Seconds for the scheduler to answer at first.
 _CONNECT = 10.0
@@ -66,9 +68,9 @@ class Cluster:
     def _answer(self, future: Any) -> Answer:
         task = self._tasks.pop(future)
         if future.status == "finished":
-            result, rig, packed = future.result()
+            result, rig, died, packed = future.result()
             unpack(packed, task.folder)
-            return Answer(task, Result.model_validate(result), rig)
+            return Answer(task, None if result is None else Result.model_validate(result), rig, died)
         if future.status == "error":
             error = future.exception()
             if isinstance(error, ConfigError):
@@ -89,56 +91,57 @@ class Cluster:
 
 
 class _Shelf:
-    """Rigs between two tasks: kept for a while, as booting a guest takes longer than most cases."""
+    """Worker processes between two tasks: kept for a while, as booting a guest takes longer than most cases."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rigs: dict[str, tuple[str, Rig, threading.Timer]] = {}
+        self._idle: list[tuple[str, Processes, threading.Timer]] = []
 
-    def take(self, name: str) -> tuple[str, Rig]:
-        """A rig that nobody uses, and its id."""
+    def take(self, rig: str) -> Processes:
+        """One that nobody uses."""
         with self._lock:
-            for key, (kind, rig, timer) in list(self._rigs.items()):
-                if kind == name:
-                    timer.cancel()
-                    del self._rigs[key]
-                    return key, rig
-        return uuid.uuid4().hex[:12], load_rig(name)().__enter__()
+            for entry in self._idle:
+                if entry[0] == rig:
+                    entry[2].cancel()
+                    self._idle.remove(entry)
+                    return entry[1]
+        # What models print goes where the cluster's worker prints.
+        return Processes(rig, 1, os.fdopen(os.dup(2), "ab"))
 
-    def put(self, name: str, key: str, rig: Rig) -> None:
+    def put(self, rig: str, processes: Processes) -> None:
         """It is used no longer."""
-        timer = threading.Timer(_IDLE, self._close, (key,))
+        timer = threading.Timer(_IDLE, self._end, (processes,))
         timer.daemon = True
         with self._lock:
-            self._rigs[key] = (name, rig, timer)
+            self._idle.append((rig, processes, timer))
         timer.start()
 
-    def _close(self, key: str) -> None:
+    def _end(self, processes: Processes) -> None:
         with self._lock:
-            found = self._rigs.pop(key, None)
-        if found is not None:
-            found[1].__exit__(None, None, None)
+            kept = [entry for entry in self._idle if entry[1] is not processes]
+            taken = len(kept) == len(self._idle)
+            self._idle = kept
+        if not taken:
+            processes.close()
 
 
 _shelf = _Shelf()
 
 
-def perform_there(rig_name: str, case: dict[str, Any]) -> tuple[dict[str, Any], str, bytes]:
-    """Runs a case: its result, the rig's id, and its artefacts."""
-    key, rig = _shelf.take(rig_name)
-    with tempfile.TemporaryDirectory(prefix="vmodel-run-") as folder:
+def perform_there(rig: str, case: dict[str, Any]) -> tuple[dict[str, Any] | None, str, str, bytes]:
+    """Runs a case in a process of its own: its result, the rig's id, or how it died; and its artefacts."""
+    processes = _shelf.take(rig)
+    with tempfile.TemporaryDirectory(prefix="vmodel-run-") as name:
+        folder = Path(name)
         try:
-            result = perform(rig, Case.model_validate(case), Path(folder))
+            processes.submit(Task(0, Case.model_validate(case), folder))
+            (answer,) = processes.wait()
         except BaseException:
-            rig.__exit__(None, None, None)
+            processes.close()
             raise
-        _shelf.put(rig_name, key, rig)
-        artefacts = {
-            name: str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
-            for name, path in result.artefacts.items()
-        }
-        said = result.model_copy(update={"artefacts": artefacts}).model_dump(mode="json")
-        return said, key, pack(Path(folder))
+        _shelf.put(rig, processes)
+        result = None if answer.result is None else answer.result.model_dump(mode="json")
+        return result, answer.rig, answer.died, pack(folder)
 
 
 def pack(folder: Path) -> bytes:

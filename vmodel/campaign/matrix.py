@@ -16,7 +16,7 @@ from vmodel import machine as machines
 from vmodel.campaign.rig import GUESTS, absolute, load_rig, plain
 from vmodel.campaign.schema import MOST_RUNS, CampaignFile, MachineTable, PlanTable, WorkloadTable
 from vmodel.errors import ConfigError
-from vmodel.inject import Engine, FaultPlan
+from vmodel.inject import Engine, FaultPlan, Match
 from vmodel.machine import Machine
 from vmodel.testing.artifacts import KERNELS
 from vmodel.testing.case import Case
@@ -56,6 +56,8 @@ class Run(BaseModel):
         case = plain(self.case)
         for name in ("machine", "files", "name"):
             case.pop(name, None)
+        if self.case.plan is not None:
+            case["plan"] = self.case.plan.plain()
         places = [str(f[1]) if isinstance(f, tuple) else f.name for f in self.case.files]
         said = {
             "case": case,
@@ -122,7 +124,7 @@ class Matrix:
                 text = f"{len(found)} files cannot have one name: leave it out, and each has its file's"
                 raise ConfigError(text, file=self.file, key=f"plan[{n}].name")
             for path in found:
-                plan = resolved(FaultPlan.load(path))
+                plan = FaultPlan.load(path)
                 if not plan.rule:
                     raise ConfigError("has no [[rule]]: each workload runs once without faults anyway", file=path)
                 yield table.name or path.stem, table, plan
@@ -184,19 +186,19 @@ class Matrix:
             expected=workload.expected,
             fresh=workload.fresh,
         )
-        read = inputs(case, self.rig)
 
         def run(title: str, seed: int, expect: tuple[Outcome, ...], **changes: Any) -> Run:
             named = " / ".join((name, workload.name, title))
+            made = case.model_copy(update={"name": named, "seed": seed, **changes})
             return Run(
                 machine=name,
                 kernel=kernel or "",
                 workload=workload.name,
                 plan=title,
                 seed=seed,
-                case=case.model_copy(update={"name": named, "seed": seed, **changes}),
+                case=made,
                 expect=expect,
-                inputs=read,
+                inputs=inputs(made, self.rig),
                 rig=self.rig,
             )
 
@@ -238,20 +240,14 @@ def check_plans(path: Path, plans: Sequence[FaultPlan]) -> Machine:
     return machine
 
 
-def resolved(plan: FaultPlan) -> FaultPlan:
-    """The plan with the paths in it absolute, so that it means the same without its file."""
-
-    def place(table: object) -> object:
-        if isinstance(table, list):
-            return [place(item) for item in table]
-        if not isinstance(table, dict):
-            return table
-        return {
-            key: str((plan.base / value).absolute()) if key == "when" and isinstance(value, str) else place(value)
-            for key, value in table.items()
-        }
-
-    return FaultPlan.model_validate(place(plan.plain()))
+def functions(plan: FaultPlan) -> Iterator[Path]:
+    """The Python files that its rules ask."""
+    matches: list[Match | None] = [None if plan.heal is None else plan.heal.on]
+    for rule in plan.rule:
+        matches += [rule, *(rule.between or ())]
+    for match in matches:
+        if match is not None and isinstance(match.when, str):
+            yield plan.base / match.when.rpartition(":")[0]
 
 
 def digest(path: Path) -> str:
@@ -268,6 +264,8 @@ def inputs(case: Case, rig: str) -> dict[str, str]:
         source, _, _ = table["model"].rpartition(":")
         if source.endswith(".py"):
             paths.append(case.machine.parent / source)
+    if case.plan is not None:
+        paths += functions(case.plan)
     source, _, _ = rig.rpartition(":")
     if source.endswith(".py"):
         paths.append(Path(source))

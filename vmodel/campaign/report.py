@@ -120,7 +120,7 @@ def _run(run: Ended) -> dict[str, Any]:
         "outcome": result.outcome.value,
         "expected": run.row.expected,
         "evidence": [finding.model_dump(mode="json") for finding in result.evidence],
-        "injections": len(result.injections),
+        "injections": result.injected,
         "time_to_detect": result.time_to_detect,
         "time_to_recover": result.time_to_recover,
         "wall": result.wall,

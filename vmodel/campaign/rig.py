@@ -80,6 +80,7 @@ def harness_error(case: Case, oracle: str, text: str) -> Result:
         signatures=(finding.signature,),
         status=None,
         check_status=None,
+        injected=0,
         injections=(),
         rules=(),
         time_to_detect=None,
@@ -103,5 +104,4 @@ def host_versions() -> dict[str, str]:
 
 def plain(case: Case) -> dict[str, Any]:
     """A case as JSON has it; `Case.model_validate` takes it back."""
-    # by_alias and no defaults: so the plan's rules say what a plan file would.
-    return case.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return case.model_dump(mode="json", exclude_defaults=True)

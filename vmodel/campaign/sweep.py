@@ -37,7 +37,6 @@ class Sweep:
         self.seed = seed
         self._rig = rig
         check_plans(case.machine, [FaultPlan(rule=(self._rule("nth=1"),))])
-        self._inputs = inputs(case, rig)
 
     def _rule(self, schedule: str) -> Rule:
         return parse_rule(f"{self.where} do={self.do} {schedule}", "--point")
@@ -45,15 +44,16 @@ class Sweep:
     def _run(self, title: str, schedule: str) -> Run:
         plan = FaultPlan(seed=self.seed, rule=(self._rule(schedule),))
         expect = (Outcome.NOT_ACTIVATED,) if title == CONTROL else ACCEPTABLE
+        case = self.case.model_copy(update={"name": title, "plan": plan, "seed": self.seed})
         return Run(
             machine=self.case.machine.stem,
             kernel=self.case.kernel or "",
             workload="sweep",
             plan=title,
             seed=self.seed,
-            case=self.case.model_copy(update={"name": title, "plan": plan, "seed": self.seed}),
+            case=case,
             expect=expect,
-            inputs=self._inputs,
+            inputs=inputs(case, self._rig),
             rig=self._rig,
         )
 

@@ -101,11 +101,11 @@ class _Process:
 class Processes:
     """Runs tasks in up to `jobs` processes: see Executor."""
 
-    def __init__(self, rig: str, jobs: int, log: Path) -> None:
-        """`log` gets what the processes print."""
+    def __init__(self, rig: str, jobs: int, log: BinaryIO) -> None:
+        """`log` gets what the processes print; `close` closes it."""
         self._rig = rig
         self._jobs = jobs
-        self._log = log.open("ab")
+        self._log = log
         self._workers: list[_Process] = []
 
     @property

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from vmodel.campaign.matrix import Run
 from vmodel.campaign.minimise import Minimiser
 from vmodel.campaign.repeat import changed_inputs, differences, free_folder
 from vmodel.campaign.repeat import repeat as run_again
@@ -88,16 +87,11 @@ def minimise(
     if not ended:
         print(f"vmodel: there may be less: it ended after {most} runs (--runs)", file=sys.stderr)
     assert minimiser.best is not None  # the plan itself was tried
-    smallest = minimiser.best[0].model_copy(update={"seed": _seed(row.run)})
+    smallest = minimiser.best[0].model_copy(update={"seed": (row.run.case.seeded() or plan).seed})
     text = plan_text(smallest, f"From {path}: {before.outcome.value}.  {minimiser.runs} runs.")
     (folder / "plan.toml").write_text(text, encoding="utf-8")
     print(text, end="")
     print(f"vmodel: it is in {folder / 'plan.toml'}, too", file=sys.stderr)
-
-
-def _seed(run: Run) -> int:
-    plan = run.case.plan
-    return run.case.seed if run.case.seed is not None else plan.seed if plan is not None else 0
 
 
 def _ended(path: Path) -> tuple[Row, Result, list[Row]]:
