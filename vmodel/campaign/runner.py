@@ -22,7 +22,11 @@ MOST_DEATHS = 3
 @contextmanager
 def executor(rig: str, folder: Path, *, jobs: int = 1, scheduler: str | None = None) -> Iterator[Executor]:
     """Processes of this machine, or a cluster.  ConfigError."""
-    made: Executor = Cluster(rig, scheduler) if scheduler is not None else Processes(rig, jobs, (folder / "workers.log").open("ab"))
+    made: Executor
+    if scheduler is not None:
+        made = Cluster(rig, scheduler)
+    else:
+        made = Processes(rig, jobs, (folder / "workers.log").open("ab"))
     try:
         yield made
     finally:
