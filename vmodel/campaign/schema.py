@@ -46,8 +46,8 @@ MOST_RUNS = 1_000_000
 
 
 def _name(value: str) -> str:
-    if not re.fullmatch(r"[^\x00-\x1f\x7f/]{1,80}", value) or value != value.strip():
-        raise ValueError("must be up to 80 characters without '/', on one line")
+    if not re.fullmatch(r"[^\x00-\x1f\x7f]{1,80}", value) or value != value.strip():
+        raise ValueError("must be up to 80 characters, on one line")
     return value
 
 
