@@ -198,7 +198,7 @@ class Engine:
             healed = self._is_healed(now)
             for live in ending:
                 live.progress.end()
-            fired = {live: live.progress.fired for live in matching if not healed and live.progress.fires(now)}
+            fired = {live: _place(live) for live in matching if not healed and live.progress.fires(now)}
             for live in beginning:
                 live.progress.begin()
             self._healed = self._healed or healing
@@ -214,10 +214,13 @@ class Engine:
             if self._held:
                 self._release(event, everything=healed or healing)
 
-    def _step(self, live: _Live, count: int, now: float, origin: Event) -> Callable[[Event, Proceed], bytes]:
+    def _step(
+        self, live: _Live, place: tuple[int, int], now: float, origin: Event
+    ) -> Callable[[Event, Proceed], bytes]:
         def act(event: Event, proceed: Proceed) -> bytes:
             window = live.predicate.window(event) or slice(None)
-            at = Injection(self, live.name, count, event, proceed, window, live.random, live.memory, origin)
+            at = Injection(self, live.name, place[0], event, proceed, window, live.random, live.memory, origin)
+            at.nth = place[1]
             try:
                 return live.rule.do.run(at)
             except VmodelError as error:
@@ -234,6 +237,7 @@ class Engine:
             "t": round(now, 6),
             "rule": at.rule,
             "count": at.count,
+            "nth": at.nth,
             "do": str(live.rule.do),
             "point": event.point.value,
             "device": event.device,
@@ -264,6 +268,7 @@ class Engine:
         """See Injection.later.  A reset of the function drops what waits for its time."""
         device = at.device
         late = Injection(self, at.rule, at.count, at.event, at.proceed, slice(None), at.random, at.memory, at.origin)
+        late.nth = at.nth
         live = next((live for live in self._rules if live.name == at.rule), None)
 
         def carry_out() -> None:
@@ -321,6 +326,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _place(live: _Live) -> tuple[int, int]:
+    """How often it has fired, and the number of the event that it fires at."""
+    return live.progress.fired, live.progress.seen
 
 
 def _through(chain: list[Callable[[Event, Proceed], bytes]], n: int, event: Event, proceed: Proceed) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,8 @@ class Journal:
     def __init__(self, path: Path | None = None) -> None:
         """`path`: where the lines go; the file is made with the first one, and an older one goes then."""
         self.path = path
+        #: Hear of each record, on the thread that puts it.
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._file: TextIO | None = None
         self._lock = threading.Lock()
         self._last: deque[dict[str, Any]] = deque(maxlen=KEPT)
@@ -42,6 +45,8 @@ class Journal:
                 if self._file is None:
                     self._file = self.path.open("w", encoding="utf-8", buffering=1)
                 self._file.write(json.dumps(numbered) + "\n")
+        for listener in list(self.listeners):
+            listener(numbered)
 
     def since(self, n: int = 0, most: int = 1000) -> list[dict[str, Any]]:
         """Records after number `n`, the oldest first, of those that are kept."""
