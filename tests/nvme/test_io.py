@@ -13,7 +13,7 @@ import pytest
 
 from tests.nvme.driver import Driver, Pair, name, prps
 from vmodel._shim.store import Store
-from vmodel.devices.nvme.backend import Backend
+from vmodel.devices.nvme.backend import Backend, FileBackend
 from vmodel.devices.nvme.command import BROADCAST, Command, Completion
 from vmodel.devices.nvme.io import MAX_COPY, MAX_COPY_RANGE, MAX_COPY_RANGES
 from vmodel.devices.nvme.status import Status
@@ -489,6 +489,34 @@ def test_a_reset_leaves_nothing_under_way(slow: Disk, tmp_path: Path) -> None:
         slow.pair = driver.create(1, 64)
     slow.put(0, pattern(16, 77))
     assert slow.get(0, 16) == pattern(16, 77)
+
+
+@pytest.mark.parametrize("opcode", [0x80, 0x84], ids=["format", "sanitize"])
+def test_erasing_comes_after_what_is_under_way(slow: Disk, tmp_path: Path, opcode: int) -> None:
+    slow.driver.memory.write(slow.data, pattern(16))
+    begin(slow, 60)
+    done = slow.driver.admin.send(opcode, nsid=1 if opcode == 0x80 else 0, cdw10=0 if opcode == 0x80 else 2)
+    assert done.status == 0, name(done)
+    assert len(slow.pair.wait(60)) == 60
+    slow.driver.device.fast.settle()
+    for _ in range(1000):
+        slow.driver.run()
+        slow.driver.device.fast.settle()
+        if not slow.driver.device.has_work():
+            break
+    assert slow.get(0, 16) == bytes(8192)
+    assert (tmp_path / "disk.img").read_bytes().count(0) == 64 << 20
+
+
+def test_deleting_a_namespace_comes_after_what_is_under_way(slow: Disk, tmp_path: Path) -> None:
+    slow.driver.memory.write(slow.data, pattern(16))
+    begin(slow, 60)
+    assert slow.driver.admin.send(0x0D, nsid=1, cdw10=1).status == 0
+    done = slow.pair.wait(60)
+    assert not any(c.status for c in done)
+    image = (tmp_path / "disk.img").read_bytes()
+    assert image[: 60 * 8192] == pattern(16) * 60
+    FileBackend(tmp_path / "disk.img").close()  # nobody has it any more
 
 
 def test_the_write_cache_can_be_off(slow: Disk) -> None:
