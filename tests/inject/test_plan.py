@@ -181,7 +181,7 @@ def test_actions_by_text_and_table(bits: int, by_name: bool) -> None:
     assert parse("drop") == parse("drop()") == Drop()
 
 
-def test_a_function_of_the_users(lab: Bench, tmp_path: Path) -> None:
+def test_a_function_of_the_users(lab: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checks.py").write_text(
         textwrap.dedent(
             """
@@ -197,6 +197,13 @@ def test_a_function_of_the_users(lab: Bench, tmp_path: Path) -> None:
 
     def third(event: Event) -> bool:
         return event.vector == 3
+
+    def broken(event: Event) -> bool:
+        raise RuntimeError("a bug of the user's")
+
+    with Engine(FaultPlan(rule=(Rule(point=Point.MMIO_READ, when=broken, do=Drop()),)), [lab.lab]):
+        assert lab.get(0) != 0xFFFF_FFFF
+        assert "a bug of the user's" in caplog.text
 
     with Engine(FaultPlan(rule=(Rule(point=Point.IRQ, when=third, do=Drop()),)), [lab.lab]):
         lab.put(0x1000, 3)

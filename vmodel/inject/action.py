@@ -46,6 +46,8 @@ class Injection:
         self.engine = engine
         self.rule = rule
         self.count = count
+        #: The event's number, as the rule's schedule counts.
+        self.nth = 0
         #: As the rules before this one have left it; `origin`: as it was.
         self.event = event
         self.origin = origin

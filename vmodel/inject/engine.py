@@ -189,18 +189,19 @@ class Engine:
         """An event: has it carried out as the rules that fire will have it.  It is the devices' `Sink`."""
         now = self._now()
         rules = self._by_point.get(event.point, ())
+        # Predicates may take their time, and are the user's own functions: not under the lock.
         matching = [live for live in rules if not live.paused and live.predicate(event)]
+        ending = [live for live in rules if live.markers and live.markers[1](event)]
+        beginning = [live for live in rules if live.markers and live.markers[0](event)]
+        healing = self._heal is not None and self._heal(event)
         with self._lock:
             healed = self._is_healed(now)
-            for live in rules:
-                if live.markers and live.markers[1](event):
-                    live.progress.end()
-            fired = {live: live.progress.fired for live in matching if not healed and live.progress.fires(now)}
-            for live in rules:
-                if live.markers and live.markers[0](event):
-                    live.progress.begin()
-            if self._heal is not None and self._heal(event):
-                self._healed = True
+            for live in ending:
+                live.progress.end()
+            fired = {live: _place(live) for live in matching if not healed and live.progress.fires(now)}
+            for live in beginning:
+                live.progress.begin()
+            self._healed = self._healed or healing
         chain: list[Callable[[Event, Proceed], bytes]] = []
         for live in matching:
             if live in fired:
@@ -211,12 +212,15 @@ class Engine:
             return _through(chain, 0, event, proceed)
         finally:
             if self._held:
-                self._release(event, everything=healed)
+                self._release(event, everything=healed or healing)
 
-    def _step(self, live: _Live, count: int, now: float, origin: Event) -> Callable[[Event, Proceed], bytes]:
+    def _step(
+        self, live: _Live, place: tuple[int, int], now: float, origin: Event
+    ) -> Callable[[Event, Proceed], bytes]:
         def act(event: Event, proceed: Proceed) -> bytes:
             window = live.predicate.window(event) or slice(None)
-            at = Injection(self, live.name, count, event, proceed, window, live.random, live.memory, origin)
+            at = Injection(self, live.name, place[0], event, proceed, window, live.random, live.memory, origin)
+            at.nth = place[1]
             try:
                 return live.rule.do.run(at)
             except VmodelError as error:
@@ -233,6 +237,7 @@ class Engine:
             "t": round(now, 6),
             "rule": at.rule,
             "count": at.count,
+            "nth": at.nth,
             "do": str(live.rule.do),
             "point": event.point.value,
             "device": event.device,
@@ -253,12 +258,17 @@ class Engine:
         except OSError as error:
             log.error("the log of injections: %s", error)
 
+    def goes_on(self, rule: str) -> bool:
+        """Whether what a rule has begun is to go on: it has not been removed, and nothing is healed."""
+        return not self._is_healed(self._now()) and any(live.name == rule for live in self._rules)
+
     # ---- what happens later ----------------------------------------------------------------
 
     def later(self, at: Injection, call: Callable[[], object], delay: float, after: Point | None) -> None:
         """See Injection.later.  A reset of the function drops what waits for its time."""
         device = at.device
         late = Injection(self, at.rule, at.count, at.event, at.proceed, slice(None), at.random, at.memory, at.origin)
+        late.nth = at.nth
         live = next((live for live in self._rules if live.name == at.rule), None)
 
         def carry_out() -> None:
@@ -316,6 +326,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _place(live: _Live) -> tuple[int, int]:
+    """How often it has fired, and the number of the event that it fires at."""
+    return live.progress.fired, live.progress.seen
 
 
 def _through(chain: list[Callable[[Event, Proceed], bytes]], n: int, event: Event, proceed: Proceed) -> bytes:

@@ -23,17 +23,19 @@ class Disconnect(Action, name="disconnect"):
 
     def run(self, at: Injection) -> bytes:
         device = at.device
-        data = at.proceed()
 
         def go() -> None:
             if device.hang_up is not None:
                 device.hang_up()
+            # At once: what it has in hand must not get through before the connection's end is seen.
+            device.memory.unmap_all()
+            device.irqs.close()
 
         if self.ms:
             at.later(go, ms=self.ms)
         else:
             go()
-        return data
+        return at.proceed()
 
 
 class Unplug(Action, name="unplug"):
