@@ -105,7 +105,7 @@ def test_seeds(value: object, meant: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("value", [0, -1, True, "x", "3-1", "-1", [], [1, 1], [-1], [2**64], [1.5], 10**9, None])
 def test_bad_seeds(value: object) -> None:
-    with pytest.raises(ValueError, match="seed|must be"):
+    with pytest.raises(ValueError, match=r"seed|must be"):
         seed_numbers(value)
 
 
@@ -166,11 +166,12 @@ def test_all_mistakes_at_once(folder: Path) -> None:
 def test_files_that_are_none(folder: Path) -> None:
     for name, content, says in (
         ("missing.toml", None, "cannot be read: No such file or directory"),
-        ("binary.toml", b"\xff\xfe", r"is no UTF-8 text: save the file as UTF-8"),
-        ("empty.toml", b"", r"campaign: is missing"),
+        ("binary.toml", b"\xff\xfe", "is no UTF-8 text: save the file as UTF-8"),
+        ("empty.toml", b"", "campaign: is missing"),
     ):
         path = folder / name
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(ConfigError, match=rf"^{re.escape(str(path))}: {says}"):
+        with pytest.raises(ConfigError) as error:
             load(path)
+        assert str(error.value).startswith(f"{path}: {says}")

@@ -223,7 +223,7 @@ def _locked(path: Path, steps: Steps) -> Iterator[None]:
 
 
 def paths(kernels: Sequence[str], optional: Collection[str] = ()) -> dict[str, str]:
-    """What `--print` prints: qemu, qemu-version, busybox, [iasl, tools, browser,] kernel-NAME, modules-NAME. ArtifactError."""
+    """What `--print` prints: qemu, qemu-version, busybox, OPTIONAL, kernel-NAME, modules-NAME. ArtifactError."""
     qemu = find_qemu()
     rows = {
         "qemu": str(qemu.path),
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="all that the tests need")
     parser.add_argument("--print", action="store_true", help="fetch nothing; print NAME=PATH for each part")
     parser.add_argument("--mirror", metavar="URI", help="a mirror of Debian's archive; default: the one apt uses here")
-    parser.add_argument("--refresh", action="store_true", help="fetch again what is already there, for newer versions")
+    parser.add_argument("--refresh", action="store_true", help="fetch again what is there, for newer versions")
     options = parser.parse_args(argv)
     kernels: list[str] = options.kernel or list(KERNELS)
     if options.all:
