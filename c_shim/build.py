@@ -18,6 +18,7 @@ SOURCES = [
     "domain.c",
     "pgtable.c",
     "stale.c",
+    "requester.c",
     "dma.c",
     "pin.c",
     "func.c",
@@ -26,6 +27,7 @@ SOURCES = [
     "channel.c",
     "store.c",
     "workers.c",
+    "nvme_command.c",
     "nvme.c",
 ]
 

@@ -1,33 +1,9 @@
 /* SPDX-License-Identifier: MIT
- * What is behind a requester's handle, and accesses piece by piece; see dma.c.  All of it is under requester->lock. */
+ * Accesses piece by piece; see dma.c.  All of it is under requester->lock. */
 #ifndef VMS_DMA_H
 #define VMS_DMA_H
 
-#include "iotlb.h"
-#include "stale.h"
-
-#define CACHED 4
-
-struct vms_requester {
-    vms_requester *next; /* under memory->requesters_lock */
-    vms_memory *memory;
-    pthread_mutex_t attaching; /* one change of attachments at a time; outermost */
-    pthread_mutex_t lock;      /* all below */
-    int enabled;
-    attachment *attached; /* without a PASID; NULL: no translation */
-    span_tree pasids;
-    iotlb *iotlb; /* NULL: never attached */
-    unsigned victim;
-    struct cached {
-        uint64_t start, last; /* start > last: free */
-        uint8_t *host;
-        mapped_file *file; /* NULL: by message */
-        uint64_t file_offset;
-        uint32_t prot;
-    } cache[CACHED];
-    vms_dma_stats stats;
-    stale_log *stale; /* NULL: nobody wants to know */
-};
+#include "requester.h"
 
 /* Where a piece of an access is. */
 typedef struct place {

@@ -226,7 +226,7 @@ int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint3
         rc = unmap_pages(domain, iova, last, &removed);
     pthread_rwlock_unlock(&domain->lock);
     if (removed && !(flags & VMS_UNMAP_DEFER))
-        vms_domain_flush(domain, iova, iova + (removed - 1));
+        vms_domain_flush(domain, iova, iova + (removed - 1), 0);
     return removed ? (int64_t)(removed >> 12) : rc;
 }
 
@@ -252,20 +252,20 @@ int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last, uint
     }
     pthread_rwlock_unlock(&domain->lock);
     if (pages && !(flags & VMS_UNMAP_DEFER))
-        vms_domain_flush(domain, first, last);
+        vms_domain_flush(domain, first, last, 0);
     return pages ? (int64_t)pages : rc;
 }
 
-int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last)
+int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last, uint32_t flags)
 {
     if (start > last)
         return -EINVAL;
     pthread_mutex_lock(&domain->attach_lock);
     for (attachment *at = domain->attachments; at; at = at->next)
-        requester_invalidate(at->requester, at, start, last);
+        requester_invalidate(at->requester, at, start, last, flags);
     /* What is nested goes by other addresses. */
     for (vms_domain *nested = domain->nested; nested; nested = nested->next_nested)
-        vms_domain_flush(nested, 0, UINT64_MAX);
+        vms_domain_flush(nested, 0, UINT64_MAX, flags);
     pthread_mutex_unlock(&domain->attach_lock);
     return 0;
 }

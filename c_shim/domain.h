@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * What is behind a domain's handle; see domain.c (mappings), pgtable.c (guest tables) and dma.c (IOTLBs). */
+ * What is behind a domain's handle; see domain.c (mappings), pgtable.c (guest tables) and requester.c (IOTLBs). */
 #ifndef VMS_DOMAIN_H
 #define VMS_DOMAIN_H
 
@@ -59,7 +59,8 @@ int domain_translate(vms_domain *domain, uint64_t iova, uint32_t access, transla
 int pgtable_check(const vms_table *table);
 int pgtable_walk(vms_domain *domain, uint64_t iova, uint32_t access, translation *out, vms_fault *fault);
 
-/* In dma.c: takes [start, last] out of the requester's IOTLB; returns when no access through it is under way. */
-void requester_invalidate(vms_requester *requester, const attachment *at, uint64_t start, uint64_t last);
+/* In requester.c: takes [start, last] out of the requester's IOTLB; returns when no access through it is under way. */
+void requester_invalidate(vms_requester *requester, const attachment *at, uint64_t start, uint64_t last,
+                          uint32_t flags);
 
 #endif

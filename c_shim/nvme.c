@@ -10,37 +10,16 @@
  * data is fetched before, a Read's is stored when the device's thread collects it.  Section numbers are those of NVMe
  * base 1.4. */
 #define _GNU_SOURCE
-#include "dma.h"
-#include "workers.h"
+#include "nvme.h"
 
 #include <endian.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define ENTRY 64u      /* bytes of a submission queue entry */
-#define COMPLETION 16u /* and of a completion */
-#define FETCH 32u      /* entries that are fetched at once, and completions that are posted at once */
-#define PIECES 1024u   /* most pieces of a plain command, not more than IOV_MAX */
-#define SGL_DESCRIPTORS 256u
-#define INLINE ((uint64_t)256 * 1024) /* a transfer from or to a file that is larger is for workers */
-
-enum { FLUSH, WRITE, READ };
-
-typedef struct namespace {
-    vms_store *store; /* NULL: nothing is plain */
-    uint64_t blocks;
-    uint32_t shift, flags;
-} namespace;
-
-/* A plain command. */
-typedef struct plain {
-    const namespace *ns;
-    uint64_t offset, length;
-    int write, sync;
-    uint16_t cid;
-    uint32_t n; /* pieces */
-} plain;
+#define COMPLETION 16u                   /* bytes of an entry */
+#define INLINE ((uint64_t)256 * 1024)    /* a transfer from or to a file that is larger is for workers */
+#define KEPT_SIZE ((uint64_t)256 * 1024) /* of a buffer that is kept */
 
 /* A plain command that a worker has in hand. */
 typedef struct task {
@@ -51,26 +30,6 @@ typedef struct task {
     uint32_t n;
     vms_sg piece[]; /* of a Read */
 } task;
-
-struct vms_nvme {
-    vms_requester *requester;
-    vms_workers *workers; /* NULL: none */
-    inbox done;
-    uint32_t page_size;
-    uint64_t max_transfer;
-    vms_nvme_sq sq[VMS_NVME_QUEUES];
-    vms_nvme_cq cq[VMS_NVME_QUEUES];
-    namespace ns[VMS_NVME_NAMESPACES + 1];
-    vms_sg piece[PIECES];
-    struct iovec iov[PIECES];
-    /* The last commands that one queue has taken, as long as their completions are not posted. */
-    struct {
-        uint16_t cid, sq_head;
-        int write;
-        uint64_t length;
-    } batch[FETCH];
-    uint32_t batched;
-};
 
 int vms_nvme_create(vms_requester *requester, vms_workers *workers, vms_nvme **out)
 {
@@ -93,9 +52,25 @@ static int any(const work *item, uint64_t key)
     return 1;
 }
 
-static void task_free(work *item)
+/* A buffer for a task; NULL: no memory. */
+static void *buffer_take(vms_nvme *nvme, uint64_t size)
 {
-    free(item->job.data);
+    if (size > KEPT_SIZE)
+        return malloc(size);
+    return nvme->n_kept ? nvme->kept[--nvme->n_kept] : malloc(KEPT_SIZE);
+}
+
+static void buffer_give(vms_nvme *nvme, void *buffer, uint64_t size)
+{
+    if (buffer && size <= KEPT_SIZE && nvme->n_kept < KEPT)
+        nvme->kept[nvme->n_kept++] = buffer;
+    else
+        free(buffer);
+}
+
+static void task_free(vms_nvme *nvme, work *item)
+{
+    buffer_give(nvme, item->job.data, item->job.length);
     free(item);
 }
 
@@ -107,10 +82,10 @@ static void drop_tasks(vms_nvme *nvme)
     if (!nvme->workers)
         return;
     while ((item = workers_revoke(nvme->workers, &nvme->done, any, 0)))
-        task_free(item);
+        task_free(nvme, item);
     vms_workers_settle(nvme->workers);
     while ((item = workers_take(nvme->workers, &nvme->done)))
-        task_free(item);
+        task_free(nvme, item);
 }
 
 void vms_nvme_destroy(vms_nvme *nvme)
@@ -119,6 +94,8 @@ void vms_nvme_destroy(vms_nvme *nvme)
         return;
     drop_tasks(nvme);
     vms_workers_destroy(nvme->workers);
+    while (nvme->n_kept)
+        free(nvme->kept[--nvme->n_kept]);
     for (uint32_t i = 0; i <= VMS_NVME_NAMESPACES; i++)
         vms_store_destroy(nvme->ns[i].store);
     free(nvme);
@@ -156,150 +133,6 @@ int vms_nvme_namespace(vms_nvme *nvme, uint32_t nsid, vms_store *store, uint32_t
     vms_store_destroy(ns->store);
     *ns = (namespace){ .store = store, .blocks = blocks, .shift = shift, .flags = flags };
     return 0;
-}
-
-static uint32_t le32(const uint8_t *at)
-{
-    uint32_t value;
-    memcpy(&value, at, sizeof value);
-    return le32toh(value);
-}
-
-static uint64_t le64(const uint8_t *at)
-{
-    uint64_t value;
-    memcpy(&value, at, sizeof value);
-    return le64toh(value);
-}
-
-/* ---- what a command says ------------------------------------------------------------------------ */
-
-/* 1: it is plain, as far as the entry itself tells. */
-static int decode(const vms_nvme *nvme, const uint8_t *entry, plain *out)
-{
-    uint32_t nsid = le32(entry + 4), dword12 = le32(entry + 48);
-    uint64_t slba = le64(entry + 40), blocks = (dword12 & 0xFFFF) + 1;
-
-    if ((entry[0] != READ && entry[0] != WRITE) || entry[1] & 0x3F || entry[1] >> 6 == 3)
-        return 0;
-    if (!nsid || nsid > VMS_NVME_NAMESPACES || !nvme->ns[nsid].store)
-        return 0;
-    const namespace *ns = &nvme->ns[nsid];
-    int write = entry[0] == WRITE;
-    if (!(ns->flags & (write ? VMS_NVME_WRITE : VMS_NVME_READ)) || slba >= ns->blocks || blocks > ns->blocks - slba)
-        return 0;
-    int fua = dword12 >> 30 & 1;
-    /* Protection information (29:26), a directive (23:20), a Read that must find the medium up to date. */
-    if (dword12 & 0x3CF00000 || (fua && !write))
-        return 0;
-    out->ns = ns;
-    out->write = write;
-    out->sync = write && (fua || ns->flags & VMS_NVME_SYNC) && !ns->store->memory;
-    out->offset = slba << ns->shift;
-    out->length = blocks << ns->shift;
-    out->cid = (uint16_t)(entry[2] | entry[3] << 8);
-    return out->length <= nvme->max_transfer;
-}
-
-/* Adds a piece, as a part of the last one where they touch; 0: no room. */
-static int add_piece(vms_nvme *nvme, plain *p, uint64_t iova, uint64_t len)
-{
-    if (p->n && nvme->piece[p->n - 1].iova + nvme->piece[p->n - 1].len == iova) {
-        nvme->piece[p->n - 1].len += len;
-        return 1;
-    }
-    if (p->n == PIECES)
-        return 0;
-    nvme->piece[p->n++] = (vms_sg){ iova, len };
-    return 1;
-}
-
-static int fetch(vms_nvme *nvme, const attachment *at, uint64_t iova, void *buf, uint64_t len)
-{
-    vms_fault fault;
-
-    dma_begin(&fault, VMS_NO_PASID, 0);
-    int rc = dma_transfer(nvme->requester, at, iova, buf, len, 0, &fault);
-    dma_count(nvme->requester, 0, fault.done);
-    return rc;
-}
-
-/* The entries of a PRP list for `left` bytes (4.3). */
-static int prp_list(vms_nvme *nvme, const attachment *at, plain *p, uint64_t list, uint64_t left)
-{
-    uint8_t entries[4096];
-    uint64_t page = nvme->page_size;
-
-    if (list & 7)
-        return 0;
-    while (left) {
-        uint64_t room = (page - list % page) / 8, wanted = (left + page - 1) / page, n = room < wanted ? room : wanted;
-        if (n > sizeof entries / 8)
-            n = sizeof entries / 8;
-        if (fetch(nvme, at, list, entries, n * 8) < 0)
-            return 0;
-        /* The last entry of a page leads to the next list where one entry would not do for what is left. */
-        int chained = n == room && wanted > room;
-        for (uint64_t i = 0; i < n; i++) {
-            uint64_t entry = le64(entries + 8 * i);
-            if (entry % page)
-                return 0;
-            if (chained && i == n - 1) {
-                list = entry;
-                break;
-            }
-            uint64_t len = left < page ? left : page;
-            if (!add_piece(nvme, p, entry, len))
-                return 0;
-            left -= len;
-        }
-        if (!chained)
-            list += n * 8;
-    }
-    return 1;
-}
-
-static int prp(vms_nvme *nvme, const attachment *at, plain *p, uint64_t first, uint64_t second)
-{
-    uint64_t page = nvme->page_size, len = page - first % page;
-
-    if (first & 3)
-        return 0;
-    if (len >= p->length)
-        return add_piece(nvme, p, first, p->length);
-    add_piece(nvme, p, first, len);
-    if (p->length - len > page)
-        return prp_list(nvme, at, p, second, p->length - len);
-    return second % page == 0 && add_piece(nvme, p, second, p->length - len);
-}
-
-/* One data block, or a segment of nothing else (4.4). */
-static int sgl(vms_nvme *nvme, const attachment *at, plain *p, const uint8_t *descriptor)
-{
-    uint8_t segment[SGL_DESCRIPTORS * 16];
-    uint64_t length = le32(descriptor + 8), left = p->length;
-
-    if (descriptor[15] == 0)
-        return length == left && add_piece(nvme, p, le64(descriptor), length);
-    if (descriptor[15] != 0x30 || !length || length % 16 || length > sizeof segment)
-        return 0;
-    if (fetch(nvme, at, le64(descriptor), segment, length) < 0)
-        return 0;
-    for (const uint8_t *d = segment; d < segment + length; d += 16) {
-        uint64_t len = le32(d + 8);
-        if (d[15] != 0 || len > left || (len && !add_piece(nvme, p, le64(d), len)))
-            return 0;
-        left -= len;
-    }
-    return left == 0;
-}
-
-static int find_pieces(vms_nvme *nvme, const attachment *at, plain *p, const uint8_t *entry)
-{
-    p->n = 0;
-    if (entry[1] >> 6)
-        return sgl(nvme, at, p, entry + 24);
-    return prp(nvme, at, p, le64(entry + 24), le64(entry + 32));
 }
 
 /* ---- moving data --------------------------------------------------------------------------------- */
@@ -425,7 +258,7 @@ static int defer(vms_nvme *nvme, const attachment *at, const plain *p, uint32_t 
     if (!nvme->workers)
         return 0;
     task *t = malloc(sizeof *t + (p->write ? 0 : p->n) * sizeof t->piece[0]);
-    uint8_t *data = malloc(p->length);
+    uint8_t *data = buffer_take(nvme, p->length);
     if (!t || !data)
         goto not;
     *t = (task){ .sq = qid, .cid = p->cid };
@@ -453,7 +286,7 @@ static int defer(vms_nvme *nvme, const attachment *at, const plain *p, uint32_t 
     }
     return 1;
 not:
-    free(data);
+    buffer_give(nvme, data, p->length);
     free(t);
     return 0;
 }
@@ -495,7 +328,7 @@ int vms_nvme_collect(vms_nvme *nvme, vms_nvme_run *run)
             run->sq = t->sq;
             memcpy(run->command, t->command, ENTRY);
         }
-        task_free(item);
+        task_free(nvme, item);
     }
     int rc = dma_outcome(requester, 0);
     pthread_mutex_unlock(&requester->lock);
@@ -517,7 +350,7 @@ int vms_nvme_abort(vms_nvme *nvme, uint32_t qid, uint16_t cid)
     if (!item)
         return -ENOENT;
     nvme->cq[nvme->sq[qid].cq].reserved--;
-    task_free(item);
+    task_free(nvme, item);
     return 0;
 }
 
@@ -537,7 +370,7 @@ static int look_at_shadow(vms_nvme *nvme, const attachment *at, vms_nvme_sq *sq)
     uint32_t value, event;
 
     for (;;) {
-        int rc = fetch(nvme, at, sq->shadow, &value, sizeof value);
+        int rc = nvme_fetch(nvme, at, sq->shadow, &value, sizeof value);
         if (rc < 0)
             return rc;
         value = le32toh(value);
@@ -545,7 +378,7 @@ static int look_at_shadow(vms_nvme *nvme, const attachment *at, vms_nvme_sq *sq)
             sq->tail = value;
         if (sq->head != sq->tail)
             return 0;
-        rc = fetch(nvme, at, sq->event, &event, sizeof event);
+        rc = nvme_fetch(nvme, at, sq->event, &event, sizeof event);
         if (rc < 0 || le32toh(event) == sq->tail)
             return rc;
         event = htole32(sq->tail);
@@ -567,7 +400,7 @@ static int carry_out(vms_nvme *nvme, const attachment *at, vms_nvme_cq *cq, uint
     uint32_t next = sq->head + 1 == sq->entries ? 0 : sq->head + 1;
     plain p;
 
-    if (!decode(nvme, entry, &p) || !find_pieces(nvme, at, &p, entry))
+    if (!nvme_decode(nvme, entry, &p) || !nvme_find_pieces(nvme, at, &p, entry))
         return 0;
     if (p.ns->store->memory) {
         if (move(nvme, at, nvme->piece, p.n, p.ns->store->memory + p.offset, !p.write) < 0)
@@ -622,7 +455,7 @@ int vms_nvme_run_queue(vms_nvme *nvme, uint32_t qid, uint32_t count, vms_nvme_ru
         if (rc == 0 && n == 0) {
             run->stop = sq->head == sq->tail ? VMS_NVME_EMPTY : !room ? VMS_NVME_FULL : VMS_NVME_TURN;
             going = 0;
-        } else if (rc < 0 || fetch(nvme, at, sq->iova + (uint64_t)sq->head * ENTRY, entries, n * ENTRY) < 0) {
+        } else if (rc < 0 || nvme_fetch(nvme, at, sq->iova + (uint64_t)sq->head * ENTRY, entries, n * ENTRY) < 0) {
             going = 0;
         }
         for (uint32_t i = 0; i < n && going; i++) {

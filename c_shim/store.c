@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #define PAGE ((uint64_t)4096)
@@ -73,6 +74,8 @@ int vms_store_create_file(int fd, uint64_t size, vms_store **out)
         vms_store_destroy(store);
         return rc;
     }
+    struct statfs fs;
+    store->in_memory = fstatfs(store->fd, &fs) == 0 && fs.f_type == 0x01021994 /* TMPFS_MAGIC */;
     *out = store;
     return 0;
 }
@@ -154,8 +157,9 @@ int store_try(vms_store *store, int write, uint64_t offset, uint64_t length, con
     uint64_t locks = locks_of(offset, length);
     if (!try_lock(store, locks, write))
         return 0;
-    ssize_t done = write ? pwritev2(store->fd, iov, n, (off_t)offset, RWF_NOWAIT)
-                         : preadv2(store->fd, iov, n, (off_t)offset, RWF_NOWAIT);
+    int flags = store->in_memory ? 0 : RWF_NOWAIT;
+    ssize_t done = write ? pwritev2(store->fd, iov, n, (off_t)offset, flags)
+                         : preadv2(store->fd, iov, n, (off_t)offset, flags);
     int rc = done < 0 ? -errno : (uint64_t)done == length;
     unlock(store, locks);
     if (rc == -EOPNOTSUPP)

@@ -16,6 +16,7 @@ struct vms_store {
     uint64_t size;
     uint8_t *memory; /* NULL: a file */
     int fd;
+    int in_memory; /* a file system that has no disk to wait for, and so does not know RWF_NOWAIT */
     _Atomic int waits[2]; /* reads, writes: the file system cannot say whether it would have to wait */
     pthread_rwlock_t range[STORE_RANGES]; /* files: see store.c */
 };

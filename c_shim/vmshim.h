@@ -177,8 +177,10 @@ int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint3
 /* Removes all mappings in [first, last], holes or not, at once; flags and result as of vms_domain_unmap().  ERANGE, and
  * nothing is gone: one reaches out of it. */
 int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last, uint32_t flags);
-/* Takes [start, last] out of all IOTLBs that have it from this domain (or from one nested in it). */
-int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last);
+/* Takes [start, last] out of all IOTLBs that have it from this domain (or from one nested in it); with
+ * VMS_FLUSH_KEEP_OWN not out of those that are their requester's own, see vms_requester_own_tlb(). */
+#define VMS_FLUSH_KEEP_OWN 1u
+int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last, uint32_t flags);
 /* Where iova leads, by mapping or tables, past all IOTLBs.  access 0: whatever is allowed, and no flag is set.
  * EFAULT with *fault filled. */
 int vms_domain_walk(vms_domain *domain, uint64_t iova, uint32_t access, vms_mapping *out, vms_fault *fault);
@@ -210,6 +212,10 @@ int vms_requester_enable(vms_requester *requester, int on);
 /* Accesses with this PASID (or VMS_NO_PASID) go through `domain` from now on; NULL: no translation without a PASID, a
  * fault with one.  Returns when no access goes through the old domain any more. */
 int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *domain);
+/* The IOTLB is a TLB of the device's own (PCIe ATS; off at creation): see VMS_FLUSH_KEEP_OWN. */
+int vms_requester_own_tlb(vms_requester *requester, int on);
+/* Takes [start, last] of what is attached to this PASID (or VMS_NO_PASID), if anything, out of this IOTLB. */
+int vms_requester_flush(vms_requester *requester, uint32_t pasid, uint64_t start, uint64_t last);
 /* Moves len bytes.  0, or -EFAULT with *fault filled (reason, where, how much was done). */
 int vms_dma_rw(vms_requester *requester, uint32_t pasid, uint64_t iova, void *buf, size_t len,
                uint32_t flags, vms_fault *fault);

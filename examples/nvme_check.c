@@ -23,7 +23,7 @@
 #define SMALL 4096u
 #define AREA (32u << 20)
 #define THREADS 8
-#define TRANSFERS 2000
+#define TRANSFERS 1000
 
 static char name[32];
 static int fd;

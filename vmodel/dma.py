@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,12 @@ class Courier(Protocol):
 
     def write(self, gpa: int, data: Buffer) -> None:
         """Writes all of `data`; DmaFault(CLIENT) likewise."""
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        """Waits for `event` while the client is served; False: it was not set in time, or cannot be waited for.
+
+        Whoever sets it then wakes the device's thread, by PciDevice.defer.
+        """
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,12 @@ class RegisterMap:
             for register in bank.registers
         ]
         self.places += [
+            Place(name, what, Region.CONFIG, Span(at + n, at + n))
+            for name, at, _ in device.config.places
+            if 0x40 <= at < 0x100
+            for n, what in enumerate(("ID", "NEXT"))
+        ]
+        self.places += [
             Place("", f"BAR{n}", Region.CONFIG, Span.sized(0x10 + 4 * n, 4))
             for bar in device.declared_bars()
             for n in range(bar.index, bar.index + bar.registers)

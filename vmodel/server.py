@@ -207,6 +207,23 @@ class Connection:
                 raise DmaFault(Reason.CLIENT, gpa + at, Access.WRITE)
         return None
 
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        """Serves the client until `event` is set and the device woken; False as well in the hook of a read."""
+        if threading.get_ident() != self._thread:
+            return event.wait(seconds)
+        if self._unanswered in (_shim.EXIT_READ, _shim.EXIT_COMMAND):
+            return False
+        self.channel.complete()
+        deadline = time.monotonic_ns() + int(seconds * 1e9)
+        try:
+            while not event.is_set() and time.monotonic_ns() < deadline:
+                self._step(deadline)
+        except (_Gone, OSError) as error:  # the stream stays at its end, so the outer loop sees it too
+            log.debug("%s: client has left: %s", self.device.name, error)
+        finally:
+            self._unanswered = 0
+        return event.is_set()
+
     def _elsewhere(self, call: Callable[[], _T], gpa: int, access: Access) -> _T:
         """Runs `call` on the function's thread."""
         done: Future[_T] = Future()

@@ -25,6 +25,7 @@ def described(machine: Machine) -> dict[str, Any]:
                 "kind": iommu.driver.kind,
                 "faults": iommu.faults.total,
                 "lost": iommu.faults.lost,
+                "report_stale": iommu.report_stale,
                 "last_faults": [str(record) for record in iommu.faults.peek()[-8:]],
             }
             for iommu in machine.system.iommus

@@ -118,7 +118,7 @@ class TappedDma(Dma):
         for iova, size in pieces:
             try:
                 if write:
-                    self.write(iova, flat[at : at + size])
+                    self.write(iova, bytes(flat[at : at + size]))
                 else:
                     flat[at : at + size] = self.read(iova, size)
             except DmaFault as fault:

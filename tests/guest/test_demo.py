@@ -85,7 +85,7 @@ def test_the_demo() -> None:
     for way in ("guest to device", "device to guest"):
         assert int(found[f"DMA bytes, {way}"][3].replace(",", "")) > 32 << 20
     assert found["interrupts"][:2] == ["3", "3"]
-    assert found["DMA bytes, guest to device"] == found["DMA bytes, device to guest"]
+    assert found["DMA bytes, guest to device"][:3] == found["DMA bytes, device to guest"][:3]
     assert found["DMA bytes, guest to device"][:2] == ["4,096", "4,096"]
     assert found["DMA faults"][:2] == ["0", "1"]
     reads, writes, all_ = (int(found[key][0].replace(",", "")) for key in ("reads", "writes", "accesses by the guest"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.inject.lab import COPY, DONE, LAST, SOURCE, TARGET, Bench, Lab, armed, bench, eventually, fired
-from vmodel.errors import Reason
+from vmodel.errors import DmaFault, Reason
 from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.pci.extcaps import Uncorrectable
 from vmodel.vfio_user.wire import Command
@@ -248,6 +249,23 @@ def test_what_is_armed_reaches_pasids_and_is_gone_afterwards(lab: Bench) -> None
         assert lab.target(1) == b"y" and len(fired(engine)) == 1
     with pytest.raises(Exception, match="PASID"):
         with_pasid.write(TARGET, b"x")
+
+
+def test_faults_in_the_middle_of_several_pieces(lab: Bench) -> None:
+    pieces = [(0x4000, 4), (0x5000, 4), (0x6000, 4)]
+    with armed(lab, "dma.write iova=0x5000 do=abort(done=1)", "dma.read iova=0x6000 do=abort"):
+        with pytest.raises(DmaFault) as caught:
+            lab.lab.dma.scatter(pieces, bytearray(b"abcdefghijkl"))
+        assert (caught.value.iova, caught.value.done) == (0x5001, 5)
+        buffer = bytearray(12)
+        with pytest.raises(DmaFault) as caught:
+            lab.lab.dma.gather_into(pieces, buffer)
+        assert caught.value.done == 8 and buffer == b"abcde\0\0\0" + bytes(4)
+        with pytest.raises(ValueError, match="differ in size"):
+            lab.lab.dma.gather_into(pieces, bytearray(5))
+        buffer.append(1)  # nobody has it any more
+        del caught
+    gc.collect()
 
 
 def test_two_rules_at_one_event(lab: Bench) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.inject.lab import fired
-from tests.iommu import test_vtd as vtd
+from tests.iommu import vtd_bench as vtd
 from tests.virtio import test_viommu as viommu
 from vmodel.devices.virtio_iommu import Status
-from vmodel.devices.vtd.contexts import Code
+from vmodel.devices.vtd.codes import Code
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.machine import Machine, parse
@@ -159,6 +159,25 @@ def test_context_entries_of_vtd(bench: vtd.Bench) -> None:
         assert [record["kind"] for record in fired(engine)] == ["context"]
     bench.queue((1 | 1 << 4, 0))
     assert bench.refused("edu0", IOVA) is Reason.BLOCKED
+
+
+def test_invalidations_of_scalable_mode() -> None:
+    """The PASID cache and what it leads to, lost one after the other."""
+    bench = vtd.ScalableBench()
+    root = bench.first("edu0", 0)
+    bench.map_first(root, IOVA, vtd.DATA)
+    bench.on()
+    vtd.read(bench, "edu0", IOVA)
+    of_entry, of_pages = (7 | 3 << 4, 0), (6 | 2 << 4 | 7 << 16, 0)
+    with armed(bench.machine, "invalidate device=edu0 do=drop") as engine:
+        bench.entry("edu0", 0, 0)
+        bench.words(bench.slot(root, IOVA, 4), 0)
+        bench.queue(of_entry, of_pages)
+        vtd.read(bench, "edu0", IOVA)
+        assert [record["kind"] for record in fired(engine)] == ["pasid", "iotlb"]
+    bench.queue(of_entry, of_pages)
+    assert vtd.refused(bench, "edu0", IOVA) in (Reason.BLOCKED, Reason.PASID)
+    bench.close()
 
 
 def test_access_after_the_pages_were_unmapped(bench: vtd.Bench) -> None:

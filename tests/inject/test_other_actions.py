@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.inject.lab import PLAIN, RAISE, Bench, armed, bench, eventually, fired
+from vmodel.errors import Reason
 from vmodel.vfio_user.client import Client, Closed
 from vmodel.vfio_user.wire import Irq, IrqSetFlags
 
@@ -68,6 +69,16 @@ def test_storm(lab: Bench) -> None:
             return total == 21
 
         assert eventually(all_there)
+
+
+def test_a_storm_ends_with_its_rule(lab: Bench) -> None:
+    with armed(lab, "irq once do=storm(100000, ms=1)") as engine:
+        lab.put(RAISE, 1)
+        assert eventually(lambda: lab.raised(1))
+        engine.remove("rule1")
+        lab.settle()
+        lab.raised(1)
+        assert lab.raised(1) == 0
 
 
 def test_spurious(lab: Bench) -> None:
@@ -135,6 +146,15 @@ def test_surprise_disconnect(tmp_path: Path) -> None:
         with Client.connect(tmp_path / "lab.sock") as again:
             again.negotiate()
             assert again.info().num_regions == 9
+
+
+def test_what_a_device_has_in_hand_is_lost_with_it(tmp_path: Path) -> None:
+    with bench(tmp_path) as lab, armed(lab, "dma.write once do=disconnect"):
+        with pytest.raises((Closed, OSError)):
+            lab.copy(b"data")
+            lab.client.info()
+        assert lab.target(4) == bytes(4) and not lab.raised()
+        assert [fault.reason for fault in lab.lab.faults] == [Reason.NO_WINDOW]
 
 
 def test_disconnect_later_and_at_the_start(tmp_path: Path) -> None:

@@ -140,6 +140,11 @@ def test_terse_mistakes(text: str, said: str) -> None:
         ("irq device=zzz do=drop", ": device: no device is called 'zzz': devices are lab"),
         ("mmio.read register=PLANE do=ones", ": register: no register is called 'PLANE': did you mean 'PLAIN'?"),
         ("config.read register=PLAIN do=ones", ": register: no register is called 'PLAIN'"),
+        (
+            "config.read do=hide(msx)",
+            ": do: 'hide(capability=msx)': no capability is called 'msx': msi, msix, pcie, pm",
+        ),
+        ("connection do=no-bar(3)", ": do: 'no-bar(bar=3)': no such device has a BAR3"),
         ("irq when=no.py:f do=drop", ": when: 'no.py:f': there is no file 'no.py'"),
         ("irq when=f do=drop", ": when: 'f': must be \"path/file.py:function\""),
         ("irq name=n between=irq..reset device=q do=drop", ": device: no device is called 'q'"),
@@ -176,7 +181,7 @@ def test_actions_by_text_and_table(bits: int, by_name: bool) -> None:
     assert parse("drop") == parse("drop()") == Drop()
 
 
-def test_a_function_of_the_users(lab: Bench, tmp_path: Path) -> None:
+def test_a_function_of_the_users(lab: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checks.py").write_text(
         textwrap.dedent(
             """
@@ -192,6 +197,13 @@ def test_a_function_of_the_users(lab: Bench, tmp_path: Path) -> None:
 
     def third(event: Event) -> bool:
         return event.vector == 3
+
+    def broken(event: Event) -> bool:
+        raise RuntimeError("a bug of the user's")
+
+    with Engine(FaultPlan(rule=(Rule(point=Point.MMIO_READ, when=broken, do=Drop()),)), [lab.lab]):
+        assert lab.get(0) != 0xFFFF_FFFF
+        assert "a bug of the user's" in caplog.text
 
     with Engine(FaultPlan(rule=(Rule(point=Point.IRQ, when=third, do=Drop()),)), [lab.lab]):
         lab.put(0x1000, 3)

@@ -176,9 +176,10 @@ def test_hidden_and_cut_capabilities(lab: Bench) -> None:
 
 
 def test_another_capability_id(lab: Bench) -> None:
-    at = next(at for name, at, _ in lab.lab.config.places if name == "msi")
-    with armed(lab, f"config.read offset={at} do=hide(pm)", f"config.read offset={at} size=1 do=value(9)"):
-        assert lab.client.region_read(Region.CONFIG, at, 1) == b"\x09"
+    with armed(lab, "config.read register=msi.ID do=value(9)", "config.read register=pm.NEXT do=value(0x60)"):
+        assert capabilities(lab.client) == [0x01, 0x11, 0x10]
+    with armed(lab, "config.read register=msi.ID do=value(9)"):
+        assert capabilities(lab.client) == [0x01, 0x09, 0x11, 0x10]
 
 
 def test_no_bar(tmp_path: Path) -> None:

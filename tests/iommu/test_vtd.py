@@ -1,210 +1,60 @@
-"""The registers, tables, queue and faults of the VT-d unit, without a guest."""
+"""The VT-d unit: who it is, what it translates by, what it keeps, its life; see test_vtd_*.py for the rest."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
-import os
-import struct
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmodel.devices.vtd.contexts import Code
-from vmodel.devices.vtd.unit import VtdDevice
-from vmodel.dma import Buffer
-from vmodel.errors import Access, ConfigError, DmaFault, PeerError, Reason
+from tests.iommu.vtd_bench import (
+    CAP,
+    CCMD,
+    DATA,
+    ECAP,
+    FEADDR,
+    FECTL,
+    FSTS,
+    GCMD,
+    GSTS,
+    ICS,
+    IECTL,
+    IOTLB,
+    IQA,
+    IQH,
+    IQT,
+    IVA,
+    MACHINE,
+    OUTSIDE,
+    PFO,
+    PHMBASE,
+    PHMLIMIT,
+    PLMBASE,
+    PLMLIMIT,
+    PMEN,
+    PPF,
+    QIE,
+    QUEUE,
+    RAM,
+    RECORDS,
+    ROOT,
+    RTADDR,
+    SID,
+    SRTP,
+    TE,
+    VER,
+    Bench,
+)
+from vmodel.devices.vtd.codes import Code
+from vmodel.errors import ConfigError, DmaFault, PeerError, Reason
 from vmodel.iommu.domain import IdentityDomain, TableDomain
-from vmodel.machine import Machine, parse
-from vmodel.span import GiB, KiB, MiB
+from vmodel.machine import parse
+from vmodel.span import KiB, MiB
 from vmodel.vfio_user.wire import Region
-
-RAM = 16 * MiB
-VER, CAP, ECAP, GCMD, GSTS, RTADDR, CCMD = 0x00, 0x08, 0x10, 0x18, 0x1C, 0x20, 0x28
-FSTS, FECTL, FEDATA, FEADDR, FEUADDR = 0x34, 0x38, 0x3C, 0x40, 0x44
-PMEN, PLMBASE, PLMLIMIT, PHMBASE, PHMLIMIT = 0x64, 0x68, 0x6C, 0x70, 0x78
-IQH, IQT, IQA, ICS, IECTL, IEDATA, IEADDR, IQER = 0x80, 0x88, 0x90, 0x9C, 0xA0, 0xA4, 0xA8, 0xB0
-IVA, IOTLB, RECORDS = 0x100, 0x108, 0x200
-TE, SRTP, QIE = 1 << 31, 1 << 30, 1 << 26
-PFO, PPF, IQE = 1, 2, 16
-#: Where things are in guest memory.
-ROOT, CONTEXT, QUEUE, STATUS, TABLES, DATA = 0x1000, 0x2000, 0x4000, 0x8000, 0x10_0000, 0x80_0000
-OUTSIDE = 1 * GiB
-MACHINE = """
-[machine]
-name = "m"
-[[iommu]]
-name = "vtd0"
-kind = "vt-d"
-address = "0000:00:02.0"
-capabilities = { %s }
-[[device]]
-name = "edu0"
-model = "edu"
-address = "0000:00:03.0"
-[[device]]
-name = "edu1"
-model = "edu"
-address = "0000:00:04.0"
-"""
-SID = {"edu0": 0x18, "edu1": 0x20}
-
-
-class Line:
-    """A courier that keeps what is written by message."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[int, bytes]] = []
-        self.broken = False
-
-    def read(self, gpa: int, size: int) -> bytes:
-        raise AssertionError("nothing is read by message")
-
-    def write(self, gpa: int, data: Buffer) -> None:
-        if self.broken:
-            raise DmaFault(Reason.CLIENT, gpa, Access.WRITE)
-        self.sent.append((gpa, bytes(data)))
-
-
-class Bench:
-    """A unit, two devices behind it, and 16 MiB that they share."""
-
-    def __init__(self, capabilities: str = "") -> None:
-        self.machine: Machine = parse(MACHINE % capabilities, Path("m.toml"))
-        self.system = self.machine.system
-        unit = self.machine.devices["vtd0"]
-        assert isinstance(unit, VtdDevice) and unit.contexts is not None
-        self.unit, self.contexts = unit, unit.contexts
-        fd = os.memfd_create("ram")
-        os.ftruncate(fd, RAM)
-        self.ram = mmap.mmap(fd, RAM)
-        for device in self.machine.devices.values():
-            device.memory.map(0, RAM, fd=fd)
-        os.close(fd)
-        self.lines = {}
-        for name in SID:
-            device = self.machine.devices[name]
-            device.dma.bus_master = True
-            device.dma.courier = self.lines[name] = Line()
-        self.place(unit.base)
-        self._next_table = TABLES
-
-    def place(self, address: int) -> None:
-        self.unit.region_write(Region.CONFIG, 0x10, 4, address)
-        self.unit.region_write(Region.CONFIG, 0x04, 2, 2)
-
-    def close(self) -> None:
-        assert self.unit.errors == 0  # no hook has failed
-        self.machine.close()
-
-    # ---- registers -------------------------------------------------------------------------
-
-    def get(self, at: int, size: int = 4) -> int:
-        value = self.unit.register_read(0, 0, at, size)
-        assert isinstance(value, int)
-        return value
-
-    def put(self, at: int, value: int, size: int = 4) -> None:
-        self.unit.region_write(0, at, size, value)
-
-    def run(self) -> None:
-        """What has been put off, on all threads."""
-        for _ in range(4):
-            for device in self.machine.devices.values():
-                device.run_due(0)
-
-    def on(self, root: int = ROOT) -> None:
-        self.put(RTADDR, root, 8)
-        self.put(GCMD, SRTP)
-        assert self.get(GSTS) & SRTP
-        self.put(GCMD, TE)
-        assert self.get(GSTS) & TE
-
-    # ---- memory ----------------------------------------------------------------------------
-
-    def words(self, at: int, *values: int) -> None:
-        struct.pack_into(f"<{len(values)}Q", self.ram, at, *values)
-
-    def context(self, name: str, low: int, high: int) -> None:
-        self.words(ROOT, CONTEXT | 1, 0)
-        self.words(CONTEXT + 16 * SID[name], low, high)
-
-    def slot(self, root: int, iova: int, levels: int) -> int:
-        """Where the entry of 4 KiB for `iova` is; makes tables on the way."""
-        table = root
-        for level in range(levels, 1, -1):
-            at = table + 8 * (iova >> 3 + 9 * level & 511)
-            (entry,) = struct.unpack_from("<Q", self.ram, at)
-            if not entry:
-                entry = self.new_table() | 3
-                self.words(at, entry)
-            table = entry & ~0xFFF
-        return table + 8 * (iova >> 12 & 511)
-
-    def new_table(self) -> int:
-        self._next_table += 4096
-        return self._next_table
-
-    def translate(self, name: str, domain_id: int = 7, levels: int = 4, root: int | None = None) -> int:
-        """A context entry; the table's root."""
-        root = self.new_table() if root is None else root
-        self.context(name, root | 1, domain_id << 8 | levels - 2)
-        return root
-
-    def map(self, root: int, iova: int, gpa: int, flags: int = 3, levels: int = 4) -> None:
-        self.words(self.slot(root, iova, levels), gpa | flags)
-
-    # ---- DMA -------------------------------------------------------------------------------
-
-    def read(self, name: str, iova: int, size: int = 4) -> bytes:
-        return self.machine.devices[name].dma.read(iova, size)
-
-    def refused(self, name: str, iova: int, *, write: bool = False) -> Reason:
-        dma = self.machine.devices[name].dma
-        with pytest.raises(DmaFault) as caught:
-            if write:
-                dma.write(iova, b"x")
-            else:
-                dma.read(iova, 1)
-        self.run()
-        return caught.value.reason
-
-    def record(self, n: int = 0) -> tuple[int, int, int, bool] | None:
-        """(page, reason, source-id, a read) of a fault; None: F is clear."""
-        page, info = self.get(RECORDS + 16 * n, 8), self.get(RECORDS + 16 * n + 8, 8)
-        if not info >> 63:
-            return None
-        return page, info >> 32 & 0xFF, info & 0xFFFF, bool(info >> 62 & 1)
-
-    def clear(self, n: int = 0) -> None:
-        self.put(RECORDS + 16 * n + 12, 1 << 31)
-
-    # ---- queue -----------------------------------------------------------------------------
-
-    def queue(self, *descriptors: tuple[int, int]) -> None:
-        """Queued invalidation, on if it is not."""
-        if not self.get(GSTS) & QIE:
-            self.put(IQT, 0, 8)
-            self.put(IQA, QUEUE, 8)
-            self.put(GCMD, self.get(GSTS) & TE | QIE)
-        tail = self.get(IQT, 8)
-        for low, high in descriptors:
-            self.words(QUEUE + tail, low, high)
-            tail = (tail + 16) % 4096
-        self.put(IQT, tail, 8)
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    made = Bench()
-    yield made
-    made.close()
-
 
 # ---- who it is ---------------------------------------------------------------------------------------
 
@@ -250,7 +100,7 @@ def test_no_such_unit(wrong: str) -> None:
 def test_one_unit_a_machine() -> None:
     second = '[[iommu]]\nname = "vtd1"\nkind = "vt-d"\naddress = "0000:00:05.0"\n[[device]]'
     with pytest.raises(ConfigError, match="one vt-d only"):
-        parse((MACHINE % "").replace("[[device]]", second, 1), Path("m.toml"))
+        parse((MACHINE % ("", "", "edu", "edu")).replace("[[device]]", second, 1), Path("m.toml"))
 
 
 def test_the_firmware_puts_it_elsewhere(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
@@ -451,240 +301,6 @@ def test_no_such_granularity(bench: Bench) -> None:
     bench.put(IOTLB, 0)
     bench.put(IOTLB + 4, 1 << 31 | 1 << 28)
     assert bench.get(IOTLB, 8) == 1 << 60 | 1 << 57
-
-
-# ---- faults ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "code,root,context",
-    [
-        (Code.ROOT_NOT_PRESENT, (CONTEXT, 0), (0, 0)),
-        (Code.ROOT_RESERVED, (CONTEXT | 3, 0), (0, 0)),
-        (Code.ROOT_RESERVED, (CONTEXT | 1, 1), (0, 0)),
-        (Code.ROOT_RESERVED, (CONTEXT | 1 | 1 << 60, 0), (0, 0)),
-        (Code.CONTEXT_ACCESS, (OUTSIDE | 1, 0), (0, 0)),
-        (Code.CONTEXT_NOT_PRESENT, (CONTEXT | 1, 0), (TABLES, 0x702)),
-        (Code.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 0x11, 0x702)),
-        (Code.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 1, 0x782)),
-        (Code.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 1, 1 << 32 | 0x702)),
-        (Code.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 1 | 1 << 60, 0x702)),
-        (Code.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 5, 0x702)),
-        (Code.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 13, 0x702)),
-        (Code.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 1, 0x700)),
-        (Code.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 1, 0x703)),
-        (Code.TABLE_ACCESS, (CONTEXT | 1, 0), (OUTSIDE | 1, 0x702)),
-        (Code.NO_READ, (CONTEXT | 1, 0), (TABLES | 1, 0x702)),
-        # Software may keep things in AVAIL.
-        (Code.NO_READ, (CONTEXT | 1, 0), (TABLES | 1, 0x77A)),
-    ],
-)
-def test_tables_of_devices(bench: Bench, code: Code, root: tuple[int, int], context: tuple[int, int]) -> None:
-    bench.words(ROOT, *root)
-    bench.words(CONTEXT + 16 * SID["edu0"], *context)
-    bench.on()
-    bench.refused("edu0", 0x7123)
-    assert bench.record() == (0x7000, code, 0x18, True)
-
-
-@pytest.mark.parametrize("root", [OUTSIDE, (1 << 64) - 4096])
-def test_the_root_is_nowhere(bench: Bench, root: int) -> None:
-    bench.on(root)
-    bench.refused("edu0", 0x7000)
-    assert bench.record() == (0x7000, Code.ROOT_ACCESS, 0x18, True)
-
-
-@pytest.mark.parametrize(
-    "entry,write,code",
-    [
-        (0, True, Code.NO_WRITE),
-        (DATA | 1, True, Code.NO_WRITE),
-        (DATA | 2, False, Code.NO_READ),
-        (DATA | 3 | 1 << 62, False, Code.TABLE_RESERVED),
-    ],
-)
-def test_pages(bench: Bench, entry: int, write: bool, code: Code) -> None:
-    root = bench.translate("edu0")
-    bench.words(bench.slot(root, 0x7000, 4), entry)
-    bench.on()
-    bench.refused("edu0", 0x7FFF, write=write)
-    assert bench.record() == (0x7000, code, 0x18, not write)
-
-
-def test_too_wide(bench: Bench) -> None:
-    bench.translate("edu0", levels=3)
-    bench.on()
-    bench.refused("edu0", 1 << 39, write=True)
-    assert bench.record() == (1 << 39, Code.ADDRESS_TOO_WIDE, 0x18, False)
-
-
-def test_no_report_is_wanted(bench: Bench) -> None:
-    bench.context("edu0", 2, 0)  # FPD counts without P
-    bench.on()
-    bench.refused("edu0", 0)
-    bench.context("edu0", TABLES | 3, 0x702)
-    bench.refused("edu0", 0)
-    assert bench.get(FSTS) == 0 and bench.record() is None
-
-
-def test_records_run_over(bench: Bench) -> None:
-    bench.on()
-    for n in range(9):
-        bench.refused("edu0", n << 12)
-    assert bench.get(FSTS) == PPF | PFO
-    assert [bench.record(n) for n in range(8)] == [(n << 12, 1, 0x18, True) for n in range(8)]
-    for n in range(3):
-        bench.clear(n)
-    assert bench.get(FSTS) == PPF | PFO | 3 << 8
-    bench.refused("edu0", 0x9000)
-    assert bench.record(0) is None  # nothing is recorded as long as PFO is set
-    bench.put(FSTS, PFO)
-    bench.refused("edu0", 0xA000)
-    assert bench.record(0) == (0xA000, 1, 0x18, True)
-    assert bench.get(FSTS) == PPF | 3 << 8
-    for n in range(8):
-        bench.clear(n)
-    assert bench.get(FSTS) == 0
-
-
-def test_fault_event(bench: Bench) -> None:
-    bench.on()
-    line = bench.lines["edu1"]
-    bench.refused("edu1", 0)
-    assert bench.get(FECTL) == 3 << 30 and not line.sent
-    bench.put(FEDATA, 0x4021)
-    bench.put(FEADDR, 0xFEE0_1000)
-    bench.put(FEUADDR, 1)
-    bench.put(FECTL, 0)
-    bench.run()
-    message = (0x1_FEE0_1000, (0x4021).to_bytes(4, "little"))
-    assert len(line.sent) + len(bench.lines["edu0"].sent) == 1 and bench.get(FECTL) == 0
-    bench.refused("edu1", 0)
-    assert len(line.sent) + len(bench.lines["edu0"].sent) == 1  # one is pending already
-    for n in range(2):
-        bench.clear(n)
-    line.sent.clear()
-    bench.refused("edu1", 0)
-    assert line.sent == [message]  # by the device that is at fault
-    bench.clear(2)
-    line.broken = True
-    bench.lines["edu0"].sent.clear()
-    bench.refused("edu1", 0)
-    assert bench.lines["edu0"].sent == [message]  # another helps out
-
-
-def test_a_masked_fault_that_is_gone(bench: Bench) -> None:
-    bench.on()
-    bench.refused("edu0", 0)
-    bench.clear()
-    assert bench.get(FECTL) == 1 << 31
-    bench.put(FECTL, 0)
-    bench.run()
-    assert not bench.lines["edu0"].sent
-
-
-def test_nobody_can_send(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    bench.on()
-    bench.put(FECTL, 0)
-    for line in bench.lines.values():
-        line.broken = True
-    with caplog.at_level(logging.ERROR, "vmodel.device"):
-        bench.refused("edu0", 0)
-    assert "an interrupt is lost" in caplog.text
-    assert bench.get(FSTS) == PPF
-
-
-# ---- the queue ---------------------------------------------------------------------------------------
-
-
-def test_wait_writes_its_status(bench: Bench) -> None:
-    bench.queue((5 | 1 << 5 | 0xABCD_1234 << 32, STATUS), (5, 0))
-    assert bench.ram[STATUS : STATUS + 8] == (0xABCD_1234).to_bytes(8, "little")
-    assert bench.get(IQH, 8) == 0x20 and bench.get(ICS) == 0
-
-
-def test_wait_interrupts(bench: Bench) -> None:
-    bench.put(IEDATA, 0x55)
-    bench.put(IEADDR, 0xFEE0_0000)
-    bench.queue((5 | 1 << 4, 0))
-    assert bench.get(ICS) == 1 and bench.get(IECTL) == 3 << 30
-    bench.put(IECTL, 0)
-    bench.run()
-    assert bench.lines["edu0"].sent == [(0xFEE0_0000, b"\x55\0\0\0")]
-    bench.queue((5 | 1 << 4, 0))
-    bench.run()
-    assert len(bench.lines["edu0"].sent) == 1  # ICS says so still
-    bench.put(ICS, 1)
-    bench.queue((5 | 1 << 4, 0))
-    bench.run()
-    assert len(bench.lines["edu0"].sent) == 2
-
-
-def test_the_queue_wraps(bench: Bench) -> None:
-    bench.queue(*[(5, 0)] * 255)
-    assert bench.get(IQH, 8) == 0xFF0
-    bench.queue((5 | 1 << 5 | 1 << 32, STATUS), (5 | 1 << 5 | 2 << 32, STATUS + 4))
-    assert bench.get(IQH, 8) == 0x10
-    assert bench.ram[STATUS : STATUS + 8] == b"\1\0\0\0\2\0\0\0"
-    bench.put(GCMD, 0)
-    assert bench.get(GSTS) & QIE == 0 and bench.get(IQH, 8) == 0
-
-
-def test_device_tlbs_are_not_there(bench: Bench) -> None:
-    bench.queue((3 | 0x18 << 32, 0x7000 | 1))
-    assert bench.get(IQH, 8) == 0x10 and bench.get(FSTS) == 0
-
-
-@pytest.mark.parametrize(
-    "low,high,why",
-    [
-        (0, 0, 3),
-        (4, 0, 3),  # interrupt entries
-        (6, 0, 3),  # PASIDs
-        (15, 0, 3),
-        (5 | 1 << 9, 0, 3),
-        (1, 0, 4),  # no such granularity
-        (1 | 1 << 4, 1, 4),
-        (2, 0, 4),
-        (2 | 1 << 4, 1 << 8, 4),
-        (2 | 3 << 4, 19, 4),
-        (5 | 1 << 8, 0, 4),
-        (5, 1, 4),
-        (5 | 1 << 5, OUTSIDE, 0),
-        (5 | 1 << 5, (1 << 64) - 4, 0),
-    ],
-)
-def test_descriptors_that_are_wrong(bench: Bench, low: int, high: int, why: int) -> None:
-    bench.put(FECTL, 0)
-    bench.queue((5, 0), (low, high), (5 | 1 << 5 | 1 << 32, STATUS))
-    bench.run()
-    assert bench.get(FSTS) == IQE and bench.get(IQER, 8) == why
-    assert sum(len(line.sent) for line in bench.lines.values()) == 1
-    assert bench.get(IQH, 8) == 0x10 and bench.ram[STATUS] == 0
-    bench.queue((5, 0))  # nothing happens before the error is cleared
-    assert bench.get(IQH, 8) == 0x10
-    bench.put(FSTS, IQE)  # and then it is there again
-    assert bench.get(FSTS) == IQE
-    bench.words(QUEUE + 0x10, 5, 0)
-    bench.put(FSTS, IQE)
-    assert bench.get(FSTS) == 0 and bench.get(IQH, 8) == 0x40 and bench.ram[STATUS] == 1
-
-
-def test_the_tail_is_beyond_the_queue(bench: Bench) -> None:
-    bench.queue((5, 0))
-    bench.put(IQT, 0x1000, 8)
-    assert bench.get(FSTS) == IQE and bench.get(IQER, 8) == 1 and bench.get(IQH, 8) == 0x10
-    bench.put(IQT, 0x10, 8)
-    bench.put(FSTS, IQE)
-    assert bench.get(FSTS) == 0
-
-
-@pytest.mark.parametrize("queue", [OUTSIDE, RAM, (1 << 64) - 4096])
-def test_the_queue_is_nowhere(bench: Bench, queue: int) -> None:
-    bench.put(IQA, queue | 7, 8)
-    bench.put(GCMD, QIE)
-    bench.put(IQT, 0x100, 8)
-    assert bench.get(FSTS) == IQE and bench.get(IQER, 8) == 2 and bench.get(IQH, 8) == 0
 
 
 # ---- protected memory --------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class BackendMachine(RuleBasedStateMachine):
 
     @rule(span=spans)
     def out_of_it(self, span: tuple[int, int]) -> None:
-        offset, length = span
+        offset = span[0]
         beyond = SIZE - offset + 1
         assert self.do(self.backend, Job(Op.VERIFY, offset, beyond)) == errno.EINVAL
 
@@ -202,15 +202,13 @@ def test_a_read_sees_all_or_nothing_of_a_write(tmp_path: Path, workers: Workers)
 def test_compare_and_write_is_one(tmp_path: Path, workers: Workers) -> None:
     """A counter that is incremented by compare-and-write, as often as that succeeds."""
     backend = FileBackend(tmp_path / "disk.img", SIZE, workers=workers)
-    value = 0
-    for _ in range(50):
+    for value in range(50):
         old, new = value.to_bytes(512, "little"), (value + 1).to_bytes(512, "little")
         codes: list[int] = []
         for _ in range(8):
             backend.submit(Job(Op.COMPARE_WRITE, 0, 512, bytearray(new), expected=old), codes.append)
         settle(workers)
         assert sorted(codes) == [0] + [errno.EBADMSG] * 7
-        value += 1
     backend.close()
 
 
@@ -218,12 +216,11 @@ def test_a_job_that_has_not_begun_can_be_taken_back(tmp_path: Path) -> None:
     workers = Workers(Function(), 1)
     backend = FileBackend(tmp_path / "disk.img", 64 << 20, workers=workers)
     codes: list[int] = []
-    numbers = [
-        backend.submit(Job(Op.WRITE, 0, 32 << 20, bytearray(32 << 20), sync=True), codes.append) for _ in range(4)
-    ]
-    taken = [backend.revoke(number) for number in numbers if number is not None]
+    data = bytearray(16 << 20)
+    numbers = [backend.submit(Job(Op.WRITE, 0, len(data), data), codes.append) for _ in range(50)]
+    taken = [backend.revoke(number) for number in reversed(numbers) if number is not None]
     settle(workers)
-    assert any(taken) and len(codes) == taken.count(False)
+    assert taken[0] and codes == [0] * taken.count(False)
     assert not any(backend.revoke(number) for number in numbers if number is not None)
     backend.close()
 
@@ -289,12 +286,12 @@ def resident() -> int:
 
 
 def test_memory_is_taken_as_it_is_written_and_given_back() -> None:
+    data = bytearray(b"x" * (64 << 20))
     before = resident()
     backend = MemoryBackend(1 << 40)
     do = Patient(None)
-    data = bytearray(b"x" * (64 << 20))
     start = resident()
-    assert start - before < 80 << 20
+    assert start - before < 8 << 20
     assert do(backend, Job(Op.WRITE, 1 << 39, len(data), data)) == 0
     assert resident() - start > 60 << 20
     assert do(backend, Job(Op.DISCARD, 1 << 39, len(data))) == 0
@@ -331,9 +328,9 @@ def test_a_file_is_for_one_server(tmp_path: Path) -> None:
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
-    with pytest.raises(ConfigError, match="No such file.*give a size"):
+    with pytest.raises(ConfigError, match=r"No such file.*give a size"):
         FileBackend(path)
-    with pytest.raises(ConfigError, match="cannot open .*No such file"):
+    with pytest.raises(ConfigError, match=r"cannot open .*No such file"):
         FileBackend(path, read_only=True)
     with pytest.raises(ConfigError, match="cannot open"):
         FileBackend(tmp_path / "nowhere" / "disk.img", SIZE)
@@ -349,7 +346,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     FileBackend(path).close()
     with pytest.raises(ConfigError, match=f"has {SIZE} bytes, not 4096; leave the size out"):
         FileBackend(path, 4096)
-    with pytest.raises(ConfigError, match="cannot make .* bytes long"):
+    with pytest.raises(ConfigError, match=r"cannot make .* bytes long"):
         FileBackend(tmp_path / "large.img", 1 << 62)
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.nvme.driver import Driver, Pair, prps, start
+from vmodel._shim import Domain
 from vmodel.devices.nvme.command import Command
 
 #: Guest memory that commands move data to and from, and where their lists are.
@@ -22,6 +23,8 @@ NOWHERE = 1 << 40
 BLOCKS = 256  # of 4096 bytes: namespace 1; namespace 2 has twice as many of 512
 
 READ, WRITE = 0x02, 0x01
+#: Where the doorbells of queue 1 are among all.
+SQ1, CQ1 = 8, 12
 
 
 class Twins:
@@ -34,12 +37,14 @@ class Twins:
             spaces: list[dict[str, Any]] = [{"lba": 4096}, {"lba": 512}]
             for n, space in enumerate(spaces):
                 size = BLOCKS * 4096 >> 2 * n
-                if kind == "memory":
-                    space["memory"] = size
+                if kind == "file":
+                    space.update(path=folder / f"{fast}-{n}.img", size=size)
                 else:
-                    space.update(path=folder / f"{kind}-{fast}-{n}.img", size=size)
-            params = {"namespaces": spaces, "fast_path": fast, "max_transfer": "128K"}
+                    space["memory"] = size
+            params = {"namespaces": spaces, "fast_path": fast, "max_transfer": "128K", "shadow_doorbells": True}
             self.drivers.append(start(params))
+            if kind == "iommu":
+                translate(self.drivers[-1])
             self.pairs.append(self.drivers[-1].create(1, 16))
 
     def clear(self) -> None:
@@ -51,6 +56,15 @@ class Twins:
                 for slba in range(0, namespace_blocks(nsid), 64):
                     assert pair.send(0x08, nsid=nsid, cdw10=slba, cdw12=63 | 1 << 25).status == 0, shift
             driver.memory.write(DATA, bytes(n * 11 & 0xFF for n in range(4096)) * (DATA_SIZE // 4096))
+
+    def set_shadow(self) -> list[tuple[int, int]]:
+        """Gives both shadow doorbells; where those, and the EventIdx page, are."""
+        found = []
+        for driver in self.drivers:
+            tails, indexes = driver.memory.take(4096), driver.memory.take(4096)
+            assert driver.admin.send(0x7C, dptr=prps(tails, indexes)).status == 0
+            found.append((tails, indexes))
+        return found
 
     def submit(self, commands: list[Command], lists: list[tuple[int, bytes]]) -> list[list[tuple[int, int, int]]]:
         """(cid, status, result) of each command, in the order of the commands, by both controllers."""
@@ -84,6 +98,16 @@ class Twins:
             assert not driver.device.errors
             driver.device.close()
             driver.close()
+
+
+def translate(driver: Driver) -> None:
+    """An IOMMU that maps page by page, with some pages missing and some that are only read."""
+    domain = Domain.paging(4096, 0, 2**48 - 1, 2**48 - 1, 1 << 20)
+    for page in range(0, 64 << 20, 4096):
+        n = (page - DATA) // 4096
+        if not (0 <= n < DATA_SIZE // 4096 and n % 16 == 5):
+            domain.map(page, page, 4096, 1 if 0 <= n < DATA_SIZE // 4096 and n % 16 == 9 else 3)
+    driver.device.dma.requester.attach(domain)
 
 
 def namespace_blocks(nsid: int) -> int:
@@ -188,10 +212,13 @@ def batches(draw: st.DrawFn) -> list[list[tuple[Command, list[tuple[int, bytes]]
     return [[draw(commands(n)) for n in range(draw(st.integers(1, 15)))] for _ in range(draw(st.integers(1, 3)))]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None, max_examples=150)
-@given(batches())
-def test_memory(twins: Callable[[str], Twins], work: list[list[tuple[Command, list[tuple[int, bytes]]]]]) -> None:
-    both = twins("memory")
+@pytest.mark.parametrize("kind", ["memory", "iommu"])
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None, max_examples=100)
+@given(work=batches())
+def test_memory(
+    twins: Callable[[str], Twins], kind: str, work: list[list[tuple[Command, list[tuple[int, bytes]]]]]
+) -> None:
+    both = twins(kind)
     both.clear()
     for batch in work:
         fast, general = both.submit([c for c, _ in batch], [written for _, lists in batch for written in lists])
@@ -238,4 +265,53 @@ def test_counters_agree(tmp_path: Path) -> None:
     first, second = both.contents()
     assert first == second
     assert first[2] == [7, 8, 7 * 4096, 8 * 4096]
+    both.close()
+
+
+def test_shadow_doorbells(tmp_path: Path) -> None:
+    """No doorbell is needed while commands come; EventIdx says from where on one is."""
+    both = Twins(tmp_path, "memory")
+    for (driver, pair), (tails, indexes) in zip(
+        zip(both.drivers, both.pairs, strict=True), both.set_shadow(), strict=True
+    ):
+
+        def event(driver: Driver = driver, indexes: int = indexes) -> int:
+            return struct.unpack("<I", driver.memory.read(indexes + SQ1, 4))[0]
+
+        def tail(value: int, driver: Driver = driver, tails: int = tails) -> None:
+            driver.memory.write(tails + SQ1, struct.pack("<I", value))
+
+        for n in range(40):
+            # Two commands, of which the doorbell tells only one; the shadow has both.
+            for k in range(2):
+                pair.write(Command.make(WRITE, nsid=1, cdw10=2 * n + k, dptr=prps(DATA)))
+            tail(pair.tail)
+            driver.doorbell(1, (pair.tail - 1) % pair.entries)
+            driver.run()
+            assert event() == pair.tail
+            assert len(pair.reap()) == 2
+            driver.memory.write(tails + CQ1, struct.pack("<I", pair.head))
+        # A full completion queue, whose head only the shadow tells.
+        for _ in range(3):
+            for n in range(15):
+                pair.write(Command.make(WRITE, nsid=1, cdw10=n, dptr=prps(DATA)))
+            tail(pair.tail)
+            driver.doorbell(1, pair.tail)
+            driver.run()
+            found = 0
+            while found < 15:
+                at = pair.cq + 16 * pair.head
+                assert driver.memory.read(at + 14, 1)[0] & 1 == pair.phase
+                pair.head, found = (pair.head + 1) % 16, found + 1
+                pair.phase ^= not pair.head
+            driver.memory.write(tails + CQ1, struct.pack("<I", pair.head))
+        # Nonsense in the shadow is passed over; shadows that are gone are fatal.
+        tail(16)
+        driver.doorbell(1, pair.tail)
+        driver.run()
+        assert not driver.status.CFS
+        os.ftruncate(driver.memory.fd, tails)
+        driver.doorbell(1, (pair.tail + 1) % 16)
+        driver.run()
+        assert driver.status.CFS
     both.close()

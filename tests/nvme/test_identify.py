@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.nvme.driver import PAGE, Driver, name, prps
+from vmodel.devices.nvme import Nvme
 from vmodel.devices.nvme.identify import Controller, NamespaceData
 
 #: Offsets of figure 247, written down once more by hand.
@@ -40,7 +41,7 @@ def test_controller(started: Callable[..., Driver]) -> None:
     assert (parsed.ver, parsed.sqes, parsed.cqes, parsed.nn, parsed.cntrltype) == (0x10400, 0x66, 0x44, 32, 1)
     assert int.from_bytes(data[280:296], "little") == (3 << 20) + (64 << 10)
     assert int.from_bytes(data[296:312], "little") == 64 << 10
-    assert parsed.oncs == 0b1_1101_1111 and not parsed.oacs & 0x100
+    assert (parsed.oncs, parsed.oacs) == (0b1_1101_1111, 0b1_0011_1110)
     assert data[768:1024].rstrip(b"\0").startswith(b"nqn.2014-08.org.nvmexpress:uuid:")
     assert struct.unpack_from("<H", data, 2048) == (2500,)
 
@@ -48,6 +49,7 @@ def test_controller(started: Callable[..., Driver]) -> None:
 def test_two_controllers_differ(started: Callable[..., Driver]) -> None:
     one, other = started(serial="A"), started(serial="B")
     assert one.identify(1)[768:1024] != other.identify(1)[768:1024]
+    assert Nvme("x", {"serial": "A"}).uuid != Nvme("y", {"serial": "A"}).uuid
 
 
 def test_namespaces(started: Callable[..., Driver]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.nvme.driver import PAGE, Driver, name, prps
 from vmodel.device import ResetKind
 from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.regs import ControllerRegs
 
 GET_LOG, SET, EVENT = 0x02, 0x09, 0x0C
 NAMESPACE_NOTICES = 1 << 8
@@ -38,6 +39,13 @@ def test_shutdowns_that_are_none(driver: Driver) -> None:
     driver.enable()
     data = driver.log(2, 512)
     assert (data[112], data[144]) == (2, 1)
+    driver.put(ControllerRegs.CC, driver.get(ControllerRegs.CC) | 1 << 14)
+    driver.until(lambda: driver.status.SHST == 2)
+    driver.device.reset(ResetKind.DEVICE)
+    driver.device.config.write(4, b"\x06\x00")
+    driver.enable()
+    data = driver.log(2, 512)
+    assert (data[112], data[144]) == (3, 1)
 
 
 def test_smart_of_a_namespace(driver: Driver) -> None:

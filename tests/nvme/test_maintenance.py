@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,34 @@ def test_what_cannot_be_sanitized(started: Callable[..., Driver], tmp_path: Path
         assert sanitize(driver, action) == "INVALID_FIELD"
     assert sanitize(driver, 1) == "SUCCESS", "there is no failure mode to leave"
     assert image.read_bytes() == b"x" * 4096
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file grows beyond a mebibyte: what is written behind that is refused."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("unrestricted", [True, False])
+def test_sanitize_that_fails(
+    started: Callable[..., Driver], tmp_path: Path, request: pytest.FixtureRequest, unrestricted: bool
+) -> None:
+    driver = started(namespaces=[{"path": tmp_path / "disk.img", "size": "2M"}])
+    pair = driver.create(1)
+    request.getfixturevalue("small_files")
+    assert sanitize(driver, 3 | unrestricted << 3 | 1 << 4) == "SUCCESS"
+    driver.until(lambda: not driver.device.sanitize.in_progress)
+    assert sanitize_log(driver)[1] & 7 == 3
+    assert name(pair.send(0x02, nsid=1, dptr=prps(driver.page))) == "SANITIZE_FAILED"
+    assert name(driver.admin.send(0x80, nsid=1)) == "SANITIZE_FAILED"
+    assert sanitize(driver, 1) == ("SUCCESS" if unrestricted else "SANITIZE_FAILED")
+    if not unrestricted:
+        assert sanitize(driver, 2) == "SUCCESS", "another operation may do"
+        driver.until(lambda: not driver.device.sanitize.in_progress)
+    assert name(pair.send(0x02, nsid=1, dptr=prps(driver.page))) == "SUCCESS"
 
 
 # ---- self-test ----------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from tests.nvme.driver import CONFIGURATION, PAGE, Driver, raised, start
 from vmodel.device import ResetKind
+from vmodel.devices.nvme import Nvme
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.regs import SUBSYSTEM_RESET, Cap, Cc, ControllerRegs, Csts
+from vmodel.errors import PeerError
 from vmodel.vfio_user.wire import Irq
 
 ALL_ONES = 0xFFFF_FFFF
@@ -224,10 +226,53 @@ def test_interrupts_by_msi_and_their_mask(started: Callable[..., Driver]) -> Non
         os.close(fd)
 
 
+def test_interrupts_by_the_pin(driver: Driver) -> None:
+    pin = driver.device.intx
+    assert pin is not None
+    pair = driver.create(1)
+    assert not pin.level
+    driver.admin.write(Command.make(0x18))
+    driver.admin.ring()
+    assert pin.level, "until the driver has taken what is there"
+    driver.put(ControllerRegs.INTMS, 1)
+    assert not pin.level
+    driver.put(ControllerRegs.INTMC, 1)
+    assert pin.level
+    driver.admin.wait()
+    assert not pin.level
+    pair.send(0x00, nsid=1)
+    assert not pin.level, "this queue has no interrupts"
+    driver.admin.write(Command.make(0x18))
+    driver.admin.ring()
+    assert pin.level
+    driver.disable()
+    assert not pin.level
+
+
 def test_doorbells_further_apart(started: Callable[..., Driver]) -> None:
     driver = started(doorbell_stride=3, namespaces=[{"memory": "1M"}])
     assert driver.stride == 32
     assert driver.create(16).send(0x00, nsid=1).status == 0
+
+
+def test_models_of_ones_own(driver: Driver) -> None:
+    """A class derived from it has the same choices."""
+
+    class Mine(Nvme):
+        pass
+
+    assert type(Mine("m")) is Mine
+    other = Mine("m", {"interrupts": "msi", "doorbell_stride": 1})
+    assert isinstance(other, Mine) and other.msix is None and other.msi is not None
+    assert Cap(other.regs.CAP).DSTRD == 1
+
+
+def test_migration_is_refused(driver: Driver) -> None:
+    driver.device.quiesce(True)
+    with pytest.raises(PeerError, match="cannot be migrated"):
+        driver.device.save()
+    driver.device.quiesce(False)
+    assert driver.identify(1)[77] == 9
 
 
 def test_large_pages(started: Callable[..., Driver]) -> None:

@@ -27,7 +27,7 @@ def test_the_worst_counts(effects: list[Effect], outcome: Outcome) -> None:
     assert classify([finding(effect) for effect in effects], injected=True) is outcome
 
 
-@pytest.mark.parametrize("effect", set(Effect) - {Effect.NOTICED})
+@pytest.mark.parametrize("effect", [effect for effect in Effect if effect is not Effect.NOTICED])
 def test_what_goes_wrong_without_a_fault_is_the_experiments(effect: Effect) -> None:
     assert classify([finding(effect)], injected=False) is Outcome.HARNESS
 

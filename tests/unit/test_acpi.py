@@ -238,6 +238,17 @@ def test_dmar_of_the_example() -> None:
     assert found["DMAR"] == head + b"\0\0\x18\0\0\0\0\0\0\0\0\xe0\0\0\0\0" + b"\1\x08\0\0\0\0\3\0"
 
 
+def with_ats() -> Machine:
+    text = (EXAMPLES / "edu-vtd.toml").read_text()
+    return parse(text.replace("[[device]]", "params = { ats = true }\n[[device]]", 1), Path("m.toml"))
+
+
+def test_dmar_with_ats() -> None:
+    """One ATSR more: below all root ports of segment 0 there may be devices with TLBs."""
+    plain = tables(load(EXAMPLES / "edu-vtd.toml"))["DMAR"]
+    assert tables(with_ats())["DMAR"][36:] == plain[36:] + b"\2\0\x08\0\1\0\0\0"
+
+
 def test_dmar_scopes() -> None:
     """A bridge stands for all behind it; where something behind it is outside, the others are listed by their paths."""
     found = tables(bridged(VTD))
@@ -296,13 +307,17 @@ def complaints(folder: Path, table: bytes) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("what", ["edu-viommu", "edu-vtd", "bridged-viommu", "bridged-vtd", "two", "one of each"])
+@pytest.mark.parametrize(
+    "what", ["edu-viommu", "edu-vtd", "bridged-viommu", "bridged-vtd", "two", "one of each", "ats"]
+)
 def test_iasl_is_content(what: str, tmp_path: Path) -> None:
     """It decodes the table without a warning, and makes the same bytes of what it has decoded."""
     if what.startswith("bridged"):
         machine = bridged(VIOMMU if what.endswith("viommu") else VTD)
     elif what in ("two", "one of each"):
         machine = parse(two(VIOMMU, VIOMMU if what == "two" else VTD), tmp_path / "m.toml")
+    elif what == "ats":
+        machine = with_ats()
     else:
         machine = load(EXAMPLES / f"{what}.toml")
     for table in tables(machine).values():

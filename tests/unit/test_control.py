@@ -100,6 +100,26 @@ def test_table(tmp_path: Path, file: Path) -> None:
     assert last == "  iommu0: a [0x18]: WRITE at iova 0x101000: NOT_MAPPED (DMA-FQ domain, group 0)"
 
 
+def test_stale_uses_and_pasids(tmp_path: Path, file: Path) -> None:
+    """Where somebody looks at them they have a column."""
+    more = 'kind = "vt-d"\nparams = { report_stale = true }\ncapabilities = { flush_ms = 100000.0 }\n'
+    file.write_text(file.read_text().replace('kind = "vt-d"\n', more, 1))
+    with told(tmp_path, file) as machine:
+        busy(machine)
+        group = machine.system["a"].group
+        assert group is not None
+        group.attach_pasid(group.iommu.identity, 5)
+        group.domain.unmap(0x100000, 0x1000)  # type: ignore[attr-defined]
+        machine.devices["a"].dma.read(0x100000, 4)
+        done = vmodel("iommu", "show", file, "--run-dir", tmp_path)
+        found = ask(tmp_path / "m.control", "iommu")
+    head, a, b, *_ = done.stdout.splitlines()
+    assert head.split()[-2:] == ["faults", "stale"]
+    assert a.split()[-2:] == ["1", "1"] and "; pasid 5: identity" in a
+    assert b.split()[-2:] == ["0", "0"]
+    assert found["devices"]["a"]["stale"] == 1 and found["iommus"][0]["report_stale"] is True
+
+
 def test_json(tmp_path: Path, file: Path) -> None:
     with told(tmp_path, file) as machine:
         busy(machine)

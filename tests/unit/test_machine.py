@@ -71,7 +71,7 @@ def lines(text: str, folder: Path) -> list[str]:
     ("name", "devices"),
     [
         ("edu", ["edu0"]),
-        ("edu-demo", ["edu0", "edu1", "edu2", "vtd0"]),
+        ("edu-demo", ["edu0", "edu1", "edu2", "nvme0", "vtd0"]),
         ("edu-viommu", ["edu0", "viommu0"]),
         ("edu-vtd", ["edu0", "vtd0"]),
         (

@@ -233,6 +233,11 @@ WRONG = {
     IOMMU + 'covers = ["0000:00:04.0-0000:00:03.0"]\n': "iommu[0].covers[0]: '0000:00:04.0-0000:00:03.0': "
     "runs backwards or over two segments",
     IOMMU + "params = { namespce = {} }\n": "iommu[0].params.namespce: unknown key: did you mean 'namespace'?",
+    IOMMU
+    + "params = { ats = true }\n": "iommu[0].params.ats: is for an IOMMU that a guest drives: give it an address, "
+    "or leave this out",
+    IOMMU + 'address = "0000:00:02.0"\nparams = { scalable = true }\ncapabilities = { input_bits = 39 }\n'
+    "": "iommu[0].capabilities: input_bits 39: a VT-d unit with scalable mode needs at least 48",
     IOMMU + "capabilities = { stricct = true }\n": "iommu[0].capabilities.stricct: unknown key: did you mean 'strict'?",
     IOMMU + "capabilities = { pasid_bits = 21 }\n": "iommu[0].capabilities: pasid_bits must be from 0 to 20, not 21",
     IOMMU + 'capabilities = { aperture = ["8K", "4K"] }\n': "iommu[0].capabilities: aperture: runs backwards",

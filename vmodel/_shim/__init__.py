@@ -135,6 +135,7 @@ TABLE_2M: int = lib.VMS_TABLE_2M
 TABLE_1G: int = lib.VMS_TABLE_1G
 TABLE_SNOOP: int = lib.VMS_TABLE_SNOOP
 UNMAP_DEFER: int = lib.VMS_UNMAP_DEFER
+FLUSH_KEEP_OWN: int = lib.VMS_FLUSH_KEEP_OWN
 
 #: (first IOVA, last IOVA, GPA of the first, prot, level) of a mapping, or of what a walk has found.
 Mapped = tuple[int, int, int, int, int]
@@ -194,8 +195,8 @@ class Domain:
         """Bytes removed."""
         return check(lib.vms_domain_clear(self.handle, first, last, flags)) << 12
 
-    def flush(self, start: int, last: int) -> None:
-        check(lib.vms_domain_flush(self.handle, start, last))
+    def flush(self, start: int, last: int, flags: int = 0) -> None:
+        check(lib.vms_domain_flush(self.handle, start, last, flags))
 
     def walk(self, iova: int, access: int) -> Mapped:
         """Where `iova` leads; DmaFault."""
@@ -322,6 +323,14 @@ class Requester:
     def attach(self, domain: Domain | None, pasid: int = NO_PASID) -> None:
         """Accesses with this PASID go through `domain` from now on; None as in vms_requester_attach."""
         check(lib.vms_requester_attach(self.handle, pasid, ffi.NULL if domain is None else domain.handle))
+
+    def own_tlb(self, on: bool) -> None:
+        """Whether its IOTLB is a TLB of the device's own, which FLUSH_KEEP_OWN leaves alone."""
+        check(lib.vms_requester_own_tlb(self.handle, on))
+
+    def flush(self, start: int, last: int, pasid: int = NO_PASID) -> None:
+        """Takes [start, last] of this PASID out of its IOTLB."""
+        check(lib.vms_requester_flush(self.handle, pasid, start, last))
 
     def translate(self, iovas: Sequence[int], access: int, pasid: int = NO_PASID) -> list[int]:
         """The GPA of each IOVA, by way of the IOTLB."""

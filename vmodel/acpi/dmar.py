@@ -28,6 +28,13 @@ _Drhd = Struct(
     "base" / Int64ul,
     "scopes" / Bytes(lambda this: this.length - 16),
 )
+_Atsr = Struct(
+    "type" / Const(2, Int16ul),
+    "length" / Const(8, Int16ul),
+    "flags" / Const(1, Int8ul),  # all root ports
+    Padding(1),
+    "segment" / Int16ul,
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,12 @@ class Scope:
 
 @dataclass(frozen=True)
 class Unit:
-    """A remapping unit: where its registers are, and what is behind it."""
+    """A remapping unit: where its registers are, and what is behind it; `ats`: that may have TLBs of its own."""
 
     segment: int
     base: int
     scopes: Sequence[Scope]
+    ats: bool = False
 
 
 def dmar(units: Sequence[Unit], address_width: int = 46) -> bytes:
@@ -62,4 +70,6 @@ def dmar(units: Sequence[Unit], address_width: int = 46) -> bytes:
             scopes += _Scope.build({"type": kind, "length": 6 + len(path), "start_bus": scope.bus, "path": path})
         fields = {"length": 16 + len(scopes), "segment": unit.segment, "base": unit.base, "scopes": scopes}
         body += _Drhd.build(fields)
+    for segment in sorted({unit.segment for unit in units if unit.ats}):
+        body += _Atsr.build({"segment": segment})
     return table(b"DMAR", 1, body)

@@ -63,10 +63,23 @@ def show_iommus(
 
 
 def _table(shown: dict[str, Any]) -> Table:
-    table = Table("group", "IOMMU", "devices", "domain", "mappings", "IOTLB hits", "faults", box=None)
+    # Uses of what is cached and no longer so: a column where somebody looks at them.
+    watched = {iommu["name"] for iommu in shown["iommus"] if iommu["report_stale"]}
+    columns = [
+        "group",
+        "IOMMU",
+        "devices",
+        "domain",
+        "mappings",
+        "IOTLB hits",
+        "faults",
+        *(["stale"] if watched else []),
+    ]
+    table = Table(*columns, box=None)
     for group in shown["groups"]:
         counters = [shown["devices"][name] for name in group["devices"] if name in shown["devices"]]
-        hits, misses, faults = (sum(c[key] for c in counters) for key in ("iotlb_hits", "iotlb_misses", "faults"))
+        keys = ("iotlb_hits", "iotlb_misses", "faults", "stale")
+        hits, misses, faults, stale = (sum(c[key] for c in counters) for key in keys)
         rate = f"{100 * hits / (hits + misses):.1f} %" if hits + misses else "-"
         count = group.get("mapping_count")
         mappings = "" if count is None else f"{count:,}"
@@ -74,7 +87,10 @@ def _table(shown: dict[str, Any]) -> Table:
             some = [f"{m['iova']:#x}..{m['last']:#x} -> {m['gpa']:#x}" for m in group["mappings"][:_SHOWN_MAPPINGS]]
             mappings += ": " + ", ".join([*some, "..."] if count > len(some) else some)
         domain = group["type"] if group["type"] == group["domain"] else f"{group['domain']} ({group['type']})"
+        domain += "".join(f"; pasid {pasid}: {name}" for pasid, name in group["pasids"].items())
         row = [str(group["number"]), group["iommu"], ", ".join(group["devices"]), domain, mappings, rate, f"{faults:,}"]
+        if watched:
+            row.append(f"{stale:,}" if group["iommu"] in watched else "-")
         table.add_row(*row)
     return table
 

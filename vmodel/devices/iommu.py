@@ -23,7 +23,10 @@ class IommuDevice(PciDevice):
     base: ClassVar[int] = 0
 
     def serve(self, iommu: Iommu, system: System) -> None:
-        """Called once all endpoints are there, before the device is served."""
+        """Called once all endpoints are there, before the device is served.
+
+        ConfigError: its capabilities are none that such an IOMMU can have.
+        """
         self.iommu = iommu
         self.system = system
 

@@ -121,6 +121,9 @@ class Action(BaseModel):
         """Does it, and has the event carried out or not; what a read gives, b"" elsewhere."""
         raise NotImplementedError
 
+    def check(self, devices: Sequence[PciDevice]) -> None:
+        """ValueError: none of the devices that the rule is about has what this needs."""
+
     def listens(self) -> Sequence[Point]:
         """Points that it has to hear of beside its rule's own."""
         return ()

@@ -103,6 +103,11 @@ class Engine:
         name = rule.name or next(f"rule{n}" for n in range(1, len(names) + 2) if f"rule{n}" not in names)
         if name in names:
             raise ConfigError(f"{name!r} is the name of another rule already", key="name")
+        devices = Predicate(rule, self._maps, self.plan.base).devices
+        try:
+            rule.do.check([self.devices[device] for device in devices])
+        except ValueError as error:
+            raise ConfigError(f"{str(rule.do)!r}: {error}", key="do") from error
         same = sum(keyed(live.rule) == keyed(rule) for live in self._rules)
         seed = f"{self.plan.seed}\0{keyed(rule)}\0{same}"
         self._rules.append(_Live(rule, name, seed, self._maps, self.plan.base))
@@ -184,18 +189,19 @@ class Engine:
         """An event: has it carried out as the rules that fire will have it.  It is the devices' `Sink`."""
         now = self._now()
         rules = self._by_point.get(event.point, ())
+        # Predicates may take their time, and are the user's own functions: not under the lock.
         matching = [live for live in rules if not live.paused and live.predicate(event)]
+        ending = [live for live in rules if live.markers and live.markers[1](event)]
+        beginning = [live for live in rules if live.markers and live.markers[0](event)]
+        healing = self._heal is not None and self._heal(event)
         with self._lock:
             healed = self._is_healed(now)
-            for live in rules:
-                if live.markers and live.markers[1](event):
-                    live.progress.end()
+            for live in ending:
+                live.progress.end()
             fired = {live: _place(live) for live in matching if not healed and live.progress.fires(now)}
-            for live in rules:
-                if live.markers and live.markers[0](event):
-                    live.progress.begin()
-            if self._heal is not None and self._heal(event):
-                self._healed = True
+            for live in beginning:
+                live.progress.begin()
+            self._healed = self._healed or healing
         chain: list[Callable[[Event, Proceed], bytes]] = []
         for live in matching:
             if live in fired:
@@ -206,7 +212,7 @@ class Engine:
             return _through(chain, 0, event, proceed)
         finally:
             if self._held:
-                self._release(event, everything=healed)
+                self._release(event, everything=healed or healing)
 
     def _step(
         self, live: _Live, place: tuple[int, int], now: float, origin: Event
@@ -251,6 +257,10 @@ class Engine:
             self.journal.put(record)
         except OSError as error:
             log.error("the log of injections: %s", error)
+
+    def goes_on(self, rule: str) -> bool:
+        """Whether what a rule has begun is to go on: it has not been removed, and nothing is healed."""
+        return not self._is_healed(self._now()) and any(live.name == rule for live in self._rules)
 
     # ---- what happens later ----------------------------------------------------------------
 

@@ -28,12 +28,12 @@ class Journal:
     def __init__(self, path: Path | None = None) -> None:
         """`path`: where the lines go; the file is made with the first one, and an older one goes then."""
         self.path = path
+        #: Hear of each record, on the thread that puts it.
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._file: TextIO | None = None
         self._lock = threading.Lock()
         self._last: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._count = 0
-        #: Called with each record, on the thread of the event.
-        self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def put(self, record: dict[str, Any]) -> None:
         """OSError: the file cannot be written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -67,6 +68,8 @@ def _requester(value: object) -> object:
             raise ValueError('must be a PCI address, as "0000:00:03.0", or a number, as 0x18') from None
     return value
 
+
+log = logging.getLogger(__name__)
 
 #: A function of the user's: (event) -> bool.
 Test = Callable[[Event], bool]
@@ -224,8 +227,16 @@ class Predicate:
             and (m.phase is None or Phase(m.phase).value == event.phase)
             and (m.register_ is None or self.window(event) is not None)
             and self._leads(event)
-            and (self._test is None or bool(self._test(event)))
+            and (self._test is None or self._passes(self._test, event))
         )
+
+    def _passes(self, test: Test, event: Event) -> bool:
+        try:
+            return bool(test(event))
+        except Exception:
+            # The user's mistake must not be the device's end.
+            log.exception("%r failed: the event does not match", self.match.when)
+            return False
 
     def _leads(self, event: Event) -> bool:
         if self.match.gpa is None:

@@ -32,6 +32,7 @@ from vmodel.iommu.pgtable import Table
 from vmodel.iommu.stale import StaleUse
 from vmodel.memory import GuestMemory
 from vmodel.pci.topology import Bdf, Function, Topology
+from vmodel.span import Span
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,16 @@ class Endpoint:
         if self._requester is not None:
             shim = None if domain is None else domain.shim
             self._requester.attach(shim, _shim.NO_PASID if pasid is None else pasid)
+
+    def has_tlb(self, on: bool) -> None:
+        """Whether it keeps translations itself (PCIe ATS), until `forget`."""
+        if self._requester is not None:
+            self._requester.own_tlb(on)
+
+    def forget(self, span: Span, pasid: int | None = None) -> None:
+        """Takes IOVAs of what it keeps, whoever's TLB that is."""
+        if self._requester is not None:
+            self._requester.flush(span.start, span.last, _shim.NO_PASID if pasid is None else pasid)
 
     def chosen_by(self, memory: GuestMemory, words: Sequence[tuple[int, int]], pasid: int | None = None) -> None:
         """What it has been shown was chosen by these (GPA, word) of `memory`: if they change, its use is stale."""
@@ -408,12 +419,15 @@ def sva_domain_alloc(endpoint: Endpoint, memory: GuestMemory, table: Table) -> T
     return TableDomain(DomainType.SVA, iommu, memory, table)
 
 
-def walked_domain_alloc(endpoint: Endpoint, memory: GuestMemory, table: Table) -> TableDomain:
+def walked_domain_alloc(
+    endpoint: Endpoint, memory: GuestMemory, table: Table, parent: TableDomain | None = None
+) -> TableDomain:
     """A domain by tables that the guest keeps for this device: what an emulated IOMMU's registers point to.
 
-    IommuError: ENODEV no group; EOPNOTSUPP its IOMMU does not walk this format; EINVAL the table cannot be.
+    With `parent` a stage 1 over that.  IommuError: ENODEV no group; EOPNOTSUPP its IOMMU does not walk this format
+    there; EINVAL the table cannot be.
     """
     iommu = _iommu_of(endpoint)
-    if table.format not in iommu.driver.formats:
+    if table.format not in (iommu.driver.formats if parent is None else iommu.driver.nested_formats):
         raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} does not walk {table.format.name} tables")
-    return TableDomain(DomainType.DMA, iommu, memory, table)
+    return TableDomain(DomainType.DMA if parent is None else DomainType.NESTED, iommu, memory, table, parent)

@@ -307,11 +307,17 @@ class Gather:
 class TableDomain(Domain):
     """Translates by tables in guest memory: nested ones (a stage 1 over `parent`) and SVA.
 
-    `memory` is where the IOMMU reads them.  The guest may change them at any time, and has to say so by `flush`.
+    `memory` is where the IOMMU reads them.  The guest may change them at any time, and has to say so by `flush`.  A
+    `parent` that is a TableDomain has none itself.
     """
 
     def __init__(
-        self, kind: DomainType, made_for: Iommu, memory: GuestMemory, table: Table, parent: PagingDomain | None = None
+        self,
+        kind: DomainType,
+        made_for: Iommu,
+        memory: GuestMemory,
+        table: Table,
+        parent: PagingDomain | TableDomain | None = None,
     ) -> None:
         self.table = table
         self.parent = parent
@@ -330,9 +336,13 @@ class TableDomain(Domain):
             raise _why(_code(error), f"{table}") from None
         super().__init__(kind, shim, made_for)
 
-    def flush(self, span: Span | None = None) -> None:
-        """Takes what was walked, all or only `span` (IOVA), out of the IOTLBs."""
-        self.shim.flush(*((0, (1 << 64) - 1) if span is None else (span.start, span.last)))
+    def flush(self, span: Span | None = None, *, own: bool = True) -> None:
+        """Takes what was walked, all or only `span` (IOVA), out of the IOTLBs.
+
+        `own`: also out of those that are a device's own (Endpoint.has_tlb).
+        """
+        whole = span or Span(0, (1 << 64) - 1)
+        self.shim.flush(whole.start, whole.last, 0 if own else _shim.FLUSH_KEEP_OWN)
 
 
 _WHY = {

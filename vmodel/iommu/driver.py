@@ -51,6 +51,8 @@ class Driver(ABC):
     #: What such an IOMMU can do, if nothing else is said.
     default: ClassVar[Capabilities]
     Params: ClassVar[type[Params]] = Params
+    #: Parameters that mean something only where a guest drives it.
+    served_params: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, params: Any = None) -> None:
         self.params: Any = params if isinstance(params, self.Params) else self.Params.model_validate(params or {})

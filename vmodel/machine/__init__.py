@@ -133,11 +133,14 @@ class Machine:
                 device.dma.endpoint = endpoint
 
     def _serve_iommus(self) -> None:
-        for iommu in self.system.iommus:
+        for n, iommu in enumerate(self.system.iommus):
             device = self.devices.get(iommu.name)
             if isinstance(device, IommuDevice):
                 device.peers = self.devices
-                device.serve(iommu, self.system)
+                try:
+                    device.serve(iommu, self.system)
+                except ConfigError as error:
+                    raise ConfigError(str(error), file=self.file, key=f"iommu[{n}].capabilities") from None
 
     def _set_domains(self) -> None:
         by_group: dict[Group, str] = {}

@@ -36,7 +36,12 @@ def _ranges(endpoints: Sequence[Endpoint], first: int) -> list[PciRange]:
 def dmar_of(devices: Iterable[IommuDevice]) -> bytes | None:
     """DMAR; None without a VT-d unit."""
     units = [
-        Unit(_own(device).segment, device.base, _scopes(_functions(device.covered())))
+        Unit(
+            _own(device).segment,
+            device.base,
+            _scopes(_functions(device.covered())),
+            device.iommu.driver.params.ats,
+        )
         for device in devices
         if device.iommu.driver.kind == "vt-d"
     ]

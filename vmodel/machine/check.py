@@ -120,6 +120,10 @@ class Check:
                 self.content.iommu[n].capabilities.over(KINDS[kind].default)
             except ValueError as error:
                 self.wrong("iommu", n, "capabilities", str(error))
+            if self.content.iommu[n].address is None:
+                for key in sorted(KINDS[kind].served_params & self.content.iommu[n].params.keys()):
+                    text = "is for an IOMMU that a guest drives: give it an address, or leave this out"
+                    self.wrong("iommu", n, f"params.{key}", text)
 
     def _served_iommu(self, n: int, table: Mapping[str, Any]) -> None:
         if table["kind"] not in IOMMUS:

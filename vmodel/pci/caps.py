@@ -159,6 +159,8 @@ class _MessageInterrupts(Capability):
         vector = self._type.vectors[n]
         if not self.enabled:
             return
+        if not (vector.pending or vector.masked or self._masked(n)) and self.owner.irqs.signal(vector):
+            return  # it was not pending at any time
         vector.pending = True
         self._deliver(n)
 
@@ -284,6 +286,9 @@ class MsixControl(Layout):
     ENABLE = Bit(15, RW)
 
 
+_MSIX_ENABLE, _MSIX_FUNCTION_MASK = MsixControl.ENABLE.mask, MsixControl.FUNCTION_MASK.mask
+
+
 class MsixRegs(RegisterBank, size=12):
     """MSI-X capability."""
 
@@ -347,10 +352,10 @@ class Msix(_MessageInterrupts):
 
     @property
     def enabled(self) -> bool:
-        return bool(MsixControl(self.regs.CONTROL).ENABLE)
+        return bool(self.regs.CONTROL & _MSIX_ENABLE)
 
     def _masked(self, n: int) -> bool:
-        if MsixControl(self.regs.CONTROL).FUNCTION_MASK:
+        if self.regs.CONTROL & _MSIX_FUNCTION_MASK:
             return True
         return self.table_used and bool(self.table[16 * n + 12] & 1)
 
@@ -407,6 +412,12 @@ class DevSta(Layout):
     TRANSACTIONS_PENDING = Bit(5, RO)
 
 
+class DevCap2(Layout):
+    """Device Capabilities 2."""
+
+    TLP_PREFIX = Bit(21, doc="End-End TLP prefixes, such as PASIDs")
+
+
 class PcieRegs(RegisterBank, size=0x3C):
     """PCI Express capability, version 2."""
 
@@ -417,27 +428,32 @@ class PcieRegs(RegisterBank, size=0x3C):
     LNKCAP = Reg32(0x0C, RO, reset=0x0000_0011, doc="2.5 GT/s, x1")
     LNKCTL = Reg16(0x10)
     LNKSTA = Reg16(0x12, RO, reset=0x0011)
-    DEVCAP2 = Reg32(0x24, RO)
+    DEVCAP2 = Reg32(0x24, RO, layout=DevCap2)
     DEVCTL2 = Reg16(0x28)
     LNKCAP2 = Reg32(0x2C, RO, reset=0x0000_0002)
     LNKCTL2 = Reg16(0x30, reset=0x0001)
 
 
 class Pcie(Capability):
-    """PCI Express endpoint; `flr`: Function Level Reset; `integrated`: on the root complex itself."""
+    """PCI Express endpoint.
+
+    `flr`: Function Level Reset; `integrated`: on the root complex itself; `tlp_prefix`: needed for PASIDs.
+    """
 
     id = 0x10
     bank = PcieRegs
     hooked = (PcieRegs.DEVCTL,)
     regs: PcieRegs
 
-    def __init__(self, *, flr: bool = True, integrated: bool = False) -> None:
+    def __init__(self, *, flr: bool = True, integrated: bool = False, tlp_prefix: bool = False) -> None:
         self.flr = flr
         self.integrated = integrated
+        self.tlp_prefix = tlp_prefix
 
     def fill(self) -> None:
         self.regs.PCIE_CAP = 2 | (9 if self.integrated else 0) << 4
         self.regs.DEVCAP = DevCap.FLR.put(DevCap.ROLE_BASED_ERRORS.mask, int(self.flr))
+        self.regs.DEVCAP2 = DevCap2.TLP_PREFIX.put(0, int(self.tlp_prefix))
 
     def written(self) -> None:
         control = self.regs.DEVCTL

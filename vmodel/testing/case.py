@@ -48,7 +48,7 @@ class Case(BaseModel):
     #: Loaded at boot; `extra_modules` are there for the workload's `modprobe`.
     modules: tuple[str, ...] = ()
     extra_modules: tuple[str, ...] = ()
-    #: More kernel arguments.
+    #: More kernel arguments, and parameters of modules (MODULE.NAME=VALUE).
     append: str = ""
     #: More arguments of QEMU's, before the machine's.
     qemu_args: tuple[str, ...] = ()

@@ -231,9 +231,7 @@ class _Trial:
     # ---- running ----------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        plan = self.case.seeded()
-        if plan is None:
-            plan = FaultPlan()
+        plan = self.case.seeded() or FaultPlan()
         path = self.folder / "injections.jsonl"
         path.unlink(missing_ok=True)
         at = time.monotonic()
@@ -246,6 +244,9 @@ class _Trial:
             try:
                 if self.case.arm == "boot":
                     self._arm()
+                elif not self.setup.booted:
+                    # A mistake in the plan is told of before the boot.
+                    Engine(self.case.seeded() or FaultPlan(), self.setup.served.machine.devices).close()
                 if self._booted():
                     self._work()
                     self._look()

@@ -223,7 +223,10 @@ def _locked(path: Path, steps: Steps) -> Iterator[None]:
 
 
 def paths(kernels: Sequence[str], optional: Collection[str] = ()) -> dict[str, str]:
-    """What `--print` prints: qemu, qemu-version, busybox, OPTIONAL, kernel-NAME, modules-NAME. ArtifactError."""
+    """What `--print` prints: qemu, qemu-version, busybox, [iasl, tools, browser,] kernel-NAME, modules-NAME.
+
+    Raises ArtifactError.
+    """
     qemu = find_qemu()
     rows = {
         "qemu": str(qemu.path),

@@ -6,6 +6,7 @@ completions are looked at by the dozen.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import struct
@@ -47,6 +48,8 @@ class Pair:
     sq: int
     cq: int
     event: EventFd
+    #: Polls the eventfd, and for the server's end.
+    waiter: select.poll
     tail: int = 0
     head: int = 0
     phase: int = 1
@@ -127,7 +130,10 @@ class NvmeDriver:
 
     def _pair(self, qid: int, entries: int) -> Pair:
         sq, cq = self.take(entries * SUBMISSION_SIZE), self.take(entries * COMPLETION_SIZE)
-        return Pair(qid, entries, sq, cq, self._events[min(qid, 1)])
+        event, waiter = self._events[min(qid, 1)], select.poll()
+        waiter.register(event.fd, select.POLLIN)
+        waiter.register(self.client.main.sock, 0)  # POLLHUP comes unasked
+        return Pair(qid, entries, sq, cq, event, waiter)
 
     def create(self, qid: int, entries: int) -> Pair:
         """An I/O queue pair; its completions raise vector 1."""
@@ -150,7 +156,7 @@ class NvmeDriver:
         self._write32(_DOORBELLS + 8 * pair.qid, pair.tail)
         deadline = time.monotonic() + self.client.timeout
         while not self.completed(pair, 1):
-            pair.event.wait(max(deadline - time.monotonic(), 0))
+            self.wait(pair, max(deadline - time.monotonic(), 0))
         at = pair.cq + pair.head * COMPLETION_SIZE
         completion = Completion.parse(bytes(self.ram.view[at : at + COMPLETION_SIZE]))
         self.advance(pair, 1)
@@ -158,6 +164,15 @@ class NvmeDriver:
         if completion.status:
             raise CommandFailed(command, completion)
         return completion
+
+    def wait(self, pair: Pair, seconds: float) -> None:
+        """Sleeps until a queue's vector has been raised.  TimeoutError; OSError when the server has gone."""
+        ready = pair.waiter.poll(seconds * 1000)
+        if not ready:
+            raise TimeoutError("no interrupt")
+        if ready[0][0] != pair.event.fd:
+            raise OSError(errno.ECONNRESET, "the server has gone")
+        os.eventfd_read(pair.event.fd)
 
     def completed(self, pair: Pair, most: int) -> int:
         """How many of the next `most` entries of a completion queue are there."""
@@ -217,10 +232,7 @@ class Stream:
         send, head = self._driver.client.main.send, self._head
         pack = struct.Struct("<QIIQQIIQ").pack
         sq_doorbell, cq_doorbell = _DOORBELLS + 8 * pair.qid, _DOORBELLS + 8 * pair.qid + 4
-        clock, event = time.perf_counter_ns, pair.event.fd
-        waiter = select.poll()
-        waiter.register(event, select.POLLIN)
-        patience = int(self._driver.client.timeout * 1000)
+        clock, patience = time.perf_counter_ns, self._driver.client.timeout
         found: list[Latency] = []
         begun: list[tuple[int, int]] = []  # (commands, when), oldest first
         free, outstanding, tail = depth, 0, pair.tail
@@ -244,9 +256,7 @@ class Stream:
                 send(head + pack(sq_doorbell, 0, 4, tail, cq_doorbell, 0, 4, pair.head))
             elif not outstanding:
                 break
-            if not waiter.poll(patience):
-                raise TimeoutError("no completion")
-            os.eventfd_read(event)
+            self._driver.wait(pair, patience)
             free = self._driver.completed(pair, outstanding)
             now = clock()
             self._check(free)

@@ -105,6 +105,10 @@ def of_status(oracle: str, status: int, at: float | None = None) -> Finding | No
         return None
     if status == DATA_WRONG:
         text = f"exit status {status}: data is wrong"
-        return Finding(oracle=oracle, effect=Effect.CORRUPTION, sign="data", text=text, signature="data", at=at)
+        return Finding(
+            oracle=oracle, effect=Effect.CORRUPTION, sign="data", text=text, signature="data", at=at, last=at
+        )
     how = f"signal {status - 128}" if status > 128 else f"exit status {status}"
-    return Finding(oracle=oracle, effect=Effect.ERROR, sign=oracle, text=how, signature=f"{oracle} {how}", at=at)
+    return Finding(
+        oracle=oracle, effect=Effect.ERROR, sign=oracle, text=how, signature=f"{oracle} {how}", at=at, last=at
+    )

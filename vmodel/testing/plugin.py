@@ -15,6 +15,7 @@ Options are `--vmodel-...`.  Each test has sockets and folders of its own, so te
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -80,13 +81,18 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "guest_kernel" in metafunc.fixturenames:
-        kernels = metafunc.config.getoption("--vmodel-kernel") or [None]
-        metafunc.parametrize("guest_kernel", kernels, indirect=True, ids=lambda name: _file_name(name or "kernel"))
+        kernels = metafunc.config.getoption("--vmodel-kernel")
+        if kernels:
+            metafunc.parametrize("guest_kernel", kernels, indirect=True, ids=[_file_name(name) for name in kernels])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        for mark in item.iter_markers("guest"):
+            if unknown := set(mark.kwargs) - _SPEC:
+                known = ", ".join(sorted(_SPEC))
+                raise pytest.UsageError(f"{item.nodeid}: guest({', '.join(sorted(unknown))}): known are {known}")
         names = getattr(item, "fixturenames", ())
         if _GUESTS.intersection(names) and item.get_closest_marker("guest") is None:
             item.add_marker(pytest.mark.guest)
@@ -103,6 +109,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text).strip("_")
+
+
+@contextlib.contextmanager
+def _on_one_line() -> Iterator[None]:
+    """What is wrong with a file or a name is said on one line, without a traceback through vmodel."""
+    from vmodel.errors import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        pytest.fail(str(error), pytrace=False)
 
 
 # ---- for all tests --------------------------------------------------------------------------------
@@ -133,6 +150,17 @@ def vmodel_devices() -> dict[str, PciDevice]:
     return {}
 
 
+def _plan(faults: str | Path | FaultPlan, base: Path) -> FaultPlan:
+    """Of a rule, a plan's file or a plan.  ConfigError."""
+    from vmodel.inject import FaultPlan, parse_rule
+
+    if isinstance(faults, Path) or (isinstance(faults, str) and faults.endswith(".toml")):
+        return FaultPlan.load(base / faults)
+    if isinstance(faults, str):
+        return FaultPlan().extended([parse_rule(faults, "the rule")])
+    return faults
+
+
 class Inject:
     """Faults on a test's devices: call it with a rule ("dma.write nth=3 do=drop"), a plan's file, or a plan."""
 
@@ -148,15 +176,12 @@ class Inject:
 
         Paths count from the test's folder.  A plan keeps its own seed unless that is 0.
         """
-        from vmodel.inject import Engine, FaultPlan, parse_rule
+        from vmodel.inject import Engine
 
-        if isinstance(faults, Path) or (isinstance(faults, str) and faults.endswith(".toml")):
-            faults = FaultPlan.load(self._base / faults)
-        elif isinstance(faults, str):
-            faults = FaultPlan().extended([parse_rule(faults, "inject")])
+        plan = _plan(faults, self._base)
         self._artifacts.mkdir(parents=True, exist_ok=True)
         path = self._artifacts / f"injections-{len(self._engines) + 1}.jsonl"
-        self._engines.append(Engine(faults.extended((), faults.seed or self._seed), dict(self._devices), path=path))
+        self._engines.append(Engine(plan.extended((), plan.seed or self._seed), dict(self._devices), path=path))
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -226,7 +251,8 @@ def guest_kernel(request: pytest.FixtureRequest) -> Kernel:
     """The kernel of this test's guests: each one of --vmodel-kernel, else the oldest generic one that is there."""
     from vmodel.testing.artifacts import find_kernel
 
-    return find_kernel(getattr(request, "param", None))
+    with _on_one_line():
+        return find_kernel(getattr(request, "param", None))
 
 
 @pytest.fixture
@@ -234,7 +260,7 @@ def vmodel_machine_file(request: pytest.FixtureRequest) -> Path:
     """The machine file that the mark `machine` names."""
     mark = request.node.get_closest_marker("machine")
     if mark is None or len(mark.args) != 1:
-        raise pytest.UsageError(f'{request.node.nodeid}: needs a machine, as @pytest.mark.machine("edu.toml")')
+        pytest.fail(f'{request.node.nodeid}: needs a machine, as @pytest.mark.machine("edu.toml")', pytrace=False)
     file: Path = request.path.parent / mark.args[0]
     return file
 
@@ -244,7 +270,9 @@ def vmodel_served(vmodel_machine_file: Path, vmodel_devices: dict[str, PciDevice
     """The test's machine while it is served."""
     from vmodel.testing.served import Served
 
-    with Served(vmodel_machine_file) as served:
+    with _on_one_line():
+        made = Served(vmodel_machine_file)
+    with made as served:
         vmodel_devices.update(served.machine.devices)
         yield served
 
@@ -260,9 +288,6 @@ def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for mark in request.node.iter_markers("guest"):
         found = {**mark.kwargs, **found}
-    if unknown := set(found) - _SPEC:
-        known = ", ".join(sorted(_SPEC))
-        raise pytest.UsageError(f"{request.node.nodeid}: guest({', '.join(sorted(unknown))}): known are {known}")
     if "files" in found:
         found["files"] = [_file(request.path.parent, entry) for entry in found["files"]]
     return found
@@ -346,28 +371,24 @@ def experiment(
 
     Its second argument is a rule, a plan's file, a FaultPlan, or None; more are fields of `Case`.
     """
-    from vmodel.inject import FaultPlan, parse_rule
     from vmodel.testing.experiment import Case
 
     options = _marked(request)
     if "timeout" in options:
         options["boot_timeout"] = options.pop("timeout")
     if options.pop("without", ()):
-        raise pytest.UsageError(f"{request.node.nodeid}: an experiment's devices are all plugged in")
+        pytest.fail(f"{request.node.nodeid}: an experiment's devices are all plugged in", pytrace=False)
     count = 0
 
     def run(workload: str, faults: str | Path | FaultPlan | None = None, **fields: Any) -> Result:
         nonlocal count
         count += 1
-        if isinstance(faults, Path) or (isinstance(faults, str) and faults.endswith(".toml")):
-            faults = FaultPlan.load(request.path.parent / faults)
-        elif isinstance(faults, str):
-            faults = FaultPlan().extended([parse_rule(faults, "experiment")])
-        seed = None if faults is None or faults.seed else vmodel_seed
+        plan = None if faults is None else _plan(faults, request.path.parent)
+        seed = None if plan is None or plan.seed else vmodel_seed
         case = Case(
             machine=vmodel_machine_file,
             workload=workload,
-            plan=faults,
+            plan=plan,
             kernel=str(guest_kernel.image),
             **{"seed": seed, **options, **fields},
         )

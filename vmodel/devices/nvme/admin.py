@@ -234,6 +234,7 @@ class AdminCommands:
         if any(namespace.formatting for namespace in chosen):
             raise CommandError(Status.FORMAT_IN_PROGRESS, dnr=False)
         self._controller.self_test.abort(Outcome.ABORTED_BY_NAMESPACE_REMOVAL)
+        self._controller.fast.settle()
         for namespace in chosen:
             inventory.delete(namespace)
             if namespace.attached:
@@ -281,6 +282,8 @@ class AdminCommands:
         if any(namespace.formatting for namespace in chosen):
             raise CommandError(Status.FORMAT_IN_PROGRESS, dnr=False)
         self._controller.self_test.abort(Outcome.ABORTED_BY_FORMAT)
+        # What is under way must not be written to blocks that are erased already.
+        self._controller.fast.settle()
         for namespace in chosen:
             namespace.formatting = True
         # Whatever the host asks for, its blocks are erased: they read as zeros then.
@@ -312,6 +315,7 @@ class AdminCommands:
         if self._formats:
             raise CommandError(Status.FORMAT_IN_PROGRESS, dnr=False)
         self._controller.self_test.abort(Outcome.ABORTED_BY_SANITIZE)
+        self._controller.fast.settle()
         self._controller.sanitize.start(command)
         return 0
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import pydantic
 
-from vmodel.device import MmioBar, Msi, Msix, PciDevice, Pcie, Pm, ResetKind, on_write, on_write_each
+from vmodel.device import Intx, MmioBar, Msi, Msix, PciDevice, Pcie, Pm, ResetKind, on_write, on_write_each
 from vmodel.devices.nvme.admin import AdminCommands
 from vmodel.devices.nvme.backend import Job, Op
 from vmodel.devices.nvme.command import Command
@@ -40,7 +41,7 @@ from vmodel.devices.nvme.sanitize import Sanitize
 from vmodel.devices.nvme.selftest import DeviceSelfTest
 from vmodel.devices.nvme.status import CommandError, Status
 from vmodel.devices.nvme.work import Failure, Work
-from vmodel.errors import DmaFault
+from vmodel.errors import DmaFault, PeerError
 from vmodel.points import Point
 from vmodel.timers import Timer
 
@@ -49,6 +50,8 @@ _MSI_VECTORS = 32
 #: Longest that becoming ready takes (CAP.TO), in 500 ms.
 _TIMEOUT = 20
 _SHUTTING_DOWN, _SHUT_DOWN = 1, 2
+_READY = Csts.RDY.mask
+_WORKING = _READY | Csts.CFS.mask
 _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 #: Statuses that tell the host nothing that it did not ask for: not for the error log.
 _ASKED_FOR = (Status.ABORT_REQUESTED, Status.ABORTED_SQ_DELETION, Status.COMPARE_FAILURE)
@@ -69,9 +72,14 @@ class Nvme(PciDevice):
     msix: Msix | None = Msix(vectors=QUEUE_PAIRS, own_bar=4)
     msi: Msi | None = None
     pcie = Pcie()
+    intx = Intx()
 
     Params = NvmeParams
     params: NvmeParams
+    #: What of the parameters the declaration is for.
+    _declared_for = ("msix", 0)
+    #: What outlives resets is there.
+    _made = False
 
     def __new__(
         cls,
@@ -81,17 +89,20 @@ class Nvme(PciDevice):
         multifunction: bool = False,
     ) -> Self:
         """Parameters choose what is declared: the kind of interrupts, and the doorbells' stride."""
-        chosen = params if isinstance(params, NvmeParams) else NvmeParams.model_validate(params or {})
-        variant = _variant(chosen.interrupts, chosen.doorbell_stride) if cls is Nvme else cls
-        return object.__new__(variant)  # type: ignore[return-value]
+        chosen = params if isinstance(params, cls.Params) else cls.Params.model_validate(params or {})
+        # mypy does not see that a class is hashable.
+        variant = _variant(cls, chosen.interrupts, chosen.doorbell_stride)  # type: ignore[arg-type]
+        return cast(Self, object.__new__(variant))
 
     def _make_parts(self) -> None:
         """What outlives resets."""
         self.serial = self.params.serial or self.name[:20]
-        self.uuid = uuid.uuid5(_NAMES, self.serial)
+        # Controllers that a machine file gives one serial number are still two.
+        identity = f"{self.serial} {self.name}"
+        self.uuid = uuid.uuid5(_NAMES, identity)
         self.health = Health()
         self.firmware = Firmware(self.params.firmware)
-        self.inventory = Inventory(self.serial, self.params.capacity or 0)
+        self.inventory = Inventory(identity, self.params.capacity or 0)
         self.features = Features(self)
         self.events = Events()
         self.sanitize = Sanitize(self)
@@ -108,6 +119,7 @@ class Nvme(PciDevice):
         self._shadow: tuple[int, int] | None = None
         #: What a shutdown waits for.
         self._flushing: Work | None = None
+        self._was_shut_down = False
         self._keep_alive: Timer | None = None
         self._keep_alive_ms = 0
         #: Vectors that INTMS masks, or that wait behind the mask.
@@ -128,13 +140,20 @@ class Nvme(PciDevice):
         self.inventory.close()
         self._opened = False
 
+    def save_extra(self) -> bytes:
+        # Queues, commands under way and all namespaces' blocks would be part of it.
+        raise PeerError(errno.ENOTSUP, f"{self.name}: an NVMe controller cannot be migrated")
+
+    def restore_extra(self, data: bytes) -> None:
+        raise PeerError(errno.EINVAL, f"{self.name}: an NVMe controller has no state that could be restored")
+
     def on_reset(self, kind: ResetKind) -> None:
-        if not hasattr(self, "health"):
+        if not self._made:
             self._make_parts()
-        if self.submission and not Csts(self.regs.CSTS).SHST:
-            self.health.unsafe_shutdowns += kind is ResetKind.DEVICE
+            self._made = True
         if kind is ResetKind.DEVICE:
             self.health.power_cycles += 1
+            self.health.unsafe_shutdowns += bool(self.submission) and not self._was_shut_down
             for namespace in self.inventory.allocated:
                 if namespace.protection is Protection.UNTIL_POWER_CYCLE:
                     namespace.protection = Protection.NONE
@@ -166,6 +185,7 @@ class Nvme(PciDevice):
             cq.close()
         self.submission.clear()
         self.completion.clear()
+        self._drive_pin()
         self.io.reset()
         self.fast.reset()
 
@@ -203,8 +223,8 @@ class Nvme(PciDevice):
     @property
     def enabled(self) -> bool:
         """It works on commands."""
-        status = Csts(self.regs.CSTS)
-        return bool(status.RDY and not status.CFS)
+        status: int = self.regs.CSTS & _WORKING
+        return status == _READY
 
     @on_write(ControllerRegs.CC)
     def _configure(self, new: int) -> int:
@@ -233,6 +253,7 @@ class Nvme(PciDevice):
         self.completion[0] = cq
         self.submission[0] = SubmissionQueue(self, 0, self.regs.ASQ, attributes.ASQS + 1, cq)
         self.arbitrate()
+        self._was_shut_down = False
         self.regs.CSTS = Csts.RDY.put(self.regs.CSTS, 1)
 
     def _misuse(self, cc: Cc) -> str | None:
@@ -271,6 +292,7 @@ class Nvme(PciDevice):
             self.log.warning("%s: namespace %d is not on disk", self.name, failure.namespace.nsid)
             self._fail(f"shutdown: {os.strerror(failure.code)}")
             return
+        self._was_shut_down = True
         self.regs.CSTS = Csts.SHST.put(self.regs.CSTS, _SHUT_DOWN)
 
     @on_write(ControllerRegs.NSSR)
@@ -284,6 +306,7 @@ class Nvme(PciDevice):
     def _mask(self, new: int) -> int:
         self._masked |= new
         self.regs.INTMC = self._masked
+        self._drive_pin()
         return self._masked
 
     @on_write(ControllerRegs.INTMC)
@@ -294,6 +317,7 @@ class Nvme(PciDevice):
         for vector in range(_MSI_VECTORS):
             if due >> vector & 1:
                 self.interrupt(vector)
+        self._drive_pin()
         return self._masked
 
     @on_write_each(*_Doorbells.registers)
@@ -311,6 +335,8 @@ class Nvme(PciDevice):
                 self.events.report(Event.INVALID_DOORBELL_REGISTER)
         elif self.enabled and not queue.doorbell(new):
             self.events.report(Event.INVALID_DOORBELL_VALUE)
+        elif n & 1 and self.intx.level:
+            self._drive_pin()
 
     # ---- what queues and commands need -----------------------------------------------------
 
@@ -326,12 +352,23 @@ class Nvme(PciDevice):
 
     def interrupt(self, vector: int) -> None:
         """Raises a vector."""
-        if self.msix is not None:
+        if self.msix is not None and self.msix.enabled:
             self.msix.fire(vector)
-        elif self._masked >> vector & 1:
+        elif vector < _MSI_VECTORS and self._masked >> vector & 1:
             self._pending |= 1 << vector
-        elif self.msi is not None:
+        elif self.msi is not None and self.msi.enabled:
             self.msi.fire(vector)
+        else:
+            self._drive_pin()
+
+    def _drive_pin(self) -> None:
+        """The pin's level: there are completions that the driver has not taken, and no messages (7.5.1)."""
+        messages = (self.msix is not None and self.msix.enabled) or (self.msi is not None and self.msi.enabled)
+        queues = self.completion.values()
+        if not messages and any(cq.interrupts and cq.pending and not self._masked >> cq.vector & 1 for cq in queues):
+            self.intx.raise_()
+        elif self.intx.level:
+            self.intx.lower()
 
     def arbitrate(self) -> None:
         """Queues are served as CC and the feature Arbitration say."""
@@ -423,23 +460,25 @@ class Nvme(PciDevice):
 
 
 @functools.cache
-def _variant(interrupts: str, stride: int) -> type[Nvme]:
-    """Nvme with what parameters change in its declaration."""
-    if interrupts == "msix" and not stride:
-        return Nvme
+def _variant(base: type[Nvme], interrupts: str, stride: int) -> type[Nvme]:
+    """A class with what parameters change in its declaration."""
+    if base._declared_for == (interrupts, stride):
+        return base
     bank = doorbells(stride)
     end = DOORBELLS_AT + bank.size
     bar = MmioBar(0, size=1 << (end - 1).bit_length(), is_64bit=True)
 
-    class Variant(Nvme):
+    class Variant(base):  # type: ignore[valid-type, misc]
         bar0 = bar
         regs = bar.bank(ControllerRegs)
         doorbells = bar.bank(bank, at=DOORBELLS_AT)
         msix = Msix(vectors=QUEUE_PAIRS, own_bar=4) if interrupts == "msix" else None
         msi = Msi(vectors=_MSI_VECTORS) if interrupts == "msi" else None
+        _declared_for = (interrupts, stride)
 
         @on_write_each(*bank.registers)
         def _ring(self, n: int, new: int) -> None:
             super()._ring(n, new)
 
+    Variant.__name__ = base.__name__
     return Variant

@@ -7,12 +7,15 @@ from collections import deque
 from dataclasses import dataclass
 
 from vmodel.devices.nvme.command import Command
-from vmodel.devices.nvme.status import CommandError
+from vmodel.devices.nvme.status import CommandError, Status
 
 #: Entries that the error log keeps (ELPE + 1).
 ERROR_ENTRIES = 64
 #: Temperatures in kelvin: the model has no sensor, so it is always at the first.
 TEMPERATURE, WARNING_TEMPERATURE, CRITICAL_TEMPERATURE = 303, 343, 353
+
+#: Errors of the medium; those that Write Uncorrectable asks for are among them.
+_MEDIA = (Status.WRITE_FAULT, Status.UNRECOVERED_READ)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Health:
     def failed(self, sqid: int, command: Command, error: CommandError) -> None:
         """A command has ended with an error that the log is to hold."""
         self.error_count += 1
+        self.media_errors += error.status in _MEDIA
         location = 0xFFFF if error.location is None else error.location
         lba = error.lba or 0
         status = error.field(more=True)

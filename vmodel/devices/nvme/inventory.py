@@ -31,9 +31,9 @@ def backend(params: NamespaceParams, workers: Workers) -> Backend:
 class Inventory:
     """Namespaces by their id, which is 1 to `MAX_NAMESPACES`; they outlive resets."""
 
-    def __init__(self, serial: str, capacity: int) -> None:
-        """`capacity`: bytes of memory for namespaces that the guest makes."""
-        self._serial = serial
+    def __init__(self, identity: str, capacity: int) -> None:
+        """`identity`: what the names of namespaces come from; `capacity`: bytes of memory for those of the guest's."""
+        self._identity = identity
         self._by_id: dict[int, Namespace] = {}
         self.unallocated = capacity
 
@@ -46,7 +46,7 @@ class Inventory:
             for nsid, one in enumerate(params, 1):
                 made = backend(one, workers)
                 opened.callback(made.close)
-                self._by_id[nsid] = Namespace(nsid, made, one.lba, uuid.uuid5(_NAMES, f"{self._serial} {nsid}"))
+                self._by_id[nsid] = Namespace(nsid, made, one.lba, uuid.uuid5(_NAMES, f"{self._identity} {nsid}"))
             opened.pop_all()
 
     def close(self) -> None:

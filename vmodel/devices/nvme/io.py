@@ -213,7 +213,6 @@ class IoCommands:
             return CommandError(Status.CAPACITY_EXCEEDED, lba=lba)
         if code in (errno.EROFS, errno.EPERM, errno.EBADF):
             return CommandError(Status.NAMESPACE_WRITE_PROTECTED, lba=lba)
-        self._host.health.media_errors += 1
         reading = job.op in (Op.READ, Op.VERIFY, Op.COMPARE)
         return CommandError(Status.UNRECOVERED_READ if reading else Status.WRITE_FAULT, lba=lba)
 

@@ -95,7 +95,7 @@ class NvmeParams(Params):
         default=2 * MiB, examples=['"2M"'], description="largest transfer of one command in bytes"
     )
     shadow_doorbells: bool = Field(
-        default=False, strict=True, examples=["true"], description="offer Doorbell Buffer Config"
+        default=True, strict=True, examples=["false"], description="offer Doorbell Buffer Config"
     )
     fast_path: bool = Field(
         default=True, strict=True, examples=["false"], description="false: every command by way of Python"

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Command, Completion, Fuse
-from vmodel.devices.nvme.fast import FULL as NO_ROOM
-from vmodel.devices.nvme.fast import OTHER, FastPath
+from vmodel.devices.nvme.fast import FULL, OTHER, FastPath
 from vmodel.devices.nvme.status import CommandError, Status
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault
@@ -144,6 +143,11 @@ class CompletionQueue:
         return max(free, 0)
 
     @property
+    def held(self) -> bool:
+        """There are completions that wait for room."""
+        return bool(self._waiting)
+
+    @property
     def full(self) -> bool:
         """No more commands are taken for it."""
         if self._waiting or not self.room:
@@ -154,10 +158,18 @@ class CompletionQueue:
     @property
     def pending(self) -> bool:
         """There are completions that the driver has not taken: the level of a pin-based interrupt."""
+        self._poll()
         return bool(self._ring.head != self._ring.tail)
 
     def doorbell(self, value: int) -> bool:
         """The driver has taken entries up to `value`; whether it may say so."""
+        if self._shadow and value < self.entries:
+            # What is in memory may be further on than a doorbell that was rung before.
+            self._poll()
+            return True
+        return self._taken(value)
+
+    def _taken(self, value: int) -> bool:
         ring = self._ring
         if value >= self.entries or (value - ring.head) % self.entries > (ring.tail - ring.head) % self.entries:
             return False
@@ -184,7 +196,7 @@ class CompletionQueue:
             self._host.fatal(f"the shadow doorbell of completion queue {self.qid}", fault)
             return
         if value != self._ring.head:
-            self.doorbell(value)
+            self._taken(value)
 
     def post(self, sq: SubmissionQueue, cid: int, status: int, result: int = 0) -> None:
         """Posts a completion of `sq`, as soon as there is room; `status`: the 15-bit field."""
@@ -260,6 +272,8 @@ class SubmissionQueue:
         #: Commands under way, by command identifier.
         self.in_flight: dict[int, Later] = {}
         self._closed = False
+        #: It stands in one of the arbiter's lines.
+        self.ready = False
         cq.queues.append(self)
 
     @property
@@ -280,7 +294,8 @@ class SubmissionQueue:
         """The driver has written entries up to `value`; whether it may say so."""
         if value >= self.entries:
             return False
-        self._ring.tail = value
+        if not self._ring.shadow:  # which may be further on than a doorbell that was rung before
+            self._ring.tail = value
         self._host.arbiter.ring(self)
         return True
 
@@ -306,17 +321,20 @@ class SubmissionQueue:
 
     def run(self, count: int) -> int:
         """Carries out up to `count` commands; how many there were."""
-        done, fast = 0, self._host.fast
-        while done < count and not self._closed and not self.cq.full:
-            if self.qid and fast.enabled and not self._host.points.detailed:
+        done, fast, cq = 0, self._host.fast, self.cq
+        while done < count and not self._closed:
+            plain = self.qid and fast.enabled and not self._host.points.detailed
+            if plain and not (cq.held and cq.full):
                 stop, taken = fast.run(self.qid, count - done)
                 if taken:
                     done += taken
-                    self.cq.posted()
-                if stop == NO_ROOM:
-                    continue
+                    cq.posted()
+                if stop == FULL and not cq.full:
+                    continue  # the shadow doorbell knows of more room
                 if stop != OTHER:
                     break
+            if cq.full:
+                break
             command = self._fetch()
             if command is None:
                 break
@@ -479,7 +497,8 @@ class Arbiter:
         """Forgets all queues; round robin without a limit of the burst."""
         self.set_burst(NO_BURST)
         self.weights = None
-        self._ready: dict[int, deque[SubmissionQueue]] = {}
+        # The admin queue, then the priority classes; in round robin all are in one line.
+        self._lines: list[deque[SubmissionQueue]] = [deque() for _ in range(5)]
         self._credit = [0, 0, 0]
         self._signals: list[CompletionQueue] = []
         self._running = self._scheduled = False
@@ -490,9 +509,9 @@ class Arbiter:
 
     def ring(self, queue: SubmissionQueue) -> None:
         """A queue has, or may have, commands."""
-        line = self._ready.setdefault(self._class_of(queue), deque())
-        if queue not in line:
-            line.append(queue)
+        if not queue.ready:
+            queue.ready = True
+            self._line_of(queue).append(queue)
         self._schedule()
 
     def signal(self, queue: CompletionQueue) -> None:
@@ -503,15 +522,14 @@ class Arbiter:
 
     def forget(self, queue: SubmissionQueue) -> None:
         """A queue is gone."""
-        for line in self._ready.values():
+        for line in self._lines:
             if queue in line:
                 line.remove(queue)
 
-    def _class_of(self, queue: SubmissionQueue) -> int:
-        """0: before all others."""
-        if self.weights is None:
-            return 1
-        return queue.priority if queue.qid else -1
+    def _line_of(self, queue: SubmissionQueue) -> deque[SubmissionQueue]:
+        if self.weights is None or not queue.qid:
+            return self._lines[0]
+        return self._lines[1 + queue.priority]
 
     def _schedule(self) -> None:
         if not self._scheduled and not self._running:
@@ -526,11 +544,13 @@ class Arbiter:
             while left > 0 and (chosen := self._next()) is not None:
                 line, burst = chosen
                 queue = line.popleft()
+                queue.ready = False
                 taken = queue.run(min(burst, left))
                 left -= taken
                 if self.weights is not None and queue.qid and queue.priority:
                     self._credit[queue.priority - 1] -= taken
                 if taken and queue.waiting and not queue.cq.full and queue in queue.cq.queues:
+                    queue.ready = True
                     line.append(queue)
         finally:
             self._running = False
@@ -538,21 +558,19 @@ class Arbiter:
         for cq in signals:
             if cq.interrupts:
                 cq.raise_interrupt()
-        if any(self._ready.values()):
+        if any(self._lines):
             self._schedule()
 
     def _next(self) -> tuple[deque[SubmissionQueue], int] | None:
         """The line whose first queue is next, and what that may take."""
-        ready = self._ready
-        for strict in (-1, 0) if self.weights is not None else (1,):
-            if ready.get(strict):
-                return ready[strict], self.burst
-        if self.weights is None:
-            return None
-        classes = [n for n in (1, 2, 3) if ready.get(n)]
+        lines = self._lines
+        for line in lines[:2]:
+            if line:
+                return line, self.burst
+        classes = [n for n in range(3) if lines[2 + n]]
         if not classes:
             return None
-        if all(self._credit[n - 1] <= 0 for n in classes):
-            self._credit = list(self.weights)
-        n = next(n for n in classes if self._credit[n - 1] > 0)
-        return ready[n], min(self.burst, self._credit[n - 1])
+        if all(self._credit[n] <= 0 for n in classes):
+            self._credit = list(self.weights or (1, 1, 1))
+        n = next(n for n in classes if self._credit[n] > 0)
+        return lines[2 + n], min(self.burst, self._credit[n])

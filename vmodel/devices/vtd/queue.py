@@ -1,12 +1,14 @@
-"""Invalidation descriptors of 128 bits (6.5.2): what they ask for, and what is wrong with them."""
+"""Invalidation descriptors of 128 and 256 bits (6.5.2): what they ask for, and what is wrong with them."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from vmodel.devices.vtd.contexts import Contexts
-from vmodel.devices.vtd.regs import MOST_ADDRESS_MASK
+from vmodel.devices.vtd.regs import MOST_ADDRESS_MASK, Mode, RootAddress
+from vmodel.iommu.fault import PageResponse
 from vmodel.regs import Bit, Bits, Layout
 from vmodel.span import PAGE, Span
 
@@ -19,6 +21,9 @@ class QueueFault(enum.IntEnum):
     FETCH = 2
     TYPE = 3
     RESERVED = 4
+    WIDTH = 5
+    UNALIGNED = 6
+    MODE = 7
 
 
 class QueueStopped(Exception):
@@ -38,12 +43,33 @@ class Granularity(enum.IntEnum):
     ONE = 3
 
 
+class PasidGranularity(enum.IntEnum):
+    """What is meant by G of PASID-based IOTLB invalidations."""
+
+    PASID = 2
+    PAGES = 3
+
+
+class PasidCacheGranularity(enum.IntEnum):
+    """What is meant by G of PASID-cache invalidations."""
+
+    DOMAIN = 0
+    PASID = 1
+    ALL = 3
+
+
 #: 6.5.2.1: bits of a function number that do not matter, by FM.
 FUNCTION_MASKS = (0, 4, 6, 7)
+#: PCIe 10.4.2.2: what is no code is a failure.
+_RESPONSES = {int(code): code for code in PageResponse}
+
+
+class _Nothing(Layout):
+    """A word that has to be 0."""
 
 
 class _Context(Layout):
-    """Context-cache invalidate, low half (6.5.2.1)."""
+    """Context-cache invalidate, first word (6.5.2.1)."""
 
     TYPE = Bits(0, 3)
     G = Bits(4, 5)
@@ -53,8 +79,18 @@ class _Context(Layout):
     FM = Bits(48, 49)
 
 
+class _PasidCache(Layout):
+    """PASID-cache invalidate (6.5.2.2)."""
+
+    TYPE = Bits(0, 3)
+    G = Bits(4, 5)
+    TYPE_HIGH = Bits(9, 11)
+    DID = Bits(16, 31)
+    PASID = Bits(32, 51)
+
+
 class _Iotlb(Layout):
-    """IOTLB invalidate, low half (6.5.2.3)."""
+    """IOTLB invalidate (6.5.2.3)."""
 
     TYPE = Bits(0, 3)
     G = Bits(4, 5)
@@ -65,15 +101,25 @@ class _Iotlb(Layout):
 
 
 class _IotlbAddress(Layout):
-    """The same, high half."""
+    """Second word of both IOTLB invalidates."""
 
     AM = Bits(0, 5)
     IH = Bit(6)
     ADDR = Bits(12, 63)
 
 
+class _PasidIotlb(Layout):
+    """PASID-based IOTLB invalidate (6.5.2.4)."""
+
+    TYPE = Bits(0, 3)
+    G = Bits(4, 5)
+    TYPE_HIGH = Bits(9, 11)
+    DID = Bits(16, 31)
+    PASID = Bits(32, 51)
+
+
 class _DeviceTlb(Layout):
-    """Device-TLB invalidate, low half (6.5.2.5)."""
+    """Device-TLB invalidate (6.5.2.5)."""
 
     TYPE = Bits(0, 3)
     TYPE_HIGH = Bits(9, 11)
@@ -84,14 +130,34 @@ class _DeviceTlb(Layout):
 
 
 class _DeviceTlbAddress(Layout):
-    """The same, high half."""
+    """Its second word."""
 
     S = Bit(0)
     ADDR = Bits(12, 63)
 
 
+class _PasidDeviceTlb(Layout):
+    """PASID-based device-TLB invalidate (6.5.2.6)."""
+
+    TYPE = Bits(0, 3)
+    MIP = Bits(4, 8)
+    TYPE_HIGH = Bits(9, 11)
+    PFSID_LOW = Bits(12, 15)
+    SID = Bits(16, 31)
+    PASID = Bits(32, 51)
+    PFSID_HIGH = Bits(52, 63)
+
+
+class _PasidDeviceTlbAddress(Layout):
+    """Its second word."""
+
+    G = Bit(0)
+    S = Bit(11)
+    ADDR = Bits(12, 63)
+
+
 class _Wait(Layout):
-    """Invalidation wait, low half (6.5.2.8)."""
+    """Invalidation wait (6.5.2.8)."""
 
     TYPE = Bits(0, 3)
     IF = Bit(4)
@@ -101,10 +167,59 @@ class _Wait(Layout):
     DATA = Bits(32, 63)
 
 
+class _WaitAndDrain(Layout):
+    """The same with ECAP.PDS."""
+
+    TYPE = Bits(0, 3)
+    IF = Bit(4)
+    SW = Bit(5)
+    FN = Bit(6)
+    PD = Bit(7)
+    TYPE_HIGH = Bits(9, 11)
+    DATA = Bits(32, 63)
+
+
 class _WaitAddress(Layout):
-    """The same, high half."""
+    """Its second word."""
 
     ADDRESS = Bits(2, 63)
+
+
+class _PageGroup(Layout):
+    """Page group response (7.7.1)."""
+
+    TYPE = Bits(0, 3)
+    PP = Bit(4)
+    TYPE_HIGH = Bits(9, 11)
+    RC = Bits(12, 15)
+    RID = Bits(16, 31)
+    PASID = Bits(32, 51)
+
+
+class _PageGroupIndex(Layout):
+    """Its second word; the others are the device's own data, and there is none."""
+
+    LPIG = Bit(2)
+    PRGI = Bits(3, 11)
+
+
+class Unit(Protocol):
+    """What descriptors ask for that is not the caches'."""
+
+    def wait(self, address: int | None, data: int, interrupt: bool) -> None:
+        """All before is done: `data` is written to `address`, if there is one.  QueueStopped."""
+
+    def answer(self, source: int, pasid: int | None, index: int, response: PageResponse) -> None:
+        """A page request is answered."""
+
+
+def check_mode(root: int, wide: bool) -> None:
+    """Whether descriptors of this width go with the translation mode in RTADDR.  QueueStopped."""
+    mode = RootAddress(root).TTM
+    if mode not in list(Mode):
+        raise QueueStopped(QueueFault.MODE)
+    if mode == Mode.SCALABLE and not wide:
+        raise QueueStopped(QueueFault.WIDTH)
 
 
 def invalidate_contexts(contexts: Contexts, granularity: int, domain_id: int, source: int, mask: int) -> bool:
@@ -128,46 +243,115 @@ def invalidate_iotlb(contexts: Contexts, granularity: int, domain_id: int, page:
     elif granularity == Granularity.DOMAIN:
         contexts.flush(domain_id)
     elif granularity == Granularity.ONE and address_mask <= MOST_ADDRESS_MASK:
-        size = PAGE << address_mask
-        contexts.flush(domain_id, Span.sized(page * PAGE // size * size, size))
+        contexts.flush(domain_id, _pages(page, address_mask))
     else:
         return False
     return True
 
 
-def carry_out(contexts: Contexts, low: int, high: int, wait: Callable[[int | None, int, bool], None]) -> None:
-    """One descriptor.  QueueStopped.
+def _pages(page: int, address_mask: int) -> Span:
+    size = PAGE << address_mask
+    return Span.sized(page * PAGE // size * size, size)
 
-    `wait` gets the address for the status, or None, what to write there, and whether to interrupt.
-    """
-    kind = _Context.TYPE.of(low) | _Context.TYPE_HIGH.of(low) << 4
-    if kind == 1:
-        _check(_Context, low)
-        _check(Layout, high)
-        entry = _Context(low)
-        if not invalidate_contexts(contexts, entry.G, entry.DID, entry.SID, entry.FM):
-            raise QueueStopped(QueueFault.RESERVED)
-    elif kind == 2:
-        _check(_Iotlb, low)
-        _check(_IotlbAddress, high)
-        tlb, where = _Iotlb(low), _IotlbAddress(high)
-        if not invalidate_iotlb(contexts, tlb.G, tlb.DID, where.ADDR, where.AM):
-            raise QueueStopped(QueueFault.RESERVED)
-    elif kind == 3:
-        # No device has a TLB (ECAP.DT): nothing to do, as in QEMU's unit without it.
-        _check(_DeviceTlb, low)
-        _check(_DeviceTlbAddress, high)
-    elif kind == 5:
-        _check(_Wait, low)
-        _check(_WaitAddress, high)
-        # What came before is done: a fence (FN) asks for nothing more.
-        asked = _Wait(low)
-        wait(high if asked.SW else None, asked.DATA, bool(asked.IF))
-    else:
+
+def carry_out(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
+    """One descriptor of two or four words.  QueueStopped."""
+    kind = _Context.TYPE.of(words[0]) | _Context.TYPE_HIGH.of(words[0]) << 4
+    if kind not in _KINDS or (kind in _SCALABLE and not contexts.ecap.SMTS) or (kind == 9 and not contexts.ecap.PRS):
         raise QueueStopped(QueueFault.TYPE)
+    _KINDS[kind](contexts, words, unit)
 
 
-def _check(layout: type[Layout], value: int) -> None:
-    known = sum(field.mask for field in layout.fields)
-    if value & ~known:
+def _context(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
+    _check(words, _Context)
+    asked = _Context(words[0])
+    if not invalidate_contexts(contexts, asked.G, asked.DID, asked.SID, asked.FM):
         raise QueueStopped(QueueFault.RESERVED)
+
+
+def _pasid_cache(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
+    _check(words, _PasidCache)
+    asked = _PasidCache(words[0])
+    if asked.G == PasidCacheGranularity.ALL:
+        contexts.forget_pasids()
+    elif asked.G == PasidCacheGranularity.DOMAIN:
+        contexts.forget_pasids(asked.DID)
+    elif asked.G == PasidCacheGranularity.PASID:
+        contexts.forget_pasids(asked.DID, asked.PASID)
+    else:
+        raise QueueStopped(QueueFault.RESERVED)
+
+
+def _iotlb(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
+    _check(words, _Iotlb, _IotlbAddress)
+    asked, where = _Iotlb(words[0]), _IotlbAddress(words[1])
+    if not invalidate_iotlb(contexts, asked.G, asked.DID, where.ADDR, where.AM):
+        raise QueueStopped(QueueFault.RESERVED)
+
+
+def _pasid_iotlb(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
+    _check(words, _PasidIotlb, _IotlbAddress)
+    asked, where = _PasidIotlb(words[0]), _IotlbAddress(words[1])
+    if asked.G == PasidGranularity.PASID:
+        contexts.flush_pasid(asked.DID, asked.PASID)
+    elif asked.G == PasidGranularity.PAGES and where.AM <= MOST_ADDRESS_MASK:
+        contexts.flush_pasid(asked.DID, asked.PASID, _pages(where.ADDR, where.AM))
+    else:
+        raise QueueStopped(QueueFault.RESERVED)
+
+
+def _device_tlb(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
+    _check(words, _DeviceTlb, _DeviceTlbAddress)
+    asked, where = _DeviceTlb(words[0]), _DeviceTlbAddress(words[1])
+    contexts.flush_device(asked.SID, _sized(where.ADDR, bool(where.S)))
+
+
+def _pasid_device_tlb(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
+    _check(words, _PasidDeviceTlb, _PasidDeviceTlbAddress)
+    asked, where = _PasidDeviceTlb(words[0]), _PasidDeviceTlbAddress(words[1])
+    contexts.flush_device(asked.SID, _sized(where.ADDR, bool(where.S)), asked.PASID, bool(where.G))
+
+
+def _sized(page: int, several: bool) -> Span:
+    """PCIe 10.3.2: with S the size is told by the lowest bit that is clear; none is: everything."""
+    if not several:
+        return Span.sized(page * PAGE, PAGE)
+    bits = 13 + (~page & page + 1).bit_length() - 1
+    if bits >= 64:
+        return Span(0, (1 << 64) - 1)
+    return Span.sized(page * PAGE >> bits << bits, 1 << bits)
+
+
+def _wait(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
+    _check(words, _WaitAndDrain if contexts.ecap.PDS else _Wait, _WaitAddress)
+    # What came before is done, and page requests are in their queue: fence (FN) and drain (PD) ask for nothing more.
+    asked = _Wait(words[0])
+    unit.wait(words[1] if asked.SW else None, asked.DATA, bool(asked.IF))
+
+
+def _page_group(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
+    _check(words, _PageGroup, _PageGroupIndex)
+    asked, group = _PageGroup(words[0]), _PageGroupIndex(words[1])
+    pasid = asked.PASID if asked.PP else None
+    unit.answer(asked.RID, pasid, group.PRGI, _RESPONSES.get(asked.RC, PageResponse.FAILURE))
+
+
+#: By type.  Device-TLB invalidations without ECAP.DT find nothing to do, as in QEMU's unit.
+_KINDS: dict[int, Callable[[Contexts, Sequence[int], Unit], None]] = {
+    1: _context,
+    2: _iotlb,
+    3: _device_tlb,
+    5: _wait,
+    6: _pasid_iotlb,
+    7: _pasid_cache,
+    8: _pasid_device_tlb,
+    9: _page_group,
+}
+_SCALABLE = frozenset((6, 7, 8, 9))
+
+
+def _check(words: Sequence[int], *layouts: type[Layout]) -> None:
+    for n, word in enumerate(words):
+        layout = layouts[n] if n < len(layouts) else _Nothing
+        if word & ~sum(field.mask for field in layout.fields):
+            raise QueueStopped(QueueFault.RESERVED)

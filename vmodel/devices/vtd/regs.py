@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import enum
+
 from vmodel.errors import ConfigError
 from vmodel.iommu.capabilities import Capabilities
+from vmodel.iommu.drivers.intel_vtd import IntelVtd
 from vmodel.regs import RO, RW, W1C, WO, Bit, Bits, Layout, Reg32, Reg64, RegisterBank
 from vmodel.span import PAGE, GiB, MiB
 
@@ -24,7 +27,7 @@ class Cap(Layout):
     PLMR = Bit(5, doc="there is a low protected memory region")
     PHMR = Bit(6)
     CM = Bit(7, doc="what is not present may be cached, too")
-    SAGAW = Bits(8, 12, doc="widths of tables: bit 1 is 39 (3 levels), bit 2 48 (4 levels)")
+    SAGAW = Bits(8, 12, doc="widths of second-stage tables: bit 1 is 39 (3 levels), bit 2 48, bit 3 57")
     MGAW = Bits(16, 21, doc="widest IOVA in bits, less 1")
     ZLR = Bit(22)
     FRO = Bits(24, 33, doc="where the fault recording registers are, in 16 bytes")
@@ -34,6 +37,8 @@ class Cap(Layout):
     MAMV = Bits(48, 53)
     DWD = Bit(54)
     DRD = Bit(55)
+    FS1GP = Bit(56, doc="first-stage tables have pages of 1 GiB")
+    FS5LP = Bit(60, doc="and may have 5 levels")
 
 
 class Ecap(Layout):
@@ -41,11 +46,22 @@ class Ecap(Layout):
 
     C = Bit(0, doc="tables are read from the CPU's caches")
     QI = Bit(1)
-    DT = Bit(2)
+    DT = Bit(2, doc="devices may have TLBs")
     IR = Bit(3)
     PT = Bit(6, doc="pass-through")
     SC = Bit(7, doc="SNP in tables")
     IRO = Bits(8, 17, doc="where the IOTLB registers are, in 16 bytes")
+    NEST = Bit(26, doc="nested translation")
+    PRS = Bit(29, doc="page requests")
+    PSS = Bits(35, 39, doc="bits of PASIDs, less 1")
+    PASID = Bit(40, doc="requests may have PASIDs")
+    PDS = Bit(42, doc="page requests can be drained")
+    SMTS = Bit(43, doc="scalable mode")
+    SSADS = Bit(45, doc="accessed and dirty flags in second-stage tables")
+    SSTS = Bit(46, doc="second-stage tables in scalable mode")
+    FSTS = Bit(47, doc="first-stage tables")
+    SMPWCS = Bit(48, doc="C, of tables that PASID table entries lead to")
+    RPS = Bit(49, doc="RID_PASID may be chosen")
 
 
 class Global(Layout):
@@ -56,9 +72,17 @@ class Global(Layout):
     TRANSLATION = Bit(31)
 
 
-class RootAddress(Layout):
-    """Root table address (11.4.5); other modes than legacy are not there, so bits 11:10 stay 0."""
+class Mode(enum.IntEnum):
+    """RTADDR.TTM."""
 
+    LEGACY = 0
+    SCALABLE = 1
+
+
+class RootAddress(Layout):
+    """Root table address (11.4.5)."""
+
+    TTM = Bits(10, 11, RW, doc="a Mode; stays 0 without ECAP.SMTS")
     RTA = Bits(12, 63, RW)
 
 
@@ -85,7 +109,7 @@ class FaultStatus(Layout):
 
 
 class EventControl(Layout):
-    """Fault or invalidation event control (11.4.8.2, 11.4.9.5)."""
+    """Fault, invalidation or page request event control (11.4.8.2, 11.4.9.5, 11.4.11.5)."""
 
     IP = Bit(30, RO, doc="an interrupt waits for the mask")
     IM = Bit(31, RW)
@@ -123,9 +147,10 @@ class QueueOffset(Layout):
 
 
 class QueueAddress(Layout):
-    """Invalidation queue address (11.4.9.3); descriptors of 256 bits are not there, so bit 11 stays 0."""
+    """Invalidation queue address (11.4.9.3)."""
 
     QS = Bits(0, 2, RW, doc="2**QS pages")
+    DW = Bit(11, RW, doc="descriptors have 256 bits; stays 0 without ECAP.SMTS")
     IQA = Bits(12, 63, RW)
 
 
@@ -139,6 +164,26 @@ class QueueError(Layout):
     """Invalidation queue error record (11.4.9.9)."""
 
     IQEI = Bits(0, 3)
+
+
+class PageOffset(Layout):
+    """Head or tail of the page request queue, in bytes (11.4.11.1, 11.4.11.2)."""
+
+    OFFSET = Bits(5, 18, RW)
+
+
+class PageAddress(Layout):
+    """Page request queue address (11.4.11.3)."""
+
+    PQS = Bits(0, 2, RW, doc="2**PQS pages")
+    PQA = Bits(12, 63, RW)
+
+
+class PageStatus(Layout):
+    """Page request status (11.4.11.4)."""
+
+    PPR = Bit(0, W1C, doc="there is a request")
+    PRO = Bit(1, W1C, doc="a request found no room")
 
 
 class InvalidateAddress(Layout):
@@ -189,6 +234,14 @@ class VtdRegs(RegisterBank, size=0x200):
     IEADDR = Reg32(0xA8, RO, layout=MessageAddress)
     IEUADDR = Reg32(0xAC)
     IQER = Reg64(0xB0, RO, layout=QueueError)
+    PQH = Reg64(0xC0, RO, layout=PageOffset)
+    PQT = Reg64(0xC8, RO, layout=PageOffset)
+    PQA = Reg64(0xD0, RO, layout=PageAddress)
+    PRS = Reg32(0xDC, RO, layout=PageStatus)
+    PECTL = Reg32(0xE0, RO, reset=EventControl.IM.mask, layout=EventControl)
+    PEDATA = Reg32(0xE4)
+    PEADDR = Reg32(0xE8, RO, layout=MessageAddress)
+    PEUADDR = Reg32(0xEC)
     IVA = Reg64(IOTLB_AT, layout=InvalidateAddress)
     IOTLB = Reg64(IOTLB_AT + 8, layout=IotlbInvalidate)
 
@@ -197,7 +250,9 @@ class FaultInfo(Layout):
     """Upper half of a fault record (11.4.8.6)."""
 
     SID = Bits(0, 15)
+    PP = Bit(31, doc="PV is there")
     FR = Bits(32, 39, doc="the reason")
+    PV = Bits(40, 59, doc="the PASID")
     T = Bit(62, doc="0: a write, 1: a read")
     F = Bit(63, W1C)
 
@@ -223,13 +278,15 @@ class RecordRegs(RegisterBank, size=16 * MOST_RECORDS):
     INFO7 = Reg64(0x78, RO, layout=FaultInfo)
 
 
-def widest(can: Capabilities) -> int:
+def widest(can: Capabilities, kind: IntelVtd.Params) -> int:
     """MGAW in bits.  ConfigError: no such unit can be."""
     if can.input_bits <= 30:  # a table of three levels translates more
         raise ConfigError(f"input_bits {can.input_bits}: a VT-d unit that a guest drives needs at least 31")
     if PAGE not in can.page_sizes:
         raise ConfigError("page_sizes: a VT-d unit that a guest drives has pages of 4 KiB in any case")
-    return min(can.input_bits, 48)
+    if kind.scalable and can.input_bits < 48:  # first-stage tables have four levels
+        raise ConfigError(f"input_bits {can.input_bits}: a VT-d unit with scalable mode needs at least 48")
+    return min(can.input_bits, 57 if kind.scalable else 48)
 
 
 def record_count(can: Capabilities) -> int:
@@ -237,15 +294,16 @@ def record_count(can: Capabilities) -> int:
     return min(can.fault_queue_depth, MOST_RECORDS)
 
 
-def capability(can: Capabilities) -> int:
-    """CAP.  A width of tables is there when it is needed for MGAW, or less is."""
+def capability(can: Capabilities, kind: IntelVtd.Params) -> int:
+    """CAP.  A width of tables is there when it is needed for MGAW, or less is.  ConfigError as `widest`."""
+    bits = widest(can, kind)
     value = 0
     for field, number in (
         (Cap.ND, 6),
         (Cap.PLMR, 1),
         (Cap.PHMR, 1),
-        (Cap.SAGAW, 0b110 if widest(can) > 39 else 0b010),
-        (Cap.MGAW, widest(can) - 1),
+        (Cap.SAGAW, 0b0010 | (bits > 39) << 2 | (bits > 48) << 3),
+        (Cap.MGAW, bits - 1),
         (Cap.ZLR, 1),
         (Cap.FRO, RECORDS_AT // 16),
         (Cap.SLLPS, (2 * MiB in can.page_sizes) | (GiB in can.page_sizes) << 1),
@@ -254,20 +312,36 @@ def capability(can: Capabilities) -> int:
         (Cap.MAMV, MOST_ADDRESS_MASK),
         (Cap.DWD, 1),
         (Cap.DRD, 1),
+        (Cap.FS1GP, int(kind.scalable)),
+        (Cap.FS5LP, int(kind.scalable and bits == 57)),
     ):
         value = field.put(value, number)
     return value
 
 
-def extended_capability(can: Capabilities) -> int:
-    """ECAP: legacy mode with queued invalidation and pass-through."""
+def extended_capability(can: Capabilities, kind: IntelVtd.Params) -> int:
+    """ECAP."""
+    scalable, pasids = kind.scalable, kind.scalable and can.pasid_bits > 0
+    requests = kind.ats and pasids and can.page_requests
     value = 0
     for field, number in (
-        (Ecap.C, int(can.coherent)),
-        (Ecap.QI, 1),
-        (Ecap.PT, 1),
-        (Ecap.SC, int(can.enforce_snoop)),
+        (Ecap.C, can.coherent),
+        (Ecap.QI, True),
+        (Ecap.DT, kind.ats),
+        (Ecap.PT, True),
+        (Ecap.SC, can.enforce_snoop),
         (Ecap.IRO, IOTLB_AT // 16),
+        (Ecap.NEST, scalable and can.nesting),
+        (Ecap.PRS, requests),
+        (Ecap.PDS, requests),
+        (Ecap.PSS, can.pasid_bits - 1 if pasids else 0),
+        (Ecap.PASID, pasids),
+        (Ecap.SMTS, scalable),
+        (Ecap.SSADS, scalable and can.dirty_tracking),
+        (Ecap.SSTS, scalable),
+        (Ecap.FSTS, scalable),
+        (Ecap.SMPWCS, scalable and can.coherent),
+        (Ecap.RPS, scalable),
     ):
-        value = field.put(value, number)
+        value = field.put(value, int(number))
     return value

@@ -9,7 +9,11 @@ a guest does not look for the others.
 Tables are read from shared memory (QEMU's memory-backend with share=on, as vmodel's own arguments have it): memory that
 only messages reach counts as unreadable.
 
-Left out: interrupt remapping, scalable mode, ATS and PRI.
+Scalable mode, and TLBs that devices have of their own (ATS) with page requests (PRI), are there if the machine file
+says so.  A device that has ATS on keeps translations until a device-TLB invalidation.  What it cannot reach so it tries
+once more without, by the unit, which reports the fault.
+
+Left out: interrupt remapping.
 """
 
 from __future__ import annotations
@@ -18,14 +22,19 @@ import errno
 import struct
 from collections import deque
 from collections.abc import Iterator
+from functools import cached_property
 
 from vmodel.device import MmioBar, PciDevice, ResetKind, on_read, on_write
 from vmodel.devices.iommu import IommuDevice
-from vmodel.devices.vtd.contexts import Code, Contexts
+from vmodel.devices.vtd.codes import Code
+from vmodel.devices.vtd.contexts import Contexts
+from vmodel.devices.vtd.events import Event
+from vmodel.devices.vtd.pages import PageRequests
 from vmodel.devices.vtd.queue import (
     QueueFault,
     QueueStopped,
     carry_out,
+    check_mode,
     invalidate_contexts,
     invalidate_iotlb,
 )
@@ -34,7 +43,7 @@ from vmodel.devices.vtd.regs import (
     RECORDS_AT,
     CompletionStatus,
     ContextCommand,
-    EventControl,
+    Ecap,
     FaultInfo,
     FaultStatus,
     Global,
@@ -42,6 +51,7 @@ from vmodel.devices.vtd.regs import (
     IotlbInvalidate,
     ProtectedEnable,
     QueueAddress,
+    QueueOffset,
     RecordRegs,
     RootAddress,
     VtdRegs,
@@ -50,12 +60,13 @@ from vmodel.devices.vtd.regs import (
     record_count,
 )
 from vmodel.errors import Access, DmaFault, PeerError, Reason
-from vmodel.iommu.core import Iommu, System
-from vmodel.iommu.fault import FaultRecord
+from vmodel.iommu.core import Endpoint, Iommu, System
+from vmodel.iommu.fault import FaultRecord, PageRequest, PageResponse
+from vmodel.pci.caps import Capability
+from vmodel.pci.extcaps import Ats, Pri, PriSta
 from vmodel.points import Point
 from vmodel.span import PAGE, MiB, Span
 
-_DESCRIPTOR = struct.Struct("<QQ")
 _STATE = struct.Struct("<QBB")
 #: Faults that wait to be recorded; the records would overflow long before.
 _MOST_ARRIVED = 64
@@ -66,7 +77,7 @@ _ALL = (1 << 64) - 1
 
 
 class VtdDevice(IommuDevice):
-    """Intel VT-d remapping unit: legacy mode, queued invalidation, pass-through."""
+    """Intel VT-d remapping unit."""
 
     # Nobody's ids: no driver is to bind.  Class: a system peripheral without a kind.
     vendor_id, device_id, class_code = 0x1234, 0x56D0, 0x088000
@@ -80,6 +91,8 @@ class VtdDevice(IommuDevice):
     records = bar0.bank(RecordRegs, at=RECORDS_AT)
 
     contexts: Contexts | None = None
+    pages: PageRequests
+    _cap = _ecap = 0
     _misplaced = False
     _told = False
 
@@ -87,11 +100,21 @@ class VtdDevice(IommuDevice):
 
     def serve(self, iommu: Iommu, system: System) -> None:
         super().serve(iommu, system)
-        can = iommu.capabilities
-        self._cap, self._ecap = capability(can), extended_capability(can)
+        can, params = iommu.capabilities, iommu.driver.params
+        self._cap, self._ecap = capability(can, params), extended_capability(can, params)
         self._record_count = record_count(can)
-        self.contexts = Contexts(iommu, self.covered, self.memory, self._cap, self._ecap, self.points)
-        iommu.resolver = self.contexts.resolve
+        self.contexts = Contexts(
+            iommu,
+            self.covered,
+            self.memory,
+            self._cap,
+            self._ecap,
+            self._ats,
+            self._ask if Ecap(self._ecap).PRS else None,
+            self.points,
+        )
+        self.pages = PageRequests(self.regs, self.contexts.dma, self._page_event, self.defer)
+        iommu.resolver = self._resolve
         iommu.on_fault(self._on_fault)
         self.on_reset(ResetKind.DEVICE)
 
@@ -101,13 +124,16 @@ class VtdDevice(IommuDevice):
         self._next_record = 0
         if self.contexts is not None:
             self.regs.CAP, self.regs.ECAP = self._cap, self._ecap
-            self.contexts.root = 0
+            self.pages.cancel()
+            self.contexts.tables.root = 0
             self.contexts.enabled = False
             self.contexts.protect(())
 
     def save_extra(self) -> bytes:
         contexts = self.contexts
-        return _STATE.pack(contexts.root if contexts else 0, self._next_record, bool(contexts and contexts.enabled))
+        return _STATE.pack(
+            contexts.tables.root if contexts else 0, self._next_record, bool(contexts and contexts.enabled)
+        )
 
     def restore_extra(self, data: bytes) -> None:
         try:
@@ -117,7 +143,7 @@ class VtdDevice(IommuDevice):
         if (contexts := self.contexts) is not None:
             self._next_record = next_record % self._record_count
             # Nothing is cached on the other side; protected memory follows with the registers.
-            contexts.root = root & RootAddress.RTA.mask
+            contexts.tables.root = self._root_of(root)
             contexts.enable(bool(enabled))
             self.defer(self._protect)
 
@@ -159,7 +185,7 @@ class VtdDevice(IommuDevice):
         if contexts is None:
             return
         if asked.ROOT:
-            contexts.root = self.regs.RTADDR
+            contexts.tables.root = self.regs.RTADDR
             self._set_status(Global.ROOT.mask, True)
         before = Global(self.regs.GSTS)
         if asked.QI != before.QI:
@@ -169,6 +195,15 @@ class VtdDevice(IommuDevice):
         if asked.TRANSLATION != before.TRANSLATION:
             contexts.enable(bool(asked.TRANSLATION))
             self._set_status(Global.TRANSLATION.mask, bool(asked.TRANSLATION))
+
+    def _root_of(self, value: int) -> int:
+        """RTADDR's bits that are there."""
+        scalable = RootAddress.TTM.mask if Ecap(self._ecap).SMTS else 0
+        return value & (RootAddress.RTA.mask | scalable)
+
+    @on_write(VtdRegs.RTADDR)
+    def _root_address(self, new: int) -> int:
+        return self._root_of(new)
 
     def _set_status(self, mask: int, on: bool) -> None:
         self.regs.GSTS = self.regs.GSTS | mask if on else self.regs.GSTS & ~mask
@@ -212,6 +247,10 @@ class VtdDevice(IommuDevice):
 
     # ---- invalidation queue -----------------------------------------------------------------
 
+    @on_write(VtdRegs.IQA)
+    def _queue_address(self, new: int) -> int:
+        return new if Ecap(self._ecap).SMTS else QueueAddress.DW.put(new, 0)
+
     @on_write(VtdRegs.IQT)
     def _tail(self, new: int) -> int:
         self.regs.IQT = new
@@ -222,26 +261,30 @@ class VtdDevice(IommuDevice):
         regs, contexts = self.regs, self.contexts
         if contexts is None or not Global(regs.GSTS).QI:
             return
-        size = PAGE << QueueAddress(regs.IQA).QS
+        queue = QueueAddress(regs.IQA)
+        size, width = PAGE << queue.QS, 32 if queue.DW else 16
         table = regs.IQA & QueueAddress.IQA.mask
         try:
-            tail = regs.IQT
+            tail = regs.IQT & QueueOffset.OFFSET.mask
             if tail >= size:
                 raise QueueStopped(QueueFault.TAIL)
+            if tail % width:
+                raise QueueStopped(QueueFault.UNALIGNED)
             while tail != regs.IQH and not FaultStatus(regs.FSTS).IQE:
+                check_mode(contexts.tables.root, bool(queue.DW))
                 try:
-                    low, high = _DESCRIPTOR.unpack(contexts.dma.read((table + regs.IQH) & _ALL, _DESCRIPTOR.size))
+                    data = contexts.dma.read((table + regs.IQH) & _ALL, width)
                 except DmaFault:
                     raise QueueStopped(QueueFault.FETCH) from None
-                carry_out(contexts, low, high, self._wait)
-                regs.IQH = (regs.IQH + _DESCRIPTOR.size) % size
+                carry_out(contexts, struct.unpack(f"<{width // 8}Q", data), self)
+                regs.IQH = (regs.IQH + width) % size
         except QueueStopped as stopped:
             if not FaultStatus(regs.FSTS).IQE:
                 self.log.info("%s: the invalidation queue stops at %#x: %s", self.name, regs.IQH, stopped)
                 regs.IQER = stopped.why
                 self._raise_status(FaultStatus.IQE.mask)
 
-    def _wait(self, address: int | None, data: int, interrupt: bool) -> None:
+    def wait(self, address: int | None, data: int, interrupt: bool) -> None:
         """An invalidation wait descriptor: everything before it is done."""
         if address is not None and self.contexts is not None:
             try:
@@ -251,26 +294,60 @@ class VtdDevice(IommuDevice):
                 raise QueueStopped(QueueFault.UNKNOWN) from None
         if interrupt and not CompletionStatus(self.regs.ICS).IWC:
             self.regs.ICS |= CompletionStatus.IWC.mask
-            if EventControl(self.regs.IECTL).IM:
-                self.regs.IECTL |= EventControl.IP.mask
-            else:
-                self._completion_event()
+            self._completion_event.happen()
 
-    def _completion_event(self) -> None:
-        regs = self.regs
-        self._send(regs.IEUADDR << 32 | regs.IEADDR, regs.IEDATA)
+    def answer(self, source: int, pasid: int | None, index: int, response: PageResponse) -> None:
+        """A page group response descriptor."""
+        self.pages.answer(source, pasid, index, response)
 
     @on_read(VtdRegs.IECTL)
     def _read_completion_control(self, stored: int) -> int:
-        return stored if self.regs.ICS else EventControl.IP.put(stored, 0)
+        return self._completion_event.read_control(stored)
 
     @on_write(VtdRegs.IECTL)
     def _completion_control(self, new: int) -> int:
-        if not EventControl(new).IM and EventControl(new).IP:
-            if self.regs.ICS:
-                self._completion_event()
-            new = EventControl.IP.put(new, 0)
-        return new
+        return self._completion_event.write_control(new)
+
+    # ---- devices' own TLBs, and page requests -----------------------------------------------
+
+    def _capability(self, name: str, kind: type[Capability]) -> Capability | None:
+        device = self.peers.get(name)
+        if device is None:
+            return None
+        return next((c for c in device.config.capabilities if isinstance(c, kind)), None)
+
+    def _ats(self, endpoint: Endpoint) -> bool:
+        ats = self._capability(endpoint.name, Ats) if Ecap(self._ecap).DT else None
+        return isinstance(ats, Ats) and ats.enabled
+
+    def _resolve(self, endpoint: Endpoint, fault: DmaFault) -> bool:
+        assert self.contexts is not None
+        pri = self._capability(endpoint.name, Pri)
+        if isinstance(pri, Pri) and pri.enabled and not PriSta(pri.regs.STATUS).RESPONSE_FAILURE:
+            endpoint.enable_page_requests()
+        return self.contexts.resolve(endpoint, fault)
+
+    def _ask(self, request: PageRequest) -> PageResponse:
+        """On the thread of the device, whose access waits."""
+        assert self.contexts is not None
+        endpoint, pri = self.system[request.requester], self._capability(request.requester, Pri)
+        source = endpoint.requester_id
+        if source is None or not isinstance(pri, Pri) or not pri.enabled or not self._ats(endpoint):
+            return PageResponse.INVALID
+        if not self.contexts.may_ask(source, request.pasid):
+            return PageResponse.INVALID
+        response = self.pages.ask(self.peers[request.requester], source, request)
+        if response is PageResponse.FAILURE:
+            pri.regs.STATUS |= PriSta.RESPONSE_FAILURE.mask
+        return response
+
+    @on_read(VtdRegs.PECTL)
+    def _read_page_control(self, stored: int) -> int:
+        return self._page_event.read_control(stored)
+
+    @on_write(VtdRegs.PECTL)
+    def _page_control(self, new: int) -> int:
+        return self._page_event.write_control(new)
 
     # ---- faults -----------------------------------------------------------------------------
 
@@ -295,6 +372,8 @@ class VtdDevice(IommuDevice):
         info = FaultInfo.F.mask
         for field, value in (
             (FaultInfo.SID, record.requester_id & 0xFFFF),
+            (FaultInfo.PP, int(record.pasid is not None)),
+            (FaultInfo.PV, record.pasid or 0),
             (FaultInfo.FR, code),
             (FaultInfo.T, int(Access.WRITE not in record.access)),
         ):
@@ -303,7 +382,7 @@ class VtdDevice(IommuDevice):
         cells[at], cells[at + 1] = record.iova // PAGE * PAGE, info
         self._next_record = (self._next_record + 1) % self._record_count
         if quiet:
-            self._fault_interrupt(record.requester)
+            self._fault_event.happen(record.requester)
 
     def _oldest(self) -> int | None:
         """The first record with F set, in the order in which they came."""
@@ -322,17 +401,7 @@ class VtdDevice(IommuDevice):
         quiet = not self._status()
         self.regs.FSTS |= mask
         if quiet:
-            self._fault_interrupt(culprit)
-
-    def _fault_interrupt(self, culprit: str) -> None:
-        if EventControl(self.regs.FECTL).IM:
-            self.regs.FECTL |= EventControl.IP.mask
-        else:
-            self._fault_event(culprit)
-
-    def _fault_event(self, culprit: str = "") -> None:
-        regs = self.regs
-        self._send(regs.FEUADDR << 32 | regs.FEADDR, regs.FEDATA, culprit)
+            self._fault_event.happen(culprit)
 
     @on_read(VtdRegs.FSTS)
     def _read_status(self, stored: int) -> int:
@@ -349,17 +418,25 @@ class VtdDevice(IommuDevice):
 
     @on_read(VtdRegs.FECTL)
     def _read_fault_control(self, stored: int) -> int:
-        return stored if self._status() else EventControl.IP.put(stored, 0)
+        return self._fault_event.read_control(stored)
 
     @on_write(VtdRegs.FECTL)
     def _fault_control(self, new: int) -> int:
-        if not EventControl(new).IM and EventControl(new).IP:
-            if self._status():
-                self._fault_event()
-            new = EventControl.IP.put(new, 0)
-        return new
+        return self._fault_event.write_control(new)
 
     # ---- interrupts -------------------------------------------------------------------------
+
+    @cached_property
+    def _fault_event(self) -> Event:
+        return Event(self.regs, "FE", self._status, self._send)
+
+    @cached_property
+    def _completion_event(self) -> Event:
+        return Event(self.regs, "IE", lambda: self.regs.ICS, self._send)
+
+    @cached_property
+    def _page_event(self) -> Event:
+        return Event(self.regs, "PE", lambda: self.regs.PRS, self._send)
 
     def _send(self, address: int, data: int, culprit: str = "") -> None:
         """An interrupt message: 4 bytes written to `address`.

@@ -42,6 +42,8 @@ class Storm(Action, name="storm"):
         device, vector = at.device, at.event.vector or 0
 
         def again(left: int) -> None:
+            if not at.engine.goes_on(at.rule):
+                return
             fire(device, vector)
             if left > 1:
                 device.after(self.ms / 1000, lambda: again(left - 1))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from vmodel.device import PciDevice
 from vmodel.inject.action import Action, Injection
 from vmodel.inject.actions.access import Ms, report
 from vmodel.inject.quantity import Number
+from vmodel.pci import extcaps as capability
 from vmodel.pci.extcaps import Correctable, Uncorrectable
 from vmodel.points import Point
 from vmodel.vfio_user.commands import RegionInfo
@@ -20,17 +23,19 @@ class Disconnect(Action, name="disconnect"):
 
     def run(self, at: Injection) -> bytes:
         device = at.device
-        data = at.proceed()
 
         def go() -> None:
             if device.hang_up is not None:
                 device.hang_up()
+            # At once: what it has in hand must not get through before the connection's end is seen.
+            device.memory.unmap_all()
+            device.irqs.close()
 
         if self.ms:
             at.later(go, ms=self.ms)
         else:
             go()
-        return data
+        return at.proceed()
 
 
 class Unplug(Action, name="unplug"):
@@ -62,6 +67,10 @@ class Aer(Action, name="aer"):
     ]
     points: ClassVar[frozenset[Point]] = frozenset(Point)
 
+    def check(self, devices: Sequence[PciDevice]) -> None:
+        if not any(isinstance(c, capability.Aer) for device in devices for c in device.config.capabilities):
+            raise ValueError("no such device has AER")
+
     def run(self, at: Injection) -> bytes:
         uncorrectable = {
             "completion-timeout": Uncorrectable.COMPLETION_TIMEOUT,
@@ -91,11 +100,12 @@ class NoBar(Action, name="no-bar"):
     bar: Number
     points: ClassVar[frozenset[Point]] = frozenset((Point.CONNECTION,))
 
+    def check(self, devices: Sequence[PciDevice]) -> None:
+        if not any(bar.index == self.bar for device in devices for bar in device.declared_bars()):
+            raise ValueError(f"no such device has a BAR{self.bar}")
+
     def run(self, at: Injection) -> bytes:
         device = at.device
-        if self.bar > 5 or not device.regions[self.bar].size:
-            at.result = "no such BAR"
-            return at.proceed()
         at.before, at.after = device.regions[self.bar].size, 0
         whole = device.regions
         device.regions = [RegionInfo(0) if n == self.bar else region for n, region in enumerate(whole)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
+from vmodel.device import PciDevice
 from vmodel.inject.action import Action, Injection
 from vmodel.inject.actions.access import REGION_READS, REGION_WRITES
 from vmodel.inject.quantity import Number
@@ -54,6 +56,12 @@ class _List(Action):
 
     points: ClassVar[frozenset[Point]] = frozenset((Point.CONFIG_READ,))
 
+    def check(self, devices: Sequence[PciDevice]) -> None:
+        known = {name for device in devices for name, _, _ in _links(device)}
+        if self.capability not in known:
+            text = ", ".join(sorted(known)) or "there is none"
+            raise ValueError(f"no capability is called {self.capability!r}: {text}")
+
     def run(self, at: Injection) -> bytes:
         old = at.proceed()
         start = at.event.address or 0
@@ -69,21 +77,22 @@ class _List(Action):
         """Bytes of config space, and what they are to be."""
         raise NotImplementedError
 
-    def _links(self, at: Injection) -> list[tuple[str, int, int]]:
-        """(name, where it is, where the pointer to it is) of each capability."""
-        found, link = [], 0x34
-        for name, place, _ in at.device.config.places:
-            if 0x40 <= place < 0x100:
-                found.append((name, place, link))
-                link = place + 1
-        return found
+
+def _links(device: PciDevice) -> list[tuple[str, int, int]]:
+    """(name, where it is, where the pointer to it is) of each capability in the first 256 bytes."""
+    found, link = [], 0x34
+    for name, place, _ in device.config.places:
+        if 0x40 <= place < 0x100:
+            found.append((name, place, link))
+            link = place + 1
+    return found
 
 
 class Hide(_List, name="hide"):
     """A capability is left out of the list."""
 
     def _changes(self, at: Injection) -> dict[int, int]:
-        links = self._links(at)
+        links = _links(at.device)
         following = [place for _, place, _ in links[1:]] + [0]
         return {link: after for (name, _, link), after in zip(links, following, strict=True) if name == self.capability}
 
@@ -92,4 +101,4 @@ class Cut(_List, name="cut"):
     """The list of capabilities ends before this one."""
 
     def _changes(self, at: Injection) -> dict[int, int]:
-        return {link: 0 for name, _, link in self._links(at) if name == self.capability}
+        return {link: 0 for name, _, link in _links(at.device) if name == self.capability}

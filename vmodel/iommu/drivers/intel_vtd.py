@@ -19,6 +19,7 @@ class IntelVtd(Driver):
     kind, title = "vt-d", "Intel VT-d"
     formats = frozenset((TableFormat.VTD_SECOND, TableFormat.X86))
     nested_formats = frozenset((TableFormat.X86,))
+    served_params = frozenset(("scalable", "ats"))
     default = Capabilities(input_bits=48, fault_queue_depth=8, reserved=(X86_MSI,))
 
     class Params(BaseParams):
@@ -27,6 +28,12 @@ class IntelVtd(Driver):
         namespace: dict[str, Annotated[str, AfterValidator(bdf_text)]] = Field(
             default_factory=dict,
             description="ACPI namespace devices (DMAR ANDD): name to the address that their requests carry",
+        )
+        scalable: bool = Field(
+            False, description="a guest may use scalable mode: PASIDs, first-stage and nested tables"
+        )
+        ats: bool = Field(
+            False, description="a guest may let devices have TLBs of their own, and in scalable mode page requests"
         )
         report_stale: bool = Field(
             False, description="log and count each use of what is cached and the tables no longer say"

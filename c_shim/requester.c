@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: MIT
+ * The requester: what its accesses go through, and the IOTLB that remembers it. */
+#include "requester.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+vms_requester **requester_link(vms_requester *requester)
+{
+    return &requester->next;
+}
+
+static void forget(vms_requester *requester)
+{
+    for (int i = 0; i < CACHED; i++)
+        requester->cache[i] = (struct cached){ .start = 1, .last = 0 };
+}
+
+int vms_requester_create(vms_memory *memory, vms_requester **out)
+{
+    vms_requester *requester = calloc(1, sizeof *requester);
+    if (!requester)
+        return -ENOMEM;
+    requester->memory = memory;
+    memory_ref(memory);
+    pthread_mutex_init(&requester->attaching, NULL);
+    pthread_mutex_init(&requester->lock, NULL);
+    span_tree_init(&requester->pasids);
+    forget(requester);
+    memory_attach(memory, requester);
+    *out = requester;
+    return 0;
+}
+
+void vms_requester_destroy(vms_requester *requester)
+{
+    if (!requester)
+        return;
+    vms_requester_attach(requester, VMS_NO_PASID, NULL);
+    while (requester->pasids.root)
+        vms_requester_attach(requester, (uint32_t)requester->pasids.root->start, NULL);
+    memory_detach(requester->memory, requester);
+    vms_memory_destroy(requester->memory);
+    pthread_mutex_destroy(&requester->attaching);
+    pthread_mutex_destroy(&requester->lock);
+    free(requester->iotlb);
+    free(requester->stale);
+    free(requester);
+}
+
+int vms_requester_enable(vms_requester *requester, int on)
+{
+    pthread_mutex_lock(&requester->lock);
+    requester->enabled = on != 0;
+    pthread_mutex_unlock(&requester->lock);
+    return 0;
+}
+
+void requester_flush(vms_requester *requester)
+{
+    pthread_mutex_lock(&requester->lock);
+    forget(requester);
+    pthread_mutex_unlock(&requester->lock);
+}
+
+void vms_dma_stats_get(vms_requester *requester, vms_dma_stats *out)
+{
+    pthread_mutex_lock(&requester->lock);
+    *out = requester->stats;
+    pthread_mutex_unlock(&requester->lock);
+}
+
+/* ---- attachments and the IOTLB --------------------------------------------------------------- */
+
+void requester_invalidate(vms_requester *requester, const attachment *at, uint64_t start, uint64_t last,
+                          uint32_t flags)
+{
+    pthread_mutex_lock(&requester->lock);
+    if (!requester->own_tlb || !(flags & VMS_FLUSH_KEEP_OWN))
+        iotlb_invalidate(requester->iotlb, at, start, last);
+    pthread_mutex_unlock(&requester->lock);
+}
+
+int vms_requester_own_tlb(vms_requester *requester, int on)
+{
+    pthread_mutex_lock(&requester->lock);
+    requester->own_tlb = on != 0;
+    pthread_mutex_unlock(&requester->lock);
+    return 0;
+}
+
+int vms_requester_flush(vms_requester *requester, uint32_t pasid, uint64_t start, uint64_t last)
+{
+    if (start > last)
+        return -EINVAL;
+    pthread_mutex_lock(&requester->lock);
+    const attachment *at = pasid == VMS_NO_PASID ? requester->attached : requester_pasid(requester, pasid);
+    if (at)
+        iotlb_invalidate(requester->iotlb, at, start, last);
+    pthread_mutex_unlock(&requester->lock);
+    return 0;
+}
+
+int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *domain)
+{
+    attachment *fresh = NULL, *old;
+    iotlb *tlb = NULL;
+
+    if (domain) {
+        fresh = calloc(1, sizeof *fresh);
+        tlb = calloc(1, sizeof *tlb);
+        if (!fresh || !tlb) {
+            free(fresh);
+            free(tlb);
+            return -ENOMEM;
+        }
+        fresh->pasid.start = fresh->pasid.last = pasid;
+        fresh->requester = requester;
+        fresh->domain = domain;
+    }
+    pthread_mutex_lock(&requester->attaching);
+    pthread_mutex_lock(&requester->lock);
+    if (!requester->iotlb) {
+        requester->iotlb = tlb;
+        tlb = NULL;
+    }
+    pthread_mutex_unlock(&requester->lock);
+    if (fresh)
+        domain_link(fresh);
+
+    pthread_mutex_lock(&requester->lock);
+    if (pasid == VMS_NO_PASID) {
+        old = requester->attached;
+        requester->attached = fresh;
+    } else {
+        old = requester_pasid(requester, pasid);
+        if (old)
+            span_tree_remove(&requester->pasids, &old->pasid);
+        if (fresh)
+            span_tree_insert(&requester->pasids, &fresh->pasid);
+    }
+    if (old)
+        iotlb_invalidate(requester->iotlb, old, 0, UINT64_MAX);
+    pthread_mutex_unlock(&requester->lock);
+    if (old) {
+        domain_unlink(old);
+        witness_destroy(old->witness);
+        free(old);
+    }
+    pthread_mutex_unlock(&requester->attaching);
+    free(tlb);
+    return 0;
+}
+
+int vms_requester_chosen_by(vms_requester *requester, uint32_t pasid, vms_memory *memory, const vms_word *words,
+                            size_t n)
+{
+    if (n > VMS_WORDS)
+        return -EINVAL;
+    struct witness *witness = witness_create(memory, words, n), *old = witness;
+    if (!witness)
+        return -ENOMEM;
+    pthread_mutex_lock(&requester->lock);
+    attachment *at = pasid == VMS_NO_PASID ? requester->attached : requester_pasid(requester, pasid);
+    if (at) {
+        old = at->witness;
+        at->witness = witness;
+    }
+    pthread_mutex_unlock(&requester->lock);
+    witness_destroy(old);
+    return at ? 0 : -ENOENT;
+}
+
+int vms_requester_check_stale(vms_requester *requester, int on)
+{
+    stale_log *log = on ? calloc(1, sizeof *log) : NULL;
+
+    if (on && !log)
+        return -ENOMEM;
+    pthread_mutex_lock(&requester->lock);
+    if (!on || !requester->stale) {
+        stale_log *old = requester->stale;
+        if (log)
+            log->total = &requester->stats.stale;
+        requester->stale = log;
+        log = old;
+    }
+    pthread_mutex_unlock(&requester->lock);
+    free(log);
+    return 0;
+}
+
+size_t vms_requester_stale(vms_requester *requester, vms_stale *out, size_t room)
+{
+    pthread_mutex_lock(&requester->lock);
+    size_t n = requester->stale ? stale_take(requester->stale, out, room) : 0;
+    pthread_mutex_unlock(&requester->lock);
+    return n;
+}

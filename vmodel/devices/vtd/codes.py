@@ -1,0 +1,115 @@
+"""Fault reasons (7.1.3; names are ours), and which of them a failed walk is."""
+
+from __future__ import annotations
+
+import enum
+
+from vmodel.errors import Access, Reason
+from vmodel.iommu.fault import FaultRecord
+
+
+class Code(enum.IntEnum):
+    """What a fault record says."""
+
+    ROOT_NOT_PRESENT = 0x1
+    CONTEXT_NOT_PRESENT = 0x2
+    CONTEXT_INVALID = 0x3
+    ADDRESS_TOO_WIDE = 0x4
+    NO_WRITE = 0x5
+    NO_READ = 0x6
+    TABLE_ACCESS = 0x7
+    ROOT_ACCESS = 0x8
+    CONTEXT_ACCESS = 0x9
+    ROOT_RESERVED = 0xA
+    CONTEXT_RESERVED = 0xB
+    TABLE_RESERVED = 0xC
+    NO_DEVICE_TLB = 0xD
+    # From here on: scalable mode's.
+    MODE = 0x30
+    PASID_IN_LEGACY = 0x31
+    PAGE_REQUEST_IN_LEGACY = 0x32
+    SM_ROOT_ACCESS = 0x38
+    SM_ROOT_NOT_PRESENT = 0x39
+    SM_ROOT_RESERVED = 0x3A
+    SM_CONTEXT_ACCESS = 0x40
+    SM_CONTEXT_NOT_PRESENT = 0x41
+    SM_CONTEXT_RESERVED = 0x42
+    SM_NO_DEVICE_TLB = 0x44
+    PASID_OFF = 0x45
+    PASID_TOO_LARGE = 0x46
+    NO_PAGE_REQUESTS = 0x47
+    RID_PASID = 0x48
+    DIRECTORY_ACCESS = 0x50
+    DIRECTORY_NOT_PRESENT = 0x51
+    DIRECTORY_RESERVED = 0x52
+    PASID_ACCESS = 0x58
+    PASID_NOT_PRESENT = 0x59
+    PASID_RESERVED = 0x5A
+    PASID_INVALID = 0x5B
+    FIRST_ACCESS = 0x70
+    FIRST_NOT_PRESENT = 0x71
+    FIRST_RESERVED = 0x72
+    SECOND_ACCESS = 0x78
+    SECOND_PERMISSION = 0x79
+    SECOND_RESERVED = 0x7A
+    NOT_CANONICAL = 0x80
+    PRIVILEGE = 0x81
+    SM_TOO_WIDE = 0x83
+    SECOND_TOO_WIDE = 0x84
+    SM_NO_WRITE = 0x85
+    SM_NO_READ = 0x86
+
+
+class Stage(enum.IntEnum):
+    """Which tables translate: PGTT of a PASID table entry (9.6)."""
+
+    FIRST = 1
+    SECOND = 2
+    NESTED = 3
+    PASS_THROUGH = 4
+
+
+_LEGACY = {
+    Reason.INPUT_WIDTH: Code.ADDRESS_TOO_WIDE,
+    Reason.OUTPUT_WIDTH: Code.TABLE_RESERVED,
+    Reason.RESERVED_BITS: Code.TABLE_RESERVED,
+    Reason.TABLE_ACCESS: Code.TABLE_ACCESS,
+    Reason.TABLE_CHANGING: Code.TABLE_ACCESS,
+}
+_FIRST = {
+    Reason.INPUT_WIDTH: Code.NOT_CANONICAL,
+    Reason.OUTPUT_WIDTH: Code.FIRST_RESERVED,
+    Reason.RESERVED_BITS: Code.FIRST_RESERVED,
+    Reason.TABLE_ACCESS: Code.FIRST_ACCESS,
+    Reason.TABLE_CHANGING: Code.FIRST_ACCESS,
+    Reason.NOT_MAPPED: Code.FIRST_NOT_PRESENT,
+}
+_SECOND = {
+    Reason.INPUT_WIDTH: Code.SM_TOO_WIDE,
+    Reason.OUTPUT_WIDTH: Code.SECOND_RESERVED,
+    Reason.RESERVED_BITS: Code.SECOND_RESERVED,
+    Reason.TABLE_ACCESS: Code.SECOND_ACCESS,
+    Reason.TABLE_CHANGING: Code.SECOND_ACCESS,
+    # A guess: the text speaks of permissions only, and an entry without any is not present.
+    Reason.NOT_MAPPED: Code.SECOND_PERMISSION,
+}
+#: Of an address that the first stage gave, or of one of its entries.
+_NESTED = {**_SECOND, Reason.INPUT_WIDTH: Code.SECOND_TOO_WIDE, Reason.PERMISSION: Code.SECOND_PERMISSION}
+
+
+def walk_code(record: FaultRecord, stage: Stage, scalable: bool) -> Code | None:
+    """What a failed walk is; None: what happens after translation, which is not the unit's to report."""
+    # After translation there are permissions, too: those of memory itself have no level.
+    if record.reason in (Reason.NOT_MAPPED, Reason.PERMISSION) and not record.level:
+        return None
+    write = Access.WRITE in record.access
+    if not scalable:
+        known, denied = _LEGACY, Code.NO_WRITE if write else Code.NO_READ
+    elif stage is Stage.SECOND or record.stage == 2:
+        known, denied = _SECOND if stage is Stage.SECOND else _NESTED, Code.SM_NO_WRITE if write else Code.SM_NO_READ
+    else:
+        # What is present may be read, but for U/S.
+        known, denied = _FIRST, Code.SM_NO_WRITE if write else Code.PRIVILEGE
+    if record.reason in known:
+        return known[record.reason]
+    return denied if record.reason in (Reason.NOT_MAPPED, Reason.PERMISSION) else None

@@ -1,0 +1,304 @@
+"""Root, context and PASID tables in guest memory (9.1 to 9.6): what they say of a request."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+
+from vmodel.devices.vtd.codes import Code, Stage
+from vmodel.devices.vtd.regs import Cap, Ecap, Mode, RootAddress
+from vmodel.dma import Dma
+from vmodel.errors import DmaFault
+from vmodel.regs import Bit, Bits, Layout
+
+
+class _Pointer(Layout):
+    """Root entry, either half in scalable mode (9.1, 9.2)."""
+
+    P = Bit(0)
+    TABLE = Bits(12, 63)
+
+
+class _Legacy(Layout):
+    """Context entry (9.3), its first word."""
+
+    P = Bit(0)
+    FPD = Bit(1)
+    TT = Bits(2, 3)
+    SECOND = Bits(12, 63)
+
+
+class _LegacyDomain(Layout):
+    """Its second word."""
+
+    AW = Bits(0, 2)
+    AVAIL = Bits(3, 6)
+    DID = Bits(8, 23)
+
+
+class _Context(Layout):
+    """Scalable-mode context entry (9.4), its first word."""
+
+    P = Bit(0)
+    FPD = Bit(1)
+    DTE = Bit(2)
+    PASIDE = Bit(3)
+    PRE = Bit(4)
+    PDTS = Bits(9, 11)
+    DIRECTORY = Bits(12, 63)
+
+
+class _Request(Layout):
+    """Its second word."""
+
+    RID_PASID = Bits(0, 19)
+
+
+class _Directory(Layout):
+    """PASID directory entry (9.5)."""
+
+    P = Bit(0)
+    FPD = Bit(1)
+    TABLE = Bits(12, 63)
+
+
+class _Pasid(Layout):
+    """PASID table entry (9.6), its first word."""
+
+    P = Bit(0)
+    FPD = Bit(1)
+    AW = Bits(2, 4)
+    PGTT = Bits(6, 8)
+    SSADE = Bit(9)
+    SECOND = Bits(12, 63)
+
+
+class _Domain(Layout):
+    """Its second word."""
+
+    DID = Bits(0, 15)
+    PWSNP = Bit(23)
+    PGSNP = Bit(24)
+
+
+class _First(Layout):
+    """Its third word."""
+
+    FSPM = Bits(2, 3)
+    WPE = Bit(4)
+    NXE = Bit(5)
+    FIRST = Bits(12, 63)
+
+
+_ADDRESS = (1 << 64) - (1 << 12)
+#: Translation types of legacy context entries (9.3): 1 is 0 for devices with TLBs.
+_LEGACY_STAGES = {0: Stage.SECOND, 1: Stage.SECOND, 2: Stage.PASS_THROUGH}
+#: FSPM: levels of first-stage tables.
+_FIRST_LEVELS = {0: 4, 1: 5}
+#: (GPA, word) as they were read.
+Words = tuple[tuple[int, int], ...]
+
+
+class Refused(Exception):
+    """An entry does not let a request through.  `quiet`: FPD says not to report it."""
+
+    def __init__(self, code: Code, quiet: bool = False) -> None:
+        super().__init__(code.name)
+        self.code = code
+        self.quiet = quiet
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A scalable-mode context entry: where a device's PASIDs are.
+
+    `pasids`: how many there can be; `enabled`: requests may have one; `rid_pasid`: that of requests without;
+    `device_tlb` and `page_requests` may be used; `quiet`: FPD; `words` say all this.
+    """
+
+    table: int
+    pasids: int
+    enabled: bool
+    rid_pasid: int
+    device_tlb: bool
+    page_requests: bool
+    quiet: bool
+    words: Words
+
+    def pasid_of(self, asked: int | None) -> int:
+        """Which entry is for requests with this PASID, or without one.  Refused."""
+        if asked is None:
+            if self.rid_pasid >= self.pasids:
+                raise Refused(Code.RID_PASID, self.quiet)
+            return self.rid_pasid
+        if not self.enabled:
+            raise Refused(Code.PASID_OFF, self.quiet)
+        if asked >= self.pasids:
+            raise Refused(Code.PASID_TOO_LARGE, self.quiet)
+        return asked
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How requests are translated, by a legacy context entry or one of a PASID table.
+
+    `second` is the root of second-stage tables of `second_levels`, `first` that of first-stage ones; `pasid` tags the
+    translations, None in legacy mode; `sets_flags`: SSADE; `device_tlb`: legacy mode allows one; `quiet`: FPD.  `words`
+    say all this.  Entries that translate alike are equal.
+    """
+
+    stage: Stage
+    domain_id: int
+    second: int
+    second_levels: int
+    first: int = 0
+    first_levels: int = 0
+    pasid: int | None = None
+    sets_flags: bool = False
+    device_tlb: bool = field(default=False, compare=False)
+    quiet: bool = field(default=False, compare=False)
+    words: Words = field(default=(), compare=False)
+
+
+class Tables:
+    """Reads entries.  What it raises is Refused; nothing is kept here."""
+
+    def __init__(self, dma: Dma, cap: Cap, ecap: Ecap, output_bits: int) -> None:
+        self._dma = dma
+        self._cap, self._ecap = cap, ecap
+        self._output_bits = output_bits
+        #: RTADDR, as it was when software last set it.
+        self.root = 0
+
+    @property
+    def scalable(self) -> bool:
+        """Whether requests, and what becomes of them, are those of scalable mode."""
+        return RootAddress(self.root).TTM != Mode.LEGACY
+
+    def _read(self, at: int, count: int, code: Code, quiet: bool = False) -> Words:
+        try:
+            data = self._dma.read(at, 8 * count)
+        except DmaFault:
+            raise Refused(code, quiet) from None
+        return tuple((at + 8 * n, word) for n, (word,) in enumerate(struct.iter_unpack("<Q", data)))
+
+    def _check(self, words: Words, known: tuple[int, ...], code: Code, quiet: bool = False) -> None:
+        """Reserved bits are those that are not in `known`; addresses have only so many bits."""
+        for n, (_, word) in enumerate(words):
+            mask = known[n] if n < len(known) else 0
+            if word & ~mask or (mask & _ADDRESS == _ADDRESS and word >> self._output_bits):
+                raise Refused(code, quiet)
+
+    # ---- legacy mode -----------------------------------------------------------------------
+
+    def legacy(self, source: int) -> Entry:
+        """A device's context entry."""
+        root = self._read((self.root & _ADDRESS) + 16 * (source >> 8 & 0xFF), 2, Code.ROOT_ACCESS)
+        if not _Pointer(root[0][1]).P:
+            raise Refused(Code.ROOT_NOT_PRESENT)
+        self._check(root, (_mask(_Pointer),), Code.ROOT_RESERVED)
+        words = self._read((root[0][1] & _ADDRESS) + 16 * (source & 0xFF), 2, Code.CONTEXT_ACCESS)
+        entry, domain = _Legacy(words[0][1]), _LegacyDomain(words[1][1])
+        quiet = bool(entry.FPD)
+        if not entry.P:
+            raise Refused(Code.CONTEXT_NOT_PRESENT, quiet)
+        self._check(words, (_mask(_Legacy), _mask(_LegacyDomain)), Code.CONTEXT_RESERVED, quiet)
+        if entry.TT not in _LEGACY_STAGES or (entry.TT == 1 and not self._ecap.DT) or not self._has_levels(domain.AW):
+            raise Refused(Code.CONTEXT_INVALID, quiet)
+        return Entry(
+            _LEGACY_STAGES[entry.TT],
+            domain.DID,
+            words[0][1] & _ADDRESS,
+            domain.AW + 2,
+            device_tlb=entry.TT == 1,
+            quiet=quiet,
+            words=root + words,
+        )
+
+    def _has_levels(self, width: int) -> bool:
+        return bool(self._cap.SAGAW >> width & 1)
+
+    # ---- scalable mode ---------------------------------------------------------------------
+
+    def directory(self, source: int) -> Directory:
+        """A device's scalable-mode context entry."""
+        if RootAddress(self.root).TTM != Mode.SCALABLE:
+            raise Refused(Code.MODE)
+        # Devices 0 to 15 of a bus have one table, the others another.
+        half = (source >> 8 & 0xFF) * 2 + (source >> 7 & 1)
+        root = self._read((self.root & _ADDRESS) + 8 * half, 1, Code.SM_ROOT_ACCESS)
+        if not _Pointer(root[0][1]).P:
+            raise Refused(Code.SM_ROOT_NOT_PRESENT)
+        self._check(root, (_mask(_Pointer),), Code.SM_ROOT_RESERVED)
+        words = self._read((root[0][1] & _ADDRESS) + 32 * (source & 0x7F), 4, Code.SM_CONTEXT_ACCESS)
+        entry, request = _Context(words[0][1]), _Request(words[1][1])
+        quiet = bool(entry.FPD)
+        if not entry.P:
+            raise Refused(Code.SM_CONTEXT_NOT_PRESENT, quiet)
+        unknown = (
+            (0 if self._ecap.DT else _Context.DTE.mask)
+            | (0 if self._ecap.PASID else _Context.PASIDE.mask)
+            | (0 if self._ecap.PRS else _Context.PRE.mask)
+        )
+        self._check(words, (_mask(_Context) & ~unknown, _mask(_Request)), Code.SM_CONTEXT_RESERVED, quiet)
+        return Directory(
+            words[0][1] & _ADDRESS,
+            # 64 entries for each of 2**(PDTS + 7) of the directory.
+            min(1 << entry.PDTS + 7 + 6, 1 << self._ecap.PSS + 1),
+            bool(entry.PASIDE),
+            request.RID_PASID,
+            bool(entry.DTE),
+            bool(entry.PRE),
+            quiet,
+            root + words,
+        )
+
+    def entry(self, directory: Directory, pasid: int) -> Entry:
+        """The entry of a PASID that the directory has."""
+        above = self._read(directory.table + 8 * (pasid >> 6), 1, Code.DIRECTORY_ACCESS, directory.quiet)
+        quiet = directory.quiet or bool(_Directory(above[0][1]).FPD)
+        if not _Directory(above[0][1]).P:
+            raise Refused(Code.DIRECTORY_NOT_PRESENT, quiet)
+        self._check(above, (_mask(_Directory),), Code.DIRECTORY_RESERVED, quiet)
+        words = self._read((above[0][1] & _ADDRESS) + 64 * (pasid & 0x3F), 8, Code.PASID_ACCESS, quiet)
+        low, domain, first = _Pasid(words[0][1]), _Domain(words[1][1]), _First(words[2][1])
+        quiet = quiet or bool(low.FPD)
+        if not low.P:
+            raise Refused(Code.PASID_NOT_PRESENT, quiet)
+        unknown = (
+            0 if self._ecap.SSADS else _Pasid.SSADE.mask,
+            (0 if self._ecap.SMPWCS else _Domain.PWSNP.mask) | (0 if self._ecap.SC else _Domain.PGSNP.mask),
+            0,
+        )
+        known = tuple(_mask(t) & ~u for t, u in zip((_Pasid, _Domain, _First), unknown, strict=True))
+        self._check(words, known, Code.PASID_RESERVED, quiet)
+        if not self._can(low.PGTT, low.AW, first.FSPM):
+            raise Refused(Code.PASID_INVALID, quiet)
+        # What does not matter for a stage is left out: software may keep anything there.
+        stage = Stage(low.PGTT)
+        by_first, by_second = stage in (Stage.FIRST, Stage.NESTED), stage in (Stage.SECOND, Stage.NESTED)
+        return Entry(
+            stage,
+            domain.DID,
+            words[0][1] & _ADDRESS if by_second else 0,
+            low.AW + 2 if by_second else 0,
+            words[2][1] & _ADDRESS if by_first else 0,
+            _FIRST_LEVELS[first.FSPM] if by_first else 0,
+            pasid,
+            by_second and bool(low.SSADE),
+            quiet=quiet,
+            words=directory.words + above + words,
+        )
+
+    def _can(self, stage: int, width: int, first_mode: int) -> bool:
+        if stage not in list(Stage) or (stage == Stage.NESTED and not self._ecap.NEST):
+            return False
+        if stage in (Stage.FIRST, Stage.NESTED) and (
+            first_mode not in _FIRST_LEVELS or (first_mode and not self._cap.FS5LP)
+        ):
+            return False
+        return stage not in (Stage.SECOND, Stage.NESTED) or self._has_levels(width)
+
+
+def _mask(layout: type[Layout]) -> int:
+    return sum(field.mask for field in layout.fields)
