@@ -7,7 +7,7 @@ import logging
 import platform
 import shlex
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from vmodel.testing.artifacts import Kernel, Qemu, find_kernel, find_qemu
 from vmodel.testing.booted import BEGIN, BootedGuest, Done
 from vmodel.testing.case import Case, Result
 from vmodel.testing.guest import GuestOff, GuestPanic, GuestRunError, GuestSpec, GuestTimeout, ModuleError
-from vmodel.testing.monitor import Monitor, MonitorError
+from vmodel.testing.monitor import MonitorError
 from vmodel.testing.oracle import Effect, Finding, Outcome, classify, of_status, time_to_detect, time_to_recover
 from vmodel.testing.served import Served
 
@@ -124,19 +124,7 @@ class _Setup:
             timeout=case.boot_timeout,
             qemu=self.qemu,
         )
-        host = {"plug": self._host(self.served.plug), "unplug": self._host(self.served.unplug)}
-        self.guest = BootedGuest(spec, host=host)
-
-    def _host(self, work: Callable[[Monitor, str], None]) -> Callable[[list[str]], int]:
-        def command(words: list[str]) -> int:
-            try:
-                work(self.guest.monitor, " ".join(words))
-            except (ConfigError, MonitorError) as error:
-                logging.getLogger("vmodel.testing").warning("vmodel-host: %s", error)
-                return 1
-            return 0
-
-        return command
+        self.guest = BootedGuest(spec, host=self.served.host_commands(lambda: self.guest.monitor))
 
     def boot(self) -> None:
         """If it has not booted.  GuestRunError, MonitorError."""
