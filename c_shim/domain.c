@@ -230,7 +230,7 @@ int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint3
     return removed ? (int64_t)(removed >> 12) : rc;
 }
 
-int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last)
+int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last, uint32_t flags)
 {
     mapping_tree *tree = &domain->mappings;
     uint64_t pages = 0, at = first;
@@ -251,7 +251,7 @@ int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last)
         at = item.last + 1;
     }
     pthread_rwlock_unlock(&domain->lock);
-    if (pages)
+    if (pages && !(flags & VMS_UNMAP_DEFER))
         vms_domain_flush(domain, first, last, 0);
     return pages ? (int64_t)pages : rc;
 }

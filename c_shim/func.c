@@ -90,6 +90,15 @@ int vms_region_enable(vms_func *func, uint32_t index, int on)
     return 0;
 }
 
+int vms_region_tap(vms_func *func, uint32_t index, uint32_t exits)
+{
+    region *r = defined(func, index);
+    if (!r || exits & ~(VMS_EXIT_ON_READ | VMS_EXIT_ON_WRITE))
+        return -EINVAL;
+    atomic_store_explicit(&r->tapped, exits, memory_order_relaxed);
+    return 0;
+}
+
 /* Makes room for an area; NULL and *rc when it does not fit. */
 static area *insert_area(vms_func *func, uint32_t index, uint64_t start, uint64_t size, int *rc)
 {
@@ -266,6 +275,8 @@ static int refused(const region *r, uint64_t offset, size_t n)
 
 static int exits(const region *r, uint64_t offset, size_t n, uint8_t which)
 {
+    if (atomic_load_explicit(&r->tapped, memory_order_relaxed) & which)
+        return 1;
     while (n) {
         piece p = next_piece(r, offset, n);
         if (p.a && !p.a->backing)

@@ -26,6 +26,7 @@ typedef struct region {
     uint8_t fill;
     int writable;
     int disabled;
+    _Atomic unsigned tapped; /* VMS_EXIT_ON_*: such accesses exit, whatever the policy of their bytes */
     int fd; /* memfd of the mappable areas, or -1 */
     area *areas; /* ascending */
     size_t n_areas;

@@ -174,9 +174,9 @@ int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t siz
  * Without VMS_UNMAP_DEFER it returns when no IOTLB has the range any more and no access through it is under way. */
 #define VMS_UNMAP_DEFER 1u
 int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags);
-/* Removes all mappings in [first, last], holes or not, at once; returns like vms_domain_unmap().  ERANGE, and nothing is
- * gone: one reaches out of it. */
-int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last);
+/* Removes all mappings in [first, last], holes or not, at once; flags and result as of vms_domain_unmap().  ERANGE, and
+ * nothing is gone: one reaches out of it. */
+int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last, uint32_t flags);
 /* Takes [start, last] out of all IOTLBs that have it from this domain (or from one nested in it); with
  * VMS_FLUSH_KEEP_OWN not out of those that are their requester's own, see vms_requester_own_tlb(). */
 #define VMS_FLUSH_KEEP_OWN 1u
@@ -285,6 +285,9 @@ void vms_func_destroy(vms_func *func);
 int vms_region_define(vms_func *func, uint32_t region, uint64_t size, uint8_t fill, int writable);
 /* Off (on at first): reads give fill, writes are dropped, as with Command.MemorySpace or .IOSpace clear. */
 int vms_region_enable(vms_func *func, uint32_t region, int on);
+/* Any thread: all reads (VMS_EXIT_ON_READ) or writes (VMS_EXIT_ON_WRITE) of the region exit, whatever the policy of
+ * their bytes; 0: as ever.  What the region's being off, or an access's size, has refused does not. */
+int vms_region_tap(vms_func *func, uint32_t region, uint32_t exits);
 /* A bank of registers: `size` bytes of backing store at *backing with a policy for each byte (all bytes
  * read-only and plain at first).  The memory lives as long as the function.  EEXIST: overlap. */
 int vms_area_bank(vms_func *func, uint32_t region, uint64_t start, uint64_t size, uint8_t **backing);

@@ -80,6 +80,8 @@ class Control:
         try:
             with self._one:
                 return {"result": command(request)}
+        except ConfigError as error:
+            return {"error": str(error)}
         except Exception as error:
             log.exception("control: %s failed", request["command"])
             return {"error": f"{type(error).__name__}: {error}"}

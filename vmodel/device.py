@@ -29,6 +29,7 @@ from vmodel.pci.bar import BankSlot, Bar, IoBar, MmioBar, RamSlot
 from vmodel.pci.caps import Capability, Msi, Msix, Pcie, Pm, ResetKind, VendorSpecific
 from vmodel.pci.config import ConfigSpace, Identity, Status
 from vmodel.pci.irq import Intx, Irqs
+from vmodel.points import Point, Points
 from vmodel.regs import (
     Hook,
     HookedBank,
@@ -179,6 +180,10 @@ class PciDevice:
         self.memory = GuestMemory()
         self.dma = Dma(self.memory)
         self.irqs = Irqs()
+        #: What experiments may interfere with; see vmodel.points.
+        self.points = Points(self.name)
+        #: Ends the client's connection, on the device's thread; None: there is none.
+        self.hang_up: Callable[[], None] | None = None
         self._agenda = Agenda(self.function.wake, lambda error: self._failed("a callback", error))
         self._stopped = False
         self._events: list[IoEventFd] = []
@@ -188,7 +193,8 @@ class PciDevice:
 
     def _lay_out(self, multifunction: bool) -> None:
         """Makes regions, banks and config space."""
-        self._banks: dict[str, tuple[int, int, RegisterBank]] = {}
+        #: (region, offset, bank) of each bank, by its attribute.
+        self.register_banks: dict[str, tuple[int, int, RegisterBank]] = {}
         self._rams: list[memoryview] = []
         self._areas: list[list[_Area]] = [[] for _ in range(9)]
         self._exact_reads: dict[int, Callable[[], int]] = {}
@@ -258,7 +264,7 @@ class PciDevice:
             self._exact_reads[access_key(region, at + register.offset, register.size)] = read
         for register, write in hooked.whole_writes.items():
             self._exact_writes[access_key(region, at + register.offset, register.size)] = write
-        self._banks[name] = (region, at, bank)
+        self.register_banks[name] = (region, at, bank)
         setattr(self, name, bank)
 
     def _method(self, hook: Hook, name: str) -> Callable[..., Any]:
@@ -421,6 +427,11 @@ class PciDevice:
         if self._pin is not None:
             self._pin.deliver()
 
+    def config_written(self) -> None:
+        """The driver has written something that matters."""
+        messages = [c.enabled for c in self.config.capabilities if isinstance(c, Msi | Msix)]
+        self.points.told(master=bool(self.config.command.BUS_MASTER), interrupts=any(messages) or not messages)
+
     def _intx_enabled(self) -> bool:
         return not self.config.command.INTX_DISABLE
 
@@ -430,10 +441,14 @@ class PciDevice:
 
     def reset(self, kind: ResetKind) -> None:
         """Brings all registers to their declared values; RAM areas keep their contents."""
+        self.points.at(Point.RESET, lambda _: self._reset(kind), kind=kind.value)
+
+    def _reset(self, kind: ResetKind) -> None:
+        self.points.reset()
         self._agenda.cancel()
         if self._pin is not None:
             self._pin.lower()
-        for _, _, bank in self._banks.values():
+        for _, _, bank in self.register_banks.values():
             bank.load_reset()
         self.config.reset(kind)
         self.update_enables()
@@ -464,9 +479,17 @@ class PciDevice:
         """Runs what is due; the next deadline in monotonic ns, or None."""
         return None if self._stopped else self._agenda.run(now_ns)
 
+    def client_came(self, hang_up: Callable[[], None]) -> None:
+        """A client has connected; `hang_up` ends that."""
+        self.hang_up = hang_up
+        self.regions = self._region_infos(self.declared_bars())
+        self.points.at(Point.CONNECTION, lambda _: None)
+
     def client_gone(self) -> None:
         """Lets go of what the client gave; registers stay."""
+        self.hang_up = None
         self.irqs.close()
+        self.points.at(Point.UNPLUG, lambda _: None)
 
     def quiesce(self, stopped: bool) -> None:
         """Stops timers, DMA and interrupts for migration, or resumes them."""
@@ -477,7 +500,7 @@ class PciDevice:
     def io_event_fds(self, region: int) -> Sequence[IoEventFd]:
         """The doorbells of a region: registers declared with `ioeventfd`."""
         if not self._events:
-            for index, at, bank in self._banks.values():
+            for index, at, bank in self.register_banks.values():
                 for register in bank.registers:
                     if register.ioeventfd:
                         fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -497,14 +520,14 @@ class PciDevice:
         """Tells states of other models, or of other versions of this one, apart."""
         registers = [
             (name, region, at, r.name, r.offset, r.width)
-            for name, (region, at, bank) in self._banks.items()
+            for name, (region, at, bank) in self.register_banks.items()
             for r in bank.registers
         ]
         text = json.dumps([self.vendor_id, self.device_id, registers, self.config.size])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _stores(self) -> list[memoryview]:
-        return [bank.view for _, _, bank in self._banks.values()] + self._rams + [self.config.view]
+        return [bank.view for _, _, bank in self.register_banks.values()] + self._rams + [self.config.view]
 
     def save(self) -> bytes:
         """Registers, RAM areas, config space and `save_extra`.

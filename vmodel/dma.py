@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from vmodel import _shim
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.iommu.core import Endpoint
 from vmodel.memory import GuestMemory
+from vmodel.points import Points
 
 Buffer = bytes | bytearray | memoryview
 _T = TypeVar("_T")
@@ -62,6 +64,9 @@ class _Line:
         self.endpoint: Endpoint | None = None
         self.message_bytes = [0, 0]
         self.mended = 0
+        #: Who hears of accesses, as long as all of `makers` are of a class that tells; and all of them.
+        self.points: Points | None = None
+        self.makers: weakref.WeakSet[Dma] = weakref.WeakSet()
 
 
 class Dma:
@@ -72,18 +77,33 @@ class Dma:
     it is told of each fault first, and may have mended it.
     """
 
+    # With slots the class can be replaced (`become`) without making accesses slower from then on.
+    __slots__ = ("__weakref__", "_line", "_pasid", "_requester")
+
     def __init__(self, memory: GuestMemory) -> None:
         self._line = _Line(memory)
         self._requester = self._line.requester
         self._pasid = _shim.NO_PASID
+        self._line.makers.add(self)
 
     def with_pasid(self, pasid: int) -> Dma:
         """The same device's DMA with a PASID (0 to 2**20 - 1)."""
         if not 0 <= pasid < 1 << 20:
             raise ValueError(f"a PASID has 20 bits, {pasid:#x} more")
-        other = Dma.__new__(Dma)
+        other = Dma.__new__(type(self))
         other._line, other._requester, other._pasid = self._line, self._requester, pasid
+        self._line.makers.add(other)
         return other
+
+    def become(self, kind: type[Dma], points: Points | None) -> None:
+        """All of the device's accesses, with whichever PASID, are made by `kind`, which tells `points`.
+
+        The class is what changes, so that nothing is asked of accesses while nobody listens, and models may keep
+        what they have.
+        """
+        self._line.points = points
+        for dma in list(self._line.makers):
+            dma.__class__ = kind
 
     @property
     def requester(self) -> _shim.Requester:

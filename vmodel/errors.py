@@ -72,6 +72,11 @@ class Reason(enum.IntEnum):
     CLIENT = 100
     #: A read hook asked for memory that only messages reach: the region reply cannot wait for it.
     WOULD_DEADLOCK = 101
+    # What a PCIe request may meet, and here only by a plan of faults (vmodel.inject):
+    UNSUPPORTED_REQUEST = 102
+    COMPLETER_ABORT = 103
+    COMPLETION_TIMEOUT = 104
+    POISONED = 105
 
 
 class DmaFault(VmodelError):

@@ -80,6 +80,7 @@ class Connection:
     def serve(self, stopping: threading.Event) -> None:
         """Serves until the client leaves or `stopping` is set (and the channel shut down)."""
         self.device.dma.courier = self
+        self.device.client_came(self.channel.shutdown)
         self.device.run_due(time.monotonic_ns())
         try:
             step, has_work = self._step, self.device.has_work

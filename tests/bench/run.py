@@ -19,15 +19,17 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from measure import Program, Row
+from measure import REPEAT, Program, Row, timed
 from rich.console import Console
 from rich.table import Table
 from translation import growth, plot, translated
 
 from vmodel.device import MmioBar, PciDevice, on_read, on_write
+from vmodel.points import Point
 from vmodel.regs import Reg32, RegisterBank
 from vmodel.server import Server
 from vmodel.span import KiB
+from vmodel.tapped import tap
 
 
 class BenchRegs(RegisterBank, size=0x100):
@@ -55,12 +57,14 @@ class BenchDevice(PciDevice):
 
 def _serve(path: str, cpu: int, ready: object) -> None:
     os.sched_setaffinity(0, {cpu})
-    device = BenchDevice("bench")
     server = Server()
-    server.add(device, path)
+    for name in ("bench", "disarmed"):
+        device = BenchDevice(name)
+        server.add(device, path.replace("bench.sock", f"{name}.sock"))
+        # What a driver would do first: switch memory space on.
+        device.config.write(4, b"\x06\x00")
+    was_armed(device)
     server.start()
-    # What a driver would do first: switch memory space on.
-    device.config.write(4, b"\x06\x00")
     ready.set()  # type: ignore[attr-defined]
     server.wait()
 
@@ -101,6 +105,42 @@ def over_socket(peer: Program, path: Path, say: Callable[[str], None]) -> Iterat
             say(f"DMA_MAP with {live} windows")
             name = f"DMA_MAP + DMA_UNMAP, {'no fd' if kind == 'message' else 'fd'}, {live:,} windows"
             yield Row(4, name, ratio("map", live, kind, count=4000), reach, "pp")
+
+
+def disarmed(peer: Program, path: Path, say: Callable[[str], None]) -> Iterator[Row]:
+    """Row 11: paths on which faults were armed and are no more, over those on which they never were; in turn."""
+    say("disarmed fault points")
+    paths = path, path.with_name("disarmed.sock")
+    for what, offset, name in (
+        ("read", 0, "REGION_READ, no hook"),
+        ("read", 4, "REGION_READ, Python hook"),
+        ("write", 0, "posted REGION_WRITE, no hook"),
+        ("write", 4, "posted REGION_WRITE, Python hook"),
+    ):
+        # The least of many: what other work on the machine adds is not the question here.
+        runs = [[min(peer.lines(each, 3, 5000, what, 0, offset)) for each in paths] for _ in range(10 * REPEAT)]
+        yield Row(11, f"{name}, disarmed", min(b for _, b in runs) / min(a for a, _ in runs), 1.01, "of plain")
+    never, after = plain_device("never"), plain_device("after")
+    was_armed(after)
+    runs = [[timed(lambda dma=d.dma: dma.read(0, 4), 1000) for d in (never, after)] for _ in range(10 * REPEAT)]
+    yield Row(11, "dma.read of 4 B, disarmed", min(b for _, b in runs) / min(a for a, _ in runs), 1.01, "of plain")
+
+
+def plain_device(name: str) -> BenchDevice:
+    """One that reaches a page of memory."""
+    device = BenchDevice(name)
+    fd = os.memfd_create(name)
+    os.ftruncate(fd, 4 * KiB)
+    device.memory.map(0, 4 * KiB, fd=fd)
+    os.close(fd)
+    device.dma.bus_master = True
+    return device
+
+
+def was_armed(device: BenchDevice) -> None:
+    """All points, once."""
+    tap(device, set(Point), lambda event, proceed: proceed(event))
+    tap(device, (), None)
 
 
 def guests(console: Console, as_json: bool) -> int:
@@ -187,8 +227,9 @@ def main() -> int:
         peer = Program(folder, cpu, "peer", [here / "peer.c"])
         pp = peer("pp", count=50000)
         with served(folder, cpu) as path:
-            rows = list(over_socket(peer, path, say))
+            rows = [*over_socket(peer, path, say), *disarmed(peer, path, say)]
         rows += translated(peer, domains, say)
+        rows.sort(key=lambda row: row.number)
     title = f"{machine()}, pp = {pp / 1000:.1f} us"
     if options.json:
         print(json.dumps({"machine": title, "rows": as_dicts(rows)}))

@@ -1,10 +1,8 @@
-"""Fixtures for tests in real guests.  Logs of a failed test are kept in artifacts/TEST."""
+"""Fixtures for tests in real guests, beside those of the plugin."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,27 +17,6 @@ from vmodel.testing.artifacts import KERNELS, find_kernel
 from vmodel.testing.guest import Guest, GuestSpec
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
-    report = yield
-    if report.when == "call":
-        item.stash[failed_key] = report.failed
-    return report
-
-
-failed_key = pytest.StashKey[bool]()
-
-
-@pytest.fixture
-def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """Where a test's logs go; kept under artifacts/ if it fails."""
-    yield tmp_path / "logs"
-    if request.node.stash.get(failed_key, True) and (tmp_path / "logs").exists():
-        kept = ROOT / "artifacts" / re.sub(r"[^\w.-]+", "_", request.node.name)
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(tmp_path / "logs", kept)
 
 
 @pytest.fixture(params=KERNELS)

@@ -83,7 +83,11 @@ class Rig:
 
     def __init__(self, machine: Machine, guest: Guest, folder: Path) -> None:
         self.machine, self.guest, self.folder = machine, guest, folder
-        self.shell = Shell(guest)
+        self.booted()
+
+    def booted(self) -> None:
+        """The guest has booted, or will."""
+        self.shell = Shell(self.guest)
         self.shell.run(NAMES)
 
     def controller(self, address: str) -> str:
@@ -102,7 +106,7 @@ class Rig:
 
 
 @contextmanager
-def boot(folder: Path, logs: Path, kernel: str, kind: str | None) -> Iterator[Rig]:
+def boot(folder: Path, logs: Path, kernel: str, kind: str | None, *, reboot: bool = False) -> Iterator[Rig]:
     """`kind`: that of the IOMMU, if there is one."""
     machine = parse(MACHINE + (IOMMU.format(kind=kind) if kind else ""), folder / "m.toml")
     modules = ["virtio_iommu"] if kind == "virtio-iommu" else []
@@ -116,6 +120,7 @@ def boot(folder: Path, logs: Path, kernel: str, kind: str | None) -> Iterator[Ri
                 modules=modules,
                 tools=TOOLS,
                 qemu_args=["-smp", "2", *machine.qemu_args(folder)],
+                allow_reboot=reboot,
                 timeout=300,
             )
             with Guest(spec, artifacts=logs) as guest:

@@ -32,6 +32,7 @@ def test_the_blocks_are_there() -> None:
         "test_counter.py",
         "behind.toml",
         "test_iommu.py",
+        "faults.toml",
     }
 
 
@@ -49,6 +50,13 @@ def test_the_groups(files: Path) -> None:
     line = [sys.executable, "-m", *words]
     done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=True)
     assert "0000:00:03.0 counter0  group 0 (DMA-FQ) on the root bus" in done.stdout
+
+
+def test_the_plan(files: Path) -> None:
+    (words,) = [words for words in command_lines() if words[1] == "plan"]
+    line = [sys.executable, "-m", *words]
+    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "lost: irq device=counter0 do=drop nth=2\nfaults.toml: 1 rule, seed 7\n"
 
 
 @pytest.mark.parametrize("name", ["test_counter.py", "test_iommu.py"])

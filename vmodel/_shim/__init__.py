@@ -191,9 +191,9 @@ class Domain:
         """Bytes removed."""
         return check(self.try_unmap(iova, size, flags)) << 12
 
-    def clear(self, first: int, last: int) -> int:
+    def clear(self, first: int, last: int, flags: int = 0) -> int:
         """Bytes removed."""
-        return check(lib.vms_domain_clear(self.handle, first, last)) << 12
+        return check(lib.vms_domain_clear(self.handle, first, last, flags)) << 12
 
     def flush(self, start: int, last: int, flags: int = 0) -> None:
         check(lib.vms_domain_flush(self.handle, start, last, flags))
@@ -469,6 +469,10 @@ class Function:
 
     def enable_region(self, region: int, on: bool) -> None:
         check(lib.vms_region_enable(self.handle, region, on))
+
+    def tap_region(self, region: int, exits: int) -> None:
+        """All accesses of these kinds (EXIT_ON_*) exit; 0: as their policy says."""
+        check(lib.vms_region_tap(self.handle, region, exits))
 
     def _view(self, pointer: Any, size: int) -> memoryview:
         # The view keeps the function alive, not only its memory's address.

@@ -42,20 +42,39 @@ def _options(
 def _commands() -> list[Callable[..., None]]:
     """ImportError where the compiled shim is missing or broken: all commands but doctor need it."""
     from vmodel.cli.acpi import acpi
+    from vmodel.cli.campaign import campaign, sweep
     from vmodel.cli.groups import groups
     from vmodel.cli.guest import guest
+    from vmodel.cli.inject import log
     from vmodel.cli.inspect import devices, regs
+    from vmodel.cli.repeat import minimise, reproduce
+    from vmodel.cli.report import report
     from vmodel.cli.run import run
     from vmodel.cli.serve import qemu_args, serve
 
-    return [serve, run, qemu_args, guest, groups, acpi, devices, regs]
+    return [
+        serve,
+        run,
+        qemu_args,
+        guest,
+        groups,
+        acpi,
+        devices,
+        regs,
+        log,
+        sweep,
+        campaign,
+        reproduce,
+        minimise,
+        report,
+    ]
 
 
 def _groups() -> dict[str, typer.Typer]:
     """Commands that have commands of their own."""
-    from vmodel.cli import bench, iommu
+    from vmodel.cli import bench, inject, iommu, plan
 
-    return {"bench": bench.app, "iommu": iommu.app}
+    return {"bench": bench.app, "iommu": iommu.app, "plan": plan.app, "inject": inject.app}
 
 
 def _app(commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer]) -> typer.Typer:

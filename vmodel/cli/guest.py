@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
-from vmodel.cli.serve import MachinePath, RunDir, Stop, loaded, served
+from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
 from vmodel.errors import ConfigError
 from vmodel.machine import Machine
 from vmodel.server import Server
@@ -50,6 +50,9 @@ def guest(
     timeout: Timeout = 300.0,
     artifacts_dir: Artifacts = None,
     run_dir: RunDir = None,
+    plan: Plan = None,
+    fault: Faults = None,
+    seed: Seed = None,
     stats: Stats = False,
     interactive: Interactive = False,
     verbose: Verbose = False,
@@ -62,6 +65,7 @@ def guest(
     if timeout <= 0:
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
     files = [_file(text) for text in file or ()]
+    faults = faults_of(plan, fault, seed)
     with loaded(path) as machine:
         spec = GuestSpec(
             command=_announced(command) if interactive else command,
@@ -73,7 +77,7 @@ def guest(
             timeout=timeout,
             qemu=artifacts.find_qemu(),
         )
-        with Stop.on_signals() as stop, served(machine, run_dir) as (server, folder):
+        with Stop.on_signals() as stop, served(machine, run_dir, faults) as (server, folder):
             spec.qemu_args = machine.qemu_args(folder)
             try:
                 result = _watch(spec, artifacts_dir, stop, interactive)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vmodel.cli.output import Verbose, log_to_stderr
-from vmodel.cli.serve import MachinePath, RunDir, Stop, loaded, served
+from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
 from vmodel.testing import artifacts
 
 Arguments = Annotated[
@@ -19,12 +19,21 @@ Arguments = Annotated[
 ]
 
 
-def run(path: MachinePath, arguments: Arguments = None, run_dir: RunDir = None, verbose: Verbose = False) -> None:
+def run(
+    path: MachinePath,
+    arguments: Arguments = None,
+    run_dir: RunDir = None,
+    plan: Plan = None,
+    fault: Faults = None,
+    seed: Seed = None,
+    verbose: Verbose = False,
+) -> None:
     """Serve a machine and run QEMU with it; the exit status is QEMU's."""
     log_to_stderr(verbose)
+    faults = faults_of(plan, fault, seed)
     with loaded(path) as machine:
         qemu = artifacts.find_qemu()
-        with Stop.on_signals() as stop, served(machine, run_dir) as (_, folder):
+        with Stop.on_signals() as stop, served(machine, run_dir, faults) as (_, folder):
             line = [str(qemu.path), *machine.qemu_args(folder), *(arguments or [])]
             status = _wait(subprocess.Popen(line), stop)
     raise typer.Exit(status if status >= 0 else 128 - status)

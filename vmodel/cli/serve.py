@@ -8,6 +8,7 @@ import select
 import shlex
 import signal
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from vmodel import status
 from vmodel.cli.output import Verbose, log_to_stderr
 from vmodel.control import Control
 from vmodel.errors import ConfigError
+from vmodel.inject import Engine, FaultPlan, live, parse_rule
 from vmodel.server import Server
 
 MachinePath = Annotated[Path, typer.Argument(metavar="MACHINE.toml", help="The machine file.", show_default=False)]
@@ -31,6 +33,16 @@ RunDir = Annotated[
         help="Where the sockets go; else $XDG_RUNTIME_DIR/vmodel/NAME, or a folder of yours in the temporary one.",
     ),
 ]
+
+
+Plan = Annotated[
+    Path | None, typer.Option("--plan", metavar="PLAN.toml", help="Faults to inject; see docs/injection.md.")
+]
+Faults = Annotated[
+    list[str] | None,
+    typer.Option("--fault", metavar="RULE", help="One fault more, as 'dma.write device=edu0 nth=3 do=partial(8)'."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Instead of the plan's.")]
 
 
 class Stop:
@@ -113,28 +125,51 @@ def loaded(path: Path) -> Iterator[machines.Machine]:
         machine.close()
 
 
+def faults_of(plan: Path | None, faults: list[str] | None, seed: int | None) -> FaultPlan:
+    """What the options say together; the rules of --fault come behind the file's.  ConfigError."""
+    rules = [parse_rule(text) for text in faults or ()]
+    found = FaultPlan() if plan is None else FaultPlan.load(plan)
+    return found.extended(rules, seed)
+
+
 @contextlib.contextmanager
-def served(machine: machines.Machine, run_dir: Path | None) -> Iterator[tuple[Server, Path]]:
-    """A machine while it is served: the server, and the folder of its sockets."""
+def served(
+    machine: machines.Machine, run_dir: Path | None, faults: FaultPlan | None = None
+) -> Iterator[tuple[Server, Path]]:
+    """A machine while it is served, faults and all: the server, and the folder of its sockets."""
     folder = prepare_run_dir(run_dir, machine.name)
     for name in machine.devices:
         machine.socket(name, folder)  # too long a path is best told of by the name of a device
     # The control socket first: whoever has it owns the machine's ACPI tables in the folder.
-    with Control(folder, machine.name, status.commands(machine)):
+    journal = folder / f"{machine.name}.injections.jsonl"
+    with (
+        Engine(faults or FaultPlan(), machine.devices, path=journal) as engine,
+        Control(folder, machine.name, {**status.commands(machine), **live.commands(engine)}),
+    ):
         try:
             with machine.serve(folder) as server:
                 yield server, folder
         finally:
             machine.remove_acpi(folder)
+            if count := len(engine.journal):
+                print(f"vmodel: {count} injection{'' if count == 1 else 's'}, see {journal}", file=sys.stderr)
 
 
-def serve(path: MachinePath, run_dir: RunDir = None, verbose: Verbose = False) -> None:
+def serve(
+    path: MachinePath,
+    run_dir: RunDir = None,
+    plan: Plan = None,
+    fault: Faults = None,
+    seed: Seed = None,
+    verbose: Verbose = False,
+) -> None:
     """Serve a machine's devices until Ctrl-C or SIGTERM.
 
     Prints a line with name and socket for each device, then "ready".
     """
     log_to_stderr(verbose)
-    with loaded(path) as machine, Stop.on_signals() as stop, served(machine, run_dir) as (_, folder):
+    faults = faults_of(plan, fault, seed)
+    with loaded(path) as machine, Stop.on_signals() as stop, served(machine, run_dir, faults) as (_, folder):
         for name in machine.devices:
             print(f"{name} {machine.socket(name, folder)}", flush=True)
         print("ready", flush=True)

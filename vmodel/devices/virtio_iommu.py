@@ -7,6 +7,7 @@ import errno
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from vmodel.device import Msix, ResetKind, on_write
 from vmodel.devices.iommu import IommuDevice
@@ -16,6 +17,7 @@ from vmodel.iommu.domain import Domain, PagingDomain
 from vmodel.iommu.fault import FaultRecord
 from vmodel.iommu.group import Group
 from vmodel.pci.topology import Function, dma_aliases
+from vmodel.points import Point
 from vmodel.regs import RO, Reg8, Reg32, Reg64, RegisterBank
 from vmodel.span import PAGE, Span
 from vmodel.virtio.pci import DEVICE_CONFIG, VENDOR, VirtioDevice
@@ -280,7 +282,11 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if not access:
             return b""  # nothing may be done there, as if it were not mapped
         try:
-            domain.map(first, gpa, size, access)
+            if self.points.wants(Point.IOMMU_MAP):
+                about = self._about(number, domain, Span(first, last))
+                self.points.at(Point.IOMMU_MAP, lambda _: domain.map(first, gpa, size, access), **about)
+            else:
+                domain.map(first, gpa, size, access)
         except IommuError as error:
             refused = {errno.EEXIST: Status.INVAL, errno.ERANGE: Status.RANGE, errno.EINVAL: Status.INVAL}
             raise _Refused(refused.get(error.errno or 0, Status.NOMEM)) from None
@@ -295,10 +301,28 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if (first | last + 1) & (page - 1):
             raise _Refused(Status.RANGE)
         try:
-            domain.clear(Span(first, last))
+            if self.points.wants(Point.IOMMU_UNMAP) or self.points.wants(Point.INVALIDATE):
+                self._unmap_in_steps(number, domain, Span(first, last))
+            else:
+                domain.clear(Span(first, last))
         except IommuError:
             raise _Refused(Status.RANGE) from None
         return b""
+
+    def _unmap_in_steps(self, number: int, domain: PagingDomain, span: Span) -> None:
+        """The mapping goes, and then what IOTLBs have of it."""
+        about = self._about(number, domain, span)
+
+        def unmap(_: object) -> None:
+            if domain.clear(span, flush=False):
+                self.points.at(Point.INVALIDATE, lambda _: domain.flush_span(span), kind="iotlb", **about)
+
+        self.points.at(Point.IOMMU_UNMAP, unmap, **about)
+
+    def _about(self, number: int, domain: PagingDomain, span: Span) -> dict[str, Any]:
+        """What an event at a fault point is about."""
+        others = tuple(self._endpoints[n].name for n in sorted(self._domains[number].endpoints))
+        return {"others": others, "domain": domain.name, "address": span.start, "size": span.size}
 
     def _probe(self, data: bytes) -> bytes:
         endpoint, _ = self._endpoint(struct.unpack_from("<I", data, 4)[0])

@@ -194,13 +194,13 @@ class PagingDomain(Domain):
             raise _why(-rc, f"unmap of {size:#x} bytes at iova {iova:#x}")
         return rc << 12
 
-    def clear(self, span: Span) -> int:
-        """Unmaps every mapping in `span`, holes or not; how many bytes were, flushed at once.
+    def clear(self, span: Span, *, flush: bool = True) -> int:
+        """Unmaps every mapping in `span`, holes or not; how many bytes were.  Without `flush` they stay in IOTLBs.
 
         IommuError: EINVAL not whole pages of the smallest size; ERANGE a mapping reaches out of it: nothing is gone.
         """
         try:
-            return self.shim.clear(span.start, span.last)
+            return self.shim.clear(span.start, span.last, 0 if flush else _shim.UNMAP_DEFER)
         except OSError as error:
             raise _why(_code(error), f"unmap of all in {span}") from None
 
@@ -233,6 +233,11 @@ class PagingDomain(Domain):
             timer.cancel()
         self.flushes += 1
         self.shim.flush(0, (1 << 64) - 1)
+
+    def flush_span(self, span: Span) -> None:
+        """Likewise only `span` (IOVA)."""
+        self.flushes += 1
+        self.shim.flush(span.start, span.last)
 
     @contextlib.contextmanager
     def gather(self) -> Iterator[Gather]:

@@ -79,11 +79,17 @@ _WANTED = {
 }
 
 
+def _keys(location: Location, root: type[BaseModel]) -> set[str]:
+    """The keys of the table at `location`; none where a key is there."""
+    schema = _schema_at((*location, ""), root)
+    return set() if schema is None else {field.alias or name for name, field in schema.model_fields.items()}
+
+
 def _message(detail: Mapping[str, Any], root: type[BaseModel]) -> str:
     location, kind, value = detail["loc"], detail["type"], detail["input"]
     if kind == "extra_forbidden":
         schema = _schema_at(location, root)
-        known = sorted(schema.model_fields) if schema else []
+        known = sorted(field.alias or name for name, field in schema.model_fields.items()) if schema else []
         close = guess(str(location[-1]), known)
         return (
             f"unknown key: did you mean {close!r}?" if close else f"unknown key: known are {', '.join(known) or 'none'}"
@@ -91,7 +97,7 @@ def _message(detail: Mapping[str, Any], root: type[BaseModel]) -> str:
     if root.__name__ == "MachineFile" and location == ("machine",):
         wrong = "is missing" if kind == "missing" else short(value)
         return f'{wrong}: a machine file needs a [machine] table with name = "edu-demo"'
-    if root.__name__ == "MachineFile" and len(location) == 1:
+    if kind in ("list_type", "tuple_type") and len(location) == 1:
         return f"{short(value)}: must be written [[{location[0]}]], in two brackets, as there may be several"
     if kind == "missing":
         return f"is missing{_as_example(location, root)}"
@@ -112,5 +118,9 @@ def explain(error: ValidationError, file: Path | str, root: type[BaseModel], pre
         location = detail["loc"]
         if detail["type"] == "missing" and location in guesses:
             continue  # it is there, misspelt: one mistake, one line
-        key = ".".join(part for part in (prefix, where(location)) if part)
-        yield ConfigError(_message(detail, root), file=file, key=key)
+        key, message = ".".join(part for part in (prefix, where(location)) if part), _message(detail, root)
+        inner, colon, rest = one_line(detail["msg"].removeprefix("Value error, ")).partition(": ")
+        if colon and detail["type"] == "value_error" and inner.partition("[")[0] in _keys(location, root):
+            # A check of the whole table says itself which of its keys it is about.
+            key, message = f"{key}.{inner}" if key else inner, rest
+        yield ConfigError(message, file=file, key=key)

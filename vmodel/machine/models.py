@@ -31,7 +31,9 @@ def load_model(name: str, base: Path | None = None) -> type[PciDevice]:
         )
     if not source.strip(".") or not class_name.isidentifier():
         raise ConfigError(f"model {name!r}: must be a built-in ({', '.join(BUILTIN)}), {_OTHER_MODELS}")
-    module = _load_file(name, (base or Path()) / source) if source.endswith(".py") else _load_module(name, source)
+    if not source.endswith(".py") and not all(part.isidentifier() for part in source.split(".")):
+        raise ConfigError(f"model {name!r}: must be a built-in ({', '.join(BUILTIN)}), {_OTHER_MODELS}")
+    module = load_source(f"model {name!r}", source, base)
     model = getattr(module, class_name, None)
     if model is None:
         classes = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, PciDevice)]
@@ -53,20 +55,23 @@ def load_served(kind: str) -> type[IommuDevice]:
     return model
 
 
-def _load_module(name: str, source: str) -> ModuleType:
-    if not all(part.isidentifier() for part in source.split(".")):
-        raise ConfigError(f"model {name!r}: must be a built-in ({', '.join(BUILTIN)}), {_OTHER_MODELS}")
+def load_source(what: str, source: str, base: Path | None = None) -> ModuleType:
+    """The module "path/file.py", counted from `base`, or "package.module".  ConfigError, which begins with `what`."""
+    return _load_file(what, (base or Path()) / source) if source.endswith(".py") else _load_module(what, source)
+
+
+def _load_module(what: str, source: str) -> ModuleType:
     try:
         return importlib.import_module(source)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{source}.".startswith(f"{error.name}."):
-            raise ConfigError(f"model {name!r}: there is no module {error.name!r}") from error
-        raise _load_error(name, error) from error
+            raise ConfigError(f"{what}: there is no module {error.name!r}") from error
+        raise _load_error(what, error) from error
 
 
-def _load_file(name: str, path: Path) -> ModuleType:
+def _load_file(what: str, path: Path) -> ModuleType:
     if "\0" in str(path) or not path.is_file():
-        raise ConfigError(f"model {name!r}: there is no file {str(path)!r}")
+        raise ConfigError(f"{what}: there is no file {str(path)!r}")
     path = path.resolve()
     # Two devices of one model share its classes.
     alias = f"vmodel_user_{path.stem}_{abs(hash(path)):x}"
@@ -81,13 +86,13 @@ def _load_file(name: str, path: Path) -> ModuleType:
     except BaseException as error:
         del sys.modules[alias]
         if isinstance(error, Exception | SystemExit):
-            raise _load_error(name, error) from error
+            raise _load_error(what, error) from error
         raise
     return module
 
 
-def _load_error(name: str, error: BaseException) -> ConfigError:
-    return ConfigError(f"model {name!r} cannot be loaded: {describe(error)}")
+def _load_error(what: str, error: BaseException) -> ConfigError:
+    return ConfigError(f"{what} cannot be loaded: {describe(error)}")
 
 
 def describe(error: BaseException) -> str:

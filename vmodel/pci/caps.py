@@ -38,6 +38,9 @@ class Owner(Protocol):
     def update_enables(self) -> None:
         """Command or power state has changed."""
 
+    def config_written(self) -> None:
+        """A register that something depends on was written, and all that does has been told."""
+
 
 class Capability:
     """Base of all capabilities, standard and extended."""

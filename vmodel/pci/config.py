@@ -98,6 +98,7 @@ class ConfigSpace:
     ) -> None:
         """Lays all out; `capabilities` are bound here, in order, see `self.capabilities`.  RegisterError when
         they do not fit."""
+        self._owner = owner
         self._function = function
         self._identity = identity
         plain = [c for c in capabilities if not isinstance(c, ExtendedCapability)]
@@ -129,6 +130,8 @@ class ConfigSpace:
         #: The bound capabilities, in the order given.
         self.capabilities: list[Capability] = []
         self._chain: dict[int, int] = {}  # config offset -> byte of a list's id and pointers
+        #: Where each bank of registers is: (name, offset, bank); the header has none.
+        self.places: list[tuple[str, int, type[RegisterBank]]] = [("", 0, HeaderRegs)]
         bound = self._lay_list(owner, plain) | self._lay_extended(owner, extended)
         self.capabilities = [bound[id(c)] for c in capabilities]
         function.set_policy(Region.CONFIG, 0, self._policy)
@@ -152,6 +155,7 @@ class ConfigSpace:
         if at + size > limit:
             raise RegisterError(f"capability {capability.name} at {at:#x}+{size:#x} does not fit into config space")
         bound = capability.bind(owner, self.view[at : at + size])
+        self.places.append((capability.name, at, capability.bank))
         self._lay(bound.bank.policy(set(), set(bound.hooked)), at)
         for register in bound.hooked:
             span = Span.sized(at + register.offset, register.size)
@@ -222,3 +226,4 @@ class ConfigSpace:
         # Once each, however many of its registers the write covers.
         for tell in dict.fromkeys(tell for where, tell in self._hooks if where.overlaps(span)):
             tell()
+        self._owner.config_written()

@@ -9,6 +9,7 @@ when all of it is there, with its `stamp.json` written last, so a part is whole 
     busybox/       busybox (static)
     iasl/          iasl (wrapper), root/ (as of qemu); for the tests only
     tools/         root/: Debian's programs for guests, see tools.py; if asked for
+    browser/       chromium-headless-shell (wrapper), root/ (as of qemu); for the tests only
     kernel-6.12/   boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/
     kernel-7.2/    the same; so kernel-6.12-cloud/, if asked for
 """
@@ -130,6 +131,20 @@ def find_iasl() -> Path:
     if not read_stamp(part):
         raise ArtifactError(f"no iasl found; run {MEND} --iasl")
     return part / "iasl"
+
+
+#: Chromium, as distributions call it.
+_BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+def find_browser() -> Path:
+    """Chromium, for tests of pages: the one in PATH, else the cache's.  ArtifactError without."""
+    part = cache_dir() / "browser"
+    if host := next(filter(None, map(shutil.which, _BROWSERS)), None):
+        return Path(host)
+    if not read_stamp(part):
+        raise ArtifactError(f"no Chromium found; run {MEND} --browser")
+    return part / "chromium-headless-shell"
 
 
 def find_kernels() -> dict[str, Kernel]:

@@ -25,6 +25,9 @@ BACKPORTS = f"{SUITE}-backports"
 QEMU_PACKAGE = "qemu-system-x86"
 BUSYBOX_PACKAGE = "busybox-static"
 IASL_PACKAGE = "acpica-tools"
+BROWSER_PACKAGE = "chromium-headless-shell"
+#: Of its packages, what drawing without a graphics card does not need: more than half.
+_NOT_DRAWN = re.compile(r"libLLVM|libgallium|libz3|/dri/|/gconv/|/locales/|libVk|libvk_|crashpad|\.TOC$")
 KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
 #: Host settings of apt's that say how to reach the archive. None of them weakens what is checked: signatures
 #: (Allow*) and dates (Check-*) stay at apt's own defaults.
@@ -245,6 +248,48 @@ def unpack_iasl(debs: Sequence[Path], folder: Path) -> str:
     if not found:
         raise ArtifactError(f"Debian's iasl does not look like iasl, it says {said[:80]!r}")
     return found[1]
+
+
+def unpack_browser(debs: Sequence[Path], folder: Path) -> str:
+    """Unpack Chromium with its libraries and fonts into `folder`/root, write the wrapper, try it; its version.
+
+    ArtifactError: it does not run here.
+    """
+    root, home = folder / "root", "usr/lib/chromium"
+    wanted = (f"{home}/", f"{LIBS}/", "usr/share/fonts/")
+    for deb in debs:
+        unpack(deb, root, lambda name: name if name.startswith(wanted) and not _NOT_DRAWN.search(name) else None)
+    program = root / home / BROWSER_PACKAGE
+    # It starts itself again for each page, so it cannot be run by its loader as the others are: instead it names that
+    # loader, relative to the folder that it is started in.
+    host, own = b"/lib64/ld-linux-x86-64.so.2\0", b"ld-linux-x86-64.so.2"
+    with program.open("r+b") as file:
+        at = file.read(4096).find(host)
+        if at < 0:
+            raise ArtifactError("Debian's Chromium has another loader than expected", file=program.name)
+        file.seek(at)
+        file.write(own.ljust(len(host), b"\0"))
+    fonts = '<?xml version="1.0"?><fontconfig><dir prefix="relative">usr/share/fonts</dir></fontconfig>\n'
+    (root / "fonts.conf").write_text(fonts)
+    wrapper = folder / BROWSER_PACKAGE
+    wrapper.write_text(
+        f"""#!/bin/sh
+# Chromium of Debian's packages with their own loader, libraries and fonts; paths on its command line must be absolute.
+root=$(dirname "$(readlink -f "$0")")/root
+unset LD_PRELOAD
+export LD_LIBRARY_PATH="$root/{LIBS}:$root/{LIBS}/pulseaudio" FONTCONFIG_FILE="$root/fonts.conf"
+cd "$root/{LIBS}" && exec "$root/{home}/{BROWSER_PACKAGE}" "$@"
+"""
+    )
+    wrapper.chmod(0o755)
+    try:
+        said = output([str(wrapper), "--no-sandbox", "--version"])
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ArtifactError(f"Debian's Chromium does not run here: {error}") from None
+    found = re.search(r"\d+(\.\d+){3}", said)
+    if not found:
+        raise ArtifactError(f"Debian's Chromium does not look like it, it says {said[:80]!r}")
+    return found[0]
 
 
 def unpack_tools(debs: Sequence[Path], folder: Path) -> None:

@@ -25,6 +25,7 @@ from vmodel.testing.artifacts import (
     ArtifactError,
     cache_dir,
     cached_qemu,
+    find_browser,
     find_busybox,
     find_iasl,
     find_kernel,
@@ -34,6 +35,7 @@ from vmodel.testing.artifacts import (
 )
 from vmodel.testing.debian import (
     BACKPORTS,
+    BROWSER_PACKAGE,
     BUSYBOX_PACKAGE,
     IASL_PACKAGE,
     QEMU_PACKAGE,
@@ -43,6 +45,7 @@ from vmodel.testing.debian import (
     host_mirror,
     transport,
     unpack,
+    unpack_browser,
     unpack_iasl,
     unpack_kernel,
     unpack_qemu,
@@ -51,9 +54,15 @@ from vmodel.testing.debian import (
 from vmodel.testing.tools import TOOLS, find_tools
 
 #: Parts that only those get who ask for them: what finds each.
-OPTIONAL = {"iasl": find_iasl, "tools": find_tools}
+OPTIONAL = {"iasl": find_iasl, "tools": find_tools, "browser": find_browser}
 #: Debian's packages of parts other than kernels.
-PACKAGES = {"qemu": [QEMU_PACKAGE], "busybox": [BUSYBOX_PACKAGE], "iasl": [IASL_PACKAGE], "tools": list(TOOLS)}
+PACKAGES = {
+    "qemu": [QEMU_PACKAGE],
+    "busybox": [BUSYBOX_PACKAGE],
+    "iasl": [IASL_PACKAGE],
+    "tools": list(TOOLS),
+    "browser": [BROWSER_PACKAGE],
+}
 
 
 class Steps:
@@ -185,6 +194,8 @@ def _fetch_parts(parts: Sequence[str], work: Path, mirror: str, keyring: Path, s
                 facts["version"] = unpack_qemu(debs, folder)
             elif part == "iasl":
                 facts["version"] = unpack_iasl(debs, folder)
+            elif part == "browser":
+                facts["version"] = unpack_browser(debs, folder)
             elif part == "tools":
                 unpack_tools(debs, folder)
             elif part == "busybox":
@@ -212,7 +223,10 @@ def _locked(path: Path, steps: Steps) -> Iterator[None]:
 
 
 def paths(kernels: Sequence[str], optional: Collection[str] = ()) -> dict[str, str]:
-    """What `--print` prints: qemu, qemu-version, busybox, [iasl, tools,] kernel-NAME, modules-NAME. ArtifactError."""
+    """What `--print` prints: qemu, qemu-version, busybox, [iasl, tools, browser,] kernel-NAME, modules-NAME.
+
+    Raises ArtifactError.
+    """
     qemu = find_qemu()
     rows = {
         "qemu": str(qemu.path),
@@ -241,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--iasl", action="store_true", help="ACPICA's iasl as well, which only the tests need")
     parser.add_argument("--tools", action="store_true", help="programs for guests as well: nvme, fio, mkfs.ext4, ...")
+    parser.add_argument("--browser", action="store_true", help="Chromium as well, which only the tests need")
     parser.add_argument("--all", action="store_true", help="all that the tests need")
     parser.add_argument("--print", action="store_true", help="fetch nothing; print NAME=PATH for each part")
     parser.add_argument("--mirror", metavar="URI", help="a mirror of Debian's archive; default: the one apt uses here")

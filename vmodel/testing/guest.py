@@ -71,7 +71,7 @@ class GuestSpec:
     modules: Sequence[str] = ()
     #: A path here (it becomes /root/NAME), or (path here, path in the guest).
     files: Sequence[Path | tuple[Path, str]] = ()
-    #: More kernel arguments; they come last, so they win.
+    #: More kernel arguments, and parameters of modules (MODULE.NAME=VALUE); they come last, so they win.
     append: str = ""
     qemu_args: Sequence[str] = ("-m", "512M")
     #: Seconds for the whole run.

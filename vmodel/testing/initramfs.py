@@ -210,7 +210,8 @@ def _ordered(kernel: Kernel, names: Iterable[str]) -> list[tuple[str, bytes, lis
 
 # The third serial port is the harness's own: "boot" is answered with how often this guest has booted, and one of
 # "status N" and "module NAME" ends the run. The second one is the command's stdin, stdout and stderr. Kernel messages
-# mix with neither. A tty's last close waits until all is sent, so nothing is lost at poweroff.
+# mix with neither. A tty's last close waits until all is sent, so nothing is lost at poweroff.  modprobe, and not
+# insmod, as it passes on the parameters that the kernel's command line has for modules.
 _INIT = """#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=dumb
 /bin/busybox --install -s /bin
@@ -231,7 +232,7 @@ finish() {{
     poweroff -f
 }}
 for module in {load}; do
-    insmod "/lib/modules/{release}/$module.ko" 2>/dev/console || finish module $module
+    modprobe $module 2>/dev/console || finish module $module
 done
 cd /root
 sh /vmodel-command </dev/ttyS1 >/dev/ttyS1 2>&1 3>&-
@@ -283,7 +284,7 @@ def build(
     script = command if isinstance(command, str) else shlex.join(command)
     archive.file("vmodel-command", script.encode() + b"\n", 0o755)
     names = " ".join(name for name, _ in modules_in_order(kernel, load))
-    archive.file("init", _INIT.format(load=names, release=kernel.release).encode(), 0o755)
+    archive.file("init", _INIT.format(load=names).encode(), 0o755)
     return archive.finish()
 
 

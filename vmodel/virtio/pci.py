@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 from vmodel.device import Intx, MmioBar, Msix, PciDevice, ResetKind, on_read, on_write
 from vmodel.errors import GuestError
 from vmodel.pci.caps import VendorSpecific
+from vmodel.points import Point
 from vmodel.regs import RO, Bit, Layout, Reg8, Reg16, Reg32, Register, RegisterBank
 from vmodel.span import KiB
 from vmodel.virtio.queue import QueueError, Virtqueue
@@ -200,7 +201,7 @@ class VirtioDevice(PciDevice):
     def _reset_transport(self) -> None:
         self.features = 0
         if not self.queues:
-            self.queues = [Virtqueue(self.dma, n, size) for n, size in enumerate(self.queue_sizes)]
+            self.queues = [Virtqueue(self.dma, n, size, self.points) for n, size in enumerate(self.queue_sizes)]
         for queue in self.queues:
             queue.reset()
         self.common.load_reset()
@@ -369,7 +370,10 @@ class VirtioDevice(PciDevice):
 
 def _doorbell(index: int, register: Register) -> Any:
     def ring(self: VirtioDevice, new: int) -> int:
-        self._notified(index)
+        if self.points.wants(Point.DOORBELL):
+            self.points.doorbell(lambda e: self._notified(e.queue or 0), queue=index)
+        else:
+            self._notified(index)
         return 0
 
     return on_write(register)(ring)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, GuestError
+from vmodel.points import Point, Points
 
 #: Most entries that a queue may have (2.7).
 MAX_SIZE = 32768
@@ -48,12 +49,13 @@ class Chain:
 class Virtqueue:
     """One queue.  Addresses are set by the transport while it is not enabled."""
 
-    def __init__(self, dma: Dma, index: int, max_size: int) -> None:
+    def __init__(self, dma: Dma, index: int, max_size: int, points: Points | None = None) -> None:
         if not 0 < max_size <= MAX_SIZE or max_size & (max_size - 1):
             raise ValueError(f"a queue has a power of two up to {MAX_SIZE} entries, not {max_size}")
         self.index = index
         self.max_size = max_size
         self._dma = dma
+        self._points = points
         self.reset()
 
     def reset(self) -> None:
@@ -181,13 +183,21 @@ class Virtqueue:
                 self._dma.write(pieces[0][0], data[: pieces[0][1]])
             elif pieces:
                 self._dma.scatter(pieces, data[: len(data) - left])
-            self._push(chain.head, len(data) - left)
+            self._complete(chain.head, len(data) - left)
         except DmaFault as fault:
             raise QueueError(f"queue {self.index}: {fault}") from fault
 
+    def _complete(self, head: int, written: int) -> None:
+        if self._points is None or not self._points.wants(Point.COMPLETION):
+            self._push(head, written)
+            return
+        self._points.completion(
+            lambda e: self._push(e.id or 0, e.length or 0), queue=self.index, id=head, length=written
+        )
+
     def _push(self, head: int, written: int) -> None:
         slot = self.device + 4 + 8 * (self._next_used % self.size)
-        self._dma.write(slot, _USED_ELEMENT.pack(head, written))
+        self._dma.write(slot, _USED_ELEMENT.pack(head & 0xFFFF_FFFF, written & 0xFFFF_FFFF))
         self._next_used = (self._next_used + 1) % 65536
         self._dma.write(self.device + 2, _U16.pack(self._next_used))
 

@@ -42,6 +42,7 @@ from vmodel.devices.nvme.selftest import DeviceSelfTest
 from vmodel.devices.nvme.status import CommandError, Status
 from vmodel.devices.nvme.work import Failure, Work
 from vmodel.errors import DmaFault, PeerError
+from vmodel.points import Point
 from vmodel.timers import Timer
 
 #: Vectors of MSI; MSI-X has one for each completion queue.
@@ -321,6 +322,13 @@ class Nvme(PciDevice):
 
     @on_write_each(*_Doorbells.registers)
     def _ring(self, n: int, new: int) -> None:
+        if self.points.wants(Point.DOORBELL):
+            kind = "completion" if n & 1 else "submission"
+            self.points.doorbell(lambda _: self._rung(n, new), queue=n >> 1, kind=kind)
+        else:
+            self._rung(n, new)
+
+    def _rung(self, n: int, new: int) -> None:
         queue = (self.completion if n & 1 else self.submission).get(n >> 1)
         if queue is None:
             if self.enabled:

@@ -17,6 +17,7 @@ from vmodel.devices.nvme.fast import FULL, OTHER, FastPath
 from vmodel.devices.nvme.status import CommandError, Status
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault
+from vmodel.points import Event, Point, Points
 from vmodel.timers import Timer
 
 #: Commands that are taken from all queues before the device looks at its client again.
@@ -25,6 +26,8 @@ TURN = 256
 NO_BURST = 7
 
 _U32 = struct.Struct("<I")
+#: Write, Read, Write Uncorrectable, Compare, Write Zeroes, Verify: commands that name blocks.
+_OF_BLOCKS = frozenset((0x01, 0x02, 0x04, 0x05, 0x08, 0x0C))
 
 
 class CommandSet(Protocol):
@@ -41,6 +44,7 @@ class Host(Protocol):
     """The controller as its queues see it."""
 
     dma: Dma
+    points: Points
     log: logging.Logger
     fast: FastPath
     arbiter: Arbiter
@@ -318,8 +322,8 @@ class SubmissionQueue:
     def run(self, count: int) -> int:
         """Carries out up to `count` commands; how many there were."""
         done, fast, cq = 0, self._host.fast, self.cq
-        plain = self.qid and fast.enabled
         while done < count and not self._closed:
+            plain = self.qid and fast.enabled and not self._host.points.detailed
             if plain and not (cq.held and cq.full):
                 stop, taken = fast.run(self.qid, count - done)
                 if taken:
@@ -425,7 +429,30 @@ class SubmissionQueue:
             failure = self._as_status(error)
             status = failure.field(more=self._host.failed(self, command, failure))
             result = failure.result
-        self.cq.post(self, command.cid, status, result)
+        if self._host.points.wants(Point.COMPLETION):
+            self._announce(command, status, result)
+        else:
+            self.cq.post(self, command.cid, status, result)
+
+    def _announce(self, command: Command, status: int, result: int) -> None:
+        """Posts a completion if nobody who listens has it otherwise; one that comes late may find the queue gone."""
+
+        def post(event: Event) -> None:
+            if not self._closed:
+                found = event.id or 0, event.status or 0, event.length or 0
+                self.cq.post(self, found[0] & 0xFFFF, found[1] & 0x7FFF, found[2] & 0xFFFF_FFFF)
+
+        blocks = (command.slba, command.blocks) if self.qid and command.opcode in _OF_BLOCKS else (None, None)
+        self._host.points.completion(
+            post,
+            queue=self.qid,
+            opcode=command.opcode,
+            lba=blocks[0],
+            blocks=blocks[1],
+            id=command.cid,
+            status=status,
+            length=result,
+        )
 
     def abort(self, cid: int, status: Status = Status.ABORT_REQUESTED) -> bool:
         """Aborts a command that is under way, which then is complete; False: it is not, or cannot be any more."""

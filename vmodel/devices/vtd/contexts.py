@@ -24,6 +24,7 @@ from vmodel.iommu.fault import FaultRecord, PageHandler
 from vmodel.iommu.group import Group
 from vmodel.iommu.pgtable import Table, TableFlag, TableFormat
 from vmodel.memory import GuestMemory
+from vmodel.points import Point, Points
 from vmodel.span import PAGE, Span
 
 #: Source-id, and the PASID of a request or of an entry, if any.
@@ -55,11 +56,13 @@ class Contexts:
         ecap: int,
         ats: Callable[[Endpoint], bool],
         page_handler: PageHandler | None,
+        points: Points,
     ) -> None:
         """`covered`: the devices behind the unit at any time; `memory`: where tables are read.
 
         `ats`: whether a device uses a TLB of its own now; `page_handler`: asked for pages, None: there are no requests.
         """
+        self._points = points
         self.iommu = iommu
         self._covered = covered
         self.cap, self.ecap = Cap(cap), Ecap(ecap)
@@ -249,32 +252,55 @@ class Contexts:
 
     # ---- invalidation ----------------------------------------------------------------------
 
+    def _invalidate(
+        self, kind: str, carry_out: Callable[[], None], sources: Callable[[], set[int]], **about: str | int | None
+    ) -> None:
+        """Carries an invalidation out, as a fault point; `sources`: the devices that it concerns, by source-id."""
+        if not self._points.wants(Point.INVALIDATE):
+            carry_out()
+            return
+        with self._lock:
+            concerned = sources()
+        others = tuple(endpoint.name for endpoint in self._covered() if endpoint.requester_id in concerned)
+        self._points.at(Point.INVALIDATE, lambda _: carry_out(), kind=kind, others=others, **about)
+
+    def _sources(self, chosen: Callable[[int, Entry], bool]) -> set[int]:
+        return {source for (source, _), context in self.entries.items() if chosen(source, context.entry)}
+
     def forget(self, domain_id: int | None = None, source: int | None = None, mask: int = 0) -> None:
         """Context-cache invalidation: all, those of a domain, or those of a device; `mask`: bits that do not matter."""
 
         def meant(cached: int) -> bool:
             return source is None or not (cached ^ source) & 0xFFFF & ~mask
 
-        with self._lock:
-            if not self.tables.scalable:
-                self._drop(lambda cached, entry: meant(cached) and domain_id in (None, entry.domain_id))
-                return
-            # These entries have no domain-id; what the PASID cache has stays.
-            gone = {cached for cached in self.directories if meant(cached)}
-            for cached in gone:
-                del self.directories[cached]
-            self._hide({key for key in self._shown if key[0] in gone})
+        def chosen(cached: int, entry: Entry) -> bool:
+            # Scalable mode's context entries have no domain-id.
+            return meant(cached) and (self.tables.scalable or domain_id in (None, entry.domain_id))
+
+        def forget() -> None:
+            with self._lock:
+                if not self.tables.scalable:
+                    self._drop(chosen)
+                    return
+                # What the PASID cache has stays.
+                gone = {cached for cached in self.directories if meant(cached)}
+                for cached in gone:
+                    del self.directories[cached]
+                self._hide({key for key in self._shown if key[0] in gone})
+
+        self._invalidate("context", forget, lambda: self._sources(chosen))
 
     def forget_pasids(self, domain_id: int | None = None, pasid: int | None = None) -> None:
         """PASID-cache invalidation: all, those of a domain, or one PASID of a domain."""
-        with self._lock:
-            self._drop(
-                lambda cached, entry: (
-                    entry.pasid is not None
-                    and domain_id in (None, entry.domain_id)
-                    and (pasid is None or pasid == entry.pasid)
-                )
-            )
+
+        def chosen(_: int, entry: Entry) -> bool:
+            return entry.pasid is not None and domain_id in (None, entry.domain_id) and pasid in (None, entry.pasid)
+
+        def forget() -> None:
+            with self._lock:
+                self._drop(chosen)
+
+        self._invalidate("pasid", forget, lambda: self._sources(chosen), domain=_named(domain_id))
 
     def _drop(self, chosen: Callable[[int, Entry], bool]) -> None:
         gone = {key: context for key, context in self.entries.items() if chosen(key[0], context.entry)}
@@ -290,6 +316,8 @@ class Contexts:
         self._flush(
             lambda entry: domain_id in (None, entry.domain_id),
             lambda entry: None if entry.first_levels else span,
+            domain_id,
+            span,
         )
 
     def flush_pasid(self, domain_id: int, pasid: int, span: Span | None = None) -> None:
@@ -298,15 +326,33 @@ class Contexts:
         self._flush(
             lambda entry: (entry.domain_id, entry.pasid) == (domain_id, pasid),
             lambda entry: span if entry.first_levels else None,
+            domain_id,
+            span,
         )
 
-    def _flush(self, chosen: Callable[[Entry], bool], what: Callable[[Entry], Span | None]) -> None:
+    def _flush(
+        self,
+        chosen: Callable[[Entry], bool],
+        what: Callable[[Entry], Span | None],
+        domain_id: int | None,
+        span: Span | None,
+    ) -> None:
         with self._lock:
             domains = {c.domain: what(c.entry) for c in self.entries.values() if chosen(c.entry)}
             self._look_at_tlbs()
-        for domain, span in domains.items():
-            if isinstance(domain, TableDomain):
-                domain.flush(span, own=False)
+
+        def flush() -> None:
+            for domain, part in domains.items():
+                if isinstance(domain, TableDomain):
+                    domain.flush(part, own=False)
+
+        self._invalidate(
+            "iotlb",
+            flush,
+            lambda: self._sources(lambda _, entry: chosen(entry)),
+            domain=_named(domain_id),
+            **_where(span),
+        )
 
     # ---- devices' own TLBs -----------------------------------------------------------------
 
@@ -331,16 +377,22 @@ class Contexts:
 
     def flush_device(self, source: int, span: Span, pasid: int | None = None, everything: bool = False) -> None:
         """Device-TLB invalidation: IOVAs of requests with a PASID, or without; `everything`: with any, or none."""
-        with self._lock:
-            for endpoint in self._covered():
-                if endpoint.requester_id is None or endpoint.requester_id & 0xFFFF != source:
-                    continue
-                if not self._has_tlb(endpoint):
-                    continue
-                if everything:
-                    self._flush_device(endpoint, span)
-                else:
-                    endpoint.forget(span, pasid)
+
+        def flush() -> None:
+            with self._lock:
+                for endpoint in self._covered():
+                    if endpoint.requester_id is None or endpoint.requester_id & 0xFFFF != source:
+                        continue
+                    if not self._has_tlb(endpoint):
+                        continue
+                    if everything:
+                        self._flush_device(endpoint, span)
+                    else:
+                        endpoint.forget(span, pasid)
+
+        self._invalidate(
+            "device-tlb", flush, lambda: {s for s, _ in self.entries if s & 0xFFFF == source}, **_where(span)
+        )
 
     # ---- faults and page requests ----------------------------------------------------------
 
@@ -368,6 +420,14 @@ class Contexts:
         if context is None or context.entry.quiet or context.entry.stage is Stage.PASS_THROUGH:
             return None
         return walk_code(record, context.entry.stage, self.tables.scalable)
+
+
+def _named(domain_id: int | None) -> str | None:
+    return None if domain_id is None else f"domain-id {domain_id}"
+
+
+def _where(span: Span | None) -> dict[str, int]:
+    return {"address": 0, "size": 1 << 64} if span is None else {"address": span.start, "size": span.size}
 
 
 def _note(refusals: dict[Key, Refused], key: Key, refused: Refused) -> None:

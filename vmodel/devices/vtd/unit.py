@@ -64,6 +64,7 @@ from vmodel.iommu.core import Endpoint, Iommu, System
 from vmodel.iommu.fault import FaultRecord, PageRequest, PageResponse
 from vmodel.pci.caps import Capability
 from vmodel.pci.extcaps import Ats, Pri, PriSta
+from vmodel.points import Point
 from vmodel.span import PAGE, MiB, Span
 
 _STATE = struct.Struct("<QBB")
@@ -110,6 +111,7 @@ class VtdDevice(IommuDevice):
             self._ecap,
             self._ats,
             self._ask if Ecap(self._ecap).PRS else None,
+            self.points,
         )
         self.pages = PageRequests(self.regs, self.contexts.dma, self._page_event, self.defer)
         iommu.resolver = self._resolve
@@ -443,6 +445,9 @@ class VtdDevice(IommuDevice):
         Ours has not (see Contexts.dma), so a device behind the unit has to do it, first of all the one that is at
         fault: it was about to do DMA.
         """
+        self.points.at(Point.IRQ, lambda _: self._send_now(address, data, culprit), vector=0)
+
+    def _send_now(self, address: int, data: int, culprit: str) -> None:
         devices: list[PciDevice] = [self]
         devices += [self.peers[e.name] for e in self.covered() if e.name in self.peers]
         devices = [device for device in devices if device.dma.bus_master and device.dma.courier is not None]

@@ -1,0 +1,103 @@
+"""A guest that takes scripts: what the plugin's `vm_booted` and experiments stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vmodel.errors import ConfigError
+from vmodel.machine import Machine
+from vmodel.testing.booted import BootedGuest
+from vmodel.testing.guest import GuestRunError
+from vmodel.testing.monitor import MonitorError
+from vmodel.testing.plugin import Vm
+from vmodel.testing.served import Served
+
+pytestmark = [pytest.mark.guest, pytest.mark.machine("plugged.toml")]
+
+
+def test_scripts_one_after_the_other(vm_booted: BootedGuest) -> None:
+    """Output, status, time, the kernel's log, a long script, and one that does not end: in one guest."""
+    for n in range(30):
+        done = vm_booted.run(f"echo {n}; echo error >&2; exit {n}", 20)
+        assert (done.status, done.output) == (n, b"%d\nerror\n" % n)
+        assert done.started < done.came[0] <= done.ended
+    vm_booted.clear()
+    done = vm_booted.run("printf '\\036 control'; echo '<3>a line' > /dev/kmsg; cat; " + "# 123456789\n" * 1500)
+    assert (done.status, done.output) == (0, b"\x1e control")
+    log = vm_booted.dmesg()
+    assert "a line" in log and vm_booted.dmesg() == ""
+    lines = [line for line in vm_booted.lines() if line.text == "a line"]
+    assert len(lines) == 1 and lines[0].at is not None and done.started < lines[0].at < done.ended + 1
+    with pytest.raises(ConfigError, match="at most"):
+        vm_booted.run("#" * 30_000)
+    mark = vm_booted.mark()
+    assert vm_booted.run("echo so far; sleep 100", 0.5).status is None
+    assert vm_booted.alive()
+    vm_booted.show_blocked()
+    assert "Show Blocked State" in vm_booted.console(mark)
+    assert vm_booted.run("exit 5").status == 5
+    result = vm_booted.power_off()
+    assert result.powered_off and not vm_booted.alive(1)
+    with pytest.raises(GuestRunError):
+        vm_booted.dmesg()
+
+
+def test_from_boot_to_power_off(vm: Vm, artifacts: Path) -> None:
+    result = vm.run("cat /sys/bus/pci/devices/0000:00:03.0/device; cat /proc/cmdline; exit 3", append="one=more")
+    assert (result.status, result.powered_off) == (3, True)
+    assert result.output.startswith(b"0x11e8\n") and b" one=more\n" in result.output
+    assert (artifacts / "guest-1" / "output.log").read_bytes() == result.output
+
+
+@pytest.fixture
+def asked() -> list[list[str]]:
+    return []
+
+
+@pytest.fixture
+def rebooting(vm: Vm, vmodel_served: Served, asked: list[list[str]], artifacts: Path) -> Iterator[BootedGuest]:
+    """With what a plugin's guest has not: reboots, and a host that answers."""
+    spec = vm.spec("", without=["edu1"])
+    spec.allow_reboot = True
+
+    def host(work: Callable[..., None]) -> Callable[[list[str]], int]:
+        def command(words: list[str]) -> int:
+            asked.append(words)
+            work(guest.monitor, *words)
+            return len(words)
+
+        return command
+
+    guest = BootedGuest(
+        spec,
+        artifacts=artifacts,
+        host={"plug": host(vmodel_served.plug), "unplug": host(vmodel_served.unplug)},
+    )
+    with guest:
+        yield guest
+
+
+def test_plug_unplug_and_reset(
+    rebooting: BootedGuest, machine: Machine, asked: list[list[str]], vmodel_served: Served
+) -> None:
+    """A script asks the host for a device and gets it; the machine is reset, and boots again."""
+    wait = "for i in $(seq 100); do [ {} -e $card ] && break; sleep 0.1; done; [ {} -e $card ]"
+    script = "card=/sys/bus/pci/devices/0000:01:00.0; [ ! -e $card ] || exit 9; vmodel-host plug edu1; echo $?;"
+    done = rebooting.run(script + wait.format("", ""), 40)
+    assert (done.status, done.output, asked) == (0, b"1\n", [["edu1"]])
+    assert rebooting.monitor.execute("query-status")["running"] is True
+    done = rebooting.run("card=/sys/bus/pci/devices/0000:01:00.0; vmodel-host unplug edu1;" + wait.format("!", "!"), 40)
+    assert done.status == 0, rebooting.console()
+    rebooting.monitor.wait("DEVICE_DELETED", 0, device="edu1")
+    with pytest.raises(MonitorError, match="did not report"):
+        rebooting.monitor.wait("DEVICE_DELETED", 0, device="edu0")
+    with pytest.raises(MonitorError, match="edu7"):
+        rebooting.monitor.execute("device_del", {"id": "edu7"})
+    with pytest.raises(ConfigError, match="no device is called 'edu7'"):
+        vmodel_served.plug(rebooting.monitor, "edu7")
+    assert rebooting.run("vmodel-host dance", 10).status == 127
+    rebooting.reset()
+    assert rebooting.guest.boots == 2 and rebooting.run("exit 4").status == 4

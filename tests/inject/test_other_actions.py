@@ -1,0 +1,212 @@
+"""Interrupts, resets, connections: what actions do there."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.inject.lab import PLAIN, RAISE, Bench, armed, bench, eventually, fired
+from vmodel.errors import Reason
+from vmodel.vfio_user.client import Client, Closed
+from vmodel.vfio_user.wire import Irq, IrqSetFlags
+
+
+def test_lost(lab: Bench) -> None:
+    with armed(lab, "irq nth=1 do=drop"):
+        lab.put(RAISE, 2)
+        assert lab.raised(2) == 0
+        lab.put(RAISE, 2)
+        assert lab.raised(2) == 1
+
+
+def test_late(lab: Bench) -> None:
+    with armed(lab, "irq vector=1 do=late(100)"):
+        lab.put(RAISE, 1)
+        assert lab.raised(1) == 0
+        assert lab.events[1].wait() == 1
+
+
+def test_delayed(lab: Bench) -> None:
+    with armed(lab, "irq do=delay(80)"):
+        start = time.monotonic()
+        lab.put(RAISE, 1)
+        assert lab.raised(1) == 1 and time.monotonic() - start >= 0.08
+
+
+def test_repeated(lab: Bench) -> None:
+    with armed(lab, "irq do=duplicate"):
+        lab.put(RAISE, 3)
+    assert lab.raised(3) == 2
+
+
+def test_reordered(lab: Bench) -> None:
+    with armed(lab, "irq nth=1 do=reorder"):
+        lab.put(RAISE, 0)
+        assert lab.raised(0) == 0
+        lab.put(RAISE, 1)
+        assert (lab.raised(0), lab.raised(1)) == (1, 1)
+
+
+def test_wrong_vector(lab: Bench) -> None:
+    with armed(lab, "irq vector=0 do=vector(3)", "irq vector=1 do=vector(9)") as engine:
+        lab.put(RAISE, 0)
+        assert (lab.raised(0), lab.raised(3)) == (0, 1)
+        lab.put(RAISE, 1)
+        assert lab.raised(1) == 0
+        assert [record["result"] for record in fired(engine)] == ["ok", "no such vector"]
+
+
+def test_storm(lab: Bench) -> None:
+    with armed(lab, "irq once do=storm(20, ms=1)"):
+        lab.put(RAISE, 1)
+        total = 0
+
+        def all_there() -> bool:
+            nonlocal total
+            total += lab.raised(1)
+            return total == 21
+
+        assert eventually(all_there)
+
+
+def test_a_storm_ends_with_its_rule(lab: Bench) -> None:
+    with armed(lab, "irq once do=storm(100000, ms=1)") as engine:
+        lab.put(RAISE, 1)
+        assert eventually(lambda: lab.raised(1))
+        engine.remove("rule1")
+        lab.settle()
+        lab.raised(1)
+        assert lab.raised(1) == 0
+
+
+def test_spurious(lab: Bench) -> None:
+    with armed(lab, "mmio.read nth=2 do=spurious(vector=2)", "mmio.read nth=3 do=spurious(vector=1, ms=30)"):
+        lab.get(PLAIN)
+        assert lab.raised(2) == 0
+        lab.get(PLAIN)
+        assert lab.raised(2) == 1
+        lab.get(PLAIN)
+        assert lab.events[1].wait() == 1
+
+
+def test_pin(tmp_path: Path) -> None:
+    """INTx: lost; and a spurious one is a pulse, which is not signalled again when it is unmasked."""
+    with bench(tmp_path, enabled=False) as lab:
+        lab.enable(msi=False)
+        with armed(lab, "irq nth=1 do=drop", "mmio.read do=spurious"):
+            lab.put(RAISE, 0)
+            assert lab.raised() == 0
+            lab.get(PLAIN)
+            assert lab.raised() == 1
+            lab.client.set_irqs(Irq.INTX, IrqSetFlags.DATA_NONE | IrqSetFlags.UNMASK)
+            assert lab.raised() == 0
+            lab.put(RAISE, 0)
+            assert lab.raised() == 1
+
+
+def test_ignored_reset(lab: Bench) -> None:
+    lab.put(PLAIN, 5)
+    with armed(lab, "reset kind=DEVICE_RESET once do=drop"):
+        lab.client.reset()
+        assert lab.lab.regs.PLAIN == 5
+        lab.client.reset()
+        assert lab.lab.regs.PLAIN == 0x1111_1111
+
+
+def test_slow_and_late_reset(lab: Bench) -> None:
+    lab.put(PLAIN, 5)
+    with armed(lab, "reset once do=delay(100)"):
+        start = time.monotonic()
+        lab.client.reset()
+        assert time.monotonic() - start >= 0.1 and lab.lab.regs.PLAIN != 5
+    lab.lab.regs.PLAIN = 6
+    with armed(lab, "reset do=late(50)"):
+        lab.client.reset()
+        assert lab.lab.regs.PLAIN == 6
+        assert eventually(lambda: lab.lab.regs.PLAIN != 6)
+
+
+def test_flr_is_a_reset(lab: Bench) -> None:
+    at = next(at for name, at, _ in lab.lab.config.places if name == "pcie")
+    with armed(lab, "reset kind=FLR do=drop") as engine:
+        lab.put(PLAIN, 5)
+        lab.client.region_write(7, at + 8, b"\x00\x80")
+        assert lab.get(PLAIN) == 5
+        assert [record["kind"] for record in fired(engine)] == ["FLR"]
+
+
+def test_surprise_disconnect(tmp_path: Path) -> None:
+    with bench(tmp_path) as lab, armed(lab, "mmio.write nth=2 do=disconnect"):
+        lab.put(PLAIN, 1)
+        with pytest.raises((Closed, OSError)):
+            lab.put(PLAIN, 2)
+            lab.client.info()
+        with Client.connect(tmp_path / "lab.sock") as again:
+            again.negotiate()
+            assert again.info().num_regions == 9
+
+
+def test_what_a_device_has_in_hand_is_lost_with_it(tmp_path: Path) -> None:
+    with bench(tmp_path) as lab, armed(lab, "dma.write once do=disconnect"):
+        with pytest.raises((Closed, OSError)):
+            lab.copy(b"data")
+            lab.client.info()
+        assert lab.target(4) == bytes(4) and not lab.raised()
+        assert [fault.reason for fault in lab.lab.faults] == [Reason.NO_WINDOW]
+
+
+def test_disconnect_later_and_at_the_start(tmp_path: Path) -> None:
+    with bench(tmp_path) as lab:
+        with armed(lab, "mmio.write once do=disconnect(50ms)"):
+            lab.put(PLAIN, 1)
+            assert lab.get(PLAIN) == 1
+            time.sleep(0.1)
+            with pytest.raises((Closed, OSError)):
+                lab.client.info()
+        with armed(lab, "connection do=disconnect") as engine, Client.connect(tmp_path / "lab.sock") as again:
+            with pytest.raises((Closed, OSError)):
+                again.negotiate()
+            assert eventually(lambda: [record["point"] for record in fired(engine)] == ["connection"])
+
+
+def test_unplug_request(lab: Bench) -> None:
+    (req,) = lab.client.eventfds(Irq.REQ, 1)
+    with armed(lab, "mmio.write once do=unplug"):
+        lab.put(PLAIN, 1)
+    assert req.wait() == 1
+    req.close()
+
+
+def test_the_client_goes(tmp_path: Path) -> None:
+    with bench(tmp_path) as lab, armed(lab, "unplug do=delay(1)", "connection do=delay(1)") as engine:
+        lab.client.close()
+        assert eventually(lambda: [record["point"] for record in fired(engine)] == ["unplug"])
+        with Client.connect(tmp_path / "lab.sock") as again:
+            again.negotiate()
+        assert eventually(lambda: len(fired(engine)) == 3)
+
+
+def test_phase(tmp_path: Path) -> None:
+    """Told by bus mastering and MSI, and by resets."""
+    with bench(tmp_path, enabled=False) as lab:
+        phases = []
+        with armed(
+            lab, *(f"mmio.write phase={phase} do=delay(0)" for phase in ("probe", "running", "remove"))
+        ) as engine:
+
+            def step(command: int) -> None:
+                lab.client.region_write(7, 4, command.to_bytes(2, "little"))
+                lab.put(PLAIN, 1)
+                phases.append(fired(engine)[-1]["rule"] if fired(engine) else "")
+
+            step(2)
+            step(6)
+            lab.enable()
+            step(6)
+            step(2)
+            step(6)
+            lab.client.reset()
+            step(2)
+    assert phases == ["rule1", "rule1", "rule2", "rule3", "rule2", "rule1"]

@@ -1,0 +1,163 @@
+"""Lines of kernels to findings and signatures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vmodel.testing.kernel_log import Line, findings, lines_of, merged, normal
+from vmodel.testing.oracle import Effect, Finding
+
+#: What kernels print, in the formats of 6.12 ("_new": of 7.2), with made-up addresses.
+SPLATS = {path.stem: path.read_text() for path in (Path(__file__).parent / "splats").glob("*.log")}
+
+
+def of(text: str) -> list[Finding]:
+    return findings(lines_of(text))
+
+
+def signs(text: str) -> list[str]:
+    return [finding.sign for finding in of(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (SPLATS["oops"], ["oops", "panic"]),
+        (SPLATS["protection"], ["oops"]),
+        (SPLATS["bug_at"], ["memory", "bug"]),
+        (SPLATS["kasan"], ["kasan"]),
+        (SPLATS["warn"], ["warn"]),
+        (SPLATS["warn_new"], ["warn"]),
+        (SPLATS["hung_task"], ["hung-task", "hung-task"]),
+        (SPLATS["blocked"], ["blocked-task", "blocked-task"]),
+        (SPLATS["lockups"], ["softlockup", "rcu-stall", "hardlockup"]),
+        (
+            SPLATS["others"],
+            ["interrupt", "interrupt", "probe", "probe", "pci", "virtio", "virtio", "filesystem", "pci"],
+        ),
+    ],
+)
+def test_signs(text: str, expected: list[str]) -> None:
+    assert signs(text) == expected
+
+
+def test_each_line_of_iommus() -> None:
+    found = of(SPLATS["iommu"])
+    assert {finding.sign for finding in found} == {"iommu-fault"}
+    # The two of VT-d differ in how they write the device, and in the address alone.
+    assert [finding.count for finding in found] == [1, 2, 1, 1, 1, 1, 1]
+
+
+def test_each_line_of_nvme() -> None:
+    assert signs(SPLATS["nvme"]) == [
+        "nvme-timeout",
+        "nvme-abort",
+        "nvme-timeout",
+        "nvme-reset",
+        "nvme-error",
+        "io-error",
+        "io-error",
+        "nvme-error",
+        "nvme-reset",
+        "nvme-reset",
+    ]
+
+
+def test_each_line_of_aer() -> None:
+    assert signs(SPLATS["aer"]) == ["aer", "aer", "nvme-reset", "aer", "aer"]
+
+
+def test_effects() -> None:
+    crash = {
+        sign
+        for text in SPLATS.values()
+        for sign in (finding.sign for finding in of(text) if finding.effect is Effect.CRASH)
+    }
+    assert crash == {"oops", "panic", "bug", "memory", "kasan"}
+
+
+@pytest.mark.parametrize(
+    ("text", "signature"),
+    [
+        (
+            SPLATS["oops"],
+            "oops: BUG: kernel NULL pointer dereference, address: # in nvme_complete_rq < nvme_pci_complete_rq <"
+            " nvme_irq",
+        ),
+        (SPLATS["kasan"], "kasan: BUG: KASAN: slab-out-of-bounds in edu_read [edu] in edu_read < vfs_read"),
+        (
+            SPLATS["warn"],
+            "warn: WARNING: drivers/iommu/dma-iommu.c __iommu_dma_unmap in __iommu_dma_unmap <"
+            " iommu_dma_unmap_page < nvme_unmap_data",
+        ),
+        (
+            SPLATS["hung_task"],
+            "hung-task: INFO: task dd:# blocked for more than # seconds. in folio_wait_bit_common < filemap_read",
+        ),
+        (SPLATS["blocked"], "blocked-task: kworker/#:# in nvme_wait_freeze"),
+        (
+            SPLATS["lockups"],
+            "softlockup: watchdog: BUG: soft lockup - CPU## stuck for #s! [modprobe:#] in idio_16_probe <"
+            " local_pci_probe",
+        ),
+    ],
+)
+def test_signatures(text: str, signature: str) -> None:
+    assert of(text)[0].signature == signature
+
+
+def test_a_warning_has_one_signature_in_all_kernels() -> None:
+    assert [f.signature for f in of(SPLATS["warn"])] == [f.signature for f in of(SPLATS["warn_new"])]
+
+
+def test_levels_of_what_no_sign_names() -> None:
+    raw = "<3>[    1.000001] foo 0000:00:03.0: bad thing 17\n<4>[    1.000002] foo: hm\n<6>[    1.000003] foo: fine\n"
+    found = findings(lines_of(raw, "kernel log"))
+    assert [(f.sign, f.effect, f.signature) for f in found] == [
+        ("error", Effect.NOTICED, "error: foo PCI: bad thing #"),
+        ("warning", Effect.NOTICED, "warning: foo: hm"),
+    ]
+    assert findings(lines_of(raw, "kernel log"), unknown=False) == []
+    assert of(raw.replace("<3>", "").replace("<4>", "").replace("<6>", "")) == []  # a console knows no levels
+
+
+def test_what_programs_write_is_not_the_kernels() -> None:
+    assert findings(lines_of("<11>[    1.000001] my script failed\n", "kernel log")) == []
+
+
+def test_noise_of_a_slow_host() -> None:
+    text = "<4>[    1.000001] hrtimer: interrupt took 2400000 ns\n<4>[    1.000002] clocksource: 'tsc' is unstable\n"
+    assert findings(lines_of(text, "kernel log")) == []
+
+
+def test_registers_in_a_log_with_levels_are_part_of_the_splat() -> None:
+    text = "".join(f"<4>{line}\n" for line in SPLATS["warn"].splitlines())
+    assert [f.sign for f in findings(lines_of(text, "kernel log"))] == ["warn"]
+
+
+def test_equal_ones_are_counted() -> None:
+    text = "".join(f"[    1.{n:06}] I/O error, dev sda, sector {n} op 0x0:(READ)\n" for n in range(9))
+    lines = [Line(line.text, line.stamp, at=float(n)) for n, line in enumerate(lines_of(text))]
+    (found,) = findings(lines)
+    assert (found.count, found.at, found.last) == (9, 0.0, 8.0)
+
+
+def test_console_and_log_are_one() -> None:
+    """The console knows when a line came, the log its level; a line of a dead guest is on the console alone."""
+    console = [Line("a", "1.000001", at=5.0), Line("b", "1.000002", at=6.0)]
+    log = lines_of("<3>[    1.000001] a\n<6>[    0.500000] early\n", "kernel log")
+    early, a, b = merged(console, log)
+    assert (early.text, early.at, early.level) == ("early", None, 6)
+    assert (a.at, a.level, a.oracle) == (5.0, 3, "kernel log")
+    assert (b.at, b.level, b.oracle) == (6.0, None, "console")
+
+
+def test_what_is_no_line_of_the_kernel() -> None:
+    assert lines_of("SeaBIOS (version 1.17)\r\n[ x ] y\n\n") == []
+    assert lines_of("[    1.000001][    T1] with a caller") == [Line("with a caller", "1.000001")]
+
+
+def test_normal() -> None:
+    assert normal("foo+0x1b/0x1f0 at 0x10, 0000:00:03.0 took 12ms, nvme0n1") == "foo at #, PCI took #ms, nvme0n1"

@@ -1,0 +1,198 @@
+"""The pytest plugin, in runs of pytest of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Runs of pytest in this process forget what they are the first to import: classes would be there twice.
+import vmodel.devices.edu
+import vmodel.inject
+import vmodel.machine
+import vmodel.testing.experiment
+import vmodel.testing.fakes  # noqa: F401
+from vmodel.testing.oracle import Outcome
+
+pytest_plugins = "pytester"
+
+MODEL = """
+    import pytest
+    from vmodel.devices.edu import Edu
+
+    @pytest.fixture
+    def edu(fake_driver):
+        return fake_driver(Edu("edu0"))
+
+    def copied(edu, data):
+        for start, end, command in ((edu.memory.alloc(data), 0x40000, 5), (0x40000, back := edu.memory.alloc(64), 7)):
+            edu.write("DMA_SRC", start)
+            edu.write("DMA_DST", end)
+            edu.write("DMA_COUNT", 64)
+            edu.write("DMA_CMD", command)
+            edu.interrupt()
+            edu.write("IRQ_ACK", 0x100)
+        return edu.memory.read(back, 64)
+"""
+
+
+def test_what_is_injected_is_kept_when_a_test_fails(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        MODEL
+        + """
+    @pytest.mark.parametrize("good", [True, False])
+    def test_a(edu, inject, good):
+        inject("dma.write nth=1 do=corrupt(ab)")
+        assert copied(edu, bytes(64)) == b"\\xab" * 64
+        assert [record["point"] for record in inject.log] == ["dma.write"]
+        assert [rule["fired"] for rule in inject.rules] == [1]
+        inject.heal()
+        assert copied(edu, bytes(64)) == bytes(64)
+        assert good
+    """
+    )
+    result = pytester.runpytest()
+    result.assert_outcomes(passed=1, failed=1)
+    (kept,) = (pytester.path / "artifacts").iterdir()
+    assert kept.name == "test_what_is_injected_is_kept_when_a_test_fails.py_test_a_False"
+    (record,) = map(json.loads, (kept / "injections-1.jsonl").read_text().splitlines())
+    assert (record["device"], record["after"]) == ("edu0", "ab" * 64)
+    result.stdout.fnmatch_lines([f"logs will be in {kept}"])
+
+
+def test_another_folder_for_what_is_kept(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_a(artifacts): artifacts.mkdir(); (artifacts / 'x').touch(); assert 0")
+    pytester.runpytest("--vmodel-artifacts", "kept/here").assert_outcomes(failed=1)
+    assert (pytester.path / "kept/here").is_dir() and not (pytester.path / "artifacts").exists()
+
+
+def test_the_seed(pytester: pytest.Pytester) -> None:
+    """It decides what a plan without one does."""
+    pytester.makepyfile(
+        MODEL
+        + """
+    def test_a(edu, inject, vmodel_seed):
+        inject("dma.write nth=1 do=flip(5)")
+        print("seed", vmodel_seed, copied(edu, bytes(64)).hex())
+    """
+    )
+    lines = []
+    for seed in ("5", "5", "6"):
+        result = pytester.runpytest("-s", "--vmodel-seed", seed)
+        result.stdout.fnmatch_lines([f"vmodel: seed {seed}"])
+        lines.append(next(line for line in result.outlines if f"seed {seed} " in line).split()[-1])
+    assert lines[0] == lines[1] != lines[2]
+
+
+def test_guests_are_marked(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+    def test_vm(vm): pass
+    def test_vm_booted(vm_booted): pass
+    def test_experiment(experiment): pass
+    def test_machine(fake_driver): pass
+    """
+    )
+    result = pytester.runpytest("-m", "not guest")
+    result.assert_outcomes(passed=1, deselected=3)
+
+
+def test_each_kernel(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_vm(vm): pass\ndef test_other(fake_memory): pass")
+    result = pytester.runpytest("--collect-only", "-q", "--vmodel-kernel", "6.12", "--vmodel-kernel", "/boot/vmlinuz")
+    assert [line.partition("::")[2] for line in result.outlines if "::" in line] == [
+        "test_vm[6.12]",
+        "test_vm[boot_vmlinuz]",
+        "test_other",
+    ]
+
+
+def test_the_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VMODEL_QEMU", raising=False)
+    pytester.makepyfile(
+        """
+    import pytest
+    from vmodel.testing.artifacts import ArtifactError, find_qemu
+    def test_a():
+        with pytest.raises(ArtifactError, match="no-qemu-here cannot be run"):
+            find_qemu()
+    """
+    )
+    pytester.runpytest("--vmodel-qemu", "no-qemu-here").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        ("def test_a(machine): pass", '*needs a machine, as @pytest.mark.machine("edu.toml")'),
+        ("@pytest.mark.machine('no.toml')\ndef test_a(machine): pass", "*no.toml: cannot be read: No such file*"),
+        (
+            "@pytest.mark.machine('edu.toml')\n@pytest.mark.guest(module=['x'])\ndef test_a(vm): pass",
+            "*guest(module): known are append, extra_modules, files, modules, qemu_args, timeout, without",
+        ),
+        ("def test_a(inject): inject('dma.write do=nothing')", "*do: *"),
+    ],
+)
+def test_mistakes(pytester: pytest.Pytester, test: str, said: str) -> None:
+    (pytester.path / "edu.toml").write_text((Path(__file__).parents[2] / "examples" / "edu.toml").read_text())
+    pytester.makepyfile(f"import pytest\n{test}")
+    result = pytester.runpytest()
+    assert result.ret != 0
+    (result.stderr if "known are" in said else result.stdout).fnmatch_lines([said])
+
+
+@pytest.mark.machine("../../examples/edu.toml")
+def test_the_machine_of_a_mark(machine, inject) -> None:  # type: ignore[no-untyped-def]
+    assert list(machine.devices) == ["edu0"]
+    inject("mmio.read device=edu0 do=ones")
+    assert [rule["state"] for rule in inject.rules] == ["armed"]
+
+
+def test_side_by_side(pytester: pytest.Pytester) -> None:
+    """pytest-xdist: each worker has sockets and folders of its own."""
+    pytester.makepyfile(
+        MODEL
+        + """
+    @pytest.mark.parametrize("n", range(12))
+    def test_a(edu, inject, n):
+        inject("dma.write nth=1 do=corrupt(ab)")
+        assert copied(edu, bytes(64)) == b"\\xab" * 64
+        assert n != 7
+    """
+    )
+    pytester.runpytest_subprocess("-n", "2").assert_outcomes(passed=11, failed=1)
+    assert [path.name for path in (pytester.path / "artifacts").iterdir()] == ["test_side_by_side.py_test_a_7"]
+
+
+def test_it_costs_no_import() -> None:
+    """Whoever has vmodel installed and tests something else does not wait for it."""
+    code = "import sys, vmodel.testing.plugin; print([m for m in sys.modules if m.startswith(('vmodel.', 'pydantic'))])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "['vmodel.testing', 'vmodel.testing.plugin']\n"
+
+
+def test_the_page_names_what_there_is(pytester: pytest.Pytester) -> None:
+    """Each fixture, mark and option of docs/testing.md, and each that is there."""
+    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+    fixtures = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    found = pytester.runpytest("--fixtures", "-q").outlines
+    ours = {
+        line.split()[0]
+        for line in found
+        if "vmodel/testing/plugin.py" in line and not line.startswith(("vmodel_", "pytester"))
+    }
+    assert fixtures - {"vmodel_seed"} == ours
+    said = "\n".join(pytester.runpytest("--help").outlines)
+    assert set(re.findall(r"`(--vmodel-\w+)", page)) == set(re.findall(r"(--vmodel-\w+)[=\n]", said))
+    marks = "\n".join(pytester.runpytest("--markers").outlines)
+    for mark in re.findall(r"^\| `(\w+)\(", page, re.MULTILINE):
+        assert f"@pytest.mark.{mark}(" in marks
+
+
+def test_the_outcomes_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+    assert set(Outcome) <= set(re.findall(r"^\| ([a-z ]+) \|", page, re.MULTILINE))

@@ -1,0 +1,1 @@
+"""Campaigns: many experiments, stored as they come, repeated, minimised and reported.  See docs/campaigns.md."""

@@ -1,0 +1,111 @@
+"""What a campaign shows of itself while it runs: a bar in a terminal, else a line for each run."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vmodel.campaign.store import Row
+from vmodel.testing.oracle import Outcome
+
+#: How outcomes look in a terminal.
+STYLES = {
+    Outcome.NOT_ACTIVATED: "dim",
+    Outcome.MASKED: "cyan",
+    Outcome.RECOVERED: "green",
+    Outcome.FAILED: "yellow",
+    Outcome.CORRUPTION: "bold magenta",
+    Outcome.HANG: "bold yellow",
+    Outcome.CRASH: "bold red",
+    Outcome.HARNESS: "reverse",
+}
+
+
+class Show(Protocol):
+    """Hears of what happens."""
+
+    def total(self, done: int, of: int) -> None:
+        """How many runs there are, and have ended."""
+
+    def ended(self, row: Row) -> None:
+        """A run has ended."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+
+
+class Bar:
+    """Shows it on stderr; a context manager."""
+
+    def __init__(self, out: Console) -> None:
+        self._out = out
+        self._outcomes: Counter[Outcome] = Counter()
+        self._done = self._of = 0
+        self._progress: Progress | None = None
+        if out.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=out,
+            )
+            self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def total(self, done: int, of: int) -> None:
+        """See Show."""
+        self._done, self._of = done, of
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=of)
+
+    def ended(self, row: Row) -> None:
+        """See Show."""
+        assert row.result is not None
+        self._done += 1
+        outcome = row.result.outcome
+        self._outcomes[outcome] += 1
+        if self._progress is None:
+            print(f"{self._done}/{self._of} {line(row)}", file=sys.stderr, flush=True)
+            return
+        said = ", ".join(f"[{STYLES[o]}]{n} {o.value}[/]" for o, n in sorted(self._outcomes.items(), key=_severity))
+        self._progress.update(self._task, completed=self._done, description=said)
+        if not row.expected and outcome is not Outcome.NOT_ACTIVATED:
+            self._progress.print(f"[{STYLES[outcome]}]{escape(line(row))}[/]")
+
+    def note(self, text: str) -> None:
+        """See Show."""
+        if self._progress is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._progress.print(escape(text))
+
+
+def _severity(item: tuple[Outcome, int]) -> int:
+    return list(Outcome).index(item[0])
+
+
+def line(row: Row) -> str:
+    """A run that has ended, on one line."""
+    assert row.result is not None
+    run, result = row.run, row.result
+    place = " ".join(part for part in (run.machine, run.kernel, run.workload) if part)
+    why = next((f": {f.text}" for f in result.evidence), "") if not row.expected else ""
+    return f"{row.folder} {place} / {run.plan} / seed {run.seed}: {result.outcome.value}{why} ({result.wall:.1f} s)"

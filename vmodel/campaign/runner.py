@@ -1,0 +1,80 @@
+"""Runs what waits in a store, on whatever executor there is."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vmodel.campaign.cluster import Cluster
+from vmodel.campaign.executor import Answer, Executor, Task
+from vmodel.campaign.progress import Show
+from vmodel.campaign.rig import harness_error
+from vmodel.campaign.store import Row, Store
+from vmodel.campaign.worker import Processes
+
+#: Workers that may die of a run before it is a harness error.
+MOST_DEATHS = 3
+
+
+@contextmanager
+def executor(rig: str, folder: Path, *, jobs: int = 1, scheduler: str | None = None) -> Iterator[Executor]:
+    """Processes of this machine, or a cluster.  ConfigError."""
+    made: Executor
+    if scheduler is not None:
+        made = Cluster(rig, scheduler)
+    else:
+        made = Processes(rig, jobs, (folder / "workers.log").open("ab"))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class Runner:
+    """Brings a store's runs to their end."""
+
+    def __init__(self, store: Store, on: Executor, show: Show) -> None:
+        self._store = store
+        self._on = on
+        self._show = show
+        self._started: dict[int, float] = {}
+        #: By rig: how many guests it has had.
+        self._guests: dict[str, int] = {}
+
+    def finish(self, on_row: Callable[[Row], None] = lambda row: None) -> None:
+        """Runs all that have not ended.  ConfigError: the user's mistake; all that has ended is stored."""
+        rows = self._store.rows()
+        waiting = deque(row for row in rows if row.result is None)
+        self._show.total(len(rows) - len(waiting), len(rows))
+        under_way: dict[int, Row] = {}
+        while waiting or under_way:
+            while waiting and self._on.free > 0:
+                row = waiting.popleft()
+                under_way[row.id] = row
+                self._started[row.id] = time.time()
+                self._on.submit(Task(row.id, row.run.case, self._store.part(row.id)))
+            for answer in self._on.wait():
+                row = under_way.pop(answer.task.id)
+                ended = self._take(answer)
+                if ended is None:
+                    waiting.appendleft(row)
+                else:
+                    self._show.ended(ended)
+                    on_row(ended)
+
+    def _take(self, answer: Answer) -> Row | None:
+        """Stores what came of a task; None: it is to be tried again."""
+        id, result = answer.task.id, answer.result
+        if result is None:
+            deaths = self._store.died(id)
+            if answer.again and deaths < MOST_DEATHS:
+                self._show.note(f"run {id}: {answer.died}: once more")
+                return None
+            result = harness_error(answer.task.case, "worker", answer.died)
+        if result.nth == 1:
+            self._guests[answer.rig] = self._guests.get(answer.rig, 0) + 1
+        guest = f"{answer.rig}.{self._guests.get(answer.rig, 1)}" if answer.rig else ""
+        return self._store.finish(id, answer.task.folder, result, guest, self._started[id])

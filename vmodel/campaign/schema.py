@@ -1,0 +1,210 @@
+"""Campaign files: machines x kernels x workloads x plans x seeds, as TOML.
+
+```toml
+[campaign]
+name = "edu"
+kernels = ["6.12", "7.2"]
+seeds = 3
+
+[[machine]]
+file = "edu.toml"
+
+[[workload]]
+name = "check"
+run = "./edu_check 0000:00:03.0"
+files = ["edu_check"]
+modules = ["uio_pci_generic"]
+
+[[plan]]
+name = "torn write"
+faults = ["dma.write device=edu0 nth=3 do=partial(8)"]
+
+[[plan]]
+file = "plans/*.toml"
+```
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from vmodel.campaign.rig import GUESTS
+from vmodel.errors import ConfigError
+from vmodel.inject import Heal, Rule, parse_rule
+from vmodel.inject.quantity import Seconds
+from vmodel.machine.explain import explain, guess, one_line
+from vmodel.testing.artifacts import KERNEL_NAME
+from vmodel.testing.oracle import Outcome
+
+#: Runs of one campaign: more than that is a mistake.
+MOST_RUNS = 1_000_000
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[^\x00-\x1f\x7f]{1,80}", value) or value != value.strip():
+        raise ValueError("must be up to 80 characters, on one line")
+    return value
+
+
+def seed_numbers(value: object) -> tuple[int, ...]:
+    """How many (3: 0, 1, 2), or which: [1, 7], "1-3".  ValueError."""
+    text = 'must be how many seeds, as 3, or which, as [1, 7] or "10-19"'
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+)-([0-9]+)", value)):
+        first, last = int(match[1]), int(match[2])
+        found = range(first, last + 1)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        found = range(value)
+    elif isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        if len(set(value)) != len(value):
+            raise ValueError("has a seed twice")
+        return _sound_seeds(tuple(value), text)
+    else:
+        raise ValueError(text)
+    if not 0 < len(found) <= MOST_RUNS:
+        raise ValueError(text)
+    return _sound_seeds(tuple(found), text)
+
+
+def _sound_seeds(found: tuple[int, ...], text: str) -> tuple[int, ...]:
+    if not found:
+        raise ValueError(text)
+    if not all(0 <= seed < 1 << 64 for seed in found):
+        raise ValueError("must be from 0 to 2**64 - 1")
+    return found
+
+
+def _kernel(value: str) -> str:
+    if "/" not in value and not KERNEL_NAME.fullmatch(value):
+        raise ValueError('must be a version, as "6.12", or the path of an image')
+    return value
+
+
+def _fault(value: object) -> Rule:
+    if not isinstance(value, str):
+        raise ValueError('must be text, as "dma.write device=edu0 nth=3 do=partial(8)"')
+    try:
+        return parse_rule(value, "")
+    except ConfigError as error:
+        text = "; ".join(line.strip().removeprefix(f"{value!r}: ") for line in str(error).splitlines())
+        raise ValueError(text) from None
+
+
+def _outcome(value: object) -> object:
+    known = [outcome.value for outcome in Outcome]
+    if isinstance(value, str) and value not in known:
+        close = guess(value, known)
+        raise ValueError(f"{f'did you mean {close!r}? ' if close else ''}Outcomes are {', '.join(known)}")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Kernel = Annotated[str, AfterValidator(_kernel)]
+Fault = Annotated[Rule, BeforeValidator(_fault)]
+Expected = Annotated[Outcome, BeforeValidator(_outcome)]
+Time = Annotated[Seconds, Field(gt=0)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CampaignTable(_Table):
+    """`[campaign]`."""
+
+    name: Name = Field(examples=['"edu"'])
+    kernels: tuple[Kernel, ...] = Field(default=(), examples=['["6.12", "7.2"]'])
+    seeds: Annotated[tuple[int, ...], BeforeValidator(seed_numbers)] = Field(default=(0,), examples=["3"])
+    control: bool = Field(default=True, examples=["true"], description="each workload also once without faults")
+    rig: str = Field(default=GUESTS, examples=['"lab.py:Lab"'], description="what carries out cases, if not guests")
+
+
+class MachineTable(_Table):
+    """`[[machine]]`: a machine file, and how its guest is booted."""
+
+    file: str = Field(examples=['"edu.toml"'])
+    name: Name | None = Field(default=None, examples=['"edu"'])
+    modules: tuple[str, ...] = Field(default=(), examples=['["virtio_iommu"]'])
+    append: str = Field(default="", examples=['"iommu.strict=1"'])
+    qemu_args: tuple[str, ...] = Field(default=(), examples=['["-smp", "2"]'])
+
+
+class WorkloadTable(_Table):
+    """`[[workload]]`: what the guest does meanwhile; the keys are those of `vmodel.testing.experiment.Case`."""
+
+    name: Name = Field(examples=['"check"'])
+    run: str = Field(examples=['"./edu_check 0000:00:03.0"'])
+    check: str = Field(default="", examples=['"./edu_check 0000:00:03.0"'])
+    files: tuple[str, ...] = Field(default=(), examples=['["edu_check"]'])
+    modules: tuple[str, ...] = Field(default=(), examples=['["uio_pci_generic"]'])
+    extra_modules: tuple[str, ...] = Field(default=(), examples=['["nvme"]'])
+    timeout: Time = Field(default=30.0, examples=['"30s"'])
+    boot_timeout: Time = Field(default=90.0, examples=['"90s"'])
+    expected: tuple[str, ...] = Field(default=(), examples=['["warning: foo"]'])
+    fresh: bool = Field(default=False, examples=["true"])
+    machines: tuple[str, ...] = Field(default=("*",), examples=['["edu*"]'])
+
+
+class PlanTable(_Table):
+    """`[[plan]]`: plan files, or faults in the command line's form."""
+
+    file: str | None = Field(default=None, examples=['"plans/*.toml"'])
+    name: Name | None = Field(default=None, examples=['"torn write"'])
+    faults: tuple[Fault, ...] = Field(default=(), examples=['["dma.write device=edu0 nth=3 do=partial(8)"]'])
+    heal: Heal | None = Field(default=None, examples=['{ after = "20s" }'])
+    arm: str = Field(default="workload", pattern="^(workload|boot)$", examples=['"boot"'])
+    expect: tuple[Expected, ...] = Field(default=(), examples=['["masked", "detected and recovered"]'])
+    machines: tuple[str, ...] = Field(default=("*",), examples=['["edu*"]'])
+    workloads: tuple[str, ...] = Field(default=("*",), examples=['["check"]'])
+
+    @model_validator(mode="after")
+    def _sound(self) -> PlanTable:
+        if (self.file is None) is (not self.faults):
+            raise ValueError('faults: either file = "plans/torn.toml", or faults = ["dma.write nth=3 do=drop"]')
+        if self.faults and self.name is None:
+            raise ValueError('name: is missing, as name = "torn write"')
+        if self.file is not None and self.heal is not None:
+            raise ValueError("heal: belongs into the plan's file")
+        return self
+
+
+class CampaignFile(_Table):
+    """A whole campaign file."""
+
+    campaign: CampaignTable
+    machine: tuple[MachineTable, ...] = ()
+    workload: tuple[WorkloadTable, ...] = ()
+    plan: tuple[PlanTable, ...] = ()
+
+    @model_validator(mode="after")
+    def _sound(self) -> CampaignFile:
+        for section, example in (
+            ("machine", 'file = "edu.toml"'),
+            ("workload", 'name = "check", run = "./check"'),
+            ("plan", 'name = "lost", faults = ["irq do=drop"]'),
+        ):
+            if not getattr(self, section):
+                raise ValueError(f"{section}: there is no [[{section}]] table: a campaign needs one, with {example}")
+        return self
+
+
+def load(path: Path) -> tuple[CampaignFile, str]:
+    """What a campaign file says, and its text.  ConfigError, a line for each mistake."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError("is no UTF-8 text: save the file as UTF-8", file=path) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from error
+    try:
+        raw: dict[str, Any] = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"is no TOML: {one_line(error)}", file=path) from error
+    try:
+        return CampaignFile.model_validate(raw), text
+    except ValidationError as error:
+        raise ConfigError("\n".join(str(one) for one in explain(error, path, CampaignFile))) from error

@@ -1,0 +1,296 @@
+"""Where a campaign's results are: a folder with `campaign.db` (SQLite, one row a run) and a folder for each run.
+
+A run's row and folder come together, when it has ended: whatever is killed in between leaves none of both, and the run
+is made once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from vmodel.campaign.matrix import Run
+from vmodel.campaign.rig import plain
+from vmodel.errors import ConfigError
+from vmodel.testing.case import Result
+
+DATABASE = "campaign.db"
+#: Of the tables below; another number is another version's.
+FORMAT = "1"
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE run (
+    id INTEGER PRIMARY KEY,
+    key TEXT NOT NULL UNIQUE,
+    run TEXT NOT NULL,        -- JSON of `Run`
+    deaths INTEGER NOT NULL DEFAULT 0,
+    outcome TEXT,             -- null until it has ended
+    result TEXT,              -- JSON of `Result`
+    guest TEXT,               -- runs with the same one were in one guest, in the order of result.nth
+    started REAL,
+    ended REAL
+);
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run, and what came of it if it has ended."""
+
+    id: int
+    run: Run
+    folder: Path
+    deaths: int = 0
+    result: Result | None = None
+    guest: str = ""
+    started: float | None = None
+    ended: float | None = None
+
+    @property
+    def expected(self) -> bool:
+        """Whether its outcome is one of those that are right."""
+        return self.result is not None and self.result.outcome in self.run.expect
+
+
+class Store:
+    """A campaign's folder; a context manager that lets go of it."""
+
+    def __init__(self, folder: Path, database: sqlite3.Connection, lock: int | None) -> None:
+        self.folder = folder
+        self._db = database
+        self._lock = lock
+
+    # ---- opening ---------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, folder: Path, definition: Mapping[str, Any]) -> Self:
+        """Opens a campaign's folder to work in it; made if it is not there.
+
+        `definition`: what kind of campaign it is, as plain data; its "name" and "kind" must be those of the folder.
+        ConfigError: another process works in it, it holds another campaign, or it cannot be written.
+        """
+        path = folder / DATABASE
+        try:
+            if folder.is_dir() and not path.exists() and any(f.name != "lock" for f in folder.iterdir()):
+                raise ConfigError(f"{folder}: is no campaign's folder, and not empty: name another one with -o")
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _locked(folder)
+        except OSError as error:
+            raise ConfigError(f"{folder}: {error.strerror}: name another folder with -o") from error
+        try:
+            if not path.exists():
+                _make(path, definition)
+            store = cls(folder, _open(path), lock)
+            have = store.definition
+            if [have.get(key) for key in ("kind", "name")] != [definition.get(key) for key in ("kind", "name")]:
+                text = f"{folder}: holds the {have.get('kind')} {have.get('name')!r}: name another folder with -o"
+                raise ConfigError(text)
+            store._put_meta("definition", dict(definition))
+        except BaseException:
+            os.close(lock)
+            raise
+        for left in folder.glob(".part-*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Opens one to read it, at work or not.  ConfigError: it is none."""
+        path = folder / DATABASE
+        if not path.is_file():
+            raise ConfigError(f"{folder}: is no campaign's folder: it has no {DATABASE}")
+        return cls(folder, _open(path), None)
+
+    def close(self) -> None:
+        """Lets another process work in it."""
+        self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- what it is ------------------------------------------------------------------------
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What was given to `create`."""
+        found: dict[str, Any] = json.loads(self._meta("definition"))
+        return found
+
+    def _meta(self, key: str) -> str:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return str(row[0]) if row else "{}"
+
+    def _put_meta(self, key: str, value: Any) -> None:
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    # ---- runs ------------------------------------------------------------------------------
+
+    def keep_only(self, runs: Sequence[Run]) -> None:
+        """Forgets runs that have not ended and are not among `runs`.  ConfigError: one of those has ended."""
+        keys = {run.key for run in runs}
+        strangers = [row for row in self.rows() if row.run.key not in keys]
+        if ended := [row for row in strangers if row.result is not None]:
+            text = f"holds {len(ended)} run{'s' * (len(ended) != 1)} of another version of this campaign"
+            raise ConfigError(
+                f"{self.folder}: {text} (its file, a plan, a machine or a program has changed): name another folder"
+                " with -o"
+            )
+        with self._db:
+            self._db.executemany("DELETE FROM run WHERE id = ?", [(row.id,) for row in strangers])
+
+    def add(self, runs: Sequence[Run]) -> list[int]:
+        """Takes runs in that are not there yet; the ids of all of them."""
+        ids = []
+        with self._db:
+            for run in runs:
+                self._db.execute("INSERT OR IGNORE INTO run (key, run) VALUES (?, ?)", (run.key, _text(run)))
+                ids += self._db.execute("SELECT id FROM run WHERE key = ?", (run.key,)).fetchone()
+        return ids
+
+    def rows(self) -> list[Row]:
+        """All runs, in their order."""
+        return [self._row(*values) for values in self._db.execute(f"SELECT {_COLUMNS} FROM run ORDER BY id")]
+
+    def row(self, id: int) -> Row:
+        """One run.  ConfigError: there is none of that number."""
+        values = self._db.execute(f"SELECT {_COLUMNS} FROM run WHERE id = ?", (id,)).fetchone()
+        if values is None:
+            raise ConfigError(f"{self.folder}: has no run {id}")
+        return self._row(*values)
+
+    def _row(
+        self,
+        id: int,
+        run: str,
+        deaths: int,
+        result: str | None,
+        guest: str | None,
+        started: float | None,
+        ended: float | None,
+    ) -> Row:
+        try:
+            what = Run.model_validate_json(run)
+            came = None if result is None else Result.model_validate_json(result)
+        except ValidationError as error:
+            raise ConfigError(f"{self.folder}: run {id} was written by another version of vmodel") from error
+        return Row(id, what, self.folder / str(id), deaths, came, guest or "", started, ended)
+
+    def part(self, id: int) -> Path:
+        """A folder for a run that begins."""
+        return self.folder / f".part-{id}-{uuid.uuid4().hex[:8]}"
+
+    def died(self, id: int) -> int:
+        """A worker has died of it; how many by now."""
+        with self._db:
+            self._db.execute("UPDATE run SET deaths = deaths + 1 WHERE id = ?", (id,))
+        return int(self._db.execute("SELECT deaths FROM run WHERE id = ?", (id,)).fetchone()[0])
+
+    def finish(self, id: int, part: Path, result: Result, guest: str, started: float) -> Row:
+        """A run has ended, and `part` has become its folder."""
+        folder = self.folder / str(id)
+        part.mkdir(exist_ok=True)
+        if folder.exists():  # of a process that was killed before it had written the row
+            shutil.rmtree(folder)
+        part.rename(folder)
+        artefacts = {name: _inside(path, part) for name, path in result.artefacts.items()}
+        result = result.model_copy(update={"artefacts": artefacts})
+        with self._db:
+            self._db.execute(
+                "UPDATE run SET outcome = ?, result = ?, guest = ?, started = ?, ended = ? WHERE id = ?",
+                (result.outcome.value, result.model_dump_json(), guest, started, time.time(), id),
+            )
+        return self.row(id)
+
+
+_COLUMNS = "id, run, deaths, result, guest, started, ended"
+
+
+def find_run(path: Path) -> tuple[Store, Row]:
+    """The campaign and the run that FOLDER/NUMBER names.  ConfigError."""
+    if not path.name.isdecimal():
+        raise ConfigError(f"{path}: must be a run's folder, as {path / '17' if path.is_dir() else 'edu.runs/17'}")
+    store = Store.open(path.parent)
+    with contextlib.ExitStack() as undo:
+        undo.callback(store.close)
+        row = store.row(int(path.name))
+        undo.pop_all()
+    return store, row
+
+
+def history(rows: Sequence[Row], row: Row) -> Iterator[Row]:
+    """The runs that were in the same guest before."""
+    assert row.result is not None
+    same = [r for r in rows if r.guest and r.guest == row.guest and r.result is not None]
+    for other in sorted(same, key=lambda r: r.result.nth if r.result else 0):
+        if other.result is not None and other.result.nth < row.result.nth:
+            yield other
+
+
+def _text(run: Run) -> str:
+    return json.dumps({**run.model_dump(mode="json", exclude={"case"}), "case": plain(run.case)})
+
+
+def _inside(path: str, folder: Path) -> str:
+    """An artefact's path from its run's folder on."""
+    with contextlib.suppress(ValueError):
+        return str(Path(path).relative_to(folder))
+    return path
+
+
+def _locked(folder: Path) -> int:
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        process = os.pread(lock, 20, 0).decode(errors="replace").strip()
+        os.close(lock)
+        raise ConfigError(
+            f"{folder}: process {process} is at work in it: wait for it, or name another folder with -o"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
+
+
+def _make(path: Path, definition: Mapping[str, Any]) -> None:
+    """Makes the database under another name first: so it is whole, or not there."""
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    database = sqlite3.connect(new)
+    with database:
+        database.executescript(_TABLES)
+        database.execute("INSERT INTO meta VALUES ('format', ?)", (FORMAT,))
+        database.execute("INSERT INTO meta VALUES ('definition', ?)", (json.dumps(dict(definition)),))
+    database.close()
+    new.rename(path)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=30)
+        found = database.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
+    except sqlite3.Error as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if found is None or found[0] != FORMAT:
+        database.close()
+        raise ConfigError(f"{path}: was written by another version of vmodel")
+    return database

@@ -1,0 +1,121 @@
+"""Sweeps: the 1st, 2nd, 3rd ... event at one point fails, each in a run of its own, until all have had their turn."""
+
+from __future__ import annotations
+
+from vmodel.campaign.matrix import ACCEPTABLE, CONTROL, Run, check_plans, inputs
+from vmodel.campaign.progress import Show
+from vmodel.campaign.rig import GUESTS
+from vmodel.campaign.runner import Runner
+from vmodel.campaign.store import Row, Store
+from vmodel.errors import ConfigError
+from vmodel.inject import ACTIONS, FaultPlan, Rule, parse_rule
+from vmodel.inject.terse import split
+from vmodel.points import Point
+from vmodel.testing.case import Case
+from vmodel.testing.oracle import Outcome
+
+#: What is done by default: the first that the point knows.
+_DEFAULTS = ("abort", "fault", "drop", "disconnect", "delay")
+#: What a sweep sets itself.
+_OWN = ("nth", "every", "first", "probability", "once", "times", "name")
+
+
+class Sweep:
+    """A sweep's runs, as they follow from each other."""
+
+    def __init__(self, case: Case, where: str, do: str | None = None, *, rig: str = GUESTS, seed: int = 0) -> None:
+        """`where`: a rule in the command line's form, without action and schedule.  ConfigError."""
+        for word in split(where):
+            key = word.partition("=")[0]
+            if key in _OWN:
+                raise ConfigError(f"--point {where!r}: {key} is the sweep's: leave it out")
+            if key == "do":
+                raise ConfigError(f"--point {where!r}: what to do is said with --do")
+        self.where = where
+        self.do = do or _default(where)
+        self.case = case
+        self.seed = seed
+        self._rig = rig
+        check_plans(case.machine, [FaultPlan(rule=(self._rule("nth=1"),))])
+
+    def _rule(self, schedule: str) -> Rule:
+        return parse_rule(f"{self.where} do={self.do} {schedule}", "--point")
+
+    def _run(self, title: str, schedule: str) -> Run:
+        plan = FaultPlan(seed=self.seed, rule=(self._rule(schedule),))
+        expect = (Outcome.NOT_ACTIVATED,) if title == CONTROL else ACCEPTABLE
+        case = self.case.model_copy(update={"name": title, "plan": plan, "seed": self.seed})
+        return Run(
+            machine=self.case.machine.stem,
+            kernel=self.case.kernel or "",
+            workload="sweep",
+            plan=title,
+            seed=self.seed,
+            case=case,
+            expect=expect,
+            inputs=inputs(case, self._rig),
+            rig=self._rig,
+        )
+
+    def clean(self) -> Run:
+        """The one that only counts."""
+        return self._run(CONTROL, "probability=0")
+
+    def nth(self, n: int) -> Run:
+        """The one in which the event number `n` fails, from 1 on."""
+        return self._run(f"{self.where} do={self.do} nth={n}", f"nth={n}")
+
+    def definition(self) -> dict[str, str]:
+        """What the store keeps of it."""
+        return {"kind": "sweep", "name": f"{self.case.machine.stem}: {self.where} do={self.do}"}
+
+
+def carry_out(sweep: Sweep, store: Store, runner: Runner, show: Show, most: int) -> int:
+    """Runs a sweep to its end; how many events there were.  ConfigError: it fails without a fault, too."""
+    clean = sweep.clean()
+    first = store.rows()[:1]
+    if first and first[0].run.key != clean.key:
+        text = f"{store.folder}: holds another version of this sweep (its workload, machine or a program has changed)"
+        raise ConfigError(f"{text}: name another folder with -o")
+    (id,) = store.add([clean])
+    runner.finish()
+    row = store.row(id)
+    assert row.result is not None
+    if not row.expected:
+        why = "; ".join(finding.text for finding in row.result.evidence[:3])
+        raise ConfigError(f"{row.folder}: without a fault it ends so, too: {row.result.outcome.value}: {why}")
+    count = sum(int(rule.get("matched", 0)) for rule in row.result.rules)
+    if count > most:
+        show.note(f"{count} events: the first {most} will be failed (--most)")
+    else:
+        show.note(f"{count} events")
+    last = _finish(store, runner, [sweep.nth(n) for n in range(1, min(count, most) + 1)])
+    # A driver that has seen a fault may do more than one that has not.
+    n = count
+    while last is not None and fired(last) and n < most:
+        n += 1
+        last = _finish(store, runner, [sweep.nth(n)])
+    return count
+
+
+def _finish(store: Store, runner: Runner, runs: list[Run]) -> Row | None:
+    ids = store.add(runs)
+    runner.finish()
+    return store.row(ids[-1]) if ids else None
+
+
+def fired(row: Row) -> bool:
+    """Whether a rule of the run's plan fired."""
+    return row.result is not None and any(rule.get("fired") for rule in row.result.rules)
+
+
+def _default(where: str) -> str:
+    name = split(where)[:1]
+    try:
+        point = Point(name[0]) if name else None
+    except ValueError:
+        point = None
+    if point is None:
+        known = ", ".join(point.value for point in Point)
+        raise ConfigError(f"--point {where!r}: must begin with a point: {known}")
+    return next(do for do in _DEFAULTS if point in ACTIONS[do].points)

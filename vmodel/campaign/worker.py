@@ -1,0 +1,194 @@
+"""Worker processes on this machine: `Processes` here, and `main`, which runs in each of them.
+
+They talk over a socket pair, a line of JSON for each task and answer.  A process that dies, or does not answer in its
+time, takes no other with it; its task is told of as dead, and the next one gets a new process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vmodel.campaign.executor import Answer, Task
+from vmodel.campaign.rig import load_rig, perform, plain
+from vmodel.errors import ConfigError
+from vmodel.testing.case import Case, Result
+
+#: Seconds beyond what a case says of itself that a worker may take for it.
+_GRACE = 120.0
+#: Seconds that a worker gets to end its guest.
+_GRACE_END = 15.0
+
+
+def time_limit(case: Case) -> float:
+    """Seconds after which a worker that has said nothing must be stuck."""
+    return case.boot_timeout + 3 * case.timeout + _GRACE
+
+
+class _Process:
+    """One worker process."""
+
+    def __init__(self, rig: str, log: BinaryIO) -> None:
+        ours, theirs = socket.socketpair()
+        self.id = uuid.uuid4().hex[:12]
+        self.socket = ours
+        self.task: Task | None = None
+        self.deadline = 0.0
+        self._lines = ours.makefile("rb")
+        path = os.pathsep.join(str(Path(place).absolute()) for place in sys.path)
+        with theirs:
+            # A session of its own: Ctrl-C reaches us alone, and what it has started can be ended with it.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "vmodel.campaign.worker", rig, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": path},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    def send(self, task: Task) -> None:
+        self.task = task
+        self.deadline = time.monotonic() + time_limit(task.case)
+        request = {"case": plain(task.case), "folder": str(task.folder.absolute())}
+        with contextlib.suppress(OSError):  # it has died: recv() tells
+            self.socket.sendall(json.dumps(request).encode() + b"\n")
+
+    def recv(self) -> dict[str, Any] | None:
+        """Its answer; None: it has died."""
+        try:
+            line = self._lines.readline()
+        except OSError:
+            line = b""
+        if not line.endswith(b"\n"):
+            return None
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask_to_end(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def end(self, grace: float) -> str:
+        """Sees to it that it is gone, with all that it has started; how it ended."""
+        killed = ""
+        try:
+            self._process.wait(grace)
+        except subprocess.TimeoutExpired:
+            killed = "did not end"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        status = self._process.wait()
+        self._lines.close()
+        self.socket.close()
+        return killed or (f"was killed by signal {-status}" if status < 0 else f"ended with status {status}")
+
+
+class Processes:
+    """Runs tasks in up to `jobs` processes: see Executor."""
+
+    def __init__(self, rig: str, jobs: int, log: BinaryIO) -> None:
+        """`log` gets what the processes print; `close` closes it."""
+        self._rig = rig
+        self._jobs = jobs
+        self._log = log
+        self._workers: list[_Process] = []
+
+    @property
+    def free(self) -> int:
+        return self._jobs - sum(worker.task is not None for worker in self._workers)
+
+    def submit(self, task: Task) -> None:
+        worker = next((worker for worker in self._workers if worker.task is None), None)
+        if worker is None:
+            worker = _Process(self._rig, self._log)
+            self._workers.append(worker)
+        worker.send(task)
+
+    def wait(self) -> Sequence[Answer]:
+        busy = [worker for worker in self._workers if worker.task is not None]
+        until = min(worker.deadline for worker in busy)
+        ready, _, _ = select.select([worker.socket for worker in busy], [], [], max(until - time.monotonic(), 0))
+        answers = []
+        for worker in busy:
+            task = worker.task
+            assert task is not None
+            if worker.socket in ready:
+                answers.append(self._answer(worker, task))
+            elif time.monotonic() >= worker.deadline:
+                self._drop(worker, 0)
+                answers.append(Answer(task, None, worker.id, f"it did not answer in {time_limit(task.case):g} s"))
+        return answers
+
+    def _answer(self, worker: _Process, task: Task) -> Answer:
+        said = worker.recv()
+        if said is None:
+            return Answer(task, None, worker.id, f"its worker process {self._drop(worker, 1.0)}")
+        worker.task = None
+        if "error" in said:
+            raise ConfigError(said["error"])
+        return Answer(task, Result.model_validate(said["result"]), worker.id)
+
+    def _drop(self, worker: _Process, grace: float) -> str:
+        self._workers.remove(worker)
+        worker.ask_to_end()
+        return worker.end(grace)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.ask_to_end()
+        for worker in self._workers:
+            worker.end(_GRACE_END)
+        self._workers.clear()
+        self._log.close()
+
+
+# ---- in the worker process --------------------------------------------------------------------------
+
+
+def main(rig: str, descriptor: int) -> None:
+    """Runs what comes; ends when the other side has gone, or by SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    pair = socket.socket(fileno=descriptor)
+    tasks: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(pair, tasks), daemon=True).start()
+    try:
+        made = load_rig(rig)
+        with made() as lab:
+            while True:
+                task = tasks.get()
+                result = perform(lab, Case.model_validate(task["case"]), Path(task["folder"]))
+                _say(pair, {"result": result.model_dump(mode="json")})
+    except ConfigError as error:
+        _say(pair, {"error": str(error)})
+
+
+def _listen(pair: socket.socket, tasks: queue.SimpleQueue[dict[str, Any]]) -> None:
+    with contextlib.suppress(OSError), pair.makefile("rb") as lines:
+        for line in lines:
+            tasks.put(json.loads(line))
+    # The other side has gone, whichever way: nobody will want what is being done.
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(pair: socket.socket, answer: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # gone: _listen() ends this process
+        pair.sendall(json.dumps(answer).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,177 @@
+"""vmodel campaign and sweep: many experiments."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from vmodel.campaign import sweep as sweeps
+from vmodel.campaign.matrix import Matrix, guest_file
+from vmodel.campaign.progress import STYLES, Bar
+from vmodel.campaign.rig import GUESTS, absolute, load_rig
+from vmodel.campaign.runner import Runner, executor
+from vmodel.campaign.schema import load
+from vmodel.campaign.store import Row, Store
+from vmodel.cli.output import console, log_to_stderr, show
+from vmodel.cli.serve import MachinePath
+from vmodel.errors import ConfigError
+from vmodel.testing.artifacts import find_busybox, find_kernel, find_qemu
+from vmodel.testing.case import Case
+from vmodel.testing.oracle import Outcome
+
+Folder = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the results go; else NAME.runs here.")
+]
+Jobs = Annotated[int, typer.Option("-j", "--jobs", metavar="N", min=1, help="Runs at a time, on this machine.")]
+Scheduler = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Run on a Dask cluster, as tcp://host:8786 (vmodel[cluster]).")
+]
+
+
+def campaign(
+    path: Annotated[Path, typer.Argument(metavar="CAMPAIGN.toml", help="The campaign file.", show_default=False)],
+    output: Folder = None,
+    jobs: Jobs = 1,
+    scheduler: Scheduler = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file and say what would run.")] = False,
+) -> None:
+    """Run a matrix of machines, kernels, workloads, plans and seeds.
+
+    What has ended is stored at once; the same command goes on where it was interrupted.
+    """
+    log_to_stderr(False)
+    content, text = load(path)
+    matrix = Matrix(content, path)
+    runs = matrix.runs()
+    if dry_run:
+        for run in runs:
+            print(f"{run.case.name}{f' (kernel {run.kernel})' if run.kernel else ''}")
+        print(f"{path}: {len(runs)} run{'' if len(runs) == 1 else 's'}")
+        return
+    if matrix.rig == GUESTS and scheduler is None:
+        check_host({run.case.kernel for run in runs})
+    folder = output or Path(f"{path.stem}.runs")
+    definition = {"kind": "campaign", "name": content.campaign.name, "file": text}
+    with at_work(folder, definition, matrix.rig, jobs, scheduler) as (store, runner, _):
+        store.keep_only(runs)
+        store.add(runs)
+        runner.finish()
+
+
+def sweep(
+    machine: MachinePath,
+    point: Annotated[
+        str,
+        typer.Option(metavar="POINT [KEY=VALUE]...", help="Where, as 'dma.read device=edu0': see docs/injection.md."),
+    ],
+    workload: Annotated[str, typer.Option(metavar="SCRIPT", help="A shell script for the guest.")],
+    do: Annotated[str | None, typer.Option(metavar="ACTION", help="What happens; else abort, or drop.")] = None,
+    check: Annotated[str, typer.Option(metavar="SCRIPT", help="Runs after it, without faults: is all well?")] = "",
+    kernel: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="6.12, 7.2, or the path of a vmlinuz.")
+    ] = None,
+    module: Annotated[list[str] | None, typer.Option("--module", metavar="M", help="A module to load.")] = None,
+    file: Annotated[
+        list[str] | None, typer.Option("--file", metavar="F[:DEST]", help="A file for the guest, else at /root/NAME.")
+    ] = None,
+    append: Annotated[str, typer.Option(metavar="STR", help="More kernel arguments.")] = "",
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds for the workload.")] = 30.0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the actions' random numbers.")] = 0,
+    most: Annotated[int, typer.Option(metavar="N", min=1, help="Events to fail at most.")] = 1000,
+    rig: Annotated[str, typer.Option(metavar="FILE.py:CLASS", help="What carries out cases, if not guests.")] = GUESTS,
+    output: Folder = None,
+    jobs: Jobs = 1,
+    scheduler: Scheduler = None,
+) -> None:
+    """Fail the 1st, 2nd, 3rd ... event at a point, each in a run of its own, until all were reached.
+
+    The first run is clean, and counts them.
+    """
+    log_to_stderr(False)
+    if timeout <= 0:
+        raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
+    rig = absolute(rig, Path())
+    if rig != GUESTS:
+        load_rig(rig)
+    elif scheduler is None:
+        check_host({kernel})
+    try:
+        files = tuple(guest_file(text, Path().absolute()) for text in file or ())
+    except ConfigError as error:
+        raise ConfigError(f"--file: {error}") from error
+    case = Case(
+        machine=machine.absolute(),
+        workload=workload,
+        kernel=str(Path(kernel).absolute()) if kernel and "/" in kernel else kernel,
+        check=check,
+        files=files,
+        modules=tuple(module or ()),
+        append=append,
+        timeout=timeout,
+    )
+    made = sweeps.Sweep(case, point, do, rig=rig, seed=seed)
+    folder = output or Path(f"{machine.stem}-{point.split()[0]}.runs")
+    with at_work(folder, made.definition(), rig, jobs, scheduler) as (store, runner, bar):
+        sweeps.carry_out(made, store, runner, bar, most)
+
+
+@contextlib.contextmanager
+def at_work(
+    folder: Path, definition: dict[str, str], rig: str, jobs: int, scheduler: str | None
+) -> Iterator[tuple[Store, Runner, Bar]]:
+    """A campaign's folder while its runs are made; says at the end how they went.  Ctrl-C and SIGTERM end it."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with Store.create(folder, definition) as store:
+            try:
+                with Bar(console(sys.stderr)) as bar, executor(rig, folder, jobs=jobs, scheduler=scheduler) as on:
+                    yield store, Runner(store, on, bar), bar
+            except KeyboardInterrupt:
+                rows = store.rows()
+                done = sum(row.result is not None for row in rows)
+                print(
+                    f"vmodel: interrupted after {done} of {len(rows)} runs: the same command goes on from there",
+                    file=sys.stderr,
+                )
+                raise typer.Exit(130) from None
+            tell(store.rows(), folder)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def check_host(kernels: set[str | None]) -> None:
+    """That guests can be booted here: better now than in each run.  ArtifactError."""
+    find_qemu()
+    find_busybox()
+    for kernel in kernels:
+        find_kernel(kernel)
+
+
+def tell(rows: Sequence[Row], folder: Path) -> None:
+    """How many runs had which outcome, on stdout."""
+    counts = Counter(row.result.outcome for row in rows if row.result is not None)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column()
+    for outcome in Outcome:
+        if counts[outcome]:
+            table.add_row(str(counts[outcome]), f"[{STYLES[outcome]}]{outcome.value}[/]", outcome.doc)
+    show(table, console())
+    wrong = [row for row in rows if row.result is not None and not row.expected]
+    if wrong:
+        print(f"{len(wrong)} of {len(rows)} are not as expected, the first: {wrong[0].folder}")
+    print(f"vmodel report {shlex.quote(str(folder))} -o report.html")

@@ -1,0 +1,108 @@
+"""vmodel reproduce and minimise: one run of a campaign again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmodel.campaign.minimise import Minimiser
+from vmodel.campaign.repeat import changed_inputs, differences, free_folder
+from vmodel.campaign.repeat import repeat as run_again
+from vmodel.campaign.rig import GUESTS, load_rig, perform
+from vmodel.campaign.store import Row, find_run, history
+from vmodel.campaign.toml import plan_text
+from vmodel.cli.campaign import check_host
+from vmodel.cli.output import log_to_stderr
+from vmodel.errors import ConfigError
+from vmodel.inject import FaultPlan
+from vmodel.testing.case import Result
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as edu.runs/17.", show_default=False)]
+
+
+def reproduce(
+    path: RunPath,
+    with_history: Annotated[
+        bool, typer.Option("--with-history", help="First, in the same guest, the runs that it had seen before.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="For the artefacts; else RUN-again.")
+    ] = None,
+) -> None:
+    """Repeat one run exactly, and say what is not as it was.
+
+    The exit status is 0 if the outcome is the same, else 1.
+    """
+    log_to_stderr(False)
+    row, before, others = _ended(path)
+    folder = free_folder(output or row.folder.with_name(f"{row.id}-again"))
+    with load_rig(row.run.rig)() as rig:
+        now = run_again(rig, row, folder, others if with_history else [])
+    same = now.outcome is before.outcome
+    print(f"{path}: {now.outcome.value}{', as before' if same else f', was {before.outcome.value}'}; {folder}")
+    for finding in now.evidence:
+        print(f"  {finding.oracle}: {finding.text}")
+    for line in differences(before, now):
+        print(f"  {line}")
+    if not same and others and not with_history:
+        print(f"  its guest had run {len(others)} before: --with-history runs them first")
+    raise typer.Exit(0 if same else 1)
+
+
+def minimise(
+    path: RunPath,
+    most: Annotated[int, typer.Option("--runs", metavar="N", min=1, help="Make that many runs at most.")] = 100,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="For the artefacts; else RUN-minimised.")
+    ] = None,
+) -> None:
+    """Shrink a run's plan as long as the outcome stays the same, and print what is left.
+
+    Rules go first, then single events of those that are left.
+    """
+    log_to_stderr(False)
+    row, before, _ = _ended(path)
+    plan = row.run.case.plan
+    if plan is None or not plan.rule:
+        raise ConfigError(f"{path}: has no faults that could be left out")
+    folder = free_folder(output or row.folder.with_name(f"{row.id}-minimised"))
+    with load_rig(row.run.rig)() as rig:
+        count = 0
+
+        def attempt(candidate: FaultPlan) -> Result:
+            nonlocal count
+            count += 1
+            return perform(rig, row.run.case.model_copy(update={"plan": candidate}), folder / str(count))
+
+        minimiser = Minimiser(before.outcome, attempt, most, lambda text: print(text, file=sys.stderr, flush=True))
+        try:
+            ended = minimiser.minimise(plan)
+        except ValueError:
+            raise ConfigError(
+                f"{path}: its outcome was {before.outcome.value}, and is another one now: see vmodel reproduce {path}"
+            ) from None
+    if not ended:
+        print(f"vmodel: there may be less: it ended after {most} runs (--runs)", file=sys.stderr)
+    assert minimiser.best is not None  # the plan itself was tried
+    smallest = minimiser.best[0].model_copy(update={"seed": (row.run.case.seeded() or plan).seed})
+    text = plan_text(smallest, f"From {path}: {before.outcome.value}.  {minimiser.runs} runs.")
+    (folder / "plan.toml").write_text(text, encoding="utf-8")
+    print(text, end="")
+    print(f"vmodel: it is in {folder / 'plan.toml'}, too", file=sys.stderr)
+
+
+def _ended(path: Path) -> tuple[Row, Result, list[Row]]:
+    """A run, its result, and those that its guest had run before.  ConfigError: it has not ended yet."""
+    store, row = find_run(path)
+    with store:
+        if row.result is None:
+            raise ConfigError(f"{path}: has not run yet")
+        others = list(history(store.rows(), row))
+    for name in changed_inputs(row):
+        print(f"vmodel: warning: {name} has changed since", file=sys.stderr)
+    if row.run.rig == GUESTS:
+        check_host({row.run.case.kernel})
+    return row, row.result, others

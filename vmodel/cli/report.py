@@ -1,0 +1,37 @@
+"""vmodel report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmodel.campaign.report import FORMATS
+from vmodel.campaign.store import Store
+from vmodel.campaign.summary import Summary
+from vmodel.errors import ConfigError
+from vmodel.machine.explain import guess
+
+
+def report(
+    path: Annotated[Path, typer.Argument(metavar="CAMPAIGN", help="Its folder, as edu.runs.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where it goes; else to stdout.")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}.")] = "html",
+) -> None:
+    """Report what a campaign or sweep has found, as one page; also while it runs."""
+    if form not in FORMATS:
+        close = guess(form, list(FORMATS))
+        raise ConfigError(f"--format {form}: {f'did you mean {close}? ' if close else ''}It is {', '.join(FORMATS)}")
+    with Store.open(path) as store:
+        text = FORMATS[form](Summary(store, (output or Path("report")).absolute().parent))
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written: {error.strerror}") from error

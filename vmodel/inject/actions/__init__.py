@@ -1,0 +1,53 @@
+"""All actions; importing this fills `vmodel.inject.action.ACTIONS`."""
+
+from vmodel.inject.actions.access import (
+    Abort,
+    Corrupt,
+    Fault,
+    Flip,
+    Overrun,
+    Partial,
+    Poison,
+    Stale,
+    Toctou,
+    Torn,
+    UseAfterUnmap,
+)
+from vmodel.inject.actions.command import Complete, Fail
+from vmodel.inject.actions.interrupt import Spurious, Storm, Vector
+from vmodel.inject.actions.life import Aer, Disconnect, NoBar, Unplug
+from vmodel.inject.actions.ordering import Delay, Drop, Duplicate, Late, Reorder
+from vmodel.inject.actions.register import Cut, Hide, Ones, Stuck, Value
+
+__all__ = [
+    "Abort",
+    "Aer",
+    "Complete",
+    "Corrupt",
+    "Cut",
+    "Delay",
+    "Disconnect",
+    "Drop",
+    "Duplicate",
+    "Fail",
+    "Fault",
+    "Flip",
+    "Hide",
+    "Late",
+    "NoBar",
+    "Ones",
+    "Overrun",
+    "Partial",
+    "Poison",
+    "Reorder",
+    "Spurious",
+    "Stale",
+    "Storm",
+    "Stuck",
+    "Toctou",
+    "Torn",
+    "Unplug",
+    "UseAfterUnmap",
+    "Value",
+    "Vector",
+]

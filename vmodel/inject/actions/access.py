@@ -1,0 +1,266 @@
+"""What may happen to an access and its data."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from vmodel._shim import NO_PASID
+from vmodel.dma import Dma
+from vmodel.errors import DmaFault, Reason
+from vmodel.inject.action import Action, Injection, milliseconds
+from vmodel.inject.predicate import OnePoint
+from vmodel.inject.quantity import Number
+from vmodel.pci.extcaps import Aer, Uncorrectable
+from vmodel.points import Event, Point, Proceed
+
+DMA = frozenset((Point.DMA_READ, Point.DMA_WRITE))
+REGION_READS = frozenset((Point.MMIO_READ, Point.CONFIG_READ))
+REGION_WRITES = frozenset((Point.MMIO_WRITE, Point.CONFIG_WRITE))
+DATA = DMA | REGION_READS | REGION_WRITES
+
+#: Milliseconds.
+Ms = Annotated[float, BeforeValidator(milliseconds), Field(ge=0, le=3_600_000)]
+
+
+class Abort(Action, name="abort"):
+    """The request is answered with an error: "unsupported" or "completer"; `done` bytes have been moved before that."""
+
+    kind: Literal["unsupported", "completer"] = "unsupported"
+    done: Number = 0
+    points: ClassVar[frozenset[Point]] = DATA
+
+    def run(self, at: Injection) -> bytes:
+        reason = Reason.UNSUPPORTED_REQUEST if self.kind == "unsupported" else Reason.COMPLETER_ABORT
+        event = at.event
+        if event.point in REGION_WRITES:
+            at.result = reason.name
+            return b""
+        if event.point in REGION_READS:
+            at.result = reason.name
+            return at.ones()
+        done = min(self.done, event.size or 0)
+        if done:
+            at.proceed(_cut(event, 0, done))
+        raise at.fault(reason, done)
+
+
+class Fault(Action, name="fault"):
+    """The IOMMU refuses the access, and hears of it: "translation" (not mapped) or "permission"."""
+
+    kind: Literal["translation", "permission"] = "translation"
+    points: ClassVar[frozenset[Point]] = DMA | {Point.TRANSLATE}
+
+    def run(self, at: Injection) -> bytes:
+        fault = at.fault(Reason.NOT_MAPPED if self.kind == "translation" else Reason.PERMISSION, level=1)
+        dma = at.device.dma
+        if dma.endpoint is not None:
+            try:
+                # As hardware does, the IOMMU looks first at what it has to know of the device.
+                pasid = NO_PASID if fault.pasid is None else fault.pasid
+                dma.requester.translate([fault.iova], fault.access, pasid)
+            except DmaFault as other:
+                if not dma.endpoint.faulted(other):
+                    raise
+            dma.endpoint.faulted(fault, ask=False)
+        raise fault
+
+
+class Flip(Action, name="flip"):
+    """Some bits of the data, chosen by the rule's generator, are inverted."""
+
+    bits: Number = Field(default=1, ge=1)
+    points: ClassVar[frozenset[Point]] = DATA
+
+    def run(self, at: Injection) -> bytes:
+        return at.change(lambda data: flipped(data, self.bits, at.random))
+
+
+def flipped(data: bytes, bits: int, generator: random.Random) -> bytes:
+    """With that many different bits inverted, or all if it has fewer."""
+    new = bytearray(data)
+    for bit in generator.sample(range(8 * len(data)), min(bits, 8 * len(data))):
+        new[bit // 8] ^= 1 << bit % 8
+    return bytes(new)
+
+
+class Corrupt(Action, name="corrupt"):
+    """The data is a pattern (bytes in hexadecimal), again and again."""
+
+    pattern: Annotated[str, Field(pattern=r"^(0x)?([0-9a-fA-F]{2})+$")] = "deadbeef"
+    points: ClassVar[frozenset[Point]] = DATA
+
+    def run(self, at: Injection) -> bytes:
+        return at.change(lambda data: repeated(self.pattern, len(data)))
+
+
+def repeated(pattern: str, size: int) -> bytes:
+    """`size` bytes of it."""
+    unit = bytes.fromhex(pattern.removeprefix("0x"))
+    return (unit * (size // len(unit) + 1))[:size]
+
+
+#: Accesses that `stale` remembers the data of.
+_REMEMBERED = 4096
+
+
+class Stale(Action, name="stale"):
+    """The data of the same access before this one, of all that the rule matches; zeros the first time."""
+
+    points: ClassVar[frozenset[Point]] = DATA
+
+    def run(self, at: Injection) -> bytes:
+        old = at.memory.get(_place(at.event))
+        if not at.event.point.is_read:
+            self._remember(at.event, at.event.data or b"", at.memory)
+            return at.change(lambda data: (old or b"").ljust(len(data), b"\0")[: len(data)])
+        fresh = at.proceed()
+        self._remember(at.event, fresh, at.memory)
+        at.before, at.after = fresh, old or bytes(len(fresh))
+        return at.after
+
+    def observe(self, event: Event, memory: dict[Any, bytes], proceed: Proceed) -> bytes:
+        data = proceed(event)
+        self._remember(event, data if event.point.is_read else event.data or b"", memory)
+        return data
+
+    def _remember(self, event: Event, data: bytes, memory: dict[Any, bytes]) -> None:
+        memory.pop(_place(event), None)
+        memory[_place(event)] = data
+        if len(memory) > _REMEMBERED:
+            del memory[next(iter(memory))]
+
+
+def _place(event: Event) -> tuple[object, ...]:
+    return event.point, event.device, event.pasid, event.region, event.address, event.size
+
+
+class Partial(Action, name="partial"):
+    """Only the first bytes are moved, and nobody is told: the rest stays (a write) or is zeros (a read)."""
+
+    size: Number
+    points: ClassVar[frozenset[Point]] = DMA
+
+    def run(self, at: Injection) -> bytes:
+        size = at.event.size or 0
+        moved = min(self.size, size)
+        at.before, at.after = size, moved
+        data = at.proceed(_cut(at.event, 0, moved)) if moved else b""
+        return data.ljust(size, b"\0") if at.event.point.is_read else b""
+
+
+class Torn(Action, name="torn"):
+    """The first bytes are moved now, the rest `ms` later: of a read, the device waits for it."""
+
+    size: Number
+    ms: Ms = 1.0
+    points: ClassVar[frozenset[Point]] = DMA
+
+    def run(self, at: Injection) -> bytes:
+        event, size = at.event, at.event.size or 0
+        cut = min(self.size, size)
+        at.before, at.after = size, cut
+        head = at.proceed(_cut(event, 0, cut)) if cut else b""
+        rest = _cut(event, cut, size)
+        if cut == size:
+            return head
+        if event.point.is_read:
+            wait(self.ms)
+            return head + at.proceed(rest)
+        at.later(lambda: at.proceed(rest), ms=self.ms)
+        return b""
+
+
+def _cut(event: Event, start: int, stop: int) -> Event:
+    """The part of an access from byte `start` to before byte `stop`."""
+    data = None if event.data is None else event.data[start:stop]
+    return replace(event, address=(event.address or 0) + start, size=stop - start, data=data)
+
+
+class Overrun(Action, name="overrun"):
+    """Some bytes more than asked for are written: behind the data, or, with a negative number, before it."""
+
+    size: int = Field(default=4, ge=-4096, le=4096)
+    pattern: Annotated[str, Field(pattern=r"^(0x)?([0-9a-fA-F]{2})+$")] = "ee"
+    points: ClassVar[frozenset[Point]] = frozenset((Point.DMA_WRITE,))
+
+    def run(self, at: Injection) -> bytes:
+        event, data = at.event, at.event.data or b""
+        more = repeated(self.pattern, abs(self.size))
+        at.after = more
+        at.proceed()
+        address = (event.address or 0) + (len(data) if self.size > 0 else -len(more))
+        if address >= 0 and more:
+            at.proceed(replace(event, address=address, size=len(more), data=more))
+        return b""
+
+
+class Toctou(Action, name="toctou"):
+    """The right data is written, and changed in memory `ms` later, or after an event: between two looks at it."""
+
+    ms: Ms = 1.0
+    after: OnePoint | None = None
+    bits: Number = Field(default=1, ge=1)
+    points: ClassVar[frozenset[Point]] = frozenset((Point.DMA_WRITE,))
+
+    def run(self, at: Injection) -> bytes:
+        at.proceed()
+        data = at.event.data or b""
+        changed = flipped(data, self.bits, at.random)
+        at.before, at.after = data, changed
+        at.later(lambda: at.proceed(replace(at.event, data=changed)), ms=self.ms, after=self.after)
+        return b""
+
+    def listens(self) -> Sequence[Point]:
+        return () if self.after is None else (self.after,)
+
+
+class UseAfterUnmap(Action, name="use-after-unmap"):
+    """The device makes the access again `ms` later; at iommu.unmap: it writes to what has just been unmapped."""
+
+    ms: Ms = 10.0
+    points: ClassVar[frozenset[Point]] = DMA | {Point.IOMMU_UNMAP}
+
+    def run(self, at: Injection) -> bytes:
+        data = at.proceed()
+        if at.event.point is not Point.IOMMU_UNMAP:
+            at.later(at.proceed, ms=self.ms)
+            return data
+        size = min(at.event.size or 0, 64)
+        for name in at.event.others:
+            if (device := at.engine.devices.get(name)) is not None:
+                try:
+                    Dma.write(device.dma, at.event.address or 0, repeated("ee", size))
+                except DmaFault as fault:
+                    at.result = fault.reason.name
+        return data
+
+
+class Poison(Action, name="poison"):
+    """The data of a read comes poisoned: the device has a fault, the guest all ones; AER notes it."""
+
+    points: ClassVar[frozenset[Point]] = frozenset((Point.DMA_READ, Point.MMIO_READ))
+
+    def run(self, at: Injection) -> bytes:
+        report(at, uncorrectable=Uncorrectable.POISONED_TLP.mask)
+        if at.event.point is Point.MMIO_READ:
+            at.result = Reason.POISONED.name
+            return at.ones()
+        raise at.fault(Reason.POISONED)
+
+
+def report(at: Injection, *, uncorrectable: int = 0, correctable: int = 0) -> None:
+    """Notes errors in the device's AER capability; nothing where there is none."""
+    for capability in at.device.config.capabilities:
+        if isinstance(capability, Aer):
+            capability.report(uncorrectable=uncorrectable, correctable=correctable)
+
+
+def wait(ms: float) -> None:
+    """The device's thread does nothing for a while, and so its guest waits, too."""
+    time.sleep(ms / 1000)

@@ -1,0 +1,97 @@
+"""Interrupts that nobody meant to raise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import Field
+
+from vmodel.device import PciDevice
+from vmodel.inject.action import Action, Injection
+from vmodel.inject.actions.access import Ms
+from vmodel.inject.quantity import Number
+from vmodel.pci.caps import Msi, Msix
+from vmodel.points import Point
+
+
+class Vector(Action, name="vector"):
+    """Another vector is raised instead."""
+
+    vector: Number
+    points: ClassVar[frozenset[Point]] = frozenset((Point.IRQ,))
+
+    def run(self, at: Injection) -> bytes:
+        at.before, at.after = at.event.vector, self.vector
+        if self.vector >= vectors(at.device):
+            at.result = "no such vector"
+            return b""
+        return at.proceed(replace(at.event, vector=self.vector))
+
+
+class Storm(Action, name="storm"):
+    """It is raised again and again: `count` times more, every `ms`."""
+
+    count: Number = Field(default=1000, ge=1, le=1_000_000)
+    ms: Ms = Field(default=1.0, gt=0)
+    points: ClassVar[frozenset[Point]] = frozenset((Point.IRQ,))
+
+    def run(self, at: Injection) -> bytes:
+        at.after = self.count
+        at.proceed()
+        device, vector = at.device, at.event.vector or 0
+
+        def again(left: int) -> None:
+            if not at.engine.goes_on(at.rule):
+                return
+            fire(device, vector)
+            if left > 1:
+                device.after(self.ms / 1000, lambda: again(left - 1))
+
+        device.after(self.ms / 1000, lambda: again(self.count))
+        return b""
+
+
+class Spurious(Action, name="spurious"):
+    """An interrupt for nothing, `ms` after what happens."""
+
+    vector: Number = 0
+    ms: Ms = 0.0
+    points: ClassVar[frozenset[Point]] = frozenset(Point) - {Point.UNPLUG, Point.RESET}
+
+    def run(self, at: Injection) -> bytes:
+        data = at.proceed()
+        at.after = self.vector
+        # At an IOMMU's point it is the devices concerned that raise one.
+        names = at.event.others or (at.event.device,)
+        for device in [at.engine.devices[name] for name in names if name in at.engine.devices]:
+            if self.vector >= vectors(device):
+                at.result = "no such vector"
+            elif self.ms:
+                device.after(self.ms / 1000, lambda device=device: fire(device, self.vector))  # type: ignore[misc]
+            else:
+                fire(device, self.vector)
+        return data
+
+
+def vectors(device: PciDevice) -> int:
+    """How many interrupts a device has of the kind that its driver uses."""
+    for capability in device.config.capabilities:
+        if isinstance(capability, Msi | Msix) and capability.enabled:
+            return capability.vectors
+    return 0 if device.intx is None else 1
+
+
+def fire(device: PciDevice, vector: int) -> None:
+    """An interrupt that the model knows nothing of: of the pin, a pulse."""
+    for capability in device.config.capabilities:
+        if isinstance(capability, Msi | Msix) and capability.enabled:
+            if vector < capability.vectors:
+                type(capability).fire(capability, vector)
+            return
+    pin = device.intx
+    if pin is not None:
+        level = pin.level
+        type(pin).raise_(pin)
+        if not level:
+            pin.lower()

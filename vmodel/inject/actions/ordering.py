@@ -1,0 +1,107 @@
+"""Whether, how often and when an event is carried out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from vmodel.errors import Reason
+from vmodel.inject.action import Action, Injection, milliseconds
+from vmodel.inject.actions.access import REGION_READS, Ms
+from vmodel.inject.predicate import OnePoint
+from vmodel.points import Point
+
+#: Longest that a device may make its client wait, in ms: QEMU gives a device up that has not answered for 5 s.
+LONGEST_WAIT = 4000.0
+
+Wait = Annotated[float, BeforeValidator(milliseconds), Field(ge=0, le=LONGEST_WAIT)]
+
+#: What nobody waits for: it may get lost, come twice, or late.
+POSTED = frozenset(
+    (
+        Point.DMA_WRITE,
+        Point.MMIO_WRITE,
+        Point.CONFIG_WRITE,
+        Point.IRQ,
+        Point.RESET,
+        Point.COMPLETION,
+        Point.DOORBELL,
+        Point.INVALIDATE,
+    )
+)
+_MAPS = frozenset((Point.IOMMU_MAP, Point.IOMMU_UNMAP))
+
+
+class Drop(Action, name="drop"):
+    """It does not happen, and nobody is told.  A read gets no answer: a device has a timeout, the guest all ones."""
+
+    points: ClassVar[frozenset[Point]] = POSTED | _MAPS | REGION_READS | {Point.DMA_READ}
+
+    def run(self, at: Injection) -> bytes:
+        at.before = at.event.data
+        if at.event.point is Point.DMA_READ:
+            raise at.fault(Reason.COMPLETION_TIMEOUT)
+        at.result = "dropped"
+        return at.ones() if at.event.point in REGION_READS else b""
+
+
+class Duplicate(Action, name="duplicate"):
+    """It happens twice, the second time at once or `ms` later; of a read, the second data counts."""
+
+    ms: Ms = 0.0
+    points: ClassVar[frozenset[Point]] = POSTED | REGION_READS | {Point.DMA_READ}
+
+    def run(self, at: Injection) -> bytes:
+        at.before = at.proceed()
+        if at.event.point.is_read:
+            at.after = at.proceed()
+            return at.after
+        at.before = at.after = at.event.data
+        if self.ms:
+            at.later(at.proceed, ms=self.ms)
+        else:
+            at.proceed()
+        return b""
+
+
+class Delay(Action, name="delay"):
+    """The device waits before it, and whoever waits for the device, too; all stays in order."""
+
+    ms: Wait
+    points: ClassVar[frozenset[Point]] = frozenset(Point)
+
+    def run(self, at: Injection) -> bytes:
+        time.sleep(self.ms / 1000)
+        return at.proceed()
+
+
+class Late(Action, name="late"):
+    """It happens `ms` later, and the device goes on: what comes next overtakes it."""
+
+    ms: Ms
+    points: ClassVar[frozenset[Point]] = POSTED | {Point.IOMMU_UNMAP}
+
+    def run(self, at: Injection) -> bytes:
+        at.before = at.event.data
+        at.result = "later"
+        at.later(at.proceed, ms=self.ms)
+        return b""
+
+
+class Reorder(Action, name="reorder"):
+    """It happens after the next event at a point: at "irq", after the next interrupt.  By default at its own."""
+
+    after: OnePoint | None = None
+    points: ClassVar[frozenset[Point]] = POSTED - {Point.RESET}
+
+    def run(self, at: Injection) -> bytes:
+        at.before = at.event.data
+        at.result = "later"
+        at.later(at.proceed, after=self.after or at.event.point)
+        return b""
+
+    def listens(self) -> Sequence[Point]:
+        return () if self.after is None else (self.after,)

@@ -1,0 +1,104 @@
+"""Registers that say what they should not, and capabilities that are not where they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from vmodel.device import PciDevice
+from vmodel.inject.action import Action, Injection
+from vmodel.inject.actions.access import REGION_READS, REGION_WRITES
+from vmodel.inject.quantity import Number
+from vmodel.points import Event, Point
+
+
+class Value(Action, name="value"):
+    """Another value is read, or written."""
+
+    value: Number
+    points: ClassVar[frozenset[Point]] = REGION_READS | REGION_WRITES
+
+    def run(self, at: Injection) -> bytes:
+        return at.change(lambda data: self.value.to_bytes(8, "little")[: len(data)].ljust(len(data), b"\0"))
+
+
+class Ones(Action, name="ones"):
+    """All ones are read, as where there is no device any more."""
+
+    points: ClassVar[frozenset[Point]] = REGION_READS
+
+    def run(self, at: Injection) -> bytes:
+        return at.change(lambda data: b"\xff" * len(data))
+
+
+class Stuck(Action, name="stuck"):
+    """Reads give what the rule saw first, ever after; writes have no effect."""
+
+    points: ClassVar[frozenset[Point]] = REGION_READS | REGION_WRITES
+
+    def run(self, at: Injection) -> bytes:
+        if not at.event.point.is_read:
+            at.before = at.event.data
+            at.result = "dropped"
+            return b""
+        return at.change(lambda data: at.memory.setdefault(_key(at.event), data))
+
+
+def _key(event: Event) -> tuple[object, ...]:
+    return event.device, event.region, event.address, event.size
+
+
+class _List(Action):
+    """Changes the list of capabilities in the first 256 bytes of config space, as it is read."""
+
+    #: A capability's attribute in the model, as "msix".
+    capability: str
+
+    points: ClassVar[frozenset[Point]] = frozenset((Point.CONFIG_READ,))
+
+    def check(self, devices: Sequence[PciDevice]) -> None:
+        known = {name for device in devices for name, _, _ in _links(device)}
+        if self.capability not in known:
+            text = ", ".join(sorted(known)) or "there is none"
+            raise ValueError(f"no capability is called {self.capability!r}: {text}")
+
+    def run(self, at: Injection) -> bytes:
+        old = at.proceed()
+        start = at.event.address or 0
+        new = bytearray(old)
+        changes = {place: byte for place, byte in self._changes(at).items() if start <= place < start + len(new)}
+        at.before = " ".join(f"{place:#x}={old[place - start]:#x}" for place in changes)
+        at.after = " ".join(f"{place:#x}={byte:#x}" for place, byte in changes.items())
+        for place, byte in changes.items():
+            new[place - start] = byte
+        return bytes(new)
+
+    def _changes(self, at: Injection) -> dict[int, int]:
+        """Bytes of config space, and what they are to be."""
+        raise NotImplementedError
+
+
+def _links(device: PciDevice) -> list[tuple[str, int, int]]:
+    """(name, where it is, where the pointer to it is) of each capability in the first 256 bytes."""
+    found, link = [], 0x34
+    for name, place, _ in device.config.places:
+        if 0x40 <= place < 0x100:
+            found.append((name, place, link))
+            link = place + 1
+    return found
+
+
+class Hide(_List, name="hide"):
+    """A capability is left out of the list."""
+
+    def _changes(self, at: Injection) -> dict[int, int]:
+        links = _links(at.device)
+        following = [place for _, place, _ in links[1:]] + [0]
+        return {link: after for (name, _, link), after in zip(links, following, strict=True) if name == self.capability}
+
+
+class Cut(_List, name="cut"):
+    """The list of capabilities ends before this one."""
+
+    def _changes(self, at: Injection) -> dict[int, int]:
+        return {link: 0 for name, _, link in _links(at.device) if name == self.capability}

@@ -1,0 +1,344 @@
+"""`Engine`: a plan at work.  It hears of events from all devices' threads, and decides for each which rules fire."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vmodel.device import PciDevice
+from vmodel.errors import ConfigError, DmaFault, VmodelError
+from vmodel.inject.action import Injection
+from vmodel.inject.journal import Journal, shown
+from vmodel.inject.plan import FaultPlan, Rule, keyed
+from vmodel.inject.predicate import Predicate
+from vmodel.inject.schedule import Progress, stream
+from vmodel.points import Event, Point, Proceed
+from vmodel.register_map import RegisterMap
+from vmodel.tapped import tap
+
+log = logging.getLogger(__name__)
+
+#: What waits for a point that may never be reached: more is carried out at once, the oldest first.
+MOST_HELD = 10_000
+
+
+class _Live:
+    """A rule, its schedule's state and its generators."""
+
+    def __init__(self, rule: Rule, name: str, seed: str, maps: Mapping[str, RegisterMap], base: Path) -> None:
+        self.rule = rule
+        self.name = name
+        self.predicate = Predicate(rule, maps, base)
+        self.markers: tuple[Predicate, ...] = ()
+        if rule.between is not None:
+            try:
+                self.markers = tuple(Predicate(match, maps, base) for match in rule.between)
+            except ConfigError as error:
+                raise ConfigError(str(error).partition(": ")[2], key=f"between.{error.key}") from error
+        self.progress = Progress(rule.schedule, seed)
+        self.random = stream(seed, "action")
+        self.memory: dict[Any, bytes] = {}
+        self.paused = False
+
+    @property
+    def points(self) -> set[Point]:
+        """Where it has to hear of events."""
+        return {self.rule.point, *(m.match.point for m in self.markers), *self.rule.do.listens()}
+
+
+class Engine:
+    """Rules armed on devices; a context manager that disarms them at the end.
+
+    Rules can come, go and pause while devices are served.  With the same seed, rules and events of a device the same
+    injections follow: each rule has generators of its own, seeded by the plan's seed and the rule's name (or, without
+    one, by what it says), so that no other rule has a part in it.
+    """
+
+    def __init__(
+        self,
+        plan: FaultPlan,
+        devices: Mapping[str, PciDevice] | Iterable[PciDevice],
+        *,
+        path: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`path`: where the log goes.  ConfigError: a rule names a device or register that is not there."""
+        named = devices if isinstance(devices, Mapping) else {device.name: device for device in devices}
+        self.devices: dict[str, PciDevice] = dict(named)
+        self.plan = plan
+        self.journal = Journal(path)
+        self._clock = clock
+        self._start = clock()
+        self._maps = {name: RegisterMap(device) for name, device in self.devices.items()}
+        self._lock = threading.Lock()
+        self._rules: list[_Live] = []
+        self._by_point: dict[Point, tuple[_Live, ...]] = {}
+        self._held: list[tuple[Point, str, Injection, Callable[[], object]]] = []
+        self._healed = False
+        self._heal = None
+        if plan.heal is not None and plan.heal.on is not None:
+            try:
+                self._heal = Predicate(plan.heal.on, self._maps, plan.base)
+            except ConfigError as error:
+                raise ConfigError(_bare(error), file=plan.file, key=f"heal.on.{error.key}") from error
+        for n, rule in enumerate(plan.rule):
+            try:
+                self._add(rule)
+            except ConfigError as error:
+                file, place = plan.place(n)
+                raise ConfigError(
+                    _bare(error), file=file, key=f"{place}.{error.key}" if file else f"{place}: {error.key}"
+                ) from error
+        self._arm()
+
+    # ---- rules -----------------------------------------------------------------------------
+
+    def _add(self, rule: Rule) -> str:
+        names = {live.name for live in self._rules}
+        name = rule.name or next(f"rule{n}" for n in range(1, len(names) + 2) if f"rule{n}" not in names)
+        if name in names:
+            raise ConfigError(f"{name!r} is the name of another rule already", key="name")
+        devices = Predicate(rule, self._maps, self.plan.base).devices
+        try:
+            rule.do.check([self.devices[device] for device in devices])
+        except ValueError as error:
+            raise ConfigError(f"{str(rule.do)!r}: {error}", key="do") from error
+        same = sum(keyed(live.rule) == keyed(rule) for live in self._rules)
+        seed = f"{self.plan.seed}\0{keyed(rule)}\0{same}"
+        self._rules.append(_Live(rule, name, seed, self._maps, self.plan.base))
+        return name
+
+    def add(self, rule: Rule) -> str:
+        """Arms one more rule; its name.  ConfigError."""
+        with self._lock:
+            name = self._add(rule)
+        self._arm()
+        return name
+
+    def _named(self, name: str) -> _Live:
+        for live in self._rules:
+            if live.name == name:
+                return live
+        known = ", ".join(live.name for live in self._rules) or "there is none"
+        raise ConfigError(f"no rule is called {name!r}: {known}")
+
+    def remove(self, name: str) -> None:
+        """Disarms a rule.  ConfigError: there is none of that name."""
+        with self._lock:
+            self._rules.remove(self._named(name))
+        self._arm()
+
+    def pause(self, name: str | None, paused: bool = True) -> None:
+        """Stops a rule (None: all) from firing and counting, or lets it go on.  ConfigError."""
+        with self._lock:
+            for live in self._rules if name is None else [self._named(name)]:
+                live.paused = paused
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The rules and what they have done so far, as plain data."""
+        now = self._now()
+        with self._lock:
+            return [
+                {
+                    "name": live.name,
+                    "rule": live.rule.text(),
+                    "matched": live.progress.matched,
+                    "fired": live.progress.fired,
+                    "state": self._state(live, now),
+                }
+                for live in self._rules
+            ]
+
+    def _state(self, live: _Live, now: float) -> str:
+        if self._is_healed(now) or live.progress.over(now):
+            return "over"
+        return "paused" if live.paused else "armed"
+
+    def _arm(self) -> None:
+        """Puts the intercepting paths where rules want them, and the plain ones elsewhere."""
+        with self._lock:
+            rules = list(self._rules)
+            self._by_point = {point: tuple(live for live in rules if point in live.points) for point in Point}
+        heal = set() if self._heal is None else {self._heal.match.point}
+        for name, device in self.devices.items():
+            wanted = {point for live in rules if self._concerns(live, name) for point in live.points}
+            wanted = wanted | heal if rules else wanted
+            tap(device, wanted, self if wanted else None)
+
+    def _concerns(self, live: _Live, name: str) -> bool:
+        """Whether a rule has to hear of a device.  What an IOMMU does, it does for others."""
+        predicates = (live.predicate, *live.markers)
+        from_iommu = {Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE}
+        return any(name in p.devices or p.match.point in from_iommu for p in predicates)
+
+    # ---- events ----------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return self._clock() - self._start
+
+    def _is_healed(self, now: float) -> bool:
+        heal = self.plan.heal
+        return self._healed or (heal is not None and heal.after is not None and now >= heal.after)
+
+    def __call__(self, event: Event, proceed: Proceed) -> bytes:
+        """An event: has it carried out as the rules that fire will have it.  It is the devices' `Sink`."""
+        now = self._now()
+        rules = self._by_point.get(event.point, ())
+        # Predicates may take their time, and are the user's own functions: not under the lock.
+        matching = [live for live in rules if not live.paused and live.predicate(event)]
+        ending = [live for live in rules if live.markers and live.markers[1](event)]
+        beginning = [live for live in rules if live.markers and live.markers[0](event)]
+        healing = self._heal is not None and self._heal(event)
+        with self._lock:
+            healed = self._is_healed(now)
+            for live in ending:
+                live.progress.end()
+            fired = {live: _place(live) for live in matching if not healed and live.progress.fires(now)}
+            for live in beginning:
+                live.progress.begin()
+            self._healed = self._healed or healing
+        chain: list[Callable[[Event, Proceed], bytes]] = []
+        for live in matching:
+            if live in fired:
+                chain.append(self._step(live, fired[live], now, event))
+            elif live.rule.do.observes:
+                chain.append(lambda e, p, live=live: live.rule.do.observe(e, live.memory, p))  # type: ignore[misc]
+        try:
+            return _through(chain, 0, event, proceed)
+        finally:
+            if self._held:
+                self._release(event, everything=healed or healing)
+
+    def _step(
+        self, live: _Live, place: tuple[int, int], now: float, origin: Event
+    ) -> Callable[[Event, Proceed], bytes]:
+        def act(event: Event, proceed: Proceed) -> bytes:
+            window = live.predicate.window(event) or slice(None)
+            at = Injection(self, live.name, place[0], event, proceed, window, live.random, live.memory, origin)
+            at.nth = place[1]
+            try:
+                return live.rule.do.run(at)
+            except VmodelError as error:
+                at.result = error.reason.name if isinstance(error, DmaFault) else at.result
+                raise
+            finally:
+                self._log(at, now, live)
+
+        return act
+
+    def _log(self, at: Injection, now: float, live: _Live, *, late: bool = False) -> None:
+        event = at.event
+        record: dict[str, Any] = {
+            "t": round(now, 6),
+            "rule": at.rule,
+            "count": at.count,
+            "nth": at.nth,
+            "do": str(live.rule.do),
+            "point": event.point.value,
+            "device": event.device,
+            "requester": None if event.requester is None else f"{event.requester:#x}",
+            "address": None if event.address is None else f"{event.address:#x}",
+            "size": event.size,
+            "before": shown(at.before),
+            "after": shown(at.after),
+            "result": at.result,
+        }
+        for key in ("vector", "queue", "id", "status", "opcode", "lba", "kind"):
+            if (value := getattr(event, key)) is not None:
+                record[key] = value
+        if late:
+            record["late"] = True
+        try:
+            self.journal.put(record)
+        except OSError as error:
+            log.error("the log of injections: %s", error)
+
+    def goes_on(self, rule: str) -> bool:
+        """Whether what a rule has begun is to go on: it has not been removed, and nothing is healed."""
+        return not self._is_healed(self._now()) and any(live.name == rule for live in self._rules)
+
+    # ---- what happens later ----------------------------------------------------------------
+
+    def later(self, at: Injection, call: Callable[[], object], delay: float, after: Point | None) -> None:
+        """See Injection.later.  A reset of the function drops what waits for its time."""
+        device = at.device
+        late = Injection(self, at.rule, at.count, at.event, at.proceed, slice(None), at.random, at.memory, at.origin)
+        late.nth = at.nth
+        live = next((live for live in self._rules if live.name == at.rule), None)
+
+        def carry_out() -> None:
+            try:
+                call()
+            except VmodelError as error:
+                late.result = error.reason.name if isinstance(error, DmaFault) else str(error)
+            if live is not None:
+                self._log(late, self._now(), live, late=True)
+
+        if after is None:
+            if delay:
+                device.after(delay, carry_out)
+            else:
+                device.defer(carry_out)
+            return
+        with self._lock:
+            self._held.append((after, at.event.device, at, carry_out))
+            excess = self._held[: -MOST_HELD or None] if len(self._held) > MOST_HELD else []
+            del self._held[: len(excess)]
+        for _, _, _, ready in excess:
+            ready()
+
+    def _release(self, event: Event, *, everything: bool) -> None:
+        """Carries out what has waited for this event."""
+        with self._lock:
+            ready = [
+                held
+                for held in self._held
+                if everything
+                or (
+                    held[0] is event.point
+                    and held[2].origin is not event
+                    and (held[1] == event.device or held[1] in event.others)
+                )
+            ]
+            self._held = [held for held in self._held if held not in ready]
+        for _, _, _, call in ready:
+            call()
+
+    # ---- life ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Disarms all, and ends the log; what is held never happens."""
+        with self._lock:
+            self._rules.clear()
+            self._held.clear()
+        self._arm()
+        self.journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _place(live: _Live) -> tuple[int, int]:
+    """How often it has fired, and the number of the event that it fires at."""
+    return live.progress.fired, live.progress.seen
+
+
+def _through(chain: list[Callable[[Event, Proceed], bytes]], n: int, event: Event, proceed: Proceed) -> bytes:
+    """The first rule of the plan comes first: it may keep the event from all others."""
+    if n == len(chain):
+        return proceed(event)
+    return chain[n](event, lambda e: _through(chain, n + 1, e, proceed))
+
+
+def _bare(error: ConfigError) -> str:
+    return str(error).removeprefix(f"{error.key}: ")

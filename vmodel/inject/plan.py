@@ -1,0 +1,277 @@
+"""Plans: a seed and rules.  A rule is a point and a predicate, a schedule, an action, and how long it lasts.
+
+```toml
+seed = 7
+
+[[rule]]
+name = "torn"
+point = "dma.write"
+device = "edu0"
+nth = 3
+do = "partial(8)"
+
+[heal]
+after = "20s"
+```
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SkipValidation,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+import vmodel.inject.actions  # noqa: F401  it fills ACTIONS
+from vmodel.errors import ConfigError
+from vmodel.inject.action import ACTIONS, Action, parse
+from vmodel.inject.predicate import Match
+from vmodel.inject.quantity import Flag, Number, Numbers, Seconds
+from vmodel.inject.schedule import Schedule
+from vmodel.machine.explain import explain, one_line
+from vmodel.points import Point
+
+
+def _do_schema() -> dict[str, Any]:
+    tables = []
+    for name, kind in sorted(ACTIONS.items()):
+        schema = kind.model_json_schema()
+        properties = {"action": {"const": name}, **schema.get("properties", {})}
+        tables.append({**schema, "properties": properties, "required": ["action", *schema.get("required", [])]})
+    text = "one of " + ", ".join(kind.usage() for _, kind in sorted(ACTIONS.items()))
+    return {"anyOf": [{"type": "string", "description": text}, *tables]}
+
+
+Do = Annotated[
+    SkipValidation[Action],
+    BeforeValidator(parse),
+    PlainSerializer(str),
+    WithJsonSchema(_do_schema()),
+]
+
+
+def _match(value: object) -> object:
+    """Of `between` and `on`: a table, or only the point's name."""
+    return {"point": value} if isinstance(value, str) else value
+
+
+def _also_text(schema: dict[str, Any]) -> None:
+    """An event may be only its point's name, where that says enough."""
+    schema["anyOf"] += [{"type": "string"}, {"type": "array", "items": {"type": ["string", "object"]}}]
+
+
+def _pair(value: object) -> object:
+    if isinstance(value, str):
+        first, dots, second = value.partition("..")
+        value = (first, second) if dots else value
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError('must be two events, as [{ point = "irq" }, { point = "reset" }] or "irq..reset"')
+    return tuple(_match(part) for part in value)
+
+
+class Rule(Match):
+    """One rule."""
+
+    name: str = Field(default="", examples=['"torn"'], max_length=60, description="for the log; seeds its generator")
+    do: Do = Field(examples=['"drop"'], description="what happens instead")
+
+    nth: Numbers | None = Field(default=None, examples=["3"], description="only at these, counted from 1")
+    every: Annotated[Number | None, Field(ge=1)] = Field(default=None, examples=["10"])
+    first: Annotated[Number | None, Field(ge=1)] = Field(default=None, examples=["5"])
+    probability: float | None = Field(default=None, ge=0, le=1, examples=["0.01"])
+    after: Seconds = Field(default=0.0, examples=['"2s"'], description="since the plan was armed")
+    until: Seconds | None = Field(default=None, examples=['"10s"'])
+    between: Annotated[tuple[Match, Match] | None, BeforeValidator(_pair)] = Field(
+        default=None,
+        examples=['["irq", "reset"]'],
+        description="only after the first event and before the second",
+        json_schema_extra=_also_text,
+    )
+    once: Flag = Field(default=False, examples=["true"])
+    times: Annotated[Number | None, Field(ge=1)] = Field(default=None, examples=["3"], description="at most")
+    duration: Seconds | None = Field(
+        default=None, examples=['"5s"'], description="since it first fired; then the rule ends"
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> Rule:
+        if self.point not in self.do.points:
+            known = ", ".join(point.value for point in Point if point in self.do.points)
+            raise ValueError(f"do: {self.do.name} does not work at {self.point.value}, only at {known}")
+        if self.nth is not None and 0 in self.nth:
+            raise ValueError("nth: the first event is 1")
+        if self.until is not None and self.until <= self.after:
+            raise ValueError("until: must be later than after")
+        if self.once and self.times not in (None, 1):
+            raise ValueError("times: once = true means 1")
+        return self
+
+    @property
+    def schedule(self) -> Schedule:
+        """When it fires."""
+        return Schedule(
+            self.nth or (),
+            self.every,
+            self.first,
+            self.probability,
+            self.after,
+            self.until,
+            1 if self.once else self.times,
+            self.duration,
+            self.between is not None,
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """What the rule says, as TOML or JSON would have it."""
+        return self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+
+    def text(self) -> str:
+        """The rule on one line, in the command line's form as far as that has one."""
+        said = self.plain()
+        point = said.pop("point")
+        said.pop("name", None)
+        parts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in said.items()]
+        return " ".join([point, *parts])
+
+
+def keyed(rule: Rule) -> str:
+    """What seeds a rule's generators: its name, or what it says."""
+    return rule.name or json.dumps(rule.plain(), sort_keys=True)
+
+
+class Heal(BaseModel):
+    """`[heal]`: from then on no rule fires, and what was held back happens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after: Seconds | None = Field(default=None, examples=['"20s"'], description="since the plan was armed")
+    on: Annotated[Match | None, BeforeValidator(_match)] = Field(
+        default=None,
+        examples=['{ point = "reset" }'],
+        description="after that event",
+        json_schema_extra=_also_text,
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> Heal:
+        if self.after is None and self.on is None:
+            raise ValueError('after: is missing, as after = "20s", or on = { point = "reset" } instead')
+        return self
+
+
+class FaultPlan(BaseModel):
+    """A whole plan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = Field(default=0, examples=["7"])
+    rule: tuple[Rule, ...] = Field(default=())
+    heal: Heal | None = Field(default=None, examples=['{ after = "20s" }'])
+
+    @property
+    def file(self) -> Path | None:
+        """Where it was read from."""
+        return self._file
+
+    @property
+    def base(self) -> Path:
+        """What paths in it count from."""
+        return Path() if self._file is None else self._file.parent
+
+    _file: Path | None = None
+    _in_file: int = 0
+
+    def place(self, n: int) -> tuple[Path | None, str]:
+        """Where rule `n` was written: a file and the key in it, or the line that it is."""
+        rule = self.rule[n]
+        if n < self._in_file:
+            return self._file, f"rule[{n}]" + (f" ({rule.name})" if rule.name else "")
+        return None, rule.text()
+
+    @model_validator(mode="after")
+    def _names(self) -> FaultPlan:
+        names: set[str] = set()
+        for n, rule in enumerate(self.rule):
+            if rule.name in names:
+                raise ValueError(f"rule[{n}].name: {rule.name!r} is there twice: give each rule its own")
+            names |= {rule.name} - {""}
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """What the plan says, as TOML or JSON would have it; `FaultPlan.model_validate` takes it back."""
+        said = self.model_dump(mode="json", exclude_defaults=True, by_alias=True, exclude={"rule"})
+        return {**said, "rule": [rule.plain() for rule in self.rule]}
+
+    def extended(self, rules: Iterable[Rule], seed: int | None = None) -> FaultPlan:
+        """With more rules behind its own, and perhaps another seed.  ConfigError: two rules have one name."""
+        try:
+            plan = FaultPlan(seed=self.seed if seed is None else seed, rule=(*self.rule, *rules), heal=self.heal)
+        except ValidationError as error:
+            raise ConfigError("\n".join(map(str, explain(error, "", FaultPlan)))) from error
+        plan._file, plan._in_file = self._file, self._in_file
+        return plan
+
+    def placed(self, file: Path | None) -> FaultPlan:
+        """As if it had been read from `file`: paths in it count from its folder."""
+        plan = self.extended(())
+        plan._file, plan._in_file = file, 0 if file is None else len(self.rule)
+        return plan
+
+    @classmethod
+    def load(cls, path: Path) -> FaultPlan:
+        """The plan of a TOML file.  PlanErrors, one line for each mistake."""
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError("is no UTF-8 text: save the file as UTF-8", file=path) from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from error
+        return cls.parse(text, path)
+
+    @classmethod
+    def parse(cls, text: str, file: Path) -> FaultPlan:
+        """The plan that a file's text describes.  PlanErrors."""
+        try:
+            raw = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ConfigError(f"is no TOML: {one_line(error)}", file=file) from error
+        try:
+            plan = cls.model_validate(raw)
+        except ValidationError as error:
+            raise PlanErrors(error, raw, file) from error
+        plan._file, plan._in_file = file, len(plan.rule)
+        return plan
+
+
+class PlanErrors(ConfigError):
+    """The mistakes of one plan; str() gives a line for each: file, rule, key, and what would be right."""
+
+    def __init__(self, error: ValidationError, raw: Any, file: Path | str) -> None:
+        self.errors = [_placed(one, raw) for one in explain(error, file, FaultPlan)]
+        super().__init__("\n".join(map(str, self.errors)))
+
+
+def _placed(error: ConfigError, raw: Any) -> ConfigError:
+    """With the rule's name, and the key that a check of the whole rule puts before its text."""
+    text = str(error).removeprefix(f"{error.file}: ").removeprefix(f"{error.key}: ")
+    key = error.key
+    prefix, bracket, rest = key.partition("]")
+    number = prefix.removeprefix("rule[")
+    rules = raw.get("rule") if isinstance(raw, dict) else None
+    if bracket and number.isdigit() and isinstance(rules, list) and isinstance(rules[int(number)], dict):
+        name = rules[int(number)].get("name")
+        key = f"{prefix}]{f' ({name})' if isinstance(name, str) and name else ''}{rest}"
+    return ConfigError(text, file=error.file, key=key)

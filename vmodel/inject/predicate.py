@@ -1,0 +1,278 @@
+"""Which events a rule is about: its point, and what it asks of their fields."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+
+from vmodel.errors import ConfigError
+from vmodel.inject.quantity import Number, Numbers, SpanOf, Words
+from vmodel.machine.explain import guess
+from vmodel.machine.models import describe
+from vmodel.pci.topology import Bdf
+from vmodel.points import Event, Phase, Point
+from vmodel.register_map import Place, RegisterMap
+from vmodel.vfio_user.wire import Region
+
+_DMA = frozenset((Point.DMA_READ, Point.DMA_WRITE, Point.TRANSLATE))
+_IOMMU = frozenset((Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE))
+_MMIO = frozenset((Point.MMIO_READ, Point.MMIO_WRITE))
+_CONFIG = frozenset((Point.CONFIG_READ, Point.CONFIG_WRITE))
+_COMMANDS = frozenset((Point.COMPLETION, Point.DOORBELL))
+
+#: The points whose events have what a key asks about; keys that are not here: all points.
+KEYS: dict[str, frozenset[Point]] = {
+    "requester": _DMA,
+    "group": _DMA,
+    "domain": _DMA | _IOMMU,
+    "pasid": _DMA,
+    "direction": frozenset((Point.TRANSLATE,)),
+    "iova": _DMA | _IOMMU,
+    "gpa": _DMA,
+    "size": _DMA | _IOMMU | _MMIO | _CONFIG,
+    "bar": _MMIO,
+    "offset": _MMIO | _CONFIG,
+    "register": _MMIO | _CONFIG,
+    "vector": frozenset((Point.IRQ,)),
+    "kind": frozenset((Point.RESET, Point.INVALIDATE, Point.DOORBELL)),
+    "queue": _COMMANDS,
+    "opcode": frozenset((Point.COMPLETION,)),
+    "lba": frozenset((Point.COMPLETION,)),
+    "status": frozenset((Point.COMPLETION,)),
+}
+
+
+def _point(value: object) -> object:
+    if isinstance(value, str):
+        known = [point.value for point in Point]
+        if value not in known:
+            close = guess(value, known)
+            raise ValueError(
+                f"is no point: {f'did you mean {close!r}? ' if close else ''}Points are {', '.join(known)}"
+            )
+        return Point(value)
+    return value
+
+
+def _requester(value: object) -> object:
+    if isinstance(value, str) and "." in value:
+        try:
+            return Bdf.parse(value).rid
+        except ValueError:
+            raise ValueError('must be a PCI address, as "0000:00:03.0", or a number, as 0x18') from None
+    return value
+
+
+log = logging.getLogger(__name__)
+
+#: A function of the user's: (event) -> bool.
+Test = Callable[[Event], bool]
+
+
+def load_test(text: str, base: Path) -> Test:
+    """The function that "path/file.py:function" names.  ValueError."""
+    source, colon, name = text.rpartition(":")
+    path = base / source
+    if not colon or not source.endswith(".py") or not name.isidentifier():
+        raise ValueError('must be "path/file.py:function"')
+    if not path.is_file():
+        raise ValueError(f"there is no file {source!r}")
+    spec = importlib.util.spec_from_file_location(f"vmodel_plan_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # as the suffix is .py
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"cannot be loaded: {describe(error)}") from error
+    found: Test | None = getattr(module, name, None)
+    if not callable(found):
+        raise ValueError(f"no function {name!r} in {source}")
+    return found
+
+
+def _when(value: object) -> object:
+    if isinstance(value, str):
+        return value
+    if callable(value):
+        return value
+    raise ValueError('must be "path/file.py:function"')
+
+
+When = Annotated[
+    Any,
+    BeforeValidator(_when),
+    PlainSerializer(lambda value: value if isinstance(value, str) or value is None else value.__qualname__),
+    WithJsonSchema({"type": "string", "description": '"path/file.py:function", which takes the event'}),
+]
+OnePoint = Annotated[
+    Point,
+    BeforeValidator(_point),
+    PlainSerializer(lambda point: point.value),
+    WithJsonSchema({"enum": [point.value for point in Point]}),
+]
+
+
+class Match(BaseModel):
+    """A point, and what an event there has to be.  Keys that are left out match everything."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    point: OnePoint = Field(examples=['"dma.write"'], description="where")
+    device: Words | None = Field(default=None, examples=['"edu0"'], description='name, with "*" for anything')
+    requester: Annotated[Number | None, BeforeValidator(_requester)] = Field(
+        default=None, examples=['"0000:00:03.0"'], description="the id that the IOMMU sees, or a PCI address"
+    )
+    group: Number | None = Field(default=None, examples=["0"], description="number of the IOMMU group")
+    domain: Words | None = Field(default=None, examples=['"DMA*"'], description="name of the domain")
+    pasid: Number | None = Field(default=None, examples=["1"])
+    direction: Literal["read", "write"] | None = Field(
+        default=None, examples=['"write"'], description="of what is translated"
+    )
+    iova: SpanOf | None = Field(default=None, examples=['"0x1000-0x1fff"'], description="touches one of these")
+    gpa: SpanOf | None = Field(default=None, examples=['"0x1000-0x1fff"'], description="begins at one of these")
+    size: SpanOf | None = Field(default=None, examples=["16"], description="bytes, or a range of them")
+    bar: Number | None = Field(default=None, examples=["0"])
+    offset: SpanOf | None = Field(default=None, examples=["0x10"], description="in the BAR or config space")
+    register_: str | None = Field(
+        default=None, alias="register", examples=['"STATUS"'], description='name, or "bank.NAME", "capability.NAME"'
+    )
+    vector: Numbers | None = Field(default=None, examples=["0"])
+    kind: Words | None = Field(
+        default=None,
+        examples=['"FLR"'],
+        description="FLR, DEVICE_RESET, D3hot*; iotlb, context; submission, completion",
+    )
+    queue: Numbers | None = Field(default=None, examples=["1"])
+    opcode: Numbers | None = Field(default=None, examples=["1"])
+    lba: SpanOf | None = Field(default=None, examples=['"0-7"'], description="touches one of these blocks")
+    status: Numbers | None = Field(default=None, examples=["0"], description="that the device would report")
+    phase: Literal["probe", "running", "remove"] | None = Field(
+        default=None, examples=['"running"'], description="what the driver is at"
+    )
+    when: When | None = Field(default=None, examples=['"checks.py:wanted"'], description="a Python function's say")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Match:
+        for key, points in KEYS.items():
+            if getattr(self, "register_" if key == "register" else key) is not None and self.point not in points:
+                known = ", ".join(point.value for point in Point if point in points)
+                raise ValueError(f"{key}: events at {self.point.value} have none: only those at {known}")
+        return self
+
+
+class Predicate:
+    """A `Match` made ready: names looked up."""
+
+    def __init__(self, match: Match, maps: Mapping[str, RegisterMap], base: Path) -> None:
+        """`maps`: the registers of each device; paths count from `base`.  ConfigError, keyed by what is wrong."""
+        self.match = match
+        self.devices = [name for name in maps if match.device is None or _named(name, match.device)]
+        if match.device is not None:
+            for pattern in match.device:
+                if not any(fnmatchcase(name, pattern) for name in maps):
+                    close = guess(pattern, list(maps))
+                    hint = f"did you mean {close!r}?" if close else f"devices are {', '.join(maps) or 'none'}"
+                    raise ConfigError(f"no device is called {pattern!r}: {hint}", key="device")
+        #: Where the register is, by device.
+        self.places: dict[str, list[Place]] = {}
+        if match.register_ is not None:
+            self._find_register(match.register_, maps)
+        self._test: Test | None = match.when if callable(match.when) else None
+        if isinstance(match.when, str):
+            try:
+                self._test = load_test(match.when, base)
+            except ValueError as error:
+                raise ConfigError(f"{match.when!r}: {error}", key="when") from error
+
+    def _find_register(self, name: str, maps: Mapping[str, RegisterMap]) -> None:
+        config = self.match.point in _CONFIG
+        known: set[str] = set()
+        for device in self.devices:
+            self.places[device] = maps[device].find(name, config=config)
+            known |= {p.full_name for p in maps[device].places if (p.region == Region.CONFIG) is config}
+        if not any(self.places.values()):
+            close = guess(name, sorted(known | {full.rpartition(".")[2] for full in known}))
+            hint = f"did you mean {close!r}?" if close else "see vmodel regs MODEL"
+            raise ConfigError(f"no register is called {name!r}: {hint}", key="register")
+
+    def __call__(self, event: Event) -> bool:
+        """Whether an event is one of those meant."""
+        m = self.match
+        if m.point is not event.point:
+            return False
+        if m.device is not None and not any(_named(name, m.device) for name in (event.device, *event.others)):
+            return False
+        return (
+            _is(m.requester, event.requester)
+            and _is(m.group, event.group)
+            and _is(m.pasid, event.pasid)
+            and _is(m.bar, event.region)
+            and (m.domain is None or (event.domain is not None and _named(event.domain, m.domain)))
+            and (m.kind is None or (event.kind is not None and _named(event.kind, m.kind)))
+            and (m.direction is None or (m.direction == "write") is event.write)
+            and _touches(m.iova, event.address, event.size)
+            and _touches(m.offset, event.address, event.size)
+            and _touches(m.lba, event.lba, event.blocks)
+            and (m.size is None or (event.size is not None and event.size in m.size))
+            and _among(m.vector, event.vector)
+            and _among(m.queue, event.queue)
+            and _among(m.opcode, event.opcode)
+            and _among(m.status, event.status)
+            and (m.phase is None or Phase(m.phase).value == event.phase)
+            and (m.register_ is None or self.window(event) is not None)
+            and self._leads(event)
+            and (self._test is None or self._passes(self._test, event))
+        )
+
+    def _passes(self, test: Test, event: Event) -> bool:
+        try:
+            return bool(test(event))
+        except Exception:
+            # The user's mistake must not be the device's end.
+            log.exception("%r failed: the event does not match", self.match.when)
+            return False
+
+    def _leads(self, event: Event) -> bool:
+        if self.match.gpa is None:
+            return True
+        gpa = event.gpa() if event.gpa is not None else None
+        return gpa is not None and gpa in self.match.gpa
+
+    def window(self, event: Event) -> slice | None:
+        """Which of the event's bytes are the register's; None: it does not touch it.  All, without a register."""
+        if self.match.register_ is None:
+            return slice(None)
+        if event.address is None or event.size is None:
+            return None
+        first, last = event.address, event.address + event.size - 1
+        for place in self.places.get(event.device, ()):
+            if place.region == event.region and place.span.start <= last and first <= place.span.last:
+                start = max(first, place.span.start) - first
+                return slice(start, min(last, place.span.last) - first + 1)
+        return None
+
+
+def _named(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is(wanted: int | None, found: int | None) -> bool:
+    return wanted is None or wanted == found
+
+
+def _among(wanted: tuple[int, ...] | None, found: int | None) -> bool:
+    return wanted is None or found in wanted
+
+
+def _touches(wanted: Any, start: int | None, size: int | None) -> bool:
+    if wanted is None:
+        return True
+    if start is None:
+        return False
+    return bool(start <= wanted.last and wanted.start <= start + max(size or 1, 1) - 1)

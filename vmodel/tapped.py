@@ -1,0 +1,229 @@
+"""The intercepting paths of a device: DMA, regions and interrupts that announce what happens before it does.
+
+`tap` puts them in the place of the plain ones, or those back.  So whoever does no experiment pays nothing: a path is
+looked up as ever, and is another one while somebody listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from vmodel._shim import EXIT_ON_READ, EXIT_ON_WRITE
+from vmodel.device import PciDevice
+from vmodel.dma import Buffer, Dma
+from vmodel.errors import DmaFault
+from vmodel.pci.caps import Msi, Msix
+from vmodel.pci.irq import Intx
+from vmodel.points import Event, Point, Points, Sink
+from vmodel.vfio_user.wire import Region
+
+_DMA = frozenset((Point.DMA_READ, Point.DMA_WRITE, Point.TRANSLATE))
+
+
+class TappedDma(Dma):
+    """DMA that announces each access.  One over several pieces is several accesses."""
+
+    __slots__ = ()
+
+    def read(self, iova: int, size: int) -> bytes:
+        if not size:
+            return super().read(iova, size)
+        return self._points(self._event(Point.DMA_READ, iova, size), self._read)
+
+    def readinto(self, iova: int, buffer: bytearray | memoryview) -> None:
+        with memoryview(buffer) as whole, whole.cast("B") as flat:
+            flat[:] = self.read(iova, len(flat))
+
+    def write(self, iova: int, data: Buffer) -> None:
+        # A copy: what happens later must not see what the model puts into its buffer meanwhile.
+        copy = bytes(data)
+        if not copy:
+            return super().write(iova, copy)
+        self._points(self._event(Point.DMA_WRITE, iova, len(copy), copy), self._write)
+        return None
+
+    def gather_into(self, pieces: Sequence[tuple[int, int]], buffer: bytearray | memoryview) -> None:
+        with memoryview(buffer) as whole, whole.cast("B") as flat:
+            if sum(size for _, size in pieces) != len(flat):
+                raise ValueError("the pieces and the buffer differ in size")
+            self._each(pieces, flat, write=False)
+
+    def scatter(self, pieces: Sequence[tuple[int, int]], data: Buffer) -> None:
+        with memoryview(data) as whole, whole.cast("B") as flat:
+            if sum(size for _, size in pieces) != len(flat):
+                raise ValueError("the pieces and the data differ in size")
+            self._each(pieces, flat, write=True)
+
+    @contextmanager
+    def view(self, iova: int, size: int, *, writable: bool = False) -> Iterator[memoryview]:
+        """A copy, written back at the end: nobody can come between memory and who looks at it."""
+        with super().view(iova, size, writable=writable):
+            copy = bytearray(self.read(iova, size))
+        with memoryview(copy) as shown:
+            yield shown if writable else shown.toreadonly()
+        if writable:
+            self.write(iova, copy)
+
+    def _atomic(self, iova: int, op: int, size: int, operand: int, compare: int) -> int:
+        atomic = super()._atomic
+
+        def carry_out(event: Event) -> bytes:
+            self._translate(event, write=True)
+            return atomic(_address(event), op, size, operand, compare).to_bytes(size, "little")
+
+        return int.from_bytes(self._points(self._event(Point.DMA_READ, iova, size), carry_out), "little")
+
+    # ---- events ----------------------------------------------------------------------------
+
+    @property
+    def _points(self) -> Points:
+        points = self._line.points
+        assert points is not None  # there are none only where the class is Dma
+        return points
+
+    def _event(self, point: Point, iova: int, size: int, data: bytes | None = None) -> Event:
+        event = Event(point, address=iova, size=size, data=data, pasid=self._pasid_or_none)
+        endpoint = self._line.endpoint
+        if endpoint is not None:
+            event.requester = endpoint.requester_id
+            if (group := endpoint.group) is not None:
+                domain = group.domain_of(event.pasid)
+                event.group = group.number
+                event.domain = None if domain is None else domain.name
+                event.gpa = lambda: None if domain is None else domain.iova_to_phys(iova)
+                return event
+        event.gpa = lambda: iova
+        return event
+
+    def _read(self, event: Event) -> bytes:
+        self._translate(event, write=False)
+        return super().read(_address(event), event.size or 0)
+
+    def _write(self, event: Event) -> bytes:
+        self._translate(event, write=True)
+        super().write(_address(event), event.data or b"")
+        return b""
+
+    def _translate(self, event: Event, *, write: bool) -> None:
+        """Where there is nothing that translates, nothing can go wrong with that."""
+        if event.group is not None and self._points.wants(Point.TRANSLATE):
+            translation = self._event(Point.TRANSLATE, _address(event), event.size or 0)
+            translation.write = write
+            self._points(translation, lambda _: b"")
+
+    def _each(self, pieces: Sequence[tuple[int, int]], flat: memoryview, *, write: bool) -> None:
+        at = 0
+        for iova, size in pieces:
+            try:
+                if write:
+                    self.write(iova, bytes(flat[at : at + size]))
+                else:
+                    flat[at : at + size] = self.read(iova, size)
+            except DmaFault as fault:
+                fault.done += at
+                raise
+            at += size
+
+
+def _address(event: Event) -> int:
+    assert event.address is not None
+    return event.address
+
+
+class _Regions:
+    """Accesses by the guest, when none of them is left to the shim."""
+
+    def __init__(self, device: PciDevice) -> None:
+        self._device = device
+        self._model = type(device)
+
+    def register_read(self, key: int, region: int, offset: int, count: int) -> int | bytes:
+        return self.region_read(region, offset, count)
+
+    def region_read(self, region: int, offset: int, count: int) -> int | bytes:
+        point = Point.CONFIG_READ if region == Region.CONFIG else Point.MMIO_READ
+        event = Event(point, region=region, address=offset, size=count)
+        data = self._device.points(event, self._read)
+        return int.from_bytes(data, "little") if count <= 8 else data
+
+    def region_write(self, region: int, offset: int, count: int, value: int | bytes) -> None:
+        point = Point.CONFIG_WRITE if region == Region.CONFIG else Point.MMIO_WRITE
+        data = value.to_bytes(count, "little") if isinstance(value, int) else value
+        self._device.points(Event(point, region=region, address=offset, size=count, data=data), self._write)
+
+    def _read(self, event: Event) -> bytes:
+        assert event.region is not None and event.size is not None
+        value = self._model.region_read(self._device, event.region, _address(event), event.size)
+        return value.to_bytes(event.size, "little") if isinstance(value, int) else value
+
+    def _write(self, event: Event) -> bytes:
+        assert event.region is not None and event.data is not None
+        data = event.data
+        value = int.from_bytes(data, "little") if len(data) <= 8 else data
+        self._model.region_write(self._device, event.region, _address(event), len(data), value)
+        return b""
+
+
+def tap(device: PciDevice, wanted: Collection[Point], sink: Sink | None) -> None:
+    """`sink` hears of the points `wanted` of a device from now on; any thread.  Without a sink: nobody."""
+    wanted = frozenset(wanted) if sink is not None else frozenset()
+    device.points.arm(wanted, sink)
+    device.dma.become(TappedDma if wanted & _DMA else Dma, device.points)
+    _tap_regions(device, wanted)
+    for capability in device.config.capabilities:
+        if isinstance(capability, Msi | Msix):
+            _tap_message(device, capability, Point.IRQ in wanted)
+    if device.intx is not None:
+        _tap_pin(device, device.intx, Point.IRQ in wanted)
+
+
+def _replace(owner: Any, **paths: Any) -> None:
+    """Methods of one object, in place of its class's; None: the class's."""
+    # Not by vars(): an object whose dictionary has been looked at is slower ever after.
+    for name, path in paths.items():
+        if path is not None:
+            setattr(owner, name, path)
+        else:
+            with suppress(AttributeError):
+                delattr(owner, name)
+
+
+def _tap_regions(device: PciDevice, wanted: Collection[Point]) -> None:
+    regions = _Regions(device)
+    reads = Point.MMIO_READ in wanted or Point.CONFIG_READ in wanted
+    writes = Point.MMIO_WRITE in wanted or Point.CONFIG_WRITE in wanted
+    _replace(
+        device,
+        register_read=regions.register_read if reads else None,
+        region_read=regions.region_read if reads else None,
+        region_write=regions.region_write if writes else None,
+    )
+    for index in (
+        *(bar.index for bar in device.declared_bars()),
+        *((Region.ROM,) if device.rom else ()),
+        Region.CONFIG,
+    ):
+        config = index == Region.CONFIG
+        read, write = (Point.CONFIG_READ, Point.CONFIG_WRITE) if config else (Point.MMIO_READ, Point.MMIO_WRITE)
+        exits = (EXIT_ON_READ if read in wanted else 0) | (EXIT_ON_WRITE if write in wanted else 0)
+        device.function.tap_region(index, exits)
+
+
+def _tap_message(device: PciDevice, capability: Msi | Msix, on: bool) -> None:
+    plain = type(capability).fire
+
+    def fire(n: int = 0) -> None:
+        device.points.at(Point.IRQ, lambda event: plain(capability, event.vector or 0), vector=n)
+
+    _replace(capability, fire=fire if on else None)
+
+
+def _tap_pin(device: PciDevice, pin: Intx, on: bool) -> None:
+    plain = type(pin).raise_
+
+    def raise_() -> None:
+        device.points.at(Point.IRQ, lambda _: plain(pin), vector=0)
+
+    _replace(pin, raise_=raise_ if on else None)

@@ -1,0 +1,355 @@
+"""A guest that has booted and waits for scripts: run one, look what the kernel said meanwhile, run the next.
+
+The guest's command is a small agent of ours, a shell script.  It gets a line for each script and answers on the same
+port, between what the scripts print: an answer starts with a control character and a word that only this guest knows.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vmodel.errors import ConfigError
+from vmodel.testing import kernel_log
+from vmodel.testing.artifacts import find_kernel
+from vmodel.testing.guest import Guest, GuestOff, GuestResult, GuestRunError, GuestSpec, GuestTimeout
+from vmodel.testing.monitor import Monitor
+
+#: Bytes of a script: a longer one is better a file.
+MAX_SCRIPT = 24 * 1024
+#: Seconds that a guest gets after an oops, for what else it has to say.
+_GRACE = 2.0
+_CRASH = re.compile(rb"Oops\b|Kernel panic|kernel BUG at|BUG: (unable to handle|kernel NULL)")
+#: In the kernel's log, before what a script makes the kernel say.
+BEGIN = "vmodel: a script begins:"
+#: A guest's panic comes by QMP, too, if the kernel has this module.
+PVPANIC = "pvpanic-mmio"
+
+# The console gets every message from now on, so that their times can be known here.  A hung task is reported after a
+# third of what a script may take.  The script is no child of the agent's: a child's end interrupts `read`, which then
+# forgets what it has read of a line.
+_AGENT = r"""
+dmesg -n 8
+echo -1 > /proc/sys/kernel/hung_task_warnings
+mkdir -p /run/vmodel
+cat > /bin/vmodel-host <<'END'
+HOST
+END
+chmod +x /bin/vmodel-host
+say() { printf '\036%s %s\n' TOKEN "$*"; }
+say ready $VMODEL_BOOT
+while read -r verb id limit script; do
+    case $verb in
+    run)
+        echo "$script" | base64 -d > /run/vmodel/$id
+        echo $limit > /proc/sys/kernel/hung_task_timeout_secs
+        echo 1 > /sys/kernel/debug/clear_warn_once
+        echo "<6>BEGIN $id" > /dev/kmsg
+        ((sh /run/vmodel/$id </dev/null 2>&1; say done $id $?) &)
+        ;;
+    log) say log $id "$(dmesg -r | base64 | tr -d '\n')"; dmesg -c > /dev/null ;;
+    clear) dmesg -c > /dev/null; say clear $id ;;
+    blocked) echo w > /proc/sysrq-trigger; say blocked $id ;;
+    ping) say pong $id ;;
+    answer) echo $limit > /run/vmodel/answer && mv /run/vmodel/answer /run/vmodel/answer.$id ;;
+    off) exit 0 ;;
+    esac
+done 2>/dev/null
+"""
+# Scripts ask the host by this.
+_HOST = r"""#!/bin/sh
+printf '\036%s host %s %s\n' TOKEN $$ "$*" > /dev/ttyS1
+until [ -e /run/vmodel/answer.$$ ]; do sleep 0.05; done
+read status < /run/vmodel/answer.$$
+rm /run/vmodel/answer.$$
+exit $status
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a script went.  Times are time.monotonic()'s."""
+
+    #: 0..255; None: it did not end in its time, or the guest has ended.
+    status: int | None
+    output: bytes
+    started: float
+    ended: float
+    #: When each piece of its output came.
+    came: tuple[float, ...] = ()
+
+
+#: What the host does for a script: arguments to an exit status.
+HostCommand = Callable[[list[str]], int]
+
+
+class BootedGuest:
+    """Boots a guest, and runs scripts in it, one after the other; a context manager.
+
+    `spec.command` is not used, and `spec.timeout` is the time for the boot.
+    """
+
+    def __init__(
+        self,
+        spec: GuestSpec,
+        *,
+        artifacts: Path | None = None,
+        host: Mapping[str, HostCommand] | None = None,
+    ) -> None:
+        """`host`: what scripts may ask for by `vmodel-host VERB ARGUMENTS`, by verb."""
+        self._token = secrets.token_hex(8)
+        self._host = dict(host or {})
+        kernel = spec.kernel or find_kernel()
+        self._boot_timeout = spec.timeout
+        panic: list[str] = []
+        modules = list(spec.modules)
+        if kernel.modules is not None and any(kernel.modules.rglob(f"{PVPANIC}.ko*")):
+            panic = ["-device", "pvpanic", "-action", "panic=none"]
+            modules.append(PVPANIC)
+        self.spec = replace(
+            spec,
+            command=_AGENT.replace("HOST", _HOST.strip()).replace("BEGIN", BEGIN).replace("TOKEN", self._token),
+            kernel=kernel,
+            modules=modules,
+            qemu_args=[*panic, *spec.qemu_args],
+            timeout=float("inf"),
+        )
+        self._changed = threading.Condition()
+        #: What came on the console, piece by piece, with its time; and of the output what is no answer of the agent's.
+        self._console: list[tuple[float, bytes]] = []
+        self._output: list[tuple[float, bytes]] = []
+        self._rest = b""
+        self._answers: dict[str, str] = {}
+        self._asked: list[tuple[str, list[str]]] = []
+        #: The console's last line, as far as it has come, and when it last told of a crash.
+        self._line = b""
+        self._crashed = 0.0
+        self._boots = 0
+        self._number = 0
+        self._monitor: Monitor | None = None
+        self.guest = Guest(self.spec, artifacts=artifacts, on_output=self._on_output, on_console=self._on_console)
+
+    # ---- life -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Boots it.  GuestRunError: it did not; ConfigError as in Guest.start."""
+        self.guest.start()
+        self._await(lambda: self._boots > 0, self._boot_timeout, "boot")
+
+    @property
+    def monitor(self) -> Monitor:
+        """QMP.  MonitorError: QEMU does not answer."""
+        if self._monitor is None:
+            self._monitor = Monitor(self.guest.qmp)
+        return self._monitor
+
+    def close(self) -> None:
+        """Ends QEMU."""
+        if self._monitor is not None:
+            self._monitor.close()
+        self.guest.close()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- what comes, on the guest's thread ----------------------------------------------------
+
+    def _on_console(self, data: bytes) -> None:
+        now = time.monotonic()
+        with self._changed:
+            self._console.append((now, data))
+            *lines, self._line = (self._line + data).split(b"\n")
+            if any(map(_CRASH.search, lines)):
+                self._crashed = now
+            self._changed.notify_all()
+
+    def _on_output(self, data: bytes) -> None:
+        now = time.monotonic()
+        mark = b"\x1e" + self._token.encode() + b" "
+        with self._changed:
+            self._rest += data
+            while (at := self._rest.find(b"\x1e")) >= 0:
+                if at:
+                    self._output.append((now, self._rest[:at]))
+                    self._rest = self._rest[at:]
+                if not self._rest.startswith(mark[: len(self._rest)]):
+                    self._output.append((now, self._rest[:1]))  # a script's own
+                    self._rest = self._rest[1:]
+                    continue
+                line, newline, rest = self._rest.partition(b"\n")
+                if not newline:
+                    break
+                self._rest = rest
+                self._said(line[len(mark) :].decode(errors="replace"))
+            else:
+                if self._rest:
+                    self._output.append((now, self._rest))
+                    self._rest = b""
+            self._changed.notify_all()
+
+    def _said(self, line: str) -> None:
+        verb, _, rest = line.partition(" ")
+        if verb == "ready":
+            self._boots += 1
+        elif verb == "host":
+            id, _, words = rest.partition(" ")
+            self._asked.append((id, words.split()))
+        else:
+            id, _, value = rest.partition(" ")
+            self._answers[f"{verb} {id}"] = value
+
+    # ---- talking ----------------------------------------------------------------------------
+
+    def _await(self, what: Callable[[], object], timeout: float, name: str) -> None:
+        """GuestRunError: it did not come in time, or the guest has ended."""
+        deadline = time.monotonic() + timeout
+        while True:
+            alive = self.guest.running()
+            with self._changed:
+                if what():
+                    return
+                asked, self._asked = self._asked, []
+                if not asked and alive:
+                    if time.monotonic() >= deadline:
+                        raise GuestTimeout(f"{name}: not in {timeout:g} s")
+                    self._changed.wait(min(0.2, max(deadline - time.monotonic(), 0)))
+                    if what():
+                        return
+            for id, words in asked:
+                self._answer(id, words)
+            if not alive:
+                self.guest.wait()  # says why
+                raise GuestOff(f"{name}: the guest was off before it was done")
+
+    def _answer(self, id: str, words: list[str]) -> None:
+        verb = self._host.get(words[0]) if words else None
+        status = 127 if verb is None else verb(words[1:])
+        self._send(f"answer {id} {status}")
+
+    def _send(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # QEMU is gone: whoever waits learns of it
+            self.guest.send(line.encode() + b"\n")
+
+    def _ask(self, verb: str, timeout: float) -> str:
+        self._number += 1
+        key = f"{ {'ping': 'pong'}.get(verb, verb) } {self._number}"
+        self._send(f"{verb} {self._number}")
+        self._await(lambda: key in self._answers, timeout, verb)
+        return self._answers.pop(key)
+
+    def run(self, script: str, timeout: float = 60.0) -> Done:
+        """Runs a shell script, in /root; when it does not end in time it goes on, and the guest is of no more use.
+
+        ConfigError: the script is too long.
+        """
+        encoded = base64.b64encode(script.encode() + b"\n")
+        if len(script.encode()) > MAX_SCRIPT:
+            raise ConfigError(f"a script of {len(script.encode())} bytes: at most {MAX_SCRIPT} work; make it a file")
+        self._number += 1
+        key, first = f"done {self._number}", len(self._output)
+        started = time.monotonic()
+        limit = max(int(timeout / 3), 1)
+
+        def over() -> bool:
+            return key in self._answers or started < self._crashed < time.monotonic() - _GRACE
+
+        status = None
+        self._send(f"run {self._number} {limit} {encoded.decode()}")
+        with contextlib.suppress(GuestRunError):
+            self._await(over, timeout, "the script")
+            with self._changed:
+                if key in self._answers:
+                    status = int(self._answers.pop(key))
+        ended = time.monotonic()
+        with self._changed:
+            came = self._output[first:]
+        output = b"".join(data for _, data in came)
+        return Done(status, output, started, ended, tuple(at for at, _ in came))
+
+    def alive(self, timeout: float = 5.0) -> bool:
+        """Whether the agent answers."""
+        try:
+            self._ask("ping", timeout)
+        except GuestRunError:
+            return False
+        return True
+
+    def show_blocked(self, timeout: float = 5.0) -> None:
+        """Has the kernel say on its console which tasks are blocked, and where.  GuestRunError: the guest is dead."""
+        self._ask("blocked", timeout)
+
+    def clear(self, timeout: float = 20.0) -> None:
+        """Empties the kernel's log.  GuestRunError: the guest is dead."""
+        self._ask("clear", timeout)
+
+    def dmesg(self, timeout: float = 20.0) -> str:
+        """The kernel's log since the last call, as `dmesg -r` has it.  GuestRunError: the guest is dead."""
+        try:
+            return base64.b64decode(self._ask("log", timeout)).decode(errors="replace")
+        except binascii.Error as error:
+            raise GuestRunError(f"the kernel's log did not arrive whole: {error}") from error
+
+    def reset(self, timeout: float | None = None) -> None:
+        """Resets the machine, and waits until it has booted again; needs `spec.allow_reboot`.
+
+        GuestRunError; MonitorError.
+        """
+        before = self._boots
+        self.monitor.execute("system_reset")
+        self._await(lambda: self._boots > before, timeout or self._boot_timeout, "reset")
+
+    def power_off(self) -> GuestResult:
+        """Lets the guest power off, as after a command.  GuestRunError: it does not."""
+        self._send("off")
+        deadline = time.monotonic() + self._boot_timeout
+        while self.guest.running():
+            with self._changed:
+                self._changed.wait(0.1)
+            if time.monotonic() > deadline:
+                raise GuestTimeout(f"the guest was not off in {self._boot_timeout:g} s")
+        return self.guest.wait()
+
+    # ---- the console ------------------------------------------------------------------------
+
+    def mark(self) -> int:
+        """A place in the console: what comes after it."""
+        with self._changed:
+            return len(self._console)
+
+    def console(self, mark: int = 0) -> str:
+        """What the console has had since then."""
+        with self._changed:
+            data = b"".join(piece for _, piece in self._console[mark:])
+        return data.decode(errors="replace").replace("\r\n", "\n")
+
+    def lines(self, mark: int = 0) -> list[kernel_log.Line]:
+        """The kernel's lines on the console since then, with their time (of time.monotonic())."""
+        with self._changed:
+            pieces = self._console[mark:]
+        found: list[kernel_log.Line] = []
+        rest = b""
+        for at, data in pieces:
+            *whole, rest = (rest + data).split(b"\n")
+            for line in whole:
+                found += [replace(one, at=at) for one in kernel_log.lines_of(line.decode(errors="replace"))]
+        return found + kernel_log.lines_of(rest.decode(errors="replace"))

@@ -1,0 +1,419 @@
+"""Experiments: cases run one after the other, in a guest that is booted anew only where one may have disturbed it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import shlex
+import time
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vmodel.errors import ConfigError
+from vmodel.inject import Engine, FaultPlan
+from vmodel.testing import kernel_log
+from vmodel.testing.artifacts import Kernel, Qemu, find_kernel, find_qemu
+from vmodel.testing.booted import BEGIN, BootedGuest, Done
+from vmodel.testing.case import Case, Result
+from vmodel.testing.guest import GuestOff, GuestPanic, GuestRunError, GuestSpec, GuestTimeout, ModuleError
+from vmodel.testing.monitor import Monitor, MonitorError
+from vmodel.testing.oracle import Effect, Finding, Outcome, classify, of_status
+from vmodel.testing.served import Served
+
+__all__ = ["Case", "Result", "Rig", "run"]
+
+#: Records of the journal that a result has.
+_MOST_INJECTIONS = 1000
+
+
+def run(case: Case, folder: Path) -> Result:
+    """Runs a case in a guest of its own; `folder` gets the artefacts, and is made.
+
+    ConfigError: machine, plan, files or kernel are not there or wrong.  All else that goes wrong is a `Result`.
+    """
+    with Rig() as rig:
+        return rig.run(case, folder)
+
+
+class Rig:
+    """Runs cases one after the other; a context manager that ends its guest.
+
+    A case runs in the guest that is there if that has booted with the same machine, kernel, modules, files and
+    arguments, and all cases before it ended as one of `reuse`: by default those of which nothing is to be seen.
+
+    One at a time in a process: what models log is told apart by their devices' names.
+    """
+
+    def __init__(self, reuse: Collection[Outcome] = (Outcome.NOT_ACTIVATED, Outcome.MASKED)) -> None:
+        self._reuse = frozenset(reuse)
+        self._setup: _Setup | None = None
+
+    def run(self, case: Case, folder: Path) -> Result:
+        """As `run` of this module."""
+        began = time.monotonic()
+        key = _key(case)
+        if self._setup is not None and (case.fresh or case.arm == "boot" or self._setup.key != key):
+            self.close()
+        if self._setup is None:
+            self._setup = _Setup(case, key)
+        trial = _Trial(case, self._setup, folder)
+        try:
+            trial.run()
+            result = trial.result(began)
+        except BaseException:
+            self.close()
+            raise
+        if result.outcome not in self._reuse or case.arm == "boot":
+            self.close()
+        return result
+
+    def close(self) -> None:
+        """Ends the guest, if there is one."""
+        setup, self._setup = self._setup, None
+        if setup is not None:
+            setup.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _key(case: Case) -> Hashable:
+    """What a guest must have been booted with for the case to run in it."""
+
+    def version(path: Path) -> Hashable:
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise ConfigError(f"cannot be read: {error.strerror}", file=path) from error
+        return path.absolute(), found.st_mtime_ns, found.st_size
+
+    files = tuple((version(f), "") if isinstance(f, Path) else (version(f[0]), f[1]) for f in case.files)
+    boot = (case.kernel, case.modules, case.extra_modules, case.append, case.qemu_args, case.boot_timeout)
+    return version(case.machine), files, boot
+
+
+class _Setup:
+    """A machine that is served, and a guest with it."""
+
+    def __init__(self, case: Case, key: Hashable) -> None:
+        """ConfigError.  The guest is booted later."""
+        self.key = key
+        self.kernel: Kernel = find_kernel(case.kernel)
+        self.qemu: Qemu = find_qemu()
+        self.served = Served(case.machine)
+        #: Cases that it has run.
+        self.count = 0
+        self.booted = False
+        spec = GuestSpec(
+            command="",
+            kernel=self.kernel,
+            modules=case.modules,
+            extra_modules=case.extra_modules,
+            files=case.files,
+            append=case.append,
+            qemu_args=[*case.qemu_args, *self.served.qemu_args()],
+            timeout=case.boot_timeout,
+            qemu=self.qemu,
+        )
+        host = {"plug": self._host(self.served.plug), "unplug": self._host(self.served.unplug)}
+        self.guest = BootedGuest(spec, host=host)
+
+    def _host(self, work: Callable[[Monitor, str], None]) -> Callable[[list[str]], int]:
+        def command(words: list[str]) -> int:
+            try:
+                work(self.guest.monitor, " ".join(words))
+            except (ConfigError, MonitorError) as error:
+                logging.getLogger("vmodel.testing").warning("vmodel-host: %s", error)
+                return 1
+            return 0
+
+        return command
+
+    def boot(self) -> None:
+        """If it has not booted.  GuestRunError, MonitorError."""
+        if not self.booted:
+            self.guest.start()
+            self.booted = True
+            self.guest.monitor.execute("query-status")  # connects: panics are reported there
+
+    def close(self) -> None:
+        self.guest.close()
+        self.served.close()
+
+
+class _Log(logging.Handler):
+    """What models and the server say meanwhile that is not in order."""
+
+    def __init__(self, devices: Collection[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._devices = devices
+        self.records: list[tuple[float, logging.LogRecord]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        model = record.name.removeprefix("vmodel.device.")
+        if model == record.name or model in self._devices:
+            self.records.append((time.monotonic(), record))
+
+    def __enter__(self) -> Self:
+        logging.getLogger("vmodel").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("vmodel").removeHandler(self)
+
+
+@dataclass
+class _Armed:
+    """A plan at work, and when it began: its records count from then."""
+
+    engine: Engine
+    at: float
+    first: float | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    rules: list[dict[str, Any]] = field(default_factory=list)
+
+    def heard(self, record: dict[str, Any]) -> None:
+        if self.first is None:
+            self.first = self.at + float(record["t"])
+        if len(self.records) < _MOST_INJECTIONS:
+            self.records.append(record)
+
+    def disarm(self) -> None:
+        if not self.rules:
+            self.rules = self.engine.describe()
+        self.engine.close()
+
+
+class _Trial:
+    """One case on its way to a result."""
+
+    def __init__(self, case: Case, setup: _Setup, folder: Path) -> None:
+        self.case = case
+        self.setup = setup
+        self.guest = setup.guest
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.artefacts: dict[str, str] = {}
+        self.findings: list[Finding] = []
+        self.armed: _Armed | None = None
+        self.done: Done | None = None
+        self.check: Done | None = None
+        self.log = _Log(setup.served.machine.devices)
+        self.mark = 0
+        self.dmesg = ""
+        self.start = time.monotonic()
+        self._write("case", "case.json", case.model_dump_json(indent=1) + "\n")
+        setup.count += 1
+        self.nth = setup.count
+
+    def _write(self, what: str, name: str, content: str | bytes) -> None:
+        (self.folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        self.artefacts[what] = name
+
+    def _found(self, oracle: str, effect: Effect, sign: str, text: str, at: float | None = None) -> None:
+        when = None if at is None else at - self.start
+        signature = f"{oracle} {sign}"
+        if effect is Effect.HARNESS:
+            signature += f": {kernel_log.normal(text.partition(chr(10))[0])}"
+        self.findings.append(
+            Finding(oracle=oracle, effect=effect, sign=sign, text=text, signature=signature, at=when, last=when)
+        )
+
+    # ---- running ----------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        plan = self.case.seeded() or FaultPlan()
+        path = self.folder / "injections.jsonl"
+        path.unlink(missing_ok=True)
+        at = time.monotonic()
+        self.armed = _Armed(Engine(plan, self.setup.served.machine.devices, path=path), at)
+        self.armed.engine.journal.listeners.append(self.armed.heard)
+
+    def run(self) -> None:
+        """Boots if need be, runs workload and check, looks."""
+        with self.log:
+            try:
+                if self.case.arm == "boot":
+                    self._arm()
+                elif not self.setup.booted:
+                    # A mistake in the plan is told of before the boot.
+                    Engine(self.case.seeded() or FaultPlan(), self.setup.served.machine.devices).close()
+                if self._booted():
+                    self._work()
+                    self._look()
+            finally:
+                if self.armed is not None:
+                    self.armed.disarm()
+
+    def _booted(self) -> bool:
+        try:
+            self.setup.boot()
+            self.mark = 0 if self.case.arm == "boot" else self.guest.mark()
+            if self.case.arm != "boot":
+                self.guest.clear()
+        except MonitorError as error:
+            self._found("qmp", Effect.HARNESS, "qemu", str(error))
+        except GuestRunError as error:
+            self._ended("boot", error)
+        else:
+            return True
+        return False
+
+    def _ended(self, oracle: str, error: GuestRunError) -> None:
+        """The guest's end, before it was asked for."""
+        text, now = str(error), time.monotonic()
+        if oracle == "boot" and self.case.arm != "boot":
+            self._found(oracle, Effect.HARNESS, "boot", text, now)
+        elif isinstance(error, GuestPanic):
+            self._found(oracle, Effect.CRASH, "panic", text.partition("\n")[0], now)
+        elif isinstance(error, GuestOff):
+            self._found(oracle, Effect.CRASH, "off", "the guest was off, without a panic", now)
+        elif isinstance(error, GuestTimeout):
+            self._found(oracle, Effect.HANG, "boot", f"it had not booted in {self.case.boot_timeout:g} s", now)
+        elif isinstance(error, ModuleError):
+            self._found(oracle, Effect.ERROR, "module", text.partition(";")[0], now)
+        else:
+            self._found("qemu", Effect.HARNESS, "qemu", text, now)
+
+    def _work(self) -> None:
+        if self.armed is None:
+            self._arm()
+        self.done = done = self.guest.run(self.case.workload, self.case.timeout)
+        self.start = done.started
+        if self.armed is not None:
+            self.armed.disarm()
+        self._judge("status", done)
+        if self.case.check and done.status is not None:
+            self.check = self.guest.run(self.case.check, self.case.timeout)
+            self._judge("check", self.check)
+
+    def _judge(self, oracle: str, done: Done) -> None:
+        at = done.ended - self.start
+        if done.status is not None:
+            if (found := of_status(oracle, done.status, at)) is not None:
+                self.findings.append(found)
+        elif self.guest.guest.running() and done.ended - done.started >= self.case.timeout:
+            what = "the workload" if oracle == "status" else "the check"
+            self._found("time", Effect.HANG, oracle, f"{what} did not end in {self.case.timeout:g} s", done.ended)
+
+    def _look(self) -> None:
+        """At what the kernel has said, and whether it still runs."""
+        try:
+            if any(finding.effect is Effect.HANG for finding in self.findings):
+                self.guest.show_blocked()
+            self.dmesg = self.guest.dmesg()
+        except GuestRunError as error:
+            if not self.guest.guest.running():
+                self._ended("guest", error)
+            elif not any(finding.effect is Effect.HANG for finding in self.findings):
+                self._found("time", Effect.HANG, "guest", "the guest does not answer any more", time.monotonic())
+        for at, name, data in list(self.guest.monitor.events):
+            if at >= self.start and name == "GUEST_PANICKED":
+                self._found("qmp", Effect.CRASH, "panic", f"{name} {data.get('info', '')}".strip(), at)
+
+    # ---- the result -------------------------------------------------------------------------
+
+    def _of_kernel(self) -> list[Finding]:
+        lines = kernel_log.merged(self.guest.lines(self.mark), kernel_log.lines_of(self.dmesg, "kernel log"))
+        relative = [kernel_log.at(line, None if line.at is None else line.at - self.start) for line in lines]
+        begin = next((n for n, line in enumerate(relative) if line.text.startswith(BEGIN)), len(relative))
+        # A boot is full of warnings that say nothing.
+        boot = kernel_log.findings(relative[:begin], unknown=False)
+        return kernel_log.summed([*boot, *kernel_log.findings(relative[begin:])])
+
+    def _of_models(self) -> None:
+        for at, record in self.log.records:
+            if record.levelno >= logging.ERROR:
+                self._found("model", Effect.HARNESS, record.name, record.getMessage(), at)
+
+    def result(self, began: float) -> Result:
+        """All that was found, as one; writes the artefacts."""
+        self._of_models()
+        armed, done = self.armed, self.done
+        first = None if armed is None or armed.first is None else armed.first - self.start
+        found = [
+            finding
+            for finding in (*self.findings, *self._of_kernel())
+            if finding.signature not in self.case.expected
+            and not (
+                first is not None
+                and finding.effect is Effect.NOTICED
+                and finding.last is not None
+                and finding.last < first
+            )
+        ]
+        found.sort(key=lambda finding: (finding.at is None, finding.at or 0.0))
+        outcome = classify(found, injected=first is not None)
+        self._save()
+        result = Result(
+            outcome=outcome,
+            evidence=tuple(found),
+            signatures=tuple(dict.fromkeys(finding.signature for finding in found)),
+            status=None if done is None else done.status,
+            check_status=None if self.check is None else self.check.status,
+            injected=0 if armed is None else len(armed.engine.journal),
+            injections=() if armed is None else tuple(armed.records),
+            rules=() if armed is None else tuple(armed.rules),
+            time_to_detect=_detected(found, first),
+            time_to_recover=_recovered(outcome, found, first, done, self.start),
+            workload_time=None if done is None else done.ended - done.started,
+            wall=time.monotonic() - began,
+            artefacts=self.artefacts,
+            versions={
+                "vmodel": importlib.metadata.version("vmodel"),
+                "python": platform.python_version(),
+                "qemu": ".".join(map(str, self.setup.qemu.version)),
+                "kernel": self.setup.kernel.release,
+            },
+            seed=self._seed(),
+            nth=self.nth,
+        )
+        (self.folder / "result.json").write_text(result.model_dump_json(indent=1) + "\n")
+        return result
+
+    def _seed(self) -> int | None:
+        plan = self.case.seeded()
+        return None if plan is None else plan.seed
+
+    def _save(self) -> None:
+        self._write("console", "console.log", self.guest.console(self.mark))
+        self._write("line", "qemu.line", shlex.join(self.guest.guest.line) + "\n")
+        if self.dmesg:
+            self._write("kernel log", "kernel.log", self.dmesg)
+        if self.done is not None:
+            self._write("output", "output.log", self.done.output)
+        if self.check is not None:
+            self._write("check", "check.log", self.check.output)
+        if (self.folder / "injections.jsonl").exists():
+            self.artefacts["injections"] = "injections.jsonl"
+        if self.log.records:
+            form = logging.Formatter("%(name)s: %(message)s")
+            self._write("model", "model.log", "".join(f"{form.format(record)}\n" for _, record in self.log.records))
+
+
+def _detected(found: Sequence[Finding], first: float | None) -> float | None:
+    if first is None:
+        return None
+    # That the time is over is not what the guest has found out.
+    said = [finding for finding in found if finding.oracle not in ("time", "model", "qemu")]
+    times = [finding.at for finding in said if finding.at is not None and finding.at >= first]
+    return min(times) - first if times else None
+
+
+def _recovered(
+    outcome: Outcome, found: Sequence[Finding], first: float | None, done: Done | None, start: float
+) -> float | None:
+    if outcome is not Outcome.RECOVERED or first is None or done is None:
+        return None
+    last = max((finding.last for finding in found if finding.last is not None), default=first)
+    went_on = [at - start for at in (*done.came, done.ended) if at - start > last]
+    return min(went_on) - first if went_on else None

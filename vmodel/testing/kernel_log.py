@@ -1,0 +1,320 @@
+"""What Linux says when something is wrong: the lines of its log as findings, a splat of many lines as one.
+
+The texts are those of 6.12 to 7.2, as their binaries have them; where versions differ, both are known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vmodel.testing.oracle import Effect, Finding
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the log."""
+
+    text: str
+    #: The kernel's time, as it is written there; it tells equal lines apart.
+    stamp: str = ""
+    #: 0 (emergency) to 7 (debug); None where it is not known, as on a console.
+    level: int | None = None
+    #: When it came, in seconds.
+    at: float | None = None
+    #: "console" or "kernel log".
+    oracle: str = "console"
+    #: Whether a program has written it, and not the kernel.
+    foreign: bool = False
+
+
+class Sign(NamedTuple):
+    """A kind of message."""
+
+    name: str
+    effect: Effect
+    pattern: re.Pattern[str]
+
+
+def _sign(name: str, effect: Effect, *patterns: str) -> Sign:
+    return Sign(name, effect, re.compile("|".join(f"(?:{pattern})" for pattern in patterns)))
+
+
+#: The first one that matches counts.
+SIGNS = (
+    _sign("panic", Effect.CRASH, r"^Kernel panic - not syncing"),
+    _sign("kasan", Effect.CRASH, r"^BUG: (KASAN|KFENCE|KMSAN):"),
+    _sign(
+        "memory",
+        Effect.CRASH,
+        r"^BUG: Bad (page|rss)",
+        r"^list_(add|del) corruption",
+        r"^pagealloc: memory corruption",
+        r"^BUG \S+ \((Not tainted|Tainted)",
+        r"^slab: .*(corrupt|overwritten)",
+        r"^usercopy: Kernel memory (overwrite|exposure) attempt",
+    ),
+    _sign("softlockup", Effect.NOTICED, r"BUG: soft lockup - CPU#\d+ stuck"),
+    _sign("hardlockup", Effect.NOTICED, r"Watchdog detected hard LOCKUP"),
+    _sign("hung-task", Effect.NOTICED, r"^INFO: task \S.*:\d+ blocked.* for more than \d+ seconds"),
+    _sign("rcu-stall", Effect.NOTICED, r"^(rcu: )?INFO: \S+ (self-)?detected (expedited )?stalls?\b"),
+    _sign(
+        "oops",
+        Effect.CRASH,
+        r"^BUG: (unable to handle|kernel NULL pointer dereference)",
+        r"^Oops\b",
+        r"^(stack segment|general protection fault|double fault|traps: PANIC)\b.*\[#\d+\]",
+    ),
+    _sign("bug", Effect.CRASH, r"^kernel BUG at ", r"^BUG: "),
+    _sign("warn", Effect.NOTICED, r"^WARNING: (CPU: \d+ PID: \d+ )?(at )?\S+:\d+", r"^WARNING: at \S+\+0x"),
+    _sign(
+        "warn", Effect.NOTICED, r"^WARNING: (possible|suspicious|inconsistent|bad unlock)", r"^UBSAN: ", r"^DMA-API: "
+    ),
+    _sign("blocked-task", Effect.NOTICED, r"^task:\S.* state:D\b"),
+    _sign(
+        "aer",
+        Effect.NOTICED,
+        r"\bAER: (?!enabled with)",
+        r"\b(PCIe|CXL) Bus Error: severity=",
+        r"\bDPC: (containment|unmasked)",
+    ),
+    _sign(
+        "iommu-fault",
+        Effect.NOTICED,
+        r"\bDMAR: \[.*(fault addr|fault index)",
+        r"\bDMAR: VT-d detected \w+",
+        r"\bDMAR: DRHD: handling fault status",
+        r"\bvirtio_iommu \S+ (page|domain|mapping|unknown|\w+) fault from EP",
+        r"\bvirtio_iommu \S+ \w+ fault from EP",
+        r"\bAMD-Vi: Event logged \[",
+        r"\bAMD-Vi: Completion-Wait loop timed out",
+        r"\barm-smmu(-v3)? \S+ (event|Unhandled context fault)",
+    ),
+    _sign("nvme-timeout", Effect.NOTICED, r"\bI/O (tag )?\d+ .*QID \d+ timeout", r"\bFw activation timeout"),
+    _sign("nvme-abort", Effect.NOTICED, r"\bAbort status: 0x"),
+    _sign(
+        "nvme-reset",
+        Effect.NOTICED,
+        r"\bnvme\S*: (resetting controller|restart after slot reset|frozen state error|controller is down; will reset)",
+        r"\bnvme\S*: Disabling device after reset failure",
+        r"\bnvme\S*: Device not ready; aborting",
+        r"\bnvme\S*: Removing after probe failure",
+    ),
+    _sign(
+        "nvme-error",
+        Effect.NOTICED,
+        r"\binvalid id \d+ completed on queue",
+        r"\bgenctr mismatch",
+        r"\bcould not locate request for tag",
+        r"\bnvme\S*: .*(I/O Error|Cmd\(.*\), I/O|Admin Cmd\()",
+    ),
+    _sign("io-error", Effect.NOTICED, r"\berror, dev \S+, sector \d+", r"^Buffer I/O error on dev"),
+    _sign(
+        "filesystem",
+        Effect.NOTICED,
+        r"^EXT4-fs (error|warning)",
+        r"^EXT4-fs .*: (Remounting|error)",
+        r"^JBD2: .*(rror|abort)",
+        r"^XFS .*(orrupt|rror|shutdown|Shutting down)",
+        r"^BTRFS (error|critical|warning)",
+        r"^Aborting journal",
+    ),
+    _sign(
+        "interrupt",
+        Effect.NOTICED,
+        r"^irq \d+: nobody cared",
+        r"^Disabling IRQ #",
+        r"[Nn]o irq handler for",
+        r"^spurious (APIC )?interrupt",
+    ),
+    _sign("probe", Effect.NOTICED, r"\bprobe (with driver \S+|of \S+) failed with error"),
+    _sign(
+        "pci",
+        Effect.NOTICED,
+        r"\bnot ready \d+ms after ",
+        r"Unable to change power state from",
+        r"\bpciehp: Slot\(\S+\): (Link Down|Card not present|No link)",
+        r"\bBAR \d.*: (failed to assign|can't )",
+    ),
+    _sign("virtio", Effect.NOTICED, r"\bid \d+ is not a head!", r"\bid \d+ out of range"),
+)
+
+#: What Linux says of a slow and busy host that emulates its CPU: nothing of drivers.
+_NOISE = re.compile(
+    r"^hrtimer: interrupt took|^clocksource: |^perf: interrupt took|^workqueue: .*hogged CPU|^TSC |^tsc: |^random: "
+    r"|^sched: |^kauditd|^audit: |^sysrq: |^-+\[ (cut here|end trace)|^psi: |^Loading of module with unavailable key"
+    r"|: loading out-of-tree module taints|module verification failed|^SMP alternatives|^sched_clock:"
+    r"|^printk: |^process '.*' started with executable stack"
+)
+_LINE = re.compile(r"^(?:<(\d+)>)?\[ *(\d+\.\d+)\](?:\[ *[CT]\d+\])? ?(.*)$")
+_CUT = re.compile(r"^-+\[ cut here \]-+")
+_END = re.compile(r"^-+\[ end trace|^</TASK>|^ </TASK>")
+#: What may follow the first line of a splat and belongs to it.
+_BODY = re.compile(
+    r"^(?:\s|$|Call Trace|\S+\+0x[0-9a-f]+/0x|\[<|Stack|task:"
+    # registers and the task
+    r"|RIP|[ER]?[A-D]X|RSP|RBP|RS[IP]|R\d\d|RA|FS:|CS:|CR\d|DR\d|PKRU|Code:|CPU: |CPU#|Hardware|Tainted|Workqueue"
+    # the page fault and oops that the first line announced
+    r"|Oops|general protection fault|#PF|PGD|P4D|-+\[|Modules linked|Kernel Offset|note: |Disabling lock debugging"
+    # watchdogs, interrupts
+    r"|Sending NMI|NMI |rcu: |\(|handlers:|\w+ event stamp|hardirqs|softirqs|Show|\"echo"
+    # KASAN, KFENCE, bad pages
+    r"|=====|(?:Read|Write) of|The buggy|which belongs|Allocated by|Freed by|Memory state|addr:|vma"
+    r"|(?:page|flags|raw): |page dumped|kfence-#)"
+)
+_FUNCTION = re.compile(r"(\?\s+)?\b([A-Za-z_][\w.]*)\+0x[0-9a-f]+/0x[0-9a-f]+")
+#: Functions that say how a splat was made, or that a task sleeps: not why.
+_GENERIC = re.compile(
+    r"^(show_\w+|dump_stack\w*|__?die\w*|page_fault_oops|kernelmode_fixup_or_oops|\w*exc_\w+|panic|vpanic|__warn\w*|report_bug"
+    r"|handle_bug|warn_slowpath\w*|(__)?schedule|io_schedule\w*|schedule_\w+|__wait_for_common|bit_wait\w*"
+    r"|preempt_schedule\w*|kasan_\w+|__kasan\w+|print_\w*report\w*|watchdog\w*|__hrtimer\w*|hrtimer\w*|sched_show_task\w*"
+    r"|asm_\w+|entry_\w+|do_syscall_64|x64_sys_call|ret_from_fork\w*)$"
+)
+_MOST_FUNCTIONS = 3
+
+
+def lines_of(text: str, oracle: str = "console") -> list[Line]:
+    """The lines of a console or of `dmesg -r`; what has no time in front is no kernel's."""
+    found = []
+    for raw in text.replace("\r", "").split("\n"):
+        if match := _LINE.match(raw):
+            number = int(match[1]) if match[1] else None
+            level = None if number is None else number & 7
+            found.append(Line(match[3], match[2], level, None, oracle, number is not None and number >= 8))
+    return found
+
+
+def merged(console: Sequence[Line], log: Iterable[Line]) -> list[Line]:
+    """A console's lines, whose arrival is known, and the log's, whose level is; each once, by the kernel's time."""
+    lines = {(line.stamp, line.text): line for line in log}
+    for line in console:
+        known = lines.get((line.stamp, line.text))
+        lines[line.stamp, line.text] = (
+            line if known is None else Line(line.text, line.stamp, known.level, line.at, known.oracle, known.foreign)
+        )
+    return sorted(lines.values(), key=lambda line: float(line.stamp or 0))
+
+
+def at(line: Line, when: float | None) -> Line:
+    """The same line, come at another time."""
+    return Line(line.text, line.stamp, line.level, when, line.oracle, line.foreign)
+
+
+@dataclass
+class _Splat:
+    """A finding in the making, and what of the lines after it belongs to it."""
+
+    sign: Sign
+    line: Line
+    functions: list[str] = field(default_factory=list)
+    #: Whether a lone line of a splat ("RIP: ...") has been seen: then it has more than one.
+    open: bool = True
+
+    def takes(self, text: str) -> bool:
+        """Whether a line belongs to it."""
+        if not self.open:
+            return False
+        if text.startswith("task:") and self.sign.name != "hung-task":
+            return False
+        if not _BODY.match(text):
+            return False
+        if _END.match(text):
+            self.open = False
+        for unsure, name in _FUNCTION.findall(text):
+            if not unsure and not _GENERIC.match(name) and name not in self.functions:
+                self.functions.append(name)
+        return True
+
+    def finding(self) -> Finding:
+        head = _FUNCTION.search(self.line.text)
+        names = self.functions[:_MOST_FUNCTIONS]
+        if head and head[2] in names[1:]:
+            names.remove(head[2])
+        place = f" in {' < '.join(names)}" if names else ""
+        return Finding(
+            oracle=self.line.oracle,
+            effect=self.sign.effect,
+            sign=self.sign.name,
+            text=self.line.text,
+            signature=f"{self.sign.name}: {normal(self.line.text)}{place}",
+            at=self.line.at,
+            last=self.line.at,
+        )
+
+
+_SPLATS = frozenset(
+    (
+        *("panic", "oops", "bug", "kasan", "memory", "warn"),
+        *("softlockup", "hardlockup", "rcu-stall", "hung-task", "blocked-task"),
+    )
+)
+#: The level from which on an unknown message counts: 3 is an error, 4 a warning.
+_ERROR, _WARNING = 3, 4
+_UNKNOWN = {
+    True: Sign("error", Effect.NOTICED, re.compile("")),
+    False: Sign("warning", Effect.NOTICED, re.compile("")),
+}
+
+
+def findings(lines: Iterable[Line], *, unknown: bool = True) -> list[Finding]:
+    """What is wrong by these lines, in their order; `unknown`: errors and warnings count, too, that no sign names."""
+    made: list[_Splat] = []
+    current: _Splat | None = None
+    cut = False
+    for line in lines:
+        text = line.text
+        sign = next((sign for sign in SIGNS if sign.pattern.search(text)), None)
+        inside = current is not None and current.takes(text)
+        # "Oops: 0002 [#1]" and "general protection fault" stand first, or second in an oops or BUG that has begun.
+        if inside and (sign is None or sign.name in ("oops", "blocked-task", "rcu-stall")):
+            continue
+        if sign is None and cut:
+            cut = False  # the message of the WARN that the next line begins
+            continue
+        cut = bool(_CUT.match(text))
+        if sign is None and not line.foreign and line.level is not None and line.level <= _WARNING:
+            counts = unknown and not inside and text.strip() and not _NOISE.search(text)
+            sign = _UNKNOWN[line.level <= _ERROR] if counts else None
+        if sign is None:
+            if not inside:
+                current = None
+            continue
+        current = _Splat(sign, line, open=sign.name in _SPLATS)
+        made.append(current)
+    return summed(splat.finding() for splat in made)
+
+
+def summed(found: Iterable[Finding]) -> list[Finding]:
+    """Each signature once, with how often and until when it came."""
+    first: dict[str, Finding] = {}
+    for one in found:
+        before = first.get(one.signature)
+        if before is None:
+            first[one.signature] = one
+        else:
+            times = [at for at in (before.last, one.last) if at is not None]
+            first[one.signature] = before.model_copy(
+                update={"count": before.count + one.count, "last": max(times, default=None)}
+            )
+    return list(first.values())
+
+
+_NORMAL = (
+    (re.compile(r"\+0x[0-9a-f]+/0x[0-9a-f]+"), ""),
+    (re.compile(r"\b(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b"), "PCI"),
+    (re.compile(r"\bCPU: \d+ PID: \d+ at "), ""),
+    (re.compile(r", CPU#\d+: .*$"), ""),
+    (re.compile(r"(\.[ch]):\d+(?: at\b)?"), r"\1"),
+    (re.compile(r"^task:(\S+)\s+state:.*"), r"\1"),
+    (re.compile(r"\b0x[0-9a-f]+\b|\b[0-9a-f]{8,}\b|\([0-9a-f]{4}\)"), "#"),
+    (re.compile(r"\b\d+(?:\.\d+)?(?=[a-z]{0,3}\b)"), "#"),
+)
+
+
+def normal(text: str) -> str:
+    """A message without what differs from run to run and kernel to kernel: addresses, numbers, CPUs, line numbers."""
+    for pattern, instead in _NORMAL:
+        text = pattern.sub(instead, text)
+    return " ".join(text.split())

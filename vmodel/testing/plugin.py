@@ -1,0 +1,397 @@
+"""The pytest plugin: fixtures for tests of device models and of drivers.  docs/testing.md is the user's page.
+
+From the quickest up; pick the first that will do:
+
+`fake_memory`   guest memory, for a model that nobody serves
+`fake_driver`   a model served, and driven by vfio-user from the test: no guest, milliseconds
+`machine`       a machine file (the mark `machine` names it), served
+`vm`            runs a command in a stock guest with that machine
+`vm_booted`     a guest that has booted and takes one script after the other
+`experiment`    runs a workload under a plan of faults, and says what became of it; guests are shared between tests
+`inject`        arms faults on the devices of any of these
+
+Options are `--vmodel-...`.  Each test has sockets and folders of its own, so tests may run side by side (pytest-xdist).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+# What a fixture needs is imported when it is used: this file is loaded at each start of pytest.
+if TYPE_CHECKING:
+    from vmodel.device import PciDevice
+    from vmodel.inject import Engine, FaultPlan
+    from vmodel.machine import Machine
+    from vmodel.testing.artifacts import Kernel
+    from vmodel.testing.booted import BootedGuest
+    from vmodel.testing.experiment import Result, Rig
+    from vmodel.testing.fakes import FakeDriver, FakeMemory
+    from vmodel.testing.guest import GuestResult, GuestSpec
+    from vmodel.testing.served import Served
+
+#: Fixtures that boot a guest: their tests are marked `guest`, so that `-m "not guest"` leaves them out.
+_GUESTS = frozenset(("vm", "vm_booted", "experiment"))
+#: What a `guest` mark may say.
+_SPEC = frozenset(("modules", "extra_modules", "files", "append", "qemu_args", "timeout", "without"))
+_failed = pytest.StashKey[bool]()
+_kept = pytest.StashKey[Path]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vmodel")
+    group.addoption("--vmodel-seed", type=int, default=0, metavar="N", help="seed of injected faults, default 0")
+    group.addoption("--vmodel-qemu", metavar="PATH", help="QEMU of guests, else the one that `vmodel doctor` names")
+    group.addoption(
+        "--vmodel-kernel",
+        action="append",
+        metavar="NAME|PATH",
+        help="kernel of guests: 6.12, 7.2, or a vmlinuz; given several times, each guest test runs with each",
+    )
+    group.addoption(
+        "--vmodel-artifacts",
+        default="artifacts",
+        metavar="DIR",
+        help="where logs of failed tests are kept, default artifacts, in pytest's root directory",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if qemu := config.getoption("--vmodel-qemu"):
+        patch = pytest.MonkeyPatch()
+        patch.setenv("VMODEL_QEMU", str(Path(qemu).absolute()))
+        config.add_cleanup(patch.undo)
+    config.addinivalue_line("markers", "machine(file): the machine of a test; its path counts from the test's folder")
+    config.addinivalue_line(
+        "markers",
+        "guest(modules, extra_modules, files, append, qemu_args, timeout, without): boots a real kernel under QEMU"
+        " (slow), and what that has",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"vmodel: seed {config.getoption('--vmodel-seed')}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "guest_kernel" in metafunc.fixturenames:
+        kernels = metafunc.config.getoption("--vmodel-kernel")
+        if kernels:
+            metafunc.parametrize("guest_kernel", kernels, indirect=True, ids=[_file_name(name) for name in kernels])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("guest"):
+            if unknown := set(mark.kwargs) - _SPEC:
+                known = ", ".join(sorted(_SPEC))
+                raise pytest.UsageError(f"{item.nodeid}: guest({', '.join(sorted(unknown))}): known are {known}")
+        names = getattr(item, "fixturenames", ())
+        if _GUESTS.intersection(names) and item.get_closest_marker("guest") is None:
+            item.add_marker(pytest.mark.guest)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    item.stash[_failed] = item.stash.get(_failed, False) or report.failed  # type: ignore[attr-defined]
+    if report.failed and _kept in item.stash:  # type: ignore[attr-defined]
+        report.sections.append(("vmodel", f"logs will be in {item.stash[_kept]}"))  # type: ignore[attr-defined]
+    return report
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text).strip("_")
+
+
+@contextlib.contextmanager
+def _on_one_line() -> Iterator[None]:
+    """What is wrong with a file or a name is said on one line, without a traceback through vmodel."""
+    from vmodel.errors import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+# ---- for all tests --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder for logs, which need not exist; kept as artifacts/TEST if the test fails."""
+    folder = tmp_path / "vmodel-logs"
+    base = request.config.rootpath / request.config.getoption("--vmodel-artifacts")
+    kept = base / _file_name(request.node.nodeid)
+    request.node.stash[_kept] = kept
+    yield folder
+    shutil.rmtree(kept, ignore_errors=True)
+    if request.node.stash.get(_failed, True) and folder.exists():
+        shutil.copytree(folder, kept)
+
+
+@pytest.fixture(scope="session")
+def vmodel_seed(request: pytest.FixtureRequest) -> int:
+    """The seed of injected faults: --vmodel-seed."""
+    return int(request.config.getoption("--vmodel-seed"))
+
+
+@pytest.fixture
+def vmodel_devices() -> dict[str, PciDevice]:
+    """The devices of this test by name: what `inject` arms."""
+    return {}
+
+
+def _plan(faults: str | Path | FaultPlan, base: Path) -> FaultPlan:
+    """Of a rule, a plan's file or a plan.  ConfigError."""
+    from vmodel.inject import FaultPlan, parse_rule
+
+    if isinstance(faults, Path) or (isinstance(faults, str) and faults.endswith(".toml")):
+        return FaultPlan.load(base / faults)
+    if isinstance(faults, str):
+        return FaultPlan().extended([parse_rule(faults, "the rule")])
+    return faults
+
+
+class Inject:
+    """Faults on a test's devices: call it with a rule ("dma.write nth=3 do=drop"), a plan's file, or a plan."""
+
+    def __init__(self, devices: Mapping[str, PciDevice], seed: int, artifacts: Path, base: Path) -> None:
+        self._devices = devices
+        self._seed = seed
+        self._artifacts = artifacts
+        self._base = base
+        self._engines: list[Engine] = []
+
+    def __call__(self, faults: str | Path | FaultPlan) -> None:
+        """Arms them from now on, beside those before.  ConfigError: what they say is wrong.
+
+        Paths count from the test's folder.  A plan keeps its own seed unless that is 0.
+        """
+        from vmodel.inject import Engine
+
+        plan = _plan(faults, self._base)
+        self._artifacts.mkdir(parents=True, exist_ok=True)
+        path = self._artifacts / f"injections-{len(self._engines) + 1}.jsonl"
+        self._engines.append(Engine(plan.extended((), plan.seed or self._seed), dict(self._devices), path=path))
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """What was injected so far: the records of the plans' journals, in the order of their plans."""
+        return [record for engine in self._engines for record in engine.journal.since(0, len(engine.journal))]
+
+    @property
+    def rules(self) -> list[dict[str, Any]]:
+        """The rules that are armed, with how often they matched and fired."""
+        return [rule for engine in self._engines for rule in engine.describe()]
+
+    def heal(self) -> None:
+        """Disarms all."""
+        for engine in self._engines:
+            engine.close()
+
+
+@pytest.fixture
+def inject(
+    request: pytest.FixtureRequest, vmodel_devices: dict[str, PciDevice], vmodel_seed: int, artifacts: Path
+) -> Iterator[Inject]:
+    """Arms faults on the devices of `fake_driver` or `machine`; they end with the test."""
+    made = Inject(vmodel_devices, vmodel_seed, artifacts, request.path.parent)
+    yield made
+    made.heal()
+
+
+# ---- without a guest ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_memory() -> Iterator[FakeMemory]:
+    """16 MiB of guest memory from address 0 on."""
+    from vmodel.testing.fakes import FakeMemory
+
+    with FakeMemory() as memory:
+        yield memory
+
+
+@pytest.fixture
+def fake_driver(fake_memory: FakeMemory, vmodel_devices: dict[str, PciDevice]) -> Iterator[Callable[..., FakeDriver]]:
+    """Makes drivers: `fake_driver(device)` serves a device and enables it, as a kernel's driver would.
+
+    `enable=False`: it does not.  All drivers of a test have one memory, `fake_memory`.  Devices are closed at the end.
+    """
+    from vmodel.testing.fakes import FakeDriver
+
+    made: list[FakeDriver] = []
+
+    def make(device: PciDevice, *, enable: bool = True) -> FakeDriver:
+        driver = FakeDriver(device, fake_memory, enable=enable)
+        vmodel_devices[device.name] = device
+        made.append(driver)
+        return driver
+
+    yield make
+    for driver in made:
+        driver.close()
+        driver.device.close()
+
+
+# ---- with a guest -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guest_kernel(request: pytest.FixtureRequest) -> Kernel:
+    """The kernel of this test's guests: each one of --vmodel-kernel, else the oldest generic one that is there."""
+    from vmodel.testing.artifacts import find_kernel
+
+    with _on_one_line():
+        return find_kernel(getattr(request, "param", None))
+
+
+@pytest.fixture
+def vmodel_machine_file(request: pytest.FixtureRequest) -> Path:
+    """The machine file that the mark `machine` names."""
+    mark = request.node.get_closest_marker("machine")
+    if mark is None or len(mark.args) != 1:
+        pytest.fail(f'{request.node.nodeid}: needs a machine, as @pytest.mark.machine("edu.toml")', pytrace=False)
+    file: Path = request.path.parent / mark.args[0]
+    return file
+
+
+@pytest.fixture
+def vmodel_served(vmodel_machine_file: Path, vmodel_devices: dict[str, PciDevice]) -> Iterator[Served]:
+    """The test's machine while it is served."""
+    from vmodel.testing.served import Served
+
+    with _on_one_line():
+        made = Served(vmodel_machine_file)
+    with made as served:
+        vmodel_devices.update(served.machine.devices)
+        yield served
+
+
+@pytest.fixture
+def machine(vmodel_served: Served) -> Machine:
+    """The machine of the mark `machine`, served."""
+    return vmodel_served.machine
+
+
+def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What the `guest` marks of a test say, the nearest first."""
+    found: dict[str, Any] = {}
+    for mark in request.node.iter_markers("guest"):
+        found = {**mark.kwargs, **found}
+    if "files" in found:
+        found["files"] = [_file(request.path.parent, entry) for entry in found["files"]]
+    return found
+
+
+def _file(base: Path, entry: Any) -> Path | tuple[Path, str]:
+    if isinstance(entry, str | Path):
+        return base / entry
+    source, target = entry
+    return base / source, target
+
+
+class Vm:
+    """Makes guests with a test's machine."""
+
+    def __init__(self, served: Served, kernel: Kernel, options: dict[str, Any], artifacts: Path) -> None:
+        self._served = served
+        self._kernel = kernel
+        self._options = options
+        self._artifacts = artifacts
+        self._count = 0
+
+    def spec(self, command: str, **options: Any) -> GuestSpec:
+        """The GuestSpec of a guest; options as in the mark `guest`, which they add to."""
+        from vmodel.testing.guest import GuestSpec
+
+        merged = {**self._options, **options}
+        args = [*merged.pop("qemu_args", ()), *self._served.qemu_args(merged.pop("without", ()))]
+        return GuestSpec(command=command, kernel=self._kernel, qemu_args=args, **merged)
+
+    def logs(self) -> Path:
+        """A folder of its own for each guest of the test."""
+        self._count += 1
+        return self._artifacts / f"guest-{self._count}"
+
+    def run(self, command: str, **options: Any) -> GuestResult:
+        """Boots a guest, runs a shell script, powers off.  GuestRunError: its subclasses say what else may come."""
+        from vmodel.testing.guest import run_guest
+
+        return run_guest(self.spec(command, **options), artifacts=self.logs())
+
+    def boot(self, **options: Any) -> BootedGuest:
+        """A guest that takes scripts, not yet booted: a context manager."""
+        from vmodel.testing.booted import BootedGuest
+
+        return BootedGuest(self.spec("", **options), artifacts=self.logs())
+
+
+@pytest.fixture
+def vm(request: pytest.FixtureRequest, vmodel_served: Served, guest_kernel: Kernel, artifacts: Path) -> Vm:
+    """Guests with the machine: `vm.run(command)` from boot to power-off, `vm.boot()` for more."""
+    return Vm(vmodel_served, guest_kernel, _marked(request), artifacts)
+
+
+@pytest.fixture
+def vm_booted(vm: Vm, vmodel_served: Served) -> Iterator[BootedGuest]:
+    """A guest with the machine that has booted: `vm_booted.run(script)`, one after the other."""
+    with vm.boot() as guest:
+        yield guest
+
+
+@pytest.fixture(scope="session")
+def vmodel_rig() -> Iterator[Rig]:
+    """The guest that experiments of several tests share."""
+    from vmodel.testing.experiment import Rig
+
+    with Rig() as rig:
+        yield rig
+
+
+@pytest.fixture
+def experiment(
+    request: pytest.FixtureRequest,
+    vmodel_machine_file: Path,
+    guest_kernel: Kernel,
+    vmodel_rig: Rig,
+    vmodel_seed: int,
+    artifacts: Path,
+) -> Callable[..., Result]:
+    """Runs cases: `experiment(workload, "dma.write nth=3 do=drop", check=...)`, a `Result` each.
+
+    Its second argument is a rule, a plan's file, a FaultPlan, or None; more are fields of `Case`.
+    """
+    from vmodel.testing.experiment import Case
+
+    options = _marked(request)
+    if "timeout" in options:
+        options["boot_timeout"] = options.pop("timeout")
+    if options.pop("without", ()):
+        pytest.fail(f"{request.node.nodeid}: an experiment's devices are all plugged in", pytrace=False)
+    count = 0
+
+    def run(workload: str, faults: str | Path | FaultPlan | None = None, **fields: Any) -> Result:
+        nonlocal count
+        count += 1
+        plan = None if faults is None else _plan(faults, request.path.parent)
+        seed = None if plan is None or plan.seed else vmodel_seed
+        case = Case(
+            machine=vmodel_machine_file,
+            workload=workload,
+            plan=plan,
+            kernel=str(guest_kernel.image),
+            **{"seed": seed, **options, **fields},
+        )
+        return vmodel_rig.run(case, artifacts / f"experiment-{count}")
+
+    return run
