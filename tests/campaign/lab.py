@@ -2,7 +2,8 @@
 
 Workloads: `copy N` moves N blocks to the device and back, and only then looks at them; `careful N` looks at each and
 tries again.  Before them may stand `note FILE`, which appends a line to a file, `kill FILE`, which kills this process
-unless the file is there (and makes it), `sleep SECONDS`, and `break WORD`, which is a bug of this file.
+unless the file is there (and makes it), `sleep SECONDS`, `die now`, `refuse WORD`, which is the
+user's mistake, and `break WORD`, which is one of this file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from vmodel import machine as machines
 from vmodel.campaign.rig import host_versions
+from vmodel.errors import ConfigError
 from vmodel.inject import Engine, FaultPlan
 from vmodel.testing.case import Case, Result
 from vmodel.testing.oracle import DATA_WRONG, Effect, Finding, classify, of_status
@@ -123,6 +125,10 @@ class Driver:
             elif verb == "kill" and not Path(argument).exists():
                 Path(argument).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif verb == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif verb == "refuse":
+                raise ConfigError(argument)
             elif verb == "break":
                 raise RuntimeError(f"the lab is broken: {argument}")
         return 0
@@ -159,8 +165,8 @@ class Lab:
         status: int | None = None
         with Client.connect(machine.socket("edu0", sockets)) as client:
             client.negotiate()
+            driver = Driver(client, case)
             with Engine(plan, machine.devices) as engine:
-                driver = Driver(client, case)
                 try:
                     status = driver.run()
                     findings += [found for found in (of_status("status", status, driver.now()),) if found]

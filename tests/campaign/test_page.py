@@ -10,6 +10,7 @@ import pytest
 
 from tests.campaign.browser import Browser
 from tests.unit.test_cli import vmodel
+from vmodel.testing.oracle import Outcome
 
 SHOWN = '[...document.querySelectorAll("#run-table tbody tr")].filter(row => row.offsetParent).map(row => row.id)'
 COLUMN = '[...document.querySelectorAll("#run-table tbody tr")].map(row => row.cells[{}].textContent.trim())'
@@ -64,13 +65,17 @@ def test_the_links_lead_to_artefacts(page: Path, browser: Browser) -> None:
 def test_sorting(page: Path, browser: Browser) -> None:
     browser.open(page)
     heads = browser.js('[...document.querySelectorAll("#run-table th")].map(head => head.innerText.trim())')
-    for name, by in (("Run", float), ("Outcome", str), ("Seed", float)):
+
+    def severity(text: str) -> int:
+        return next(n for n, outcome in enumerate(Outcome) if text[1:].startswith(outcome.value))
+
+    for name, by in (("Run", float), ("Outcome", severity), ("Fault", str), ("Seed", float)):
         column = next(n for n, head in enumerate(heads) if head.startswith(name))
         click = f'document.querySelectorAll("#run-table th")[{column}].querySelector("button").click()'
         for order, reverse in (("ascending", False), ("descending", True)):
             browser.js(click)
             found = browser.js(COLUMN.format(column))
-            values = [by(text.split("\n")[0]) for text in found]
+            values = [by(text) for text in found]
             assert len(values) == 31 and values == sorted(values, reverse=reverse), (name, order)
             sort = f'document.querySelectorAll("#run-table th")[{column}].getAttribute("aria-sort")'
             assert browser.js(sort) == order

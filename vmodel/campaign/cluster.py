@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import tarfile
 import tempfile
 import threading
@@ -35,6 +36,8 @@ class Cluster:
 
     def __init__(self, rig: str, address: str) -> None:
         """ConfigError: Dask is not installed, or no scheduler answers."""
+        if not re.fullmatch(r"[a-z]+://[^/\s]+", address):
+            raise ConfigError(f"--scheduler {address}: must be an address, as tcp://host:8786")
         try:
             distributed: Any = importlib.import_module("distributed")
         except ImportError as error:
@@ -63,9 +66,10 @@ class Cluster:
         self._done.add(future)
 
     def wait(self) -> Sequence[Answer]:
-        return [self._answer(future) for future in self._done.next_batch()]
+        answers = [self._answer(future) for future in self._done.next_batch()]
+        return [answer for answer in answers if answer is not None]
 
-    def _answer(self, future: Any) -> Answer:
+    def _answer(self, future: Any) -> Answer | None:
         task = self._tasks.pop(future)
         if future.status == "finished":
             result, rig, died, packed = future.result()
@@ -77,7 +81,12 @@ class Cluster:
                 raise error
             # The scheduler has tried it on several workers by then.
             return Answer(task, None, died=f"{type(error).__name__}: {error}", again=False)
-        raise ConfigError(f"--scheduler {self._address}: the scheduler has gone")
+        if self._client.status != "running" or future.status == "cancelled":
+            raise ConfigError(f"--scheduler {self._address}: the scheduler has gone")
+        # It was done, but its worker has died before the result was here: the scheduler has it made anew.
+        self._tasks[future] = task
+        self._done.add(future)
+        return None
 
     def close(self) -> None:
         for future in self._tasks:

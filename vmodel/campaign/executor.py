@@ -45,7 +45,10 @@ class Executor(Protocol):
         ...
 
     def wait(self) -> Sequence[Answer]:
-        """Sleeps until there are answers.  ConfigError: a rig has found the user's mistake."""
+        """Sleeps until something has happened; the answers that have come.
+
+        ConfigError: a rig has found the user's mistake.
+        """
         ...
 
     def close(self) -> None:

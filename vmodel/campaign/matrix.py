@@ -6,6 +6,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,19 @@ class Matrix:
     def _fit(self) -> None:
         """Each plan knows the devices and registers of the machines that it is for."""
         for name, _, path in self._machines:
-            plans = [plan for _, table, plan in self._plans if selected(name, table.machines)]
-            check_plans(path, plans)
+            with opened(path) as machine:
+                for title, table, plan in self._plans:
+                    if selected(name, table.machines):
+                        self._fits(machine, name, title, plan)
+
+    def _fits(self, machine: Machine, name: str, title: str, plan: FaultPlan) -> None:
+        try:
+            Engine(plan, machine.devices).close()
+        except ConfigError as error:
+            text = f"{error} (on machine {name!r})"
+            if plan.file is not None:  # it is in the text already
+                raise ConfigError(text) from error
+            raise ConfigError(text, file=self.file, key=f"plan {title!r}") from error
 
     def runs(self) -> list[Run]:
         """All runs: those that can share a guest together, the one without faults first.  ConfigError."""
@@ -227,17 +239,14 @@ def guest_file(text: str, base: Path) -> Path | tuple[Path, str]:
     return (path, target) if colon else path
 
 
-def check_plans(path: Path, plans: Sequence[FaultPlan]) -> Machine:
-    """The machine, closed again, if all plans fit it.  ConfigError."""
+@contextmanager
+def opened(path: Path) -> Iterator[Machine]:
+    """A machine and its devices, which nobody serves.  ConfigError."""
     machine = machines.load(path)
     try:
-        for plan in plans:
-            Engine(plan, machine.devices).close()
-    except ConfigError as error:
-        raise ConfigError(f"{error} (of machine {machine.name!r})") from error
+        yield machine
     finally:
         machine.close()
-    return machine
 
 
 def functions(plan: FaultPlan) -> Iterator[Path]:

@@ -25,6 +25,7 @@ from vmodel.campaign.matrix import Run
 from vmodel.campaign.rig import plain
 from vmodel.errors import ConfigError
 from vmodel.testing.case import Result
+from vmodel.testing.oracle import Outcome
 
 DATABASE = "campaign.db"
 #: Of the tables below; another number is another version's.
@@ -156,6 +157,13 @@ class Store:
             )
         with self._db:
             self._db.executemany("DELETE FROM run WHERE id = ?", [(row.id,) for row in strangers])
+
+    def forget_errors(self) -> None:
+        """Runs that ended with a harness error have not ended."""
+        with self._db:
+            self._db.execute(
+                "UPDATE run SET outcome = NULL, result = NULL, deaths = 0 WHERE outcome = ?", (Outcome.HARNESS.value,)
+            )
 
     def add(self, runs: Sequence[Run]) -> list[int]:
         """Takes runs in that are not there yet; the ids of all of them."""

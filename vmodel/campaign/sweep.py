@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from vmodel.campaign.matrix import ACCEPTABLE, CONTROL, Run, check_plans, inputs
+from vmodel.campaign.matrix import ACCEPTABLE, CONTROL, Run, inputs, opened
 from vmodel.campaign.progress import Show
 from vmodel.campaign.rig import GUESTS
 from vmodel.campaign.runner import Runner
 from vmodel.campaign.store import Row, Store
 from vmodel.errors import ConfigError
-from vmodel.inject import ACTIONS, FaultPlan, Rule, parse_rule
+from vmodel.inject import ACTIONS, Engine, FaultPlan, Rule, parse_rule
 from vmodel.inject.terse import split
 from vmodel.points import Point
 from vmodel.testing.case import Case
@@ -36,7 +36,11 @@ class Sweep:
         self.case = case
         self.seed = seed
         self._rig = rig
-        check_plans(case.machine, [FaultPlan(rule=(self._rule("nth=1"),))])
+        with opened(case.machine) as machine:
+            try:
+                Engine(FaultPlan(rule=(self._rule("nth=1"),)), machine.devices).close()
+            except ConfigError as error:
+                raise ConfigError(f"--point {error}") from error
 
     def _rule(self, schedule: str) -> Rule:
         return parse_rule(f"{self.where} do={self.do} {schedule}", "--point")

@@ -36,12 +36,15 @@ Scheduler = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Run on a Dask cluster, as tcp://host:8786 (vmodel[cluster]).")
 ]
 
+Retry = Annotated[bool, typer.Option("--retry", help="Make runs anew that ended with a harness error.")]
+
 
 def campaign(
     path: Annotated[Path, typer.Argument(metavar="CAMPAIGN.toml", help="The campaign file.", show_default=False)],
     output: Folder = None,
     jobs: Jobs = 1,
     scheduler: Scheduler = None,
+    retry: Retry = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file and say what would run.")] = False,
 ) -> None:
     """Run a matrix of machines, kernels, workloads, plans and seeds.
@@ -63,6 +66,8 @@ def campaign(
     definition = {"kind": "campaign", "name": content.campaign.name, "file": text}
     with at_work(folder, definition, matrix.rig, jobs, scheduler) as (store, runner, _):
         store.keep_only(runs)
+        if retry:
+            store.forget_errors()
         store.add(runs)
         runner.finish()
 
@@ -91,6 +96,7 @@ def sweep(
     output: Folder = None,
     jobs: Jobs = 1,
     scheduler: Scheduler = None,
+    retry: Retry = False,
 ) -> None:
     """Fail the 1st, 2nd, 3rd ... event at a point, each in a run of its own, until all were reached.
 
@@ -121,6 +127,8 @@ def sweep(
     made = sweeps.Sweep(case, point, do, rig=rig, seed=seed)
     folder = output or Path(f"{machine.stem}-{point.split()[0]}.runs")
     with at_work(folder, made.definition(), rig, jobs, scheduler) as (store, runner, bar):
+        if retry:
+            store.forget_errors()
         sweeps.carry_out(made, store, runner, bar, most)
 
 

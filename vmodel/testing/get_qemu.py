@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="all that the tests need")
     parser.add_argument("--print", action="store_true", help="fetch nothing; print NAME=PATH for each part")
     parser.add_argument("--mirror", metavar="URI", help="a mirror of Debian's archive; default: the one apt uses here")
-    parser.add_argument("--refresh", action="store_true", help="fetch again what is already there, for newer versions")
+    parser.add_argument("--refresh", action="store_true", help="fetch again what is there, for newer versions")
     options = parser.parse_args(argv)
     kernels: list[str] = options.kernel or list(KERNELS)
     if options.all:
@@ -295,3 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

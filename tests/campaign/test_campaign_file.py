@@ -1,0 +1,177 @@
+"""Campaign files: what they mean, and one line for each mistake."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.campaign.files import FAULTS, campaign_file
+from vmodel.campaign.matrix import CONTROL, Matrix, Run
+from vmodel.campaign.schema import load, seed_numbers
+from vmodel.errors import ConfigError
+from vmodel.testing.oracle import Outcome
+
+GOOD = campaign_file(faults={"lost": "dma.write nth=1 do=drop"})
+
+
+def runs(folder: Path, text: str) -> list[Run]:
+    path = folder / "c.toml"
+    path.write_text(text)
+    return Matrix(load(path)[0], path).runs()
+
+
+def lines(folder: Path, text: str) -> list[str]:
+    """What is wrong with a file, without the file's name."""
+    with pytest.raises(ConfigError) as error:
+        runs(folder, text)
+    found = str(error.value).splitlines()
+    assert all(line.startswith(f"{folder}/") for line in found), found
+    return [line.removeprefix(f"{folder}/") for line in found]
+
+
+def test_the_matrix(folder: Path) -> None:
+    found = runs(folder, campaign_file(seeds="[7, 9]", workloads={"copy": "copy 1", "careful": "careful 2"}))
+    assert len(found) == 2 * (1 + 2 * len(FAULTS))
+    # What can share a guest is together, and begins without faults.
+    assert [run.plan for run in found[:5]] == [
+        CONTROL,
+        "aborted read",
+        "aborted read",
+        "aborted reads",
+        "aborted reads",
+    ]
+    assert [run.workload for run in found] == ["copy"] * 15 + ["careful"] * 15
+    run = found[2]
+    assert (run.seed, run.case.seed, run.case.workload, run.case.timeout) == (9, 9, "copy 1", 0.3)
+    assert run.case.plan is not None and run.case.plan.rule[0].text() == "dma.read device=edu0 do=abort nth=3"
+    assert found[0].case.plan is None and found[0].expect == (Outcome.NOT_ACTIVATED,)
+    assert len({run.key for run in found}) == len(found)
+
+
+def test_what_is_left_out(folder: Path) -> None:
+    (folder / "b.toml").write_text((folder / "edu.toml").read_text())
+    text = GOOD.replace("seeds = 2", "seeds = 1\ncontrol = false").replace(
+        '[[workload]]\nname = "broken"', '[[machine]]\nfile = "b.toml"\n[[workload]]\nmachines = ["b"]\nname = "broken"'
+    )
+    found = [(run.machine, run.workload, run.plan) for run in runs(folder, text)]
+    assert found == [
+        ("edu", "copy", "lost"),
+        ("edu", "careful", "lost"),
+        ("b", "copy", "lost"),
+        ("b", "careful", "lost"),
+    ]
+
+
+def test_plan_files(folder: Path) -> None:
+    (folder / "plans").mkdir()
+    (folder / "asks.py").write_text("def wanted(event):\n    return True\n")
+    for name in ("one", "two"):
+        text = '[[rule]]\npoint = "irq"\ndo = "drop"\nwhen = "../asks.py:wanted"\n[heal]\nafter = "2s"\n'
+        (folder / "plans" / f"{name}.toml").write_text(text)
+    text = campaign_file(faults={}, workloads={"copy": "copy 1"}, seeds="1")
+    found = runs(folder, text + '[[plan]]\nfile = "plans/*.toml"\nexpect = ["hang"]\narm = "boot"\n')
+    assert [run.plan for run in found] == [CONTROL, "one", "two"]
+    run = found[1]
+    assert run.case.plan is not None and run.case.plan.heal is not None and run.case.plan.heal.after == 2
+    assert (run.expect, run.case.arm) == ((Outcome.HANG,), "boot")
+    # A function that the plan asks is one of the run's files.
+    key = run.key
+    (folder / "asks.py").write_text("def wanted(event):\n    return False\n")
+    again = runs(folder, (folder / "c.toml").read_text())
+    assert again[1].key != key and again[0].key == found[0].key
+
+
+def test_what_a_run_is(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The same files elsewhere are the same runs; another content is another run."""
+    other = tmp_path_factory.mktemp("elsewhere")
+    for name in ("edu.toml", "lab.py"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    first, second = runs(folder, GOOD), runs(other, GOOD)
+    assert [run.key for run in first] == [run.key for run in second]
+    (other / "edu.toml").write_text((other / "edu.toml").read_text() + "\n# changed\n")
+    assert not {run.key for run in first} & {run.key for run in runs(other, GOOD)}
+    again = Run.model_validate_json(first[1].model_dump_json())
+    assert (again.key, again.case) == (first[1].key, first[1].case)
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"), [(3, (0, 1, 2)), ([5, 1], (5, 1)), ("10-12", (10, 11, 12)), ([2**64 - 1], (2**64 - 1,))]
+)
+def test_seeds(value: object, meant: tuple[int, ...]) -> None:
+    assert seed_numbers(value) == meant
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "x", "3-1", "-1", [], [1, 1], [-1], [2**64], [1.5], 10**9, None])
+def test_bad_seeds(value: object) -> None:
+    with pytest.raises(ValueError, match=r"seed|must be"):
+        seed_numbers(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("[campaign]", "[campain]"), r"c\.toml: campain: unknown key: did you mean 'campaign'\?"),
+        (('name = "lab"\n', ""), r'c\.toml: campaign\.name: is missing, as name = "edu"'),
+        (
+            ("seeds = 2", 'seeds = "two"'),
+            r"c\.toml: campaign\.seeds: 'two': must be how many seeds, as 3, or which, .*",
+        ),
+        (
+            ("seeds = 2", 'seeds = 2\nkernels = ["new"]'),
+            r"c\.toml: campaign\.kernels\[0\]: 'new': must be a version, .*",
+        ),
+        (("seeds", "seedz"), r"c\.toml: campaign\.seedz: unknown key: did you mean 'seeds'\?"),
+        (("edu.toml", "nothing.toml"), r"c\.toml: machine\[0\]\.file: there is no file 'nothing\.toml'"),
+        (("lab.py:Lab", "lab.py"), r"c\.toml: campaign\.rig: rig 'lab\.py': must be .*"),
+        (("lab.py:Lab", "lab.py:Labor"), r"c\.toml: campaign\.rig: rig '.*lab\.py:Labor': Labor must be a class .*"),
+        (("lab.py:Lab", "gone.py:Lab"), r"c\.toml: campaign\.rig: rig '.*gone\.py:Lab': there is no file .*"),
+        (("nth=1", "nth=0"), r"c\.toml: plan\[0\]\.faults\[0\]: 'dma\.write nth=0 do=drop': nth: the first event is 1"),
+        (("do=drop", "do=dorp"), r".* there is no action 'dorp': did you mean 'drop'\? .*"),
+        (
+            ("nth=1", "device=edu9"),
+            r"c\.toml: plan 'lost': .*device: no device is called 'edu9': did you mean .* \(on machine 'edu'\)",
+        ),
+        (('name = "lost"\n', ""), r'c\.toml: plan\[0\]\.name: is missing, as name = "torn write"'),
+        (('name = "lost"', 'name = "no faults"'), r"c\.toml: plan\.name: 'no faults' is what runs without a plan .*"),
+        (('["c*"]', '["x*"]'), r"c\.toml: plan\[0\]\.workloads: 'x\*' is none of the workloads: copy, careful, broken"),
+        (('name = "careful"', 'name = "copy"'), r"c\.toml: workload\.name: 'copy' is there twice: .*"),
+        (("timeout = 0.3", "timeout = 0"), r"c\.toml: workload\[\d\]\.timeout: 0: .*greater than 0"),
+        (("timeout = 0.3", 'files = ["x"]'), r"c\.toml: workload\[\d\]\.files\[0\]: there is no file 'x'"),
+        (
+            ('faults = ["dma.write nth=1 do=drop"]', 'file = "p*.toml"'),
+            r"c\.toml: plan\[0\]\.file: there is no file .*",
+        ),
+        (('faults = ["dma.write nth=1 do=drop"]', 'file = "edu.toml"'), r"edu\.toml: .*"),
+        (
+            ('workloads = ["c*"]', 'expect = ["hung"]'),
+            r"c\.toml: plan\[0\]\.expect\[0\]: 'hung': did you mean 'hang'\? .*",
+        ),
+        (("[[plan]]", "[plan]"), r"c\.toml: plan: .*: must be written \[\[plan\]\], .*"),
+        (("[[plan]]", "[[plan"), r"c\.toml: is no TOML: .*"),
+    ],
+)
+def test_mistakes(folder: Path, change: tuple[str, str], says: str) -> None:
+    assert change[0] in GOOD
+    for line in lines(folder, GOOD.replace(*change)):
+        assert re.fullmatch(says, line), line
+
+
+def test_all_mistakes_at_once(folder: Path) -> None:
+    text = GOOD.replace("seeds = 2", "seeds = 0").replace("do=drop", "do=dorp").replace('run = "copy 8"', "run = 8")
+    assert len(lines(folder, text)) == 3
+
+
+def test_files_that_are_none(folder: Path) -> None:
+    for name, content, says in (
+        ("missing.toml", None, "cannot be read: No such file or directory"),
+        ("binary.toml", b"\xff\xfe", "is no UTF-8 text: save the file as UTF-8"),
+        ("empty.toml", b"", "campaign: is missing"),
+    ):
+        path = folder / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ConfigError) as error:
+            load(path)
+        assert str(error.value).startswith(f"{path}: {says}")

@@ -1,0 +1,319 @@
+"""Campaigns while they run, as a user meets them: interrupted, killed, twice at once, with workers that die."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.campaign.files import campaign_file
+from tests.unit.test_cli import environ, refused, vmodel
+from vmodel.campaign.store import Row, Store
+from vmodel.testing.oracle import Outcome
+
+
+def write(folder: Path, workload: str, *, seeds: int = 5, name: str = "c", **more: dict[str, str]) -> Path:
+    """A campaign of one workload: one run without faults, and one for each seed."""
+    faults = more.get("faults", {"delay": "dma.write do=delay(ms=1)"})
+    path = folder / f"{name}.toml"
+    path.write_text(campaign_file(seeds=str(seeds), workloads={"w": workload}, faults=faults))
+    return path
+
+
+def rows(folder: Path) -> list[Row]:
+    with Store.open(folder) as store:
+        return store.rows()
+
+
+def ended(folder: Path) -> list[Row]:
+    return [row for row in rows(folder) if row.result is not None] if (folder / "campaign.db").exists() else []
+
+
+@contextmanager
+def running(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that is at work."""
+    line = [sys.executable, "-m", "vmodel", *arguments]
+    with subprocess.Popen(
+        line, cwd=cwd, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        try:
+            yield run
+        finally:
+            run.kill()
+
+
+def eventually(check: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "it has not come true"
+        time.sleep(0.02)
+
+
+def workers(folder: Path) -> list[str]:
+    """Processes that run cases of the folder's rig."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        if b"vmodel.campaign.worker" in words and f"{folder}/lab.py:Lab".encode() in words:
+            found.append(path.parent.name)
+    return found
+
+
+def test_a_campaign(folder: Path) -> None:
+    write(folder, f"note {folder}/log copy 2")
+    done = vmodel("campaign", "c.toml", "-j", "2", cwd=folder)
+    assert done.returncode == 0
+    assert re.fullmatch(
+        r"1 +not activated +no rule fired, .*\n5 +masked +rules fired, .*\nvmodel report c.runs -o report.html\n",
+        done.stdout,
+    )
+    lines = done.stderr.splitlines()
+    assert len(lines) == 6
+    assert re.fullmatch(r"6/6 c\.runs/\d edu w / delay / seed \d: masked \(\d\.\d s\)", lines[-1])
+    found = rows(folder / "c.runs")
+    assert [row.id for row in found] == [1, 2, 3, 4, 5, 6]
+    for row in found:
+        assert row.result is not None and row.started is not None and row.ended is not None
+        assert row.started < row.ended
+        assert {(row.folder / name).is_file() for name in row.result.artefacts.values()} == {True}
+    assert len({row.guest for row in found}) <= 2, "each worker has one rig"
+    assert sorted(p.name for p in (folder / "c.runs").iterdir()) == [*"123456", "campaign.db", "lock", "workers.log"]
+    assert (folder / "log").read_text().count("\n") == 6
+    assert workers(folder) == []
+
+    # All have ended: there is nothing to do, and nothing is done again.
+    again = vmodel("campaign", "c.toml", cwd=folder)
+    assert (again.returncode, again.stdout, again.stderr) == (0, done.stdout, "")
+    assert (folder / "log").read_text().count("\n") == 6
+
+    # More seeds: only those are new.
+    write(folder, f"note {folder}/log copy 2", seeds=7)
+    assert vmodel("campaign", "c.toml", cwd=folder).returncode == 0
+    assert (folder / "log").read_text().count("\n") == 8 == len(rows(folder / "c.runs"))
+
+    # Fewer, or others: then what is there is of another campaign.
+    write(folder, f"note {folder}/log copy 3", seeds=7)
+    line = refused(vmodel("campaign", "c.toml", cwd=folder))
+    assert line.startswith("c.runs: holds 8 runs of another version of this campaign (")
+
+
+def test_dry_run(folder: Path) -> None:
+    write(folder, "copy 2", seeds=2)
+    done = vmodel("campaign", "c.toml", "--dry-run", cwd=folder)
+    assert done.stdout.splitlines() == ["edu / w / no faults", "edu / w / delay", "edu / w / delay", "c.toml: 3 runs"]
+    assert not (folder / "c.runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(folder: Path, number: signal.Signals) -> None:
+    write(folder, "sleep 0.2", seeds=9)
+    with running("campaign", "c.toml", "-j", "2", cwd=folder) as run:
+        eventually(lambda: len(ended(folder / "c.runs")) >= 2)
+        run.send_signal(number)
+        out, err = run.communicate(timeout=30)
+    assert (run.returncode, out) == (130, "")
+    before = {row.id: row.ended for row in ended(folder / "c.runs")}
+    assert 2 <= len(before) < 10
+    said = f"vmodel: interrupted after {len(before)} of 10 runs: the same command goes on from there"
+    assert err.splitlines()[-1] == said
+    assert workers(folder) == []
+    assert vmodel("campaign", "c.toml", "-j", "2", cwd=folder).returncode == 0
+    after = {row.id: row.ended for row in ended(folder / "c.runs")}
+    assert len(after) == 10 and before.items() <= after.items(), "what had ended was not made again"
+    assert not list((folder / "c.runs").glob(".part-*"))
+
+
+def test_killed(folder: Path) -> None:
+    write(folder, "sleep 0.2", seeds=9)
+    with running("campaign", "c.toml", "-j", "2", cwd=folder) as run:
+        eventually(lambda: len(ended(folder / "c.runs")) >= 2)
+        run.kill()
+        run.wait(10)
+    eventually(lambda: not workers(folder))
+    before = {row.id: row.ended for row in ended(folder / "c.runs")}
+    assert len(before) < 10
+    done = vmodel("campaign", "c.toml", "-j", "2", cwd=folder)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[0].startswith(f"{len(before) + 1}/10 ")
+    after = {row.id: row.ended for row in ended(folder / "c.runs")}
+    assert len(after) == 10 and before.items() <= after.items()
+    assert sorted(p.name for p in (folder / "c.runs").iterdir() if p.is_dir()) == sorted(map(str, range(1, 11)))
+
+
+def test_a_run_that_was_moved_but_not_written(folder: Path) -> None:
+    """Killed between the two: the run is made again, and its folder is the new one's."""
+    write(folder, "copy 1", seeds=1)
+    (folder / "c.runs" / "1").mkdir(parents=True)
+    (folder / "c.runs" / "1" / "left").touch()
+    (folder / "c.runs" / "1").rename(folder / "left")
+    assert vmodel("campaign", "c.toml", cwd=folder).returncode == 0
+    with Store.create(folder / "c.runs", {"kind": "campaign", "name": "lab"}) as store:
+        store._db.execute("UPDATE run SET outcome = NULL, result = NULL WHERE id = 1")
+        store._db.commit()
+    (folder / "c.runs" / "1" / "left").touch()
+    assert vmodel("campaign", "c.toml", cwd=folder).returncode == 0
+    assert rows(folder / "c.runs")[0].result is not None
+    assert not (folder / "c.runs" / "1" / "left").exists()
+
+
+def test_twice_at_once(folder: Path) -> None:
+    write(folder, "sleep 0.5", seeds=9)
+    with running("campaign", "c.toml", cwd=folder) as run:
+        eventually(lambda: ended(folder / "c.runs"))
+        line = refused(vmodel("campaign", "c.toml", cwd=folder))
+        assert line == (f"c.runs: process {run.pid} is at work in it: wait for it, or name another folder with -o")
+        # To look at it is allowed.
+        report = vmodel("report", "c.runs", "--format", "json", cwd=folder)
+        assert report.returncode == 0 and '"total": 10' in report.stdout
+        assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        run.communicate(timeout=30)
+
+
+def test_a_worker_that_dies_once(folder: Path) -> None:
+    write(folder, f"note {folder}/log kill {folder}/killed copy 2", seeds=3)
+    done = vmodel("campaign", "c.toml", "-j", "2", cwd=folder)
+    assert done.returncode == 0
+    assert "its worker process was killed by signal 9: once more" in done.stderr
+    found = rows(folder / "c.runs")
+    assert [row.result.outcome for row in found if row.result] == [Outcome.NOT_ACTIVATED] + [Outcome.MASKED] * 3
+    assert sum(row.deaths for row in found) == 1
+
+
+def test_a_worker_that_always_dies(folder: Path) -> None:
+    path = write(folder, "die now", seeds=1)
+    path.write_text(path.read_text() + '\n[[workload]]\nname = "well"\nrun = "copy 1"\n')
+    done = vmodel("campaign", "c.toml", "-j", "2", cwd=folder)
+    assert done.returncode == 0
+    found = {(row.run.workload, row.run.plan): row for row in rows(folder / "c.runs")}
+    assert [row.result.outcome.value for row in found.values() if row.result] == [
+        "harness error",
+        "harness error",
+        "not activated",
+        "masked",
+    ]
+    dead = found["w", "delay"]
+    assert dead.deaths == 3 and dead.result is not None
+    assert dead.result.evidence[0].text == "its worker process was killed by signal 9"
+    assert "2 of 4 are not as expected, the first: c.runs/1\n" in done.stdout
+
+    # They are not made again, unless somebody asks.
+    assert vmodel("campaign", "c.toml", cwd=folder).stderr == ""
+    again = vmodel("campaign", "c.toml", "--retry", cwd=folder)
+    assert len([line for line in again.stderr.splitlines() if "once more" in line]) == 4
+
+
+def test_a_worker_that_is_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmodel.campaign import worker
+    from vmodel.campaign.executor import Task
+    from vmodel.campaign.worker import Processes
+    from vmodel.testing.case import Case
+
+    monkeypatch.setattr(worker, "time_limit", lambda case: 1.0)
+    on = Processes(f"{folder}/lab.py:Lab", 1, (folder / "log").open("ab"))
+    try:
+        on.submit(Task(1, Case(machine=folder / "edu.toml", workload="sleep 600"), folder / "1"))
+        assert on.free == 0
+        (answer,) = on.wait()
+        assert (answer.result, answer.died) == (None, "it did not answer in 1 s")
+        assert on.free == 1 and workers(folder) == []
+    finally:
+        on.close()
+
+
+def test_a_bug_of_the_rig(folder: Path) -> None:
+    write(folder, "break it", seeds=1)
+    done = vmodel("campaign", "c.toml", cwd=folder)
+    assert done.returncode == 0
+    row = rows(folder / "c.runs")[1]
+    assert row.result is not None and row.result.outcome is Outcome.HARNESS
+    assert re.fullmatch(r"RuntimeError: the lab is broken: it \(lab.py line \d+\)", row.result.evidence[0].text)
+    assert "RuntimeError: the lab is broken: it" in (row.folder / row.result.artefacts["traceback"]).read_text()
+
+
+def test_a_mistake_that_only_the_rig_finds(folder: Path) -> None:
+    write(folder, "refuse that-file", seeds=1)
+    assert refused(vmodel("campaign", "c.toml", cwd=folder)) == "that-file"
+    assert ended(folder / "c.runs") == [] and workers(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["campaign", "nothing.toml"], "nothing.toml: cannot be read: No such file or directory"),
+        (
+            ["campaign", "c.toml", "-j", "0"],
+            "invalid value for '-j' / '--jobs': Input should be greater than or equal to 1",
+        ),
+        (["campaign", "c.toml", "-o", "edu.toml/x"], "edu.toml/x: Not a directory: name another folder with -o"),
+        (["campaign", "c.toml", "-o", "."], ".: is no campaign's folder, and not empty: name another one with -o"),
+        (
+            ["campaign", "c.toml", "--scheduler", "tcp://127.0.0.1:1"],
+            "--scheduler tcp://127.0.0.1:1: no scheduler answers",
+        ),
+        (["campaign", "c.toml", "--scheduler", "x"], "--scheduler x: must be an address, as tcp://host:8786"),
+        (["report", "."], ".: is no campaign's folder: it has no campaign.db"),
+        (["report", ".", "--format", "htlm"], "--format htlm: did you mean html?"),
+        (["reproduce", "x"], "x: must be a run's folder, as edu.runs/17"),
+        (["minimise", "x/17"], "x: is no campaign's folder"),
+        (
+            ["sweep", "edu.toml", "--point", "dma.raed", "--workload", "x"],
+            "--point 'dma.raed': must begin with a point: ",
+        ),
+        (
+            ["sweep", "edu.toml", "--point", "irq", "--workload", "x", "--do", "tear"],
+            "--point 'irq do=tear nth=1': do: 'tear'",
+        ),
+        (["sweep", "edu.toml", "--point", "irq nth=3", "--workload", "x"], "--point 'irq nth=3': nth is the sweep's"),
+        (["sweep", "edu.toml", "--point", "irq", "--workload", "x", "--file", "y"], "--file: there is no file 'y'"),
+        (["sweep", "none.toml", "--point", "irq", "--workload", "x"], "none.toml: cannot be read"),
+    ],
+)
+def test_mistakes_of_the_command_line(folder: Path, arguments: list[str], says: str) -> None:
+    write(folder, "copy 1")
+    rig = ["--rig", "lab.py:Lab"] if arguments[0] == "sweep" else []
+    assert says in refused(vmodel(*arguments, *rig, cwd=folder))
+
+
+def test_a_folder_of_another_campaign(folder: Path) -> None:
+    write(folder, "copy 1", seeds=1)
+    assert vmodel("campaign", "c.toml", cwd=folder).returncode == 0
+    (folder / "d.toml").write_text((folder / "c.toml").read_text().replace('"lab"', '"another"'))
+    line = refused(vmodel("campaign", "d.toml", "-o", "c.runs", cwd=folder))
+    assert line == "c.runs: holds the campaign 'lab': name another folder with -o"
+    (folder / "c.runs" / "campaign.db").write_bytes(b"no database, but long enough to be one" * 50)
+    assert "campaign.db: cannot be read" in refused(vmodel("report", "c.runs", cwd=folder))
+
+
+def test_in_a_terminal(folder: Path) -> None:
+    """A bar, and what is wrong; no line for each run."""
+    write(folder, "copy 2", seeds=3, faults={"gone": "mmio.read register=ID do=ones"})
+    master, slave = os.openpty()
+    line = [sys.executable, "-m", "vmodel", "campaign", "c.toml"]
+    env = environ(TERM="xterm", COLUMNS="160", LINES="40")
+    with subprocess.Popen(line, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=slave, text=True) as run:
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(master, 4096)
+            except OSError:  # EIO: the other side has closed it
+                break
+            shown += piece
+        assert run.wait(30) == 0
+    os.close(master)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "4/4" in text and "3 crash" in text
+    assert text.count("crash: kernel BUG at edu.c:17") == 3
+    assert "/ no faults /" not in text
