@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.virtio.driver import NEXT, WRITE
-from tests.virtio.test_viommu import A, B, MACHINE, World
+from tests.virtio.test_viommu import MACHINE, A, B, World
 from vmodel.iommu.domain import PagingDomain
 from vmodel.machine import parse
 from vmodel.span import PAGE
-from vmodel.virtio.pci import EVENT_IDX, INDIRECT_DESC
 
 INDIRECT = 4
 ATTACH, DETACH, MAP, UNMAP = 1, 2, 3, 4
@@ -99,7 +98,7 @@ shapes = st.sampled_from(
 batches = st.lists(st.lists(st.tuples(shapes, requests), min_size=1, max_size=12), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(batches)
 def test_the_same_as_python(work: list[list[tuple[str, bytes]]]) -> None:
     first = [("plain", struct.pack("<B3xIII4x", ATTACH, 1, A, 0))]
