@@ -132,7 +132,7 @@ def test_the_ring_wraps(world: FreshWorld) -> None:
     for n in range(3 * world.requests.size // 8):
         at = n * PAGE
         work = [mapping(1, at, at + PAGE - 1, at, 3), unmapping(1, at, at + PAGE - 1)] * 4
-        status, used, answers, maps = world.batch([("plain", one) for one in work])
+        _, used, answers, maps = world.batch([("plain", one) for one in work])
         assert len(used) == 8 and {a[0] for a in answers} == {0} and maps == {1: []}  # type: ignore[arg-type, attr-defined]
 
 
