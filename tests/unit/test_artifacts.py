@@ -518,7 +518,7 @@ def fake_browser(tmp_path: Path, says: str, loader: str = "/lib64/ld-linux-x86-6
 
 def test_unpacking_a_browser(tmp_path: Path) -> None:
     """It is started in the folder of its libraries, and names the loader there."""
-    says = f'[ "$PWD" = "${{LD_LIBRARY_PATH%%:*}}" ] && [ -f libnss3.so ] && echo "Chromium 150.0.1.2 $*"'
+    says = '[ "$PWD" = "${LD_LIBRARY_PATH%%:*}" ] && [ -f libnss3.so ] && echo "Chromium 150.0.1.2 $*"'
     deb, folder = fake_browser(tmp_path, says), tmp_path / "browser"
     assert debian.unpack_browser([deb], folder) == "150.0.1.2"
     assert sorted(path.name for path in (folder / "root").rglob("*") if path.is_file()) == [
