@@ -147,7 +147,8 @@ def test_a_stock_driver(run: Runs, kind: str, kernel: str, append: str, type_: s
     """virtio-rng, which asks the DMA API for addresses: by IOVAs of the kernel's, or by physical addresses."""
     script = (
         "cat /sys/bus/pci/devices/0000:00:03.0/iommu_group/type;"
-        f"{RNG_IS_THERE} cat /sys/class/misc/hw_random/rng_current; dd if=/dev/hwrng bs=64 count=200 2>/dev/null; read go"
+        f"{RNG_IS_THERE} cat /sys/class/misc/hw_random/rng_current;"
+        "dd if=/dev/hwrng bs=64 count=200 2>/dev/null; read go"
     )
     with run(one_iommu(kind, RNG), kernel, script, [*MODULES[kind], "virtio-rng"], append=append) as (machine, guest):
         guest.expect(rb"virtio_rng\.0\n")
