@@ -3,12 +3,19 @@
 #   sh disk.sh [BLOCKS]        of 16 KiB; exit status 65: no error was reported, and data is wrong
 disk=/dev/nvme0n1
 count=${1:-8}
+
+copy() {
+    dd bs=16k count=$count "$@" 2>said && return
+    status=$?
+    cat said
+    # dd itself was damaged: by what was written to memory that is not the disk's any more.
+    [ $status -ge 128 ] && { echo "dd was killed by signal $((status - 128))"; exit 65; }
+    exit 1
+}
+
 [ -b $disk ] || { echo "there is no $disk"; exit 3; }
-dd if=/dev/urandom of=written bs=16k count=$count 2>/dev/null || exit 4
-dd if=written of=$disk bs=16k count=$count oflag=direct conv=fsync 2>said || { cat said; exit 1; }
-dd if=$disk of=found bs=16k count=$count iflag=direct 2>said || { cat said; exit 2; }
+copy if=/dev/urandom of=written
+copy if=written of=$disk oflag=direct conv=fsync
+copy if=$disk of=found iflag=direct
 [ "$(wc -c <found)" = $((count * 16384)) ] || { echo "the disk is too short"; exit 2; }
-cmp written found && exit 0
-# Which of both was wrong: what is on the disk, or what was read?
-dd if=$disk of=again bs=16k count=$count iflag=direct 2>/dev/null && cmp -s written again && echo "read wrongly, once"
-exit 65
+cmp written found || exit 65
