@@ -165,8 +165,8 @@ class Lab:
         status: int | None = None
         with Client.connect(machine.socket("edu0", sockets)) as client:
             client.negotiate()
+            driver = Driver(client, case)
             with Engine(plan, machine.devices) as engine:
-                driver = Driver(client, case)
                 try:
                     status = driver.run()
                     findings += [found for found in (of_status("status", status, driver.now()),) if found]

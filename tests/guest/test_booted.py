@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from vmodel.errors import ConfigError
-from vmodel.machine import Machine
 from vmodel.testing.booted import BootedGuest
 from vmodel.testing.guest import GuestRunError
 from vmodel.testing.monitor import MonitorError
@@ -52,52 +50,24 @@ def test_from_boot_to_power_off(vm: Vm, artifacts: Path) -> None:
     assert (artifacts / "guest-1" / "output.log").read_bytes() == result.output
 
 
-@pytest.fixture
-def asked() -> list[list[str]]:
-    return []
-
-
-@pytest.fixture
-def rebooting(vm: Vm, vmodel_served: Served, asked: list[list[str]], artifacts: Path) -> Iterator[BootedGuest]:
-    """With what a plugin's guest has not: reboots, and a host that answers."""
-    spec = vm.spec("", without=["edu1"])
-    spec.allow_reboot = True
-
-    def host(work: Callable[..., None]) -> Callable[[list[str]], int]:
-        def command(words: list[str]) -> int:
-            asked.append(words)
-            work(guest.monitor, *words)
-            return len(words)
-
-        return command
-
-    guest = BootedGuest(
-        spec,
-        artifacts=artifacts,
-        host={"plug": host(vmodel_served.plug), "unplug": host(vmodel_served.unplug)},
-    )
-    with guest:
-        yield guest
-
-
-def test_plug_unplug_and_reset(
-    rebooting: BootedGuest, machine: Machine, asked: list[list[str]], vmodel_served: Served
-) -> None:
+@pytest.mark.guest(without=["edu1"], allow_reboot=True)
+def test_plug_unplug_and_reset(vm_booted: BootedGuest, vmodel_served: Served) -> None:
     """A script asks the host for a device and gets it; the machine is reset, and boots again."""
     wait = "for i in $(seq 100); do [ {} -e $card ] && break; sleep 0.1; done; [ {} -e $card ]"
     script = "card=/sys/bus/pci/devices/0000:01:00.0; [ ! -e $card ] || exit 9; vmodel-host plug edu1; echo $?;"
-    done = rebooting.run(script + wait.format("", ""), 40)
-    assert (done.status, done.output, asked) == (0, b"1\n", [["edu1"]])
-    assert rebooting.monitor.execute("query-status")["running"] is True
-    done = rebooting.run("card=/sys/bus/pci/devices/0000:01:00.0; vmodel-host unplug edu1;" + wait.format("!", "!"), 40)
-    assert done.status == 0, rebooting.console()
-    rebooting.monitor.wait("DEVICE_DELETED", 0, device="edu1")
+    done = vm_booted.run(script + wait.format("", ""), 40)
+    assert (done.status, done.output) == (0, b"0\n")
+    assert vm_booted.monitor.execute("query-status")["running"] is True
+    done = vm_booted.run("card=/sys/bus/pci/devices/0000:01:00.0; vmodel-host unplug edu1;" + wait.format("!", "!"), 40)
+    assert done.status == 0, vm_booted.console()
+    vm_booted.monitor.wait("DEVICE_DELETED", 0, device="edu1")
     with pytest.raises(MonitorError, match="did not report"):
-        rebooting.monitor.wait("DEVICE_DELETED", 0, device="edu0")
+        vm_booted.monitor.wait("DEVICE_DELETED", 0, device="edu0")
     with pytest.raises(MonitorError, match="edu7"):
-        rebooting.monitor.execute("device_del", {"id": "edu7"})
+        vm_booted.monitor.execute("device_del", {"id": "edu7"})
     with pytest.raises(ConfigError, match="no device is called 'edu7'"):
-        vmodel_served.plug(rebooting.monitor, "edu7")
-    assert rebooting.run("vmodel-host dance", 10).status == 127
-    rebooting.reset()
-    assert rebooting.guest.boots == 2 and rebooting.run("exit 4").status == 4
+        vmodel_served.plug(vm_booted.monitor, "edu7")
+    assert vm_booted.run("vmodel-host dance", 10).status == 127
+    assert vm_booted.run("vmodel-host plug edu7", 10).status == 1
+    vm_booted.reset()
+    assert vm_booted.guest.boots == 2 and vm_booted.run("exit 4").status == 4

@@ -19,9 +19,11 @@ ONES = 0xFFFF_FFFF
 
 
 def hits(lab: Bench, schedule: str, reads: int = 12) -> list[int]:
-    """Which of so many reads of a register gave all ones, counted from 1."""
-    with armed(lab, f"mmio.read register=PLAIN {schedule} do=ones"):
-        return [n for n in range(1, reads + 1) if lab.get(PLAIN) == ONES]
+    """Which of so many reads of a register gave all ones, counted from 1; the log says the same."""
+    with armed(lab, f"mmio.read register=PLAIN {schedule} do=ones") as engine:
+        found = [n for n in range(1, reads + 1) if lab.get(PLAIN) == ONES]
+        assert [record["nth"] for record in engine.journal.since()] == found
+        return found
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,6 @@ def test_a_run_of_a_moment(tmp_path: Path) -> None:
     for f in figures:
         assert f.iops > 0 and f.per_core > 0 and f.over_memcpy > 0
         assert 0 < f.p50 <= f.p99 <= f.p99_9
-    # A deeper queue costs less for each command, by far.
-    assert figures[DEPTHS.index(64)].per_core > 4 * figures[0].per_core
     root = ElementTree.parse(tmp_path / "plot.svg").getroot()
     assert len(root.findall(f".//{SVG}circle")) == 3 * len(figures)
 

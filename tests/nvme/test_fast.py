@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -240,21 +241,81 @@ def test_files(twins: Callable[[str], Twins], work: list[list[tuple[Command, lis
     assert first[:2] == second[:2]
 
 
+@contextlib.contextmanager
+def counted(driver: Driver) -> Iterator[list[int]]:
+    """The opcodes of commands that go the general way meanwhile."""
+    seen: list[int] = []
+    queue = driver.device.submission[1]
+    original = queue.carry_out
+
+    def carry_out(command: Command) -> None:
+        seen.append(command.opcode)
+        original(command)
+
+    queue.carry_out = carry_out  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        del queue.carry_out
+
+
 def test_the_fast_path_is_taken(twins: Callable[[str], Twins]) -> None:
     """Else the properties above would compare a thing with itself."""
     both = twins("memory")
     both.clear()
-    seen = []
+    found = []
     for driver, pair in zip(both.drivers, both.pairs, strict=True):
-        calls: list[int] = []
-        queue = driver.device.submission[1]
-        original = queue.carry_out
-        queue.carry_out = lambda command, calls=calls, original=original: (calls.append(1), original(command))  # type: ignore[method-assign]
-        for n in range(8):
-            assert pair.send(WRITE, nsid=1, dptr=prps(DATA), cdw10=n).status == 0
-        del queue.carry_out
-        seen.append(len(calls))
-    assert seen == [0, 8]
+        with counted(driver) as seen:
+            for n in range(8):
+                assert pair.send(WRITE, nsid=1, dptr=prps(DATA), cdw10=n).status == 0
+        found.append(len(seen))
+    assert found == [0, 8]
+
+
+@settings(deadline=None)
+@given(
+    offset=st.one_of(st.just(0), st.integers(0, 1023).map(lambda n: 4 * n)),
+    blocks=st.integers(1, 32),
+    slots=st.integers(1, 40),
+    pages=st.lists(st.integers(0, DATA_SIZE // 4096 - 1), min_size=33, max_size=33, unique=True),
+    kind=st.sampled_from(["prp", "block", "segment"]),
+)
+def test_every_shape_that_is_right_is_plain(
+    twins: Callable[[str], Twins], offset: int, blocks: int, slots: int, pages: list[int], kind: str
+) -> None:
+    """Lists that begin anywhere in their page, one that leads to another; SGLs of one segment."""
+    both = twins("memory")
+    driver, pair, size = both.drivers[0], both.pairs[0], blocks * 4096
+    places = [DATA + 4096 * page for page in pages[: -(-(offset + size) // 4096)]]
+    flags = 0
+    if kind == "prp":
+        rest, at = places[1:], LISTS + 4096 - 8 * slots
+        if len(rest) > slots:
+            driver.memory.write(LISTS + 4096, struct.pack(f"<{len(rest) - slots + 1}Q", *rest[slots - 1 :]))
+            rest = [*rest[: slots - 1], LISTS + 4096]
+        driver.memory.write(at, struct.pack(f"<{len(rest)}Q", *rest))
+        dptr = prps(places[0] + offset, at if len(places) > 2 else places[-1])
+        parts = [(place, 4096) for place in places]
+        parts[0] = places[0] + offset, 4096 - offset
+    elif kind == "block":
+        flags, parts = 1 << 6, [(DATA + offset, size)]
+        dptr = struct.pack("<QI3xB", DATA + offset, size, 0)
+    else:
+        flags, parts = 1 << 6, [(place, 4096) for place in places[:blocks]]
+        driver.memory.write(LISTS, b"".join(struct.pack("<QI3xB", at, length, 0) for at, length in parts))
+        dptr = struct.pack("<QI3xB", LISTS, 16 * len(parts), 0x30)
+    data = bytes(n * 13 + slots & 0xFF for n in range(size))
+    view = next(iter(driver.device.namespaces())).backend.view(0, size)
+    assert view is not None
+    view[:] = data
+    with counted(driver) as seen:
+        assert pair.send(READ, nsid=1, flags=flags, dptr=dptr, cdw12=blocks - 1).status == 0
+        found = b"".join(driver.memory.read(at, length) for at, length in parts)[:size]
+        assert found == data
+        view[:] = bytes(size)
+        assert pair.send(WRITE, nsid=1, flags=flags, dptr=dptr, cdw12=blocks - 1).status == 0
+        assert view == data
+    assert not seen
 
 
 def test_counters_agree(tmp_path: Path) -> None:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from vmodel.testing.oracle import DATA_WRONG, Effect, Finding, Outcome, classify, of_status
+from vmodel.testing.oracle import (
+    DATA_WRONG,
+    Effect,
+    Finding,
+    Outcome,
+    classify,
+    of_status,
+    time_to_detect,
+    time_to_recover,
+)
 
 
 def finding(effect: Effect) -> Finding:
@@ -54,3 +63,43 @@ def test_status(status: int, effect: Effect, text: str) -> None:
 
 def test_each_outcome_says_what_it_means() -> None:
     assert len({outcome.doc for outcome in Outcome}) == len(Outcome) == 8
+
+
+def seen(oracle: str, at: float | None, last: float | None = None) -> Finding:
+    return Finding(
+        oracle=oracle,
+        effect=Effect.NOTICED,
+        sign="x",
+        text="x",
+        signature=f"x{at}",
+        at=at,
+        last=at if last is None else last,
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "first", "seconds"),
+    [
+        ([], 1.0, None),
+        ([seen("console", 3.0)], None, None),
+        ([seen("kernel log", 4.0), seen("console", 3.0), seen("status", 9.0)], 1.0, 2.0),
+        ([seen("console", 0.5, 3.0), seen("status", 9.0)], 1.0, 8.0),  # noticed before: not because of the fault
+        ([seen("time", 2.0), seen("kernel log", None)], 1.0, None),
+        ([seen("console", -1.0)], -2.0, 1.0),  # at boot
+    ],
+)
+def test_time_to_detect(found: list[Finding], first: float | None, seconds: float | None) -> None:
+    assert time_to_detect(found, first) == seconds
+
+
+@pytest.mark.parametrize(
+    ("found", "first", "life", "seconds"),
+    [
+        ([seen("console", 3.0, 5.0)], 1.0, [2.0, 4.0, 6.0, 7.0], 5.0),
+        ([seen("console", 3.0), seen("kernel log", None)], 1.0, [7.0], 6.0),
+        ([seen("console", 3.0)], None, [7.0], None),
+        ([seen("console", 3.0)], 1.0, [2.0], None),  # it ended before the kernel noticed
+    ],
+)
+def test_time_to_recover(found: list[Finding], first: float | None, life: list[float], seconds: float | None) -> None:
+    assert time_to_recover(found, first, life) == seconds

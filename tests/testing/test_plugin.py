@@ -132,7 +132,7 @@ def test_the_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) ->
         ("@pytest.mark.machine('no.toml')\ndef test_a(machine): pass", "*no.toml: cannot be read: No such file*"),
         (
             "@pytest.mark.machine('edu.toml')\n@pytest.mark.guest(module=['x'])\ndef test_a(vm): pass",
-            "*guest(module): known are append, extra_modules, files, modules, qemu_args, timeout, without",
+            "*guest(module): known are allow_reboot, append, extra_modules, files, *",
         ),
         ("def test_a(inject): inject('dma.write do=nothing')", "*do: *"),
     ],

@@ -27,8 +27,12 @@ from pathlib import Path
 
 from vmodel.errors import ConfigError
 
-#: The command that mends a missing part; every error that it can mend names it.
-MEND = "scripts/get-qemu"
+#: The command that mends a missing part; every error that it can mend names it.  An installed wheel has no scripts.
+MEND = (
+    "scripts/get-qemu"
+    if (Path(__file__).parents[2] / "scripts" / "get-qemu").exists()
+    else "python -m vmodel.testing.get_qemu"
+)
 #: The first QEMU with vfio-user-pci.
 MIN_QEMU = (10, 1)
 #: Kernels that the tests run on, by the start of their version.

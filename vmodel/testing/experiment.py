@@ -7,7 +7,7 @@ import logging
 import platform
 import shlex
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +20,8 @@ from vmodel.testing.artifacts import Kernel, Qemu, find_kernel, find_qemu
 from vmodel.testing.booted import BEGIN, BootedGuest, Done
 from vmodel.testing.case import Case, Result
 from vmodel.testing.guest import GuestOff, GuestPanic, GuestRunError, GuestSpec, GuestTimeout, ModuleError
-from vmodel.testing.monitor import Monitor, MonitorError
-from vmodel.testing.oracle import Effect, Finding, Outcome, classify, of_status
+from vmodel.testing.monitor import MonitorError
+from vmodel.testing.oracle import Effect, Finding, Outcome, classify, of_status, time_to_detect, time_to_recover
 from vmodel.testing.served import Served
 
 __all__ = ["Case", "Result", "Rig", "run"]
@@ -124,19 +124,7 @@ class _Setup:
             timeout=case.boot_timeout,
             qemu=self.qemu,
         )
-        host = {"plug": self._host(self.served.plug), "unplug": self._host(self.served.unplug)}
-        self.guest = BootedGuest(spec, host=host)
-
-    def _host(self, work: Callable[[Monitor, str], None]) -> Callable[[list[str]], int]:
-        def command(words: list[str]) -> int:
-            try:
-                work(self.guest.monitor, " ".join(words))
-            except (ConfigError, MonitorError) as error:
-                logging.getLogger("vmodel.testing").warning("vmodel-host: %s", error)
-                return 1
-            return 0
-
-        return command
+        self.guest = BootedGuest(spec, host=self.served.host_commands(lambda: self.guest.monitor))
 
     def boot(self) -> None:
         """If it has not booted.  GuestRunError, MonitorError."""
@@ -363,8 +351,8 @@ class _Trial:
             injected=0 if armed is None else len(armed.engine.journal),
             injections=() if armed is None else tuple(armed.records),
             rules=() if armed is None else tuple(armed.rules),
-            time_to_detect=_detected(found, first),
-            time_to_recover=_recovered(outcome, found, first, done, self.start),
+            time_to_detect=time_to_detect(found, first),
+            time_to_recover=self._recovered(outcome, found, first),
             workload_time=None if done is None else done.ended - done.started,
             wall=time.monotonic() - began,
             artefacts=self.artefacts,
@@ -379,6 +367,11 @@ class _Trial:
         )
         (self.folder / "result.json").write_text(result.model_dump_json(indent=1) + "\n")
         return result
+
+    def _recovered(self, outcome: Outcome, found: Sequence[Finding], first: float | None) -> float | None:
+        if outcome is not Outcome.RECOVERED or self.done is None:
+            return None
+        return time_to_recover(found, first, [at - self.start for at in (*self.done.came, self.done.ended)])
 
     def _seed(self) -> int | None:
         plan = self.case.seeded()
@@ -398,22 +391,3 @@ class _Trial:
         if self.log.records:
             form = logging.Formatter("%(name)s: %(message)s")
             self._write("model", "model.log", "".join(f"{form.format(record)}\n" for _, record in self.log.records))
-
-
-def _detected(found: Sequence[Finding], first: float | None) -> float | None:
-    if first is None:
-        return None
-    # That the time is over is not what the guest has found out.
-    said = [finding for finding in found if finding.oracle not in ("time", "model", "qemu")]
-    times = [finding.at for finding in said if finding.at is not None and finding.at >= first]
-    return min(times) - first if times else None
-
-
-def _recovered(
-    outcome: Outcome, found: Sequence[Finding], first: float | None, done: Done | None, start: float
-) -> float | None:
-    if outcome is not Outcome.RECOVERED or first is None or done is None:
-        return None
-    last = max((finding.last for finding in found if finding.last is not None), default=first)
-    went_on = [at - start for at in (*done.came, done.ended) if at - start > last]
-    return min(went_on) - first if went_on else None

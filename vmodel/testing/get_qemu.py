@@ -295,3 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

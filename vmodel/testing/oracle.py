@@ -112,3 +112,27 @@ def of_status(oracle: str, status: int, at: float | None = None) -> Finding | No
     return Finding(
         oracle=oracle, effect=Effect.ERROR, sign=oracle, text=how, signature=f"{oracle} {how}", at=at, last=at
     )
+
+
+#: They are the experiment's own: what they see, nobody in the guest has found out.
+_OURS = frozenset(("time", "model", "qemu"))
+
+
+def time_to_detect(findings: Sequence[Finding], first: float | None) -> float | None:
+    """Seconds from the first injection, at `first`, until kernel or workload noticed; None: they did not."""
+    if first is None:
+        return None
+    times = [f.at for f in findings if f.oracle not in _OURS and f.at is not None and f.at >= first]
+    return min(times) - first if times else None
+
+
+def time_to_recover(findings: Sequence[Finding], first: float | None, life: Sequence[float]) -> float | None:
+    """Seconds from the first injection until the workload went on.
+
+    `life`: when it gave signs of that: each output, and its end.  What counts is the first one after the last finding.
+    """
+    if first is None:
+        return None
+    last = max((f.last for f in findings if f.last is not None), default=first)
+    after = [at for at in life if at > last]
+    return min(after) - first if after else None

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 #: Fixtures that boot a guest: their tests are marked `guest`, so that `-m "not guest"` leaves them out.
 _GUESTS = frozenset(("vm", "vm_booted", "experiment"))
 #: What a `guest` mark may say.
-_SPEC = frozenset(("modules", "extra_modules", "files", "append", "qemu_args", "timeout", "without"))
+_SPEC = frozenset(("modules", "extra_modules", "files", "append", "qemu_args", "timeout", "without", "allow_reboot"))
 _failed = pytest.StashKey[bool]()
 _kept = pytest.StashKey[Path]()
 
@@ -70,8 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "machine(file): the machine of a test; its path counts from the test's folder")
     config.addinivalue_line(
         "markers",
-        "guest(modules, extra_modules, files, append, qemu_args, timeout, without): boots a real kernel under QEMU"
-        " (slow), and what that has",
+        "guest(modules, extra_modules, files, append, qemu_args, timeout, without, allow_reboot): boots a real kernel"
+        " under QEMU (slow), and what that has",
     )
 
 
@@ -333,7 +333,9 @@ class Vm:
         """A guest that takes scripts, not yet booted: a context manager."""
         from vmodel.testing.booted import BootedGuest
 
-        return BootedGuest(self.spec("", **options), artifacts=self.logs())
+        host = self._served.host_commands(lambda: guest.monitor)
+        guest = BootedGuest(self.spec("", **options), artifacts=self.logs(), host=host)
+        return guest
 
 
 @pytest.fixture
@@ -376,8 +378,8 @@ def experiment(
     options = _marked(request)
     if "timeout" in options:
         options["boot_timeout"] = options.pop("timeout")
-    if options.pop("without", ()):
-        pytest.fail(f"{request.node.nodeid}: an experiment's devices are all plugged in", pytrace=False)
+    if unfit := {"without", "allow_reboot"} & set(options):
+        pytest.fail(f"{request.node.nodeid}: an experiment has no {' or '.join(sorted(unfit))}", pytrace=False)
     count = 0
 
     def run(workload: str, faults: str | Path | FaultPlan | None = None, **fields: Any) -> Result:

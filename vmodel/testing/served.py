@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,7 +13,10 @@ from typing import Self
 from vmodel import machine as machines
 from vmodel.errors import ConfigError
 from vmodel.qemu import device_args
-from vmodel.testing.monitor import Monitor
+from vmodel.testing.booted import HostCommand
+from vmodel.testing.monitor import Monitor, MonitorError
+
+log = logging.getLogger(__name__)
 
 
 class Served:
@@ -60,6 +64,22 @@ class Served:
         monitor.forget("DEVICE_DELETED")
         monitor.execute("device_del", {"id": name})
         monitor.wait("DEVICE_DELETED", timeout, device=name)
+
+    def host_commands(self, monitor: Callable[[], Monitor]) -> dict[str, HostCommand]:
+        """What scripts in a guest may ask for by `vmodel-host plug NAME` and `unplug NAME`."""
+
+        def command(work: Callable[[Monitor, str], None]) -> HostCommand:
+            def run(words: list[str]) -> int:
+                try:
+                    work(monitor(), " ".join(words))
+                except (ConfigError, MonitorError) as error:
+                    log.warning("vmodel-host: %s", error)
+                    return 1
+                return 0
+
+            return run
+
+        return {"plug": command(self.plug), "unplug": command(self.unplug)}
 
     def close(self) -> None:
         """Ends the server, gives back what the devices hold."""
