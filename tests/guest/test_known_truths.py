@@ -89,26 +89,31 @@ def test_a_flipped_bit_is_silent(experiment: Experiment, point: str) -> None:
     assert signs(result) == {"data"}
 
 
-#: 16 reads into one buffer, which stays; after the first of them there are 30 ms between two.
+#: Of an access: each is a line of its own in the log.
+PAGES = 4
+#: 24 reads into one buffer, which stays; after the first of them there are 30 ms between two.
 SLOW_READS = """
-dd if=/dev/nvme0n1 bs=16k count=16 iflag=direct | while [ "$(dd bs=16k count=1 | wc -c)" != 0 ]; do usleep 30000; done
+dd if=/dev/nvme0n1 bs=16k count=24 iflag=direct | while [ "$(dd bs=16k count=1 | wc -c)" != 0 ]; do usleep 30000; done
 """
 
 
-@pytest.mark.parametrize(("append", "stale"), [("", True), ("iommu.strict=1", False)], ids=["DMA-FQ", "strict"])
-def test_the_window_of_deferred_flushes(experiment: Experiment, artifacts: Path, append: str, stale: bool) -> None:
+@pytest.mark.parametrize("append", ["", "iommu.strict=1"], ids=["DMA-FQ", "strict"])
+def test_the_window_of_deferred_flushes(experiment: Experiment, artifacts: Path, append: str) -> None:
     """Linux unmaps a buffer at once, and flushes IOTLBs up to 10 ms later: what a device does meanwhile gets through.
 
-    Not so with iommu.strict=1: then the unit refuses it, and Linux says so.
+    Not so with iommu.strict=1: then the unit refuses it, and Linux says so.  A guest on a busy host may unmap a buffer
+    late, or flush early: so the most of twelve accesses count.
     """
-    rule = f"dma.write {DATA} nth=7,8,9,10,11,12 do=use-after-unmap(6)"
+    nth = ",".join(map(str, range(7, 19)))
+    rule = f"dma.write {DATA} nth={nth} do=use-after-unmap(6)"
     result = experiment(rule, "nvme-vtd", append, workload=SLOW_READS)
     late = [record["result"] for record in result.injections if record.get("late")]
     model = artifacts / "run" / "model.log"
-    told = model.exists() and "is stale: cached is" in model.read_text()
-    assert told is stale, late
-    if stale:
-        assert "ok" in late
-    else:
+    stale = model.read_text().count("is stale: cached is") if model.exists() else 0
+    assert len(late) == 12, result.injections
+    if append:
+        # What comes between the change of the tables and the invalidation that Linux waits for is stale, too: rarely.
+        assert late.count("NOT_MAPPED") > 6 and stale <= 2 * PAGES, (late, stale)
         assert result.outcome is Outcome.RECOVERED and "iommu-fault" in signs(result), result.evidence
-        assert "NOT_MAPPED" in late
+    else:
+        assert late.count("ok") > 6 and stale > 2 * PAGES, (late, stale)  # 10 lines at most
