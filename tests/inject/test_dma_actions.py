@@ -227,6 +227,15 @@ def test_use_after_unmap(lab: Bench) -> None:
         assert fired(engine)[1]["result"] == "NO_WINDOW"
 
 
+def test_what_is_put_off_happens_when_nobody_listens_any_more(lab: Bench) -> None:
+    for action in ("late(50)", "duplicate(50)"):
+        with armed(lab, write(action)):
+            lab.copy(DATA)
+        lab.ram.view[TARGET : TARGET + 16] = bytes(16)
+        assert eventually(lambda: lab.target(16) == DATA), action
+    assert lab.lab.errors == 0
+
+
 def test_poison(lab: Bench) -> None:
     with armed(lab, "dma.read do=poison"):
         lab.copy(DATA)
