@@ -29,6 +29,7 @@ SOURCES = [
     "workers.c",
     "nvme_command.c",
     "nvme.c",
+    "viommu.c",
 ]
 
 

@@ -13,6 +13,7 @@
  *   store     blocks in memory or in a file
  *   workers   threads for what may have to wait
  *   nvme      the hot loop of an NVMe controller: plain reads and writes between guest memory and stores
+ *   viommu    the hot loop of virtio-iommu: plain MAP and UNMAP requests
  *
  * Rules.  Every function returns 0 or -errno (those that say so return a count); results leave
  * through trailing pointers.  Objects come in create/destroy pairs.  The library locks itself, holds
@@ -513,6 +514,24 @@ int vms_nvme_abort(vms_nvme *nvme, uint32_t qid, uint16_t cid);
 /* A reset: takes back what workers have not begun, and waits for the rest, which is no command of ours any more.  All
  * rings are empty. */
 void vms_nvme_forget(vms_nvme *nvme);
+
+/* ---- viommu: the hot loop --------------------------------------------------------------------- */
+
+/* A split virtqueue; `descriptors`, `driver` and `device` are IOVAs. */
+typedef struct vms_virtqueue {
+    uint64_t descriptors, driver, device;
+    uint32_t size, indirect;
+    uint16_t next_avail, next_used;
+} vms_virtqueue;
+
+typedef struct vms_viommu_domain {
+    uint32_t id;
+    vms_domain *domain;
+} vms_viommu_domain;
+
+/* Carries out MAP and UNMAP requests of these domains (paging) until there are no more, or one is not plain: it is left in
+ * the queue.  Returns how many; *queue has moved on by them.  EFAULT: the used ring was lost meanwhile. */
+int vms_viommu_run(vms_requester *requester, vms_virtqueue *queue, const vms_viommu_domain *domains, size_t n);
 
 /* CDEF-END */
 

@@ -20,7 +20,7 @@ from vmodel.testing.oracle import Outcome
 distributed: Any = importlib.import_module("distributed")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two workers."""
     with (
@@ -104,6 +104,7 @@ def test_interrupted(folder: Path, cluster: Any) -> None:
     assert vmodel(*words, cwd=folder).returncode == 0
     after = {row.id: row.ended for row in ended(folder / "c.runs")}
     assert len(after) == 10 and before.items() <= after.items()
+    # What the workers keep for the next case ends with them.
     cluster.close()
     eventually(lambda: not workers(folder))
 

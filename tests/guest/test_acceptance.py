@@ -137,6 +137,8 @@ address = "0000:00:03.0"
 """
 
 
+#: A device that waits for its IOMMU is probed some time after that is there.
+RNG_IS_THERE = "for i in $(seq 200); do grep -q virtio /sys/class/misc/hw_random/rng_current && break; sleep 0.1; done;"
 TYPES = [("", "DMA-FQ"), ("iommu.strict=1", "DMA"), ("iommu=pt", "identity")]
 
 
@@ -145,7 +147,8 @@ def test_a_stock_driver(run: Runs, kind: str, kernel: str, append: str, type_: s
     """virtio-rng, which asks the DMA API for addresses: by IOVAs of the kernel's, or by physical addresses."""
     script = (
         "cat /sys/bus/pci/devices/0000:00:03.0/iommu_group/type;"
-        "cat /sys/class/misc/hw_random/rng_current; dd if=/dev/hwrng bs=64 count=200 2>/dev/null; read go"
+        f"{RNG_IS_THERE} cat /sys/class/misc/hw_random/rng_current;"
+        "dd if=/dev/hwrng bs=64 count=200 2>/dev/null; read go"
     )
     with run(one_iommu(kind, RNG), kernel, script, [*MODULES[kind], "virtio-rng"], append=append) as (machine, guest):
         guest.expect(rb"virtio_rng\.0\n")
@@ -209,6 +212,7 @@ RNG1 = RNG.replace("rng0", "rng1").replace("03.0", "05.0")
 def test_warm_reboot(run: Runs, kind: str, kernel: str) -> None:
     """VFIO and a driver of the kernel's, before and after; when the guest goes down both do DMA."""
     script = f"""
+        {RNG_IS_THERE}
         dd if=/dev/hwrng bs=64 count=10 2>/dev/null | hexdump -C | head -n 1
         ./vfio_edu 0000:00:03.0 "{SAID[kind]}" || exit 1
         [ $VMODEL_BOOT = 2 ] && exit

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def test_live(tmp_path: Path) -> None:
         assert look(tmp_path, 1) == [ID]
         line = [sys.executable, "-m", "vmodel", "log", str(EXAMPLE), "--run-dir", str(tmp_path), "-f", "--json"]
         with subprocess.Popen(line, env=environ(), stdout=subprocess.PIPE, text=True) as follower:
+            watchdog = threading.Timer(60, follower.kill)  # its lines are waited for without a limit
+            watchdog.start()
             assert inject("add", "mmio.read register=ID do=ones").stdout == "rule1\n"
             assert look(tmp_path, 1) == [0xFFFF_FFFF]
             assert follower.stdout is not None
@@ -127,6 +130,7 @@ def test_live(tmp_path: Path) -> None:
             run.send_signal(signal.SIGTERM)
             assert run.wait(20) == 0
             assert follower.wait(20) == 0
+            watchdog.cancel()
     assert "no server runs" in refused(inject("list"))
 
 

@@ -500,6 +500,62 @@ def test_unpacking_iasl(tmp_path: Path, loader: str, outcome: str) -> None:
     ]
 
 
+def fake_browser(tmp_path: Path, says: str, loader: str = "/lib64/ld-linux-x86-64.so.2") -> Path:
+    """A package of a "Chromium" that says which loader it names, and where it was started."""
+    program = f"#!/bin/sh\n# {loader}\0\n{says}\n".encode()
+    members: list[tuple[str, bytes | str, int]] = [
+        ("./usr/lib/chromium/chromium-headless-shell", program, 0o755),
+        ("./usr/lib/chromium/chrome_crashpad_handler", b"not wanted", 0o755),
+        (f"./{debian.LIBS}/libLLVM.so.19", b"not wanted", 0o644),
+        (f"./{debian.LIBS}/libnss3.so", b"library", 0o644),
+        ("./usr/share/fonts/truetype/sans.ttf", b"font", 0o644),
+        ("./usr/share/doc/chromium", b"not wanted", 0o644),
+    ]
+    for tool in ("dirname", "readlink"):
+        (tmp_path / "bin" / tool).symlink_to(f"/usr/bin/{tool}")
+    return fake_deb(tmp_path, members)
+
+
+def test_unpacking_a_browser(tmp_path: Path) -> None:
+    """It is started in the folder of its libraries, and names the loader there."""
+    says = '[ "$PWD" = "${LD_LIBRARY_PATH%%:*}" ] && [ -f libnss3.so ] && echo "Chromium 150.0.1.2 $*"'
+    deb, folder = fake_browser(tmp_path, says), tmp_path / "browser"
+    assert debian.unpack_browser([deb], folder) == "150.0.1.2"
+    assert sorted(path.name for path in (folder / "root").rglob("*") if path.is_file()) == [
+        "chromium-headless-shell",
+        "fonts.conf",
+        "libnss3.so",
+        "sans.ttf",
+    ]
+    program = (folder / "root/usr/lib/chromium/chromium-headless-shell").read_bytes()
+    assert b"# ld-linux-x86-64.so.2\0\0\0\0\0\0\0\0\n" in program
+    folder.rename(tmp_path / "moved")
+    assert "--version" in artifacts.output([str(tmp_path / "moved" / "chromium-headless-shell"), "--version"])
+
+
+@pytest.mark.parametrize(
+    ("says", "loader", "outcome"),
+    [
+        ("echo something else", "/lib64/ld-linux-x86-64.so.2", "does not look like it"),
+        ("exit 3", "/lib64/ld-linux-x86-64.so.2", "does not run here"),
+        ("exit 0", "/lib/ld-musl.so", "another loader"),
+    ],
+)
+def test_a_browser_that_does_not_run(tmp_path: Path, says: str, loader: str, outcome: str) -> None:
+    with pytest.raises(ArtifactError, match=outcome):
+        debian.unpack_browser([fake_browser(tmp_path, says, loader)], tmp_path / "browser")
+
+
+def test_the_browser_is_for_who_asks(tmp_path: Path, cache: Path) -> None:
+    assert get_qemu.missing_parts([], optional=["browser"])[-1] == "browser"
+    with pytest.raises(ArtifactError, match=r"no Chromium found; run scripts/get-qemu --browser$"):
+        artifacts.find_browser()
+    cached(cache, "browser", version="150.0.1.2")
+    assert artifacts.find_browser() == cache / "browser" / "chromium-headless-shell"
+    host = fake_qemu(tmp_path / "bin" / "chromium")
+    assert artifacts.find_browser() == host, "the host's comes first"
+
+
 @pytest.mark.parametrize("name", ["", "6", "../6.12", "6.12;x", "6.12 7.2", "latest"])
 def test_bad_kernel_names(name: str) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -110,7 +110,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("sreve x.toml", "no such command 'sreve'. Did you mean 'serve'? (see vmodel --help)"),
+        ("servee x.toml", "no such command 'servee'. Did you mean 'serve'? (see vmodel --help)"),
         ("serve", "missing argument 'MACHINE.toml' (see vmodel serve --help)"),
         ("serve a b", "got unexpected extra argument(s) (b) (see vmodel serve --help)"),
         ("guest x.toml", "missing argument '-- COMMAND...' (see vmodel guest --help)"),

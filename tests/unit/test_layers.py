@@ -70,10 +70,11 @@ def test_the_protocol_stands_alone(path: Path) -> None:
         assert imported.startswith("vmodel.vfio_user") or layer(imported) == 1, imported
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "devices").glob("*.py")), ids=name_of)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "devices").rglob("*.py")), ids=name_of)
 def test_devices_know_no_transport(path: Path) -> None:
+    """Hot loops of theirs may be in the shim; the channel, too, but that is none of their business."""
     for imported in imports(path):
-        assert not imported.startswith(("vmodel.server", "vmodel.vfio_user", "vmodel._shim")), imported
+        assert not imported.startswith(("vmodel.server", "vmodel.vfio_user", "vmodel._shim.Channel")), imported
 
 
 def test_the_fetcher_needs_nothing_built() -> None:

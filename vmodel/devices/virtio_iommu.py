@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vmodel._shim.viommu import RequestQueue
 from vmodel.device import Msix, ResetKind, on_write
 from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import Access, IommuError, Reason
@@ -21,7 +22,7 @@ from vmodel.points import Point
 from vmodel.regs import RO, Reg8, Reg32, Reg64, RegisterBank
 from vmodel.span import PAGE, Span
 from vmodel.virtio.pci import DEVICE_CONFIG, VENDOR, VirtioDevice
-from vmodel.virtio.queue import Chain, Virtqueue
+from vmodel.virtio.queue import Chain, QueueError, Virtqueue
 
 # Feature bits (5.13.3).
 F_INPUT_RANGE, F_DOMAIN_RANGE, F_MAP_UNMAP, F_PROBE, F_MMIO, F_BYPASS_CONFIG = (1 << n for n in (0, 1, 2, 4, 5, 6))
@@ -105,11 +106,14 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
     vendor_id, device_id, class_code = VENDOR, 0x1057, 0x00FF00
     queue_sizes = (256, 64)
     offered = F_INPUT_RANGE | F_DOMAIN_RANGE | F_MAP_UNMAP | F_PROBE | F_MMIO | F_BYPASS_CONFIG
+    #: Off: each request is carried out by Python, with the same results.
+    fast_path = True
     config_regs = VirtioDevice.bar0.bank(IommuRegs, at=DEVICE_CONFIG)
     msix = Msix(vectors=3, own_bar=2)
 
     def serve(self, iommu: Iommu, system: System) -> None:
         super().serve(iommu, system)
+        self._plain = RequestQueue(self.dma.requester)
         #: Endpoints by id; a bridge puts ids of its own in place of a device's.
         self._endpoints: dict[int, Endpoint] = {}
         for endpoint in self.covered():
@@ -148,6 +152,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
     def _clear(self) -> None:
         """No domains; all endpoints bypass, or are blocked."""
         self._domains: dict[int, _Domain] = {}
+        self._domains_changed = True
         self._attached: dict[int, int] = {}
         self._faults: list[bytes] = []
         self._lost_faults = 0
@@ -181,8 +186,35 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if queue.index == _EVENT_QUEUE:
             self._send_events()
             return
-        while (chain := queue.pop()) is not None:
+        while True:
+            if self._may_be_fast():
+                self._run_plain(queue)
+            chain = queue.pop()
+            if chain is None:
+                return
             queue.answer(chain, self._request(queue, chain))
+
+    def _may_be_fast(self) -> bool:
+        """Whether the shim may carry plain requests out: not if somebody wants to hear of them."""
+        wants = self.points.wants
+        told = self.points.detailed or any(map(wants, (Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE)))
+        return self.fast_path and not told
+
+    def _run_plain(self, queue: Virtqueue) -> None:
+        """Has the shim take MAP and UNMAP requests, up to one that is not plain."""
+        plain, state = self._plain, self._plain.state
+        if self._domains_changed:
+            plain.set_domains({n: d.paging.shim for n, d in self._domains.items() if not d.bypass})
+            self._domains_changed = False
+        state.descriptors, state.driver, state.device = queue.descriptors, queue.driver, queue.device
+        state.size, state.indirect = queue.size, queue.indirect
+        state.next_avail, state.next_used = queue.progress
+        try:
+            taken = plain.run()
+        except OSError as error:
+            raise QueueError(f"queue {queue.index}: the used ring: {error.strerror}") from error
+        if taken:
+            queue.progress = state.next_avail, state.next_used
 
     def _request(self, queue: Virtqueue, chain: Chain) -> bytes:
         """The bytes to write: properties of a PROBE, then the tail with the status."""
@@ -235,6 +267,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             raise _Refused(Status.UNSUPP) from None
         self._leave(endpoint_id)
         self._domains[number] = wanted
+        self._domains_changed = True
         wanted.endpoints.add(endpoint_id)
         self._attached[endpoint_id] = number
         return b""
@@ -247,6 +280,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             domain.endpoints.discard(endpoint_id)
             if not domain.endpoints:
                 del self._domains[number]
+                self._domains_changed = True
 
     def _detach(self, data: bytes) -> bytes:
         number, endpoint_id, reserved = struct.unpack_from("<II8s", data, 4)

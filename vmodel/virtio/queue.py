@@ -81,6 +81,16 @@ class Virtqueue:
 
     # ---- requests --------------------------------------------------------------------------
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How far both rings have been gone through, for whoever else does that: (available, used)."""
+        return self._next_avail, self._next_used
+
+    @progress.setter
+    def progress(self, indexes: tuple[int, int]) -> None:
+        self._next_avail, self._next_used = indexes
+        self._heads = []
+
     def pop(self) -> Chain | None:
         """The next request; None when there is none.  QueueError."""
         try:
