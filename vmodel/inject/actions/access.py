@@ -185,7 +185,7 @@ def _cut(event: Event, start: int, stop: int) -> Event:
 class Overrun(Action, name="overrun"):
     """Some bytes more than asked for are written: behind the data, or, with a negative number, before it."""
 
-    size: int = Field(default=4, ge=-4096, le=4096)
+    size: int = Field(default=4, ge=-(1 << 24), le=1 << 24)
     pattern: Annotated[str, Field(pattern=r"^(0x)?([0-9a-fA-F]{2})+$")] = "ee"
     points: ClassVar[frozenset[Point]] = frozenset((Point.DMA_WRITE,))
 
