@@ -110,7 +110,7 @@ def over_socket(peer: Program, path: Path, say: Callable[[str], None]) -> Iterat
 
 
 def disarmed(peer: Program, path: Path, server: int, say: Callable[[str], None]) -> Iterator[Row]:
-    """Row 11: paths on which faults were armed and are no more, over those on which they never were; in turn.
+    """Row 13: paths on which faults were armed and are no more, over those on which they never were; in turn.
 
     By the CPU time that the server takes: differences of 1 % drown in the wall time of a machine that does other work.
     """
@@ -129,7 +129,7 @@ def disarmed(peer: Program, path: Path, server: int, say: Callable[[str], None])
         ("write", 4, "posted REGION_WRITE, Python hook"),
     ):
         pairs = [[cost(device, what, offset) for device in paths] for _ in range(3 * REPEAT)]
-        yield Row(11, f"{name}, disarmed", statistics.median(b / a for a, b in pairs), 1.01, "of plain")
+        yield Row(13, f"{name}, disarmed", statistics.median(b / a for a, b in pairs), 1.01, "of plain")
     never, after = plain_device("never"), plain_device("after")
     was_armed(after)
 
@@ -140,7 +140,7 @@ def disarmed(peer: Program, path: Path, server: int, say: Callable[[str], None])
         return time.thread_time_ns() - before
 
     pairs = [[read(never), read(after)] for _ in range(10 * REPEAT)]
-    yield Row(11, "dma.read of 4 B, disarmed", statistics.median(b / a for a, b in pairs), 1.01, "of plain")
+    yield Row(13, "dma.read of 4 B, disarmed", statistics.median(b / a for a, b in pairs), 1.01, "of plain")
 
 
 def cpu_time(process: int) -> int:
