@@ -36,9 +36,9 @@ elif "help" in sys.argv:
 else:
     device = json.loads(sys.argv[sys.argv.index("-device") + 1])
     socket.socket(socket.AF_UNIX).connect(device["socket"]["path"])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(33))
     print("qemu", sys.argv[-1], flush=True)
     if sys.argv[-1] == "sleep":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(33))
         time.sleep(60)
     elif sys.argv[-1] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
