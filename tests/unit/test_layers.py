@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,7 +77,7 @@ def test_devices_know_no_transport(path: Path) -> None:
 
 
 def test_the_fetcher_needs_nothing_built() -> None:
-    """scripts/get-qemu runs before anything is installed: only the standard library, and nothing above layer 1."""
+    """`doctor` and get-qemu say what is missing even where the shim does not load: nothing above layer 1."""
     seen, todo = set(), ["vmodel.testing.get_qemu", "vmodel.cli.doctor"]
     while todo:
         module = todo.pop()
@@ -88,9 +87,6 @@ def test_the_fetcher_needs_nothing_built() -> None:
         seen.add(module)
         todo += imports(path)
         assert layer(module) in (1, 8), module
-        if not module.startswith("vmodel.cli"):
-            packages = {name.split(".")[0] for name in all_imports(path)}
-            assert packages <= {*sys.stdlib_module_names, "vmodel"}, module
     assert "vmodel.testing.artifacts" in seen
 
 

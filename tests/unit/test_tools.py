@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import struct
 import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmodel.testing import debian, tools
@@ -52,24 +53,25 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_needed() -> None:
-    assert list(needed(elf("libc.so.6", "libz.so.1"))) == ["libc.so.6", "libz.so.1"]
-    assert list(needed(elf())) == []
+    assert needed(io.BytesIO(elf("libc.so.6", "libz.so.1"))) == ["libc.so.6", "libz.so.1"]
+    assert needed(io.BytesIO(elf())) == []
     static = elf()[:0x38] + b"\0\0" + elf()[0x3A:]  # no segments at all
-    assert list(needed(static)) == []
+    assert needed(io.BytesIO(static)) == []
 
 
 @given(st.integers(0, len(elf("libc.so.6", "x")) - 1), st.binary(max_size=8))
+@example(at=34, junk=b"\0\0\0\0\0\x80")  # the table of segments at 2**63 and beyond
 def test_a_broken_program_is_a_value_error(at: int, junk: bytes) -> None:
     data = elf("libc.so.6", "x")
     for broken in (data[:at], data[:at] + junk + data[at + len(junk) :]):
         with contextlib.suppress(ValueError):
-            assert all(isinstance(name, str) for name in needed(broken))
+            assert all(isinstance(name, str) for name in needed(io.BytesIO(broken)))
 
 
-@pytest.mark.parametrize("data", [b"", b"#!/bin/sh\n", b"\x7fELF\1\1" + bytes(80)])
+@pytest.mark.parametrize("data", [b"", b"#!/bin/sh\n", b"\x7fEL"])
 def test_no_program(data: bytes) -> None:
-    with pytest.raises(ValueError, match="not a little-endian ELF64"):
-        list(needed(data))
+    with pytest.raises(ValueError, match="not an ELF file"):
+        needed(io.BytesIO(data))
 
 
 def test_libraries_of_libraries(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_libraries_of_libraries(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no tool 'gdb' for guests .there are: blockdev, e2fsck, fio, "):
         list(program_files(tmp_path, ["gdb"]))
     put(tmp_path / "usr/bin/fio", b"#!")
-    with pytest.raises(ArtifactError, match="fio: not a little-endian ELF64"):
+    with pytest.raises(ArtifactError, match="fio: not an ELF file"):
         list(program_files(tmp_path, ["fio"]))
 
 

@@ -1,7 +1,5 @@
 """QEMU, guest kernels and busybox: where they are. `scripts/get-qemu` brings them.
 
-Stdlib only, and no import of the compiled shim: this runs on a host where nothing is built.
-
 The cache, `${XDG_CACHE_HOME:-~/.cache}/vmodel`, has one folder for each part. A part's folder appears by a rename
 when all of it is there, with its `stamp.json` written last, so a part is whole or absent:
 

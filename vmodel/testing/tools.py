@@ -1,15 +1,19 @@
 """Programs of Debian's for guests, with the shared libraries that they need. `scripts/get-qemu --tools` brings them.
 
-Stdlib only, as artifacts.py. The cache's folder `tools/root` is laid out as in Debian: programs in usr/bin and
+The cache's folder `tools/root` is laid out as in Debian: programs in usr/bin and
 usr/sbin, libraries in `LIBS` and folders below. In the guest, programs are in /bin and libraries in `LIBS`, where its
 ld.so looks.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.dynamic import DynamicSegment
+from elftools.elf.elffile import ELFFile
 
 from vmodel.testing.artifacts import MEND, ArtifactError, cache_dir, read_stamp
 
@@ -24,9 +28,6 @@ TOOLS = {
 LIBS = "usr/lib/x86_64-linux-gnu"
 #: The loader's path, which is in each program.
 LOADER = "lib64/ld-linux-x86-64.so.2"
-
-_PT_LOAD, _PT_DYNAMIC = 1, 2
-_DT_NULL, _DT_NEEDED, _DT_STRTAB, _DT_STRSZ = 0, 1, 5, 10
 
 
 def find_tools() -> Path:
@@ -55,7 +56,8 @@ def program_files(root: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]
     while todo:
         whose, path = todo.pop()
         try:
-            wanted = list(needed(path.read_bytes()))
+            with path.open("rb") as file:
+                wanted = needed(file)
         except ValueError as error:
             raise ArtifactError(str(error), file=path) from None
         for name in wanted:
@@ -74,34 +76,18 @@ def _library(root: Path, name: str, whose: str) -> Path:
     raise ArtifactError(f"{whose} needs the library {name}, which is not among the tools; run {MEND} --tools --refresh")
 
 
-def needed(elf: bytes) -> Iterator[str]:
-    """The libraries that a program or library names as needed (DT_NEEDED).  ValueError: no ELF64, or a broken one."""
+def needed(program: BinaryIO) -> list[str]:
+    """The libraries that an ELF file names as needed (DT_NEEDED), in its order; none for a static one.
+
+    ValueError: it is no ELF file, or a broken one.
+    """
     try:
-        if elf[:6] != b"\x7fELF\2\1":
-            raise ValueError("not a little-endian ELF64 file")
-        (table,) = struct.unpack_from("<Q", elf, 0x20)
-        size, count = struct.unpack_from("<HH", elf, 0x36)
-        # p_type p_flags p_offset p_vaddr p_paddr p_filesz
-        segments = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
-        for kind, _, offset, _, _, length in segments:
-            if kind == _PT_DYNAMIC:
-                tags = list(struct.iter_unpack("<QQ", elf[offset : offset + length]))
-                yield from _names(elf, segments, tags)
-    except struct.error as error:
-        raise ValueError(f"a broken ELF file: {error}") from None
-
-
-def _names(elf: bytes, segments: list[tuple[int, ...]], tags: list[tuple[int, int]]) -> Iterator[str]:
-    end = next((i for i, (tag, _) in enumerate(tags) if tag == _DT_NULL), len(tags))
-    values = dict(tags[:end])
-    if _DT_STRTAB not in values or _DT_STRSZ not in values:
-        raise ValueError("a broken ELF file: its dynamic section has no string table")
-    at = values[_DT_STRTAB]
-    # The table's address is that in memory; a segment says where in the file that is.
-    start = next((o + at - a for kind, _, o, a, _, n in segments if kind == _PT_LOAD and a <= at < a + n), None)
-    if start is None:
-        raise ValueError("a broken ELF file: its string table is in no segment")
-    strings = elf[start : start + values[_DT_STRSZ]]
-    for tag, value in tags[:end]:
-        if tag == _DT_NEEDED:
-            yield strings[value:].partition(b"\0")[0].decode()
+        elf = ELFFile(program)
+        dynamic = [segment for segment in elf.iter_segments() if isinstance(segment, DynamicSegment)]
+        tags: list[Any] = [tag for segment in dynamic for tag in segment.iter_tags("DT_NEEDED")]
+        return [str(tag.needed) for tag in tags]
+    except ELFError as error:
+        raise ValueError(f"not an ELF file: {error}") from None
+    except Exception as error:
+        # What pyelftools makes of a broken file is no closed list: errors of struct, construct, Unicode, file offsets.
+        raise ValueError(f"a broken ELF file: {type(error).__name__}: {error}") from None
