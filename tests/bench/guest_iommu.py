@@ -29,7 +29,7 @@ from vmodel.testing.guest import GuestSpec, run_guest
 
 Say = Callable[[str], None]
 ROOT = Path(__file__).parents[2]
-KERNEL = "6.12"
+KERNEL = "stable"
 #: Boots of each guest, in turn; repetitions in each, and 4 KiB pages of a repetition.
 ROUNDS, REPEAT, PAGES = 3, 7, 500
 #: How often edu copies each of 8 mapped pages, in both directions.

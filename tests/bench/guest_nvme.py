@@ -22,7 +22,7 @@ from vmodel.testing.artifacts import find_kernel
 from vmodel.testing.guest import GuestSpec, run_guest
 
 Say = Callable[[str], None]
-KERNEL = "6.12"
+KERNEL = "stable"
 #: Boots of each guest, in turn; repetitions in each.
 ROUNDS, REPEAT = 3, 5
 #: In the order of the program's lines.

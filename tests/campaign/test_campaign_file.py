@@ -120,7 +120,7 @@ def test_bad_seeds(value: object) -> None:
         ),
         (
             ("seeds = 2", 'seeds = 2\nkernels = ["new"]'),
-            r"c\.toml: campaign\.kernels\[0\]: 'new': must be a version, .*",
+            r"c\.toml: campaign\.kernels\[0\]: 'new': must be stable, .*",
         ),
         (("seeds", "seedz"), r"c\.toml: campaign\.seedz: unknown key: did you mean 'seeds'\?"),
         (("edu.toml", "nothing.toml"), r"c\.toml: machine\[0\]\.file: there is no file 'nothing\.toml'"),

@@ -138,6 +138,24 @@ def test_hostile_texts(evil: Store, tmp_path: Path) -> None:
     assert failure is not None and "<script>alert(1)</script>" in (failure.text or "")
 
 
+def test_a_role_is_said_with_its_release(tmp_path: Path) -> None:
+    """The archive moved on between two runs; a third one never booted."""
+    case = Case(machine=Path("m"), workload="w")
+    with Store.create(tmp_path / "x.runs", {"kind": "campaign", "name": "x"}) as store:
+        said = [("backports", "7.2.12+x"), ("backports", "7.3.4+x"), ("backports", None), ("6.12", "6.12.9+x")]
+        for seed, (kernel, release) in enumerate(said):
+            run = Run(machine="m", kernel=kernel, workload="w", plan="p", seed=seed, case=case)
+            (id,) = store.add([run])
+            result = harness_error(case, "status", "x")
+            versions = {**result.versions, **({"kernel": release} if release else {})}
+            store.finish(id, store.part(id), result.model_copy(update={"versions": versions}), "", 1.0)
+        page, table, tests = (make(Summary(store, tmp_path)) for make in FORMATS.values())
+    named = ["backports (7.2.12+x)", "backports (7.3.4+x)", "backports (7.3.4+x)", "6.12"]
+    assert [run["kernel"] for run in json.loads(table)["runs"]] == named
+    for name in named:
+        assert f">{name}</th>" in page and f'name="m.{name}.w"' in tests
+
+
 def test_before_anything_has_ended(tmp_path: Path) -> None:
     with Store.create(tmp_path / "x.runs", {"kind": "campaign", "name": "x"}) as store:
         case = Case(machine=Path("m"), workload="w")

@@ -119,7 +119,7 @@ def test_dry_run(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(folder: Path, number: signal.Signals) -> None:
-    write(folder, "sleep 0.2", seeds=9)
+    write(folder, "sleep 0.5", seeds=9)
     with running("campaign", "c.toml", "-j", "2", cwd=folder) as run:
         eventually(lambda: len(ended(folder / "c.runs")) >= 2)
         run.send_signal(number)
@@ -137,7 +137,7 @@ def test_interrupted(folder: Path, number: signal.Signals) -> None:
 
 
 def test_killed(folder: Path) -> None:
-    write(folder, "sleep 0.2", seeds=9)
+    write(folder, "sleep 0.5", seeds=9)
     with running("campaign", "c.toml", "-j", "2", cwd=folder) as run:
         eventually(lambda: len(ended(folder / "c.runs")) >= 2)
         run.kill()
@@ -167,14 +167,14 @@ def test_a_run_that_was_moved_but_not_written(folder: Path) -> None:
 
 
 def test_twice_at_once(folder: Path) -> None:
-    write(folder, "sleep 0.5", seeds=9)
+    write(folder, "sleep 0.5", seeds=999)  # far more than it gets to
     with running("campaign", "c.toml", cwd=folder) as run:
         eventually(lambda: ended(folder / "c.runs"))
         line = refused(vmodel("campaign", "c.toml", cwd=folder))
         assert line == (f"c.runs: process {run.pid} is at work in it: wait for it, or name another folder with -o")
         # To look at it is allowed.
         report = vmodel("report", "c.runs", "--format", "json", cwd=folder)
-        assert report.returncode == 0 and '"total": 10' in report.stdout
+        assert report.returncode == 0 and '"total": 1000' in report.stdout
         assert run.poll() is None
         run.send_signal(signal.SIGINT)
         run.communicate(timeout=30)

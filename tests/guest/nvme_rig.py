@@ -111,7 +111,7 @@ def boot(folder: Path, logs: Path, kernel: str, kind: str | None, *, reboot: boo
     machine = parse(MACHINE + (IOMMU.format(kind=kind) if kind else ""), folder / "m.toml")
     modules = ["virtio_iommu"] if kind == "virtio-iommu" else []
     # ext4 asks the older kernel for crc32c by name.
-    modules += ["nvme", *(["crc32c_generic"] if kernel == "6.12" else []), "ext4"]
+    modules += ["nvme", *(["crc32c_generic"] if find_kernel(kernel).version < (7, 0) else []), "ext4"]
     try:
         with machine.serve(folder):
             spec = GuestSpec(

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from qemu.qmp import QMPClient
 
+from tests.guest.kernels import WITH_CLOUD, is_there
 from tests.guest.rng import MARK
 from vmodel.iommu.domain import DomainType
 from vmodel.machine import Machine, parse
 from vmodel.memory import shared_files
 from vmodel.qemu import device_args
-from vmodel.testing.artifacts import CLOUD, KERNELS, find_kernel, find_kernels
+from vmodel.testing.artifacts import CLOUD, STABLE, find_kernel
 from vmodel.testing.guest import Guest, GuestResult, GuestSpec
 
 pytestmark = pytest.mark.guest
@@ -66,10 +67,10 @@ def one_iommu(kind: str, more: str = "", covers: str = "0000") -> str:
 EDU0 = EDU.format(name="edu0", address="0000:00:03.0")
 
 
-@pytest.fixture(params=[*KERNELS, CLOUD])
+@pytest.fixture(params=WITH_CLOUD)
 def kernel(request: pytest.FixtureRequest) -> str:
     """Each of the guest kernels, and Debian's for virtual machines, if it is there."""
-    if request.param == CLOUD and CLOUD not in find_kernels():
+    if request.param == CLOUD and not is_there(CLOUD):
         pytest.skip(f"no cloud kernel in the cache: scripts/get-qemu --kernel {CLOUD}")
     return str(request.param)
 
@@ -235,7 +236,7 @@ def test_warm_reboot(run: Runs, kind: str, kernel: str) -> None:
 def test_a_guest_that_is_killed(run: Runs, kind: str) -> None:
     """The next one finds all as it should be, though DMA was running."""
     first = f'./vfio_edu 0000:00:03.0 "{SAID[kind]}" loop'
-    with run(one_iommu(kind, EDU0), "6.12", first, MODULES[kind] + VFIO) as (machine, guest):
+    with run(one_iommu(kind, EDU0), STABLE, first, MODULES[kind] + VFIO) as (machine, guest):
         guest.expect(rb"x")
         guest.kill()
         wait_until(lambda: not any(len(device.memory) for device in machine.devices.values()))

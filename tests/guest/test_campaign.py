@@ -19,8 +19,8 @@ pytestmark = pytest.mark.guest
 def test_the_example(tmp_path: Path) -> None:
     (tmp_path / "nvme.toml").write_text((EXAMPLE / "nvme.toml").read_text())
     head, *plans = (EXAMPLE / "campaign.toml").read_text().split("[[plan]]")
-    head = head.replace('kernels = ["6.12", "7.2"]', 'kernels = ["6.12"]').replace("seeds = 3", "seeds = [1]")
-    assert head.count("6.12") == 1 and "[1]" in head
+    head = head.replace('kernels = ["stable", "backports"]', 'kernels = ["stable"]').replace("seeds = 3", "seeds = [1]")
+    assert head.count('"stable"') == 1 and "[1]" in head
     chosen = [plan for plan in plans if '"lost completion"' in plan or '"flipped bit"' in plan]
     (tmp_path / "nvme.campaign.toml").write_text("[[plan]]".join([head, *chosen]))
     line = [sys.executable, "-m", "vmodel", "campaign", "nvme.campaign.toml", "-o", "runs"]

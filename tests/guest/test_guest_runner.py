@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest.kernels import CHOSEN
 from vmodel.testing import initramfs
-from vmodel.testing.artifacts import KERNELS, Kernel, find_kernel
+from vmodel.testing.artifacts import Kernel, find_kernel
 from vmodel.testing.guest import (
     Guest,
     GuestOff,
@@ -29,7 +30,7 @@ from vmodel.testing.guest import (
 pytestmark = pytest.mark.guest
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", CHOSEN)
 def test_status_output_and_modules(kernel: str, tmp_path: Path) -> None:
     """One boot of each kernel: status, 8-bit output, loaded modules with dependencies, modprobe, files, artefacts."""
     tool = tmp_path / "tool"

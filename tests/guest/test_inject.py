@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.guest.kernels import CHOSEN
 from tests.guest.shell import LOOP, Shell
 from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.machine import parse
-from vmodel.testing.artifacts import KERNELS, find_kernel
+from vmodel.testing.artifacts import find_kernel
 from vmodel.testing.guest import Guest, GuestSpec
 
 pytestmark = pytest.mark.guest
@@ -50,7 +51,7 @@ class Lab:
         return self.shell.run("dmesg")
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=CHOSEN)
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("faults")
     machine = parse(MACHINE, folder / "m.toml")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest.kernels import CHOSEN
 from vmodel.inject import FaultPlan, parse_rule
-from vmodel.testing.artifacts import KERNELS
 from vmodel.testing.case import Case
 from vmodel.testing.experiment import Result, Rig
 from vmodel.testing.oracle import Outcome
@@ -23,7 +23,7 @@ DATA = 'device=nvme0 size="4096-16384"'
 Experiment = Callable[..., Result]
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=CHOSEN)
 def kernel(request: pytest.FixtureRequest) -> str:
     """Each of the guest kernels, one after the other: guests are used on."""
     return str(request.param)

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from qemu.qmp import QMPClient
 
+from tests.guest.kernels import CHOSEN
 from tests.guest.nvme_rig import ADMIN, DATA, FILE, MEMORY, PORT, Rig, boot
 from vmodel.span import MiB
-from vmodel.testing.artifacts import KERNELS
 
 pytestmark = pytest.mark.guest
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ FIO = (
     "fio --minimal --ioengine=libaio --direct=1 --thread --group_reporting --rw=randwrite --verify=crc32c"
     " --verify_fatal=1"
 )
-PAIRS = [(kernel, kind) for kernel in KERNELS for kind in (None, "virtio-iommu", "vt-d")]
+PAIRS = [(kernel, kind) for kernel in CHOSEN for kind in (None, "virtio-iommu", "vt-d")]
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1] or 'plain'}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vmodel.machine import load
+from vmodel.testing.artifacts import STABLE
 
 pytestmark = pytest.mark.guest
 Compiled = Callable[[str], Path]
@@ -48,7 +49,7 @@ def test_types_of_groups(append: str, kind: str, compiled: Compiled, tmp_path: P
         "echo 1234 11e8 >/sys/bus/pci/drivers/uio_pci_generic/new_id;"
         "cat /sys/bus/pci/devices/0000:00:03.0/iommu_group/type; ./edu_check >/dev/null"
     )
-    done = guest(EXAMPLES / "edu-viommu.toml", tmp_path, "6.12", *more, "--", "sh", "-c", script)
+    done = guest(EXAMPLES / "edu-viommu.toml", tmp_path, STABLE, *more, "--", "sh", "-c", script)
     assert (done.stdout, done.returncode) == (f"{kind}\n", 0 if kind == "identity" else 1), done
 
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from vmodel.testing import artifacts, debian, get_qemu
 from vmodel.testing.artifacts import ArtifactError
 
 RELEASE = "6.12.107+deb13-amd64"
+#: What a cache has in these tests, by role.
+RELEASES = {"stable": RELEASE, "backports": "7.2.12+deb13-amd64"}
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -125,29 +128,45 @@ def test_a_chosen_qemu_is_used_or_refused(tmp_path: Path, cache: Path, monkeypat
 
 @pytest.mark.parametrize("stamp", ["", "{", "[]", '"text"', "{}", "\xff"])
 def test_a_spoilt_stamp_is_a_missing_part(cache: Path, stamp: str) -> None:
-    for part in ("qemu", "busybox", "kernel-6.12"):
+    for part in ("qemu", "busybox", "kernel-stable"):
         (cache / part).mkdir()
         (cache / part / "stamp.json").write_bytes(stamp.encode("latin-1"))
     fake_qemu(cache / "qemu" / "qemu-system-x86_64")
-    assert get_qemu.missing_parts(["6.12"]) == ["qemu", "busybox", "kernel-6.12"]
+    assert get_qemu.missing_parts(["stable"]) == ["qemu", "busybox", "kernel-stable"]
     assert artifacts.find_kernels() == {}
 
 
 def test_kernels_by_name(cache: Path) -> None:
-    for name, release in (("7.2", "7.2.12+deb13-amd64"), ("6.12", RELEASE), ("10.1", "10.1.0-amd64")):
+    cloud = "6.12.117+deb13-cloud-amd64"
+    for name, release in {**RELEASES, "cloud": cloud, "6.6": "6.6.9-amd64", "10.1": "10.1.0-amd64"}.items():
         cached(cache, f"kernel-{name}", release=release)
     (cache / "kernel-9.9").mkdir()  # without a stamp: not there
-    assert list(artifacts.find_kernels()) == ["6.12", "7.2", "10.1"]
-    kernel = artifacts.find_kernels()["6.12"]
-    assert kernel.release == RELEASE
-    assert kernel.image == cache / "kernel-6.12" / "boot" / f"vmlinuz-{RELEASE}"
-    assert kernel.modules == cache / "kernel-6.12" / "lib" / "modules" / RELEASE
-    for name in ("6.12", "6.12.107"):
+    assert list(artifacts.find_kernels()) == ["6.6", "stable", "cloud", "backports", "10.1"]
+    kernel = artifacts.find_kernels()["stable"]
+    assert (kernel.release, kernel.version) == (RELEASE, (6, 12))
+    assert kernel.image == cache / "kernel-stable" / "boot" / f"vmlinuz-{RELEASE}"
+    assert kernel.modules == cache / "kernel-stable" / "lib" / "modules" / RELEASE
+    for name in ("stable", "6.12", "6.12.107", None):
         assert artifacts.find_kernel(name) == kernel
-    assert artifacts.find_kernel() == kernel
-    for name in ("6.1", "6.12.10", "6.13", "2", "", "bogus"):
-        with pytest.raises(ArtifactError, match=r"there: 6.12, 7.2, 10.1.; run scripts/get-qemu"):
+    assert artifacts.find_kernel("backports").release == artifacts.find_kernel("7.2").release == RELEASES["backports"]
+    assert artifacts.find_kernel("cloud").release == artifacts.find_kernel("6.12-cloud").release == cloud
+    for name in ("6.1", "6.12.10", "6.13", "2", "", "bogus", "7.2-cloud"):
+        with pytest.raises(ArtifactError, match=r"there: 6.6 .6.6.9-amd64., stable .6.12.107.*; run scripts/get-qemu"):
             artifacts.find_kernel(name)
+
+
+def test_a_cache_of_before_roles_serves(cache: Path) -> None:
+    """Its folders have versions for names: those and no role find them; a role is fetched beside them."""
+    for name, release in (("6.12", RELEASE), ("7.2", "7.2.12+deb13-amd64"), ("6.12-cloud", "6.12.107-cloud-amd64")):
+        cached(cache, f"kernel-{name}", release=release)
+    assert artifacts.find_kernel().release == RELEASE
+    assert artifacts.find_kernel("7.2").release == "7.2.12+deb13-amd64"
+    with pytest.raises(ArtifactError, match=r"no kernel stable in the cache .*; run scripts/get-qemu --kernel stable$"):
+        artifacts.find_kernel("stable")
+    assert "kernel-stable" in get_qemu.missing_parts(["stable", "6.12"])
+    cached(cache, "kernel-stable", release="6.12.120+deb13-amd64")
+    assert artifacts.find_kernel("6.12").release == artifacts.find_kernel().release == "6.12.120+deb13-amd64"
+    assert artifacts.find_kernel("6.12.107").release == RELEASE
 
 
 def test_kernel_by_path(tmp_path: Path) -> None:
@@ -281,6 +300,103 @@ def test_complaints_are_one_line(said: str, complaint: str) -> None:
     assert re.search(complaint, debian.apt_complaint(said))
 
 
+class Archive:
+    """Debian's archive as apt tells of it: by suite, the kernel that each package of a role depends on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self.suites: dict[str, dict[str, str]] = {}
+        self.downloads: list[str] = []
+        monkeypatch.setattr(debian.Apt, "_run", self.run)
+        monkeypatch.setattr(get_qemu, "check_host", lambda: Path("/k.gpg"))
+        monkeypatch.setattr(get_qemu, "transport", list)
+        monkeypatch.setattr(get_qemu, "unpack_kernel", self.unpack)
+
+    def move_to(self, backports: str, stable: str = "6.12.107") -> None:
+        """What the suites have from now on, and nothing else."""
+        kernel = {
+            "linux-image-amd64": f"{stable}+deb13-amd64",
+            "linux-image-cloud-amd64": f"{stable}+deb13-cloud-amd64",
+        }
+        newer = {name: release.replace(stable, backports) for name, release in kernel.items()}
+        self.suites = {"trixie-backports": newer, "trixie": kernel}
+
+    def unpack(self, debs: list[Path], folder: Path, release: str) -> None:
+        (folder / "boot").mkdir()
+        (folder / "boot" / f"vmlinuz-{release}").write_text(" ".join(deb.name for deb in debs))
+        (folder / "lib/modules" / release).mkdir(parents=True)
+
+    def run(self, argv: list[str], tick: object = None) -> str:
+        match argv:
+            case ["apt-get", "update"]:
+                return ""
+            case ["apt-cache", "pkgnames", _]:
+                releases = {release for suite in self.suites.values() for release in suite.values()}
+                return "".join(f"linux-image-{name}\n" for name in ["amd64", "cloud-amd64", *releases])
+            case ["apt-cache", "madison", package]:
+                rows = [(suite[package].partition("+")[0], name) for name, suite in self.suites.items()]
+                return "".join(f" {package} | {v}-1 | {URI} {name}/main amd64 Packages\n" for v, name in rows)
+            case ["apt-cache", "show", asked] if "=" in asked:
+                package, version = asked.split("=")
+                release = next(s[package] for s in self.suites.values() if s[package].startswith(version[:-2] + "+"))
+                return f"Package: {package}\nDepends: linux-base (>= 4), linux-image-{release} (= {version})\n"
+            case ["apt-cache", "show", _, package]:
+                return f"Package: {package}\nDepends: kmod, linux-base\n"
+            case ["apt-get", "download", *packages, "--print-uris"]:
+                return "".join(f"'{URI}{name}.deb' {name}.deb 5000000 SHA256:0\n" for name in packages)
+            case ["apt-get", "download", *packages]:
+                self.downloads += packages
+                return ""
+        raise AssertionError(argv)
+
+
+def test_the_archive_moves_on(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """7.2 has gone from it, and 7.3 is there: roles find it, what is here goes on to work, a refresh brings it."""
+    archive = Archive(monkeypatch, cache)
+    archive.move_to("7.2.12")
+    fake_qemu(cached(cache, "qemu", version="QEMU emulator version 11.1.3") / "qemu-system-x86_64")
+    (cached(cache, "busybox") / "busybox").touch()
+    monkeypatch.setattr(get_qemu, "PACKAGES", {})  # of kernels only
+    monkeypatch.setattr(get_qemu, "missing_parts", kernels_only(get_qemu.missing_parts))
+    asked = ["--mirror", URI, *(word for role in artifacts.ROLES for word in ("--kernel", role))]
+    assert get_qemu.main(asked) == 0, capsys.readouterr().err
+    assert artifacts.find_kernel("backports").version == (7, 2)
+    assert artifacts.find_kernel("cloud").release == "6.12.107+deb13-cloud-amd64"
+    assert archive.downloads == [
+        "linux-image-6.12.107+deb13-amd64",
+        "linux-image-7.2.12+deb13-amd64",
+        "linux-image-6.12.107+deb13-cloud-amd64",
+    ]
+    archive.downloads.clear()
+    archive.move_to("7.3.4")
+    assert get_qemu.main(asked) == 0
+    assert artifacts.find_kernel("backports").version == (7, 2), "what is there serves, until somebody asks"
+    capsys.readouterr()
+    assert get_qemu.main([*asked, "--refresh", "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "kernel-stable (6.12.107+deb13-amd64): as the archive has it\n" in said
+    assert "kernel-backports (7.3.4+deb13-amd64): to be fetched, 5 MB\n" in said
+    assert archive.downloads == []
+    assert get_qemu.main([*asked, "--refresh"]) == 0
+    assert archive.downloads == ["linux-image-7.3.4+deb13-amd64"]
+    assert artifacts.find_kernel("backports").version == (7, 3)
+    assert artifacts.find_kernel("stable").version == (6, 12)
+    assert get_qemu.main(["--mirror", URI, "--kernel", "7.2"]) == 1
+    assert "have no kernel 7.2 (they have: 6.12, 7.3)" in capsys.readouterr().err
+    # A part of which something has gone is not what the archive has.
+    artifacts.find_kernel("stable").image.unlink()
+    assert get_qemu.main([*asked, "--refresh"]) == 0
+    assert archive.downloads[1:] == ["linux-image-6.12.107+deb13-amd64"]
+    assert artifacts.find_kernel("stable").image.is_file()
+    archive.suites.pop("trixie-backports")
+    assert get_qemu.main([*asked, "--refresh"]) == 1
+    assert "trixie-backports have no linux-image-amd64: there is no kernel 'backports'" in capsys.readouterr().err
+    assert artifacts.find_kernel("backports").version == (7, 3), "what is there stays"
+
+
+def kernels_only(missing: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    return lambda *asked: [part for part in missing(*asked) if part.startswith("kernel-")]
+
+
 # ---- unpacking ---------------------------------------------------------------------------------------
 
 
@@ -376,8 +492,8 @@ def test_both_layouts_of_kernel_packages(tmp_path: Path, split: bool) -> None:
 def whole_cache(cache: Path) -> None:
     fake_qemu(cached(cache, "qemu", version="QEMU emulator version 11.1.3") / "qemu-system-x86_64")
     cached(cache, "busybox")
-    for name in artifacts.KERNELS:
-        cached(cache, f"kernel-{name}", release=f"{name}.1-amd64")
+    for name, release in RELEASES.items():
+        cached(cache, f"kernel-{name}", release=release)
 
 
 def test_a_second_run_needs_no_apt(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,16 +503,16 @@ def test_a_second_run_needs_no_apt(cache: Path, capsys: pytest.CaptureFixture[st
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(
-        f"get-qemu: QEMU 11.1.3 at {cache}/qemu/qemu-system-x86_64; kernels 6.12.1-amd64, 7.2.1-amd64"
+        f"get-qemu: QEMU 11.1.3 at {cache}/qemu/qemu-system-x86_64; kernels {RELEASE}, {RELEASES['backports']}\n"
     )
     assert get_qemu.main(["--print"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert f"qemu={cache}/qemu/qemu-system-x86_64\nqemu-version=11.1.3\n" in out
-    assert f"kernel-7.2={cache}/kernel-7.2/boot/vmlinuz-7.2.1-amd64\n" in out
+    assert f"kernel-backports={cache}/kernel-backports/boot/vmlinuz-{RELEASES['backports']}\n" in out
     assert sorted(cache.rglob("*")) == before, "not even a lock file"
-    assert get_qemu.missing_parts(["6.12", "6.6", "6.6"]) == ["kernel-6.6"]
-    assert get_qemu.missing_parts(["6.12"], refresh=True) == ["qemu", "busybox", "kernel-6.12"]
+    assert get_qemu.missing_parts(["stable", "6.12", "7", "6.6", "6.6", "cloud"]) == ["kernel-6.6", "kernel-cloud"]
+    assert get_qemu.missing_parts(["stable"], refresh=True) == ["qemu", "busybox", "kernel-stable"]
 
 
 def test_no_apt_is_one_line(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,9 +554,9 @@ def test_print_fetches_nothing(cache: Path, capsys: pytest.CaptureFixture[str]) 
     assert get_qemu.main(["--print"]) == 1
     assert list(cache.iterdir()) == []
     whole_cache(cache)
-    assert get_qemu.main(["--print", "--kernel", "7.2"]) == 0
+    assert get_qemu.main(["--print", "--kernel", "7.2", "--kernel", "stable"]) == 0
     keys = [line.partition("=")[0] for line in capsys.readouterr().out.splitlines()]
-    assert keys == ["qemu", "qemu-version", "busybox", "kernel-7.2", "modules-7.2"]
+    assert keys == ["qemu", "qemu-version", "busybox", "kernel-7.2", "modules-7.2", "kernel-stable", "modules-stable"]
 
 
 def test_iasl_is_for_who_asks(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -465,7 +581,7 @@ def test_all_is_what_the_tests_need(cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(get_qemu, "_fetch_parts", lambda parts, *rest: wanted.extend(parts))
     monkeypatch.setattr(get_qemu, "check_host", lambda: Path("/k.gpg"))
     assert get_qemu.main(["--all", "--mirror", URI]) == 1, "nothing has come"
-    assert wanted == ["qemu", "busybox", "kernel-6.12", "kernel-7.2", "kernel-6.12-cloud", *get_qemu.OPTIONAL]
+    assert wanted == ["qemu", "busybox", "kernel-stable", "kernel-backports", "kernel-cloud", *get_qemu.OPTIONAL]
 
 
 @pytest.mark.parametrize(

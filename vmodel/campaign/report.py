@@ -113,7 +113,7 @@ def _run(run: Ended) -> dict[str, Any]:
     return {
         "id": run.row.id,
         "machine": what.machine,
-        "kernel": what.kernel,
+        "kernel": run.kernel,
         "workload": what.workload,
         "plan": what.plan,
         "seed": what.seed,
@@ -139,7 +139,7 @@ def junit(summary: Summary) -> str:
     suites: dict[str, ElementTree.Element] = {}
     for run in summary.runs:
         what, result = run.row.run, run.result
-        place = ".".join(part for part in (what.machine, what.kernel, what.workload) if part)
+        place = ".".join(part for part in (what.machine, run.kernel, what.workload) if part)
         suite = suites.get(place)
         if suite is None:
             suite = suites[place] = ElementTree.SubElement(root, "testsuite", name=_xml(place))

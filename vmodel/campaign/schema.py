@@ -3,7 +3,7 @@
 ```toml
 [campaign]
 name = "edu"
-kernels = ["6.12", "7.2"]
+kernels = ["stable", "backports"]
 seeds = 3
 
 [[machine]]
@@ -38,7 +38,7 @@ from vmodel.errors import ConfigError
 from vmodel.inject import Heal, Rule, parse_rule
 from vmodel.inject.quantity import Seconds
 from vmodel.machine.explain import explain, guess, one_line
-from vmodel.testing.artifacts import KERNEL_NAME
+from vmodel.testing.artifacts import KERNEL_NAME, ROLES
 from vmodel.testing.oracle import Outcome
 
 #: Runs of one campaign: more than that is a mistake.
@@ -80,7 +80,7 @@ def _sound_seeds(found: tuple[int, ...], text: str) -> tuple[int, ...]:
 
 def _kernel(value: str) -> str:
     if "/" not in value and not KERNEL_NAME.fullmatch(value):
-        raise ValueError('must be a version, as "6.12", or the path of an image')
+        raise ValueError(f'must be {", ".join(ROLES)}, a version, as "6.12", or the path of an image')
     return value
 
 
@@ -117,7 +117,7 @@ class CampaignTable(_Table):
     """`[campaign]`."""
 
     name: Name = Field(examples=['"edu"'])
-    kernels: tuple[Kernel, ...] = Field(default=(), examples=['["6.12", "7.2"]'])
+    kernels: tuple[Kernel, ...] = Field(default=(), examples=['["stable", "backports"]'])
     seeds: Annotated[tuple[int, ...], BeforeValidator(seed_numbers)] = Field(default=(0,), examples=["3"])
     control: bool = Field(default=True, examples=["true"], description="each workload also once without faults")
     rig: str = Field(default=GUESTS, examples=['"lab.py:Lab"'], description="what carries out cases, if not guests")

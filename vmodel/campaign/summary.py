@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from vmodel.campaign.statistics import Rate
 from vmodel.campaign.store import Row, Store
+from vmodel.testing.artifacts import ROLES
 from vmodel.testing.case import Result
 from vmodel.testing.oracle import Effect, Outcome
 
@@ -28,6 +29,8 @@ class Ended:
 
     row: Row
     result: Result
+    #: The kernel as the campaign calls it; with the release, if that is a role.
+    kernel: str
     #: Artefacts by name, as links from the report.
     links: dict[str, str]
     #: The run's folder, as a link.
@@ -97,7 +100,7 @@ class Signature:
     @property
     def kernels(self) -> list[str]:
         """Where it was seen."""
-        return sorted({run.row.run.kernel for run in self.runs} - {""})
+        return sorted({run.kernel for run in self.runs} - {""})
 
 
 class Summary:
@@ -112,8 +115,9 @@ class Summary:
         self.file: str = definition.get("file", "")
         rows = store.rows()
         self.total = len(rows)
-        self.runs = [_ended(row, row.result, base) for row in rows if row.result is not None]
-        self.kernels = sorted({run.row.run.kernel for run in self.runs})
+        kernels = _kernels(rows)
+        self.runs = [_ended(row, row.result, kernels[row.id], base) for row in rows if row.result is not None]
+        self.kernels = sorted({run.kernel for run in self.runs})
         self.faults = _faults(self.runs)
         self.signatures = _signatures(self.runs)
         self.outcomes = Counter(run.result.outcome for run in self.runs)
@@ -134,8 +138,7 @@ class Summary:
     def by_kernel(self) -> dict[str, Rate]:
         """How often drivers survived a fault, by kernel."""
         return {
-            kernel: survival(run.result.outcome for run in self.runs if run.row.run.kernel == kernel)
-            for kernel in self.kernels
+            kernel: survival(run.result.outcome for run in self.runs if run.kernel == kernel) for kernel in self.kernels
         }
 
 
@@ -149,10 +152,25 @@ def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _ended(row: Row, result: Result, base: Path) -> Ended:
+def _kernels(rows: Sequence[Row]) -> dict[int, str]:
+    """By run: its kernel's name.  A role means another release when the archive has moved on, so that is said."""
+    seen: dict[str, str] = {}
+    for row in rows:
+        if row.result is not None and row.run.kernel in ROLES and "kernel" in row.result.versions:
+            seen[row.run.kernel] = row.result.versions["kernel"]
+    found = {}
+    for row in rows:
+        name = row.run.kernel
+        # A run that never booted has the release of the others.
+        release = row.result.versions.get("kernel", seen.get(name)) if row.result is not None else None
+        found[row.id] = f"{name} ({release})" if name in ROLES and release else name
+    return found
+
+
+def _ended(row: Row, result: Result, kernel: str, base: Path) -> Ended:
     link = quote(os.path.relpath(row.folder, base))
     links = {name: f"{link}/{quote(path)}" for name, path in result.artefacts.items()}
-    return Ended(row, result, links, link, f"vmodel reproduce {shlex.quote(str(row.folder))}")
+    return Ended(row, result, kernel, links, link, f"vmodel reproduce {shlex.quote(str(row.folder))}")
 
 
 def _faults(runs: Sequence[Ended]) -> list[Fault]:
@@ -163,7 +181,7 @@ def _faults(runs: Sequence[Ended]) -> list[Fault]:
         rules = tuple(rule.text() for rule in plan.rule) if plan is not None else ()
         place = (what.machine, what.workload, what.plan)
         fault = found.setdefault(place, Fault(*place, rules))
-        fault.runs.setdefault(what.kernel, []).append(run)
+        fault.runs.setdefault(run.kernel, []).append(run)
     return list(found.values())
 
 

@@ -24,7 +24,7 @@ from vmodel.campaign.store import Row, Store
 from vmodel.cli.output import console, log_to_stderr, show
 from vmodel.cli.serve import MachinePath
 from vmodel.errors import ConfigError
-from vmodel.testing.artifacts import find_busybox, find_kernel, find_qemu
+from vmodel.testing.artifacts import KERNEL_HELP, find_busybox, find_kernel, find_qemu
 from vmodel.testing.case import Case
 from vmodel.testing.oracle import Outcome
 
@@ -81,9 +81,7 @@ def sweep(
     workload: Annotated[str, typer.Option(metavar="SCRIPT", help="A shell script for the guest.")],
     do: Annotated[str | None, typer.Option(metavar="ACTION", help="What happens; else abort, or drop.")] = None,
     check: Annotated[str, typer.Option(metavar="SCRIPT", help="Runs after it, without faults: is all well?")] = "",
-    kernel: Annotated[
-        str | None, typer.Option(metavar="NAME|PATH", help="6.12, 7.2, or the path of a vmlinuz.")
-    ] = None,
+    kernel: Annotated[str | None, typer.Option(metavar="NAME|PATH", help=KERNEL_HELP)] = None,
     module: Annotated[list[str] | None, typer.Option("--module", metavar="M", help="A module to load.")] = None,
     file: Annotated[
         list[str] | None, typer.Option("--file", metavar="F[:DEST]", help="A file for the guest, else at /root/NAME.")

@@ -21,7 +21,7 @@ from vmodel.testing import artifacts
 from vmodel.testing.guest import Guest, GuestResult, GuestRunError, GuestSpec, writer
 
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run.", show_default=False)]
-Kernel = Annotated[str | None, typer.Option(metavar="NAME|PATH", help="6.12, 7.2, or the path of a vmlinuz.")]
+Kernel = Annotated[str | None, typer.Option(metavar="NAME|PATH", help=artifacts.KERNEL_HELP)]
 Modules = Annotated[list[str] | None, typer.Option("--module", metavar="M", help="A kernel module to load.")]
 Files = Annotated[
     list[str] | None, typer.Option("--file", metavar="F[:DEST]", help="A file for the guest, else at /root/NAME.")

@@ -8,8 +8,11 @@ when all of it is there, with its `stamp.json` written last, so a part is whole 
     iasl/          iasl (wrapper), root/ (as of qemu); for the tests only
     tools/         root/: Debian's programs for guests, see tools.py; if asked for
     browser/       chromium-headless-shell (wrapper), root/ (as of qemu); for the tests only
-    kernel-6.12/   boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/
-    kernel-7.2/    the same; so kernel-6.12-cloud/, if asked for
+    kernel-stable/ boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/; the stamp has the RELEASE
+    kernel-backports/, kernel-cloud/: the same for the other roles; kernel-6.6/: for a version that was asked for
+
+A kernel is named by its role in Debian's archive, as releases come and go there, or by the start of its version, which
+finds any kernel here whose release begins so, whatever its folder is called.
 """
 
 from __future__ import annotations
@@ -33,12 +36,14 @@ MEND = (
 )
 #: The first QEMU with vfio-user-pci.
 MIN_QEMU = (10, 1)
-#: Kernels that the tests run on, by the start of their version.
-KERNELS = ("6.12", "7.2")
-#: A kernel for virtual machines, with fewer drivers; tests that need it are skipped without it.
-CLOUD = "6.12-cloud"
-#: How a kernel may be named, other than by a path.
-KERNEL_NAME = re.compile(r"\d+(\.\d+)+(-cloud)?")
+#: Roles of kernels: Debian stable's, the newest of its backports, and stable's for virtual machines (fewer drivers).
+STABLE, NEWEST, CLOUD = ROLES = ("stable", "backports", "cloud")
+#: Kernels that everybody gets who asks for none.
+KERNELS = (STABLE, NEWEST)
+#: How a kernel may be named, other than by a path: a role, or the start of a version.
+KERNEL_NAME = re.compile(rf"{'|'.join(ROLES)}|\d+(\.\d+)+(-cloud)?")
+#: The same for people.
+KERNEL_HELP = "stable, backports, cloud, a version, or a vmlinuz's path."
 
 
 class ArtifactError(ConfigError):
@@ -63,6 +68,12 @@ class Kernel:
     release: str
     image: Path
     modules: Path | None
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """(major, minor) of its release: what differs between kernels goes by this, never by a name."""
+        numbers = re.match(r"(\d+)\.(\d+)", self.release)
+        return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
@@ -150,24 +161,32 @@ def find_browser() -> Path:
 
 
 def find_kernels() -> dict[str, Kernel]:
-    """The cache's kernels by short version, such as "6.12"; the oldest first."""
+    """The cache's kernels by the names of their folders, such as "stable" or "6.6"; the oldest release first."""
     found = {part.name.removeprefix("kernel-"): _cached_kernel(part) for part in cache_dir().glob("kernel-*")}
-    return {name: kernel for name, kernel in sorted(found.items(), key=lambda item: natural(item[0])) if kernel}
+    there = [(natural(kernel.release), name, kernel) for name, kernel in found.items() if kernel]
+    return {name: kernel for _, name, kernel in sorted(there, key=lambda entry: entry[:2])}
 
 
 def find_kernel(name: str | os.PathLike[str] | None = None) -> Kernel:
-    """A kernel: a version ("6.12", "6.12.107", "6.12-cloud"), or the path of an image; None: the oldest generic one.
+    """A kernel by its role ("stable"), by the start of its version ("6.12", "6.12.107", "6.12-cloud"), or by its path.
 
+    None: stable's, or without that the oldest generic one.  Of several that a version means, the newest.
     A path is what has a / in it, or is a Path. Modules are looked for in lib/modules/RELEASE, beside the image and one
     folder up (where /boot/vmlinuz-* has them); a kernel without any is allowed.  ArtifactError.
     """
     if isinstance(name, os.PathLike) or (name and "/" in name):
         return _kernel_at(Path(name))
     kernels = find_kernels()
-    for short, kernel in kernels.items():
-        if not is_cloud(short) if name is None else name == short or pick_release([kernel.release], name):
-            return kernel
-    have = ", ".join(kernels) or "none"
+    if name is None:
+        generic = [kernel for kernel in kernels.values() if not is_cloud(kernel.release)]
+        if found := kernels.get(STABLE) or next(iter(generic), None):
+            return found
+    elif name in ROLES:
+        if name in kernels:
+            return kernels[name]
+    elif release := pick_release([kernel.release for kernel in kernels.values()], name):
+        return next(kernel for kernel in kernels.values() if kernel.release == release)
+    have = ", ".join(f"{short} ({kernel.release})" for short, kernel in kernels.items()) or "none"
     wanted = f" --kernel {name}" if name and KERNEL_NAME.fullmatch(name) else ""
     raise ArtifactError(f"no kernel{f' {name}' if name else ''} in the cache (there: {have}); run {MEND}{wanted}")
 

@@ -34,7 +34,7 @@ class Case(BaseModel):
     #: and data is wrong; others: it got an error.
     workload: str
     name: str = ""
-    #: A version in the cache ("6.12", "7.2"), or the path of an image; None: the oldest generic one.
+    #: A role ("stable", "backports"), a version in the cache ("6.12"), or the path of an image; None: stable's.
     kernel: str | None = None
     plan: FaultPlan | None = None
     #: In place of the plan's own.

@@ -17,11 +17,29 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vmodel.testing.artifacts import MEND, ArtifactError, is_cloud, natural, output, pick_release, probe_qemu
+from vmodel.testing.artifacts import (
+    CLOUD,
+    MEND,
+    NEWEST,
+    ROLES,
+    STABLE,
+    ArtifactError,
+    is_cloud,
+    natural,
+    output,
+    pick_release,
+    probe_qemu,
+)
 from vmodel.testing.tools import LIBS, program_files, programs
 
 SUITE = "trixie"
 BACKPORTS = f"{SUITE}-backports"
+#: The packages that depend on the kernel of a role, and the suites in which theirs is, the first that has one.
+_ROLES = {
+    STABLE: ("linux-image-amd64", (f"{SUITE}-updates", SUITE)),
+    NEWEST: ("linux-image-amd64", (BACKPORTS,)),
+    CLOUD: ("linux-image-cloud-amd64", (f"{SUITE}-updates", SUITE)),
+}
 QEMU_PACKAGE = "qemu-system-x86"
 BUSYBOX_PACKAGE = "busybox-static"
 IASL_PACKAGE = "acpica-tools"
@@ -99,19 +117,33 @@ class Apt:
         """Download `packages` alone into `archives`."""
         self._run(["apt-get", "download", *packages], tick)
 
-    def kernel_packages(self, prefix: str) -> tuple[str, list[str]]:
-        """The newest kernel whose version starts with `prefix`, generic or "-cloud": (release, its packages)."""
-        names = self._run(["apt-cache", "pkgnames", "linux-image-"]).split()
-        releases = kernel_releases(names)
+    def kernel_packages(self, name: str) -> tuple[str, list[str]]:
+        """The kernel of a role, or the newest whose version starts with `name`: (release, its packages)."""
+        release = self._role_release(name) if name in ROLES else self._version_release(name)
+        depends = self._run(["apt-cache", "show", "--no-all-versions", f"linux-image-{release}"])
+        # Since 6.17 or so the image package is empty and the files are in linux-{base,binary,modules}-RELEASE.
+        split = {name for name in re.findall(r"\blinux-[^\s,|]+", depends) if name.endswith(f"-{release}")}
+        return release, sorted(split | {f"linux-image-{release}"})
+
+    def _role_release(self, role: str) -> str:
+        package, suites = _ROLES[role]
+        versions = package_versions(self._run(["apt-cache", "madison", package]))
+        version = next((versions[suite] for suite in suites if suite in versions), None)
+        if version is not None:
+            # It has one dependency of that form: the image of the release that is the newest.
+            said = self._run(["apt-cache", "show", f"{package}={version}"])
+            if releases := kernel_releases(re.findall(r"\blinux-image-[^\s,|]+", said)):
+                return releases[-1]
+        raise ArtifactError(f"{' and '.join(suites)} have no {package}: there is no kernel {role!r}", key="--kernel")
+
+    def _version_release(self, prefix: str) -> str:
+        releases = kernel_releases(self._run(["apt-cache", "pkgnames", "linux-image-"]).split())
         release = pick_release(releases, prefix)
         if release is None:
             same = [found for found in releases if is_cloud(found) == is_cloud(prefix)]
             have = ", ".join(sorted({".".join(found.split(".")[:2]) for found in same}, key=natural))
             raise ArtifactError(f"{SUITE} and {BACKPORTS} have no kernel {prefix} (they have: {have})", key="--kernel")
-        depends = self._run(["apt-cache", "show", "--no-all-versions", f"linux-image-{release}"])
-        # Since 6.17 or so the image package is empty and the files are in linux-{base,binary,modules}-RELEASE.
-        split = {name for name in re.findall(r"\blinux-[^\s,|]+", depends) if name.endswith(f"-{release}")}
-        return release, sorted(split | {f"linux-image-{release}"})
+        return release
 
     def _install(self, packages: Sequence[str]) -> list[str]:
         return ["--yes", "--no-install-recommends", "--target-release", BACKPORTS, *packages]
@@ -151,6 +183,17 @@ def kernel_releases(packages: Sequence[str]) -> list[str]:
     """The releases of generic and cloud kernels among package names, oldest first: not rt, unsigned or dbg."""
     found = (re.fullmatch(r"linux-image-(\d+\.\d+[^-]*(?:-cloud)?-amd64)", name) for name in packages)
     return sorted((match[1] for match in found if match), key=natural)
+
+
+def package_versions(text: str) -> dict[str, str]:
+    """Of what `apt-cache madison PACKAGE` prints: the newest version in each suite, {"trixie": "6.12.117-1"}."""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        _, version, source = [*(part.strip() for part in line.split("|")), "", "", ""][:3]
+        places = [word for word in source.split() if word.endswith("/main")]
+        if version and places:
+            found.setdefault(places[0].removesuffix("/main"), version)  # the newest comes first
+    return found
 
 
 def apt_complaint(text: str) -> str:

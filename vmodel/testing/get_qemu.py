@@ -22,6 +22,7 @@ from vmodel.testing.artifacts import (
     CLOUD,
     KERNEL_NAME,
     KERNELS,
+    ROLES,
     ArtifactError,
     cache_dir,
     cached_qemu,
@@ -31,6 +32,7 @@ from vmodel.testing.artifacts import (
     find_kernel,
     find_qemu,
     host_qemu,
+    probe_qemu,
     read_stamp,
 )
 from vmodel.testing.debian import (
@@ -68,8 +70,8 @@ PACKAGES = {
 class Steps:
     """Progress for a person: one line for each step that is done, and in a terminal a running count meanwhile."""
 
-    def __init__(self, out: Callable[[str], object] = sys.stderr.write, terminal: bool | None = None) -> None:
-        self._out = out
+    def __init__(self, out: Callable[[str], object] | None = None, terminal: bool | None = None) -> None:
+        self._out = out or sys.stderr.write
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
 
     @contextlib.contextmanager
@@ -106,13 +108,15 @@ def fetch(
     *,
     mirror: str | None = None,
     refresh: bool = False,
+    dry_run: bool = False,
     optional: Collection[str] = (),
     steps: Steps | None = None,
 ) -> None:
-    """Bring what is missing into the cache: QEMU (unless the host's serves), busybox, and `kernels` by version prefix.
+    """Bring what is missing into the cache: QEMU (unless the host's serves), busybox, and `kernels` by role or version.
 
     `optional`: which of OPTIONAL as well. `mirror` is a URI; by default the host's apt says. With `refresh`, parts that
-    are there are fetched again.
+    are there are fetched again if the archive has other packages now, or if something of them has gone. With `dry_run`,
+    only package lists are fetched, and the steps say what else would be.
     Where nothing is missing this downloads nothing. Two at a time wait for each other. Raises ArtifactError.
     """
     steps = steps or Steps()
@@ -129,13 +133,13 @@ def fetch(
         if parts:
             keyring = check_host()
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache, ignore_cleanup_errors=True) as work:
-                _fetch_parts(parts, Path(work), mirror or host_mirror(), keyring, steps)
+                _fetch_parts(parts, Path(work), mirror or host_mirror(), keyring, steps, dry_run)
 
 
 def missing_parts(kernels: Sequence[str], refresh: bool = False, optional: Collection[str] = ()) -> list[str]:
     """The names of the cache's folders that have to be fetched."""
-    parts = ["busybox", *(f"kernel-{name}" for name in dict.fromkeys(kernels))]
-    missing = [part for part in parts if refresh or not read_stamp(cache_dir() / part)]
+    missing = [] if read_stamp(cache_dir() / "busybox") and not refresh else ["busybox"]
+    missing += [f"kernel-{name}" for name in dict.fromkeys(kernels) if refresh or not _has(find_kernel, name)]
     missing += [part for part in optional if refresh or not _has(OPTIONAL[part])]
     try:
         serves = (None if refresh else cached_qemu()) or host_qemu()
@@ -144,15 +148,29 @@ def missing_parts(kernels: Sequence[str], refresh: bool = False, optional: Colle
     return missing if serves else ["qemu", *missing]
 
 
-def _has(find: Callable[[], Path]) -> bool:
+def _has(find: Callable[..., object], *arguments: object) -> bool:
     try:
-        find()
+        find(*arguments)
     except ArtifactError:
         return False
     return True
 
 
-def _fetch_parts(parts: Sequence[str], work: Path, mirror: str, keyring: Path, steps: Steps) -> None:
+def _is_current(part: str, packages: str) -> bool:
+    """Whether a part was made of these packages, and nothing that can be seen from outside has gone since."""
+    stamp, folder = read_stamp(cache_dir() / part), cache_dir() / part
+    if stamp.get("packages") != packages:
+        return False
+    if part == "qemu":
+        return _has(probe_qemu, folder / "qemu-system-x86_64")
+    if release := stamp.get("release"):
+        return (folder / f"boot/vmlinuz-{release}").is_file() and (folder / "lib/modules" / release).is_dir()
+    return any(path.name != "stamp.json" for path in folder.iterdir())
+
+
+def _fetch_parts(
+    parts: Sequence[str], work: Path, mirror: str, keyring: Path, steps: Steps, dry_run: bool = False
+) -> None:
     apt = Apt(work / "apt", mirror, keyring, transport())
     with steps.step(f"package lists of {SUITE} and {BACKPORTS}"):
         apt.update()
@@ -162,14 +180,23 @@ def _fetch_parts(parts: Sequence[str], work: Path, mirror: str, keyring: Path, s
     sizes: dict[str, int] = {}
     downloads: list[str] = []
     for part in parts:
+        packages: list[str] = []
         if part in PACKAGES:
             found = apt.install_files(PACKAGES[part])
         else:
             releases[part], packages = apt.kernel_packages(part.removeprefix("kernel-"))
             found = apt.files(packages)
-            downloads += packages
+        what = f"{part}{f' ({releases[part]})' if part in releases else ''}"
+        if _is_current(part, " ".join(found)):
+            steps.note(f"{what}: as the archive has it")
+            continue
+        steps.note(f"{what}: to be fetched, {sum(found.values()) / 1e6:.0f} MB")
+        downloads += packages
         files[part] = list(found)
         sizes |= found
+    parts = list(files)
+    if dry_run or not parts:
+        return
 
     total = sum(sizes.values()) / 1e6
     with steps.step(f"download of {len(sizes)} packages") as show:
@@ -250,8 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kernel",
         action="append",
-        metavar="VERSION",
-        help=f"a kernel to have; repeatable; default {' '.join(KERNELS)}",
+        metavar="NAME",
+        help=f"a kernel to have: {', '.join(ROLES)}, or a version; repeatable; default {' '.join(KERNELS)}",
     )
     parser.add_argument("--iasl", action="store_true", help="ACPICA's iasl as well, which only the tests need")
     parser.add_argument("--tools", action="store_true", help="programs for guests as well: nvme, fio, mkfs.ext4, ...")
@@ -259,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="all that the tests need")
     parser.add_argument("--print", action="store_true", help="fetch nothing; print NAME=PATH for each part")
     parser.add_argument("--mirror", metavar="URI", help="a mirror of Debian's archive; default: the one apt uses here")
-    parser.add_argument("--refresh", action="store_true", help="fetch again what is there, for newer versions")
+    parser.add_argument("--refresh", action="store_true", help="fetch also what is newer in the archive than here")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, and how much")
     options = parser.parse_args(argv)
     kernels: list[str] = options.kernel or list(KERNELS)
     if options.all:
@@ -267,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     optional = [part for part in OPTIONAL if options.all or getattr(options, part)]
     for name in kernels:
         if not KERNEL_NAME.fullmatch(name):
-            parser.error(f"--kernel takes a version such as 6.12, or 6.12-cloud, not {name!r}")
+            parser.error(f"--kernel takes {', '.join(ROLES)}, or a version such as 6.12, not {name!r}")
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -275,7 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, stop)  # so that the temporary folder goes away on either
     try:
         if not options.print:
-            fetch(kernels, mirror=options.mirror, refresh=options.refresh, optional=optional)
+            fetch(kernels, mirror=options.mirror, refresh=options.refresh, dry_run=options.dry_run, optional=optional)
+        if options.dry_run:
+            return 0
         found = paths(kernels, optional)
         if options.print:
             for key, value in found.items():

@@ -52,7 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--vmodel-kernel",
         action="append",
         metavar="NAME|PATH",
-        help="kernel of guests: 6.12, 7.2, or a vmlinuz; given several times, each guest test runs with each",
+        help="kernel of guests: stable, backports, cloud, a version, or a vmlinuz; given several times, each guest test"
+        " runs with each",
     )
     group.addoption(
         "--vmodel-artifacts",
@@ -248,7 +249,7 @@ def fake_driver(fake_memory: FakeMemory, vmodel_devices: dict[str, PciDevice]) -
 
 @pytest.fixture
 def guest_kernel(request: pytest.FixtureRequest) -> Kernel:
-    """The kernel of this test's guests: each one of --vmodel-kernel, else the oldest generic one that is there."""
+    """The kernel of this test's guests: each one of --vmodel-kernel, else stable's."""
     from vmodel.testing.artifacts import find_kernel
 
     with _on_one_line():
