@@ -672,6 +672,65 @@ def test_the_browser_is_for_who_asks(tmp_path: Path, cache: Path) -> None:
     assert artifacts.find_browser() == host, "the host's comes first"
 
 
+def fake_clang(tmp_path: Path, says: str, builds: bool = True) -> Path:
+    """A package of a "clang" that is started by its "loader", with the program's path last before its arguments."""
+    home = f"./usr/lib/llvm-{debian.CLANG}"
+    loader = '#!/bin/sh\nshift 4\nexec "$@"\n'
+    program = f'#!/bin/sh\ncase $* in *--version) {says} ;; *fuzzer*) exit {int(not builds)} ;; *) echo "$@" ;; esac\n'
+    members: list[tuple[str, bytes | str, int]] = [
+        (f"{home}/bin/clang", program.encode(), 0o755),
+        (f"./{debian.LIBS}/ld-linux-x86-64.so.2", loader.encode(), 0o755),
+        (f"./{debian.LIBS}/libc.so", b"script", 0o644),
+        ("./usr/include/stdio.h", b"header", 0o644),
+        ("./usr/include/c++/14/vector", b"not wanted", 0o644),
+        ("./usr/bin/x86_64-linux-gnu-ld.bfd", b"#!/bin/sh\necho linker", 0o755),
+        ("./usr/bin/x86_64-linux-gnu-addr2line", b"#!/bin/sh\necho lines", 0o755),
+        ("./usr/bin/strip", b"not wanted", 0o755),
+    ]
+    for tool in ("dirname", "readlink"):
+        (tmp_path / "bin" / tool).symlink_to(f"/usr/bin/{tool}")
+    return fake_deb(tmp_path, members)
+
+
+def test_unpacking_clang(tmp_path: Path) -> None:
+    """It is told where its own headers, libraries and linker are, but not when it starts itself again."""
+    deb, folder = fake_clang(tmp_path, "echo Debian clang version 19.1.7"), tmp_path / "clang"
+    folder.mkdir()
+    assert debian.unpack_clang([deb], folder) == "19.1.7"
+    assert sorted(path.name for path in (folder / "root").rglob("*") if path.is_file() and not path.is_symlink()) == [
+        "clang",
+        "ld-linux-x86-64.so.2",
+        "libc.so",
+        "stdio.h",
+        "x86_64-linux-gnu-addr2line",
+        "x86_64-linux-gnu-ld.bfd",
+    ]
+    folder = folder.rename(tmp_path / "moved")
+    assert f"--sysroot={folder}/root" in artifacts.output([str(folder / "clang"), "-c", "x.c"])
+    assert artifacts.output([str(folder / "clang"), "-cc1", "x.c"]) == "-cc1 x.c\n"
+
+
+@pytest.mark.parametrize(("says", "builds"), [("exit 3", True), ("echo nothing", True), ("echo version 19.1", False)])
+def test_a_clang_that_does_not_serve(tmp_path: Path, says: str, builds: bool) -> None:
+    (tmp_path / "clang").mkdir()
+    with pytest.raises(ArtifactError, match=r"clang does not run|builds no fuzz targets"):
+        debian.unpack_clang([fake_clang(tmp_path, says, builds)], tmp_path / "clang")
+
+
+def test_clang_is_for_who_asks(tmp_path: Path, cache: Path) -> None:
+    assert get_qemu.missing_parts([], optional=["clang"])[-1] == "clang"
+    with pytest.raises(ArtifactError, match=r"no clang with libFuzzer found; run scripts/get-qemu --clang$"):
+        artifacts.find_clang()
+    cached(cache, "clang", version="19.1.7")
+    assert artifacts.find_clang() == cache / "clang" / "clang"
+    host = tmp_path / "bin" / "clang"
+    host.write_text("#!/bin/sh\nexit 1\n")
+    host.chmod(0o755)
+    assert artifacts.find_clang() == cache / "clang" / "clang", "the host's has no libFuzzer"
+    host.write_text("#!/bin/sh\nexit 0\n")
+    assert artifacts.find_clang() == host, "the host's comes first"
+
+
 @pytest.mark.parametrize("name", ["", "6", "../6.12", "6.12;x", "6.12 7.2", "latest"])
 def test_bad_kernel_names(name: str) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -8,6 +8,7 @@ when all of it is there, with its `stamp.json` written last, so a part is whole 
     iasl/          iasl (wrapper), root/ (as of qemu); for the tests only
     tools/         root/: Debian's programs for guests, see tools.py; if asked for
     browser/       chromium-headless-shell (wrapper), root/ (as of qemu); for the tests only
+    clang/         clang (wrapper), root/ (with headers, too), bin/: ld, addr2line; for the tests only
     kernel-stable/ boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/; the stamp has the RELEASE
     kernel-backports/, kernel-cloud/: the same for the other roles; kernel-6.6/: for a version that was asked for
 
@@ -22,6 +23,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +160,25 @@ def find_browser() -> Path:
     if not read_stamp(part):
         raise ArtifactError(f"no Chromium found; run {MEND} --browser")
     return part / "chromium-headless-shell"
+
+
+def find_clang() -> Path:
+    """A clang that builds fuzz targets (libFuzzer, ASan, UBSan): the one in PATH, else the cache's.  ArtifactError."""
+    part = cache_dir() / "clang"
+    host = shutil.which("clang")
+    if host and has_fuzzer(Path(host)):
+        return Path(host)
+    if not read_stamp(part):
+        raise ArtifactError(f"no clang with libFuzzer found; run {MEND} --clang")
+    return part / "clang"
+
+
+def has_fuzzer(clang: Path) -> bool:
+    """Whether this clang builds fuzz targets: not every distribution's has the runtimes."""
+    code = "int LLVMFuzzerTestOneInput(const char *data, long size) { return data && size < 0; }"
+    with tempfile.TemporaryDirectory() as work:
+        line = [str(clang), "-x", "c", "-fsanitize=fuzzer,address,undefined", "-o", f"{work}/target", "-"]
+        return subprocess.run(line, input=code, text=True, capture_output=True, timeout=60, check=False).returncode == 0
 
 
 def find_kernels() -> dict[str, Kernel]:

@@ -24,6 +24,7 @@ from vmodel.testing.artifacts import (
     ROLES,
     STABLE,
     ArtifactError,
+    has_fuzzer,
     is_cloud,
     natural,
     output,
@@ -44,6 +45,8 @@ QEMU_PACKAGE = "qemu-system-x86"
 BUSYBOX_PACKAGE = "busybox-static"
 IASL_PACKAGE = "acpica-tools"
 BROWSER_PACKAGE = "chromium-headless-shell"
+CLANG = "19"
+CLANG_PACKAGES = (f"clang-{CLANG}", f"libclang-rt-{CLANG}-dev")
 #: Of its packages, what drawing without a graphics card does not need: more than half.
 _NOT_DRAWN = re.compile(r"libLLVM|libgallium|libz3|/dri/|/gconv/|/locales/|libVk|libvk_|crashpad|\.TOC$")
 KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
@@ -333,6 +336,61 @@ cd "$root/{LIBS}" && exec "$root/{home}/{BROWSER_PACKAGE}" "$@"
     if not found:
         raise ArtifactError(f"Debian's Chromium does not look like it, it says {said[:80]!r}")
     return found[0]
+
+
+def unpack_clang(debs: Sequence[Path], folder: Path) -> str:
+    """Unpack clang with its libraries, headers and linker into `folder`/root, write the wrappers, try it; its version.
+
+    What it builds runs with the C library that is there. ArtifactError: it does not run here.
+    """
+    home = f"usr/lib/llvm-{CLANG}"
+    binutils = {"ld": "ld.bfd", "addr2line": "addr2line"}
+    wanted = [f"{home}/", f"{LIBS}/", "usr/lib64/", "usr/lib/gcc/", "usr/lib/linux/", "usr/include/"]
+    wanted += [f"usr/bin/x86_64-linux-gnu-{name}" for name in binutils.values()]
+    root = folder / "root"
+    for deb in debs:
+        unpack(deb, root, lambda name: name if name.startswith(tuple(wanted)) and "/c++/" not in name else None)
+    for name in ("lib", "lib64"):  # the linker's scripts name libraries so
+        (root / name).symlink_to(f"usr/{name}")
+    tools = folder / "bin"
+    tools.mkdir()
+    run = f'"$root/{LIBS}/ld-linux-x86-64.so.2" --argv0 "$0" --library-path "$root/{LIBS}"'
+    for name, program in binutils.items():
+        script = f"""#!/bin/sh
+root=$(dirname "$(readlink -f "$0")")/../root
+unset LD_PRELOAD LD_LIBRARY_PATH
+exec {run} "$root/usr/bin/x86_64-linux-gnu-{program}" "$@"
+"""
+        (tools / name).write_text(script)
+        (tools / name).chmod(0o755)
+    wrapper = folder / "clang"
+    # It starts itself again, by this script's name: -no-canonical-prefixes.
+    wrapper.write_text(
+        f"""#!/bin/sh
+# clang of Debian's packages with their own C library, headers and linker; nothing of the host's is used.
+here=$(dirname "$(readlink -f "$0")")
+root=$here/root
+unset LD_PRELOAD LD_LIBRARY_PATH
+case ${{1-}} in
+-cc1*) ;;
+*)
+    set -- --sysroot="$root" -resource-dir "$root/{home}/lib/clang/{CLANG}" -no-canonical-prefixes \
+        -Wno-unused-command-line-argument -B"$here/bin" -Wl,-rpath,"$root/{LIBS}" \
+        -Wl,--dynamic-linker,"$root/{LIBS}/ld-linux-x86-64.so.2" "$@"
+    ;;
+esac
+exec {run} "$root/{home}/bin/clang" "$@"
+"""
+    )
+    wrapper.chmod(0o755)
+    try:
+        said = output([str(wrapper), "--version"])
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ArtifactError(f"Debian's clang does not run here: {error}") from None
+    found = re.search(r"version (\d+(?:\.\d+)+)", said)
+    if not found or not has_fuzzer(wrapper):
+        raise ArtifactError(f"Debian's clang builds no fuzz targets here; it says {said[:80]!r}")
+    return found[1]
 
 
 def unpack_tools(debs: Sequence[Path], folder: Path) -> None:

@@ -28,6 +28,7 @@ from vmodel.testing.artifacts import (
     cached_qemu,
     find_browser,
     find_busybox,
+    find_clang,
     find_iasl,
     find_kernel,
     find_qemu,
@@ -39,6 +40,7 @@ from vmodel.testing.debian import (
     BACKPORTS,
     BROWSER_PACKAGE,
     BUSYBOX_PACKAGE,
+    CLANG_PACKAGES,
     IASL_PACKAGE,
     QEMU_PACKAGE,
     SUITE,
@@ -48,6 +50,7 @@ from vmodel.testing.debian import (
     transport,
     unpack,
     unpack_browser,
+    unpack_clang,
     unpack_iasl,
     unpack_kernel,
     unpack_qemu,
@@ -56,7 +59,7 @@ from vmodel.testing.debian import (
 from vmodel.testing.tools import TOOLS, find_tools
 
 #: Parts that only those get who ask for them: what finds each.
-OPTIONAL = {"iasl": find_iasl, "tools": find_tools, "browser": find_browser}
+OPTIONAL = {"iasl": find_iasl, "tools": find_tools, "browser": find_browser, "clang": find_clang}
 #: Debian's packages of parts other than kernels.
 PACKAGES = {
     "qemu": [QEMU_PACKAGE],
@@ -64,6 +67,7 @@ PACKAGES = {
     "iasl": [IASL_PACKAGE],
     "tools": list(TOOLS),
     "browser": [BROWSER_PACKAGE],
+    "clang": list(CLANG_PACKAGES),
 }
 
 
@@ -223,6 +227,8 @@ def _fetch_parts(
                 facts["version"] = unpack_iasl(debs, folder)
             elif part == "browser":
                 facts["version"] = unpack_browser(debs, folder)
+            elif part == "clang":
+                facts["version"] = unpack_clang(debs, folder)
             elif part == "tools":
                 unpack_tools(debs, folder)
             elif part == "busybox":
@@ -250,7 +256,7 @@ def _locked(path: Path, steps: Steps) -> Iterator[None]:
 
 
 def paths(kernels: Sequence[str], optional: Collection[str] = ()) -> dict[str, str]:
-    """What `--print` prints: qemu, qemu-version, busybox, [iasl, tools, browser,] kernel-NAME, modules-NAME.
+    """What `--print` prints: qemu, qemu-version, busybox, [iasl, tools, browser, clang,] kernel-NAME, modules-NAME.
 
     Raises ArtifactError.
     """
@@ -283,6 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--iasl", action="store_true", help="ACPICA's iasl as well, which only the tests need")
     parser.add_argument("--tools", action="store_true", help="programs for guests as well: nvme, fio, mkfs.ext4, ...")
     parser.add_argument("--browser", action="store_true", help="Chromium as well, which only the tests need")
+    parser.add_argument(
+        "--clang", action="store_true", help="clang for fuzz targets as well, which only the tests need"
+    )
     parser.add_argument("--all", action="store_true", help="all that the tests need")
     parser.add_argument("--print", action="store_true", help="fetch nothing; print NAME=PATH for each part")
     parser.add_argument("--mirror", metavar="URI", help="a mirror of Debian's archive; default: the one apt uses here")
