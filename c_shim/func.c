@@ -337,7 +337,7 @@ static void write_plain(const region *r, uint64_t offset, const uint8_t *buf, si
 int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n)
 {
     if (r->disabled || refused(r, offset, n)) {
-        memset(buf, r->fill, n);
+        memset(buf, r->disabled ? 0xFF : r->fill, n);
         return 1;
     }
     if (exits(r, offset, n, VMS_EXIT_ON_READ))

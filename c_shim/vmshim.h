@@ -284,7 +284,8 @@ int vms_func_create(vms_func **out);
 void vms_func_destroy(vms_func *func);
 /* Bytes that no area covers read as `fill` and ignore writes. writable 0: writes are EPERM. */
 int vms_region_define(vms_func *func, uint32_t region, uint64_t size, uint8_t fill, int writable);
-/* Off (on at first): reads give fill, writes are dropped, as with Command.MemorySpace or .IOSpace clear. */
+/* Off (on at first): nobody claims accesses, as with Command.MemorySpace or .IOSpace clear and in D3hot; reads give all
+ * ones, writes are dropped. */
 int vms_region_enable(vms_func *func, uint32_t region, int on);
 /* Any thread: all reads (VMS_EXIT_ON_READ) or writes (VMS_EXIT_ON_WRITE) of the region exit, whatever the policy of
  * their bytes; 0: as ever.  What the region's being off, or an access's size, has refused does not. */

@@ -45,7 +45,7 @@ from vmodel.span import Span
 from vmodel.timers import Agenda, Timer
 from vmodel.vfio_user.commands import IoEventFd, IrqInfo, RegionInfo, SetIrqs
 from vmodel.vfio_user.migration import MAX_STATE
-from vmodel.vfio_user.wire import Region
+from vmodel.vfio_user.wire import Irq, Region
 
 __all__ = [
     "Intx",
@@ -84,7 +84,7 @@ class _Area:
 class PciDevice:
     """One PCI function.
 
-    All methods but `after`, `defer` and `close` belong to the thread that serves the device.
+    All methods but `after`, `defer`, `post` and `close` belong to the thread that serves the device.
     """
 
     vendor_id: ClassVar[int]
@@ -231,7 +231,7 @@ class PciDevice:
             if isinstance(bound, Msix):
                 self._lay_msix(bound)
         for name, pin in pins.items():
-            self._pin = pin.bind(self.irqs, self._intx_enabled, self._show_intx)
+            self._pin = pin.bind(self.irqs, self._show_intx)
             setattr(self, name, self._pin)
         for name, slot in self._of(BankSlot).items():
             self._lay_bank(name, slot)
@@ -300,9 +300,16 @@ class PciDevice:
         """Runs `call` in `seconds` on the device's thread.  A reset cancels it."""
         return self._agenda.after(seconds, call)
 
-    def defer(self, call: Callable[[], None]) -> None:
-        """Runs `call` on the device's thread once the access at hand is answered."""
-        self._agenda.defer(call)
+    def defer(self, call: Callable[[], None], *, by: PciDevice | None = None) -> None:
+        """Runs `call` on the device's thread once the access at hand is answered.
+
+        A reset of `by`, whose work it is, drops it; of this device without.
+        """
+        self._agenda.defer(call, (self if by is None else by)._agenda)
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Likewise, but no reset drops it: for a thread that waits until it has run."""
+        self._agenda.defer(call, None)
 
     def open(self) -> None:
         """For a model to override: takes hold of files and the like, just before the device is served.
@@ -418,22 +425,38 @@ class PciDevice:
 
     def update_enables(self) -> None:
         """Command, or the power state, has changed."""
-        command = self.config.command
-        pm = next((c for c in self.config.capabilities if isinstance(c, Pm)), None)
-        on = pm is None or pm.state == 0
+        command, on = self.config.command, self._in_d0()
         self.dma.bus_master = bool(command.BUS_MASTER) and on and not self._stopped
         for bar in self.declared_bars():
             self.function.enable_region(bar.index, on and bool(command.IO if bar.io else command.MEMORY))
-        if self._pin is not None:
-            self._pin.deliver()
+        self.update_interrupts()
+
+    def _in_d0(self) -> bool:
+        return all(c.state == 0 for c in self.config.capabilities if isinstance(c, Pm))
+
+    def update_interrupts(self) -> None:
+        """Which kinds may be signalled now (PCIe 5.0).
+
+        A message is a memory write, which needs bus mastering (7.5.1.1.3); outside of D0 nothing is sent (5.3.1.4); a
+        function with MSI or MSI-X enabled does not use INTx, nor one of them beside the other (6.1.4).
+        """
+        command, on = self.config.command, self._in_d0() and not self._stopped
+        master = on and bool(command.BUS_MASTER)
+        using = [c.irq for c in self.config.capabilities if isinstance(c, Msi | Msix) and c.enabled]
+        self.irqs.allow(
+            {
+                Irq.INTX: on and not command.INTX_DISABLE and not using,
+                Irq.MSI: master and using == [Irq.MSI],
+                Irq.MSIX: master and using == [Irq.MSIX],
+                Irq.ERR: not self._stopped,
+                Irq.REQ: not self._stopped,
+            }
+        )
 
     def config_written(self) -> None:
         """The driver has written something that matters."""
         messages = [c.enabled for c in self.config.capabilities if isinstance(c, Msi | Msix)]
         self.points.told(master=bool(self.config.command.BUS_MASTER), interrupts=any(messages) or not messages)
-
-    def _intx_enabled(self) -> bool:
-        return not self.config.command.INTX_DISABLE
 
     def _show_intx(self, level: bool) -> None:
         header = self.config.header
@@ -495,7 +518,6 @@ class PciDevice:
         """Stops timers, DMA and interrupts for migration, or resumes them."""
         self._stopped = stopped
         self.update_enables()
-        self.irqs.hold(stopped)
 
     def io_event_fds(self, region: int) -> Sequence[IoEventFd]:
         """The doorbells of a region: registers declared with `ioeventfd`."""

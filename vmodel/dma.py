@@ -35,7 +35,7 @@ class Courier(Protocol):
     def wait(self, event: threading.Event, seconds: float) -> bool:
         """Waits for `event` while the client is served; False: it was not set in time, or cannot be waited for.
 
-        Whoever sets it then wakes the device's thread, by PciDevice.defer.
+        Whoever sets it then wakes the device's thread, by PciDevice.post.
         """
 
 

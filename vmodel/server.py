@@ -234,7 +234,7 @@ class Connection:
             except BaseException as error:
                 done.set_exception(error)
 
-        self.device.defer(run)
+        self.device.post(run)
         try:
             return done.result(MESSAGE_TIMEOUT + 1)
         except TimeoutError:

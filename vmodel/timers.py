@@ -23,13 +23,18 @@ class Timer:
 
 
 class Agenda:
-    """What a device has to do later.  Adding is safe from any thread; `run` belongs to the device's own."""
+    """What a device has to do later.  Adding is safe from any thread; `run` belongs to the device's own.
+
+    Work that is run here may be another device's: `cancel` drops what is its own, here and elsewhere, and no other.
+    """
 
     def __init__(self, wake: Callable[[], None], failed: Callable[[Exception], None]) -> None:
         """`wake` is called when another thread adds something, `failed` with what a callback raised."""
         self._wake = wake
         self._failed = failed
-        self._soon: deque[Callable[[], None]] = deque()
+        #: What to call, whose it is, and how often that one had been cancelled then.
+        self._soon: deque[tuple[Callable[[], None], Agenda | None, int]] = deque()
+        self._cancelled = 0
         self._timers: list[tuple[int, int, Timer]] = []
         self._order = itertools.count()
         self._lock = threading.Lock()
@@ -37,9 +42,10 @@ class Agenda:
         #: Whether `run` is worth calling.  May say so in vain; never fails to, as adding also wakes the loop.
         self.waiting = False
 
-    def defer(self, call: Callable[[], None]) -> None:
-        """Runs `call` as soon as the access at hand has been answered."""
-        self._soon.append(call)
+    def defer(self, call: Callable[[], None], owner: Agenda | None) -> None:
+        """Runs `call` as soon as the access at hand has been answered, if `owner` is not cancelled before; None: nobody
+        cancels it."""
+        self._soon.append((call, owner, owner._cancelled if owner is not None else 0))
         self.waiting = True
         if threading.get_ident() != self._thread:
             self._wake()
@@ -55,8 +61,8 @@ class Agenda:
         return timer
 
     def cancel(self) -> None:
-        """Forgets everything, as a reset does."""
-        self._soon.clear()
+        """Drops all timers, and the deferred work that is its own."""
+        self._cancelled += 1
         with self._lock:
             for _, _, timer in self._timers:
                 timer.cancel()
@@ -70,11 +76,9 @@ class Agenda:
         """
         self._thread = threading.get_ident()
         for _ in range(len(self._soon)):
-            try:
-                call = self._soon.popleft()
-            except IndexError:
-                break  # what ran has reset the device
-            self._call(call)
+            call, owner, cancelled = self._soon.popleft()
+            if owner is None or owner._cancelled == cancelled:
+                self._call(call)
         while self._timers and self._timers[0][0] <= now_ns:
             with self._lock:
                 if not self._timers:

@@ -23,6 +23,8 @@ from tests.iommu.vtd_bench import (
     Bench,
 )
 from vmodel.devices.vtd.codes import Code
+from vmodel.errors import DmaFault
+from vmodel.pci.caps import ResetKind
 
 # ---- faults ------------------------------------------------------------------------------------------
 
@@ -152,6 +154,35 @@ def test_a_masked_fault_that_is_gone(bench: Bench) -> None:
     bench.put(FECTL, 0)
     bench.run()
     assert not bench.lines["edu0"].sent
+
+
+def pend(bench: Bench) -> None:
+    """A fault of edu0's, which is to send the event for the unit."""
+    bench.on()
+    bench.put(FEADDR, 0xFEE0_1000)
+    bench.put(FECTL, 0)
+    with pytest.raises(DmaFault):
+        bench.machine.devices["edu0"].dma.read(0, 4)
+    bench.unit.run_due(0)
+    assert not bench.lines["edu0"].sent
+
+
+def test_a_reset_of_another_device_drops_no_event(bench: Bench) -> None:
+    """7.3: the event is the unit's.  That a device sends it for the unit is our way; its reset is no business of it."""
+    pend(bench)
+    bench.machine.devices["edu0"].reset(ResetKind.FUNCTION)
+    bench.run()
+    assert bench.lines["edu0"].sent == [(0xFEE0_1000, bytes(4))]
+
+
+def test_a_reset_of_the_unit_drops_its_event(bench: Bench) -> None:
+    """A unit that was reset has no faults, so none to report; whoever was to send it keeps work of its own."""
+    pend(bench)
+    ran: list[int] = []
+    bench.machine.devices["edu0"].defer(lambda: ran.append(1))
+    bench.unit.reset(ResetKind.DEVICE)
+    bench.run()
+    assert ran == [1] and not bench.lines["edu0"].sent
 
 
 def test_nobody_can_send(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -149,7 +149,7 @@ def test_a_stopped_device_is_quiet(driver: Client, toy: Toy) -> None:
     ran: list[int] = []
     driver.set_state(S.STOP)
     toy.after(0, lambda: ran.append(1))
-    toy.irqs.signal(toy.irqs.types[0].vectors[0])  # type: ignore[index]
+    toy.intx.raise_()
     assert not toy.dma.bus_master
     driver.info()
     assert ran == []

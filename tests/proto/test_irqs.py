@@ -171,7 +171,7 @@ def test_msi(driver: Client, toy: Toy) -> None:
     events = driver.eventfds(Irq.MSI, 4)
     on_device(toy, driver, lambda: toy.msi.fire(2))
     assert events[2].quiet()  # not enabled
-    driver.region_write(Region.CONFIG, at + 2, b"\x01\x00")
+    driver.region_write(Region.CONFIG, at + 2, b"\x21\x00")
     on_device(toy, driver, lambda: toy.msi.fire(2))
     assert events[2].wait() == 1
     driver.region_write(Region.CONFIG, at + 0x10, b"\x04\0\0\0")  # mask vector 2

@@ -128,6 +128,7 @@ class Edu(PciDevice):
         self.regs.IRQ_STATUS &= ~new
         if not self.regs.IRQ_STATUS:
             self.intx.lower()
+            self.msi.withdraw()  # a message that could not be sent yet has nothing left to say
 
     def _raise(self, bits: int) -> None:
         self.regs.IRQ_STATUS |= bits

@@ -38,6 +38,9 @@ class Owner(Protocol):
     def update_enables(self) -> None:
         """Command or power state has changed."""
 
+    def update_interrupts(self) -> None:
+        """The same, or whether MSI or MSI-X is enabled: what the function may signal has changed."""
+
     def config_written(self) -> None:
         """A register that something depends on was written, and all that does has been told."""
 
@@ -132,7 +135,10 @@ class Pm(Capability):
 
 
 class _MessageInterrupts(Capability):
-    """What MSI and MSI-X share: vectors that are signalled, or pending while they cannot be."""
+    """What MSI and MSI-X share: vectors that are signalled, or pending while they may not be (PCIe 5.0, 6.1.4).
+
+    A message is a memory write, so it needs Command.BusMaster and D0 as well (7.5.1.1.3, 5.3.1.4).
+    """
 
     irq: ClassVar[Irq]
     vectors: int
@@ -155,22 +161,36 @@ class _MessageInterrupts(Capability):
         """Puts a vector's pending bit where the guest can read it."""
 
     def fire(self, n: int = 0) -> None:
-        """Raises vector `n`.  Masked or without an eventfd it stays pending; disabled, nothing happens."""
-        vector = self._type.vectors[n]
-        if not self.enabled:
-            return
-        if not (vector.pending or vector.masked or self._masked(n)) and self.owner.irqs.signal(vector):
+        """Raises vector `n`.  Disabled, nothing happens.
+
+        While it is masked, not allocated (MSI's Multiple Message Enable) or without an eventfd, with bus mastering off
+        and in D3hot it stays pending.
+        """
+        kind = self._type
+        vector = kind.vectors[n]
+        if not (vector.pending or vector.masked or self._masked(n)) and self.owner.irqs.signal(kind, vector):
             return  # it was not pending at any time
-        vector.pending = True
-        self._deliver(n)
+        if self.enabled:
+            vector.pending = True
+            self._show_pending(n, True)
+
+    def withdraw(self, n: int = 0) -> None:
+        """What vector `n` was raised for has been dealt with: if it is pending still, it is not sent any more.
+
+        Else the driver gets an interrupt for nothing when it unmasks (PCIe 5.0, 6.1.4.5).
+        """
+        self._type.vectors[n].pending = False
+        self._show_pending(n, False)
 
     def _deliver(self, n: int) -> None:
         vector = self._type.vectors[n]
-        if vector.pending and self.enabled and not vector.masked and not self._masked(n):
-            vector.pending = not self.owner.irqs.signal(vector)
-        self._show_pending(n, vector.pending)
+        if not (vector.pending and not vector.masked and not self._masked(n)):
+            return
+        if self.owner.irqs.signal(self._type, vector):
+            self.withdraw(n)
 
     def written(self) -> None:
+        self.owner.update_interrupts()
         for n in range(self.vectors):
             self._deliver(n)
 
@@ -265,8 +285,15 @@ class Msi(_MessageInterrupts):
     def enabled(self) -> bool:
         return bool(MsiControl(self.regs.CONTROL).ENABLE)
 
+    @property
+    def allocated(self) -> int:
+        """How many vectors the guest has given (Multiple Message Enable), of `vectors` at most: those from 0 on."""
+        return min(1 << MsiControl(self.regs.CONTROL).MULTIPLE, self.vectors)
+
     def _masked(self, n: int) -> bool:
         regs = self.regs
+        if n >= self.allocated:
+            return True
         return isinstance(regs, MsiRegs32Mask | MsiRegs64Mask) and bool(regs.MASK >> n & 1)
 
     def _show_pending(self, n: int, pending: bool) -> None:

@@ -3,6 +3,8 @@
 With QEMU the eventfds tell all: it emulates the guest's MSI and MSI-X registers itself and takes a vector's
 eventfd away while the guest masks it.  Another client may instead write the MSI-X table in the BAR; once it has,
 the table's mask bits count as well.
+
+What PCI does not allow does not go out: the device says by `Irqs.allow` which types may be signalled.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +35,12 @@ class Vector:
     pending: bool = False
 
     def close(self) -> None:
-        """Closes the eventfds; unmasked and quiet again."""
+        """Closes the eventfds; unmasked again.  `pending` stays: it is the device's state, not the client's."""
         for fd in (self.trigger, self.mask_event, self.unmask_event):
             if fd >= 0:
                 os.close(fd)
         self.trigger = self.mask_event = self.unmask_event = -1
-        self.masked = self.pending = False
+        self.masked = False
 
 
 @dataclass
@@ -47,6 +49,8 @@ class IrqType:
 
     vectors: list[Vector]
     flags: IrqFlags
+    #: Whether PCI lets the function signal one now; see `Irqs.allow`.
+    allowed: bool = True
     #: Called after an eventfd came or a vector was unmasked.
     changed: Callable[[int], None] = field(default=lambda n: None)
 
@@ -61,8 +65,6 @@ class Irqs:
     def __init__(self) -> None:
         #: Interrupts delivered to the client so far.
         self.raised = 0
-        #: Stops delivery while the device is quiesced for migration; what is raised then stays pending.
-        self.held = False
         maskable = IrqFlags.EVENTFD | IrqFlags.MASKABLE
         self.types = {
             Irq.INTX: IrqType([], maskable | IrqFlags.AUTOMASKED),
@@ -114,7 +116,7 @@ class Irqs:
     def _act(self, kind: IrqType, n: int, action: IrqAction) -> None:
         vector = kind.vectors[n]
         if action is IrqAction.TRIGGER:
-            self.signal(vector)
+            self._send(vector)  # the client's own test of its eventfd: no request of the function's
         elif action is IrqAction.MASK:
             self.mask(vector)
         elif vector.masked:
@@ -128,37 +130,41 @@ class Irqs:
             vector.masked = True
             _notify(vector.mask_event)
 
-    def signal(self, vector: Vector) -> bool:
-        """Signals a vector's eventfd; False without one, or while held."""
-        if vector.trigger < 0 or self.held:
+    def signal(self, kind: IrqType, vector: Vector) -> bool:
+        """Signals a vector's eventfd; False without one, or while `kind` is not allowed."""
+        return kind.allowed and self._send(vector)
+
+    def _send(self, vector: Vector) -> bool:
+        if vector.trigger < 0:
             return False
         _notify(vector.trigger)
         self.raised += 1
         return True
 
-    def hold(self, held: bool) -> None:
-        """Holds interrupts back, or delivers what has come up meanwhile."""
-        self.held = held
-        if not held:
-            for kind in self.types.values():
-                for n in range(len(kind.vectors)):
-                    kind.changed(n)
+    def allow(self, allowed: Mapping[Irq, bool]) -> None:
+        """Which types may be signalled from now on.  What one has pending goes out when it is let."""
+        opened = [self.types[irq] for irq, on in allowed.items() if on and not self.types[irq].allowed]
+        for irq, on in allowed.items():
+            self.types[irq].allowed = on
+        for kind in opened:
+            for n in range(len(kind.vectors)):
+                kind.changed(n)
 
     def close(self) -> None:
         """The client is gone: closes all eventfds."""
         for kind in self.types.values():
             for vector in kind.vectors:
-                pending = vector.pending
                 vector.close()
-                vector.pending = pending  # is the device's state, not the client's
 
     def error(self) -> bool:
         """Signals ERR.  QEMU stops the virtual machine at this: not for AER."""
-        return self.signal(self.types[Irq.ERR].vectors[0])
+        kind = self.types[Irq.ERR]
+        return self.signal(kind, kind.vectors[0])
 
     def request_release(self) -> bool:
         """Signals REQ: asks the client to let go of the device."""
-        return self.signal(self.types[Irq.REQ].vectors[0])
+        kind = self.types[Irq.REQ]
+        return self.signal(kind, kind.vectors[0])
 
 
 def _notify(fd: int) -> None:
@@ -180,10 +186,10 @@ class Intx:
         self.pin = pin
         self.level = False
 
-    def bind(self, irqs: Irqs, enabled: Callable[[], bool], show: Callable[[bool], None]) -> Self:
-        """The pin of one device; `enabled`: Command.INTX_DISABLE is clear; `show`: sets Status.INTERRUPT."""
+    def bind(self, irqs: Irqs, show: Callable[[bool], None]) -> Self:
+        """The pin of one device; `show`: sets Status.INTERRUPT."""
         bound = copy.copy(self)
-        bound._irqs, bound._enabled, bound._show = irqs, enabled, show
+        bound._irqs, bound._show = irqs, show
         bound._type = irqs.types[Irq.INTX]
         bound._type.vectors = [Vector()]
         bound._type.changed = lambda n: bound.deliver()
@@ -191,7 +197,6 @@ class Intx:
 
     _irqs: Irqs
     _type: IrqType
-    _enabled: Callable[[], bool]
     _show: Callable[[bool], None]
 
     def raise_(self) -> None:
@@ -208,5 +213,5 @@ class Intx:
     def deliver(self) -> None:
         """Signals the client if the level stands and nothing is in the way."""
         vector = self._type.vectors[0]
-        if self.level and not vector.masked and self._enabled() and self._irqs.signal(vector):
+        if self.level and not vector.masked and self._irqs.signal(self._type, vector):
             self._irqs.mask(vector)

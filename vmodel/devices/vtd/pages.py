@@ -63,7 +63,7 @@ class Waiting:
         """Any thread: the access goes on."""
         self.response = response
         self.answered.set()
-        self.device.defer(_nothing)  # wakes its thread
+        self.device.post(_nothing)  # wakes its thread
 
 
 def _nothing() -> None:

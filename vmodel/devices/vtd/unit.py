@@ -471,4 +471,4 @@ class VtdDevice(IommuDevice):
                 self.log.info("%s: %s could not send an interrupt: %s", self.name, device.name, fault)
                 self.defer(lambda: self._send_by(others, address, data))
 
-        device.defer(send)
+        device.defer(send, by=self)
