@@ -139,10 +139,10 @@ static uint64_t smallest_page(const vms_domain *domain)
 
 int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t prot)
 {
-    if (domain->kind != VMS_DOMAIN_PAGING || !size || !prot || (prot & ~PROT_ALL) ||
+    if (domain->kind != VMS_DOMAIN_PAGING || !size || (prot != VMS_PROT_NONE && (!prot || (prot & ~PROT_ALL))) ||
         ((iova | gpa | size) & (smallest_page(domain) - 1)))
         return -EINVAL;
-    mapping item = { iova, iova + (size - 1), gpa | prot };
+    mapping item = { iova, iova + (size - 1), gpa | (prot & PROT_ALL) };
     if (item.last < iova || iova < domain->first || item.last > domain->last || gpa + (size - 1) < gpa ||
         gpa + (size - 1) > domain->last_gpa)
         return -ERANGE;
@@ -237,7 +237,7 @@ int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last, uint
     mapping item;
     int rc = 0;
 
-    if (domain->kind != VMS_DOMAIN_PAGING || last < first || ((first | (last + 1)) & (smallest_page(domain) - 1)))
+    if (domain->kind != VMS_DOMAIN_PAGING || last < first)
         return -EINVAL;
     pthread_rwlock_wrlock(&domain->lock);
     if ((mapping_tree_from(tree, first, &item) && item.start < first) ||

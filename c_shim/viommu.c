@@ -66,7 +66,7 @@ static int plain_chain(vms_requester *requester, const vms_virtqueue *queue, uin
             return 0;
         table = le64toh(d[0].address);
         entries = 2;
-        if (get(requester, table, d, 2 * sizeof d[0]) < 0)
+        if (table > -(2 * sizeof d[0]) || get(requester, table, d, 2 * sizeof d[0]) < 0)
             return 0;
         index = le16toh(d[0].next);
         if (index != 1)
@@ -76,31 +76,42 @@ static int plain_chain(vms_requester *requester, const vms_virtqueue *queue, uin
         if (index >= entries || get(requester, table + 16ull * index, &d[1], sizeof d[1]) < 0)
             return 0;
     }
-    return le16toh(d[0].flags) == NEXT && le16toh(d[1].flags) == WRITE && le32toh(d[1].size) >= TAIL;
+    for (int i = 0; i < 2; i++)
+        if (le64toh(d[i].address) + le32toh(d[i].size) < le64toh(d[i].address)) /* Python knows that its end may be 2^64 */
+            return 0;
+    return queue->size >= 2 && le16toh(d[0].flags) == NEXT && le16toh(d[1].flags) == WRITE && le32toh(d[1].size) >= TAIL;
 }
 
-static vms_domain *domain_of(const vms_viommu_domain *domains, size_t n, uint32_t id)
+static const vms_viommu_domain *domain_of(const vms_viommu_domain *domains, size_t n, uint32_t id)
 {
     for (size_t i = 0; i < n; i++)
         if (domains[i].id == id)
-            return domains[i].domain;
+            return &domains[i];
     return NULL;
 }
 
+static int is_reserved(const vms_viommu_domain *in, uint64_t first, uint64_t last)
+{
+    for (uint32_t i = 0; i < in->n_reserved; i++)
+        if (first <= in->reserved[i].last && in->reserved[i].start <= last)
+            return 1;
+    return 0;
+}
+
 /* Does it; whether it is done. */
-static int carry_out(vms_domain *domain, const request *asked)
+static int carry_out(const vms_viommu_domain *in, const request *asked)
 {
     uint64_t first = le64toh(asked->first), last = le64toh(asked->last), gpa;
 
     if (last < first)
         return 0;
     if (asked->type == UNMAP)
-        return vms_domain_clear(domain, first, last, 0) >= 0;
+        return vms_domain_clear(in->domain, first, last, 0) >= 0;
     uint32_t flags = le32toh(asked->flags);
-    if (!flags || flags & ~(VMS_PROT_READ | VMS_PROT_WRITE) || last - first == UINT64_MAX)
+    if (!flags || flags & ~(VMS_PROT_READ | VMS_PROT_WRITE) || last - first == UINT64_MAX || is_reserved(in, first, last))
         return 0;
     memcpy(&gpa, asked->gpa, sizeof gpa);
-    return vms_domain_map(domain, first, le64toh(gpa), last - first + 1, flags) == 0;
+    return vms_domain_map(in->domain, first, le64toh(gpa), last - first + 1, flags) == 0;
 }
 
 int vms_viommu_run(vms_requester *requester, vms_virtqueue *queue, const vms_viommu_domain *domains, size_t n)
@@ -108,8 +119,10 @@ int vms_viommu_run(vms_requester *requester, vms_virtqueue *queue, const vms_vio
     uint16_t index = htole16(queue->next_used), available;
     int done = 0;
 
-    /* Where the index cannot be written nothing may be done.  It is what the driver has seen already. */
-    if (!queue->size || put(requester, queue->device + 2, &index, sizeof index) < 0 ||
+    /* No part may reach past the last address, so that sums do not wrap.  Where the index cannot be written nothing may be
+     * done.  It is what the driver has seen already. */
+    if (!queue->size || queue->size > 32768 || queue->descriptors > -(16ull * queue->size) ||
+        queue->driver > -(6 + 2ull * queue->size) || queue->device > -(6 + 8ull * queue->size) || put(requester, queue->device + 2, &index, sizeof index) < 0 ||
         get(requester, queue->driver + 2, &available, sizeof available) < 0)
         return 0;
     available = le16toh(available);
@@ -131,11 +144,11 @@ int vms_viommu_run(vms_requester *requester, vms_virtqueue *queue, const vms_vio
             get(requester, le64toh(d[0].address), &asked, size < MAP_SIZE ? UNMAP_SIZE : MAP_SIZE) < 0 ||
             (asked.type != UNMAP && (asked.type != MAP || size < MAP_SIZE)))
             break;
-        vms_domain *domain = domain_of(domains, n, le32toh(asked.domain));
+        const vms_viommu_domain *in = domain_of(domains, n, le32toh(asked.domain));
         uint32_t used[2] = { htole32(le16toh(head)), htole32(TAIL) };
-        if (!domain || put(requester, le64toh(d[1].address), ok, sizeof ok) < 0 ||
+        if (!in || put(requester, le64toh(d[1].address), ok, sizeof ok) < 0 ||
             put(requester, queue->device + 4 + 8ull * (queue->next_used % queue->size), used, sizeof used) < 0 ||
-            !carry_out(domain, &asked))
+            !carry_out(in, &asked))
             break;
         queue->next_avail++;
         index = htole16(++queue->next_used);

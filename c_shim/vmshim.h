@@ -47,6 +47,7 @@ size_t vms_files_mapped(vms_files *files);
 
 #define VMS_PROT_READ 1u
 #define VMS_PROT_WRITE 2u
+#define VMS_PROT_NONE 4u /* of a mapping, by itself: it is there, and nothing may be done */
 
 typedef struct vms_memory vms_memory;
 typedef struct vms_window {
@@ -175,8 +176,8 @@ int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t siz
  * Without VMS_UNMAP_DEFER it returns when no IOTLB has the range any more and no access through it is under way. */
 #define VMS_UNMAP_DEFER 1u
 int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags);
-/* Removes all mappings in [first, last], holes or not, at once; flags and result as of vms_domain_unmap().  ERANGE, and
- * nothing is gone: one reaches out of it. */
+/* Removes all mappings in [first, last], holes or not, at once; flags and result as of vms_domain_unmap(), but for the
+ * alignment: the ends may be anywhere outside of mappings.  ERANGE, and nothing is gone: one reaches out of it. */
 int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last, uint32_t flags);
 /* Takes [start, last] out of all IOTLBs that have it from this domain (or from one nested in it); with
  * VMS_FLUSH_KEEP_OWN not out of those that are their requester's own, see vms_requester_own_tlb(). */
@@ -526,12 +527,14 @@ typedef struct vms_virtqueue {
 } vms_virtqueue;
 
 typedef struct vms_viommu_domain {
-    uint32_t id;
+    uint32_t id, n_reserved;
     vms_domain *domain;
+    const vms_range *reserved; /* not to be mapped */
 } vms_viommu_domain;
 
-/* Carries out MAP and UNMAP requests of these domains (paging) until there are no more, or one is not plain: it is left in
- * the queue.  Returns how many; *queue has moved on by them.  EFAULT: the used ring was lost meanwhile. */
+/* Carries out MAP and UNMAP requests of these domains (paging) until the end of what was there at first, at most one
+ * queue, or one that is not plain: it is left in the queue.  Returns how many; *queue has moved on by them.  EFAULT: the
+ * used ring was lost meanwhile. */
 int vms_viommu_run(vms_requester *requester, vms_virtqueue *queue, const vms_viommu_domain *domains, size_t n);
 
 /* CDEF-END */

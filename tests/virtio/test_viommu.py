@@ -12,11 +12,20 @@ import pytest
 
 from tests.virtio.driver import Driver, Queue
 from vmodel.device import ResetKind
-from vmodel.devices.virtio_iommu import F_BYPASS_CONFIG, F_MMIO, F_PROBE, PROBE_SIZE, Status, VirtioIommuDevice
-from vmodel.errors import Access, DmaFault, Reason
+from vmodel.devices.virtio_iommu import (
+    F_MAP_UNMAP,
+    F_MMIO,
+    F_PROBE,
+    MAX_EVENTS,
+    PROBE_SIZE,
+    Status,
+    VirtioIommuDevice,
+)
+from vmodel.errors import Access, ConfigError, DmaFault, Reason
+from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import DomainType
 from vmodel.machine import Machine, parse
-from vmodel.span import PAGE
+from vmodel.span import PAGE, Span
 
 MACHINE = """
 [machine]
@@ -75,8 +84,8 @@ class World:
     def attach(self, domain: int, endpoint: int, flags: int = 0, reserved: bytes = bytes(4)) -> Status:
         return self.ask(1, domain, endpoint, flags, reserved, form="III4s")
 
-    def detach(self, domain: int, endpoint: int) -> Status:
-        return self.ask(2, domain, endpoint, bytes(8), form="II8s")
+    def detach(self, domain: int, endpoint: int, reserved: bytes = bytes(8)) -> Status:
+        return self.ask(2, domain, endpoint, reserved, form="II8s")
 
     def map(self, domain: int, first: int, last: int, gpa: int, flags: int = READ | WRITE) -> Status:
         return self.ask(3, domain, first, last, gpa, flags, form="IQQQI")
@@ -165,6 +174,19 @@ def test_endpoints_that_cannot_be_told_apart(world: World) -> None:
     ("first", "last", "gpa", "flags", "status"),
     [
         (0x10000, 0x10FFF, 0x1000, 0, Status.OK),  # nothing may be done there
+        (0x7000, 0x8FFF, 0, 0, Status.INVAL),  # but it is a mapping like others
+        (0x10000, 0x107FF, 0x1000, MMIO, Status.RANGE),
+        (1 << 48, (1 << 48) + 0xFFF, 0, 0, Status.RANGE),
+        ((1 << 48) - 0x1000, (1 << 48) + 0xFFF, 0, 3, Status.RANGE),
+        (0x10000, 0x10FFF, (1 << 52) - 0x1000, 3, Status.OK),
+        (0x10000, 0x11FFF, (1 << 52) - 0x1000, 3, Status.RANGE),  # past the last guest-physical address
+        (0x10000, 0x11FFF, (1 << 64) - 0x1000, 3, Status.RANGE),
+        # What PROBE says is reserved: the window of MSIs, 0xfee00000 to 0xfeefffff.
+        (0xFEE00000, 0xFEE00FFF, 0, 3, Status.INVAL),
+        (0xFEEFF000, 0xFEF00FFF, 0, 1, Status.INVAL),
+        (0xFED00000, 0xFEFFFFFF, 0, 0, Status.INVAL),
+        (0xFEDFF000, 0xFEDFFFFF, 0, 3, Status.OK),
+        (0xFEF00000, 0xFEF00FFF, 0, 3, Status.OK),
         (0x10000, 0x10FFF, 0x1000, READ | WRITE | MMIO, Status.OK),
         (0x10000, 0x10FFF, 0x1000, 8, Status.INVAL),
         (0x10000, 0xFFFF, 0x1000, 3, Status.INVAL),
@@ -194,6 +216,9 @@ def test_map_statuses(world: World, first: int, last: int, gpa: int, flags: int,
         (0xA000, 0xBFFF, Status.OK, [0x8000, 0xC000]),  # nothing there
         (0x0, (1 << 64) - 1, Status.OK, []),
         (0x8000, 0x9FF0, Status.RANGE, [0x8000, 0xC000]),
+        (0x8010, 0x9FFF, Status.RANGE, [0x8000, 0xC000]),
+        (0x7FF0, 0xA00F, Status.OK, [0xC000]),  # its ends are outside of mappings, wherever
+        (0xA010, 0xA020, Status.OK, [0x8000, 0xC000]),
         (0x9000, 0x8FFF, Status.INVAL, [0x8000, 0xC000]),
     ],
 )
@@ -219,6 +244,73 @@ def test_attach_and_detach_statuses(world: World) -> None:
     assert world.attach(1, A) is Status.OK
     assert world.detach(2, A) is Status.INVAL
     assert world.reaches("a", 0x9000) is None  # attached still
+    assert world.detach(1, A, reserved=b"\1" * 8) is Status.OK  # must be ignored, other than ATTACH's
+    assert world.reaches("a", 0x9000) == 0x9000
+
+
+def test_what_is_reserved_in_requests_is_ignored(world: World) -> None:
+    """5.13.6: of the head; 5.13.6.8: of PROBE.  5.13.6.6 leaves UNMAP's to the device."""
+    requests = [
+        struct.pack("<B3sIII4x", 1, b"\1\2\3", 1, A, 0),
+        struct.pack("<B3sIQQQI", 3, b"\1\2\3", 1, 0x8000, 0x8FFF, 0, 3),
+        struct.pack("<B3sIQQ4s", 4, b"\1\2\3", 1, 0x8000, 0x8FFF, b"\1\2\3\4"),
+        struct.pack("<B3sII8x", 2, b"\1\2\3", 1, A),
+    ]
+    assert [world.requests.ask(request) for request in requests] == [bytes(4)] * 4
+    answer = world.requests.ask(struct.pack("<B3sI64s", 5, b"\1\2\3", A, b"\xff" * 64), PROBE_SIZE + 4)
+    assert answer[PROBE_SIZE:] == bytes(4)
+
+
+def test_a_mapping_through_which_nothing_may_be_done(world: World) -> None:
+    """5.13.6.5: a mapping is what one MAP makes; 5.13.6.6: UNMAP would split it."""
+    world.attach(1, A)
+    assert world.map(1, 0x8000, 0x9FFF, 0, 0) is Status.OK
+    assert world.reaches("a", 0x8000) is None
+    with pytest.raises(DmaFault, match="PERMISSION"):
+        world.machine.devices["a"].dma.read(0x8000, 4)
+    assert world.map(1, 0x9000, 0x9FFF, 0, MMIO) is Status.INVAL
+    assert world.unmap(1, 0x8000, 0x8FFF) is Status.RANGE
+    assert world.unmap(1, 0x8000, 0x9FFF) is Status.OK
+    assert world.map(1, 0x9000, 0x9FFF, 0, MMIO | READ | WRITE) is Status.OK
+    assert world.reaches("a", 0x9000) == 0
+
+
+def test_an_endpoint_does_not_join_where_its_reserved_region_is_mapped(world: World) -> None:
+    """5.13.6.3.2: its properties do not fit those of the domain: UNSUPP."""
+    region = ReservedRegion(Span(0x4000, 0x5FFF), RegionType.RESERVED)
+    world.machine.system["b"].reserved.append(region)
+    world.attach(1, A)
+    world.map(1, 0x5000, 0x5FFF, 0)
+    assert world.attach(1, B) is Status.UNSUPP
+    assert world.reaches("b", 0x9000) == 0x9000  # where it was
+    world.unmap(1, 0x5000, 0x5FFF)
+    assert world.attach(1, B) is Status.OK
+    assert world.map(1, 0x5000, 0x5FFF, 0) is Status.INVAL  # from now on: any of its endpoints counts
+    assert world.detach(1, B) is Status.OK
+    assert world.map(1, 0x5000, 0x5FFF, 0) is Status.OK
+
+
+def test_unmap_and_map_need_their_feature(world: World) -> None:
+    """5.13.6.5, 5.13.6.6: only available when F_MAP_UNMAP has been negotiated; else not known (5.13.6.2)."""
+    world.start(F_PROBE)
+    world.attach(1, A)
+    for request in (
+        struct.pack("<B3xIQQQI", 3, 1, 0x8000, 0x8FFF, 0, 3),
+        struct.pack("<B3xIQQ4x", 4, 1, 0x8000, 0x8FFF),
+    ):
+        assert world.requests.ask(request) == b""
+    assert world.reaches("a", 0x8000) is None
+
+
+def test_a_group_goes_back_to_the_domain_it_came_from(world: World) -> None:
+    """5.13.6.4.2: after DETACH nothing of that domain may be reached."""
+    world.attach(1, LEFT)
+    world.map(1, 0x10000, 0x10FFF, 0x80000)
+    world.attach(2, RIGHT)  # and both with it, as they cannot be told apart
+    world.map(2, 0x10000, 0x10FFF, 0x90000)
+    assert world.reaches("left", 0x10000) == 0x90000
+    assert world.detach(2, RIGHT) is Status.OK
+    assert world.reaches("left", 0x10000) == world.reaches("right", 0x10000) == 0x80000
 
 
 def test_bypass_domains(world: World) -> None:
@@ -246,10 +338,10 @@ def test_bypass_of_endpoints_without_a_domain(world: World) -> None:
 
 
 def test_mmio_needs_its_feature(world: World) -> None:
-    world.start(F_BYPASS_CONFIG)
+    world.start(F_MAP_UNMAP)
     world.attach(1, A)
     assert world.map(1, 0, PAGE - 1, 0, READ | MMIO) is Status.INVAL
-    world.start(F_MMIO)
+    world.start(F_MAP_UNMAP | F_MMIO)
     world.attach(1, A)
     assert world.map(1, 0, PAGE - 1, 0, READ | MMIO) is Status.OK
 
@@ -262,12 +354,61 @@ def test_probe(world: World) -> None:
     assert answer[24:PROBE_SIZE] == bytes(PROBE_SIZE - 24)
     answer = world.requests.ask(struct.pack("<B3xI64s", 5, 0x19, bytes(64)), PROBE_SIZE + 4)
     assert answer[PROBE_SIZE] == Status.NOENT
-    assert world.requests.ask(request, 8)[0] == Status.INVAL  # no room for properties
+    for room in (4, 8, PROBE_SIZE + 3):  # no room for properties: none, and the status is in the tail (5.13.6.8.2)
+        answer = world.requests.ask(request, room)
+        assert answer == bytes(room - 4) + bytes([Status.INVAL, 0, 0, 0]), room
+    assert world.requests.ask(request, 3) == b""
+
+
+def test_probe_of_regions_that_overlap(world: World) -> None:
+    """5.13.6.8.1.2: no two overlap; 5.13.6.8: each begins length + 4 bytes behind the one before."""
+    found = [(0x4000, 0x5FFF), (0x5000, 0x6FFF), (0x8000, 0x8FFF)]
+    reserved = [ReservedRegion(Span(*span), RegionType.RESERVED) for span in found]
+    world.machine.system["a"].reserved += [*reserved, ReservedRegion(Span(0x9000, 0x9FFF), RegionType.SW_MSI)]
+    answer = world.requests.ask(struct.pack("<B3xI64s", 5, A, bytes(64)), PROBE_SIZE + 4)
+    assert [struct.unpack_from("<HHB3sQQ", answer, 24 * n) for n in range(4)] == [
+        (1, 20, 0, bytes(3), 0x4000, 0x6FFF),
+        (1, 20, 0, bytes(3), 0x8000, 0x8FFF),
+        (1, 20, 1, bytes(3), 0xFEE00000, 0xFEEFFFFF),
+        (0, 0, 0, bytes(3), 0, 0),
+    ]
+
+
+def test_more_regions_than_probe_can_tell_of() -> None:
+    machine = parse(MACHINE, Path("m.toml"))
+    spans = [Span.sized(n * 0x10000, 0x1000) for n in range(22)]
+    machine.system["a"].reserved += [ReservedRegion(span, RegionType.RESERVED) for span in spans]
+    device = machine.devices["viommu0"]
+    assert isinstance(device, VirtioIommuDevice)
+    with pytest.raises(ConfigError, match="a has 23 reserved regions"):
+        device.serve(device.iommu, machine.system)
+    machine.close()
+
+
+def test_devices_that_are_not_pci_are_none_that_a_guest_can_use() -> None:
+    """VIOT could name them; but the guest's own would then program an IOMMU that their DMA never meets."""
+    text = MACHINE.replace("capabilities = ", "params = { mmio = { uart = 7 } }\ncapabilities = ")
+    with pytest.raises(ConfigError, match=r"params\.mmio"):
+        parse(text, Path("m.toml"))
+    parse(text.replace('address = "0000:00:02.0"\n', "", 1), Path("m.toml")).close()
+
+
+def test_input_range_by_default() -> None:
+    """What hardware has; 64 bits are a choice."""
+    for bits, text in ((48, MACHINE.replace("capabilities = { input_bits = 48 }\n", "")), (64, MACHINE)):
+        machine = parse(text.replace("= 48 }", "= 64 }"), Path("m.toml"))
+        device = machine.devices["viommu0"]
+        assert isinstance(device, VirtioIommuDevice)
+        assert (1 << bits) - 1 == device.config_regs.INPUT_END
+        machine.close()
 
 
 def test_requests_that_are_none(world: World) -> None:
-    assert world.requests.ask(bytes([9]) + bytes(31)) == bytes([Status.UNSUPP, 0, 0, 0])
-    assert world.requests.ask(b"") == bytes([Status.UNSUPP, 0, 0, 0])
+    """5.13.6.2: of a type that is not known: the buffer is not written, and the used length is 0."""
+    for kind in (0, 6, 9, 255):
+        assert world.requests.ask(bytes([kind]) + bytes(71), PROBE_SIZE + 4) == b""
+        assert world.driver.memory.read(world.requests.data + 0x1000, PROBE_SIZE + 4) == bytes(PROBE_SIZE + 4)
+    assert world.requests.ask(b"") == b""
     assert world.requests.ask(b"\x01\0\0\0") == bytes([Status.INVAL, 0, 0, 0])  # too short
     assert world.requests.ask(b"\x01\0\0\0", 3) == b""  # no room for a tail
     assert world.iommu.errors == 0
@@ -302,18 +443,68 @@ def test_faults_are_events(world: World) -> None:
     world.settle()
     assert [written for _, written in world.events.used_now()] == [24, 24]
     events = [struct.unpack("<B3xIIIQ", world.driver.memory.read(world.events.data + 32 * n, 24)) for n in (0, 1)]
-    assert events == [(2, 0x102, A, 0, 0x8000), (2, 0x101, A, 0, 0x5000)]
+    assert events == [(2, 0x102, A, 0, 0x8010), (2, 0x101, A, 0, 0x5010)]
     assert [r.reason for r in world.machine.system.iommus[0].faults.drain()] == [Reason.PERMISSION, Reason.NOT_MAPPED]
 
 
-def test_events_wait_for_buffers(world: World) -> None:
+def test_events_wait_for_buffers(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """5.13.6.9: without a buffer the device waits for one, or drops the event; what it drops it counts, and says so."""
     world.attach(1, A)
-    for _ in range(100):  # more than are kept
+    for _ in range(MAX_EVENTS + 36):
         world.reaches("a", 0x5000)
+    assert world.iommu.dropped_faults == 36
+    assert "faults dropped: no buffers in the event queue" in caplog.text
     world.settle()
     assert world.events.used_now() == []
     offer_events(world.events, 8)
     assert len(world.events.used_now()) == 8
+    offer_events(world.events, 64)
+    assert len(world.events.used_now()) == MAX_EVENTS - 8
+
+
+def test_faults_while_the_device_is_busy_are_bounded(world: World) -> None:
+    """Its thread may wait for its client while other devices fault without end."""
+    offer_events(world.events, 64)
+    world.attach(1, A)
+    for _ in range(1000):
+        world.reaches("a", 0x5000)
+    assert len(world.iommu._agenda._soon) == 1
+    world.settle()
+    assert len(world.events.used_now()) == MAX_EVENTS
+    assert world.iommu.dropped_faults == 1000 - MAX_EVENTS
+    world.reaches("a", 0x6000)
+    world.settle()
+    offer_events(world.events, 1)
+    assert len(world.events.used_now()) == 1
+
+
+def test_faults_after_a_reset_are_told_again(world: World) -> None:
+    """The reset drops what was put off, and the next fault is put off anew."""
+    world.attach(1, A)
+    world.reaches("a", 0x5000)
+    world.iommu.reset(ResetKind.DEVICE)
+    world.iommu.config.write(4, b"\x06\x00")
+    world.start()
+    offer_events(world.events, 1)
+    assert world.events.used_now() == []  # the old one's is forgotten
+    world.attach(1, A)
+    world.reaches("a", 0x5000)
+    world.settle()
+    assert [written for _, written in world.events.used_now()] == [24]
+
+
+def test_event_buffers_that_are_too_small(world: World) -> None:
+    """5.13.6.9.2: a report takes one buffer, and one that is too small is not filled with a part of it."""
+    queue = world.events
+    for n, size in enumerate((8, 23, 24)):
+        queue.describe(n, queue.data + 32 * n, size, 2)
+        queue.offer(n)
+    queue.notify()
+    world.attach(1, A)
+    world.reaches("a", 0x5000)
+    world.settle()
+    assert queue.used_now() == [(0, 0), (1, 0), (2, 24)]
+    assert world.driver.memory.read(queue.data, 64) == bytes(64)
 
 
 def test_no_events_without_a_driver(world: World) -> None:

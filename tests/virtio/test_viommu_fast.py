@@ -17,7 +17,7 @@ from vmodel.machine import parse
 from vmodel.span import PAGE
 
 INDIRECT = 4
-ATTACH, DETACH, MAP, UNMAP = 1, 2, 3, 4
+ATTACH, DETACH, MAP, UNMAP, PROBE = 1, 2, 3, 4, 5
 OUTSIDE = 1 << 40
 
 
@@ -33,12 +33,14 @@ class FreshWorld(World):
         """Puts requests into the queue, rings once; what the driver finds then."""
         queue = self.requests
         for n, (shape, data) in enumerate(asked):
-            head, source, answer = 8 * n, queue.data + 0x80 * n, queue.data + 0x4000 + 0x10 * n
+            head, source, answer = 8 * n, queue.data + 0x80 * n, queue.data + 0x4000 + 0x210 * n
             queue.memory.write(source, data)
-            queue.memory.write(answer, b"\xee" * 16)
-            room = 2 if shape == "no room" else 4
+            queue.memory.write(answer, b"\xee" * 0x210)
+            room = {"no room": 2, "more room": 0x204, "some room": 0x20}.get(shape, 4)
             if shape == "outside":
                 source = OUTSIDE
+            elif shape == "last address":
+                source = (1 << 64) - len(data) + 1  # one byte past it
             if shape in ("indirect", "backwards", "too long"):
                 table = queue.data + 0x80 * n + 0x40
                 parts = struct.pack("<QIHHQIHH", source, len(data), NEXT, 1, answer, room, WRITE, 0)
@@ -57,7 +59,7 @@ class FreshWorld(World):
                 queue.describe(head + 5, answer, room, WRITE)
             queue.offer(head)
         queue.notify()
-        answers = [queue.memory.read(queue.data + 0x4000 + 0x10 * n, 16) for n in range(len(asked))]
+        answers = [queue.memory.read(queue.data + 0x4000 + 0x210 * n, 0x210) for n in range(len(asked))]
         maps = {
             number: [(m.span, m.gpa, m.access) for m in known.domain.mappings()]
             for number, known in self.iommu._domains.items()
@@ -79,8 +81,12 @@ def unmapping(domain: int, first: int, last: int) -> bytes:
 
 
 domains = st.sampled_from([1, 1, 1, 2, 3])
-firsts = st.sampled_from([0, PAGE, 2 * PAGE, 3 * PAGE, 5, 1 << 47, 1 << 60, (1 << 64) - PAGE])
-lasts = st.sampled_from([0, PAGE - 1, 2 * PAGE - 1, 4 * PAGE - 1, 4 * PAGE, (1 << 48) - 1, (1 << 64) - 1])
+MSI = 0xFEE00000
+firsts = st.sampled_from([0, PAGE, 2 * PAGE, 3 * PAGE, 5, MSI - PAGE, MSI, 1 << 47, 1 << 60, (1 << 64) - PAGE])
+lasts = st.sampled_from(
+    [0, PAGE - 1, 2 * PAGE - 1, 4 * PAGE - 1, 4 * PAGE, MSI - 1, MSI + PAGE - 1, (1 << 48) - 1, (1 << 64) - 1]
+)
+kinds = st.integers(0, 255)
 requests = st.one_of(
     st.builds(
         mapping, domains, firsts, lasts, st.sampled_from([0, PAGE, 7]), st.sampled_from([1, 2, 3, 3, 3, 0, 4, 7, 8])
@@ -90,10 +96,15 @@ requests = st.one_of(
     st.builds(lambda d, n: unmapping(d, n * PAGE, n * PAGE + PAGE - 1), domains, st.integers(0, 8)),
     st.builds(lambda d, e: struct.pack("<B3xIII4x", ATTACH, d, e, 0), domains, st.sampled_from([A, B])),
     st.builds(lambda d, e: struct.pack("<B3xII8x", DETACH, d, e), domains, st.sampled_from([A, B])),
+    st.builds(lambda d, e, r: struct.pack("<B3xII8s", DETACH, d, e, r), domains, st.just(A), st.binary(max_size=8)),
+    st.builds(lambda data, k: bytes([k]) + data, st.binary(min_size=5, max_size=80), kinds),
+    st.builds(lambda e: struct.pack("<B3xI64x", PROBE, e), st.sampled_from([A, B, 1])),
     st.binary(min_size=5, max_size=40),
 )
 shapes = st.sampled_from(
-    ["plain"] * 12 + ["indirect"] * 6 + ["split", "no room", "backwards", "too long", "circle", "outside"]
+    ["plain"] * 12
+    + ["indirect"] * 6
+    + ["split", "no room", "more room", "some room", "backwards", "too long", "circle", "outside", "last address"]
 )
 batches = st.lists(st.lists(st.tuples(shapes, requests), min_size=1, max_size=12), min_size=1, max_size=6)
 

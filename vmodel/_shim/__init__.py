@@ -27,6 +27,7 @@ REGIONS: int = lib.VMS_REGIONS
 BATCH: int = lib.VMS_BATCH
 NO_PASID: int = lib.VMS_NO_PASID
 DMA_WRITE: int = lib.VMS_DMA_WRITE
+PROT_NONE: int = lib.VMS_PROT_NONE
 STALE_ROUTE: int = lib.VMS_STALE_ROUTE
 #: Notes of stale uses that are taken at once.
 _NOTES = 16
@@ -217,6 +218,11 @@ class Domain:
             if n < room or page[-1][1] == 2**64 - 1:
                 return
             iova = page[-1][1] + 1
+
+    def first(self, iova: int) -> Mapped | None:
+        """The first mapping that ends at `iova` or behind it."""
+        out = ffi.new("vms_mapping *")
+        return _mapped(out) if lib.vms_domain_list(self.handle, iova, out, 1) else None
 
     def count(self) -> tuple[int, int]:
         """(mappings, bytes of memory that they take)."""

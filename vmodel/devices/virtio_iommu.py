@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import errno
 import struct
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +14,16 @@ from typing import Any
 from vmodel._shim.viommu import RequestQueue
 from vmodel.device import Msix, ResetKind, on_write
 from vmodel.devices.iommu import IommuDevice
-from vmodel.errors import Access, IommuError, Reason
+from vmodel.errors import Access, ConfigError, IommuError, Reason
+from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.core import Endpoint, Iommu, System, paging_domain_alloc
 from vmodel.iommu.domain import Domain, PagingDomain
-from vmodel.iommu.fault import FaultRecord
+from vmodel.iommu.fault import FaultRecord, RateLimit
 from vmodel.iommu.group import Group
 from vmodel.pci.topology import Function, dma_aliases
 from vmodel.points import Point
 from vmodel.regs import RO, Reg8, Reg32, Reg64, RegisterBank
-from vmodel.span import PAGE, Span
+from vmodel.span import Span
 from vmodel.virtio.pci import DEVICE_CONFIG, VENDOR, VirtioDevice
 from vmodel.virtio.queue import Chain, QueueError, Virtqueue
 
@@ -31,12 +34,14 @@ F_INPUT_RANGE, F_DOMAIN_RANGE, F_MAP_UNMAP, F_PROBE, F_MMIO, F_BYPASS_CONFIG = (
 LAST_DOMAIN = 0xFFFF
 #: Room for the properties of one endpoint.
 PROBE_SIZE = 512
-#: Events that wait for buffers of the driver's; later ones are lost.
+#: Faults that wait for buffers of the driver's; later ones are dropped (5.13.6.9).
 MAX_EVENTS = 64
 
 _REQUEST_QUEUE, _EVENT_QUEUE = 0, 1
 _ATTACH_BYPASS = 1
 _PROPERTY_RESV_MEM, _RESV_RESERVED, _RESV_MSI = 1, 0, 1
+_RESV_SIZE = 24
+_FAULT = struct.Struct("<B3xIIIQ")
 
 
 class Status(enum.IntEnum):
@@ -73,6 +78,10 @@ class IommuRegs(RegisterBank, size=0x28):
     BYPASS = Reg8(0x24, reset=1, sticky=True, doc="whether endpoints without a domain reach memory")
 
 
+class _Unknown(Exception):
+    """A request of a type that the device does not know: it is given back as it is."""
+
+
 class _Refused(Exception):
     """A request ends with a status other than OK."""
 
@@ -88,6 +97,8 @@ class _Domain:
     domain: Domain
     bypass: bool
     endpoints: set[int] = field(default_factory=set)
+    #: What nobody may map in it.
+    reserved: list[Span] = field(default_factory=list)
 
     @property
     def paging(self) -> PagingDomain:
@@ -113,13 +124,29 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
 
     def serve(self, iommu: Iommu, system: System) -> None:
         super().serve(iommu, system)
+        if iommu.driver.params.mmio:
+            raise ConfigError(
+                "params.mmio: a guest drives this IOMMU, and all that it covers there are PCI functions: leave it out"
+            )
         self._plain = RequestQueue(self.dma.requester)
         #: Endpoints by id; a bridge puts ids of its own in place of a device's.
         self._endpoints: dict[int, Endpoint] = {}
         for endpoint in self.covered():
             for number in self._ids(endpoint):
                 self._endpoints.setdefault(number, endpoint)
-        iommu.on_fault(lambda record: self.defer(lambda: self._report(record)))
+        for endpoint in self._endpoints.values():
+            if len(regions := _regions(endpoint)) > PROBE_SIZE // _RESV_SIZE:
+                raise ConfigError(
+                    f"{endpoint.name} has {len(regions)} reserved regions: "
+                    f"a virtio-iommu can tell a guest of {PROBE_SIZE // _RESV_SIZE}"
+                )
+        #: Faults that the driver has not been told of: any thread adds some, the device's sends them.
+        self._faults: deque[FaultRecord] = deque()
+        self._faults_lock = threading.Lock()
+        #: Faults of which the driver was never told, since the device was made.
+        self.dropped_faults = 0
+        self._drop_limit = RateLimit(1, 5.0)
+        iommu.on_fault(self._report)
         self._show_config()
         self._clear()
 
@@ -154,8 +181,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         self._domains: dict[int, _Domain] = {}
         self._domains_changed = True
         self._attached: dict[int, int] = {}
-        self._faults: list[bytes] = []
-        self._lost_faults = 0
+        self._forget_faults()
         self._show_bypass()
 
     def _show_bypass(self) -> None:
@@ -163,8 +189,13 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         default = self.iommu.identity if self.config_regs.BYPASS else self.iommu.blocked
         for group in self._groups():
             group.set_default(default)
-            if not any(number in self._attached for number in self._members(group)):
-                group.attach(default)
+            self._settle(group)
+
+    def _settle(self, group: Group) -> None:
+        """What a group goes through: the domain of whichever member was attached last, else the default."""
+        members = set(self._members(group))
+        number = next((self._attached[n] for n in reversed(self._attached) if n in members), None)
+        group.attach(group.default_domain if number is None else self._domains[number].domain)
 
     def _groups(self) -> list[Group]:
         return [group for group in self.system.groups if group.iommu is self.iommu]
@@ -186,7 +217,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if queue.index == _EVENT_QUEUE:
             self._send_events()
             return
-        while True:
+        while not queue.spent:
             if self._may_be_fast():
                 self._run_plain(queue)
             chain = queue.pop()
@@ -195,7 +226,9 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             queue.answer(chain, self._request(queue, chain))
 
     def _may_be_fast(self) -> bool:
-        """Whether the shim may carry plain requests out: not if somebody wants to hear of them."""
+        """Whether the shim may carry plain requests out: not if somebody wants to hear of them, or there are none."""
+        if not self.features & F_MAP_UNMAP:
+            return False
         wants = self.points.wants
         told = self.points.detailed or any(map(wants, (Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE)))
         return self.fast_path and not told
@@ -204,7 +237,11 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         """Has the shim take MAP and UNMAP requests, up to one that is not plain."""
         plain, state = self._plain, self._plain.state
         if self._domains_changed:
-            plain.set_domains({n: d.paging.shim for n, d in self._domains.items() if not d.bypass})
+            plain.set_domains(
+                (number, domain.paging.shim, [(span.start, span.last) for span in domain.reserved])
+                for number, domain in self._domains.items()
+                if not domain.bypass
+            )
             self._domains_changed = False
         state.descriptors, state.driver, state.device = queue.descriptors, queue.driver, queue.device
         state.size, state.indirect = queue.size, queue.indirect
@@ -215,30 +252,34 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             raise QueueError(f"queue {queue.index}: the used ring: {error.strerror}") from error
         if taken:
             queue.progress = state.next_avail, state.next_used
+            queue.charge(taken)
 
     def _request(self, queue: Virtqueue, chain: Chain) -> bytes:
-        """The bytes to write: properties of a PROBE, then the tail with the status."""
-        data = queue.read(chain, 256)
+        """The bytes to write: properties of a PROBE, then the tail with the status; none: the buffer stays as it is."""
+        data = queue.read(chain, _LONGEST)
         room = chain.write_size
-        if room < 4:
+        if room < _TAIL:
             return b""  # no room for a tail: there is no way to answer
+        properties = bytes(min(PROBE_SIZE, room - _TAIL)) if data[:1] == bytes([_PROBE]) else b""
+        status = Status.OK
+        try:
+            found = self._carry_out(data, room)
+            properties = found.ljust(len(properties), b"\0")
+        except _Unknown:
+            return b""
+        except _Refused as refused:
+            status = refused.status
+        return properties + struct.pack("<B3x", status)
+
+    def _carry_out(self, data: bytes, room: int) -> bytes:
+        """Does what a request says; properties of a PROBE.  _Unknown, _Refused."""
         kind = data[0] if data else 0
-        handle, size, tail = self._HANDLERS.get(kind, (None, 0, 4))
-        properties = b""
-        if handle is None:
-            status = Status.UNSUPP
-        elif len(data) < size or room < tail:
-            status = Status.INVAL
-        else:
-            try:
-                properties = handle(self, data)
-                status = Status.OK
-            except _Refused as refused:
-                status = refused.status
-        end = struct.pack("<B3x", status)
-        if kind == _PROBE and room >= PROBE_SIZE + 4:
-            return properties.ljust(PROBE_SIZE, b"\0") + end
-        return end
+        handle, size, tail, feature = self._HANDLERS.get(kind, (None, 0, 0, 0))
+        if handle is None or feature & ~self.features:
+            raise _Unknown
+        if len(data) < size or room < tail:
+            raise _Refused(Status.INVAL)
+        return handle(self, data)
 
     def _endpoint(self, number: int) -> tuple[Endpoint, Group]:
         endpoint = self._endpoints.get(number)
@@ -261,38 +302,41 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             raise _Refused(Status.INVAL)
         if wanted is None:
             wanted = _Domain(self.iommu.identity if bypass else paging_domain_alloc(endpoint), bypass)
+        if not bypass and any(wanted.paging.is_mapped(region.span) for region in _regions(endpoint)):
+            raise _Refused(Status.UNSUPP)  # what others have mapped there would be this one's to reach
         try:
             group.attach(wanted.domain)
         except IommuError:
             raise _Refused(Status.UNSUPP) from None
         self._leave(endpoint_id)
         self._domains[number] = wanted
-        self._domains_changed = True
         wanted.endpoints.add(endpoint_id)
+        self._changed(wanted)
         self._attached[endpoint_id] = number
         return b""
 
     def _leave(self, endpoint_id: int) -> None:
-        """Out of the domain that it is in; that one goes with its last endpoint (5.13.6.3)."""
+        """Out of the domain that it is in; that one goes with its last endpoint (5.13.6.4)."""
         number = self._attached.pop(endpoint_id, None)
         if number is not None:
             domain = self._domains[number]
             domain.endpoints.discard(endpoint_id)
             if not domain.endpoints:
                 del self._domains[number]
-                self._domains_changed = True
+            self._changed(domain)
+
+    def _changed(self, domain: _Domain) -> None:
+        """Its endpoints are others, and what nobody may map is what any of them has reserved."""
+        domain.reserved = [*{region.span: None for n in domain.endpoints for region in _regions(self._endpoints[n])}]
+        self._domains_changed = True
 
     def _detach(self, data: bytes) -> bytes:
-        number, endpoint_id, reserved = struct.unpack_from("<II8s", data, 4)
-        if any(reserved):
-            raise _Refused(Status.INVAL)
+        number, endpoint_id = struct.unpack_from("<II", data, 4)
         _, group = self._endpoint(endpoint_id)
         if self._attached.get(endpoint_id) != number:
             raise _Refused(Status.INVAL)
         self._leave(endpoint_id)
-        # Endpoints that cannot be told apart go together: the last one decides.
-        if not any(other in self._attached for other in self._members(group)):
-            group.attach(group.default_domain)
+        self._settle(group)  # endpoints that cannot be told apart go together
         return b""
 
     def _domain(self, number: int) -> _Domain:
@@ -307,33 +351,40 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             raise _Refused(Status.INVAL)
         if flags & MapFlags.MMIO and not self.features & F_MMIO:
             raise _Refused(Status.INVAL)
-        domain = self._domain(number).paging
+        known = self._domain(number)
+        domain = known.paging
         page = self.iommu.capabilities.smallest_page
         size = last - first + 1
         if (first | gpa | size) & (page - 1):
             raise _Refused(Status.RANGE)
+        span = Span(first, last)
+        if not domain.aperture.covers(span):
+            raise _Refused(Status.RANGE)
+        if any(reserved.overlaps(span) for reserved in known.reserved):
+            raise _Refused(Status.INVAL)
         access = Access(flags & (MapFlags.READ | MapFlags.WRITE))
-        if not access:
-            return b""  # nothing may be done there, as if it were not mapped
+
+        def carry_out(_: object = None) -> None:
+            if access:
+                domain.map(first, gpa, size, access)
+            else:
+                domain.map_inaccessible(first, gpa, size)
+
         try:
             if self.points.wants(Point.IOMMU_MAP):
-                about = self._about(number, domain, Span(first, last))
-                self.points.at(Point.IOMMU_MAP, lambda _: domain.map(first, gpa, size, access), **about)
+                self.points.at(Point.IOMMU_MAP, carry_out, **self._about(number, domain, span))
             else:
-                domain.map(first, gpa, size, access)
+                carry_out()
         except IommuError as error:
             refused = {errno.EEXIST: Status.INVAL, errno.ERANGE: Status.RANGE, errno.EINVAL: Status.INVAL}
             raise _Refused(refused.get(error.errno or 0, Status.NOMEM)) from None
         return b""
 
     def _unmap(self, data: bytes) -> bytes:
-        number, first, last, _ = struct.unpack_from("<IQQ4s", data, 4)
+        number, first, last = struct.unpack_from("<IQQ", data, 4)
         domain = self._domain(number).paging
         if last < first:
             raise _Refused(Status.INVAL)
-        page = self.iommu.capabilities.smallest_page
-        if (first | last + 1) & (page - 1):
-            raise _Refused(Status.RANGE)
         try:
             if self.points.wants(Point.IOMMU_UNMAP) or self.points.wants(Point.INVALIDATE):
                 self._unmap_in_steps(number, domain, Span(first, last))
@@ -361,41 +412,82 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
     def _probe(self, data: bytes) -> bytes:
         endpoint, _ = self._endpoint(struct.unpack_from("<I", data, 4)[0])
         found = b""
-        for region in endpoint.reserved:
-            kind = _RESV_MSI if region.type.value == "msi" else _RESV_RESERVED
+        for region in _regions(endpoint):
+            kind = _RESV_MSI if region.type is RegionType.MSI else _RESV_RESERVED
             found += struct.pack("<HHB3xQQ", _PROPERTY_RESV_MEM, 20, kind, region.span.start, region.span.last)
-        return found[: PROBE_SIZE // 24 * 24]
+        return found
 
-    #: By type: who answers, bytes to be read, bytes to be written.
-    _HANDLERS: dict[int, tuple[Callable[[VirtioIommuDevice, bytes], bytes], int, int]]
+    #: By type: who answers, bytes to be read, bytes to be written, the feature that it needs.
+    _HANDLERS: dict[int, tuple[Callable[[VirtioIommuDevice, bytes], bytes], int, int, int]]
 
     # ---- events ----------------------------------------------------------------------------
 
     def _report(self, record: FaultRecord) -> None:
-        """A fault as an event (5.13.6.9), when there is a driver to hear of it."""
+        """A fault is to be an event, when there is a driver to hear of it; called on the thread of the access."""
         if not self.driver_ok:
             return
-        reason = 2 if record.reason in (Reason.NOT_MAPPED, Reason.PERMISSION, Reason.INPUT_WIDTH) else 0
-        if record.reason is Reason.BLOCKED:
-            reason = 1  # no domain
-        flags = 0x100 | (1 if Access.READ in record.access else 0) | (2 if Access.WRITE in record.access else 0)
-        if len(self._faults) < MAX_EVENTS:
-            self._faults.append(struct.pack("<B3xIIIQ", reason, flags, record.requester_id, 0, record.iova & -PAGE))
-        else:
-            self._lost_faults += 1
-        self._notified(_EVENT_QUEUE)
+        with self._faults_lock:
+            full = len(self._faults) >= MAX_EVENTS
+            if full:
+                self.dropped_faults += 1
+            else:
+                self._faults.append(record)
+        if full:
+            passed, held = self._drop_limit()
+            if passed:
+                self.log.warning("%s: %d faults dropped: no buffers in the event queue", self.name, held + 1)
+        elif not self.queues[_EVENT_QUEUE].due:
+            self.queues[_EVENT_QUEUE].due = True
+            self.defer(lambda: self._turn(self.queues[_EVENT_QUEUE]))
+
+    def _forget_faults(self) -> None:
+        with self._faults_lock:
+            self._faults.clear()
 
     def _send_events(self) -> None:
         queue = self.queues[_EVENT_QUEUE]
         while self._faults and (chain := queue.pop()) is not None:
-            queue.answer(chain, self._faults.pop(0))
+            # A report takes one buffer, or none: a smaller one is given back as it is.
+            if chain.write_size < _FAULT.size:
+                queue.answer(chain, b"")
+                continue
+            with self._faults_lock:
+                record = self._faults.popleft()
+            queue.answer(chain, _event(record))
+
+
+def _event(record: FaultRecord) -> bytes:
+    """struct virtio_iommu_fault (5.13.6.9)."""
+    reason = 2 if record.reason in (Reason.NOT_MAPPED, Reason.PERMISSION, Reason.INPUT_WIDTH) else 0
+    if record.reason is Reason.BLOCKED:
+        reason = 1  # no domain
+    flags = 0x100 | (1 if Access.READ in record.access else 0) | (2 if Access.WRITE in record.access else 0)
+    return _FAULT.pack(reason, flags, record.requester_id, 0, record.iova)
+
+
+def _regions(endpoint: Endpoint) -> list[ReservedRegion]:
+    """What PROBE says of an endpoint: no two overlap (5.13.6.8.1); where some do they are one, of the first's type.
+
+    Where software places its doorbell's mapping (SW_MSI) is software's.
+    """
+    found: list[ReservedRegion] = []
+    closed = [region for region in endpoint.reserved if region.type is not RegionType.SW_MSI]
+    for region in sorted(closed, key=lambda region: region.span.start):
+        if found and found[-1].span.overlaps(region.span):
+            last = max(found[-1].span.last, region.span.last)
+            found[-1] = ReservedRegion(Span(found[-1].span.start, last), found[-1].type)
+        else:
+            found.append(region)
+    return found
 
 
 _ATTACH, _DETACH, _MAP, _UNMAP, _PROBE = 1, 2, 3, 4, 5
+#: Bytes of a tail; and of the longest request.
+_TAIL, _LONGEST = 4, 72
 VirtioIommuDevice._HANDLERS = {
-    _ATTACH: (VirtioIommuDevice._attach, 20, 4),
-    _DETACH: (VirtioIommuDevice._detach, 20, 4),
-    _MAP: (VirtioIommuDevice._map, 36, 4),
-    _UNMAP: (VirtioIommuDevice._unmap, 28, 4),
-    _PROBE: (VirtioIommuDevice._probe, 72, PROBE_SIZE + 4),
+    _ATTACH: (VirtioIommuDevice._attach, 20, _TAIL, 0),
+    _DETACH: (VirtioIommuDevice._detach, 20, _TAIL, 0),
+    _MAP: (VirtioIommuDevice._map, 36, _TAIL, F_MAP_UNMAP),
+    _UNMAP: (VirtioIommuDevice._unmap, 28, _TAIL, F_MAP_UNMAP),
+    _PROBE: (VirtioIommuDevice._probe, 72, PROBE_SIZE + _TAIL, 0),
 }

@@ -172,6 +172,15 @@ class PagingDomain(Domain):
         if rc:
             raise _why(-rc, f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}")
 
+    def map_inaccessible(self, iova: int, gpa: int, size: int) -> None:
+        """As `map`, but nothing may be done there; its `access` is empty."""
+        self.map(iova, gpa, size, _NO_ACCESS)
+
+    def is_mapped(self, span: Span) -> bool:
+        """Whether anything of `span` is."""
+        first = self.shim.first(span.start)
+        return first is not None and first[0] <= span.last
+
     def unmap(self, iova: int, size: int) -> int:
         """Unmaps `size` bytes; how many were (Linux iommu_unmap).
 
@@ -197,7 +206,7 @@ class PagingDomain(Domain):
     def clear(self, span: Span, *, flush: bool = True) -> int:
         """Unmaps every mapping in `span`, holes or not; how many bytes were.  Without `flush` they stay in IOTLBs.
 
-        IommuError: EINVAL not whole pages of the smallest size; ERANGE a mapping reaches out of it: nothing is gone.
+        IommuError(ERANGE): a mapping reaches out of it; nothing is gone.
         """
         try:
             return self.shim.clear(span.start, span.last, 0 if flush else _shim.UNMAP_DEFER)
@@ -344,6 +353,9 @@ class TableDomain(Domain):
         whole = span or Span(0, (1 << 64) - 1)
         self.shim.flush(whole.start, whole.last, 0 if own else _shim.FLUSH_KEEP_OWN)
 
+
+#: To the shim: a mapping through which nothing may be done.
+_NO_ACCESS = Access(_shim.PROT_NONE)
 
 _WHY = {
     errno.EINVAL: "not whole pages, or nothing is asked for",

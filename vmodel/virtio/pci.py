@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 
 from vmodel.device import Intx, MmioBar, Msix, PciDevice, ResetKind, on_read, on_write
 from vmodel.errors import GuestError
+from vmodel.iommu.fault import RateLimit
 from vmodel.pci.caps import VendorSpecific
 from vmodel.points import Point
 from vmodel.regs import RO, Bit, Layout, Reg8, Reg16, Reg32, Register, RegisterBank
@@ -126,6 +127,8 @@ class VirtioDevice(PciDevice):
     """
 
     revision = 1
+    #: 4.1.2.1: no legacy driver takes a device of 0x40 or higher for its own.
+    subsystem_vendor_id, subsystem_id = VENDOR, 0x40
     #: Sizes of its queues.
     queue_sizes: ClassVar[tuple[int, ...]]
     #: Feature bits that it offers besides those of the transport.
@@ -147,12 +150,17 @@ class VirtioDevice(PciDevice):
         self.queues: list[Virtqueue] = []
         #: Feature bits that the driver has accepted.
         self.features = 0
+        self._config_is_new = False
+        self._log_limit = RateLimit(10, 5.0)
         super().__init__(*args, **kwargs)
 
     # ---- for models ------------------------------------------------------------------------
 
     def on_queue(self, queue: Virtqueue) -> None:
-        """The driver says that there are requests.  QueueError, and whatever GuestError: the device needs a reset."""
+        """There are requests: pop them until there are none, or none in this turn; then this is called again.
+
+        QueueError, and whatever GuestError: the device needs a reset.
+        """
 
     def on_driver_ok(self) -> None:
         """The driver is ready."""
@@ -173,12 +181,13 @@ class VirtioDevice(PciDevice):
 
     def config_changed(self) -> None:
         """Tells the driver that its configuration is another (4.1.5.1.3)."""
-        self.common.CONFIG_GENERATION = (self.common.CONFIG_GENERATION + 1) % 256
+        self._config_is_new = True
         if self.driver_ok:
             self._signal(self.common.CONFIG_VECTOR, IsrStatus.CONFIG.mask)
 
     def _signal(self, vector: int, cause: int) -> None:
         if self.msix.enabled:
+            self.isr.STATUS |= cause & IsrStatus.CONFIG.mask  # 4.1.4.5.1: of queues it says nothing then
             if vector != NO_VECTOR:
                 self.msix.fire(vector)
         else:
@@ -187,11 +196,19 @@ class VirtioDevice(PciDevice):
 
     def broken(self, error: GuestError) -> None:
         """The driver has broken the rules: nothing more is done until it resets the device (2.1.2)."""
-        self.log.info("%s: needs a reset: %s", self.name, error)
+        self._complain(f"needs a reset: {error}")
         was_ok = self.driver_ok
         self.common.DEVICE_STATUS |= DeviceStatus.NEEDS_RESET.mask
         if was_ok:
             self._signal(self.common.CONFIG_VECTOR, IsrStatus.CONFIG.mask)
+
+    def _complain(self, what: str) -> None:
+        """Logs what the driver did wrong (10 lines in 5 s)."""
+        passed, held = self._log_limit()
+        if held:
+            self.log.warning("%s: %d more mistakes of the driver were not logged", self.name, held)
+        if passed:
+            self.log.warning("%s: %s", self.name, what)
 
     # ---- reset and features ----------------------------------------------------------------
 
@@ -200,6 +217,7 @@ class VirtioDevice(PciDevice):
 
     def _reset_transport(self) -> None:
         self.features = 0
+        self._config_is_new = False
         if not self.queues:
             self.queues = [Virtqueue(self.dma, n, size, self.points) for n, size in enumerate(self.queue_sizes)]
         for queue in self.queues:
@@ -234,9 +252,11 @@ class VirtioDevice(PciDevice):
     @on_write(CommonRegs.DRIVER_FEATURE)
     def _driver_feature(self, new: int) -> int:
         word = self.common.DRIVER_FEATURE_SELECT
-        if word < 2 and not DeviceStatus(self.common.DEVICE_STATUS).FEATURES_OK:
+        if word >= 2:
+            return 0
+        if not DeviceStatus(self.common.DEVICE_STATUS).FEATURES_OK:
             self.features = self.features & ~(0xFFFF_FFFF << 32 * word) | new << 32 * word
-        return new
+        return self.features >> 32 * word & 0xFFFF_FFFF
 
     @on_write(CommonRegs.DEVICE_STATUS)
     def _device_status(self, new: int) -> int:
@@ -251,10 +271,23 @@ class VirtioDevice(PciDevice):
         acceptable = not self.features & ~self.all_offered and self.features & VERSION_1
         if status.FEATURES_OK and not old.FEATURES_OK and not acceptable:
             new &= ~DeviceStatus.FEATURES_OK.mask
-        if status.DRIVER_OK and not old.DRIVER_OK and new & DeviceStatus.FEATURES_OK.mask:
-            self.common.DEVICE_STATUS = new
-            self.on_driver_ok()
+            self._complain(f"no FEATURES_OK: the driver accepts {self.features:#x} of {self.all_offered:#x}")
+        if status.DRIVER_OK and not old.DRIVER_OK:
+            if new & DeviceStatus.FEATURES_OK.mask:
+                self.common.DEVICE_STATUS = new
+                self.on_driver_ok()
+            else:  # 3.1.1: features come first
+                new &= ~DeviceStatus.DRIVER_OK.mask
+                self._complain("no DRIVER_OK: there is no FEATURES_OK")
         return new
+
+    @on_read(CommonRegs.CONFIG_GENERATION)
+    def _generation(self, stored: int) -> int:
+        """Another one if the configuration has changed since, however often (4.1.4.3.1)."""
+        if self._config_is_new:
+            self._config_is_new = False
+            self.common.CONFIG_GENERATION = (stored + 1) % 256
+        return self.common.CONFIG_GENERATION
 
     # ---- queues ----------------------------------------------------------------------------
 
@@ -352,14 +385,25 @@ class VirtioDevice(PciDevice):
         return int(queue.enabled)
 
     def _notified(self, index: int) -> None:
-        if index >= len(self.queues) or not self.queues[index].enabled or not self.driver_ok:
+        """The driver has rung.  While a turn is due it need not be told again: the turn finds what there is."""
+        if index < len(self.queues) and not self.queues[index].due:
+            self._turn(self.queues[index])
+
+    def _turn(self, queue: Virtqueue) -> None:
+        """Serves a queue for a bounded time; what is left comes after other accesses, and the wish to stop."""
+        queue.due = False
+        if not queue.enabled or not self.driver_ok or not queue.begin():
             return
-        queue = self.queues[index]
+        life = queue.life
         try:
             self.on_queue(queue)
-            self.interrupt(queue)
-        except QueueError as error:
+            if life == queue.life:
+                self.interrupt(queue)
+        except GuestError as error:
             self.broken(error)
+        finally:
+            if queue.end():
+                self.defer(lambda: self._turn(queue))
 
     @on_read(IsrRegs.STATUS)
     def _isr(self, stored: int) -> int:

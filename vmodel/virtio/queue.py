@@ -13,6 +13,10 @@ from vmodel.points import Point, Points
 
 #: Most entries that a queue may have (2.7).
 MAX_SIZE = 32768
+#: Bytes of a chain at most (2.7.5).
+MAX_BYTES = 1 << 32
+#: Descriptors that a turn looks at, give or take a chain: a millisecond or two.
+TURN = 1024
 
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _AVAIL_NO_INTERRUPT = 1
@@ -32,6 +36,8 @@ class Chain:
     """A request: its parts as (address, size), those that the device reads before those that it writes."""
 
     head: int
+    #: Which life of the queue it is of: a reset ends one.
+    life: int = 0
     readable: list[tuple[int, int]] = field(default_factory=list)
     writable: list[tuple[int, int]] = field(default_factory=list)
 
@@ -47,7 +53,11 @@ class Chain:
 
 
 class Virtqueue:
-    """One queue.  Addresses are set by the transport while it is not enabled."""
+    """One queue.  Addresses are set by the transport while it is not enabled.
+
+    The driver can make requests available for as long as it likes, so they are served in turns: between `begin` and
+    `end` `pop` gives what a budget of descriptors allows, and `end` says whether another turn is due.
+    """
 
     def __init__(self, dma: Dma, index: int, max_size: int, points: Points | None = None) -> None:
         if not 0 < max_size <= MAX_SIZE or max_size & (max_size - 1):
@@ -56,10 +66,16 @@ class Virtqueue:
         self.max_size = max_size
         self._dma = dma
         self._points = points
+        #: Grows with each reset.
+        self.life = 0
+        #: Descriptors left in the turn, and the life it began in; None: this is none, and there is no limit.
+        self._budget: int | None = None
+        self._turn_life = 0
         self.reset()
 
     def reset(self) -> None:
-        """As after a device reset."""
+        """As after a device reset; chains that were popped before are answered no more."""
+        self.life += 1
         self.size = self.max_size
         self.descriptors = self.driver = self.device = 0
         self.enabled = False
@@ -69,6 +85,8 @@ class Virtqueue:
         self._signalled = 0
         #: Requests that the driver has made available, the next one last.
         self._heads: list[int] = []
+        #: Whether another turn is due, or on its way.
+        self.due = False
 
     def enable(self, *, event_index: bool, indirect: bool) -> None:
         """Starts it with what was negotiated.  QueueError: addresses or size cannot be (2.7)."""
@@ -76,8 +94,39 @@ class Virtqueue:
             raise QueueError(f"queue {self.index}: size {self.size}")
         if self.descriptors % 16 or self.driver % 2 or self.device % 4:
             raise QueueError(f"queue {self.index}: its parts are not aligned")
+        parts = (self.descriptors, 16 * self.size), (self.driver, 6 + 2 * self.size), (self.device, 6 + 8 * self.size)
+        if any(address + size > 1 << 64 for address, size in parts):
+            raise QueueError(f"queue {self.index}: a part reaches past the last address")
         self.event_index, self.indirect = event_index, indirect
         self.enabled = True
+
+    # ---- turns -----------------------------------------------------------------------------
+
+    def begin(self) -> bool:
+        """A turn begins; False: there is one, which a message to the client has interrupted, and another is due."""
+        if self._budget is not None:
+            self.due = True
+            return False
+        self._budget, self._turn_life, self.due = TURN, self.life, False
+        return True
+
+    def end(self) -> bool:
+        """The turn is over; whether another one is due."""
+        self._budget = None
+        return self.due
+
+    def charge(self, descriptors: int) -> None:
+        """Takes from this turn's budget."""
+        if self._budget is not None:
+            self._budget -= descriptors
+
+    @property
+    def spent(self) -> bool:
+        """Whether this turn's budget is, or a reset has ended the turn; then another one is due."""
+        if self._budget is None or (self._budget > 0 and self._turn_life == self.life):
+            return False
+        self.due = True
+        return True
 
     # ---- requests --------------------------------------------------------------------------
 
@@ -92,13 +141,15 @@ class Virtqueue:
         self._heads = []
 
     def pop(self) -> Chain | None:
-        """The next request; None when there is none.  QueueError."""
+        """The next request; None when there is none, or none in this turn.  QueueError."""
         try:
-            return self._pop()
+            return None if self.spent else self._pop()
         except DmaFault as fault:
             raise QueueError(f"queue {self.index}: {fault}") from fault
 
     def _pop(self) -> Chain | None:
+        # Memory without a file is read by message, and the driver may reset the device meanwhile.
+        life = self.life
         if not self._heads:
             available = self._u16(self.driver + 2)
             if available == self._next_avail:
@@ -108,9 +159,13 @@ class Virtqueue:
                     available = self._u16(self.driver + 2)
                 if available == self._next_avail:
                     return None
-            self._heads = self._between(self._next_avail, available)
-        head = self._heads[-1]
-        chain = self._walk(head)
+            heads = self._between(self._next_avail, available)
+            if life != self.life:
+                return None
+            self._heads = heads
+        chain = self._walk(self._heads[-1])
+        if life != self.life:
+            return None
         self._heads.pop()
         self._next_avail = (self._next_avail + 1) % 65536
         return chain
@@ -119,7 +174,7 @@ class Virtqueue:
         """The heads at [first, end) of the available ring, the last one first."""
         count = (end - first) % 65536
         if count > self.size:
-            raise QueueError(f"queue {self.index}: {end} requests are more than the queue has")
+            raise QueueError(f"queue {self.index}: {count} requests are more than the queue has")
         at, ring = first % self.size, self.driver + 4
         whole = min(count, self.size - at)
         data = self._dma.read(ring + 2 * at, 2 * whole)
@@ -137,10 +192,10 @@ class Virtqueue:
 
     def _walk(self, head: int) -> Chain:
         """A chain by its descriptors; an indirect table counts as its parts (2.7.5.3)."""
-        chain = Chain(head)
+        chain = Chain(head, self.life)
         table, entries, index, inside = self.descriptors, self.size, head, False
         # Descriptors of a chain are mostly neighbours: a few are read at once.
-        first = count = seen = 0
+        first = count = length = total = 0
         data = b""
         while True:
             if not first <= index < first + count:
@@ -149,12 +204,17 @@ class Virtqueue:
                 first, count = index, min(_AHEAD, entries - index)
                 data = self._dma.read(table + 16 * index, 16 * count)
             address, size, flags, following = _DESCRIPTOR.unpack_from(data, 16 * (index - first))
+            if address + size > 1 << 64:
+                raise QueueError(f"queue {self.index}: {size:#x} bytes at {address:#x} reach past the last address")
             if flags & _INDIRECT:
-                if inside or not self.indirect or flags & _NEXT or not size or size % 16 or size // 16 > MAX_SIZE:
+                if inside or not self.indirect or flags & _NEXT or not size or size % 16:
                     raise QueueError(f"queue {self.index}: an indirect table that cannot be")
                 table, entries, index, inside = address, size // 16, 0, True
-                first = count = seen = 0
+                first = count = 0
                 continue
+            length, total = length + 1, total + size
+            if length > self.size or total > MAX_BYTES:  # 2.7.5.3.1, 2.7.5
+                raise QueueError(f"queue {self.index}: a chain that is longer than the queue, or runs in a circle")
             if flags & _WRITE:
                 chain.writable.append((address, size))
             elif chain.writable:
@@ -162,10 +222,9 @@ class Virtqueue:
             else:
                 chain.readable.append((address, size))
             if not flags & _NEXT:
+                self.charge(length)
                 return chain
-            index, seen = following, seen + 1
-            if seen >= entries:
-                raise QueueError(f"queue {self.index}: a chain that runs in a circle")
+            index = following
 
     def read(self, chain: Chain, limit: int) -> bytes:
         """What the driver says, at most `limit` bytes of it.  QueueError."""
@@ -181,7 +240,12 @@ class Virtqueue:
             raise QueueError(f"queue {self.index}: {fault}") from fault
 
     def answer(self, chain: Chain, data: bytes) -> None:
-        """Writes `data` to the request's writable parts, from their start, and gives it back.  QueueError."""
+        """Writes `data` to the request's writable parts, from their start, and gives it back.  QueueError.
+
+        Nothing happens when the queue was reset since it was popped.
+        """
+        if chain.life != self.life:
+            return
         pieces, left = [], len(data)
         for address, size in chain.writable:
             if not left:
@@ -193,23 +257,30 @@ class Virtqueue:
                 self._dma.write(pieces[0][0], data[: pieces[0][1]])
             elif pieces:
                 self._dma.scatter(pieces, data[: len(data) - left])
-            self._complete(chain.head, len(data) - left)
+            if chain.life == self.life:
+                self._complete(chain, len(data) - left)
         except DmaFault as fault:
             raise QueueError(f"queue {self.index}: {fault}") from fault
 
-    def _complete(self, head: int, written: int) -> None:
+    def _complete(self, chain: Chain, written: int) -> None:
         if self._points is None or not self._points.wants(Point.COMPLETION):
-            self._push(head, written)
+            self._push(chain.life, chain.head, written)
             return
         self._points.completion(
-            lambda e: self._push(e.id or 0, e.length or 0), queue=self.index, id=head, length=written
+            lambda e: self._push(chain.life, e.id or 0, e.length or 0),
+            queue=self.index,
+            id=chain.head,
+            length=written,
         )
 
-    def _push(self, head: int, written: int) -> None:
+    def _push(self, life: int, head: int, written: int) -> None:
+        if life != self.life:  # a completion that comes late
+            return
         slot = self.device + 4 + 8 * (self._next_used % self.size)
         self._dma.write(slot, _USED_ELEMENT.pack(head & 0xFFFF_FFFF, written & 0xFFFF_FFFF))
-        self._next_used = (self._next_used + 1) % 65536
-        self._dma.write(self.device + 2, _U16.pack(self._next_used))
+        if life == self.life:
+            self._next_used = (self._next_used + 1) % 65536
+            self._dma.write(self.device + 2, _U16.pack(self._next_used))
 
     # ---- notifications ---------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ class VirtioIommu(Driver):
     formats = frozenset()
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(52)),
-        input_bits=64,
+        input_bits=48,
         pasid_bits=0,
         nesting=False,
         page_requests=False,
