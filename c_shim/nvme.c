@@ -20,6 +20,10 @@
 #define COMPLETION 16u                   /* bytes of an entry */
 #define INLINE ((uint64_t)256 * 1024)    /* a transfer from or to a file that is larger is for workers */
 #define KEPT_SIZE ((uint64_t)256 * 1024) /* of a buffer that is kept */
+#define LOCKED ((uint64_t)8 << 20)       /* bytes that are moved before the lock is let go */
+#define TURN ((uint64_t)64 << 20)        /* and before the device looks at its client again */
+#define HELD ((uint64_t)64 << 20)        /* bytes that workers have in hand: no more commands are taken then */
+#define HELD_LEAST ((uint64_t)64 * 1024) /* what a command counts there at least */
 
 /* A plain command that a worker has in hand. */
 typedef struct task {
@@ -68,8 +72,14 @@ static void buffer_give(vms_nvme *nvme, void *buffer, uint64_t size)
         free(buffer);
 }
 
+static uint64_t weight(uint64_t length)
+{
+    return length < HELD_LEAST ? HELD_LEAST : length;
+}
+
 static void task_free(vms_nvme *nvme, work *item)
 {
+    nvme->held -= weight(item->job.length);
     buffer_give(nvme, item->job.data, item->job.length);
     free(item);
 }
@@ -284,6 +294,7 @@ static int defer(vms_nvme *nvme, const attachment *at, const plain *p, uint32_t 
         work_release(&t->work);
         goto not;
     }
+    nvme->held += weight(p->length);
     return 1;
 not:
     buffer_give(nvme, data, p->length);
@@ -354,6 +365,11 @@ int vms_nvme_abort(vms_nvme *nvme, uint32_t qid, uint16_t cid)
     return 0;
 }
 
+uint64_t vms_nvme_held(const vms_nvme *nvme)
+{
+    return nvme->held;
+}
+
 void vms_nvme_forget(vms_nvme *nvme)
 {
     drop_tasks(nvme);
@@ -363,33 +379,50 @@ void vms_nvme_forget(vms_nvme *nvme)
 
 /* ---- the loop ------------------------------------------------------------------------------------- */
 
+/* Takes the tail from the shadow doorbell, once the driver has written it.  0, -errno. */
+static int take_shadow(vms_nvme *nvme, const attachment *at, vms_nvme_sq *sq)
+{
+    uint32_t value;
+    int rc = nvme_fetch(nvme, at, sq->shadow, &value, sizeof value);
+
+    if (rc < 0)
+        return rc;
+    value = le32toh(value);
+    if (!sq->shadow_used && value == sq->shadow_first)
+        return 0;
+    sq->shadow_used = 1;
+    if (value < sq->entries)
+        sq->tail = value;
+    return 0;
+}
+
 /* Looks at the shadow doorbell (5.7, 7.13); when there is nothing, asks for a doorbell at the next command.  0, -errno. */
 static int look_at_shadow(vms_nvme *nvme, const attachment *at, vms_nvme_sq *sq)
 {
     vms_fault fault;
-    uint32_t value, event;
+    uint32_t event;
+    int rc = take_shadow(nvme, at, sq);
 
-    for (;;) {
-        int rc = nvme_fetch(nvme, at, sq->shadow, &value, sizeof value);
-        if (rc < 0)
-            return rc;
-        value = le32toh(value);
-        if (value < sq->entries)
-            sq->tail = value;
-        if (sq->head != sq->tail)
-            return 0;
-        rc = nvme_fetch(nvme, at, sq->event, &event, sizeof event);
-        if (rc < 0 || le32toh(event) == sq->tail)
-            return rc;
-        event = htole32(sq->tail);
-        dma_begin(&fault, VMS_NO_PASID, VMS_DMA_WRITE);
-        rc = dma_transfer(nvme->requester, at, sq->event, (uint8_t *)&event, sizeof event, VMS_DMA_WRITE, &fault);
-        dma_count(nvme->requester, VMS_DMA_WRITE, fault.done);
-        if (rc < 0)
-            return rc;
-        /* The driver writes its tail, then looks at EventIdx; we the other way round. */
-        atomic_thread_fence(memory_order_seq_cst);
-    }
+    if (rc < 0 || sq->head != sq->tail)
+        return rc;
+    rc = nvme_fetch(nvme, at, sq->event, &event, sizeof event);
+    if (rc < 0 || le32toh(event) == sq->tail)
+        return rc;
+    event = htole32(sq->tail);
+    dma_begin(&fault, VMS_NO_PASID, VMS_DMA_WRITE);
+    rc = dma_transfer(nvme->requester, at, sq->event, (uint8_t *)&event, sizeof event, VMS_DMA_WRITE, &fault);
+    dma_count(nvme->requester, VMS_DMA_WRITE, fault.done);
+    if (rc < 0)
+        return rc;
+    /* The driver writes its tail, then looks at EventIdx; we the other way round. */
+    atomic_thread_fence(memory_order_seq_cst);
+    return take_shadow(nvme, at, sq);
+}
+
+/* Whether a ring passes the end of all addresses: what is behind that is another place, at 0. */
+static int wraps(uint64_t iova, uint64_t size)
+{
+    return iova + (size - 1) < iova;
 }
 
 /* Carries one command out.  1: it is in the batch, or workers have it; 0: it is Python's. */
@@ -402,6 +435,7 @@ static int carry_out(vms_nvme *nvme, const attachment *at, vms_nvme_cq *cq, uint
 
     if (!nvme_decode(nvme, entry, &p) || !nvme_find_pieces(nvme, at, &p, entry))
         return 0;
+    nvme->moved += p.length;
     if (p.ns->store->memory) {
         if (move(nvme, at, nvme->piece, p.n, p.ns->store->memory + p.offset, !p.write) < 0)
             return 0;
@@ -438,7 +472,10 @@ int vms_nvme_run_queue(vms_nvme *nvme, uint32_t qid, uint32_t count, vms_nvme_ru
     vms_nvme_cq *cq = &nvme->cq[sq->cq];
     if (!sq->entries || !cq->entries || sq->head >= sq->entries || sq->tail >= sq->entries || cq->tail >= cq->entries)
         return -EINVAL;
+    if (wraps(sq->iova, (uint64_t)sq->entries * ENTRY) || wraps(cq->iova, (uint64_t)cq->entries * COMPLETION))
+        return -EINVAL;
     nvme->batched = 0;
+    nvme->moved = 0;
     int noted = 0;
     for (int going = 1; going;) {
         /* The lock is let go from time to time: whoever unmaps memory waits for it. */
@@ -452,13 +489,15 @@ int vms_nvme_run_queue(vms_nvme *nvme, uint32_t qid, uint32_t count, vms_nvme_ru
         n = n > FETCH ? FETCH : n;
         n = n > count - run->taken ? count - run->taken : n;
         n = n > room ? room : n;
-        if (rc == 0 && n == 0) {
-            run->stop = sq->head == sq->tail ? VMS_NVME_EMPTY : !room ? VMS_NVME_FULL : VMS_NVME_TURN;
+        int busy = nvme->held >= HELD;
+        uint64_t enough = nvme->moved + LOCKED;
+        if (rc == 0 && (n == 0 || busy || nvme->moved >= TURN)) {
+            run->stop = sq->head == sq->tail ? VMS_NVME_EMPTY : !room ? VMS_NVME_FULL : busy ? VMS_NVME_BUSY : VMS_NVME_TURN;
             going = 0;
         } else if (rc < 0 || nvme_fetch(nvme, at, sq->iova + (uint64_t)sq->head * ENTRY, entries, n * ENTRY) < 0) {
             going = 0;
         }
-        for (uint32_t i = 0; i < n && going; i++) {
+        for (uint32_t i = 0; i < n && going && nvme->moved < enough && nvme->held < HELD; i++) {
             going = carry_out(nvme, at, cq, qid, entries + i * ENTRY, run);
             run->taken += (uint32_t)going;
         }

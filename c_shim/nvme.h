@@ -44,6 +44,8 @@ struct vms_nvme {
         uint64_t length;
     } batch[FETCH];
     uint32_t batched;
+    uint64_t moved; /* bytes of commands in this call of vms_nvme_run_queue */
+    uint64_t held;  /* bytes that workers have in hand */
     void *kept[KEPT]; /* buffers of KEPT_SIZE */
     uint32_t n_kept;
 };

@@ -54,7 +54,7 @@ int nvme_decode(const vms_nvme *nvme, const uint8_t *entry, plain *out)
 /* Adds a piece, as a part of the last one where they touch; 0: no room. */
 static int add_piece(vms_nvme *nvme, plain *p, uint64_t iova, uint64_t len)
 {
-    if (p->n && nvme->piece[p->n - 1].iova + nvme->piece[p->n - 1].len == iova) {
+    if (p->n && iova && nvme->piece[p->n - 1].iova + nvme->piece[p->n - 1].len == iova) {
         nvme->piece[p->n - 1].len += len;
         return 1;
     }

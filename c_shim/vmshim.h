@@ -462,6 +462,8 @@ void vms_workers_settle(vms_workers *workers);
 typedef struct vms_nvme_sq {
     uint64_t iova;
     uint64_t shadow, event; /* shadow doorbell and EventIdx; shadow 0: none */
+    uint32_t shadow_first;  /* what the shadow was at first; until it is another, doorbells count */
+    uint32_t shadow_used;   /* 1: it has been another */
     uint32_t entries, head, tail;
     uint32_t cq;
 } vms_nvme_sq;
@@ -479,8 +481,9 @@ typedef struct vms_nvme_cq {
 
 enum vms_nvme_stop {
     VMS_NVME_EMPTY, /* nothing is left */
-    VMS_NVME_TURN,  /* as many as were asked for */
+    VMS_NVME_TURN,  /* as many as were asked for, or as much data as is moved at a time */
     VMS_NVME_FULL,  /* the completion queue has no room */
+    VMS_NVME_BUSY,  /* workers have as much data in hand as they may */
     VMS_NVME_OTHER, /* Python's turn: what is next is not plain, or has failed and so is as if it had not begun */
 };
 
@@ -513,6 +516,8 @@ int vms_nvme_run_queue(vms_nvme *nvme, uint32_t qid, uint32_t count, vms_nvme_ru
 int vms_nvme_collect(vms_nvme *nvme, vms_nvme_run *run);
 /* Takes a command back from the workers.  ENOENT: they do not have it, or have begun. */
 int vms_nvme_abort(vms_nvme *nvme, uint32_t qid, uint16_t cid);
+/* Bytes of the commands that workers have in hand. */
+uint64_t vms_nvme_held(const vms_nvme *nvme);
 /* A reset: takes back what workers have not begun, and waits for the rest, which is no command of ours any more.  All
  * rings are empty. */
 void vms_nvme_forget(vms_nvme *nvme);

@@ -9,23 +9,29 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+#: Cancelled timers that an agenda keeps before it looks whether they are most of all.
+_KEPT = 64
+
 
 class Timer:
     """Something that will run once; `cancel()` it, from any thread."""
 
-    def __init__(self, deadline_ns: int, call: Callable[[], None]) -> None:
+    def __init__(self, agenda: Agenda, deadline_ns: int, call: Callable[[], None]) -> None:
+        self._agenda = agenda
         self.deadline_ns = deadline_ns
+        #: None: it has run, or was cancelled.
         self.call: Callable[[], None] | None = call
 
     def cancel(self) -> None:
         """It will not run any more; fine if it has."""
-        self.call = None
+        self._agenda.drop(self)
 
 
 class Agenda:
     """What a device has to do later.  Adding is safe from any thread; `run` belongs to the device's own.
 
     Work that is run here may be another device's: `cancel` drops what is its own, here and elsewhere, and no other.
+    Timers take memory in proportion to those that are to run, however many were cancelled.
     """
 
     def __init__(self, wake: Callable[[], None], failed: Callable[[Exception], None]) -> None:
@@ -35,7 +41,9 @@ class Agenda:
         #: What to call, whose it is, and how often that one had been cancelled then.
         self._soon: deque[tuple[Callable[[], None], Agenda | None, int]] = deque()
         self._cancelled = 0
+        #: A heap.  Cancelled timers, `_dead` of them, stay in it until their time, or until they are most of it.
         self._timers: list[tuple[int, int, Timer]] = []
+        self._dead = 0
         self._order = itertools.count()
         self._lock = threading.Lock()
         self._thread = 0
@@ -52,7 +60,7 @@ class Agenda:
 
     def after(self, seconds: float, call: Callable[[], None]) -> Timer:
         """Runs `call` in `seconds`."""
-        timer = Timer(time.monotonic_ns() + int(seconds * 1e9), call)
+        timer = Timer(self, time.monotonic_ns() + int(seconds * 1e9), call)
         with self._lock:
             heapq.heappush(self._timers, (timer.deadline_ns, next(self._order), timer))
         self.waiting = True
@@ -60,13 +68,30 @@ class Agenda:
             self._wake()
         return timer
 
+    def drop(self, timer: Timer) -> None:
+        """Cancels one of its timers."""
+        with self._lock:
+            if timer.call is None:
+                return
+            timer.call = None
+            self._dead += 1
+            if self._dead > _KEPT and 2 * self._dead > len(self._timers):
+                self._timers = [entry for entry in self._timers if entry[2].call is not None]
+                heapq.heapify(self._timers)
+                self._dead = 0
+
     def cancel(self) -> None:
         """Drops all timers, and the deferred work that is its own."""
         self._cancelled += 1
         with self._lock:
             for _, _, timer in self._timers:
-                timer.cancel()
+                timer.call = None
             self._timers.clear()
+            self._dead = 0
+
+    def __len__(self) -> int:
+        """Timers that it holds, cancelled ones among them, and what is deferred."""
+        return len(self._timers) + len(self._soon)
 
     def run(self, now_ns: int) -> int | None:
         """Runs all that is due; the next deadline (monotonic ns), None without one.
@@ -79,17 +104,23 @@ class Agenda:
             call, owner, cancelled = self._soon.popleft()
             if owner is None or owner._cancelled == cancelled:
                 self._call(call)
-        while self._timers and self._timers[0][0] <= now_ns:
-            with self._lock:
-                if not self._timers:
-                    break
-                _, _, timer = heapq.heappop(self._timers)
-            if timer.call is not None:
-                self._call(timer.call)
-        self.waiting = bool(self._soon or self._timers)
-        if self._soon:
-            return now_ns
-        return self._timers[0][0] if self._timers else None
+        while (due := self._due(now_ns)) is not None:
+            self._call(due)
+        with self._lock:
+            next_ns = self._timers[0][0] if self._timers else None
+        self.waiting = bool(self._soon) or next_ns is not None
+        return now_ns if self._soon else next_ns
+
+    def _due(self, now_ns: int) -> Callable[[], None] | None:
+        """What the next timer that is due calls; the timer is gone then."""
+        with self._lock:
+            while self._timers and self._timers[0][0] <= now_ns:
+                timer = heapq.heappop(self._timers)[2]
+                call, timer.call = timer.call, None
+                if call is not None:
+                    return call
+                self._dead -= 1
+        return None
 
     def _call(self, call: Callable[[], None]) -> None:
         try:

@@ -57,6 +57,7 @@ serial = "ADMIN"
 product = "A model"
 firmware = "1.5"
 queues = 2
+subsystem_reset = true
 capacity = "64M"
 namespaces = [ { memory = "32M" }, { path = "admin.img", size = "16M", lba = 4096 } ]
 """

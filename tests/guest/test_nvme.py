@@ -353,6 +353,8 @@ def test_firmware(admin: Nvme) -> None:
 
 
 def test_subsystem_reset(admin: Nvme) -> None:
+    """Where a parameter offers it; the driver hears of it by the controller reset that follows (docs/nvme.md)."""
+    admin.shell.fails(f"nvme subsystem-reset /dev/{admin.rig.controller(DATA)}")
     admin.write(64, "random")
     admin("subsystem-reset")
     admin("reset")

@@ -208,7 +208,8 @@ class Driver:
         capability = self.device.msix if kind is Irq.MSIX else self.device.msi
         assert capability is not None
         at = next(n for n in range(0x40, 0x100, 4) if bytes(self.device.config.view[n : n + 1])[0] == capability.id)
-        self.device.config.write(at + 2, b"\x00\x80" if kind is Irq.MSIX else b"\x51\x00")
+        several = (count - 1).bit_length() << 4  # Multiple Message Enable
+        self.device.config.write(at + 2, b"\x00\x80" if kind is Irq.MSIX else bytes([1 | several, 0]))
         fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(count)]
         self.device.set_irqs(SetIrqs(kind, IrqAction.TRIGGER, 0, count, tuple(os.dup(fd) for fd in fds)))
         return fds

@@ -142,6 +142,8 @@ def test_timestamp(driver: Driver) -> None:
 
 
 def test_host_identifier(driver: Driver) -> None:
+    """5.21.1.25: 128 bits with EXHID, which a controller takes that says so in CTRATT, bit 0 (5.15.2.2)."""
+    assert driver.identify(1)[96] & 1
     driver.memory.write(driver.page, b"ABCDEFGHIJKLMNOP")
     assert put(driver, FeatureId.HOST_IDENTIFIER, 1) == "SUCCESS"
     driver.memory.write(driver.page, bytes(16))
@@ -177,6 +179,23 @@ def test_write_protection(driver: Driver) -> None:
     driver.device.config.write(4, b"\x06\x00")
     driver.enable()
     assert get(driver, FeatureId.WRITE_PROTECTION, nsid=1) == 0
+
+
+def test_keep_alive_for_ever_holds_no_memory(driver: Driver) -> None:
+    """A timer of 49 days that each command starts anew."""
+    for _ in range(3000):
+        assert put(driver, FeatureId.KEEP_ALIVE, 0xFFFF_FFFF) == "SUCCESS"
+    assert len(driver.device._agenda) < 200
+
+
+def test_keep_alive_is_rounded_up(driver: Driver) -> None:
+    """5.21.1.15: to the granularity that KAS says, 100 ms."""
+    assert driver.identify(1)[320:322] == b"\1\0"
+    assert put(driver, FeatureId.KEEP_ALIVE, 10_001) == "SUCCESS"
+    timer = driver.device._keep_alive
+    assert timer is not None
+    assert timer.deadline_ns - time.monotonic_ns() <= 10_100 * 10**6
+    assert driver.device._keep_alive_ms == 10_100
 
 
 def test_keep_alive_expires(driver: Driver) -> None:

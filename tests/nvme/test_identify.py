@@ -95,6 +95,16 @@ def test_those_of_the_command_set(driver: Driver) -> None:
     assert driver.identify(8, 1)[14] == 1
 
 
+def test_one_controller_with_one_command_set(driver: Driver) -> None:
+    """5.15.2, CNS 14h and 15h: a primary controller without resources to share, and no secondary ones; of technical
+    proposal 4056, 1Ah to 1Ch: one combination of I/O command sets, that of NVM.
+    """
+    assert driver.identify(0x14) == driver.identify(0x15) == bytes(PAGE)  # the controller's own id is 0
+    assert driver.identify(0x1A) == driver.identify(0x10)
+    assert driver.identify(0x1B, 1) == bytes(PAGE)
+    assert driver.identify(0xFFFF << 16 | 0x1C) == driver.identify(0x1C) == struct.pack("<Q", 1).ljust(PAGE, b"\0")
+
+
 @pytest.mark.parametrize(
     ("cns", "nsid", "more", "status"),
     [
@@ -110,6 +120,9 @@ def test_those_of_the_command_set(driver: Driver) -> None:
         (5, 1, {"cdw11": 2 << 24}, "INVALID_FIELD"),
         (6, 0, {"cdw11": 1 << 24}, "INVALID_FIELD"),
         (0x11, 0, {}, "INVALID_NAMESPACE"),
+        (0x1A, 0, {"cdw11": 2 << 24}, "INVALID_FIELD"),
+        (0x1B, 2, {}, "INVALID_FIELD"),
+        (0x01_001C, 0, {}, "INVALID_FIELD"),
     ],
 )
 def test_what_is_not_there(driver: Driver, cns: int, nsid: int, more: dict[str, int], status: str) -> None:

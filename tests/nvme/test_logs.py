@@ -92,9 +92,13 @@ def test_unknown_pages(driver: Driver, page: int) -> None:
 
 
 def test_more_than_there_is(driver: Driver) -> None:
-    """The number of Dwords has 32 bits; what there is of the page is transferred."""
+    """What there is of the page is transferred; more than MDTS allows is Invalid Field (5.15.2.2, MDTS)."""
     driver.memory.write(driver.page, b"\xee" * PAGE)
     done = driver.admin.send(GET_LOG, cdw10=0xFFFF << 16 | 2, cdw11=0xFFFF, nsid=0, dptr=prps(driver.page))
+    assert name(done) == "INVALID_FIELD"
+    words = (2 << 20) // 4 - 1
+    low, high = words & 0xFFFF, words >> 16
+    done = driver.admin.send(GET_LOG, cdw10=low << 16 | 2, cdw11=high, nsid=0, dptr=prps(driver.page))
     assert done.status == 0
     data = driver.memory.read(driver.page, PAGE)
     assert data[512:] == b"\xee" * (PAGE - 512) and data[3] == 100
@@ -105,6 +109,9 @@ def test_command_effects(driver: Driver) -> None:
     words = struct.unpack("<1024I", data)
     admin, io = words[:256], words[256:512]
     assert admin[0x06] == 1 and admin[0x0D] == 1 | 8 and admin[0x80] & 0x7000F == 0x10007 and admin[0xC5] == 0
+    # 5.14.1.5: CCC (bit 4) is for commands that change capabilities of the controller.  None does: features are no
+    # capabilities, and CAP is the same with each firmware.
+    assert not any(word & 1 << 4 for word in words)
     assert io[0x01] == 3 and io[0x02] == 1 and io[0x7F] == 0
     assert [n for n in range(256) if io[n]] == [0, 1, 2, 4, 5, 8, 9, 0x0C, 0x19]
     assert driver.admin.send(GET_LOG, cdw10=5, cdw14=2 << 24).status & 0x7FF == 2

@@ -11,6 +11,7 @@ import pytest
 from tests.nvme.driver import CONFIGURATION, PAGE, Driver, Pair, name, prps, raised
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.regs import ControllerRegs
+from vmodel.regs import Register
 from vmodel.vfio_user.wire import Irq
 
 DELETE_SQ, CREATE_SQ, DELETE_CQ, CREATE_CQ, ABORT = 0x00, 0x01, 0x04, 0x05, 0x08
@@ -52,9 +53,12 @@ def test_completion_queues_that_cannot_be(started: Callable[..., Driver]) -> Non
 def test_submission_queues_that_cannot_be(started: Callable[..., Driver]) -> None:
     driver = started(queues=4, queue_entries=64)
     at = driver.memory.take(PAGE)
+    # 5.4: a completion queue that could be and was not created: Completion Queue Invalid; 0h, the admin queue's, and
+    # what is beyond the range: Invalid Queue Identifier.
     assert create_sq(driver, 1, 1, at=at) == "CQ_INVALID"
-    assert create_sq(driver, 1, 0, at=at) == "CQ_INVALID"
+    assert create_sq(driver, 1, 0, at=at) == "INVALID_QUEUE_ID"
     assert create_sq(driver, 1, 5, at=at) == "INVALID_QUEUE_ID"
+    assert create_sq(driver, 1, 0xFFFF, at=at) == "INVALID_QUEUE_ID"
     assert create_cq(driver, 1, at=driver.memory.take(PAGE)) == "SUCCESS"
     assert create_sq(driver, 0, 1, at=at) == "INVALID_QUEUE_ID"
     assert create_sq(driver, 5, 1, at=at) == "INVALID_QUEUE_ID"
@@ -238,3 +242,72 @@ def test_round_robin(driver: Driver) -> None:
     driver.doorbell(2, 4)
     driver.run()
     assert [completion.sqid for completion in cq.wait(8)] == [1, 1, 2, 2, 1, 1, 2, 2]
+
+
+def test_vectors_that_are_enabled(started: Callable[..., Driver]) -> None:
+    """5.3: a vector beyond the messages that Multiple Message Enable gives: Invalid Interrupt Vector."""
+    driver = started(interrupts="msi", namespaces=[{"memory": "64K"}])
+    fds = driver.vectors(Irq.MSI, 4)
+    assert create_cq(driver, 1, vector=3, flags=3, at=driver.memory.take(PAGE)) == "SUCCESS"
+    assert create_cq(driver, 2, vector=4, flags=3, at=driver.memory.take(PAGE)) == "INVALID_INTERRUPT_VECTOR"
+    for fd in fds:
+        os.close(fd)
+
+
+def test_more_commands_than_there_is_room_for(driver: Driver) -> None:
+    """5.2, invalid doorbell value: a tail that would add more commands than there are free entries."""
+    driver.admin.write(Command.make(0x0C))
+    driver.admin.ring()
+    pair = driver.create(1, 16)
+    for _ in range(10):
+        assert pair.send(FLUSH, nsid=1).status == 0
+    pair.write(Command.make(FLUSH, nsid=1))
+    pair.write(Command.make(FLUSH, nsid=1))
+    driver.doorbell(1, 12)
+    driver.doorbell(1, 11)  # back: 15 more, where 13 entries are free
+    assert len(pair.wait(2)) == 2
+    (event,) = driver.admin.wait()
+    assert event.result == 0x01_01_00
+    assert pair.send(FLUSH, nsid=1).status == 0
+
+
+END = 1 << 64
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_queues_at_the_end_of_all_addresses(started: Callable[..., Driver], fast: bool) -> None:
+    """A ring that would go on at address 0 cannot be (5.3, 5.4); one that ends before is as one outside memory."""
+    driver = started(fast_path=fast, namespaces=[{"memory": "64K"}])
+    low = os.urandom(PAGE)
+    driver.memory.write(0, low)
+    assert create_cq(driver, 1, 257, at=END - PAGE) == "INVALID_FIELD"
+    assert create_cq(driver, 1, 256, at=END - PAGE) == "SUCCESS"
+    assert create_sq(driver, 1, 1, 65, at=END - PAGE) == "INVALID_FIELD"
+    assert create_sq(driver, 1, 1, 64, at=END - PAGE) == "SUCCESS"
+    driver.doorbell(1, 63)
+    driver.run()
+    assert driver.status.CFS
+    assert driver.memory.read(0, PAGE) == low
+
+
+@pytest.mark.parametrize("which", ["iova of the queue", "iova of its completions"])
+def test_the_shim_refuses_rings_that_wrap(driver: Driver, which: str) -> None:
+    pair = driver.create(1)
+    pair.write(Command.make(0x02, nsid=1, dptr=prps(driver.page)))
+    rings = driver.device.fast._rings
+    queue = rings.submission(1) if "queue" in which else rings.completion(1)
+    queue.iova = END - 256
+    rings.submission(1).tail = 1
+    with pytest.raises(OSError, match="Invalid argument"):
+        rings.run(1, 8)
+    queue.iova = pair.sq if "queue" in which else pair.cq
+
+
+@pytest.mark.parametrize(("register", "entries"), [(ControllerRegs.ASQ, 65), (ControllerRegs.ACQ, 257)])
+def test_admin_queues_at_the_end_of_all_addresses(driver: Driver, register: Register, entries: int) -> None:
+    driver.disable()
+    driver.set_up()
+    driver.put(ControllerRegs.AQA, (entries - 1) << 16 | (entries - 1))
+    driver.put(register, END - PAGE)
+    driver.put(ControllerRegs.CC, CONFIGURATION | 1)
+    assert driver.status.CFS and not driver.status.RDY

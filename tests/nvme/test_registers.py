@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,10 +23,11 @@ ALL_ONES = 0xFFFF_FFFF
 
 def test_capabilities(started: Callable[..., Driver]) -> None:
     cap = Cap(started().get(ControllerRegs.CAP))
-    assert (cap.MQES, cap.CQR, cap.AMS, cap.DSTRD, cap.NSSRS, cap.CSS) == (1023, 1, 1, 0, 1, 1)
+    assert (cap.MQES, cap.CQR, cap.AMS, cap.DSTRD, cap.NSSRS, cap.CSS) == (1023, 1, 1, 0, 0, 1)
     assert (cap.MPSMIN, cap.MPSMAX, cap.PMRS, cap.CMBS) == (0, 4, 0, 0)
-    other = Cap(started(queue_entries=64, max_page_shift=12, doorbell_stride=2).get(ControllerRegs.CAP))
-    assert (other.MQES, other.MPSMAX, other.DSTRD) == (63, 0, 2)
+    params = {"queue_entries": 64, "max_page_shift": 12, "doorbell_stride": 2, "subsystem_reset": True}
+    other = Cap(started(**params).get(ControllerRegs.CAP))
+    assert (other.MQES, other.MPSMAX, other.DSTRD, other.NSSRS) == (63, 0, 2, 1)
 
 
 def test_capabilities_outlive_resets(driver: Driver) -> None:
@@ -135,7 +137,38 @@ def test_shutdown(driver: Driver, how: int) -> None:
     driver.enable()
 
 
-def test_subsystem_reset(driver: Driver) -> None:
+def test_shutdown_while_it_is_disabled(driver: Driver) -> None:
+    """3.1.5, SHN: what it asks for has nothing to do with EN; a host that waits for SHST gets it (3.1.6)."""
+    driver.disable()
+    driver.put(ControllerRegs.CC, CONFIGURATION | 1 << 14)
+    driver.run()
+    assert driver.status.SHST == 2 and not driver.status.RDY
+    driver.enable()
+    assert driver.status.SHST == 0
+
+
+def test_one_shutdown_at_a_time(started: Callable[..., Driver], tmp_path: Path) -> None:
+    """However often SHN is written, a namespace is flushed once, and it ends."""
+    driver = started(namespaces=[{"path": tmp_path / "disk.img", "size": "64K"}])
+    driver.put(ControllerRegs.CC, CONFIGURATION | 1 | 1 << 14)
+    work = driver.device._flushing
+    assert work is not None
+    for n in range(100):
+        driver.put(ControllerRegs.CC, CONFIGURATION | 1 | (2 - n % 2) << 14)
+        assert driver.device._flushing is work
+    driver.until(lambda: driver.status.SHST == 2)
+
+
+def test_no_subsystem_reset_unless_a_parameter_says_so(driver: Driver) -> None:
+    """3.1.1, NSSRS: 0, so NSSR is not there (3.1.7)."""
+    driver.put(ControllerRegs.NSSR, SUBSYSTEM_RESET)
+    driver.run()
+    assert driver.status.RDY and not driver.status.NSSRO and driver.get(ControllerRegs.NSSR) == 0
+
+
+def test_subsystem_reset(started: Callable[..., Driver]) -> None:
+    """7.3.1; 3.1.6: NSSRO stays until it is cleared by writing 1."""
+    driver = started(subsystem_reset=True)
     driver.create(1)
     driver.put(ControllerRegs.NSSR, 0x1234_5678)
     driver.run()

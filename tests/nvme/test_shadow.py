@@ -1,13 +1,14 @@
-"""Shadow doorbells (NVMe 1.4, 5.7 and 7.13)."""
+"""Shadow doorbells.  Section numbers are those of NVMe 1.4."""
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 
 import pytest
 
-from tests.nvme.driver import Driver, Pair, name, prps
+from tests.nvme.driver import SIZE, Driver, Pair, name, prps
 from vmodel.devices.nvme.command import Command
 
 CONFIG, FLUSH = 0x7C, 0x00
@@ -123,8 +124,20 @@ def peek(pair: Pair) -> list[int]:
 
 
 def test_memory_that_is_not_there(driver: Driver) -> None:
+    """4.6.1.2.1: an error while data of a command was moved is Data Transfer Error; nothing else has changed."""
     pair = driver.create(1)
-    assert driver.admin.send(CONFIG, dptr=prps(1 << 40, 1 << 41)).status == 0
+    for where in (prps(1 << 40, driver.page), prps(driver.page, 1 << 40), prps(1 << 63, (1 << 64) - 4096)):
+        assert name(driver.admin.send(CONFIG, dptr=where)) == "DATA_TRANSFER_ERROR"
+    assert pair.send(FLUSH, nsid=1).status == 0
+
+
+def test_memory_that_goes(driver: Driver) -> None:
+    """A shadow that cannot be reached any more is as a queue that cannot: fatal."""
+    pair = driver.create(1)
+    shadow = Shadow(driver)
+    driver.device.memory.unmap(0, SIZE)
+    for at, size in ((0, shadow.doorbells), (shadow.indexes, SIZE - shadow.indexes)):
+        driver.device.memory.map(at, size, fd=os.dup(driver.memory.fd), offset=at)
     pair.write(read(driver, 0))
     driver.doorbell(1, 1)
     driver.run()
@@ -156,3 +169,128 @@ def test_a_reset_ends_it(driver: Driver) -> None:
     driver.disable()
     driver.enable()
     assert driver.create(1).send(FLUSH, nsid=1).status == 0
+
+
+# ---- drivers that go by the specification, and those that always ring --------------------------------
+
+
+class ByTheBook:
+    """A driver that writes a queue's doorbells to memory, and rings only where EventIdx says so (7.13)."""
+
+    def __init__(self, shadow: Shadow, pair: Pair) -> None:
+        self.shadow, self.pair = shadow, pair
+        self.tail, self.head = pair.tail, pair.head
+        self.rung = 0
+
+    def _update(self, old: int, new: int, *, completion: bool = False) -> None:
+        self.shadow.put(self.pair, new, completion=completion)
+        index = self.shadow.index(self.pair, completion=completion)
+        # Whether EventIdx is among the values that were passed.
+        if (new - index - 1) & 0xFFFF < (new - old) & 0xFFFF:
+            self.rung += 1
+            self.shadow.driver.doorbell(self.pair.qid, new, completion=completion)
+
+    def submit(self, *commands: Command) -> list[int]:
+        cids = []
+        for command in commands:
+            cids.append(self.pair.write(command))
+            self._update(self.tail, self.pair.tail)
+            self.tail = self.pair.tail
+        return cids
+
+    def reap(self) -> list[int]:
+        """Identifiers of what has been completed since."""
+        pair, found = self.pair, []
+        while True:
+            raw = pair.driver.memory.read(pair.cq + 16 * pair.head, 16)
+            if raw[14] & 1 != pair.phase:
+                return found
+            found.append(int.from_bytes(raw[12:14], "little"))
+            pair.head += 1
+            if pair.head == pair.completions:
+                pair.head, pair.phase = 0, pair.phase ^ 1
+            self._update(self.head, pair.head, completion=True)
+            self.head = pair.head
+
+
+def finish(book: ByTheBook, count: int) -> list[int]:
+    """The next completions; nothing but what the driver has rung wakes the device."""
+    found: list[int] = []
+    for _ in range(10 * count):
+        book.shadow.driver.run()
+        found += book.reap()
+        if len(found) >= count:
+            return found
+    raise AssertionError(f"{len(found)} of {count} completions have come")
+
+
+KEEP_ALIVE = 0x18
+
+
+def test_the_admin_queue_by_the_book(driver: Driver) -> None:
+    """5.7: entries 0 and 1 are the admin queue's; a host that rings only when EventIdx is passed is served."""
+    for _ in range(5):
+        driver.admin.send(KEEP_ALIVE)
+    shadow = Shadow(driver)
+    book = ByTheBook(shadow, driver.admin)
+    for n in range(100):
+        count = n % 4 + 1
+        cids = book.submit(*[Command.make(KEEP_ALIVE)] * count)
+        assert finish(book, count) == cids
+    assert book.rung < 2 * 250, "not every command and completion needs a doorbell"
+
+
+def test_the_admin_queue_of_drivers_that_always_ring(driver: Driver) -> None:
+    """Linux and SPDK leave the admin queue's entries as they are."""
+    for _ in range(5):
+        driver.admin.send(KEEP_ALIVE)
+    shadow = Shadow(driver)
+    pair = driver.create(1)
+    book = ByTheBook(shadow, pair)
+    for n in range(100):
+        assert driver.admin.send(KEEP_ALIVE).status == 0
+        if n % 10 == 0:
+            cids = book.submit(read(driver, 0))
+            assert finish(book, 1) == cids
+    assert shadow.index(driver.admin) == driver.admin.tail
+
+
+@pytest.mark.parametrize("entries", [2, 4, 64])
+def test_io_queues_by_the_book(driver: Driver, entries: int) -> None:
+    """A completion queue that is full over and over: each entry that is taken is heard of."""
+    pair = Pair(driver, 1, 64, completions=entries)
+    shadow = Shadow(driver)
+    for opcode, at, size, more in ((0x05, pair.cq, entries, 0), (0x01, pair.sq, 64, 1 << 16)):
+        done = driver.admin.send(opcode, dptr=prps(at), cdw10=(size - 1) << 16 | 1, cdw11=more | 1)
+        assert done.status == 0, name(done)
+    book = ByTheBook(shadow, pair)
+    for n in range(20):
+        cids = book.submit(*[read(driver, k) for k in range(n % 20 + 1)])
+        assert finish(book, len(cids)) == cids
+
+
+def test_queues_that_were_in_use_before(driver: Driver) -> None:
+    """What memory holds at first is no doorbell: commands that were taken are not taken again."""
+    pair = driver.create(1, 16)
+    for n in range(5):
+        assert pair.send(0x02, nsid=1, cdw10=n, dptr=prps(driver.page)).status == 0
+    shadow = Shadow(driver)
+    assert shadow.index(pair) == 5
+    driver.doorbell(1, 5)
+    driver.run()
+    assert not pair.reap()
+    book = ByTheBook(shadow, pair)
+    for _ in range(30):
+        cids = book.submit(read(driver, 0))
+        assert finish(book, 1) == cids
+
+
+@pytest.mark.parametrize(("queues", "stride", "offered"), [(64, 0, True), (64, 2, True), (64, 3, False), (7, 6, True)])
+def test_entries_that_do_not_fit_a_page(
+    started: Callable[..., Driver], queues: int, stride: int, offered: bool
+) -> None:
+    """5.7: each buffer is one page, and the controller sees to it that all doorbells have room there."""
+    driver = started(queues=queues, doorbell_stride=stride)
+    assert driver.identify(1)[257] & 1 == offered
+    done = driver.admin.send(CONFIG, dptr=prps(driver.memory.take(4096), driver.memory.take(4096)))
+    assert name(done) == ("SUCCESS" if offered else "INVALID_OPCODE")

@@ -17,6 +17,7 @@ SYNC: int = lib.VMS_NVME_SYNC
 EMPTY: int = lib.VMS_NVME_EMPTY
 TURN: int = lib.VMS_NVME_TURN
 FULL: int = lib.VMS_NVME_FULL
+BUSY: int = lib.VMS_NVME_BUSY
 OTHER: int = lib.VMS_NVME_OTHER
 
 _run_queue = lib.vms_nvme_run_queue
@@ -77,6 +78,10 @@ class Rings:
             return False
         check(rc)
         return True
+
+    def held(self) -> int:
+        """Bytes of the commands that workers have in hand."""
+        return int(lib.vms_nvme_held(self._handle))
 
     def forget(self) -> None:
         """A reset: waits for workers, empties all rings."""

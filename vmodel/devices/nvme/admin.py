@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmodel.devices.nvme.backend import Job, Op
-from vmodel.devices.nvme.command import BROADCAST, Command
+from vmodel.devices.nvme.command import BROADCAST, COMPLETION_SIZE, SUBMISSION_SIZE, Command
 from vmodel.devices.nvme.events import Event
 from vmodel.devices.nvme.firmware import Action
 from vmodel.devices.nvme.identify import CONTROLLER_ID, SIZE, Identify, NamespaceData
-from vmodel.devices.nvme.logs import ALL_ALONE, ALONE, BLOCKS, CONTROLLER, INVENTORY, NAMESPACE, SUPPORTED, Logs
+from vmodel.devices.nvme.logs import ALL_ALONE, ALONE, BLOCKS, INVENTORY, NAMESPACE, SUPPORTED, Logs
 from vmodel.devices.nvme.namespace import Namespace
 from vmodel.devices.nvme.params import LBA_SIZES
 from vmodel.devices.nvme.pointers import Transfer
@@ -21,6 +21,7 @@ from vmodel.devices.nvme.regs import Cc
 from vmodel.devices.nvme.selftest import Outcome
 from vmodel.devices.nvme.status import CommandError, Status
 from vmodel.devices.nvme.work import LARGE_PIECE, Failure, Work, pieces
+from vmodel.errors import DmaFault
 
 if TYPE_CHECKING:
     from vmodel.devices.nvme.controller import Nvme
@@ -53,11 +54,11 @@ class AdminCommands:
             0x05: _Row(self._create_cq, sanitizing=True),
             0x06: _Row(self._do_identify, sanitizing=True),
             0x08: _Row(self._abort, sanitizing=True),
-            0x09: _Row(self._set_features, CONTROLLER, sanitizing=True),
+            0x09: _Row(self._set_features, sanitizing=True),
             0x0A: _Row(self._get_features, sanitizing=True),
             0x0C: _Row(self._async_event, sanitizing=True),
             0x0D: _Row(self._namespace_management, INVENTORY),
-            0x10: _Row(self._firmware_commit, CONTROLLER),
+            0x10: _Row(self._firmware_commit),
             0x11: _Row(self._firmware_download),
             0x14: _Row(self._self_test),
             0x15: _Row(self._namespace_attachment, INVENTORY),
@@ -67,7 +68,7 @@ class AdminCommands:
             0x80: _Row(self._format, BLOCKS | NAMESPACE | ALONE),
             0x84: _Row(self._sanitize, BLOCKS | ALL_ALONE, sanitizing=True),
         }
-        if controller.params.shadow_doorbells:
+        if controller.has_shadow_doorbells:
             self._table[0x7C] = _Row(self._doorbell_buffer_config, sanitizing=True)
 
     @property
@@ -97,12 +98,18 @@ class AdminCommands:
 
     def _transfer(self, command: Command, size: int, *, to_host: bool) -> Transfer:
         controller = self._controller
+        self._check_size(size)
         return Transfer(controller.dma, command, controller.page_size, size, to_host=to_host, sgl=False)
+
+    def _check_size(self, size: int) -> None:
+        """CommandError: that is more than one command may transfer (MDTS)."""
+        if size > self._controller.max_transfer:
+            raise CommandError(Status.INVALID_FIELD, location=40)
 
     # ---- queues (5.3 to 5.6) ---------------------------------------------------------------
 
-    def _queue_base(self, command: Command, largest: int) -> tuple[int, int, int]:
-        """(id, address, entries) of Create I/O Completion or Submission Queue.  CommandError."""
+    def _queue_base(self, command: Command, largest: int, entry: int) -> tuple[int, int, int]:
+        """(id, address, entries of `entry` bytes) of Create I/O Completion or Submission Queue.  CommandError."""
         controller = self._controller
         qid, entries = command.cdw10 & 0xFFFF, (command.cdw10 >> 16) + 1
         if not 1 <= qid <= controller.params.queues:
@@ -113,13 +120,16 @@ class AdminCommands:
             raise CommandError(Status.INVALID_FIELD, location=44)
         if command.psdt or command.prp1 % controller.page_size:
             raise CommandError(Status.PRP_OFFSET_INVALID, location=24)
+        if command.prp1 + entries * entry > 1 << 64:  # no memory is there
+            raise CommandError(Status.INVALID_FIELD, location=24)
         return qid, command.prp1, entries
 
     def _create_cq(self, command: Command, sq: SubmissionQueue) -> int:
         controller = self._controller
         cc = Cc(controller.regs.CC)
         # Entries of another size than 16 bytes: no queue has that size.
-        qid, iova, entries = self._queue_base(command, controller.params.queue_entries if cc.IOCQES == 4 else 0)
+        largest = controller.params.queue_entries if cc.IOCQES == 4 else 0
+        qid, iova, entries = self._queue_base(command, largest, COMPLETION_SIZE)
         if qid in controller.completion:
             raise CommandError(Status.INVALID_QUEUE_ID, location=40)
         vector, interrupts = command.cdw11 >> 16, bool(command.cdw11 & 2)
@@ -127,25 +137,34 @@ class AdminCommands:
             raise CommandError(Status.INVALID_INTERRUPT_VECTOR, location=46)
         queue = CompletionQueue(controller, qid, iova, entries, vector, interrupts)
         controller.completion[qid] = queue
-        controller.shadow_queue(queue)
+        self._shadow_new(queue)
         return 0
 
     def _create_sq(self, command: Command, sq: SubmissionQueue) -> int:
         controller = self._controller
         cc = Cc(controller.regs.CC)
         cqid, priority = command.cdw11 >> 16, command.cdw11 >> 1 & 3
-        if cqid > controller.params.queues:
+        # 0 is the admin queue's, which is never one for I/O (5.4).
+        if not 1 <= cqid <= controller.params.queues:
             raise CommandError(Status.INVALID_QUEUE_ID, location=46)
-        cq = controller.completion.get(cqid) if cqid else None
+        cq = controller.completion.get(cqid)
         if cq is None:
             raise CommandError(Status.CQ_INVALID, location=46)
-        qid, iova, entries = self._queue_base(command, controller.params.queue_entries if cc.IOSQES == 6 else 0)
+        largest = controller.params.queue_entries if cc.IOSQES == 6 else 0
+        qid, iova, entries = self._queue_base(command, largest, SUBMISSION_SIZE)
         if qid in controller.submission:
             raise CommandError(Status.INVALID_QUEUE_ID, location=40)
         queue = SubmissionQueue(controller, qid, iova, entries, cq, priority)
         controller.submission[qid] = queue
-        controller.shadow_queue(queue)
+        self._shadow_new(queue)
         return 0
+
+    def _shadow_new(self, queue: CompletionQueue | SubmissionQueue) -> None:
+        """A queue that is created after Doorbell Buffer Config has its entries there, too."""
+        try:
+            self._controller.shadow_queue(queue)
+        except DmaFault as fault:
+            self._controller.fatal(f"the shadow doorbell of queue {queue.qid}", fault)
 
     def _delete_sq(self, command: Command, sq: SubmissionQueue) -> int | Later:
         qid = command.cdw10 & 0xFFFF
@@ -205,7 +224,8 @@ class AdminCommands:
         return result
 
     def _get_log_page(self, command: Command, sq: SubmissionQueue) -> int:
-        data, read = self.logs.page(command)
+        data, size, read = self.logs.page(command)
+        self._check_size(size)
         if data:
             self._transfer(command, len(data), to_host=True).to_guest(data)
         read()
@@ -324,6 +344,7 @@ class AdminCommands:
     def _firmware_download(self, command: Command, sq: SubmissionQueue) -> int:
         size, offset = command.cdw10 + 1 << 2, command.cdw11 << 2
         firmware = self._controller.firmware
+        self._check_size(size)
         firmware.download(offset, size)
         firmware.store(offset, bytes(self._transfer(command, size, to_host=False).from_guest()))
         return 0
@@ -354,7 +375,9 @@ class AdminCommands:
         self._directive(command)
         if command.cdw11 & 0xFF != 1:  # Return Parameters
             raise CommandError(Status.INVALID_FIELD, location=44)
-        size = min(command.cdw10 + 1 << 2, SIZE)
+        size = command.cdw10 + 1 << 2
+        self._check_size(size)
+        size = min(size, SIZE)
         parameters = bytearray(SIZE)
         parameters[0] = parameters[32] = 1  # supported, and enabled: Identify
         self._transfer(command, size, to_host=True).to_guest(parameters[:size])

@@ -14,18 +14,20 @@ import pydantic
 
 from vmodel.device import Intx, MmioBar, Msi, Msix, PciDevice, Pcie, Pm, ResetKind, on_write, on_write_each
 from vmodel.devices.nvme.admin import AdminCommands
+from vmodel.devices.nvme.arbiter import Arbiter
 from vmodel.devices.nvme.backend import Job, Op
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Command
 from vmodel.devices.nvme.events import Event, Events
 from vmodel.devices.nvme.fast import FastPath
 from vmodel.devices.nvme.features import Features
 from vmodel.devices.nvme.firmware import Firmware
 from vmodel.devices.nvme.health import Health
+from vmodel.devices.nvme.identify import KEEP_ALIVE_GRANULARITY
 from vmodel.devices.nvme.inventory import Inventory
 from vmodel.devices.nvme.io import IoCommands
 from vmodel.devices.nvme.namespace import Namespace, Protection
 from vmodel.devices.nvme.params import NvmeParams
-from vmodel.devices.nvme.queue import Arbiter, CompletionQueue, SubmissionQueue
+from vmodel.devices.nvme.queue import CompletionQueue, SubmissionQueue
 from vmodel.devices.nvme.regs import (
     DOORBELLS_AT,
     QUEUE_PAIRS,
@@ -43,6 +45,7 @@ from vmodel.devices.nvme.status import CommandError, Status
 from vmodel.devices.nvme.work import Failure, Work
 from vmodel.errors import DmaFault, PeerError
 from vmodel.points import Point
+from vmodel.span import PAGE
 from vmodel.timers import Timer
 
 #: Vectors of MSI; MSI-X has one for each completion queue.
@@ -171,7 +174,7 @@ class Nvme(PciDevice):
             (Cap.AMS, 1),
             (Cap.TO, _TIMEOUT),
             (Cap.DSTRD, params.doorbell_stride),
-            (Cap.NSSRS, 1),
+            (Cap.NSSRS, int(params.subsystem_reset)),
             (Cap.CSS, 1),
             (Cap.MPSMAX, params.max_page_shift - 12),
         ):
@@ -238,7 +241,7 @@ class Nvme(PciDevice):
             # What is not to be changed while it is enabled stays as it is.
             for field in (Cc.CSS, Cc.MPS, Cc.AMS):
                 new = field.put(new, field.of(before.value))
-        if after.SHN and after.SHN != before.SHN and after.EN:
+        if after.SHN and after.SHN != before.SHN:
             self._shutdown()
         return new
 
@@ -254,7 +257,9 @@ class Nvme(PciDevice):
         self.submission[0] = SubmissionQueue(self, 0, self.regs.ASQ, attributes.ASQS + 1, cq)
         self.arbitrate()
         self._was_shut_down = False
-        self.regs.CSTS = Csts.RDY.put(self.regs.CSTS, 1)
+        # What was shut down while it was disabled works again.
+        status = Csts.SHST.put(self.regs.CSTS, 0) if self._flushing is None else self.regs.CSTS
+        self.regs.CSTS = Csts.RDY.put(status, 1)
 
     def _misuse(self, cc: Cc) -> str | None:
         """Why it cannot be enabled; None: it can."""
@@ -269,9 +274,12 @@ class Nvme(PciDevice):
         attributes = Aqa(self.regs.AQA)
         if not attributes.ASQS or not attributes.ACQS:
             return "an admin queue with one entry"
-        for address in (self.regs.ASQ, self.regs.ACQ):
+        sizes = (attributes.ASQS + 1) * SUBMISSION_SIZE, (attributes.ACQS + 1) * COMPLETION_SIZE
+        for address, size in zip((self.regs.ASQ, self.regs.ACQ), sizes, strict=True):
             if address % (4096 << cc.MPS):
                 return f"an admin queue at {address:#x}, which is no page"
+            if address + size > 1 << 64:
+                return f"an admin queue at {address:#x}, which passes the end of all addresses"
         return None
 
     def _disable(self) -> None:
@@ -281,6 +289,8 @@ class Nvme(PciDevice):
 
     def _shutdown(self) -> None:
         """7.6.2, normal or abrupt: what was written is on disk when it is complete."""
+        if self._flushing is not None:
+            return
         self.regs.CSTS = Csts.SHST.put(self.regs.CSTS, _SHUTTING_DOWN)
         syncs = [(namespace, Job(Op.SYNC)) for namespace in self.inventory.allocated if not namespace.backend.read_only]
         self._flushing = Work(self, syncs, self._shut_down)
@@ -297,7 +307,7 @@ class Nvme(PciDevice):
 
     @on_write(ControllerRegs.NSSR)
     def _reset_subsystem(self, new: int) -> int:
-        if new == SUBSYSTEM_RESET:
+        if new == SUBSYSTEM_RESET and self.params.subsystem_reset:
             # Once the write is answered: the register it is stored in is among those that are reset.
             self.defer(self._subsystem_reset)
         return 0
@@ -342,8 +352,12 @@ class Nvme(PciDevice):
 
     @property
     def vectors(self) -> int:
-        """Interrupt vectors that a completion queue may have."""
-        return self.msix.vectors if self.msix is not None else _MSI_VECTORS
+        """Interrupt vectors that a completion queue may have: as many as there are, with MSI as are enabled (5.3)."""
+        if self.msix is not None:
+            return self.msix.vectors
+        if self.msi is not None and self.msi.enabled:
+            return self.msi.allocated
+        return _MSI_VECTORS
 
     @property
     def has_io_queues(self) -> bool:
@@ -424,17 +438,31 @@ class Nvme(PciDevice):
 
     # ---- shadow doorbells (5.7, 7.13) ------------------------------------------------------
 
+    @property
+    def has_shadow_doorbells(self) -> bool:
+        """Doorbell Buffer Config is offered: entries of all queues must be in one page (5.7)."""
+        size = 2 * (self.params.queues + 1) * (4 << self.params.doorbell_stride)
+        return self.params.shadow_doorbells and size <= PAGE
+
     def set_shadow(self, tails: int, indexes: int) -> None:
-        """Where the driver keeps doorbells in memory, and where it is told which of them need a write."""
+        """Where the driver keeps doorbells in memory, and where it is told which of them need a write.
+
+        DmaFault: the pages are not to be reached; nothing has changed then.
+        """
+        queues: list[SubmissionQueue | CompletionQueue] = [*self.submission.values(), *self.completion.values()]
         self._shadow = tails, indexes
-        for sq in self.submission.values():
-            self.shadow_queue(sq)
-        for cq in self.completion.values():
-            self.shadow_queue(cq)
+        try:
+            for queue in queues:
+                self.shadow_queue(queue)
+        except DmaFault:
+            self._shadow = None
+            for queue in queues:
+                queue.forget_shadow()
+            raise
 
     def shadow_queue(self, queue: SubmissionQueue | CompletionQueue) -> None:
-        """A queue's places there; the admin queue has none."""
-        if self._shadow is None or not queue.qid:
+        """Gives a queue its places there: entries 0 and 1 are the admin queue's."""
+        if self._shadow is None:
             return
         n = 2 * queue.qid + isinstance(queue, CompletionQueue)
         at = n * (4 << self.params.doorbell_stride)
@@ -443,8 +471,9 @@ class Nvme(PciDevice):
     # ---- keep alive (7.12) -----------------------------------------------------------------
 
     def keep_alive(self, milliseconds: int) -> None:
-        """Sets the timer; 0: there is none."""
-        self._keep_alive_ms = milliseconds
+        """Sets the timer; 0: there is none.  What Keep Alive is counted in rounds it up (5.21.1.15)."""
+        unit = 100 * KEEP_ALIVE_GRANULARITY
+        self._keep_alive_ms = -(-milliseconds // unit) * unit
         self.restart_keep_alive()
 
     def restart_keep_alive(self) -> None:

@@ -52,6 +52,15 @@ class Extents:
         self._starts[first:behind] = starts
         self._ends[first:behind] = ends
 
+    def would_split(self, start: int, count: int) -> bool:
+        """Whether taking these blocks out would leave one span more."""
+        n = bisect_left(self._ends, start + 1)
+        return n < len(self._starts) and self._starts[n] < start and start + count < self._ends[n]
+
+    def would_join(self, start: int, count: int) -> bool:
+        """Whether adding these blocks would leave no span more."""
+        return bisect_left(self._ends, start) < bisect_left(self._starts, start + count + 1)
+
     def first_in(self, start: int, count: int) -> int | None:
         """The lowest of `count` blocks that is in the set, None when none is."""
         n = bisect_left(self._ends, start + 1)

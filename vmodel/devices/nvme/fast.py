@@ -9,29 +9,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vmodel._shim import Function
-from vmodel._shim.nvme import EMPTY, FULL, OTHER, READ, SYNC, WRITE, Rings
+from vmodel._shim.nvme import BUSY, EMPTY, FULL, OTHER, READ, SYNC, WRITE, Rings
 from vmodel._shim.store import Workers
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.health import Health
 from vmodel.devices.nvme.status import CommandError
 from vmodel.dma import Dma
+from vmodel.span import MiB
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from vmodel.devices.nvme.arbiter import Arbiter
     from vmodel.devices.nvme.io import Namespace
     from vmodel.devices.nvme.queue import CompletionQueue, SubmissionQueue
 
-__all__ = ["EMPTY", "FULL", "OTHER", "FastPath"]
+__all__ = ["BUSY", "EMPTY", "FULL", "OTHER", "FastPath"]
 
 #: Threads for files: as many commands can wait for the disk at a time.
 _THREADS = 4
+#: Bytes that workers have in hand before queues wait: those of the shim's commands, and as many of Python's.
+HELD = 64 * MiB
 
 
 class FastHost(Protocol):
     """The controller as the fast path sees it."""
 
     function: Function
+    arbiter: Arbiter
     dma: Dma
     health: Health
     page_size: int
@@ -60,6 +65,9 @@ class FastPath:
         self._stale = True
         #: Commands that workers have in hand.
         self._deferred = 0
+        #: Bytes of Python's commands that workers have in hand, and queues that wait until that is less.
+        self._held = 0
+        self._waiting: dict[int, SubmissionQueue] = {}
         self._submission: dict[int, SubmissionQueue] = {}
         self._completion: dict[int, CompletionQueue] = {}
 
@@ -72,6 +80,30 @@ class FastPath:
         """Likewise, a vms_nvme_cq."""
         self._completion[queue.qid] = queue
         return self._rings.completion(queue.qid)
+
+    @property
+    def busy(self) -> bool:
+        """Workers have as much data in hand as they may: no command is taken from I/O queues."""
+        return self._held >= HELD or (self._deferred > 0 and self._rings.held() >= HELD)
+
+    def hold(self, size: int) -> None:
+        """Workers have a job of Python's, which counts as `size` bytes until it is released."""
+        self._held += size
+
+    def release(self, size: int) -> None:
+        """It is done, or was taken back."""
+        self._held -= size
+        self._go_on()
+
+    def wait(self, queue: SubmissionQueue) -> None:
+        """Lets a queue run when workers are not busy any more."""
+        self._waiting[queue.qid] = queue
+
+    def _go_on(self) -> None:
+        if self._waiting and not self.busy:
+            waiting, self._waiting = self._waiting, {}
+            for queue in waiting.values():
+                self._host.arbiter.ring(queue)
 
     def changed(self) -> None:
         """A command may have changed what is plain."""
@@ -121,6 +153,11 @@ class FastPath:
     def collect(self) -> None:
         """Ends what workers have done."""
         self.workers.collect()
+        if self._deferred:
+            self._collect()
+            self._go_on()
+
+    def _collect(self) -> None:
         while self._deferred:
             stop, result = self._rings.collect(), self._rings.result
             self._deferred -= result.taken
@@ -145,12 +182,14 @@ class FastPath:
         """Takes a command back from the workers; False: they do not have it, or have begun."""
         done = self._deferred > 0 and self._rings.abort(qid, cid)
         self._deferred -= done
+        self._go_on()
         return done
 
     def reset(self) -> None:
         """The queues are gone.  Returns when no worker has anything of theirs any more."""
         self._rings.forget()
         self._deferred = 0
+        self._waiting.clear()
         self._submission.clear()
         self._completion.clear()
         self._stale = True

@@ -38,6 +38,9 @@ _IEEE = bytes.fromhex("000002")
 #: Most entries of a list of namespaces, and of a list of controllers.
 LIST_ENTRIES, CONTROLLER_ENTRIES = 1024, 2047
 
+#: CNS values that name an I/O command set in Dword 11.
+_OF_A_COMMAND_SET = frozenset((0x05, 0x06, 0x07, 0x1A, 0x1B))
+
 _Int128ul = BytesInteger(16, swapped=True)
 
 _PowerState = Struct(
@@ -248,6 +251,11 @@ class Identify:
             0x11: self._allocated_namespace,
             0x12: self._namespace_controllers,
             0x13: self._controllers,
+            0x14: self._primary,
+            0x15: self._secondary,
+            0x1A: self._allocated_list,
+            0x1B: self._nvm_allocated,
+            0x1C: self._command_sets,
         }
 
     def page(self, command: Command) -> bytes:
@@ -257,7 +265,7 @@ class Identify:
         if build_page is None:
             raise CommandError(Status.INVALID_FIELD, location=40)
         # Those of an I/O command set: there is NVM, 0.
-        if cns in (0x05, 0x06, 0x07) and command.cdw11 >> 24:
+        if cns in _OF_A_COMMAND_SET and command.cdw11 >> 24:
             raise CommandError(Status.INVALID_FIELD, location=47)
         return build_page(command)
 
@@ -279,9 +287,10 @@ class Identify:
                 "ver": VERSION,
                 # Notices: namespace attributes, firmware activation.
                 "oaes": 0x300,
+                "ctratt": 1,  # host identifiers of 128 bits
                 "cntrltype": 1,  # I/O
                 # Format, firmware, namespace management, self-test, directives, doorbell buffer.
-                "oacs": 0x3E | (0x100 if params.shadow_doorbells else 0),
+                "oacs": 0x3E | (0x100 if controller.has_shadow_doorbells else 0),
                 "acl": ABORT_LIMIT,
                 "aerl": EVENT_LIMIT - 1,
                 "frmw": SLOTS << 1 | 1 << 4,  # activation without a reset
@@ -322,6 +331,20 @@ class Identify:
     def _controllers(self, command: Command) -> bytes:
         first = command.cdw10 >> 16
         return controller_list([CONTROLLER_ID] if first <= CONTROLLER_ID else [])
+
+    def _primary(self, command: Command) -> bytes:
+        """Primary controller capabilities (figure 252): this is one, and it shares no resources with others."""
+        return struct.pack("<H", CONTROLLER_ID).ljust(SIZE, b"\0")
+
+    def _secondary(self, command: Command) -> bytes:
+        """The secondary controller list (figure 253): empty."""
+        return bytes(SIZE)
+
+    def _command_sets(self, command: Command) -> bytes:
+        """Combinations of I/O command sets (technical proposal 4056): one, of NVM alone."""
+        if command.cdw10 >> 16 not in (CONTROLLER_ID, 0xFFFF):
+            raise CommandError(Status.INVALID_FIELD, location=42)
+        return struct.pack("<Q", 1).ljust(SIZE, b"\0")
 
     # ---- namespaces ------------------------------------------------------------------------
 
@@ -376,6 +399,12 @@ class Identify:
     def _nvm_namespace(self, command: Command) -> bytes:
         """No protection information, so nothing to say."""
         self._controller.inventory.attached(command.nsid)
+        return bytes(SIZE)
+
+    def _nvm_allocated(self, command: Command) -> bytes:
+        """As `_nvm_namespace`, of one that need not be attached."""
+        if self._controller.inventory.find(command.nsid) is None:
+            raise CommandError(Status.INVALID_FIELD, location=4)
         return bytes(SIZE)
 
     def _independent(self, command: Command) -> bytes:

@@ -27,6 +27,10 @@ _SOURCE = struct.Struct("<8xQH6xIHH")  # Copy, format 0: first block, blocks (0'
 _FUA, _DEALLOCATE, _PRINFO = 1 << 30, 1 << 25, 15 << 26
 _AD = 1 << 2  # Dataset Management: deallocate
 _PRINFO_READ = 15 << 12  # Copy
+#: Spans of blocks of a namespace that Write Uncorrectable has marked; with so many, what needs one more fails.
+MAX_UNCORRECTABLE = 16384
+#: What a job that workers have counts at least, in bytes: one that moves no data may take long.
+_LEAST_DATA, _LEAST = 1 << 16, 1 << 20
 _SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -75,7 +79,8 @@ class _Course:
         self._commands = commands
         self._steps = steps
         self.later = Later(self.drop)
-        self._job: tuple[Namespace, Job, int] | None = None
+        #: What it waits for, with its number and what it counts.
+        self._job: tuple[Namespace, Job, int, int] | None = None
         self._codes: list[int] = []
         self._cancelled = False
 
@@ -87,8 +92,9 @@ class _Course:
                 namespace, job = self._steps.throw(error) if error is not None else next(self._steps)
                 number = namespace.backend.submit(job, self._done)
                 if number is not None:
-                    self._job = namespace, job, number
-                    self._commands.waiting.add(self)
+                    size = max(job.length, _LEAST if job.data is None and job.expected is None else _LEAST_DATA)
+                    self._job = namespace, job, number, size
+                    self._commands.hold(self, size)
                     return
                 code = self._codes.pop()
                 error = self._commands.status(namespace, job, code) if code else None
@@ -101,8 +107,8 @@ class _Course:
         if self._job is None:
             self._codes.append(code)  # it is done before `submit` is
             return
-        namespace, job, _ = self._job
-        self._commands.waiting.discard(self)
+        namespace, job, _, size = self._job
+        self._commands.release(self, size)
         if not self._cancelled:
             self.go(self._commands.status(namespace, job, code) if code else None)
 
@@ -115,10 +121,10 @@ class _Course:
         """Takes back the job that it waits for; False: that has begun."""
         if self._job is None:
             return False
-        namespace, _, number = self._job
+        namespace, _, number, size = self._job
         if not namespace.backend.revoke(number):
             return False
-        self._commands.waiting.discard(self)
+        self._commands.release(self, size)
         return True
 
 
@@ -146,6 +152,16 @@ class IoCommands:
         for course in list(self.waiting):
             course.cancel()
         self.waiting.clear()
+
+    def hold(self, course: _Course, size: int) -> None:
+        """Workers have a job of a command, which counts as `size` bytes."""
+        self.waiting.add(course)
+        self._host.fast.hold(size)
+
+    def release(self, course: _Course, size: int) -> None:
+        """They have it no more."""
+        self.waiting.discard(course)
+        self._host.fast.release(size)
 
     @property
     def opcodes(self) -> set[int]:
@@ -183,9 +199,16 @@ class IoCommands:
         return Transfer(self._host.dma, command, self._host.page_size, size, to_host=to_host)
 
     @staticmethod
-    def _writable(namespace: Namespace) -> None:
+    def _not_protected(namespace: Namespace) -> None:
         if namespace.read_only:
             raise CommandError(Status.NAMESPACE_WRITE_PROTECTED)
+
+    @classmethod
+    def _writable(cls, namespace: Namespace, slba: int, count: int) -> None:
+        cls._not_protected(namespace)
+        bad = namespace.uncorrectable
+        if len(bad) >= MAX_UNCORRECTABLE and bad.would_split(slba, count):
+            raise CommandError(Status.WRITE_FAULT, lba=slba)
 
     @staticmethod
     def _readable(namespace: Namespace, slba: int, count: int) -> None:
@@ -236,7 +259,7 @@ class IoCommands:
     def _write(self, command: Command) -> Steps:
         namespace, offset, length = self._target(command)
         transfer = self._transfer(command, length, to_host=False)
-        self._writable(namespace)
+        self._writable(namespace, command.slba, command.blocks)
         view = namespace.backend.view(offset, length)
         if view is not None:
             transfer.from_guest_into(view)
@@ -268,7 +291,7 @@ class IoCommands:
         namespace, offset, length = self._target(first)
         self._target(second)
         expected, data = (self._transfer(c, length, to_host=False) for c in (first, second))
-        self._writable(namespace)
+        self._writable(namespace, first.slba, first.blocks)
         self._readable(namespace, first.slba, first.blocks)
         job = Job(
             Op.COMPARE_WRITE,
@@ -301,14 +324,17 @@ class IoCommands:
 
     def _write_uncorrectable(self, command: Command) -> Steps:
         namespace, _, _ = self._target(command)
-        self._writable(namespace)
-        namespace.uncorrectable.add(command.slba, command.blocks)
+        self._not_protected(namespace)
+        bad = namespace.uncorrectable
+        if len(bad) >= MAX_UNCORRECTABLE and not bad.would_join(command.slba, command.blocks):
+            raise CommandError(Status.WRITE_FAULT, lba=command.slba)
+        bad.add(command.slba, command.blocks)
         return
         yield
 
     def _write_zeroes(self, command: Command) -> Steps:
         namespace, offset, length = self._target(command)
-        self._writable(namespace)
+        self._writable(namespace, command.slba, command.blocks)
         op = Op.DISCARD if command.cdw12 & _DEALLOCATE else Op.ZERO
         yield namespace, Job(op, offset, length, sync=self._durable(command))
         self._written(namespace, command.slba, command.blocks)
@@ -322,8 +348,8 @@ class IoCommands:
             self._check_blocks(namespace, slba, blocks)
         if not command.cdw11 & _AD:
             return  # only hints
-        self._writable(namespace)
         for slba, blocks in ranges:
+            self._writable(namespace, slba, blocks)
             if blocks:
                 yield namespace, Job(Op.DISCARD, slba << namespace.lba_shift, blocks << namespace.lba_shift)
                 self._written(namespace, slba, blocks)
@@ -351,10 +377,10 @@ class IoCommands:
         if total > MAX_COPY or any(blocks > MAX_COPY_RANGE for _, blocks in sources):
             raise CommandError(Status.COMMAND_SIZE_LIMIT_EXCEEDED, location=48)
         self._check_blocks(namespace, command.slba, total)
-        self._writable(namespace)
         target = command.slba
         for n, (slba, blocks) in enumerate(sources):
             try:
+                self._writable(namespace, target, blocks)
                 self._check_blocks(namespace, slba, blocks)
                 self._readable(namespace, slba, blocks)
                 data = bytearray(blocks << shift)

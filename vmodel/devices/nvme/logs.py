@@ -100,9 +100,10 @@ SanitizeStatus = Struct(
 )
 assert SanitizeStatus.sizeof() == 512
 
-#: Effects (figure 199): supported, changes blocks, namespaces' capabilities, the inventory, the controller's
-#: capabilities; and to be submitted with no other command to the namespace, or to any, outstanding.
-SUPPORTED, BLOCKS, NAMESPACE, INVENTORY, CONTROLLER, ALONE, ALL_ALONE = 1, 2, 4, 8, 16, 1 << 16, 2 << 16
+#: Effects (figure 199): supported, changes blocks, namespaces' capabilities, the inventory; and to be submitted with no
+#: other command to the namespace, or to any, outstanding.  Nothing changes the controller's capabilities: CAP and what
+#: Identify says of them are the same with each firmware, whatever features are set to.
+SUPPORTED, BLOCKS, NAMESPACE, INVENTORY, ALONE, ALL_ALONE = 1, 2, 4, 8, 1 << 16, 2 << 16
 #: I/O commands that change blocks: Write, Write Uncorrectable, Write Zeroes, Dataset Management, Copy.
 _WRITING = {0x01, 0x04, 0x08, 0x09, 0x19}
 
@@ -127,8 +128,11 @@ class Logs:
             0x81: self._sanitize,
         }
 
-    def page(self, command: Command) -> tuple[bytes, Callable[[], None]]:
-        """The part of a page that Get Log Page asks for, and what to call once it is transferred.  CommandError."""
+    def page(self, command: Command) -> tuple[bytes, int, Callable[[], None]]:
+        """What there is of the part that Get Log Page asks for, that part's size, what to call once it is transferred.
+
+        CommandError.
+        """
         identifier, retain = command.cdw10 & 0xFF, bool(command.cdw10 & 1 << 15)
         size = ((command.cdw11 & 0xFFFF) << 16 | command.cdw10 >> 16) + 1 << 2
         offset = command.cdw13 << 32 | command.cdw12
@@ -140,7 +144,7 @@ class Logs:
         whole = build_page(command)
         if offset > len(whole):
             raise CommandError(Status.INVALID_FIELD, location=48)
-        return whole[offset : offset + size], lambda: self._read(identifier, retain)
+        return whole[offset : offset + size], size, lambda: self._read(identifier, retain)
 
     def _read(self, identifier: int, retain: bool) -> None:
         """The host has a page; unless it wants to keep events back, further ones may come."""

@@ -97,6 +97,9 @@ class NvmeParams(Params):
     shadow_doorbells: bool = Field(
         default=True, strict=True, examples=["false"], description="offer Doorbell Buffer Config"
     )
+    subsystem_reset: bool = Field(
+        default=False, strict=True, examples=["true"], description="offer a reset of the subsystem by register NSSR"
+    )
     fast_path: bool = Field(
         default=True, strict=True, examples=["false"], description="false: every command by way of Python"
     )

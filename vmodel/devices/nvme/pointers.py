@@ -119,6 +119,9 @@ def _descriptors(dma: Dma, descriptor: bytes) -> Iterator[tuple[Sgl, int, int]]:
         if not length or length % DESCRIPTOR_SIZE:
             raise CommandError(Status.INVALID_SGL_SEGMENT, location=24)
         is_last, behind = kind is Sgl.LAST_SEGMENT, address + length
+        if behind > 1 << 64:
+            # There is no memory behind the last address, and not what is at 0.
+            raise CommandError(Status.DATA_TRANSFER_ERROR)
         while address < behind:
             count = min(_FETCH, (behind - address) // DESCRIPTOR_SIZE)
             budget -= count

@@ -1,4 +1,4 @@
-"""Submission and completion queues (NVMe 1.4, 4.1), and the order in which they are served (4.13).
+"""Submission and completion queues (NVMe 1.4, 4.1), with their shadow doorbells (5.7, 7.13).
 
 A doorbell only marks its queue as ready.  Once the guest's write has been answered, the `Arbiter` lets ready queues
 run, posts what is complete and raises each vector once.
@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Command, Completion, Fuse
-from vmodel.devices.nvme.fast import FULL, OTHER, FastPath
+from vmodel.devices.nvme.fast import BUSY, FULL, OTHER, FastPath
 from vmodel.devices.nvme.status import CommandError, Status
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault
 from vmodel.points import Event, Point, Points
 from vmodel.timers import Timer
 
-#: Commands that are taken from all queues before the device looks at its client again.
-TURN = 256
-#: Arbitration Burst that stands for no limit.
-NO_BURST = 7
+if TYPE_CHECKING:
+    from vmodel.devices.nvme.arbiter import Arbiter
 
 _U32 = struct.Struct("<I")
 #: Write, Read, Write Uncorrectable, Compare, Write Zeroes, Verify: commands that name blocks.
@@ -131,6 +130,8 @@ class CompletionQueue:
         ring.head = ring.tail = ring.reserved = ring.posted = 0
         self.queues: list[SubmissionQueue] = []
         self._shadow = self._event_index = 0
+        #: What its shadow doorbell was at first; None: the driver has written another value since, and goes by it.
+        self._shadow_first: int | None = None
         self._unsignalled = 0
         self._waiting: deque[tuple[SubmissionQueue, int, int, int]] = deque()
         self._timer: Timer | None = None
@@ -164,9 +165,9 @@ class CompletionQueue:
     def doorbell(self, value: int) -> bool:
         """The driver has taken entries up to `value`; whether it may say so."""
         if self._shadow and value < self.entries:
-            # What is in memory may be further on than a doorbell that was rung before.
             self._poll()
-            return True
+            if self._shadow_first is None:
+                return True  # what is in memory may be further on than a doorbell that was rung before
         return self._taken(value)
 
     def _taken(self, value: int) -> bool:
@@ -182,21 +183,31 @@ class CompletionQueue:
         return True
 
     def set_shadow(self, doorbell: int, event_index: int) -> None:
-        """Where its shadow doorbell and EventIdx are in guest memory (5.7)."""
-        self._shadow, self._event_index = doorbell, event_index
+        """Where its shadow doorbell and EventIdx are in guest memory.  DmaFault: they are not to be reached."""
+        first: int = _U32.unpack(self._host.dma.read(doorbell, 4))[0]
+        self._host.dma.write(event_index, _U32.pack(self._ring.head))
+        self._shadow, self._event_index, self._shadow_first = doorbell, event_index, first
+
+    def forget_shadow(self) -> None:
+        """Doorbells alone count."""
+        self._shadow = self._event_index = 0
 
     def _poll(self) -> None:
-        """Looks at the shadow doorbell, if there is one."""
+        """Looks at the shadow doorbell, if there is one; the next entry that is taken needs a doorbell."""
         if not self._shadow:
             return
         try:
-            self._host.dma.write(self._event_index, _U32.pack(self._ring.head))
-            value: int = _U32.unpack(self._host.dma.read(self._shadow, 4))[0]
+            # Ends: each round but the last has taken some of what is posted.
+            while True:
+                self._host.dma.write(self._event_index, _U32.pack(self._ring.head))
+                value: int = _U32.unpack(self._host.dma.read(self._shadow, 4))[0]
+                if value == self._shadow_first:
+                    return
+                self._shadow_first = None
+                if value == self._ring.head or not self._taken(value):
+                    return
         except DmaFault as fault:
             self._host.fatal(f"the shadow doorbell of completion queue {self.qid}", fault)
-            return
-        if value != self._ring.head:
-            self._taken(value)
 
     def post(self, sq: SubmissionQueue, cid: int, status: int, result: int = 0) -> None:
         """Posts a completion of `sq`, as soon as there is room; `status`: the 15-bit field."""
@@ -268,7 +279,7 @@ class SubmissionQueue:
         # head: where we read next; tail: where the driver writes next.
         self._ring = ring = host.fast.add_submission(self)
         ring.iova, ring.entries, ring.cq = iova, entries, cq.qid
-        ring.head = ring.tail = ring.shadow = ring.event = 0
+        ring.head = ring.tail = ring.shadow = ring.event = ring.shadow_first = ring.shadow_used = 0
         #: Commands under way, by command identifier.
         self.in_flight: dict[int, Later] = {}
         self._closed = False
@@ -286,54 +297,93 @@ class SubmissionQueue:
         """There are commands that have not been taken."""
         return bool(self._ring.head != self._ring.tail)
 
+    @property
+    def may_run(self) -> bool:
+        """A command can be taken: its completion has room, and workers do not have too much already."""
+        return not self.cq.full and not (self.qid and self._host.fast.busy)
+
     def set_shadow(self, doorbell: int, event_index: int) -> None:
-        """Where its shadow doorbell and EventIdx are in guest memory (5.7)."""
-        self._ring.shadow, self._ring.event = doorbell, event_index
+        """Where its shadow doorbell and EventIdx are in guest memory.  DmaFault: they are not to be reached.
+
+        Drivers ring the admin queue's doorbell and leave its shadow as it is (Linux, SPDK), or go by shadow and
+        EventIdx with all queues, as the specification has it.  So doorbells count until the shadow is first written.
+        """
+        ring, dma = self._ring, self._host.dma
+        first = _U32.unpack(dma.read(doorbell, 4))[0]
+        dma.write(event_index, _U32.pack(ring.tail))
+        ring.shadow_first, ring.shadow_used = first, 0
+        ring.shadow, ring.event = doorbell, event_index
+
+    def forget_shadow(self) -> None:
+        """Doorbells alone count."""
+        self._ring.shadow = self._ring.event = self._ring.shadow_used = 0
 
     def doorbell(self, value: int) -> bool:
-        """The driver has written entries up to `value`; whether it may say so."""
-        if value >= self.entries:
+        """The driver has written entries up to `value`; whether it may say so (5.2: invalid doorbell value)."""
+        ring, n = self._ring, self.entries
+        if value >= n:
             return False
-        if not self._ring.shadow:  # which may be further on than a doorbell that was rung before
-            self._ring.tail = value
+        if ring.shadow:
+            self._look()
+        if not ring.shadow_used:  # which may be further on than a doorbell that was rung before
+            if (value - ring.tail) % n > (ring.head - ring.tail - 1) % n:
+                return False  # more than are free
+            ring.tail = value
         self._host.arbiter.ring(self)
         return True
+
+    def _look(self) -> bool:
+        """Looks at the shadow doorbell; whether there are commands, or no more queue."""
+        ring = self._ring
+        try:
+            value: int = _U32.unpack(self._host.dma.read(ring.shadow, 4))[0]
+        except DmaFault as fault:
+            self._host.fatal(f"the shadow doorbell of submission queue {self.qid}", fault)
+            return True
+        if ring.shadow_used or value != ring.shadow_first:
+            ring.shadow_used = 1
+            if value < self.entries:
+                ring.tail = value
+        return bool(ring.head != ring.tail)
 
     def _poll(self) -> None:
         """Looks at the shadow doorbell, if there is one; no command that is there already is missed after it."""
         ring, dma = self._ring, self._host.dma
-        if not ring.shadow:
+        if not ring.shadow or self._look():
             return
         try:
-            while True:
-                value: int = _U32.unpack(dma.read(ring.shadow, 4))[0]
-                if value < self.entries:
-                    ring.tail = value
-                if ring.head != ring.tail:
-                    return
-                # Ask for a doorbell at the next one, and look again: it may have come meanwhile.
-                event: int = _U32.unpack(dma.read(ring.event, 4))[0]
-                if event == ring.tail:
-                    return
-                dma.write(ring.event, _U32.pack(ring.tail))
+            event: int = _U32.unpack(dma.read(ring.event, 4))[0]
+            if event == ring.tail:
+                return
+            dma.write(ring.event, _U32.pack(ring.tail))
         except DmaFault as fault:
-            self._host.fatal(f"the shadow doorbell of submission queue {self.qid}", fault)
+            self._host.fatal(f"the EventIdx of submission queue {self.qid}", fault)
+            return
+        # It asks for a doorbell at the next command, which may have come meanwhile.
+        self._look()
 
-    def run(self, count: int) -> int:
-        """Carries out up to `count` commands; how many there were."""
+    def run(self, count: int, until: int) -> int:
+        """Carries out up to `count` commands, and begins none after `until` (monotonic ns); how many there were."""
         done, fast, cq = 0, self._host.fast, self.cq
         while done < count and not self._closed:
+            if done and time.monotonic_ns() >= until:
+                break
+            if self.qid and fast.busy:
+                fast.wait(self)
+                break
             plain = self.qid and fast.enabled and not self._host.points.detailed
             if plain and not (cq.held and cq.full):
                 stop, taken = fast.run(self.qid, count - done)
                 if taken:
                     done += taken
                     cq.posted()
-                if stop == FULL and not cq.full:
+                if stop == BUSY or (stop == FULL and not cq.full):
                     continue  # the shadow doorbell knows of more room
                 if stop != OTHER:
                     break
             if cq.full:
+                if not self.waiting:
+                    self._poll()  # so that the next command has a doorbell
                 break
             command = self._fetch()
             if command is None:
@@ -368,11 +418,10 @@ class SubmissionQueue:
             self.end(first, CommandError(Status.ABORTED_MISSING_FUSED))
             return 0
         if second.flags & 3 != Fuse.SECOND:
+            # It has its own turn: a queue may be full of first commands.
+            self._ring.head = (self._ring.head - 1) % self.entries
             self.end(first, CommandError(Status.ABORTED_MISSING_FUSED))
-            if second.flags & 3 == Fuse.FIRST:
-                return 1 + self._fused(second)
-            self.carry_out(second)
-            return 1
+            return 0
         try:
             self._check_cid(first)
             self._check_cid(second)
@@ -477,100 +526,3 @@ class SubmissionQueue:
         self.in_flight.clear()
         self.cq.queues.remove(self)
         self._host.arbiter.forget(self)
-
-
-class Arbiter:
-    """Chooses the queue that runs next, and raises interrupts when all have run.
-
-    Round robin, or with `weights` weighted round robin with urgent priority class (4.13.2).
-    """
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        #: Commands that a queue may have carried out before others have their turn.
-        self.burst = TURN
-        #: Commands of the high, medium and low priority class in a round; None: round robin.
-        self.weights: tuple[int, int, int] | None = None
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets all queues; round robin without a limit of the burst."""
-        self.set_burst(NO_BURST)
-        self.weights = None
-        # The admin queue, then the priority classes; in round robin all are in one line.
-        self._lines: list[deque[SubmissionQueue]] = [deque() for _ in range(5)]
-        self._credit = [0, 0, 0]
-        self._signals: list[CompletionQueue] = []
-        self._running = self._scheduled = False
-
-    def set_burst(self, value: int) -> None:
-        """Arbitration Burst as in the feature: a power of two; 7: no limit."""
-        self.burst = TURN if value == NO_BURST else 1 << value
-
-    def ring(self, queue: SubmissionQueue) -> None:
-        """A queue has, or may have, commands."""
-        if not queue.ready:
-            queue.ready = True
-            self._line_of(queue).append(queue)
-        self._schedule()
-
-    def signal(self, queue: CompletionQueue) -> None:
-        """A completion queue's interrupt is due."""
-        if queue not in self._signals:
-            self._signals.append(queue)
-        self._schedule()
-
-    def forget(self, queue: SubmissionQueue) -> None:
-        """A queue is gone."""
-        for line in self._lines:
-            if queue in line:
-                line.remove(queue)
-
-    def _line_of(self, queue: SubmissionQueue) -> deque[SubmissionQueue]:
-        if self.weights is None or not queue.qid:
-            return self._lines[0]
-        return self._lines[1 + queue.priority]
-
-    def _schedule(self) -> None:
-        if not self._scheduled and not self._running:
-            self._scheduled = True
-            self._host.defer(self.run)
-
-    def run(self) -> None:
-        """Lets ready queues run, until there are none or others have waited for long enough."""
-        self._scheduled, self._running = False, True
-        try:
-            left = TURN
-            while left > 0 and (chosen := self._next()) is not None:
-                line, burst = chosen
-                queue = line.popleft()
-                queue.ready = False
-                taken = queue.run(min(burst, left))
-                left -= taken
-                if self.weights is not None and queue.qid and queue.priority:
-                    self._credit[queue.priority - 1] -= taken
-                if taken and queue.waiting and not queue.cq.full and queue in queue.cq.queues:
-                    queue.ready = True
-                    line.append(queue)
-        finally:
-            self._running = False
-        signals, self._signals = self._signals, []
-        for cq in signals:
-            if cq.interrupts:
-                cq.raise_interrupt()
-        if any(self._lines):
-            self._schedule()
-
-    def _next(self) -> tuple[deque[SubmissionQueue], int] | None:
-        """The line whose first queue is next, and what that may take."""
-        lines = self._lines
-        for line in lines[:2]:
-            if line:
-                return line, self.burst
-        classes = [n for n in range(3) if lines[2 + n]]
-        if not classes:
-            return None
-        if all(self._credit[n] <= 0 for n in classes):
-            self._credit = list(self.weights or (1, 1, 1))
-        n = next(n for n in classes if self._credit[n] > 0)
-        return lines[2 + n], min(self.burst, self._credit[n])
