@@ -376,7 +376,7 @@ def _clear_stale(path: Path, what: str) -> None:
             return
         except (BlockingIOError, TimeoutError):
             pass  # its backlog is full: very much alive
-    raise ConfigError(f"{what} is being served already on {path}: stop that server first")
+    raise ConfigError(f"{what} is being served already on {path}: stop that server first, or choose another --run-dir")
 
 
 class Server:

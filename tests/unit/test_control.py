@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_cli import ROOT, environ, in_terminal, refused, serving, vmodel
+from tests.unit.test_cli import ELSE, ROOT, environ, in_terminal, refused, serving, vmodel
 from vmodel import control
 from vmodel.control import Control, ask
 from vmodel.errors import ConfigError, DmaFault
@@ -353,9 +353,7 @@ def test_two_servers_of_one_machine(tmp_path: Path) -> None:
         before = files(run)
         assert sorted(before) == ["edu-viommu.control", "edu-viommu.viot", "edu0.sock", "viommu0.sock"]
         said = refused(vmodel("serve", file, "--run-dir", run))
-        assert (
-            said == f"machine 'edu-viommu' is being served already on {run}/edu-viommu.control: stop that server first"
-        )
+        assert said == f"machine 'edu-viommu' is being served already on {run}/edu-viommu.control: {ELSE}"
         assert files(run) == before
         assert vmodel("iommu", "show", file, "--run-dir", run).returncode == 0
 
@@ -378,7 +376,7 @@ def test_two_machines_in_one_run_dir(tmp_path: Path) -> None:
                 shown = json.loads(vmodel("iommu", "show", file, "--run-dir", run, "--json").stdout)
                 assert shown["machine"] == name
             said = refused(vmodel("serve", clash, "--run-dir", run))
-            assert said == f"device 'edu0' is being served already on {run}/edu0.sock: stop that server first"
+            assert said == f"device 'edu0' is being served already on {run}/edu0.sock: {ELSE}"
             assert files(run) == both
             second.terminate()
             assert second.wait(20) == 0

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from vmodel.campaign.matrix import digest
-from vmodel.campaign.rig import Rig, perform
+from vmodel.campaign.matrix import digest, functions
+from vmodel.campaign.rig import GUESTS, Rig, perform
 from vmodel.campaign.store import Row
+from vmodel.devices import BUILTIN
 from vmodel.errors import ConfigError
 from vmodel.testing.case import Result
+
+
+def code(row: Row) -> Iterator[str]:
+    """What of a run reaches this host: Python that it imports, files that its devices write, and QEMU's arguments.
+
+    A campaign's folder says which, and it may be somebody else's.  (Workloads run in the guest alone.)  ConfigError.
+    """
+    case = row.run.case
+    if row.run.rig != GUESTS:
+        yield row.run.rig
+    try:
+        described = tomllib.loads(case.machine.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        text = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{row.folder}: its file {case.machine} cannot be read: {text}") from error
+    devices = described.get("device", ())
+    for device in devices if isinstance(devices, list) else ():
+        model = device.get("model") if isinstance(device, dict) else None
+        if isinstance(model, str) and model not in BUILTIN:
+            yield model
+        yield from _written(device)
+    if case.plan is not None:
+        yield from map(str, functions(case.plan))
+    if case.qemu_args:
+        yield f"QEMU {' '.join(case.qemu_args)}"
+
+
+def _written(value: Any) -> Iterator[str]:
+    """The files that a machine file's devices write: each `path`, unless it is read only."""
+    if isinstance(value, dict):
+        if isinstance(value.get("path"), str) and value.get("read_only") is not True:
+            yield value["path"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from _written(each)
 
 
 def changed_inputs(row: Row) -> Iterator[str]:

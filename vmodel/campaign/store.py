@@ -200,7 +200,11 @@ class Store:
             came = None if result is None else Result.model_validate_json(result)
         except ValidationError as error:
             raise ConfigError(f"{self.folder}: run {id} was written by another version of vmodel") from error
-        return Row(id, what, self.folder / str(id), deaths, came, guest or "", started, ended)
+        folder = self.folder / str(id)
+        if came is not None:
+            kept = {name: path for name, path in came.artefacts.items() if _is_inside(path, folder)}
+            came = came.model_copy(update={"artefacts": kept})
+        return Row(id, what, folder, deaths, came, guest or "", started, ended)
 
     def part(self, id: int) -> Path:
         """A folder for a run that begins."""
@@ -262,6 +266,11 @@ def _inside(path: str, folder: Path) -> str:
     with contextlib.suppress(ValueError):
         return str(Path(path).relative_to(folder))
     return path
+
+
+def _is_inside(path: str, folder: Path) -> bool:
+    """Whether an artefact is in its run's folder: a database may come from anybody."""
+    return ".." not in Path(path).parts and (folder / path).is_relative_to(folder)
 
 
 def _locked(folder: Path) -> int:

@@ -16,6 +16,7 @@ from typing import cast
 import typer
 
 from vmodel.cli.doctor import doctor, mend_shim
+from vmodel.cli.output import safely
 from vmodel.errors import ConfigError
 from vmodel.testing.artifacts import ArtifactError
 from vmodel.testing.guest import GuestRunError
@@ -94,6 +95,11 @@ def _app(commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; its exit status."""
+    with safely():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         commands, groups = [*_commands(), doctor], _groups()

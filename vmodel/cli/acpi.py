@@ -18,7 +18,10 @@ def acpi(
     table: Annotated[Literal["viot", "dmar"], typer.Option("--table", help="Which one.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Else to stdout.")] = None,
 ) -> None:
-    """Write the ACPI table that tells a guest of the machine's IOMMUs, as QEMU's -acpitable takes it."""
+    """Write the ACPI table of a machine's IOMMUs.
+
+    It tells a guest of them; QEMU's -acpitable takes it.
+    """
     log_to_stderr(False)
     with loaded(path) as machine:
         tables = machine.acpi_tables()

@@ -85,7 +85,9 @@ def _bench() -> None:
 def nvme(
     as_json: AsJson = False, svg: Svg = None, file: File = None, seconds: Seconds = 1.0, apart: Apart = False
 ) -> None:
-    """Random reads and writes of an NVMe controller, by way of a vfio-user client of our own.
+    """Measure random reads and writes of an NVMe controller.
+
+    A vfio-user client of our own makes them.
 
     IOPS/core are commands in a second of CPU time of client and server together, and "of memcpy" is their bandwidth
     over that of memcpy between the same blocks: both hold on a machine that has other work, too.

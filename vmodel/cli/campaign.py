@@ -96,9 +96,10 @@ def sweep(
     scheduler: Scheduler = None,
     retry: Retry = False,
 ) -> None:
-    """Fail the 1st, 2nd, 3rd ... event at a point, each in a run of its own, until all were reached.
+    """Fail each event at a point in turn.
 
-    The first run is clean, and counts them.
+    The 1st, the 2nd, the 3rd and so on, each in a run of its own, until all were reached.  The first run is clean, and
+    counts them.
     """
     log_to_stderr(False)
     if timeout <= 0:

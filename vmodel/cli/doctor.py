@@ -122,7 +122,10 @@ def _checks() -> Iterator[Finding]:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Check what vmodel needs; exit status 1 if something needed is missing."""
+    """Check that what vmodel needs is there.
+
+    The exit status is 1 if something is missing that it does not work without.
+    """
     findings = list(_checks())
     healthy = all(f.ok or not f.needed for f in findings)
     if as_json:

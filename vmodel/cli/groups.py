@@ -29,7 +29,10 @@ _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 
 def groups(path: MachinePath, as_json: AsJson = False, svg: Svg = None, sysfs_dir: Sysfs = None) -> None:
-    """Show a machine's IOMMU groups: segments, bridges, devices, and why each is where it is."""
+    """Show a machine's IOMMU groups.
+
+    The tree has segments, bridges and devices, and says why each is where it is.
+    """
     log_to_stderr(False)
     with loaded(path) as machine:
         if svg is not None:

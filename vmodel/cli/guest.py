@@ -6,19 +6,22 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO, cast
 
 import typer
 from rich.table import Table
 
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
+from vmodel.cli.screen import Log, Screen, decoded, shared
 from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
 from vmodel.errors import ConfigError
 from vmodel.machine import Machine
 from vmodel.server import Server
 from vmodel.testing import artifacts
-from vmodel.testing.guest import Guest, GuestResult, GuestRunError, GuestSpec, writer
+from vmodel.testing.guest import Guest, GuestResult, GuestRunError, GuestSpec
 
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run.", show_default=False)]
 Kernel = Annotated[str | None, typer.Option(metavar="NAME|PATH", help=artifacts.KERNEL_HELP)]
@@ -59,9 +62,13 @@ def guest(
 ) -> None:
     """Run a command in a stock guest with a machine's devices.
 
-    The exit status is the command's.  What it prints goes to stdout, the kernel's console to stderr.
+    The exit status is the command's.  What it prints goes to stdout, byte for byte; the kernel's console goes to
+    stderr, on a terminal with control characters written out.
     """
-    log_to_stderr(verbose)
+    out = err = Screen(sys.stderr.fileno())
+    if not shared(sys.stdout, sys.stderr):
+        out = Screen(sys.stdout.fileno())
+    log_to_stderr(verbose, cast(TextIO, Log(err, sys.stderr)))
     if timeout <= 0:
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
     files = [_file(text) for text in file or ()]
@@ -80,21 +87,26 @@ def guest(
         with Stop.on_signals() as stop, served(machine, run_dir, faults) as (server, folder):
             spec.qemu_args = machine.qemu_args(folder)
             try:
-                result = _watch(spec, artifacts_dir, stop, interactive)
+                result = _watch(spec, artifacts_dir, stop, interactive, out, err)
             except GuestRunError:
+                err.end_line()
                 if not stop.number:
                     raise
                 raise typer.Exit(128 + stop.number) from None
+            err.end_line()
             if stats:
                 summary(server, machine, result)
     raise typer.Exit(result.status)
 
 
-def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool) -> GuestResult:
-    err = console(sys.stderr)
+def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool, out: Screen, err: Screen) -> GuestResult:
+    terminal = console(sys.stderr)
     release = spec.kernel.release if spec.kernel else ""
-    spinner = err.status(f"booting {release}") if err.is_terminal and not interactive else contextlib.nullcontext()
-    out, to_console = writer(sys.stdout.fileno()), writer(sys.stderr.fileno())
+    spin = terminal.is_terminal and not interactive
+    spinner = terminal.status(f"booting {release}") if spin else contextlib.nullcontext()
+    to_console: Callable[[bytes], None] = partial(err.put, "console")
+    if terminal.is_terminal:
+        to_console = decoded(to_console)
     listening = threading.Event()
     with spinner as shown:
 
@@ -104,7 +116,7 @@ def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool) ->
             if interactive and not listening.is_set() and _LISTENING in data:
                 listening.set()
                 data = data.replace(_LISTENING, b"", 1)
-            out(data)
+            out.put("output", data)
 
         def on_console(data: bytes) -> None:
             if shown is not None:

@@ -36,7 +36,10 @@ def show_iommus(
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Once a second, until Ctrl-C.")] = False,
 ) -> None:
-    """Show groups, domains, mappings, IOTLB hit rates and faults of the server that runs MACHINE."""
+    """Show what IOMMUs do on the server that runs MACHINE.
+
+    Groups, domains, mappings, IOTLB hit rates and faults.
+    """
     log_to_stderr(False)
     with loaded(path) as machine:
         socket = control.socket_of(run_dir or default_run_dir(machine.name), machine.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,9 @@ import typer
 
 from vmodel.cli.output import log_to_stderr
 from vmodel.cli.serve import loaded
+from vmodel.errors import ConfigError
 from vmodel.inject import Engine, FaultPlan
+from vmodel.machine import Machine
 
 app = typer.Typer(
     add_completion=False,
@@ -27,21 +30,39 @@ def _plan() -> None:
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(metavar="PLAN.toml", help="The plan.", show_default=False)],
+    paths: Annotated[list[Path], typer.Argument(metavar="PLAN.toml", help="The plans.", show_default=False)],
     machine: Annotated[
         Path | None,
         typer.Option("--machine", metavar="MACHINE.toml", help="Also look for devices and registers that it names."),
     ] = None,
 ) -> None:
-    """Check a plan: one line for each mistake, or each rule as it is understood."""
+    """Check plans, and print their rules as they are understood.
+
+    One line for each mistake; the exit status is 2 if there is any.
+    """
     log_to_stderr(False)
+    mistakes = []
+    with contextlib.nullcontext() if machine is None else loaded(machine) as made:
+        for path in paths:
+            try:
+                _check(path, made)
+            except ConfigError as error:
+                mistakes += [_with_file(path, line) for line in str(error).splitlines()]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _check(path: Path, machine: Machine | None) -> None:
     plan = FaultPlan.load(path)
     if machine is not None:
-        with loaded(machine) as made, Engine(plan, made.devices):
-            pass
+        Engine(plan, machine.devices).close()
     for n, rule in enumerate(plan.rule, 1):
         print(f"{rule.name or f'rule{n}'}: {rule.text()}")
     print(f"{path}: {len(plan.rule)} rule{'' if len(plan.rule) == 1 else 's'}, seed {plan.seed}")
+
+
+def _with_file(path: Path, line: str) -> str:
+    return line if line.startswith(f"{path}: ") else f"{path}: {line}"
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vmodel.campaign.minimise import Minimiser
-from vmodel.campaign.repeat import changed_inputs, differences, free_folder
+from vmodel.campaign.repeat import changed_inputs, code, differences, free_folder
 from vmodel.campaign.repeat import repeat as run_again
 from vmodel.campaign.rig import GUESTS, load_rig, perform
 from vmodel.campaign.store import Row, find_run, history
@@ -20,6 +20,7 @@ from vmodel.errors import ConfigError
 from vmodel.inject import FaultPlan
 from vmodel.testing.case import Result
 
+Trust = Annotated[bool, typer.Option("--trust", help="Use code and files of this host that the campaign names.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as edu.runs/17.", show_default=False)]
 
 
@@ -31,13 +32,14 @@ def reproduce(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="For the artefacts; else RUN-again.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Repeat one run exactly, and say what is not as it was.
 
     The exit status is 0 if the outcome is the same, else 1.
     """
     log_to_stderr(False)
-    row, before, others = _ended(path)
+    row, before, others = _ended(path, trust)
     folder = free_folder(output or row.folder.with_name(f"{row.id}-again"))
     with load_rig(row.run.rig)() as rig:
         now = run_again(rig, row, folder, others if with_history else [])
@@ -58,13 +60,14 @@ def minimise(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="For the artefacts; else RUN-minimised.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
-    """Shrink a run's plan as long as the outcome stays the same, and print what is left.
+    """Shrink a run's plan as far as its outcome stays the same.
 
-    Rules go first, then single events of those that are left.
+    What is left is printed.  Rules go first, then single events of those that are left.
     """
     log_to_stderr(False)
-    row, before, _ = _ended(path)
+    row, before, _ = _ended(path, trust)
     plan = row.run.case.plan
     if plan is None or not plan.rule:
         raise ConfigError(f"{path}: has no faults that could be left out")
@@ -94,13 +97,19 @@ def minimise(
     print(f"vmodel: it is in {folder / 'plan.toml'}, too", file=sys.stderr)
 
 
-def _ended(path: Path) -> tuple[Row, Result, list[Row]]:
-    """A run, its result, and those that its guest had run before.  ConfigError: it has not ended yet."""
+def _ended(path: Path, trust: bool) -> tuple[Row, Result, list[Row]]:
+    """A run, its result, and those that its guest had run before.
+
+    ConfigError: it has not ended yet, or names code of this host's, and nobody said that it may.
+    """
     store, row = find_run(path)
     with store:
         if row.result is None:
             raise ConfigError(f"{path}: has not run yet")
         others = list(history(store.rows(), row))
+    named = dict.fromkeys(part for each in (row, *others) for part in code(each))
+    if named and not trust:
+        raise ConfigError(f"{path}: would use {', '.join(named)} of this host: if you trust this campaign, say --trust")
     for name in changed_inputs(row):
         print(f"vmodel: warning: {name} has changed since", file=sys.stderr)
     if row.run.rig == GUESTS:

@@ -22,7 +22,10 @@ def report(
     ] = None,
     form: Annotated[str, typer.Option("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}.")] = "html",
 ) -> None:
-    """Report what a campaign or sweep has found, as one page; also while it runs."""
+    """Report what a campaign or sweep has found, on one page.
+
+    Also while it runs.
+    """
     if form not in FORMATS:
         close = guess(form, list(FORMATS))
         raise ConfigError(f"--format {form}: {f'did you mean {close}? ' if close else ''}It is {', '.join(FORMATS)}")

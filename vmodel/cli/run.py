@@ -28,7 +28,10 @@ def run(
     seed: Seed = None,
     verbose: Verbose = False,
 ) -> None:
-    """Serve a machine and run QEMU with it; the exit status is QEMU's."""
+    """Serve a machine and run QEMU with it.
+
+    The exit status is QEMU's.
+    """
     log_to_stderr(verbose)
     faults = faults_of(plan, fault, seed)
     with loaded(path) as machine:
