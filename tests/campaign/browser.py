@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vmodel.testing.artifacts import find_browser
+from vmodel.testing.patience import patience
 
 _FLAGS = [
     "--headless",
@@ -76,7 +77,7 @@ class Browser:
         return result
 
     def _message(self, seconds: float = 60.0) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patience(seconds)
         while b"\0" not in self._left:
             ready, _, _ = select.select([self._in], [], [], max(deadline - time.monotonic(), 0))
             piece = os.read(self._in, 1 << 16) if ready else b""

@@ -16,6 +16,7 @@ from tests.campaign.test_running import ended, eventually, rows, running, worker
 from tests.unit.test_cli import vmodel
 from vmodel.campaign.cluster import pack, unpack
 from vmodel.testing.oracle import Outcome
+from vmodel.testing.patience import patience
 
 distributed: Any = importlib.import_module("distributed")
 
@@ -67,7 +68,7 @@ def test_a_worker_that_dies(folder: Path, cluster: Any) -> None:
     with running("campaign", str(path), "--scheduler", cluster.scheduler_address, cwd=folder) as run:
         eventually(lambda: len(ended(folder / "c.runs")) >= 2)
         os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
-        _, err = run.communicate(timeout=120)
+        _, err = run.communicate(timeout=patience(120))
     assert run.returncode == 0, err
     found = [row.result.outcome for row in rows(folder / "c.runs") if row.result is not None]
     assert found == [Outcome.NOT_ACTIVATED] + [Outcome.MASKED] * 12
@@ -97,7 +98,7 @@ def test_interrupted(folder: Path, cluster: Any) -> None:
     with running(*words, cwd=folder) as run:
         eventually(lambda: len(ended(folder / "c.runs")) >= 2)
         run.send_signal(signal.SIGINT)
-        _, err = run.communicate(timeout=60)
+        _, err = run.communicate(timeout=patience(60))
     assert run.returncode == 130, err
     assert err.splitlines()[-1].startswith("vmodel: interrupted after ")
     before = {row.id: row.ended for row in ended(folder / "c.runs")}

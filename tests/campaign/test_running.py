@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.campaign.files import campaign_file
 from tests.unit.test_cli import environ, refused, vmodel
 from vmodel.campaign.store import Row, Store
 from vmodel.testing.oracle import Outcome
+from vmodel.testing.patience import patience
 
 
 def write(folder: Path, workload: str, *, seeds: int = 5, name: str = "c", **more: dict[str, str]) -> Path:
@@ -52,7 +54,7 @@ def running(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def eventually(check: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not check():
         assert time.monotonic() < deadline, "it has not come true"
         time.sleep(0.02)
@@ -123,7 +125,7 @@ def test_interrupted(folder: Path, number: signal.Signals) -> None:
     with running("campaign", "c.toml", "-j", "2", cwd=folder) as run:
         eventually(lambda: len(ended(folder / "c.runs")) >= 2)
         run.send_signal(number)
-        out, err = run.communicate(timeout=30)
+        out, err = run.communicate(timeout=patience(30))
     assert (run.returncode, out) == (130, "")
     before = {row.id: row.ended for row in ended(folder / "c.runs")}
     assert 2 <= len(before) < 10
@@ -141,7 +143,7 @@ def test_killed(folder: Path) -> None:
     with running("campaign", "c.toml", "-j", "2", cwd=folder) as run:
         eventually(lambda: len(ended(folder / "c.runs")) >= 2)
         run.kill()
-        run.wait(10)
+        run.wait(patience(10))
     eventually(lambda: not workers(folder))
     before = {row.id: row.ended for row in ended(folder / "c.runs")}
     assert len(before) < 10
@@ -177,7 +179,7 @@ def test_twice_at_once(folder: Path) -> None:
         assert report.returncode == 0 and '"total": 1000' in report.stdout
         assert run.poll() is None
         run.send_signal(signal.SIGINT)
-        run.communicate(timeout=30)
+        run.communicate(timeout=patience(30))
 
 
 def test_a_worker_that_dies_once(folder: Path) -> None:
@@ -298,6 +300,7 @@ def test_a_folder_of_another_campaign(folder: Path) -> None:
 def test_in_a_terminal(folder: Path) -> None:
     """A bar, and what is wrong; no line for each run."""
     write(folder, "copy 2", seeds=3, faults={"gone": "mmio.read register=ID do=ones"})
+    needs.pty()
     master, slave = os.openpty()
     line = [sys.executable, "-m", "vmodel", "campaign", "c.toml"]
     env = environ(TERM="xterm", COLUMNS="160", LINES="40")

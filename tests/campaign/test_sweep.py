@@ -9,6 +9,7 @@ from tests.campaign.test_running import ended, eventually, rows, running
 from tests.unit.test_cli import refused, vmodel
 from vmodel.campaign.sweep import fired
 from vmodel.testing.oracle import Outcome
+from vmodel.testing.patience import patience
 
 
 def sweep(folder: Path, workload: str, *more: str) -> list[str]:
@@ -76,7 +77,7 @@ def test_interrupted(folder: Path) -> None:
     with running(*words, cwd=folder) as run:
         eventually(lambda: len(ended(folder / "edu-dma.read.runs")) >= 3)
         run.send_signal(signal.SIGINT)
-        run.communicate(timeout=30)
+        run.communicate(timeout=patience(30))
     assert run.returncode == 130
     before = {row.id: row.ended for row in ended(folder / "edu-dma.read.runs")}
     assert len(before) < 8

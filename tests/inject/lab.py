@@ -14,6 +14,7 @@ from vmodel.errors import DmaFault
 from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.regs import Reg32, RegisterBank
 from vmodel.server import Server
+from vmodel.testing.patience import patience
 from vmodel.vfio_user.client import Client, EventFd
 from vmodel.vfio_user.wire import Irq, Region
 
@@ -115,7 +116,7 @@ class Bench:
 
 def eventually(check: Callable[[], Any], seconds: float = 5.0) -> bool:
     """Whether it becomes true."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not check():
         if time.monotonic() > deadline:
             return False

@@ -115,9 +115,9 @@ def test_torn_write(lab: Bench) -> None:
 def test_torn_read(lab: Bench) -> None:
     """What is changed between the two halves of a read is seen by one of them only."""
     lab.ram.view[SOURCE : SOURCE + 16] = b"a" * 16
-    with armed(lab, "dma.read do=torn(4, ms=200)"):
+    with armed(lab, "dma.read do=torn(4, ms=1000)"):
         lab.put(COPY, 16, posted=True)
-        time.sleep(0.05)
+        time.sleep(0.3)
         lab.ram.view[SOURCE : SOURCE + 16] = b"b" * 16
         assert eventually(lambda: lab.done)
     assert lab.target(16) == b"aaaa" + b"b" * 12

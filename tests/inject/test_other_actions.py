@@ -159,10 +159,10 @@ def test_what_a_device_has_in_hand_is_lost_with_it(tmp_path: Path) -> None:
 
 def test_disconnect_later_and_at_the_start(tmp_path: Path) -> None:
     with bench(tmp_path) as lab:
-        with armed(lab, "mmio.write once do=disconnect(50ms)"):
+        with armed(lab, "mmio.write once do=disconnect(500ms)"):
             lab.put(PLAIN, 1)
             assert lab.get(PLAIN) == 1
-            time.sleep(0.1)
+            time.sleep(0.8)
             with pytest.raises((Closed, OSError)):
                 lab.client.info()
         with armed(lab, "connection do=disconnect") as engine, Client.connect(tmp_path / "lab.sock") as again:

@@ -141,11 +141,6 @@ class ShimGuest(Guest):
         return Walked(start, last, gpa, Access(prot), level)
 
 
-def examples(n: int) -> int:
-    """How many random examples to try: fewer with the sanitizers, which are slow, and have seen every line by then."""
-    return n // 4 if "VMODEL_SANITIZED" in os.environ else n
-
-
 # ---- entries, written by hand from the specifications ----------------------------------------------
 
 

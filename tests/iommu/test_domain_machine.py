@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.iommu.tables import examples
+from tests.examples import examples
 from vmodel import _shim
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.span import KiB, MiB

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from tests.iommu.tables import examples
+from tests.examples import examples
 from vmodel import _shim
 from vmodel.errors import DmaFault, Reason
 from vmodel.span import PAGE

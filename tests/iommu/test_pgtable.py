@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.iommu.tables import (
     ALL_PAGES,
     HOLE,
@@ -26,7 +27,6 @@ from tests.iommu.tables import (
     ShimGuest,
     bits,
     build,
-    examples,
     index,
     make,
 )

@@ -16,6 +16,7 @@ from vmodel import _shim
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.iommu.pgtable import TableFormat
 from vmodel.span import PAGE, MiB
+from vmodel.testing.patience import patience
 
 RW = Access.READ | Access.WRITE
 SECONDS = 0.5
@@ -94,7 +95,7 @@ def drive(world: World, done: list[int], size: int, on: Callable[[], object], of
             on()
             # Until both have been at it, so that both have the translation.
             while any(now == was for now, was in zip(done, before, strict=True)):
-                assert time.monotonic() < begin + 30
+                assert time.monotonic() < begin + patience(30)
                 time.sleep(0)
             off()
             view[:] = zeros

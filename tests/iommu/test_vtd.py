@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.iommu.vtd_bench import (
     CAP,
     CCMD,
@@ -389,7 +390,7 @@ NUMBERS = st.one_of(
 WRITES = st.lists(st.tuples(st.sampled_from(OFFSETS), st.sampled_from([1, 2, 4, 8]), NUMBERS), max_size=30)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(WRITES, st.lists(st.tuples(st.integers(0, 511), NUMBERS), max_size=20))
 def test_nothing_that_a_guest_writes_is_our_failure(
     writes: list[tuple[int, int, int]], words: list[tuple[int, int]]

@@ -52,6 +52,7 @@ from vmodel.iommu.fault import PageResponse
 from vmodel.machine import parse
 from vmodel.pci.extcaps import PriSta
 from vmodel.span import MiB
+from vmodel.testing.patience import patience
 from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Region
 
@@ -95,7 +96,7 @@ class PageBench(ScalableBench):
 
     def until(self, what: Callable[[], object]) -> None:
         """Runs the units' and devices' threads, so to speak, until something is so."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + patience(5)
         while not what():
             assert time.monotonic() < deadline
             self.run()
@@ -369,7 +370,7 @@ def test_the_guest_reaches_a_device_that_waits(tmp_path: Path) -> None:
 
 
 def until(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + patience(5)
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.001)

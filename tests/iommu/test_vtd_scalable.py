@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.iommu.vtd_bench import (
     CAP,
     CONTEXT,
@@ -464,7 +465,7 @@ OFFSETS = [GCMD, RTADDR, FSTS, IQT, IQA, 0xC0, 0xC8, 0xD0, 0xDC, 0xE0, 0xE8]
 KINDS = st.integers(0, 15)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(st.sampled_from(OFFSETS), NUMBERS), max_size=20),
     st.lists(st.tuples(KINDS, NUMBERS, NUMBERS, NUMBERS), max_size=10),

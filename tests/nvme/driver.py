@@ -13,6 +13,7 @@ from vmodel.devices.nvme.command import Command, Completion
 from vmodel.devices.nvme.regs import Aqa, Cap, Cc, ControllerRegs, Csts
 from vmodel.devices.nvme.status import Status
 from vmodel.regs import Register
+from vmodel.testing.patience import patience
 from vmodel.vfio_user.commands import IrqAction, SetIrqs
 from vmodel.vfio_user.wire import Irq
 
@@ -96,7 +97,7 @@ class Pair:
     def wait(self, count: int = 1) -> list[Completion]:
         """The next `count` completions, or more."""
         found: list[Completion] = []
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience(PATIENCE)
         while len(found) < count:
             self.driver.run()
             found += self.reap()
@@ -151,7 +152,7 @@ class Driver:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Lets it run until something is so."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience(PATIENCE)
         while not condition():
             self.run()
             assert time.monotonic() < deadline, "that takes too long"

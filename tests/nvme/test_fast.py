@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.nvme.driver import Driver, Pair, prps, start
 from vmodel._shim import Domain
 from vmodel.devices.nvme.command import Command
@@ -214,7 +215,9 @@ def batches(draw: st.DrawFn) -> list[list[tuple[Command, list[tuple[int, bytes]]
 
 
 @pytest.mark.parametrize("kind", ["memory", "iommu"])
-@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None, max_examples=100)
+@settings(
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None, max_examples=examples(100)
+)
 @given(work=batches())
 def test_memory(
     twins: Callable[[str], Twins], kind: str, work: list[list[tuple[Command, list[tuple[int, bytes]]]]]
@@ -228,7 +231,9 @@ def test_memory(
     assert first[:2] == second[:2]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None, max_examples=40)
+@settings(
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None, max_examples=examples(40)
+)
 @given(batches())
 def test_files(twins: Callable[[str], Twins], work: list[list[tuple[Command, list[tuple[int, bytes]]]]]) -> None:
     """One command at a time: several may be carried out in any order, as workers do them."""

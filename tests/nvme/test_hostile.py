@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.nvme.driver import CONFIGURATION, PAGE, SIZE, Driver, name, prps, start
 from vmodel.devices.nvme.command import Command
 
@@ -72,7 +73,7 @@ def checked(driver: Driver) -> None:
     driver.close()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(sent=st.lists(commands, max_size=12), shadow=st.booleans())
 @example(sent=[Command.make(0x05, cdw10=0x0001_0001, cdw11=1, dptr=prps((1 << 64) - PAGE))], shadow=False)
 @example(sent=[Command.make(0x7C, dptr=prps(1 << 40, 1 << 40)), Command.make(0x06, dptr=prps(0))], shadow=True)
@@ -93,7 +94,7 @@ def test_admin_commands(sent: list[Command], shadow: bool) -> None:
         checked(driver)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(sent=st.lists(commands, max_size=12), fast=st.booleans(), large=st.booleans())
 def test_io_commands(sent: list[Command], fast: bool, large: bool) -> None:
     with TemporaryDirectory() as folder:
@@ -112,7 +113,7 @@ def test_io_commands(sent: list[Command], fast: bool, large: bool) -> None:
         checked(driver)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     sq=addresses,
     cq=addresses,

@@ -12,6 +12,7 @@ from tests.nvme.driver import CONFIGURATION, PAGE, Driver, Pair, name, prps, rai
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.regs import ControllerRegs
 from vmodel.regs import Register
+from vmodel.testing.patience import patience
 from vmodel.vfio_user.wire import Irq
 
 DELETE_SQ, CREATE_SQ, DELETE_CQ, CREATE_CQ, ABORT = 0x00, 0x01, 0x04, 0x05, 0x08
@@ -198,7 +199,7 @@ def test_coalescing(driver: Driver) -> None:
     assert driver.admin.send(0x09, cdw10=0x08, cdw11=1 << 8 | 200).status == 0
     first.write(Command.make(FLUSH, nsid=1))
     first.ring()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(10)
     while not raised(fds[1]):
         driver.run()
         assert time.monotonic() < deadline

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.nvme.driver import CONFIGURATION, PAGE, Driver, raised, start
 from vmodel.device import ResetKind
 from vmodel.devices.nvme import Nvme
@@ -317,7 +318,7 @@ def test_large_pages(started: Callable[..., Driver]) -> None:
     assert driver.identify(1)[77] == 9
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     accesses=st.lists(
         st.tuples(

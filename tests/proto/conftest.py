@@ -18,6 +18,7 @@ import pytest
 
 from tests.proto.toy import Toy
 from vmodel.server import Server
+from vmodel.testing.patience import patience
 from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Region
 
@@ -81,7 +82,7 @@ def open_fds() -> int:
 
 def fds_settle(expected: int) -> bool:
     """Whether the count comes down to `expected` soon: the server closes fds on its own thread."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + patience(5)
     while open_fds() > expected and time.monotonic() < deadline:
         time.sleep(0.02)
     return open_fds() == expected

@@ -11,6 +11,7 @@ import pytest
 from tests.proto.conftest import Served, enable
 from tests.proto.toy import Toy
 from vmodel.errors import DmaFault, Reason
+from vmodel.testing.patience import patience
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Command, Region
@@ -82,7 +83,7 @@ def test_requests_are_served_while_a_message_is_awaited(driver: Client, toy: Toy
         driver.main.send(data)
     import time
 
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + patience(5)
     asked = driver.main.receive(deadline)
     assert asked.command == Command.DMA_READ
     values = [driver.main.receive(deadline).payload[16:] for _ in ids]
@@ -99,7 +100,7 @@ def test_broken_answers_to_messages(driver: Client, toy: Toy, bad: bytes) -> Non
     driver.post(Command.REGION_WRITE, payload)
     import time
 
-    asked = driver.main.receive(time.monotonic() + 5)
+    asked = driver.main.receive(time.monotonic() + patience(5))
     head = {"id": asked.id, "command": asked.command, "size": 16 + len(bad), "flags": 1, "error": 0}
     driver.main.send(wire.Header.build({**head, "id": asked.id ^ 1}) + bad)  # an answer to nothing
     driver.main.send(wire.Header.build(head) + bad)

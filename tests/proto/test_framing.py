@@ -11,6 +11,7 @@ import pytest
 
 from tests.proto.conftest import Served, enable, fds_settle, open_fds
 from tests.proto.messages import REQUESTS, Request
+from vmodel.testing.patience import patience
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client, Message
 from vmodel.vfio_user.wire import Command, HeaderFlags
@@ -103,7 +104,7 @@ def test_all_commands_in_one_sendmsg(served: Served) -> None:
         for _ in range(5):
             send_at_once(client, [client.message(r.command, r.payload, id=n // 2) for n, r in enumerate(plain)], [])
             for n, request in enumerate(plain):
-                message = client.main.receive(time.monotonic() + 5)
+                message = client.main.receive(time.monotonic() + patience(5))
                 message.close()
                 assert (message.id, message.command) == (n // 2, request.command)
                 assert message.flags == HeaderFlags.REPLY, request.name
@@ -145,7 +146,7 @@ def test_errors_are_header_only_and_the_stream_lives_on(client: Client, request_
         payload = b"x"
     client.post(request_.command, payload)
     client.main.send(client.message(request_.command, payload, id=7))
-    message = client.main.receive(time.monotonic() + 5)
+    message = client.main.receive(time.monotonic() + patience(5))
     assert (message.id, message.command, message.payload, message.fds) == (7, request_.command, b"", ())
     assert message.flags == HeaderFlags.REPLY | HeaderFlags.ERROR
     assert message.error == 22

@@ -11,6 +11,7 @@ import pytest
 
 from tests.proto.toy import Toy
 from vmodel.span import MiB, Span
+from vmodel.testing.patience import patience
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Command, DeviceFlags, Irq, IrqFlags, Region, RegionFlags
@@ -106,7 +107,7 @@ def test_doorbells(client: Client, toy: Toy) -> None:
     (fd,) = full.fds
     os.eventfd_write(fd, 1)
     os.close(fd)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + patience(5)
     while not toy.doorbells and time.monotonic() < deadline:
         client.info()
     assert toy.doorbells == 1

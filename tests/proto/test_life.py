@@ -15,6 +15,7 @@ from tests.proto.conftest import Served, enable, fds_settle, open_fds
 from tests.proto.toy import Toy
 from vmodel.errors import ConfigError
 from vmodel.server import Server
+from vmodel.testing.patience import patience
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client, Closed
 from vmodel.vfio_user.wire import Command, HeaderFlags, Irq
@@ -272,7 +273,7 @@ def test_error_replies_are_header_only(client: Client) -> None:
     client.main.send(client.message(Command.DEVICE_GET_INFO, b"bad", id=77))
     import time
 
-    message = client.main.receive(time.monotonic() + 5)
+    message = client.main.receive(time.monotonic() + patience(5))
     assert (message.id, message.command, message.payload) == (77, Command.DEVICE_GET_INFO, b"")
     assert message.flags == HeaderFlags.REPLY | HeaderFlags.ERROR
     assert message.error == errno.EINVAL

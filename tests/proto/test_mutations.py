@@ -19,10 +19,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.proto.conftest import Served, fds_settle, open_fds
 from tests.proto.messages import REQUESTS, Request
 from tests.proto.toy import Toy
 from vmodel.server import Server
+from vmodel.testing.patience import patience
 from vmodel.vfio_user.client import Client, Closed, Message
 from vmodel.vfio_user.wire import Command, DeviceState, HeaderFlags
 
@@ -56,7 +58,7 @@ def converse(client: Client, pieces: Sequence[bytes], fds: Sequence[int]) -> int
     received = 0
     with suppress(Closed):
         while True:
-            judge(client.main.receive(time.monotonic() + 5))
+            judge(client.main.receive(time.monotonic() + patience(5)))
             received += 1
     return received
 
@@ -149,7 +151,7 @@ CHANGES = st.lists(st.tuples(st.integers(0, 400), st.sampled_from(INTERESTING)),
 FLAGS = st.sampled_from((0, int(HeaderFlags.NO_REPLY), int(HeaderFlags.REPLY)))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.lists(st.tuples(st.sampled_from(REQUESTS), CHANGES, FLAGS), min_size=1, max_size=10))
 def test_each_command_has_one_reply(lasting: Served, data: list[tuple[Request, list[tuple[int, int]], int]]) -> None:
     """Bodies mutated, headers right: each command that is not posted has exactly one reply, in order."""
@@ -167,7 +169,7 @@ def test_each_command_has_one_reply(lasting: Served, data: list[tuple[Request, l
         client.main.send(b"".join(pieces) + client.message(Command.DEVICE_GET_IRQ_INFO, b"", id=0xFFFF))
         got = []
         while True:
-            message = client.main.receive(time.monotonic() + 5)
+            message = client.main.receive(time.monotonic() + patience(5))
             judge(message)
             if message.id == 0xFFFF and message.command == Command.DEVICE_GET_IRQ_INFO:
                 break

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.examples import examples
 from tests.spaces.world import RAM, Device, World
 from vmodel.errors import Access, DmaFault, IommuError
 from vmodel.iommu.context import Context
@@ -267,6 +268,6 @@ class IoasMachine(RuleBasedStateMachine):
 
 
 IoasMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=examples(120), stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestIoas = IoasMachine.TestCase

@@ -20,6 +20,7 @@ from vmodel.iommu.iommufd import Context, FaultObject, Hwpt, Ioas
 from vmodel.iommu.iommufd import Device as Bound
 from vmodel.iommu.pgtable import Table, TableFormat
 from vmodel.span import PAGE, KiB, MiB, Span
+from vmodel.testing.patience import patience
 
 IOVA = 16 * MiB
 LAST = 2**64 - 1
@@ -843,7 +844,7 @@ def test_a_request_without_reply(world: World, context: Context, ioas: Ioas) -> 
     device, _, fault = faulting(world, context, ioas, timeout=0.05)
     begin = time.monotonic()
     assert device.reads(IOVA) is None
-    assert 0.05 <= time.monotonic() - begin < 2
+    assert 0.05 <= time.monotonic() - begin < patience(5)
     assert fault.read() == [], "nobody waits any more"
     with answering(fault, lambda request: None) as seen:
         assert device.reads(IOVA) is None
@@ -902,7 +903,7 @@ def test_who_waits_when_the_hwpt_goes(world: World, context: Context, ioas: Ioas
     else:
         bound.replace(bound.hwpt_alloc(ioas))
     thread.join()
-    assert got == [None] and time.monotonic() - begin < 5
+    assert got == [None] and time.monotonic() - begin < patience(5)
     with refused(errno.EINVAL):
         fault.respond(requests[0], PageResponse.SUCCESS)
 

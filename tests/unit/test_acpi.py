@@ -16,6 +16,7 @@ from tests.unit.test_cli import ROOT, in_terminal, refused, vmodel
 from vmodel.errors import ConfigError
 from vmodel.machine import Machine, load, parse
 from vmodel.testing.artifacts import find_iasl
+from vmodel.testing.patience import patience
 
 EXAMPLES = ROOT / "examples"
 VIOMMU, VTD = "virtio-iommu", "vt-d"
@@ -292,7 +293,9 @@ def test_a_unit_of_each_kind() -> None:
 def iasl(folder: Path, *arguments: str) -> str:
     """What it says."""
     line = [str(find_iasl()), *arguments]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        line, cwd=folder, capture_output=True, text=True, timeout=patience(60), stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done
     return done.stdout + done.stderr
 
@@ -347,7 +350,7 @@ def test_command(name: str, table: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert file.read_bytes() == wanted
     line = [sys.executable, "-m", "vmodel", "acpi", str(path), "--table", table]
-    piped = subprocess.run(line, capture_output=True, timeout=60, cwd=ROOT)
+    piped = subprocess.run(line, capture_output=True, timeout=patience(60), cwd=ROOT)
     assert (piped.returncode, piped.stdout, piped.stderr) == (0, wanted, b"")
 
 

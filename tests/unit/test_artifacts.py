@@ -17,6 +17,7 @@ import pytest
 
 from vmodel.testing import artifacts, debian, get_qemu
 from vmodel.testing.artifacts import ArtifactError
+from vmodel.testing.patience import patience
 
 RELEASE = "6.12.107+deb13-amd64"
 #: What a cache has in these tests, by role.
@@ -761,7 +762,7 @@ def test_the_fetcher_needs_no_shim(cache: Path) -> None:
     )
     environ = {"XDG_CACHE_HOME": str(cache.parent), "PATH": "/nonexistent"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], env=environ, cwd="/", capture_output=True, text=True, timeout=60
+        [sys.executable, "-P", "-c", code], env=environ, cwd="/", capture_output=True, text=True, timeout=patience(60)
     )
     assert done.stdout.endswith("\n[]\n"), done.stderr
     assert os.access(REPO / "scripts" / "get-qemu", os.X_OK)

@@ -19,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from vmodel.cli import main, serve
 from vmodel.errors import ConfigError
+from vmodel.testing.patience import patience
 from vmodel.vfio_user.client import Client
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +60,13 @@ def environ(**changes: str) -> dict[str, str]:
 def vmodel(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "vmodel", *map(str, arguments)]
     return subprocess.run(
-        line, cwd=cwd, env=environ(**env), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        line,
+        cwd=cwd,
+        env=environ(**env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=patience(60),
     )
 
 
@@ -79,7 +87,7 @@ def serving(*arguments: str | Path, **env: str) -> Iterator[tuple[subprocess.Pop
             assert run.stdout is not None
             said = []
             while (text := run.stdout.readline()) != "ready\n":
-                assert text, f"it ended with status {run.wait(10)}"
+                assert text, f"it ended with status {run.wait(patience(10))}"
                 said.append(text.rstrip("\n"))
             yield run, said
         finally:
@@ -144,7 +152,7 @@ def test_each_mistake_of_a_machine_is_a_line(tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away() -> None:
     line = f"{sys.executable} -m vmodel regs edu | head -1"
-    done = subprocess.run(["sh", "-c", line], env=environ(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", line], env=environ(), capture_output=True, text=True, timeout=patience(60))
     assert done.stdout.startswith("1234:11e8") and done.stderr == ""
 
 
@@ -158,7 +166,7 @@ def test_without_the_shim(tmp_path: Path) -> None:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(line, env=environ(), capture_output=True, text=True, timeout=60)
+        return subprocess.run(line, env=environ(), capture_output=True, text=True, timeout=patience(60))
 
     assert re.match(r"the C shim cannot be loaded \(.*\): .* -m pip install --editable ", refused(run("devices"), 1))
     done = run("doctor", "--json")
@@ -180,7 +188,7 @@ def test_serve(number: int, tmp_path: Path) -> None:
             client.negotiate()
             assert client.region_read(7, 0, 4) == bytes.fromhex("3412e811")
             server.send_signal(number)
-            out, err = server.communicate(timeout=10)
+            out, err = server.communicate(timeout=patience(10))
     assert (server.returncode, out, err) == (0, "", "")
     assert list(path.parent.iterdir()) == []
 
@@ -241,7 +249,7 @@ def test_verbose_logs_go_to_stderr(tmp_path: Path) -> None:
             client.negotiate()
         time.sleep(0.2)
         server.send_signal(signal.SIGTERM)
-        _, err = server.communicate(timeout=10)
+        _, err = server.communicate(timeout=patience(10))
     assert re.search(r"^\d\d:\d\d:\d\d DEBUG vmodel\.\S+: edu0: ", err, re.MULTILINE)
 
 
@@ -274,7 +282,7 @@ def test_run_ends_qemu_when_it_is_ended(number: int, qemu: Path, tmp_path: Path)
         assert run.stdout is not None
         assert run.stdout.readline() == "qemu sleep\n"
         run.send_signal(number)
-        assert run.wait(10) == 33
+        assert run.wait(patience(10)) == 33
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -353,10 +361,11 @@ def test_doctor_finds_an_old_qemu(qemu: Path, tmp_path: Path) -> None:
 
 def in_terminal(*arguments: str | Path, env: Mapping[str, str] = {}, keys: bytes = b"", until: bytes = b"") -> bytes:
     """What a terminal shows; `keys` are pressed once `until` has come."""
+    needs.pty()
     pid, fd = pty.fork()
     if pid == 0:
         os.execve(sys.executable, [sys.executable, "-m", "vmodel", *map(str, arguments)], environ(TERM="xterm", **env))
-    shown, deadline = b"", time.monotonic() + 30
+    shown, deadline = b"", time.monotonic() + patience(30)
     while time.monotonic() < deadline:
         if not select.select([fd], [], [], 1)[0]:
             continue

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from vmodel.errors import ConfigError
 from vmodel.machine import Machine, MachineErrors, load, load_model, parse
 from vmodel.server import MAX_SOCKET_PATH
@@ -330,7 +331,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load(tmp_path / "latin.toml")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["edu", "0000:00:03.1"]),

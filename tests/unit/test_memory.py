@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from vmodel import _shim
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault, Reason
@@ -276,7 +277,7 @@ def test_transfers_over_files_and_messages(memory: GuestMemory, dma: Dma, fd: in
     assert dma.gather([(0x27FF, 1), (0x1000, 2)]) == data[0x1FFF:0x2000] + data[0x800:0x802]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 15), st.integers(1, 4), st.booleans()), max_size=12),
     st.lists(st.tuples(st.integers(0, 0xFFFF), st.binary(min_size=1, max_size=9000)), max_size=8),
@@ -395,7 +396,7 @@ def test_dirty_ranges_and_page_sizes(memory: GuestMemory, dma: Dma, fd: int) -> 
             memory.dirty_report(span, page)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 100000)), max_size=6),
     st.integers(0, 1000),

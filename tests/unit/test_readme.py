@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vmodel.testing.patience import patience
+
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(
     r"```(\w+)\n(?:# FILE: (\S+)\n|<!-- .*? -->\n)?(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
@@ -38,31 +40,31 @@ def test_the_blocks_are_there() -> None:
 
 def test_the_machine_and_its_model(files: Path) -> None:
     line = [sys.executable, "-m", "vmodel", "qemu-args", "counter.toml"]
-    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=patience(60), check=True)
     assert "vfio-user-pci" in done.stdout
     line = [sys.executable, "-m", "vmodel", "regs", "counter.py:Counter"]
-    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=patience(60), check=True)
     assert "COUNT" in done.stdout
 
 
 def test_the_groups(files: Path) -> None:
     (words,) = [words for words in command_lines() if words[1] == "groups"]
     line = [sys.executable, "-m", *words]
-    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=patience(60), check=True)
     assert "0000:00:03.0 counter0  group 0 (DMA-FQ) on the root bus" in done.stdout
 
 
 def test_the_plan(files: Path) -> None:
     (words,) = [words for words in command_lines() if words[1] == "plan"]
     line = [sys.executable, "-m", *words]
-    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=patience(60), check=True)
     assert done.stdout == "lost: irq device=counter0 do=drop nth=2\nfaults.toml: 1 rule, seed 7\n"
 
 
 @pytest.mark.parametrize("name", ["test_counter.py", "test_iommu.py"])
 def test_the_tests_of_the_model(files: Path, name: str) -> None:
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
-    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(line, cwd=files, capture_output=True, text=True, timeout=patience(60), check=False)
     assert "1 passed" in done.stdout, done.stdout + done.stderr
 
 
@@ -79,7 +81,7 @@ def test_the_shell_blocks_are_vmodels() -> None:
 def test_the_device_in_a_guest(files: Path) -> None:
     (line,) = [words for words in command_lines() if words[1] == "guest"]
     command = [sys.executable, "-m", "vmodel", *line[1:]]
-    done = subprocess.run(command, cwd=files, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=files, capture_output=True, text=True, timeout=patience(120), check=False)
     assert (done.returncode, done.stdout) == (0, "0xc0de\n"), done.stderr
 
 
@@ -96,6 +98,6 @@ def test_the_commands_exist() -> None:
         assert (ROOT / script).stat().st_mode & 0o111, script
     for command in set(re.findall(r"`vmodel ([\w-]+)", text)):
         done = subprocess.run(
-            [sys.executable, "-m", "vmodel", command, "--help"], capture_output=True, timeout=60, check=False
+            [sys.executable, "-m", "vmodel", command, "--help"], capture_output=True, timeout=patience(60), check=False
         )
         assert done.returncode == 0, command

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from vmodel._shim import Function
 from vmodel.device import MmioBar, PciDevice, on_read, on_write
 from vmodel.regs import (
@@ -198,7 +199,7 @@ class Model:
 accesses = st.tuples(st.booleans(), st.integers(0, 0x1F), st.integers(1, 8), st.integers(0, 2**64 - 1))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(accesses, max_size=30))
 def test_accesses_agree_with_a_model(steps: list[tuple[bool, int, int, int]]) -> None:
     """Any access, whole, partial or across registers, hooked or not, does what the modes say bit by bit."""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.virtio.driver import NEXT, WRITE
 from tests.virtio.test_viommu import MACHINE, A, B, World
 from vmodel.iommu.domain import PagingDomain
@@ -109,7 +110,7 @@ shapes = st.sampled_from(
 batches = st.lists(st.lists(st.tuples(shapes, requests), min_size=1, max_size=12), min_size=1, max_size=6)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(batches)
 def test_the_same_as_python(work: list[list[tuple[str, bytes]]]) -> None:
     first = [("plain", struct.pack("<B3xIII4x", ATTACH, 1, A, 0))]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.virtio.driver import (
     ACKNOWLEDGE,
     DRIVER,
@@ -253,7 +254,7 @@ def test_rings_outside_of_memory(driver: Driver, offset: int) -> None:
     assert driver.status & NEEDS_RESET and driver.device.errors == 0
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     table=st.lists(
         st.tuples(

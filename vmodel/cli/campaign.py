@@ -27,6 +27,7 @@ from vmodel.errors import ConfigError
 from vmodel.testing.artifacts import KERNEL_HELP, find_busybox, find_kernel, find_qemu
 from vmodel.testing.case import Case
 from vmodel.testing.oracle import Outcome
+from vmodel.testing.patience import slowness
 
 Folder = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the results go; else NAME.runs here.")
@@ -161,6 +162,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 def check_host(kernels: set[str | None]) -> None:
     """That guests can be booted here: better now than in each run.  ArtifactError."""
+    slowness()
     find_qemu()
     find_busybox()
     for kernel in kernels:

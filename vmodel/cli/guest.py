@@ -22,6 +22,7 @@ from vmodel.machine import Machine
 from vmodel.server import Server
 from vmodel.testing import artifacts
 from vmodel.testing.guest import Guest, GuestResult, GuestRunError, GuestSpec
+from vmodel.testing.patience import slowness
 
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run.", show_default=False)]
 Kernel = Annotated[str | None, typer.Option(metavar="NAME|PATH", help=artifacts.KERNEL_HELP)]
@@ -33,7 +34,7 @@ Tools = Annotated[
     list[str] | None, typer.Option("--tool", metavar="T", help="A program of Debian's for the guest, such as nvme.")
 ]
 Append = Annotated[str, typer.Option(metavar="STR", help="More kernel arguments.")]
-Timeout = Annotated[float, typer.Option(metavar="S", help="Seconds for the whole run.")]
+Timeout = Annotated[float, typer.Option(metavar="S", help="Seconds for the whole run, times $VMODEL_SLOW.")]
 Artifacts = Annotated[Path | None, typer.Option("--artifacts", metavar="DIR", help="Keep the logs there.")]
 Stats = Annotated[bool, typer.Option("--stats", help="At the end, say what the devices saw.")]
 Interactive = Annotated[bool, typer.Option("--interactive", "-i", help="Pass standard input on to COMMAND.")]
@@ -71,6 +72,7 @@ def guest(
     log_to_stderr(verbose, cast(TextIO, Log(err, sys.stderr)))
     if timeout <= 0:
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
+    slowness()
     files = [_file(text) for text in file or ()]
     faults = faults_of(plan, fault, seed)
     with loaded(path) as machine:

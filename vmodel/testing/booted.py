@@ -24,6 +24,7 @@ from vmodel.testing import kernel_log
 from vmodel.testing.artifacts import find_kernel
 from vmodel.testing.guest import Guest, GuestOff, GuestResult, GuestRunError, GuestSpec, GuestTimeout
 from vmodel.testing.monitor import Monitor
+from vmodel.testing.patience import patience, spoken
 
 #: Bytes of a script: a longer one is better a file.
 MAX_SCRIPT = 24 * 1024
@@ -222,7 +223,7 @@ class BootedGuest:
 
     def _await(self, what: Callable[[], object], timeout: float, name: str) -> None:
         """GuestRunError: it did not come in time, or the guest has ended."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patience(timeout)
         while True:
             alive = self.guest.running()
             with self._changed:
@@ -231,7 +232,7 @@ class BootedGuest:
                 asked, self._asked = self._asked, []
                 if not asked and alive:
                     if time.monotonic() >= deadline:
-                        raise GuestTimeout(f"{name}: not in {timeout:g} s")
+                        raise GuestTimeout(f"{name}: not in {spoken(timeout)}")
                     self._changed.wait(min(0.2, max(deadline - time.monotonic(), 0)))
                     if what():
                         return
@@ -268,7 +269,7 @@ class BootedGuest:
         self._number += 1
         key, first = f"done {self._number}", len(self._output)
         started = time.monotonic()
-        limit = max(int(timeout / 3), 1)
+        limit = max(int(patience(timeout) / 3), 1)
 
         def over() -> bool:
             return key in self._answers or started < self._crashed < time.monotonic() - _GRACE
@@ -321,12 +322,12 @@ class BootedGuest:
     def power_off(self) -> GuestResult:
         """Lets the guest power off, as after a command.  GuestRunError: it does not."""
         self._send("off")
-        deadline = time.monotonic() + self._boot_timeout
+        deadline = time.monotonic() + patience(self._boot_timeout)
         while self.guest.running():
             with self._changed:
                 self._changed.wait(0.1)
             if time.monotonic() > deadline:
-                raise GuestTimeout(f"the guest was not off in {self._boot_timeout:g} s")
+                raise GuestTimeout(f"the guest was not off in {spoken(self._boot_timeout)}")
         return self.guest.wait()
 
     # ---- the console ------------------------------------------------------------------------

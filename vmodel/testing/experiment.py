@@ -22,6 +22,7 @@ from vmodel.testing.case import Case, Result
 from vmodel.testing.guest import GuestOff, GuestPanic, GuestRunError, GuestSpec, GuestTimeout, ModuleError
 from vmodel.testing.monitor import MonitorError
 from vmodel.testing.oracle import Effect, Finding, Outcome, classify, of_status, time_to_detect, time_to_recover
+from vmodel.testing.patience import patience, spoken
 from vmodel.testing.served import Served
 
 __all__ = ["Case", "Result", "Rig", "run"]
@@ -266,7 +267,7 @@ class _Trial:
         elif isinstance(error, GuestOff):
             self._found(oracle, Effect.CRASH, "off", "the guest was off, without a panic", now)
         elif isinstance(error, GuestTimeout):
-            self._found(oracle, Effect.HANG, "boot", f"it had not booted in {self.case.boot_timeout:g} s", now)
+            self._found(oracle, Effect.HANG, "boot", f"it had not booted in {spoken(self.case.boot_timeout)}", now)
         elif isinstance(error, ModuleError):
             self._found(oracle, Effect.ERROR, "module", text.partition(";")[0], now)
         else:
@@ -289,9 +290,9 @@ class _Trial:
         if done.status is not None:
             if (found := of_status(oracle, done.status, at)) is not None:
                 self.findings.append(found)
-        elif self.guest.guest.running() and done.ended - done.started >= self.case.timeout:
+        elif self.guest.guest.running() and done.ended - done.started >= patience(self.case.timeout):
             what = "the workload" if oracle == "status" else "the check"
-            self._found("time", Effect.HANG, oracle, f"{what} did not end in {self.case.timeout:g} s", done.ended)
+            self._found("time", Effect.HANG, oracle, f"{what} did not end in {spoken(self.case.timeout)}", done.ended)
 
     def _look(self) -> None:
         """At what the kernel has said, and whether it still runs."""

@@ -20,6 +20,7 @@ from vmodel.register_map import RegisterMap
 from vmodel.regs import Register
 from vmodel.server import Server
 from vmodel.span import PAGE, MiB
+from vmodel.testing.patience import patience, spoken
 from vmodel.vfio_user.client import Client, EventFd
 from vmodel.vfio_user.wire import Irq, Region
 
@@ -155,10 +156,10 @@ class FakeDriver:
 
     def wait(self, until: Callable[[], bool], timeout: float = 5.0) -> None:
         """Looks again and again.  TimeoutError: it has not become true."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patience(timeout)
         while not until():
             if time.monotonic() >= deadline:
-                raise TimeoutError(f"not in {timeout:g} s")
+                raise TimeoutError(f"not in {spoken(timeout)}")
             time.sleep(0.001)
 
     def settle(self) -> None:

@@ -23,8 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from vmodel.printable import printable
 from vmodel.testing import initramfs
 from vmodel.testing.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
+from vmodel.testing.patience import patience, spoken
 
 #: Kernel arguments: quick to boot under TCG (the crypto self-tests alone take 0.7 s), and a panic ends the run.
 _APPEND = (
@@ -74,7 +76,7 @@ class GuestSpec:
     #: More kernel arguments, and parameters of modules (MODULE.NAME=VALUE); they come last, so they win.
     append: str = ""
     qemu_args: Sequence[str] = ("-m", "512M")
-    #: Seconds for the whole run.
+    #: Seconds for the whole run, times $VMODEL_SLOW, as all time-outs of guests.
     timeout: float = 120.0
     #: Whether a reboot of the guest is one, or its end.
     allow_reboot: bool = False
@@ -296,7 +298,7 @@ class Guest:
 
         GuestTimeout if it does not in `timeout` seconds; as `wait` does if the guest ends before.
         """
-        here, deadline = self._ports[port], time.monotonic() + timeout
+        here, deadline = self._ports[port], time.monotonic() + patience(timeout)
         while True:
             alive = self.running()
             if not alive:
@@ -308,7 +310,7 @@ class Guest:
                     return match
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise GuestTimeout(f"{pattern!r} did not come on {port} in {timeout} s{self._tail()}")
+                    raise GuestTimeout(f"{pattern!r} did not come on {port} in {spoken(timeout)}{self._tail()}")
                 if alive:
                     self._changed.wait(min(left, 0.5))
             if not alive:
@@ -319,7 +321,7 @@ class Guest:
         """Waits for the guest's end.  GuestRunError: its subclasses say what else may come."""
         if self._process is None:
             raise RuntimeError("the guest has not been started")
-        deadline = self._started + self.spec.timeout
+        deadline = self._started + patience(self.spec.timeout)
         killed = None
         verdict: re.Match[bytes] | None = None
         panic: re.Match[str] | None = None
@@ -328,9 +330,11 @@ class Guest:
                 self._changed.wait(0.1)
             now = time.monotonic()
             if verdict is None and (verdict := self._verdict()):
-                deadline = min(deadline, now + _GRACE_OFF)
+                deadline = min(deadline, now + patience(_GRACE_OFF))
             if panic is None and (panic := self._panic()):
-                deadline = min(deadline, now + _GRACE_PANIC)  # it may reboot, or stand still, by its arguments
+                deadline = min(
+                    deadline, now + patience(_GRACE_PANIC)
+                )  # it may reboot, or stand still, by its arguments
             if now >= deadline:
                 killed = "time"
                 self.kill()
@@ -346,7 +350,7 @@ class Guest:
         if panic:
             raise GuestPanic(f"{panic[0].strip()}{self._tail()}")
         if killed:
-            raise GuestTimeout(f"the guest did not end in {self.spec.timeout} s{self._tail()}")
+            raise GuestTimeout(f"the guest did not end in {spoken(self.spec.timeout)}{self._tail()}")
         said = self._qemu_log.read_text(errors="replace").strip() if self._qemu_log.exists() else ""
         if code:
             how = f"by signal {-code}" if code < 0 else f"with status {code}"
@@ -361,7 +365,7 @@ class Guest:
         return re.search(r"Kernel panic - not syncing[^\n]*", self.console)
 
     def _tail(self) -> str:
-        lines = [line for line in self.console.splitlines() if line.strip()][-5:]
+        lines = [printable(line) for line in self.console.splitlines() if line.strip()][-5:]
         kept = f"; logs are in {self.artifacts}" if self.artifacts else ""
         return f"{kept}; the console's end:\n  " + "\n  ".join(lines) if lines else kept
 

@@ -7,19 +7,22 @@ Unpacking a few MiB costs a guest less than decompressing them.
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import re
 import shlex
 import shutil
 import stat
-import struct
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+from elftools.elf.elffile import ELFFile
 
 from vmodel.errors import ConfigError
 from vmodel.testing.artifacts import ArtifactError, Kernel
-from vmodel.testing.tools import find_tools, program_files
+from vmodel.testing.tools import find_tools, program_files, reading_elf
 
 #: Commands that /init needs before `busybox --install` has made the others.
 _APPLETS = ("sh", "mount")
@@ -127,21 +130,13 @@ def load_module(path: Path) -> bytes:
 
 def modinfo(elf: bytes) -> Iterator[tuple[str, str]]:
     """What a module says of itself, as (key, value): the strings of its .modinfo section.  ValueError: no such ELF."""
-    try:
-        if elf[:6] != b"\x7fELF\2\1":
-            raise ValueError("not a little-endian ELF64 file")
-        (sections,) = struct.unpack_from("<Q", elf, 0x28)
-        size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
-        headers = [struct.unpack_from("<IIQQQQ", elf, sections + i * size) for i in range(count)]
-        text = headers[names][4]
-        for name, _, _, _, offset, length in headers:
-            if elf[text + name : text + name + 9] == b".modinfo\0":
-                for entry in elf[offset : offset + length].split(b"\0"):
-                    key, equals, value = entry.decode("utf-8", "replace").partition("=")
-                    if equals:
-                        yield key, value
-    except (struct.error, IndexError) as error:
-        raise ValueError(f"a broken ELF file: {error}") from None
+    with reading_elf():
+        section: Any = ELFFile(io.BytesIO(elf)).get_section_by_name(".modinfo")
+        data = b"" if section is None else section.data()
+    for entry in data.split(b"\0"):
+        key, equals, value = entry.decode("utf-8", "replace").partition("=")
+        if equals:
+            yield key, value
 
 
 def _needs(elf: bytes) -> tuple[list[str], list[str]]:

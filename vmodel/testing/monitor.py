@@ -13,6 +13,8 @@ from typing import Any, Self, TypeVar
 
 from qemu.qmp import QMPClient, QMPError
 
+from vmodel.testing.patience import patience, spoken
+
 _T = TypeVar("_T")
 #: Seconds that QEMU may take to answer.
 _TIMEOUT = 20.0
@@ -42,7 +44,7 @@ class Monitor:
             raise
 
     async def _connect(self) -> None:
-        deadline = time.monotonic() + _TIMEOUT
+        deadline = time.monotonic() + patience(_TIMEOUT)
         while not self._path.exists():  # QEMU has just been started
             if time.monotonic() >= deadline:
                 raise MonitorError(f"QEMU does not listen at {self._path}")
@@ -59,7 +61,7 @@ class Monitor:
 
     def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
         try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result(_TIMEOUT)
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result(patience(_TIMEOUT))
         except (QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError) as error:
             raise MonitorError(f"QMP: {error or type(error).__name__}") from error
 
@@ -69,14 +71,14 @@ class Monitor:
 
     def wait(self, name: str, timeout: float = _TIMEOUT, **data: Any) -> Mapping[str, Any]:
         """Waits for an event, or takes one that has come; its data, which has all of `data`.  MonitorError."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patience(timeout)
         with self._arrived:
             while True:
                 for _, found, said in self.events:
                     if found == name and all(said.get(key) == value for key, value in data.items()):
                         return said
                 if not self._arrived.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
-                    raise MonitorError(f"QEMU did not report {name} in {timeout:g} s")
+                    raise MonitorError(f"QEMU did not report {name} in {spoken(timeout)}")
 
     def forget(self, name: str) -> None:
         """Forgets the events of that name that have come: `wait` is for a new one."""
@@ -87,9 +89,9 @@ class Monitor:
         """Leaves."""
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(self._leave(), self._loop).result(_TIMEOUT)
+        asyncio.run_coroutine_threadsafe(self._leave(), self._loop).result(patience(_TIMEOUT))
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_TIMEOUT)
+        self._thread.join(patience(_TIMEOUT))
         self._loop.close()
 
     async def _leave(self) -> None:

@@ -7,6 +7,7 @@ ld.so looks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,11 +82,18 @@ def needed(program: BinaryIO) -> list[str]:
 
     ValueError: it is no ELF file, or a broken one.
     """
-    try:
+    with reading_elf():
         elf = ELFFile(program)
         dynamic = [segment for segment in elf.iter_segments() if isinstance(segment, DynamicSegment)]
         tags: list[Any] = [tag for segment in dynamic for tag in segment.iter_tags("DT_NEEDED")]
         return [str(tag.needed) for tag in tags]
+
+
+@contextlib.contextmanager
+def reading_elf() -> Iterator[None]:
+    """While pyelftools reads a file: whatever it makes of one that is none, or broken, is a ValueError."""
+    try:
+        yield
     except ELFError as error:
         raise ValueError(f"not an ELF file: {error}") from None
     except Exception as error:

@@ -1,0 +1,48 @@
+"""For all tests: how examples are chosen, and how patient they are with the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+
+import pytest
+from hypothesis import settings
+
+from vmodel.testing.patience import slowness
+
+# The same examples in each run: it is green or red for a reason, never by chance.  `--hypothesis-profile thorough`, or
+# HYPOTHESIS_PROFILE=thorough, tries ten times as many, and others each time.
+settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("thorough", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+#: Milliseconds that `work` takes on a machine at rest, of 2020 or so.
+_AT_REST = 30.0
+
+
+def work() -> float:
+    """Milliseconds for a fixed piece of work."""
+    began, data = time.perf_counter(), b""
+    for n in range(40_000):
+        data = hashlib.sha256(data + n.to_bytes(4)).digest()
+    return (time.perf_counter() - began) * 1e3
+
+
+def measured(load: float, cpus: int, took: float) -> float:
+    """How slow this machine is: by what work took, and by how many more than its CPUs want to run."""
+    return round(min(max(took / _AT_REST, load / cpus, 1.0), 20.0), 1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Once a session; processes of xdist's have it from the environment.  $VMODEL_SLOW by hand wins."""
+    if "VMODEL_SLOW" not in os.environ:
+        took = sorted(work() for _ in range(5))[2]
+        workers = getattr(config.option, "numprocesses", None) or 1
+        load = os.getloadavg()[0] + workers
+        os.environ["VMODEL_SLOW"] = str(measured(load, os.cpu_count() or 1, took))
+
+
+def pytest_report_header() -> str:
+    """The factor is part of what a log should say."""
+    return f"time-outs x {slowness():g} (VMODEL_SLOW)"

@@ -1,0 +1,65 @@
+"""What a test needs of the machine: where that is missing, the test is skipped and says what it is.
+
+Call one at the beginning of a test, or of a helper that needs it: `needs.pty()`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.synchronize
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+
+def _need(what: str, try_it: Callable[[], object]) -> None:
+    try:
+        try_it()
+    except (OSError, ImportError, subprocess.SubprocessError) as error:
+        pytest.skip(f"needs {what}, which this machine has not: {error}")
+
+
+def pty() -> None:
+    """A pseudo-terminal."""
+
+    def make() -> None:
+        for fd in os.openpty():
+            os.close(fd)
+
+    _need("a pty", make)
+
+
+def semaphores() -> None:
+    """POSIX semaphores, which need a /dev/shm that one can write to: pools of processes have them."""
+    _need("POSIX semaphores (/dev/shm)", lambda: multiprocessing.get_context("spawn").Semaphore())
+
+
+def user_namespaces() -> None:
+    """Namespaces of a user's own, by `unshare`."""
+    _need(
+        "user namespaces",
+        lambda: subprocess.run(
+            ["unshare", "--user", "--map-root-user", "true"], check=True, capture_output=True, timeout=60
+        ),
+    )
+
+
+def ipv6() -> None:
+    """A loopback interface with IPv6."""
+
+    def make() -> None:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+
+    _need("IPv6 on the loopback interface", make)
+
+
+def fuse() -> None:
+    """/dev/fuse, and a program that mounts by it."""
+
+    def make() -> None:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+
+    _need("FUSE", make)
