@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_cli import vmodel
+from vmodel.testing.patience import patience
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "faults"
@@ -24,7 +25,7 @@ def test_the_example(tmp_path: Path) -> None:
     chosen = [plan for plan in plans if '"lost completion"' in plan or '"flipped bit"' in plan]
     (tmp_path / "nvme.campaign.toml").write_text("[[plan]]".join([head, *chosen]))
     line = [sys.executable, "-m", "vmodel", "campaign", "nvme.campaign.toml", "-o", "runs"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=patience(240), check=False)
     assert done.returncode == 0, done.stderr
 
     report = vmodel("report", "runs", "--format", "json", cwd=tmp_path)

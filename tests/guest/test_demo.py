@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from vmodel.testing.patience import patience
+
 pytestmark = pytest.mark.guest
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "edu.toml"
@@ -33,7 +35,12 @@ memory = "256M"
 
 def run(*line: str | Path, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        list(map(str, line)), input=stdin, env={**os.environ, **env}, capture_output=True, text=True, timeout=200
+        list(map(str, line)),
+        input=stdin,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=patience(200),
     )
 
 
@@ -155,7 +162,7 @@ def test_standard_input(tmp_path: Path) -> None:
     ("arguments", "script", "said"),
     [
         ([], "echo c >/proc/sysrq-trigger", r"^vmodel: Kernel panic - not syncing: sysrq triggered crash"),
-        (["--timeout", "10"], "sleep 100", r"^vmodel: the guest did not end in 10.0 s"),
+        (["--timeout", "10"], "sleep 100", r"^vmodel: the guest did not end in 10 s"),
         (["--module", "nosuch"], "true", r"^vmodel: kernel \S+ has no module 'nosuch'$"),
         ([], "poweroff -f; sleep 100", r"^vmodel: the guest was off before the command had ended"),
     ],
@@ -176,8 +183,8 @@ def test_a_guest_that_is_stopped(number: int, tmp_path: Path) -> None:
         assert guest.stdout.readline() == "up\n"
         start = time.monotonic()
         guest.send_signal(number)
-        out, err = guest.communicate(timeout=30)
-        assert time.monotonic() - start < 20  # not the sleep's 100
+        out, err = guest.communicate(timeout=patience(30))
+        assert time.monotonic() - start < patience(20)
     assert (guest.returncode, out, err) == (128 + number, "", "")
     assert list((tmp_path / "run").iterdir()) == []
     # QEMU has gone with it: nobody has this run's socket in their command line.

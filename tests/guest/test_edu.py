@@ -15,6 +15,7 @@ import pytest
 
 from tests.guest.conftest import Boot
 from vmodel.devices.edu import Edu
+from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 CHECK = "examples/edu_check.c"
@@ -41,7 +42,7 @@ def test_edu_check(boot: Boot, compiled: Compiled, kernel: str, mode: str) -> No
     assert (edu.dma.stats.read_bytes, edu.dma.stats.write_bytes) == (4096, 4096)
     assert edu.irqs.raised == 3
     assert edu.errors == 0
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + patience(5)
     while len(edu.memory) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(edu.memory) == 0  # the client has gone, and its windows with it

@@ -26,6 +26,7 @@ from vmodel.testing.guest import (
     QemuDied,
     run_guest,
 )
+from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 
@@ -96,13 +97,13 @@ def test_panic(allow_reboot: bool) -> None:
     start = time.monotonic()
     with pytest.raises(GuestPanic, match="sysrq triggered crash"):
         run_guest(spec)
-    assert time.monotonic() - start < 50
+    assert time.monotonic() - start < patience(50)
 
 
 def test_timeout_ends_qemu_and_keeps_the_logs(tmp_path: Path) -> None:
     with Guest(GuestSpec(command="echo started; sleep 1000", timeout=15), artifacts=tmp_path / "logs") as guest:
         pid = guest.pid
-        with pytest.raises(GuestTimeout, match=r"did not end in 15 s; logs are in .*logs"):
+        with pytest.raises(GuestTimeout, match=r"did not end in 15 s.*; logs are in .*logs"):
             guest.wait()
         assert not guest.running()
         with pytest.raises(ProcessLookupError):

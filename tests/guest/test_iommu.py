@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vmodel.machine import load
+from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -20,7 +21,9 @@ VMODEL = [sys.executable, "-m", "vmodel"]
 
 def guest(machine: Path, tmp_path: Path, kernel: str, *more: object) -> subprocess.CompletedProcess[str]:
     line = [*VMODEL, "guest", machine, "--run-dir", tmp_path / "run", "--kernel", kernel, *more]
-    return subprocess.run(list(map(str, line)), env=dict(os.environ), capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        list(map(str, line)), env=dict(os.environ), capture_output=True, text=True, timeout=patience(200)
+    )
 
 
 def test_every_function_is_where_the_file_says(kernel: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ On the machines and with the workload of examples/campaign.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from vmodel.inject import FaultPlan, parse_rule
 from vmodel.testing.case import Case
 from vmodel.testing.experiment import Result, Rig
 from vmodel.testing.oracle import Outcome
+from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 CAMPAIGN = Path(__file__).parents[2] / "examples" / "campaign"
-TIMES = "nvme_core.io_timeout=2 nvme_core.admin_timeout=4"
+TIMES = f"nvme_core.io_timeout={ceil(patience(2))} nvme_core.admin_timeout={ceil(patience(4))}"
 DATA = 'device=nvme0 size="4096-16384"'
 Experiment = Callable[..., Result]
 

@@ -20,6 +20,7 @@ from qemu.qmp import QMPClient
 from tests.guest.kernels import CHOSEN
 from tests.guest.nvme_rig import ADMIN, DATA, FILE, MEMORY, PORT, Rig, boot
 from vmodel.span import MiB
+from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 ROOT = Path(__file__).parents[2]
@@ -420,7 +421,7 @@ def test_sanitize(admin: Nvme) -> None:
 
 def until(ask: Callable[[], dict[str, Any]], what: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Asks until the answer is right; at most 10 s."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(10)
     while not what(found := ask()):
         assert time.monotonic() < deadline, found
     return found

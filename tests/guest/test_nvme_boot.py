@@ -16,6 +16,7 @@ from vmodel.machine import parse
 from vmodel.qemu import memory_args
 from vmodel.span import MiB
 from vmodel.testing.artifacts import find_qemu
+from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 SOURCES = Path(__file__).parent / "boot"
@@ -84,7 +85,7 @@ def test_boot(kind: str | None, tmp_path: Path) -> None:
             if not shared:
                 args = ["-machine", "q35", "-m", "256M", *args[len(memory_args("256M")) :]]
             line += [*args, "-serial", "stdio", "-device", "isa-debug-exit"]
-            done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience(60))
     finally:
         machine.close()
     assert done.stdout == "read.\nboot 1\nread.\nboot 2\n", done

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from vmodel.testing.patience import patience
+
 pytestmark = pytest.mark.guest
 ROOT = Path(__file__).parents[2]
 
 
 def run(*line: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(list(map(str, line)), cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        list(map(str, line)), cwd=folder, capture_output=True, text=True, timeout=patience(300), check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

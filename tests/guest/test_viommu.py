@@ -12,6 +12,7 @@ import pytest
 
 from vmodel.machine import load
 from vmodel.testing.artifacts import STABLE
+from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 Compiled = Callable[[str], Path]
@@ -21,7 +22,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def guest(machine: Path, tmp_path: Path, kernel: str, *more: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "vmodel", "guest", machine, "--run-dir", tmp_path / "run", "--kernel", kernel]
     line += ["--module", "virtio_iommu", *more]
-    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=200)
+    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=patience(200))
 
 
 def test_vfio(kernel: str, compiled: Compiled, tmp_path: Path) -> None:

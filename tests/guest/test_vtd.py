@@ -16,6 +16,7 @@ from vmodel.iommu.domain import TableDomain
 from vmodel.machine import load
 from vmodel.testing.artifacts import find_kernel
 from vmodel.testing.guest import Guest, GuestSpec, run_guest
+from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 Compiled = Callable[[str], Path]
@@ -24,7 +25,7 @@ MACHINE = Path(__file__).parents[2] / "examples" / "edu-vtd.toml"
 
 def guest(tmp_path: Path, kernel: str, *more: object, machine: Path = MACHINE) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "vmodel", "guest", machine, "--run-dir", tmp_path / "run", "--kernel", kernel, *more]
-    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=200)
+    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=patience(200))
 
 
 def test_vfio(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
