@@ -207,6 +207,9 @@ def test_keep_alive_expires(driver: Driver) -> None:
     assert driver.status.CFS
     driver.disable()
     driver.enable()
+    # 7.12: an entry of the error log says Keep Alive Timeout Expired (19h), of no queue and no command.
+    count, sqid, cid, status = struct.unpack_from("<QHHH", driver.log(1, 64))
+    assert (count, sqid, cid, status >> 1 & 0x7FF) == (1, 0xFFFF, 0xFFFF, 0x19)
     assert get(driver, FeatureId.KEEP_ALIVE) == 0
 
 

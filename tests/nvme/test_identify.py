@@ -120,6 +120,7 @@ def test_one_controller_with_one_command_set(driver: Driver) -> None:
         (5, 1, {"cdw11": 2 << 24}, "INVALID_FIELD"),
         (6, 0, {"cdw11": 1 << 24}, "INVALID_FIELD"),
         (0x11, 0, {}, "INVALID_NAMESPACE"),
+        (0x12, 0xFFFF_FFFF, {}, "INVALID_FIELD"),
         (0x1A, 0, {"cdw11": 2 << 24}, "INVALID_FIELD"),
         (0x1B, 2, {}, "INVALID_FIELD"),
         (0x01_001C, 0, {}, "INVALID_FIELD"),

@@ -216,6 +216,31 @@ def test_what_cannot_be_sanitized(started: Callable[..., Driver], tmp_path: Path
     assert image.read_bytes() == b"x" * 4096
 
 
+def test_sanitize_while_firmware_waits_for_a_reset(driver: Driver) -> None:
+    """5.24: aborted with Firmware Activation Requires Controller Level Reset; once that has come it works."""
+    assert download(driver, b"2.0") == "SUCCESS"
+    assert commit(driver, 2, 1) == "SUCCESS"
+    assert sanitize(driver, 2) == "FIRMWARE_NEEDS_CONTROLLER_RESET"
+    driver.disable()
+    driver.enable()
+    assert sanitize(driver, 2) == "SUCCESS"
+
+
+def test_a_new_sanitize_forgets_the_event_of_the_last(driver: Driver) -> None:
+    """5.24: a Sanitize Operation Completed event that is outstanding is cleared when one starts."""
+    for _ in range(2):
+        assert sanitize(driver, 2) == "SUCCESS"
+        driver.until(lambda: not driver.device.sanitize.in_progress)
+        driver.admin.reap()
+    assert [event.name for event in driver.device.events._events] == ["SANITIZE_COMPLETED"]
+    device = driver.device
+    driver.admin.write(Command.make(SANITIZE, cdw10=2))
+    driver.doorbell(0, driver.admin.tail)
+    device.arbiter.run()
+    assert not device.events._events
+    driver.until(lambda: not device.sanitize.in_progress)
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """No file grows beyond a mebibyte: what is written behind that is refused."""
@@ -239,6 +264,8 @@ def test_sanitize_that_fails(
     assert name(driver.admin.send(0x80, nsid=1)) == "SANITIZE_FAILED"
     assert sanitize(driver, 1) == ("SUCCESS" if unrestricted else "SANITIZE_FAILED")
     if not unrestricted:
+        # 5.24: in unrestricted mode neither; only the mode that has failed.
+        assert sanitize(driver, 2 | 1 << 3) == "SANITIZE_FAILED"
         assert sanitize(driver, 2) == "SUCCESS", "another operation may do"
         driver.until(lambda: not driver.device.sanitize.in_progress)
     assert name(pair.send(0x02, nsid=1, dptr=prps(driver.page))) == "SUCCESS"

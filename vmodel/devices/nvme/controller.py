@@ -485,6 +485,8 @@ class Nvme(PciDevice):
             self._keep_alive = self.after(self._keep_alive_ms / 1000, self._expired)
 
     def _expired(self) -> None:
+        """The error log tells why it has failed, once a reset lets the host read it."""
+        self.health.record(Status.KEEP_ALIVE_EXPIRED)
         self._fail(f"no Keep Alive for {self._keep_alive_ms} ms")
 
 

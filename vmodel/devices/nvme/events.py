@@ -78,6 +78,11 @@ class Events:
             self._events.append(event)
             self._deliver()
 
+    def forget(self, event: Event) -> None:
+        """An event that nobody has heard of yet is not worth it any more."""
+        if event in self._events:
+            self._events.remove(event)
+
     def read(self, log_page: int) -> None:
         """The host has read a log page and wants further events of its kinds."""
         unmasked = {event.type for event in Event if event.log_page == log_page}

@@ -57,6 +57,11 @@ class Health:
         """Whole hours since the device was made."""
         return int((time.monotonic() - self._since) / 3600)
 
+    def record(self, status: Status) -> None:
+        """Something has failed that no command is to blame for."""
+        nothing = 0xFFFF
+        self.failed(nothing, Command.make(0, cid=nothing), CommandError(status))
+
     def failed(self, sqid: int, command: Command, error: CommandError) -> None:
         """A command has ended with an error that the log is to hold."""
         self.error_count += 1

@@ -416,6 +416,8 @@ class Identify:
         return struct.pack("<8xB5xB", int(namespace.read_only), ready).ljust(SIZE, b"\0")
 
     def _namespace_controllers(self, command: Command) -> bytes:
+        if command.nsid == BROADCAST:
+            raise CommandError(Status.INVALID_FIELD, location=4)
         namespace = self._controller.inventory.find(command.nsid)
         first = command.cdw10 >> 16
         attached = namespace is not None and namespace.attached and first <= CONTROLLER_ID

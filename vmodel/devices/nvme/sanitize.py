@@ -85,9 +85,15 @@ class Sanitize:
             if self.failed:
                 self._state = State.NEVER
             return
+        if self.failed and command.cdw10 & _UNRESTRICTED and not self._cdw10 & _UNRESTRICTED:
+            # After a failure in restricted mode only that mode helps.
+            raise CommandError(Status.SANITIZE_FAILED)
+        if self._controller.firmware.pending:
+            raise CommandError(Status.FIRMWARE_NEEDS_CONTROLLER_RESET, dnr=False)
         namespaces = self._controller.inventory.allocated
         if any(namespace.read_only for namespace in namespaces):
             raise CommandError(Status.NAMESPACE_WRITE_PROTECTED)
+        self._controller.events.forget(Event.SANITIZE_COMPLETED)
         self._cdw10, self._state = command.cdw10, State.IN_PROGRESS
         total = sum(namespace.backend.size for namespace in namespaces)
         if action is Action.OVERWRITE:
