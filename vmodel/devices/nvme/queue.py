@@ -323,7 +323,7 @@ class SubmissionQueue:
         ring, n = self._ring, self.entries
         if value >= n:
             return False
-        if ring.shadow:
+        if ring.shadow and not ring.shadow_used:
             self._look()
         if not ring.shadow_used:  # which may be further on than a doorbell that was rung before
             if (value - ring.tail) % n > (ring.head - ring.tail - 1) % n:
