@@ -86,7 +86,7 @@ class Agenda:
         with self._lock:
             for _, _, timer in self._timers:
                 timer.call = None
-            self._timers.clear()
+            self._timers = []
             self._dead = 0
 
     def __len__(self) -> int:
@@ -104,12 +104,13 @@ class Agenda:
             call, owner, cancelled = self._soon.popleft()
             if owner is None or owner._cancelled == cancelled:
                 self._call(call)
-        while (due := self._due(now_ns)) is not None:
+        while self._timers and (due := self._due(now_ns)) is not None:
             self._call(due)
-        with self._lock:
-            next_ns = self._timers[0][0] if self._timers else None
-        self.waiting = bool(self._soon) or next_ns is not None
-        return now_ns if self._soon else next_ns
+        timers = self._timers  # other threads add to it, or put another in its place; none takes anything out
+        self.waiting = bool(self._soon or timers)
+        if self._soon:
+            return now_ns
+        return timers[0][0] if timers else None
 
     def _due(self, now_ns: int) -> Callable[[], None] | None:
         """What the next timer that is due calls; the timer is gone then."""

@@ -282,7 +282,7 @@ class SubmissionQueue:
         ring.head = ring.tail = ring.shadow = ring.event = ring.shadow_first = ring.shadow_used = 0
         #: Commands under way, by command identifier.
         self.in_flight: dict[int, Later] = {}
-        self._closed = False
+        self._closed = self._has_shadow = False
         #: It stands in one of the arbiter's lines.
         self.ready = False
         cq.queues.append(self)
@@ -313,9 +313,11 @@ class SubmissionQueue:
         dma.write(event_index, _U32.pack(ring.tail))
         ring.shadow_first, ring.shadow_used = first, 0
         ring.shadow, ring.event = doorbell, event_index
+        self._has_shadow = True
 
     def forget_shadow(self) -> None:
         """Doorbells alone count."""
+        self._has_shadow = False
         self._ring.shadow = self._ring.event = self._ring.shadow_used = 0
 
     def doorbell(self, value: int) -> bool:
@@ -323,10 +325,10 @@ class SubmissionQueue:
         ring, n = self._ring, self.entries
         if value >= n:
             return False
-        if ring.shadow and not ring.shadow_used:
-            self._look()
-        if not ring.shadow_used:  # which may be further on than a doorbell that was rung before
-            if (value - ring.tail) % n > (ring.head - ring.tail - 1) % n:
+        # A shadow that is used may be further on than a doorbell that was rung before.
+        if not (self._has_shadow and self._by_shadow()):
+            tail = ring.tail
+            if (value - tail) % n > (ring.head - tail - 1) % n:
                 return False  # more than are free
             ring.tail = value
         self._host.arbiter.ring(self)
@@ -345,6 +347,12 @@ class SubmissionQueue:
             if value < self.entries:
                 ring.tail = value
         return bool(ring.head != ring.tail)
+
+    def _by_shadow(self) -> bool:
+        """Whether the driver goes by the shadow doorbell, so that what it rings means no more than that it has rung."""
+        if not self._ring.shadow_used:
+            self._look()
+        return bool(self._ring.shadow_used)
 
     def _poll(self) -> None:
         """Looks at the shadow doorbell, if there is one; no command that is there already is missed after it."""
