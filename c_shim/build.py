@@ -22,6 +22,7 @@ SOURCES = [
     "dma.c",
     "pin.c",
     "func.c",
+    "eventfd.c",
     "stream.c",
     "sleep.c",
     "channel.c",

@@ -24,9 +24,11 @@
 struct vms_chan {
     vms_func *func;
     vms_memory *memory;
-    uint32_t max_xfer, peer_xfer, max_fds;
+    uint32_t max_xfer, peer_xfer, max_fds, send_ms;
     int open;
     int dead; /* errno of a failed send */
+    _Atomic int stopped; /* vms_chan_shutdown() was called */
+    _Atomic int twin_fd; /* as twin.fd, for other threads */
     stream main, twin;
     uint8_t tx[TX_SIZE];
     size_t tx_len;
@@ -38,7 +40,7 @@ struct vms_chan {
         access_head head;
     } pending;
     size_t multi_done; /* entries of the WRITE_MULTI at the head of the buffer that are through */
-    int out_fds[CONTROL_FDS];
+    int out_fds[CONTROL_FDS + 1];
     vms_run run;
 };
 
@@ -48,7 +50,7 @@ static void flush(vms_chan *chan)
 {
     if (chan->tx_len && !chan->dead) {
         struct iovec iov = { chan->tx, chan->tx_len };
-        int rc = send_all(chan->main.fd, &iov, 1, NULL, 0);
+        int rc = send_all(chan->main.fd, &iov, 1, NULL, 0, chan->send_ms);
         if (rc < 0)
             chan->dead = -rc;
     }
@@ -63,7 +65,7 @@ static void put(vms_chan *chan, const void *bytes, size_t n)
         flush(chan);
     if (n > TX_SIZE) {
         struct iovec iov = { (void *)(uintptr_t)bytes, n };
-        int rc = chan->dead ? 0 : send_all(chan->main.fd, &iov, 1, NULL, 0);
+        int rc = chan->dead ? 0 : send_all(chan->main.fd, &iov, 1, NULL, 0, chan->send_ms);
         if (rc < 0)
             chan->dead = -rc;
         return;
@@ -386,7 +388,7 @@ static int parse(vms_chan *chan, stream *s)
         if (hot && h.command == CMD_WRITE_MULTI && do_multi(chan, &h, body, len))
             break;
 
-        size_t n_fds = take_fds(s, s->consumed, chan->out_fds, CONTROL_FDS);
+        size_t n_fds = take_fds(s, s->consumed, chan->out_fds, CONTROL_FDS + 1);
         consume(s, h.size);
         chan->func->stats.messages++;
         if (n_fds > chan->max_fds && !(hot && h.command == CMD_WRITE_MULTI)) {
@@ -432,9 +434,9 @@ static int parse(vms_chan *chan, stream *s)
 /* ---- public ------------------------------------------------------------------------------- */
 
 int vms_chan_create(vms_func *func, vms_memory *memory, int socket, uint32_t max_xfer, uint32_t max_fds,
-                    vms_chan **out)
+                    uint32_t send_ms, vms_chan **out)
 {
-    if (max_xfer < 4096 || max_xfer > (1u << 30) || max_fds > CONTROL_FDS)
+    if (max_xfer < 4096 || max_xfer > (1u << 30) || max_fds > CONTROL_FDS || send_ms > INT32_MAX)
         return -EINVAL;
     vms_chan *chan = calloc(1, sizeof *chan);
     if (!chan)
@@ -445,9 +447,10 @@ int vms_chan_create(vms_func *func, vms_memory *memory, int socket, uint32_t max
     memory_ref(memory);
     chan->max_xfer = max_xfer;
     chan->max_fds = max_fds;
-    chan->twin.fd = chan->main.fd = -1;
+    chan->send_ms = send_ms;
+    chan->twin.fd = chan->main.fd = chan->twin_fd = -1;
     chan->reply_data = malloc(max_xfer);
-    if (!chan->reply_data || stream_init(&chan->main, -1) < 0) {
+    if (!chan->reply_data || stream_init(&chan->main, -1, max_fds + 1) < 0) {
         vms_chan_destroy(chan);
         return -ENOMEM;
     }
@@ -478,11 +481,15 @@ int vms_chan_open(vms_chan *chan, uint32_t peer_xfer, int twin)
     if (chan->open)
         return -EALREADY;
     if (twin >= 0) {
-        int rc = stream_init(&chan->twin, twin);
+        int rc = stream_init(&chan->twin, twin, 0);
         if (rc < 0) {
             chan->twin.fd = -1;
             return rc;
         }
+        /* Either side sees what the other has written. */
+        chan->twin_fd = twin;
+        if (chan->stopped)
+            shutdown(twin, SHUT_RDWR);
     }
     chan->peer_xfer = peer_xfer;
     chan->open = 1;
@@ -518,9 +525,8 @@ static int enter(vms_chan *chan, uint64_t deadline)
     vms_run *run = &chan->run;
     stream *streams[2] = { &chan->main, &chan->twin };
     uint32_t max_message = chan->open ? chan->max_xfer + 64 : HANDSHAKE_SIZE;
-    int busy = 0;
 
-    for (;;) {
+    for (int busy = 0;; busy = 1) {
         for (int i = 0; i < 2; i++)
             if (streams[i]->fd >= 0 && parse(chan, streams[i]))
                 return 0;
@@ -529,7 +535,7 @@ static int enter(vms_chan *chan, uint64_t deadline)
             closed(chan, chan->dead);
             return 0;
         }
-        /* A client that never pauses must not hold back timers. */
+        /* A client that never pauses, or plays with an eventfd, must not hold back timers. */
         if (busy && deadline != UINT64_MAX && now_ns() >= deadline) {
             run->reason = VMS_EXIT_TIMEOUT;
             return 0;
@@ -556,7 +562,6 @@ static int enter(vms_chan *chan, uint64_t deadline)
                 closed(chan, (int)-n);
                 return 0;
             }
-            busy = 1;
         }
     }
 }
@@ -589,7 +594,7 @@ int vms_reply(vms_chan *chan, uint16_t id, uint16_t command, uint32_t error, con
         return 0;
     header h = { id, command, (uint32_t)(sizeof h + len), TYPE_REPLY, 0 };
     struct iovec iov[2] = { { &h, sizeof h }, { (void *)(uintptr_t)payload, len } };
-    int rc = send_all(chan->main.fd, iov, 2, fds, n_fds);
+    int rc = send_all(chan->main.fd, iov, 2, fds, n_fds, chan->send_ms);
     if (rc < 0)
         chan->dead = -rc;
     return 0;
@@ -609,7 +614,7 @@ int vms_command(vms_chan *chan, uint16_t id, uint16_t command, const void *head,
     struct iovec iov[3] = { { &h, sizeof h },
                             { (void *)(uintptr_t)head, head_len },
                             { (void *)(uintptr_t)data, len } };
-    int rc = send_all(fd, iov, 3, NULL, 0);
+    int rc = send_all(fd, iov, 3, NULL, 0, chan->send_ms);
     if (rc < 0)
         chan->dead = -rc;
     return rc;
@@ -617,5 +622,9 @@ int vms_command(vms_chan *chan, uint16_t id, uint16_t command, const void *head,
 
 int vms_chan_shutdown(vms_chan *chan)
 {
+    chan->stopped = 1;
+    int twin = chan->twin_fd;
+    if (twin >= 0)
+        shutdown(twin, SHUT_RDWR);
     return shutdown(chan->main.fd, SHUT_RDWR) < 0 ? -errno : 0;
 }

@@ -26,6 +26,8 @@ int vms_func_create(vms_func **out)
         return rc;
     }
     pthread_mutex_init(&func->watch_lock, NULL);
+    pthread_mutex_init(&func->signal_lock, NULL);
+    func->aio_source = -1;
     atomic_store(&func->refs, 1);
     for (unsigned i = 0; i < VMS_REGIONS; i++)
         func->regions[i].fd = -1;
@@ -50,6 +52,7 @@ void vms_func_destroy(vms_func *func)
     }
     close(func->wake_fd);
     pthread_mutex_destroy(&func->watch_lock);
+    signals_end(func);
     free(func);
 }
 

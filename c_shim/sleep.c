@@ -76,7 +76,7 @@ int wait_for(vms_func *func, struct pollfd *fds, size_t n, uint64_t deadline, ui
     } else {
         *reason = 0;
         for (size_t i = n + 1; i < total; i++) {
-            if (fds[i].revents & POLLIN && read(fds[i].fd, &value, sizeof value) == (ssize_t)sizeof value) {
+            if (fds[i].revents & POLLIN && eventfd_take(fds[i].fd)) {
                 *reason = VMS_EXIT_EVENT;
                 *cookie = cookies[i - n - 1];
                 break;

@@ -9,18 +9,21 @@
 #include "stream.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "wire.h"
 
 #define START_SIZE (64u * 1024)
 
-int stream_init(stream *s, int fd)
+int stream_init(stream *s, int fd, uint32_t fd_room)
 {
     s->fd = fd;
+    s->fd_room = fd_room;
     s->cap = START_SIZE;
     s->buf = malloc(s->cap);
     return s->buf ? 0 : -ENOMEM;
@@ -87,6 +90,24 @@ static uint64_t owner_of_fds(const stream *s, size_t fresh)
     return s->consumed + (owner - s->rpos);
 }
 
+/* Keeps fds for the message at `owner`.  Of others only the message at the head of the buffer, which is not all there
+ * yet, has some. */
+static void hold_fds(stream *s, uint64_t owner, const int *fds, size_t n)
+{
+    size_t has = 0;
+
+    for (size_t i = 0; i < s->n_held; i++)
+        has += s->held[i].at == owner;
+    for (size_t i = 0; i < n; i++) {
+        if (has < s->fd_room && s->n_held < MAX_HELD_FDS) {
+            s->held[s->n_held++] = (struct held){ owner, fds[i] };
+            has++;
+        } else {
+            close(fds[i]); /* the message will be refused for what it does have */
+        }
+    }
+}
+
 ssize_t stream_fill(stream *s, uint32_t max_message)
 {
     if (s->rpos == s->wpos) {
@@ -114,33 +135,42 @@ ssize_t stream_fill(stream *s, uint32_t max_message)
     }
     union {
         struct cmsghdr align;
-        char space[CMSG_SPACE(CONTROL_FDS * sizeof(int))];
+        char space[CMSG_SPACE((CONTROL_FDS + 1) * sizeof(int))];
     } control;
     struct iovec iov = { s->buf + s->wpos, s->cap - s->wpos };
+    /* The kernel closes the fds that find no room here. */
     struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control,
-                          .msg_controllen = sizeof control };
+                          .msg_controllen = s->fd_room ? CMSG_LEN(s->fd_room * sizeof(int)) : 0 };
     ssize_t n = recvmsg(s->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (n < 0)
         return -errno;
     s->wpos += (size_t)n;
-    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
-        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
-            continue;
-        size_t n_fds = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-        uint64_t owner = owner_of_fds(s, (size_t)n);
-        for (size_t i = 0; i < n_fds; i++) {
-            int fd;
-            memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
-            if (s->n_held < MAX_HELD_FDS)
-                s->held[s->n_held++] = (struct held){ owner, fd };
-            else
-                close(fd); /* far over max_msg_fds: the message will be refused for what it does have */
-        }
-    }
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c))
+        if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
+            hold_fds(s, owner_of_fds(s, (size_t)n), (const int *)(const void *)CMSG_DATA(c),
+                     (c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
     return n;
 }
 
-int send_all(int fd, const struct iovec *parts, size_t n_parts, const int *fds, size_t n_fds)
+static uint64_t clock_ms(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000u + (uint64_t)ts.tv_nsec / 1000000u;
+}
+
+/* Until there is room, or the socket is shut down. */
+static int wait_for_room(int fd, uint64_t deadline)
+{
+    uint64_t now = clock_ms();
+    if (now >= deadline)
+        return -ETIMEDOUT;
+    struct pollfd poller = { fd, POLLOUT, 0 };
+    int rc = poll(&poller, 1, (int)(deadline - now));
+    return rc < 0 && errno != EINTR ? -errno : 0;
+}
+
+int send_all(int fd, const struct iovec *parts, size_t n_parts, const int *fds, size_t n_fds, uint32_t ms)
 {
     struct iovec iov[3];
     union {
@@ -159,12 +189,18 @@ int send_all(int fd, const struct iovec *parts, size_t n_parts, const int *fds, 
         c->cmsg_len = CMSG_LEN(n_fds * sizeof(int));
         memcpy(CMSG_DATA(c), fds, n_fds * sizeof(int));
     }
+    uint64_t deadline = 0;
     while (msg.msg_iovlen) {
-        ssize_t n = sendmsg(fd, &msg, MSG_NOSIGNAL);
+        ssize_t n = sendmsg(fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (n < 0) {
-            if (errno == EINTR)
-                continue;
-            return -errno;
+            int rc = errno == EINTR ? 0 : -errno;
+            if (rc == -EAGAIN) {
+                deadline = deadline ? deadline : clock_ms() + ms;
+                rc = wait_for_room(fd, deadline);
+            }
+            if (rc < 0)
+                return rc;
+            continue;
         }
         msg.msg_control = NULL; /* fds go with the first byte */
         msg.msg_controllen = 0;

@@ -8,8 +8,8 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-#define MAX_HELD_FDS 512
 #define CONTROL_FDS 253 /* SCM_MAX_FD */
+#define MAX_HELD_FDS (2 * (CONTROL_FDS + 1))
 
 typedef struct stream {
     int fd;
@@ -22,9 +22,10 @@ typedef struct stream {
         int fd;
     } held[MAX_HELD_FDS];
     size_t n_held;
+    uint32_t fd_room; /* how many fds of one message are kept; the rest is closed at once */
 } stream;
 
-int stream_init(stream *s, int fd);
+int stream_init(stream *s, int fd, uint32_t fd_room);
 /* Closes the socket and all fds that are still held. */
 void stream_free(stream *s);
 
@@ -45,7 +46,7 @@ size_t take_fds(stream *s, uint64_t at, int *out, size_t room);
 void close_fds(const int *fds, size_t n);
 /* One recvmsg().  > 0: bytes; 0: end of stream; < 0: -errno. */
 ssize_t stream_fill(stream *s, uint32_t max_message);
-/* Sends all of at most three parts, fds with the first byte. */
-int send_all(int fd, const struct iovec *parts, size_t n_parts, const int *fds, size_t n_fds);
+/* Sends all of at most three parts, fds with the first byte.  ETIMEDOUT: not taken within `ms`. */
+int send_all(int fd, const struct iovec *parts, size_t n_parts, const int *fds, size_t n_fds, uint32_t ms);
 
 #endif

@@ -373,9 +373,10 @@ typedef struct vms_run {
 } vms_run;
 
 typedef struct vms_chan vms_chan;
-/* Takes the socket over.  Before vms_chan_open() every message is a COMMAND exit (the handshake). */
+/* Takes the socket over.  Before vms_chan_open() every message is a COMMAND exit (the handshake).  send_ms: a client that
+ * has not taken what was sent by then is closed with ETIMEDOUT. */
 int vms_chan_create(vms_func *func, vms_memory *memory, int socket, uint32_t max_xfer,
-                    uint32_t max_fds, vms_chan **out);
+                    uint32_t max_fds, uint32_t send_ms, vms_chan **out);
 void vms_chan_destroy(vms_chan *chan);
 /* The struct that vms_enter() fills; lives as long as the channel. */
 vms_run *vms_chan_run(vms_chan *chan);
@@ -396,11 +397,13 @@ int vms_command(vms_chan *chan, uint16_t id, uint16_t command, const void *head,
                 const void *data, size_t len);
 /* Any thread: makes the function's vms_enter() return with WAKE. */
 int vms_wake(vms_func *func);
-/* Any thread: ends the connection, vms_enter() returns CLOSED. */
+/* Any thread: ends the connection and every send under way, vms_enter() returns CLOSED. */
 int vms_chan_shutdown(vms_chan *chan);
 /* vms_enter() also waits for this eventfd (borrowed).  ENOSPC: more than 64. */
 int vms_watch(vms_func *func, int eventfd, uint16_t cookie);
 int vms_unwatch(vms_func *func, int eventfd);
+/* Any thread: adds 1 to a client's eventfd and never waits, full as it may be.  EINVAL: it is no eventfd. */
+int vms_signal(vms_func *func, int eventfd);
 /* Sleeps without a connection: until `listener` (or -1) is readable, a wake, a watch, or the deadline.
  * Returns an enum vms_exit_reason, COMMAND standing for the listener, or -errno. *cookie for EVENT. */
 int vms_idle(vms_func *func, int listener, uint64_t deadline_ns, uint16_t *cookie);

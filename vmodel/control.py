@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import socket
 import threading
 import time
@@ -14,9 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from vmodel.errors import ConfigError
-from vmodel.server import listen
+from vmodel.logs import limited
+from vmodel.server import BACKOFF, STOP_TIMEOUT, listen, place
 
-log = logging.getLogger(__name__)
+log = limited(__name__)
 
 _MAX_REQUEST = 64 * 1024
 #: Seconds that a client gets to ask, and then to take the answer.
@@ -43,33 +43,44 @@ class Control:
         self._listener = listen(path, f"machine {machine!r}")
         self._listener.settimeout(None)
         self._listener.listen(64)  # a connect() with a time limit fails at once where the backlog is full
-        self._inode = path.stat().st_ino
+        self._inode = path.lstat().st_ino
         self._free = threading.BoundedSemaphore(_MAX_CLIENTS)
+        self._stopping = threading.Event()
         self._one = threading.Lock()
         self._clients: dict[threading.Thread, socket.socket] = {}
         self._thread = threading.Thread(target=self._main, name="vmodel-control", daemon=True)
 
     def _main(self) -> None:
-        while True:
-            self._free.acquire()
+        while not self._stopping.is_set():
             try:
-                sock, _ = self._listener.accept()
-            except OSError:  # closed
-                return
+                self._accept()
+            except Exception as error:  # we are out of fds, threads or memory
+                if not self._stopping.is_set():
+                    log.warning("control: %s", error)
+                    self._stopping.wait(BACKOFF)
+
+    def _accept(self) -> None:
+        """Waits for a client and gives it a thread."""
+        self._free.acquire()
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._free.release)
+            sock = failed.enter_context(self._listener.accept()[0])
             client = threading.Thread(target=self._client, args=(sock,), name="vmodel-control-client", daemon=True)
             self._clients = {thread: other for thread, other in self._clients.items() if thread.is_alive()}
-            self._clients[client] = sock
             client.start()
+            self._clients[client] = sock
+            failed.pop_all()
 
     def _client(self, sock: socket.socket) -> None:
-        with sock:
-            try:
+        try:
+            with sock:
                 answer = json.dumps(self._reply(_line(sock))) + "\n"
                 sock.settimeout(_TIMEOUT)
                 sock.sendall(answer.encode())
-            except (OSError, ValueError) as error:
-                log.info("control: %s", error)
-        self._free.release()
+        except Exception as error:
+            log.info("control: %s", error)
+        finally:
+            self._free.release()
 
     def _reply(self, text: bytes) -> dict[str, Any]:
         try:
@@ -93,19 +104,23 @@ class Control:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stopping.set()
         # shutdown() wakes accept(); close() alone does not.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         # All clients' threads end: what their commands look at may be closed next.
-        while self._thread.is_alive():
+        deadline = time.monotonic() + STOP_TIMEOUT
+        while self._thread.is_alive() and time.monotonic() < deadline:
             self._hang_up()
             self._thread.join(0.05)
         self._hang_up()
-        for client in self._clients:
-            client.join()
+        for thread in [self._thread, *self._clients]:
+            thread.join(max(deadline - time.monotonic(), 0))
+            if thread.is_alive():
+                log.error("control: left behind: a command does not end, it is in %s", place(thread))
         with contextlib.suppress(FileNotFoundError):
-            if self.path.stat().st_ino == self._inode:
+            if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
 
     def _hang_up(self) -> None:

@@ -11,7 +11,6 @@ import errno
 import functools
 import hashlib
 import json
-import logging
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from vmodel._shim import Function
 from vmodel._shim import key as access_key
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, GuestError, PeerError
+from vmodel.logs import limited
 from vmodel.memory import GuestMemory
 from vmodel.pci.bar import BankSlot, Bar, IoBar, MmioBar, RamSlot
 from vmodel.pci.caps import Capability, Msi, Msix, Pcie, Pm, ResetKind, VendorSpecific
@@ -41,10 +41,9 @@ from vmodel.regs import (
     on_write,
     on_write_each,
 )
-from vmodel.span import Span
+from vmodel.span import KiB, Span
 from vmodel.timers import Agenda, Timer
 from vmodel.vfio_user.commands import IoEventFd, IrqInfo, RegionInfo, SetIrqs
-from vmodel.vfio_user.migration import MAX_STATE
 from vmodel.vfio_user.wire import Irq, Region
 
 __all__ = [
@@ -63,7 +62,9 @@ __all__ = [
     "on_write_each",
 ]
 
-_STATE_MAGIC = b"VMS1"
+#: A saved state begins with its magic number and the layout of what follows.
+_STATE = struct.Struct("<4s32s")
+_STATE_MAGIC = b"VMS2"
 
 
 class Params(pydantic.BaseModel):
@@ -97,6 +98,8 @@ class PciDevice:
     rom: ClassVar[bytes] = b""
     #: Parameters; a model overrides it with a nested class of that name.
     Params: ClassVar[type[Params]] = Params
+    #: Most bytes that `save_extra` gives; nothing longer is taken from a client.
+    max_extra: ClassVar[int] = 64 * KiB
     #: Read by models that want INTx; None: no pin.
     intx: Intx | None = None
 
@@ -143,7 +146,8 @@ class PciDevice:
                 raise RegisterError(f"{cls.__name__}: BAR{n} is there twice (a 64-bit BAR takes two registers)")
         # A trial run of the layout finds everything else now rather than when a machine starts.
         trial = object.__new__(cls)
-        trial.function, trial.irqs = Function(), Irqs()
+        trial.function = Function()
+        trial.irqs = Irqs(trial.function.signal)
         trial._lay_out(False)
 
     @classmethod
@@ -173,13 +177,15 @@ class PciDevice:
         """`params`: an instance of the model's Params, or what makes one (pydantic.ValidationError)."""
         self.name = name or type(self).__name__.lower()
         self.params: Any = params if isinstance(params, self.Params) else self.Params.model_validate(params or {})
-        self.log = logging.getLogger(f"vmodel.device.{self.name}")
+        self.log = limited(f"vmodel.device.{self.name}")
         #: Exceptions that came out of the model's hooks and callbacks.
         self.errors = 0
+        #: Its thread was left behind, see Server.stop: nothing of it may be touched any more.
+        self.abandoned = False
         self.function = Function()
         self.memory = GuestMemory()
         self.dma = Dma(self.memory)
-        self.irqs = Irqs()
+        self.irqs = Irqs(self.function.signal)
         #: What experiments may interfere with; see vmodel.points.
         self.points = Points(self.name)
         #: Ends the client's connection, on the device's thread; None: there is none.
@@ -538,47 +544,48 @@ class PciDevice:
 
     # ---- state ------------------------------------------------------------------------------
 
-    def _layout(self) -> str:
-        """Tells states of other models, or of other versions of this one, apart."""
+    def _layout(self) -> bytes:
+        """Tells states of other models, or of other versions of this one, apart: 32 bytes."""
         registers = [
             (name, region, at, r.name, r.offset, r.width)
             for name, (region, at, bank) in self.register_banks.items()
             for r in bank.registers
         ]
-        text = json.dumps([self.vendor_id, self.device_id, registers, self.config.size])
-        return hashlib.sha256(text.encode()).hexdigest()
+        sizes = [len(store) for store in self._stores()]
+        text = json.dumps([self.vendor_id, self.device_id, registers, sizes])
+        return hashlib.sha256(text.encode()).digest()
 
     def _stores(self) -> list[memoryview]:
         return [bank.view for _, _, bank in self.register_banks.values()] + self._rams + [self.config.view]
 
+    @property
+    def max_state(self) -> int:
+        """Most bytes that a state of this device can have."""
+        return _STATE.size + sum(map(len, self._stores())) + self.max_extra
+
     def save(self) -> bytes:
         """Registers, RAM areas, config space and `save_extra`.
 
-        Timers are not part of it: a model that has some running keeps what it needs in `save_extra`.
+        Timers are not part of it: a model that has some running keeps what it needs in `save_extra`.  The format has a
+        head of fixed size (_STATE), and nothing in it that would have to be parsed.
         """
-        stores, extra = self._stores(), self.save_extra()
-        head = json.dumps({"layout": self._layout(), "sizes": [len(s) for s in stores], "extra": len(extra)}).encode()
-        state = b"".join([_STATE_MAGIC, struct.pack("<I", len(head)), head, *map(bytes, stores), extra])
-        if len(state) > MAX_STATE:
-            raise PeerError(errno.EFBIG, f"{self.name}: a state of {len(state)} bytes is more than {MAX_STATE}")
-        return state
+        extra = self.save_extra()
+        if len(extra) > self.max_extra:
+            raise PeerError(
+                errno.EFBIG, f"{self.name}: save_extra gave {len(extra)} bytes, max_extra is {self.max_extra}"
+            )
+        return b"".join([_STATE.pack(_STATE_MAGIC, self._layout()), *map(bytes, self._stores()), extra])
 
     def restore(self, data: bytes) -> None:
         """Takes a state of `save` over.  PeerError(EINVAL), and nothing has changed, when it is not one."""
         stores = self._stores()
-        try:
-            if data[:4] != _STATE_MAGIC:
-                raise ValueError("no state")
-            (size,) = struct.unpack_from("<I", data, 4)
-            head = json.loads(data[8 : 8 + size])
-            if head["layout"] != self._layout() or head["sizes"] != [len(s) for s in stores]:
-                raise ValueError("of another model")
-            body = data[8 + size :]
-            if len(body) != sum(head["sizes"]) + head["extra"]:
-                raise ValueError("incomplete")
-        except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
-            raise PeerError(errno.EINVAL, f"{self.name}: the state cannot be restored: {error}") from error
-        self.restore_extra(body[sum(head["sizes"]) :])
+        if data[: _STATE.size] != _STATE.pack(_STATE_MAGIC, self._layout()):
+            raise PeerError(errno.EINVAL, f"{self.name}: the state cannot be restored: of another model, or no state")
+        own = sum(map(len, stores))
+        if not own <= len(data) - _STATE.size <= own + self.max_extra:
+            raise PeerError(errno.EINVAL, f"{self.name}: the state cannot be restored: {len(data)} bytes")
+        body = memoryview(data)[_STATE.size :]
+        self.restore_extra(bytes(body[own:]))
         at = 0
         for store in stores:
             store[:] = body[at : at + len(store)]

@@ -16,13 +16,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
+import resource
 import socket
 import stat
 import struct
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -34,13 +36,22 @@ from vmodel import _shim
 from vmodel.device import PciDevice
 from vmodel.dma import Buffer
 from vmodel.errors import Access, ConfigError, DmaFault, PeerError, Reason
+from vmodel.logs import limited, tell_held
 from vmodel.vfio_user.commands import FdList, HandshakeError, Limits, Session
 from vmodel.vfio_user.wire import Command
 
-log = logging.getLogger(__name__)
+log = limited(__name__)
 
-#: Longest that the client may take to answer a DMA_READ or DMA_WRITE, in seconds.
-MESSAGE_TIMEOUT = 5.0
+#: DMA_READs, DMA_WRITEs and waits for pages of one function that may be under way inside one another.
+MAX_NESTED = 8
+#: Seconds that all functions' threads get to end.
+STOP_TIMEOUT = 1.0
+#: Seconds until a thread goes on after an error of ours or of the system's.
+BACKOFF = 0.1
+#: Fds that the server keeps for itself; clients share the rest.
+OWN_FDS = 256
+#: Eventfds that a client may have in any case.
+_LEAST_EVENTFDS = 16
 #: Longest path of a unix socket, in bytes (sun_path without its NUL).
 MAX_SOCKET_PATH = 107
 
@@ -62,10 +73,17 @@ class Connection:
     def __init__(self, device: PciDevice, sock: socket.socket, limits: Limits) -> None:
         self.device = device
         self.limits = limits
+        self._log = device.log
         self.session = Session(device, limits)
         self.channel = _shim.Channel(
-            device.function, device.memory.shim, sock.detach(), limits.max_data_xfer_size, limits.max_msg_fds
+            device.function,
+            device.memory.shim,
+            sock.fileno(),
+            limits.max_data_xfer_size,
+            limits.max_msg_fds,
+            int(limits.message_timeout * 1000),
         )
+        sock.detach()  # it is the channel's now
         self._run = self.channel.run
         self._thread = threading.get_ident()
         self._peer_xfer = limits.max_data_xfer_size
@@ -73,26 +91,41 @@ class Connection:
         self._unanswered = 0
         self._posted: deque[tuple[int, int, int, int]] = deque()
         self._next_id = 0
+        self._depth = 0
         self._replies: dict[int, tuple[int, bytes] | None] = {}
 
     # ---- serving --------------------------------------------------------------------------
 
     def serve(self, stopping: threading.Event) -> None:
         """Serves until the client leaves or `stopping` is set (and the channel shut down)."""
-        self.device.dma.courier = self
-        self.device.client_came(self.channel.shutdown)
-        self.device.run_due(time.monotonic_ns())
-        try:
-            step, has_work = self._step, self.device.has_work
-            while not stopping.is_set():
-                step(self._due() if has_work() else _shim.FOREVER)
-        except _Gone as gone:
-            log.debug("%s: client has left: %s", self.device.name, gone)
-        finally:
-            self.device.dma.courier = None
-            self.device.memory.unmap_all()
-            self.session.close()
-            self.device.client_gone()
+        with contextlib.ExitStack() as after:
+            after.callback(self.device.client_gone)
+            after.callback(self.session.close)
+            after.callback(self.device.memory.unmap_all)
+            after.callback(self._no_courier)
+            self.device.dma.courier = self
+            self.device.client_came(self.channel.shutdown)
+            self.device.run_due(time.monotonic_ns())
+            try:
+                self._shake_hands(stopping)
+                step, has_work = self._step, self.device.has_work
+                while not stopping.is_set():
+                    step(self._due() if has_work() else _shim.FOREVER)
+            except _Gone as gone:
+                self._log.debug("%s: client has left: %s", self.device.name, gone)
+
+    def _shake_hands(self, stopping: threading.Event) -> None:
+        limit = time.monotonic_ns() + int(self.limits.handshake_timeout * 1e9)
+        while self.session.negotiated is None and not stopping.is_set():
+            if time.monotonic_ns() >= limit:
+                self._log.warning(
+                    "%s: client dropped: no VERSION within %g s", self.device.name, self.limits.handshake_timeout
+                )
+                raise _Gone("no handshake")
+            self._step(min(limit, self._due()))
+
+    def _no_courier(self) -> None:
+        self.device.dma.courier = None
 
     def close(self) -> None:
         """Closes the socket.  After `serve`, and when no other thread can call `channel.shutdown` any more."""
@@ -153,7 +186,7 @@ class Connection:
             try:
                 reply = session.handle(command, payload, fds)
             except PeerError as error:
-                log.debug("%s: command %d refused: %s", self.device.name, command, error)
+                self._log.debug("%s: command %d refused: %s", self.device.name, command, error)
                 if not posted or isinstance(error, HandshakeError):
                     channel.reply_error(id, command, error.errno)
                 if isinstance(error, HandshakeError):
@@ -162,7 +195,7 @@ class Connection:
                 return
             except Exception:
                 # A bug, ours or the model's: the client learns that it failed, the others go on.
-                log.exception("%s: command %d failed", self.device.name, command)
+                self._log.exception("%s: command %d failed", self.device.name, command)
                 if not posted:
                     channel.reply_error(id, command, errno.EIO)
                 return
@@ -213,14 +246,18 @@ class Connection:
             return event.wait(seconds)
         if self._unanswered in (_shim.EXIT_READ, _shim.EXIT_COMMAND):
             return False
-        self.channel.complete()
-        deadline = time.monotonic_ns() + int(seconds * 1e9)
+        if self._depth >= MAX_NESTED:
+            return False
+        self._depth += 1
         try:
+            self.channel.complete()
+            deadline = time.monotonic_ns() + int(seconds * 1e9)
             while not event.is_set() and time.monotonic_ns() < deadline:
                 self._step(deadline)
         except (_Gone, OSError) as error:  # the stream stays at its end, so the outer loop sees it too
-            log.debug("%s: client has left: %s", self.device.name, error)
+            self._log.debug("%s: client has left: %s", self.device.name, error)
         finally:
+            self._depth -= 1
             self._unanswered = 0
         return event.is_set()
 
@@ -236,7 +273,7 @@ class Connection:
 
         self.device.post(run)
         try:
-            return done.result(MESSAGE_TIMEOUT + 1)
+            return done.result(self.limits.message_timeout + 1)
         except TimeoutError:
             raise DmaFault(Reason.CLIENT, gpa, access) from None
 
@@ -244,18 +281,22 @@ class Connection:
         """Sends a command and serves the client until it is answered; the reply's payload."""
         if self._unanswered in (_shim.EXIT_READ, _shim.EXIT_COMMAND):
             raise DmaFault(Reason.WOULD_DEADLOCK, gpa, access)
+        if self._depth >= MAX_NESTED:  # each time it was asked, the client has written instead, and a hook asked again
+            self._log.warning("%s: %d messages wait for the client already", self.device.name, MAX_NESTED)
+            raise DmaFault(Reason.CLIENT, gpa, access)
         self.channel.complete()
         id = self._next_id
         while id in self._replies:
             id = (id + 1) & 0xFFFF
         self._next_id = (id + 1) & 0xFFFF
         self._replies[id] = None
+        self._depth += 1
         try:
             self.channel.command(id, command, head, data, len(data))
-            deadline = time.monotonic_ns() + int(MESSAGE_TIMEOUT * 1e9)
+            deadline = time.monotonic_ns() + int(self.limits.message_timeout * 1e9)
             while (answer := self._replies[id]) is None:
                 if time.monotonic_ns() >= deadline:
-                    log.warning("%s: no answer to %s", self.device.name, command.name)
+                    self._log.warning("%s: no answer to %s", self.device.name, command.name)
                     raise DmaFault(Reason.CLIENT, gpa, access)
                 self._step(deadline)
         except (_Gone, OSError) as error:
@@ -263,10 +304,11 @@ class Connection:
             raise DmaFault(Reason.CLIENT, gpa, access) from error
         finally:
             del self._replies[id]
+            self._depth -= 1
             self._unanswered = 0
         code, body = answer
         if code:
-            log.debug("%s: %s at gpa %#x: %s", self.device.name, command.name, gpa, os.strerror(code))
+            self._log.debug("%s: %s at gpa %#x: %s", self.device.name, command.name, gpa, os.strerror(code))
             raise DmaFault(Reason.CLIENT, gpa, access)
         return body
 
@@ -279,7 +321,7 @@ class Endpoint:
         self.path = path
         self._limits = limits
         self._listener = listen(path, f"device {device.name!r}")
-        self._inode = path.stat().st_ino
+        self._inode = path.lstat().st_ino
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._connection: Connection | None = None
@@ -288,50 +330,81 @@ class Endpoint:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the connection and the thread, removes the socket."""
+    def end(self) -> None:
+        """Ends the connection, and asks the thread to end."""
         self._stopping.set()
         with self._lock:
             if self._connection is not None:
                 self._connection.channel.shutdown()
         self.device.function.wake()
+
+    def join(self, deadline: float) -> None:
+        """After `end`: waits for the thread until then (time.monotonic()), and removes the socket.
+
+        One that has not, as its model does not return, is left behind, and its device with it.
+        """
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(max(deadline - time.monotonic(), 0))
+        if self._thread.is_alive():
+            self.device.abandoned = True
+            log.error("%s: left behind: its thread does not end, it is in %s", self.device.name, place(self._thread))
         self._listener.close()
         # Not a socket that another server has put there meanwhile.
-        with contextlib.suppress(FileNotFoundError):
-            if self.path.stat().st_ino == self._inode:
+        with contextlib.suppress(OSError):
+            if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
+        tell_held(self.device.log)
 
     def _main(self) -> None:
-        function, device = self.device.function, self.device
         while not self._stopping.is_set():
-            deadline = device.run_due(time.monotonic_ns())
-            reason, cookie = function.idle(self._listener.fileno(), _shim.FOREVER if deadline is None else deadline)
-            if reason == _shim.EXIT_EVENT:
-                device.event(cookie)
-            elif reason == _shim.EXIT_COMMAND:
-                self._accept()
+            try:
+                self._turn()
+            except BaseException:  # a model may even raise SystemExit: nobody else serves this device
+                log.exception("%s: an error of ours, or of the system's", self.device.name)
+                self._stopping.wait(BACKOFF)
+
+    def _turn(self) -> None:
+        function, device = self.device.function, self.device
+        deadline = device.run_due(time.monotonic_ns())
+        reason, cookie = function.idle(self._listener.fileno(), _shim.FOREVER if deadline is None else deadline)
+        if reason == _shim.EXIT_EVENT:
+            device.event(cookie)
+        elif reason == _shim.EXIT_COMMAND:
+            self._accept()
 
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError as error:  # it left again, or we are out of fds: then the others go on
+        except OSError as error:  # it left again, or we are out of fds or memory: then the others go on
             log.warning("%s: accept: %s", self.device.name, error)
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.1)
+            self._stopping.wait(BACKOFF)
             return
-        connection = Connection(self.device, sock, self._limits)
-        with self._lock:
-            self._connection = connection
+        with sock:
+            connection = Connection(self.device, sock, self._limits)
         try:
+            with self._lock:
+                self._connection = connection
             connection.serve(self._stopping)
-        except Exception:
-            log.exception("%s: connection ended by an error of ours", self.device.name)
         finally:
             with self._lock:
                 self._connection = None
             connection.close()
+
+
+def place(thread: threading.Thread) -> str:
+    """Where a thread is: file, line and function, the innermost first."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    found = traceback.extract_stack(frame)[-3:] if frame is not None else []
+    return ", called by ".join(f"{one.name} ({one.filename}:{one.lineno})" for one in reversed(found)) or "no function"
+
+
+def _raise_fd_limit() -> int:
+    """As many fds as the system allows us; how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def listen(path: Path, what: str) -> socket.socket:
@@ -345,8 +418,10 @@ def listen(path: Path, what: str) -> socket.socket:
             # Two servers that start at once must not both take the other's socket for a dead one.
             fcntl.flock(directory, fcntl.LOCK_EX)
             _clear_stale(path, what)
+            # The mode of the socket's own inode is what bind() makes the file with: no chmod of a path that may have
+            # become somebody else's link meanwhile.
+            os.fchmod(sock.fileno(), 0o600)
             sock.bind(str(path))
-            path.chmod(0o600)
             sock.listen(8)
         finally:
             os.close(directory)
@@ -402,7 +477,10 @@ class Server:
         return [endpoint.device for endpoint in self._endpoints]
 
     def start(self) -> None:
-        """Clients are served from now on."""
+        """Clients are served from now on.  Raises the process's limit of fds, of which each device gets a share."""
+        share = (_raise_fd_limit() - OWN_FDS) // max(len(self._endpoints), 1)
+        for endpoint in self._endpoints:
+            endpoint.device.irqs.max_eventfds = max(share, _LEAST_EVENTFDS)
         for endpoint in self._endpoints:
             endpoint.start()
 
@@ -411,9 +489,16 @@ class Server:
         return self._stopped.wait(timeout)
 
     def stop(self) -> None:
-        """Ends all connections and threads and removes the sockets; devices keep their state."""
+        """Ends all connections and threads and removes the sockets; devices keep their state.
+
+        A thread that does not end within STOP_TIMEOUT, as its model does not return, is named and left behind; its
+        device is `abandoned` then.
+        """
         for endpoint in self._endpoints:
-            endpoint.stop()
+            endpoint.end()
+        deadline = time.monotonic() + STOP_TIMEOUT
+        for endpoint in self._endpoints:
+            endpoint.join(deadline)
         self._stopped.set()
 
     def __enter__(self) -> Self:

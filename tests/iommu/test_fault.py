@@ -16,7 +16,8 @@ from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.iommu.core import Iommu, paging_domain_alloc
 from vmodel.iommu.domain import AllocFlags, PagingDomain
-from vmodel.iommu.fault import FaultQueue, FaultRecord, PageHandler, PageRequest, PageResponse, RateLimit
+from vmodel.iommu.fault import FaultQueue, FaultRecord, PageHandler, PageRequest, PageResponse
+from vmodel.logs import RateLimit
 from vmodel.span import PAGE
 
 IOVA, GPA = 0x1000_0000, 0x20_0000

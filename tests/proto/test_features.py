@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 
 import pytest
 
@@ -116,9 +117,10 @@ def test_a_broken_state_changes_nothing(client: Client, toy: Toy) -> None:
         b"",
         state[:-1],
         state + b"x",
-        b"VMS2" + state[4:],
+        b"VMS1" + state[4:],
         state[:4] + b"\xff" * 8,
-        state.replace(b"{", b"[", 1),
+        state[:4] + bytes([state[4] ^ 1]) + state[5:],  # of another model
+        b"VMS1" + struct.pack("<I", 1 << 17) + b"[[]," * (1 << 13),  # as the old format was: a tree to be parsed
     ):
         client.set_state(S.STOP)
         client.set_state(S.RESUMING)

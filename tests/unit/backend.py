@@ -77,6 +77,10 @@ class Device:
     def io_event_fds(self, region: int) -> Sequence[IoEventFd]:
         return self.events if region == 0 else []
 
+    @property
+    def max_state(self) -> int:
+        return 1 << 20
+
     def save(self) -> bytes:
         if self.fail:
             raise self.fail

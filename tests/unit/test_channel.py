@@ -61,7 +61,7 @@ class Rig:
         self.memory = GuestMemory(_shim.Files())
         self.client, server = socket.socketpair()
         self.client.settimeout(5)
-        self.channel = _shim.Channel(self.function, self.memory.shim, server.detach(), MAX_XFER, 4)
+        self.channel = _shim.Channel(self.function, self.memory.shim, server.detach(), MAX_XFER, 4, 5000)
         if opened:
             self.channel.open(MAX_XFER, -1)
 

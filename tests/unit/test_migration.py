@@ -14,7 +14,7 @@ from tests.unit.backend import Device, call, hello, refused
 from vmodel.errors import PeerError
 from vmodel.span import PAGE, Span
 from vmodel.vfio_user.commands import Reply, Session
-from vmodel.vfio_user.migration import ARCS, MAX_STATE, SAVING, path
+from vmodel.vfio_user.migration import ARCS, SAVING, path
 from vmodel.vfio_user.wire import Command, DeviceState, Feature, FeatureFlags
 
 GET, SET, PROBE = FeatureFlags.GET, FeatureFlags.SET, FeatureFlags.PROBE
@@ -431,10 +431,11 @@ def test_a_bad_state_is_refused_and_forgotten(session: Session, device: Device) 
     assert device.calls == ["stop", "restore", "run"]
 
 
-def test_a_state_without_an_end(session: Session) -> None:
+def test_a_state_without_an_end(session: Session, device: Device) -> None:
+    """Not a byte more is kept than the device's own state can have."""
     put(session, 2, state(S.RESUMING))
-    piece = mig(bytes(1 << 20))
-    for _ in range(MAX_STATE >> 20):
+    piece = mig(bytes(1 << 18))
+    for _ in range(device.max_state >> 18):
         call(session, Command.MIG_DATA_WRITE, piece)
     assert refused(session, Command.MIG_DATA_WRITE, mig(b"x")) == errno.ENOSPC
 

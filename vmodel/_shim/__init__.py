@@ -48,6 +48,7 @@ EXIT_CLOSED: int = lib.VMS_EXIT_CLOSED
 _SCRATCH = 16384
 
 _enter = lib.vms_enter
+_signal = lib.vms_signal
 _ACCESS_SIZE: int = ffi.sizeof("vms_access")
 _REASON_NO_FILE: int = lib.VMS_REASON_NO_FILE
 
@@ -530,6 +531,12 @@ class Function:
     def unwatch(self, eventfd: int) -> None:
         check(lib.vms_unwatch(self.handle, eventfd))
 
+    def signal(self, eventfd: int) -> None:
+        """Adds 1 to a client's eventfd, full or not; never waits."""
+        rc = _signal(self.handle, eventfd)
+        if rc:
+            check(rc)
+
     def idle(self, listener: int, deadline_ns: int) -> tuple[int, int]:
         """Waits without a connection: (EXIT_*, cookie); EXIT_COMMAND means that the listener is readable."""
         cookie = ffi.new("uint16_t *")
@@ -549,7 +556,9 @@ def key(region: int, offset: int, count: int) -> int:
 class Channel:
     """One vfio-user connection; belongs to one thread, but for `shutdown`."""
 
-    def __init__(self, function: Function, memory: Memory, socket: int, max_xfer: int, max_fds: int) -> None:
+    def __init__(
+        self, function: Function, memory: Memory, socket: int, max_xfer: int, max_fds: int, send_ms: int
+    ) -> None:
         self.function = function
         self.memory = memory
         self.handle = _create(
@@ -561,6 +570,7 @@ class Channel:
             socket,
             max_xfer,
             max_fds,
+            send_ms,
         )
         #: The C struct that `enter` fills; see vms_run.
         self.run = lib.vms_chan_run(self.handle)

@@ -18,6 +18,9 @@ Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[-- QEMU ARGS]", help="More for QEMU.", show_default=False)
 ]
 
+#: Seconds that QEMU gets to end by itself after a signal of ours.
+_PATIENCE = 1.0
+
 
 def run(
     path: MachinePath,
@@ -34,9 +37,9 @@ def run(
     """
     log_to_stderr(verbose)
     faults = faults_of(plan, fault, seed)
-    with loaded(path) as machine:
+    with Stop.on_signals() as stop, loaded(path) as machine:
         qemu = artifacts.find_qemu()
-        with Stop.on_signals() as stop, served(machine, run_dir, faults) as (_, folder):
+        with served(machine, run_dir, faults) as (_, folder):
             line = [str(qemu.path), *machine.qemu_args(folder), *(arguments or [])]
             status = _wait(subprocess.Popen(line), stop)
     raise typer.Exit(status if status >= 0 else 128 - status)
@@ -50,6 +53,10 @@ def _wait(process: subprocess.Popen[bytes], stop: Stop) -> int:
         if stop.number:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
+            try:
+                return process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
         return process.wait()
     except BaseException:
         process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import select
 import shlex
@@ -45,6 +46,10 @@ Faults = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Instead of the plan's.")]
 
 
+#: Seconds from a signal until the process ends in any case.
+_PATIENCE = 1.8
+
+
 class Stop:
     """SIGINT and SIGTERM as something to wait for; `number` is the signal that came, else 0."""
 
@@ -63,6 +68,9 @@ class Stop:
         return bool(select.select([self._reader], [], [], timeout)[0])
 
     def _came(self, number: int, _: object) -> None:
+        if not self.number:
+            # What does not end in time is shown by its stack and left behind; this needs no lock of Python's.
+            faulthandler.dump_traceback_later(_PATIENCE, exit=True, file=2)
         self.number = self.number or number
         with contextlib.suppress(BlockingIOError):  # full: then it has been written to before
             os.write(self._writer, b"\0")
@@ -76,6 +84,7 @@ class Stop:
         try:
             yield stop
         finally:
+            faulthandler.cancel_dump_traceback_later()
             for number, handler in before.items():
                 signal.signal(number, handler)
             os.close(stop._reader)
@@ -123,6 +132,10 @@ def loaded(path: Path) -> Iterator[machines.Machine]:
         yield machine
     finally:
         machine.close()
+        if machine.left_behind:
+            # The interpreter's own end would take memory away under that thread.
+            sys.stdout.flush()
+            os._exit(1)
 
 
 def faults_of(plan: Path | None, faults: list[str] | None, seed: int | None) -> FaultPlan:
@@ -169,7 +182,7 @@ def serve(
     """
     log_to_stderr(verbose)
     faults = faults_of(plan, fault, seed)
-    with loaded(path) as machine, Stop.on_signals() as stop, served(machine, run_dir, faults) as (_, folder):
+    with Stop.on_signals() as stop, loaded(path) as machine, served(machine, run_dir, faults) as (_, folder):
         for name in machine.devices:
             print(f"{name} {machine.socket(name, folder)}", flush=True)
         print("ready", flush=True)

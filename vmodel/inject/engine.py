@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,11 +16,12 @@ from vmodel.inject.journal import Journal, shown
 from vmodel.inject.plan import FaultPlan, Rule, keyed
 from vmodel.inject.predicate import Predicate
 from vmodel.inject.schedule import Progress, stream
+from vmodel.logs import limited
 from vmodel.points import Event, Point, Proceed
 from vmodel.register_map import RegisterMap
 from vmodel.tapped import tap
 
-log = logging.getLogger(__name__)
+log = limited(__name__)
 
 #: What waits for a point that may never be reached: more is carried out at once, the oldest first.
 MOST_HELD = 10_000

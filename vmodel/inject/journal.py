@@ -7,7 +7,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
+
+from vmodel.files import create
 
 #: Records that are kept in memory.
 KEPT = 10_000
@@ -30,7 +32,7 @@ class Journal:
         self.path = path
         #: Hear of each record, on the thread that puts it.
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         self._lock = threading.Lock()
         self._last: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._count = 0
@@ -43,8 +45,9 @@ class Journal:
             self._last.append(numbered)
             if self.path is not None:
                 if self._file is None:
-                    self._file = self.path.open("w", encoding="utf-8", buffering=1)
-                self._file.write(json.dumps(numbered) + "\n")
+                    self._file = create(self.path)
+                self._file.write(f"{json.dumps(numbered)}\n".encode())
+                self._file.flush()
         for listener in list(self.listeners):
             listener(numbered)
 

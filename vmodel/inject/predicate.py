@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from vmodel.errors import ConfigError
 from vmodel.inject.quantity import Number, Numbers, SpanOf, Words
+from vmodel.logs import limited
 from vmodel.machine.explain import guess
 from vmodel.machine.models import describe
 from vmodel.pci.topology import Bdf
@@ -69,7 +69,7 @@ def _requester(value: object) -> object:
     return value
 
 
-log = logging.getLogger(__name__)
+log = limited(__name__)
 
 #: A function of the user's: (event) -> bool.
 Test = Callable[[Event], bool]

@@ -25,16 +25,18 @@ from vmodel.iommu.domain import (
     TableDomain,
 )
 from vmodel.iommu.driver import Driver, PlatformDevice, Source
-from vmodel.iommu.fault import FaultQueue, FaultRecord, PageRequest, PageResponse, RateLimit
+from vmodel.iommu.fault import FaultQueue, FaultRecord, PageRequest, PageResponse
 from vmodel.iommu.group import Group
 from vmodel.iommu.grouping import find_group
 from vmodel.iommu.pgtable import Table
 from vmodel.iommu.stale import StaleUse
+from vmodel.logs import RateLimit, limited
 from vmodel.memory import GuestMemory
 from vmodel.pci.topology import Bdf, Function, Topology
 from vmodel.span import Span
 
 log = logging.getLogger(__name__)
+_failures = limited(f"{__name__}.failures")
 
 #: Reasons that a page request may mend: the others will be the same at the next try.
 _ASKABLE = frozenset((Reason.NOT_MAPPED, Reason.PERMISSION, Reason.ACCESS_FLAG))
@@ -114,7 +116,7 @@ class Iommu:
             try:
                 handler(record)
             except Exception:
-                log.exception("%s: a fault handler failed", self.name)
+                _failures.exception("%s: a fault handler failed", self.name)
 
     def stale(self, use: StaleUse) -> None:
         """Puts a stale use into the log (10 lines in 5 s)."""
@@ -250,7 +252,7 @@ class Endpoint:
         try:
             response = handler(request)
         except Exception:
-            log.exception("%s: the page handler failed", self.name)
+            _failures.exception("%s: the page handler failed", self.name)
             response = PageResponse.FAILURE
         if response is PageResponse.FAILURE:
             self._pri_failed = True  # as PCIe 10.4.1 has it: no more requests until it is enabled anew

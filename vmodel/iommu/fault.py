@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,30 +87,6 @@ class FaultQueue:
 
     def __len__(self) -> int:
         return len(self._records)
-
-
-class RateLimit:
-    """At most `burst` events in `seconds`; the rest are counted."""
-
-    def __init__(self, burst: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.burst, self.seconds = burst, seconds
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._began = clock()
-        self._passed = self._held = 0
-
-    def __call__(self) -> tuple[bool, int]:
-        """Whether this event may pass; and how many were held back in the interval that has ended with it."""
-        with self._lock:
-            now, held = self._clock(), 0
-            if now - self._began >= self.seconds:
-                held, self._held = self._held, 0
-                self._began, self._passed = now, 0
-            if self._passed < self.burst:
-                self._passed += 1
-                return True, held
-            self._held += 1
-            return False, held
 
 
 class PageResponse(enum.IntEnum):

@@ -41,6 +41,7 @@ from typing import Any
 from vmodel.device import PciDevice
 from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import ConfigError, IommuError
+from vmodel.files import create
 from vmodel.iommu.capabilities import RegionType
 from vmodel.iommu.core import Coverage, Endpoint, Iommu, System, dma_domain_alloc
 from vmodel.iommu.domain import Domain
@@ -53,6 +54,7 @@ from vmodel.machine.schema import GroupTable, IommuTable, MachineFile, MappingTa
 from vmodel.qemu import bridge_args, device_args, memory_args, spare_default_devices
 from vmodel.server import MAX_SOCKET_PATH, Server
 from vmodel.span import Span
+from vmodel.vfio_user.version import Limits
 
 __all__ = ["Machine", "MachineErrors", "load", "load_model", "parse"]
 
@@ -203,7 +205,7 @@ class Machine:
         ConfigError as in Server.add.
         """
         self._write_acpi(run_dir)
-        server = Server()
+        server = Server(Limits(**self.content.limits.model_dump()))
         try:
             for name, device in self.devices.items():
                 server.add(device, self.socket(name, run_dir))
@@ -264,7 +266,8 @@ class Machine:
         for signature, content in self.acpi_tables().items():
             path = self._acpi_file(run_dir, signature)
             try:
-                path.write_bytes(content)
+                with create(path) as file:
+                    file.write(content)
             except OSError as error:
                 raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
@@ -272,10 +275,17 @@ class Machine:
         return run_dir / f"{self.name}.{signature.lower()}"
 
     def close(self) -> None:
-        """Gives back what the devices hold."""
+        """Gives back what the devices hold; nothing when one was left behind, as it may use any of that."""
+        if self.left_behind:
+            return
         self.system.close()
         for device in self.devices.values():
             device.close()
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether a device's thread did not end; see Server.stop."""
+        return any(device.abandoned for device in self.devices.values())
 
 
 def parse(text: str, file: Path) -> Machine:

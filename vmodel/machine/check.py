@@ -24,7 +24,7 @@ from vmodel.pci.caps import Pcie
 from vmodel.pci.extcaps import Acs
 from vmodel.pci.topology import ISOLATION, AcsFlags, Bdf, Function, PortType, Topology, quirk_aliases
 
-_SECTIONS = ("machine", "iommu", "bridge", "device", "group")
+_SECTIONS = ("machine", "limits", "iommu", "bridge", "device", "group")
 
 
 class Check:
@@ -49,7 +49,7 @@ class Check:
             self._wrong = {detail["loc"][:3] for detail in error.errors(include_url=False)}
             self._found += explain(error, file, MachineFile)
         #: What is sound of each table of a section: a key that is wrong is absent.
-        self.sound = {section: self._sound(section, raw.get(section)) for section in _SECTIONS[1:]}
+        self.sound = {section: self._sound(section, raw.get(section)) for section in _SECTIONS[2:]}
         for n, table in enumerate(self.sound["device"]):
             if "model" in table:
                 self._model(n, table)

@@ -95,6 +95,13 @@ class MachineTable(_Strict):
     group_mf: bool = Field(False, examples=["true"])
 
 
+class LimitsTable(_Strict):
+    """`[limits]`: what each client may take; docs/robustness.md."""
+
+    handshake_timeout: Annotated[float, Field(gt=0, le=86400)] = Field(default=5.0, examples=["5.0"])
+    message_timeout: Annotated[float, Field(gt=0, le=86400)] = Field(default=5.0, examples=["5.0"])
+
+
 class DeviceTable(_Strict):
     """`[[device]]`."""
 
@@ -200,6 +207,7 @@ class MachineFile(_Strict):
     """The whole file."""
 
     machine: MachineTable
+    limits: LimitsTable = Field(default_factory=LimitsTable)
     iommu: list[IommuTable] = Field(default_factory=list)
     bridge: list[BridgeTable] = Field(default_factory=list)
     device: list[DeviceTable] = Field(default_factory=list)

@@ -13,15 +13,17 @@ import copy
 import errno
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from vmodel.errors import PeerError
+from vmodel.logs import limited
 from vmodel.regs import RegisterError
 from vmodel.vfio_user.commands import IrqAction, IrqInfo, SetIrqs
 from vmodel.vfio_user.wire import Irq, IrqFlags
+
+log = limited(__name__)
 
 
 @dataclass
@@ -34,13 +36,17 @@ class Vector:
     masked: bool = False
     pending: bool = False
 
-    def close(self) -> None:
-        """Closes the eventfds; unmasked again.  `pending` stays: it is the device's state, not the client's."""
-        for fd in (self.trigger, self.mask_event, self.unmask_event):
-            if fd >= 0:
-                os.close(fd)
+    def close(self) -> int:
+        """Closes the eventfds; unmasked again.  How many there were.
+
+        `pending` stays: it is the device's state, not the client's.
+        """
+        held = [fd for fd in (self.trigger, self.mask_event, self.unmask_event) if fd >= 0]
+        for fd in held:
+            os.close(fd)
         self.trigger = self.mask_event = self.unmask_event = -1
         self.masked = False
+        return len(held)
 
 
 @dataclass
@@ -62,7 +68,12 @@ def _is_eventfd(fd: int) -> bool:
 class Irqs:
     """All interrupts of one function.  Types that it does not have count 0 vectors."""
 
-    def __init__(self) -> None:
+    def __init__(self, notify: Callable[[int], None]) -> None:
+        """`notify` signals an eventfd of the client's, and never waits."""
+        self._notify = notify
+        #: Most eventfds that a client may have here at a time.
+        self.max_eventfds = 1 << 20
+        self._eventfds = 0
         #: Interrupts delivered to the client so far.
         self.raised = 0
         maskable = IrqFlags.EVENTFD | IrqFlags.MASKABLE
@@ -83,8 +94,7 @@ class Irqs:
         """SET_IRQS; takes the eventfds over.  PeerError(EINVAL): one of them is no eventfd."""
         kind = self.types[Irq(request.index)]
         if request.count == 0:
-            for vector in kind.vectors:
-                vector.close()
+            self._eventfds -= sum(vector.close() for vector in kind.vectors)
             return
         if isinstance(request.data, tuple):
             self._assign(kind, request.action, request.start, request.data)
@@ -98,20 +108,31 @@ class Irqs:
             if fd >= 0:
                 if not _is_eventfd(fd):
                     raise PeerError(errno.EINVAL, "an interrupt's fd is no eventfd")
-                # A client that lets its counter run full must not block us.
-                os.set_blocking(fd, False)
+                os.set_blocking(fd, False)  # where there is no AIO; see c_shim/eventfd.c
         name = {
             IrqAction.TRIGGER: "trigger",
             IrqAction.MASK: "mask_event",
             IrqAction.UNMASK: "unmask_event",
         }[action]
+        held = [getattr(vector, name) for vector in kind.vectors[start : start + len(fds)]]
+        grown = self._eventfds + sum(fd >= 0 for fd in fds) - sum(fd >= 0 for fd in held)
+        if grown > self.max_eventfds:
+            raise PeerError(errno.ENOSPC, f"more than {self.max_eventfds} eventfds")
+        self._eventfds = grown
         for n, fd in enumerate(fds, start):
             vector = kind.vectors[n]
             if (old := getattr(vector, name)) >= 0:
                 os.close(old)
             setattr(vector, name, fd)
+        for n, fd in enumerate(fds, start):
             if action is IrqAction.TRIGGER and fd >= 0:
-                kind.changed(n)
+                self._changed(kind, n)
+
+    def _changed(self, kind: IrqType, n: int) -> None:
+        try:
+            kind.changed(n)
+        except Exception:  # the eventfds are ours by now, whatever became of what was pending
+            log.exception("a pending interrupt %d could not be delivered", n)
 
     def _act(self, kind: IrqType, n: int, action: IrqAction) -> None:
         vector = kind.vectors[n]
@@ -121,14 +142,18 @@ class Irqs:
             self.mask(vector)
         elif vector.masked:
             vector.masked = False
-            _notify(vector.unmask_event)
+            self._tell(vector.unmask_event)
             kind.changed(n)
 
     def mask(self, vector: Vector) -> None:
         """Masks a vector and tells the client's mask eventfd."""
         if not vector.masked:
             vector.masked = True
-            _notify(vector.mask_event)
+            self._tell(vector.mask_event)
+
+    def _tell(self, fd: int) -> None:
+        if fd >= 0:
+            self._notify(fd)
 
     def signal(self, kind: IrqType, vector: Vector) -> bool:
         """Signals a vector's eventfd; False without one, or while `kind` is not allowed."""
@@ -137,7 +162,7 @@ class Irqs:
     def _send(self, vector: Vector) -> bool:
         if vector.trigger < 0:
             return False
-        _notify(vector.trigger)
+        self._notify(vector.trigger)
         self.raised += 1
         return True
 
@@ -154,7 +179,7 @@ class Irqs:
         """The client is gone: closes all eventfds."""
         for kind in self.types.values():
             for vector in kind.vectors:
-                vector.close()
+                self._eventfds -= vector.close()
 
     def error(self) -> bool:
         """Signals ERR.  QEMU stops the virtual machine at this: not for AER."""
@@ -165,12 +190,6 @@ class Irqs:
         """Signals REQ: asks the client to let go of the device."""
         kind = self.types[Irq.REQ]
         return self.signal(kind, kind.vectors[0])
-
-
-def _notify(fd: int) -> None:
-    if fd >= 0:
-        with suppress(BlockingIOError):  # its counter is full, so it is signalled already
-            os.eventfd_write(fd, 1)
 
 
 class Intx:

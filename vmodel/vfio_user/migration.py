@@ -19,12 +19,16 @@ S = DeviceState
 #: The "saving group": these may begin or end a path, but not lie on it.
 SAVING = frozenset({S.STOP_COPY})
 
-#: Largest state that a client may feed in, in bytes; far above what a model's registers need.
+#: Largest state of any device, in bytes: copying it holds up the others for some 20 ms.
 MAX_STATE = 64 << 20
 
 
 class Saved(Protocol):
     """What migration needs of a device."""
+
+    @property
+    def max_state(self) -> int:
+        """Most bytes that `save` gives; more is never taken from a client."""
 
     def save(self) -> bytes:
         """All of its state."""
@@ -79,11 +83,12 @@ class Migration:
         return data
 
     def write(self, data: bytes) -> None:
-        """More of a state to resume from.  PeerError: EINVAL unless RESUMING, ENOSPC over MAX_STATE bytes."""
+        """More of a state to resume from.  PeerError: EINVAL unless RESUMING, ENOSPC over the device's own size."""
         if self.state is not S.RESUMING:
             raise PeerError(errno.EINVAL, f"MIG_DATA_WRITE in state {self.state.name}")
-        if len(self._stream) + len(data) > MAX_STATE:
-            raise PeerError(errno.ENOSPC, f"a state of more than {MAX_STATE} bytes")
+        limit = min(self.device.max_state, MAX_STATE)
+        if len(self._stream) + len(data) > limit:
+            raise PeerError(errno.ENOSPC, f"a state of more than {limit} bytes")
         self._stream += data
 
     # ---- arcs -------------------------------------------------------------------------------
@@ -100,6 +105,8 @@ class Migration:
 
     def _save(self) -> None:
         self._clear()
+        if self.device.max_state > MAX_STATE:
+            raise PeerError(errno.EFBIG, f"a state may have {self.device.max_state} bytes, more than {MAX_STATE}")
         self._stream += self.device.save()
 
     def _end_resume(self) -> None:

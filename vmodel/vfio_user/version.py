@@ -40,6 +40,10 @@ class Limits:
     max_dma_maps: int = MOST_DMA_MAPS
     #: Whether to set up a twin socket with a client that can.
     twin_socket: bool = True
+    #: Seconds that a client has for its VERSION, from when it connects.
+    handshake_timeout: float = 5.0
+    #: Seconds that it has to take what we send, and to answer a DMA_READ or DMA_WRITE.
+    message_timeout: float = 5.0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ The access waits on the thread of its device, which serves the client meanwhile;
 
 from __future__ import annotations
 
-import logging
 import struct
 import threading
 from collections.abc import Callable
@@ -17,10 +16,11 @@ from vmodel.devices.vtd.regs import PageAddress, PageOffset, PageStatus, VtdRegs
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault
 from vmodel.iommu.fault import PageRequest, PageResponse
+from vmodel.logs import limited
 from vmodel.regs import Bit, Bits, Layout
 from vmodel.span import PAGE
 
-log = logging.getLogger(__name__)
+log = limited(__name__)
 
 #: How long an access waits, in seconds; on PCIe there is no limit.
 PATIENCE = 5.0
