@@ -18,8 +18,9 @@ from vmodel.errors import Access, ConfigError, IommuError, Reason
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.core import Endpoint, Iommu, System, paging_domain_alloc
 from vmodel.iommu.domain import Domain, PagingDomain
-from vmodel.iommu.fault import FaultRecord, RateLimit
+from vmodel.iommu.fault import FaultRecord
 from vmodel.iommu.group import Group
+from vmodel.logs import RateLimit
 from vmodel.pci.topology import Function, dma_aliases
 from vmodel.points import Point
 from vmodel.regs import RO, Reg8, Reg32, Reg64, RegisterBank

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 
 from vmodel.device import Intx, MmioBar, Msix, PciDevice, ResetKind, on_read, on_write
 from vmodel.errors import GuestError
-from vmodel.iommu.fault import RateLimit
+from vmodel.logs import RateLimit
 from vmodel.pci.caps import VendorSpecific
 from vmodel.points import Point
 from vmodel.regs import RO, Bit, Layout, Reg8, Reg16, Reg32, Register, RegisterBank
