@@ -1,0 +1,64 @@
+"""scripts/test: its own option, and all else for pytest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_cli import ROOT
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Path:
+    """The script among others that only note how they are called."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "bin").mkdir()
+    shutil.copy(ROOT / "scripts" / "test", tmp_path / "scripts")
+    (tmp_path / "scripts" / "setup").write_text(
+        f'set -eu\nroot={tmp_path}\nvenv={tmp_path}\ninstall() {{ :; }}\ndie() {{ echo "test: $*" >&2; exit 1; }}\n'
+    )
+    for name, kind in (("scripts/get-qemu", "get-qemu"), ("bin/python", "pytest")):
+        program = tmp_path / name
+        program.write_text(
+            f"#!{sys.executable}\nimport json, os, sys\n"
+            f'print(json.dumps(["{kind}", os.environ.get("VMODEL_TEST_KERNELS", ""), *sys.argv[1:]]))\n'
+        )
+        program.chmod(0o755)
+    return tmp_path / "scripts" / "test"
+
+
+def calls(script: Path, *arguments: str, status: int = 0) -> list[list[str]]:
+    environ = {key: value for key, value in os.environ.items() if key != "VMODEL_TEST_KERNELS"}
+    done = subprocess.run([script, *arguments], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+HEAD = ["-m", "pytest", "-n", "auto", "--dist", "worksteal"]
+
+
+def test_arguments_go_to_pytest(scripts: Path) -> None:
+    odd = ["-m", "not guest", "-k", "a or 'b c'", "tests/unit", "", "*", "$HOME", "-n0"]
+    assert calls(scripts, *odd) == [["get-qemu", "", "--all"], ["pytest", "", *HEAD, *odd]]
+    assert calls(scripts)[-1] == ["pytest", "", *HEAD]
+
+
+@pytest.mark.parametrize("option", [["--kernels", "all"], ["--kernels=all"]])
+def test_all_kernels_are_refreshed(scripts: Path, option: list[str]) -> None:
+    everything, refresh, tests = calls(scripts, "-x", *option, "-k", "a b")
+    roles = [word for role in ("stable", "backports", "cloud") for word in ("--kernel", role)]
+    assert everything[2:] == ["--all"] and refresh[2:] == ["--refresh", *roles]
+    assert tests == ["pytest", "stable,backports,cloud", *HEAD, "-x", "-k", "a b"]
+
+
+def test_some_kernels(scripts: Path) -> None:
+    *fetched, tests = calls(scripts, "--kernels", "stable,6.12", "-x")
+    assert [call[2:] for call in fetched] == [["--all"], ["--kernel", "stable"], ["--kernel", "6.12"]]
+    assert tests == ["pytest", "stable,6.12", *HEAD, "-x"]
+    assert calls(scripts, "-x", "--kernels", status=1) == []
