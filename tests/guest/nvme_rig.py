@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from vmodel.machine import Machine, parse
 from vmodel.span import MiB
 from vmodel.testing.artifacts import find_kernel
 from vmodel.testing.guest import Guest, GuestSpec
+from vmodel.testing.patience import patience
 
 #: The controllers' addresses: the first is for data, the second (with MSI only) is unplugged, the third is for the
 #: administration commands.
@@ -96,9 +98,10 @@ class Rig:
         return self.shell.run(f"controller {address}").strip()
 
     def block(self, address: str, nsid: int) -> str:
-        """The guest's block device of a namespace."""
-        name = self.shell.run(f"block {address} {nsid}").strip()
-        assert name, f"{address} has no namespace {nsid}"
+        """The guest's block device of a namespace; drivers look for namespaces after they have been loaded."""
+        deadline = time.monotonic() + patience(10)
+        while not (name := self.shell.run(f"block {address} {nsid} 2>/dev/null").strip()):
+            assert time.monotonic() < deadline, f"{address} has no namespace {nsid}"
         return f"/dev/{name}"
 
     def json(self, command: str) -> Any:
