@@ -50,6 +50,20 @@ def test_vfio(kernel: str, compiled: Compiled, tmp_path: Path) -> None:
     assert "0000:00:02.0\n" not in done.stdout  # the unit has hidden itself
 
 
+def test_namespace_devices(kernel: str, tmp_path: Path) -> None:
+    """The guest's kernel finds the ANDD of `params.namespace`, and the scope that refers to it."""
+    machine = tmp_path / "m.toml"
+    text = MACHINE.read_text().replace(
+        'address = "0000:00:02.0"\n',
+        'address = "0000:00:02.0"\nparams = { namespace = { "\\\\_SB.UART" = "0000:00:1e.5" } }\n',
+    )
+    machine.write_text(text)
+    done = guest(tmp_path, kernel, "--", "dmesg", machine=machine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"DMAR: ANDD device: 1 name: \\_SB.UART$", done.stdout, re.MULTILINE)
+    assert "DMAR: dmar0: Using Queued invalidation" in done.stdout
+
+
 BRIDGES = """
 [machine]
 name = "m"

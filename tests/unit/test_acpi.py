@@ -14,7 +14,9 @@ import pytest
 
 from tests.unit.test_cli import ROOT, in_terminal, refused, vmodel
 from vmodel.errors import ConfigError
+from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.machine import Machine, load, parse
+from vmodel.span import Span
 from vmodel.testing.artifacts import find_iasl
 from vmodel.testing.patience import patience
 
@@ -285,6 +287,41 @@ def test_a_unit_of_each_kind() -> None:
     units, ranges = decode_viot(found["VIOT"])
     assert (units, ids(ranges)) == ({48: 0x08}, [0x28])
     assert decode_dmar(found["DMAR"]) == [(VTD_BASE, [Scope(1, ((6, 0),))])]
+
+
+def described(tmp_path: Path) -> bytes:
+    """DMAR of a machine with a namespace device, and a region that two devices need 1:1."""
+    text = (EXAMPLES / "edu-vtd.toml").read_text()
+    text = text.replace(
+        'address = "0000:00:02.0"\n',
+        'address = "0000:00:02.0"\nparams = { namespace = { "\\\\_SB.UART" = "0000:00:1e.5" } }\n',
+    )
+    machine = parse(text, tmp_path / "m.toml")
+    machine.system["edu0"].reserved.append(ReservedRegion(Span(0x7000_0800, 0x7000_1FFF), RegionType.DIRECT))
+    return tables(machine)["DMAR"]
+
+
+def test_dmar_says_which_memory_and_namespace_devices_there_are(tmp_path: Path) -> None:
+    """VT-d 8.3.1 scope 5, 8.4 RMRR, 8.7 ANDD; structures in the order of their types."""
+    table = described(tmp_path)
+    rest = body(table, b"DMAR", 1)[12:]
+    structures = []
+    while rest:
+        kind, length = struct.unpack_from("<HH", rest)
+        structures.append((kind, rest[4:length]))
+        rest = rest[length:]
+    assert [kind for kind, _ in structures] == [0, 1, 4]
+    edu, uart = b"\1\x08\0\0\0\0\x03\0", b"\5\x08\0\0\1\0\x1e\5"
+    assert structures[0][1][12:] == edu + uart
+    assert structures[1][1] == bytes(4) + struct.pack("<QQ", 0x7000_0000, 0x7000_1FFF) + edu
+    assert structures[2][1] == bytes(3) + b"\1" + b"\\_SB.UART\0"
+
+
+def test_iasl_reads_rmrr_and_andd(tmp_path: Path) -> None:
+    assert complaints(tmp_path, described(tmp_path)) == []
+    text = (tmp_path / "table.dsl").read_text()
+    assert "Reserved Memory Region" in text and "0000000070001FFF" in text
+    assert "_SB.UART" in text
 
 
 # ---- iasl --------------------------------------------------------------------------------------------

@@ -226,6 +226,8 @@ WRONG = {
     "several",
     IOMMU.replace("vt-d", "vtd"): "iommu[0].kind: 'vtd': did you mean 'vt-d'? "
     "Kinds are vt-d, amd-vi, smmu-v3, power-pe, pamu, virtio-iommu",
+    IOMMU.replace("vt-d", "vtd") + 'address = "0000:00:02.0"\n': "iommu[0].kind: 'vtd': did you mean 'vt-d'? "
+    "Kinds are vt-d, amd-vi, smmu-v3, power-pe, pamu, virtio-iommu",
     IOMMU + "cover = []\n": "iommu[0].cover: unknown key: did you mean 'covers'?",
     IOMMU + 'covers = ["0000:00"]\ncapabilities = { page_sizes = ["3K"] }\n': "iommu[0].capabilities: "
     "page sizes must be powers of two of at least 4 KiB",

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from construct import Bytes, Const, GreedyBytes, Int8ul, Int16ul, Int64ul, Padding, Struct
+from construct import Bytes, Const, CString, GreedyBytes, Int8ul, Int16ul, Int64ul, Padding, Struct
 
 from vmodel.acpi.table import table
+from vmodel.span import Span
 
-_ENDPOINT, _HIERARCHY = 1, 2
+_ENDPOINT, _HIERARCHY, _NAMESPACE = 1, 2, 5
 _Head = Struct("host_address_width" / Int8ul, "flags" / Int8ul, Padding(10))
 _Scope = Struct(
     "type" / Int8ul,
     "length" / Int8ul,
     Padding(2),
-    "enumeration_id" / Const(0, Int8ul),
+    "enumeration_id" / Int8ul,  # of a namespace device: its number in its ANDD
     "start_bus" / Int8ul,
     "path" / GreedyBytes,
 )
@@ -28,6 +29,15 @@ _Drhd = Struct(
     "base" / Int64ul,
     "scopes" / Bytes(lambda this: this.length - 16),
 )
+_Rmrr = Struct(
+    "type" / Const(1, Int16ul),
+    "length" / Int16ul,
+    Padding(2),
+    "segment" / Int16ul,
+    "base" / Int64ul,
+    "limit" / Int64ul,  # the last byte
+    "scopes" / Bytes(lambda this: this.length - 24),
+)
 _Atsr = Struct(
     "type" / Const(2, Int16ul),
     "length" / Const(8, Int16ul),
@@ -35,18 +45,36 @@ _Atsr = Struct(
     Padding(1),
     "segment" / Int16ul,
 )
+_Andd = Struct(
+    "type" / Const(4, Int16ul),
+    "length" / Int16ul,
+    Padding(3),
+    "number" / Int8ul,
+    "name" / CString("ascii"),
+)
 
 
 @dataclass(frozen=True)
 class Scope:
     """The way to a device: the number of the root bus, then (device, function) for each step down.
 
-    A bridge (`hierarchy`) stands for all that is behind it as well.
+    A bridge (`hierarchy`) stands for all that is behind it as well.  With a `name` it is no PCI function but a
+    device of the ACPI namespace, and the way is what its requests carry.
     """
 
     bus: int
     path: Sequence[tuple[int, int]]
     hierarchy: bool
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """Memory that firmware or a device uses, which must be mapped 1:1 for the devices in `scopes`; whole pages."""
+
+    segment: int
+    span: Span
+    scopes: Sequence[Scope]
 
 
 @dataclass(frozen=True)
@@ -59,17 +87,31 @@ class Unit:
     ats: bool = False
 
 
-def dmar(units: Sequence[Unit], address_width: int = 46) -> bytes:
-    """The table; `address_width` of the host in bits."""
+def dmar(units: Sequence[Unit], reserved: Sequence[Reserved] = (), address_width: int = 46) -> bytes:
+    """The table; `address_width` of the host in bits.  Structures are in the order of their types (8.1)."""
+    named = list(dict.fromkeys(scope.name for unit in units for scope in unit.scopes if scope.name))
+    numbers = {name: number for number, name in enumerate(named, 1)}
     body = _Head.build({"host_address_width": address_width - 1, "flags": 0})
     for unit in units:
-        scopes = b""
-        for scope in unit.scopes:
-            path = b"".join(bytes(step) for step in scope.path)
-            kind = _HIERARCHY if scope.hierarchy else _ENDPOINT
-            scopes += _Scope.build({"type": kind, "length": 6 + len(path), "start_bus": scope.bus, "path": path})
+        scopes = _scopes(unit.scopes, numbers)
         fields = {"length": 16 + len(scopes), "segment": unit.segment, "base": unit.base, "scopes": scopes}
         body += _Drhd.build(fields)
+    for part in reserved:
+        scopes = _scopes(part.scopes, numbers)
+        where = {"segment": part.segment, "base": part.span.start, "limit": part.span.last}
+        body += _Rmrr.build({**where, "length": 24 + len(scopes), "scopes": scopes})
     for segment in sorted({unit.segment for unit in units if unit.ats}):
         body += _Atsr.build({"segment": segment})
+    for name, number in numbers.items():
+        body += _Andd.build({"length": 8 + len(name) + 1, "number": number, "name": name})
     return table(b"DMAR", 1, body)
+
+
+def _scopes(scopes: Sequence[Scope], numbers: Mapping[str, int]) -> bytes:
+    built = b""
+    for scope in scopes:
+        path = b"".join(bytes(step) for step in scope.path)
+        kind = _NAMESPACE if scope.name else _HIERARCHY if scope.hierarchy else _ENDPOINT
+        fields = {"length": 6 + len(path), "start_bus": scope.bus, "path": path}
+        built += _Scope.build({"type": kind, "enumeration_id": numbers.get(scope.name, 0), **fields})
+    return built

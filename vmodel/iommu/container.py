@@ -1,6 +1,9 @@
 """`Container`: an address space as VFIO type 1 has it (Linux drivers/vfio/vfio_iommu_type1.c, type1v2 rules).
 
 Several groups, of any bus, share one map; behind it is a domain for each kind of IOMMU that they need.
+
+A container without a group has no IOMMU, and all that needs one is EINVAL, as in Linux (drivers/vfio/container.c).
+Adding the first group is VFIO_GROUP_SET_CONTAINER and VFIO_SET_IOMMU in one.  When the last group goes, the IOMMU goes.
 """
 
 from __future__ import annotations
@@ -98,9 +101,9 @@ class Container:
         return domain
 
     def remove_group(self, group: Group) -> None:
-        """Gives a group back; with the last one all mappings go.  IommuError(ENODEV): it is not here."""
+        """Gives a group back; with the last one all mappings go.  IommuError(EINVAL): it is not here."""
         if group not in self._groups:
-            raise IommuError(errno.ENODEV, f"{group} is not in {self.name}")
+            raise IommuError(errno.EINVAL, f"{group} is not in {self.name}")
         group.detach()
         group.release_dma_owner(self)
         domain = self._groups.pop(group)
@@ -115,9 +118,9 @@ class Container:
 
     @property
     def page_sizes(self) -> frozenset[int]:
-        """Those that all domains have; the kernel's own while there is none."""
-        sizes = [domain.page_sizes for domain in self.domains]
-        return frozenset.intersection(*sizes) if sizes else frozenset((PAGE,))
+        """Those that all domains have.  IommuError(EINVAL): there is no group."""
+        self._set_up()
+        return frozenset.intersection(*(domain.page_sizes for domain in self.domains))
 
     @property
     def coherent(self) -> bool:
@@ -126,7 +129,9 @@ class Container:
 
     @property
     def iova_ranges(self) -> list[Span]:
-        """IOVAs that may be mapped: in every aperture, and in no reserved region."""
+        """IOVAs that may be mapped: in every aperture, and in no reserved region.  IommuError(EINVAL): there is no
+        group."""
+        self._set_up()
         return holes(self._apertures(), [span for group in self._groups for span in off_limits(group.reserved_regions)])
 
     def _apertures(self) -> Sequence[Span]:
@@ -137,7 +142,8 @@ class Container:
 
     @property
     def dma_avail(self) -> int:
-        """How many mappings may come still."""
+        """How many mappings may come still.  IommuError(EINVAL): there is no group."""
+        self._set_up()
         return self.dma_limit - len(self._areas)
 
     def mappings(self) -> list[Mapping]:
@@ -149,9 +155,10 @@ class Container:
     def map(self, iova: int, gpa: int, size: int, access: Access = Access.READ | Access.WRITE) -> None:
         """VFIO_IOMMU_MAP_DMA, with guest memory in place of a process's.
 
-        IommuError: EINVAL not whole pages, no access, or outside of `iova_ranges`; EOVERFLOW wraps; EEXIST overlaps;
-        ENOSPC too many; ERANGE the GPA is beyond an IOMMU's output width.
+        IommuError: EINVAL no group, not whole pages, no access, or outside of `iova_ranges`; EOVERFLOW wraps; EEXIST
+        overlaps; ENOSPC too many; ERANGE the GPA is beyond an IOMMU's output width.
         """
+        self._set_up()
         span = self._checked(iova, size, gpa)
         if not access:
             raise IommuError(errno.EINVAL, f"{self.name}: a mapping without read or write access")
@@ -165,6 +172,11 @@ class Container:
         map_in_all(self.domains, [area])
         self._areas.add(area)
 
+    def _set_up(self) -> None:
+        """VFIO_SET_IOMMU is past."""
+        if not self._groups:
+            raise IommuError(errno.EINVAL, f"{self.name} has no group, so no IOMMU: add one first (VFIO_SET_IOMMU)")
+
     def _checked(self, iova: int, size: int, gpa: int = 0) -> Span:
         what = f"{self.name}: iova {iova:#x}, gpa {gpa:#x}, {size:#x} bytes"
         if size > 0 and (min(iova, gpa) < 0 or max(iova, gpa) + size > 1 << 64):
@@ -177,8 +189,10 @@ class Container:
     def unmap(self, iova: int, size: int) -> int:
         """VFIO_IOMMU_UNMAP_DMA: removes all mappings in the range; bytes removed, 0 when there are none.
 
-        IommuError: EINVAL not whole pages, or a mapping would be cut; EOVERFLOW wraps; then nothing has changed.
+        IommuError: EINVAL no group, not whole pages, or a mapping would be cut; EOVERFLOW wraps.  Then nothing has
+        changed.
         """
+        self._set_up()
         span = self._checked(iova, size)
         found = list(self._areas.over(span))
         for area in found:
@@ -187,7 +201,8 @@ class Container:
         return self._remove(found)
 
     def unmap_all(self) -> int:
-        """VFIO_DMA_UNMAP_FLAG_ALL; bytes removed."""
+        """VFIO_DMA_UNMAP_FLAG_ALL; bytes removed.  IommuError(EINVAL): there is no group."""
+        self._set_up()
         return self._remove(list(self._areas))
 
     def _remove(self, areas: list[Mapping]) -> int:
@@ -199,7 +214,11 @@ class Container:
     # ---- dirty tracking --------------------------------------------------------------------
 
     def set_dirty_tracking(self, on: bool) -> None:
-        """VFIO_IOMMU_DIRTY_PAGES, start and stop, on all domains.  IommuError(EOPNOTSUPP): one of them cannot."""
+        """VFIO_IOMMU_DIRTY_PAGES, start and stop, on all domains.
+
+        IommuError: EINVAL no group; EOPNOTSUPP one of them cannot.
+        """
+        self._set_up()
         if on and not all(domain.tracks for domain in self.domains):
             raise IommuError(errno.EOPNOTSUPP, f"{self.name}: an IOMMU of it cannot track writes")
         for domain in self.domains:

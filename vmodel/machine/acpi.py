@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vmodel.acpi.dmar import Scope, Unit, dmar
+from vmodel.acpi.dmar import Reserved, Scope, Unit, dmar
 from vmodel.acpi.viot import PciRange, viot
 from vmodel.devices.iommu import IommuDevice
+from vmodel.iommu.capabilities import RegionType
 from vmodel.iommu.core import Endpoint
 from vmodel.pci.topology import Bdf, Function, bridges_above, dma_aliases
+from vmodel.span import PAGE, Span
 
 
 def viot_of(devices: Iterable[IommuDevice]) -> bytes | None:
@@ -35,17 +37,40 @@ def _ranges(endpoints: Sequence[Endpoint], first: int) -> list[PciRange]:
 
 def dmar_of(devices: Iterable[IommuDevice]) -> bytes | None:
     """DMAR; None without a VT-d unit."""
+    served = [device for device in devices if device.iommu.driver.kind == "vt-d"]
     units = [
         Unit(
             _own(device).segment,
             device.base,
-            _scopes(_functions(device.covered())),
+            [*_scopes(_functions(device.covered())), *_namespace(device).values()],
             device.iommu.driver.params.ats,
         )
-        for device in devices
-        if device.iommu.driver.kind == "vt-d"
+        for device in served
     ]
-    return dmar(units) if units else None
+    return dmar(units, [part for device in served for part in _reserved(device)]) if units else None
+
+
+def _namespace(device: IommuDevice) -> dict[str, Scope]:
+    """Devices of the ACPI namespace, by name."""
+    found = {}
+    for name, text in device.iommu.driver.params.namespace.items():
+        bdf = Bdf.parse(text)
+        found[name] = Scope(bdf.bus, [(bdf.device, bdf.function)], False, name)
+    return found
+
+
+def _reserved(device: IommuDevice) -> list[Reserved]:
+    """What a guest must map 1:1, with the devices that it is for; in whole pages (8.4)."""
+    named = _namespace(device)
+    found: dict[Span, list[Scope]] = {}
+    for endpoint in device.covered():
+        source = endpoint.source
+        scope = _scope(source) if isinstance(source, Function) else named.get(source.name)
+        for region in endpoint.reserved:
+            if scope is not None and region.type in (RegionType.DIRECT, RegionType.DIRECT_RELAXABLE):
+                pages = Span(region.span.start // PAGE * PAGE, region.span.last | PAGE - 1)
+                found.setdefault(pages, []).append(scope)
+    return [Reserved(_own(device).segment, span, scopes) for span, scopes in found.items()]
 
 
 def _own(device: IommuDevice) -> Bdf:

@@ -126,6 +126,8 @@ class Check:
                     self.wrong("iommu", n, f"params.{key}", text)
 
     def _served_iommu(self, n: int, table: Mapping[str, Any]) -> None:
+        if table["kind"] not in KINDS:
+            return  # a misspelt kind is one mistake, and `_driver` names it
         if table["kind"] not in IOMMUS:
             text = (
                 f"no guest can drive an IOMMU of kind {table['kind']}, only {', '.join(IOMMUS)}: leave the address out"

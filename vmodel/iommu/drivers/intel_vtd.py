@@ -25,9 +25,12 @@ class IntelVtd(Driver):
     class Params(BaseParams):
         """Parameters of VT-d."""
 
-        namespace: dict[str, Annotated[str, AfterValidator(bdf_text)]] = Field(
-            default_factory=dict,
-            description="ACPI namespace devices (DMAR ANDD): name to the address that their requests carry",
+        namespace: dict[Annotated[str, Field(pattern=r"^[!-~]{1,255}$")], Annotated[str, AfterValidator(bdf_text)]] = (
+            Field(
+                default_factory=dict,
+                max_length=255,
+                description="ACPI namespace devices (DMAR ANDD): name to the address that their requests carry",
+            )
         )
         scalable: bool = Field(
             False, description="a guest may use scalable mode: PASIDs, first-stage and nested tables"
