@@ -11,6 +11,8 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 SOURCES = [
     "span_tree.c",
+    "budget.c",
+    "node_pool.c",
     "mapping_tree.c",
     "files.c",
     "dirty.c",

@@ -17,7 +17,7 @@ static int create(uint32_t kind, vms_domain **out)
     atomic_store(&domain->refs, 1);
     pthread_rwlock_init(&domain->lock, NULL);
     pthread_mutex_init(&domain->attach_lock, NULL);
-    mapping_tree_init(&domain->mappings);
+    mapping_tree_init(&domain->mappings, NULL);
     dirty_init(&domain->dirty);
     *out = domain;
     return 0;
@@ -31,7 +31,7 @@ int vms_domain_create(uint32_t kind, vms_domain **out)
 }
 
 int vms_domain_create_paging(uint64_t page_sizes, uint64_t first, uint64_t last, uint64_t last_gpa,
-                             uint64_t max_mappings, vms_domain **out)
+                             uint64_t max_mappings, vms_budget *budget, vms_domain **out)
 {
     if (!page_sizes || (page_sizes & PAGE_MASK) || first > last)
         return -EINVAL;
@@ -43,6 +43,8 @@ int vms_domain_create_paging(uint64_t page_sizes, uint64_t first, uint64_t last,
     (*out)->last = last;
     (*out)->last_gpa = last_gpa;
     (*out)->max_mappings = max_mappings;
+    budget_ref(budget);
+    mapping_tree_init(&(*out)->mappings, budget);
     return 0;
 }
 
@@ -98,6 +100,7 @@ void vms_domain_destroy(vms_domain *domain)
     if (!gone)
         return;
     mapping_tree_clear(&domain->mappings);
+    vms_budget_destroy(domain->mappings.nodes.budget);
     dirty_destroy(&domain->dirty);
     pthread_rwlock_destroy(&domain->lock);
     pthread_mutex_destroy(&domain->attach_lock);
@@ -174,7 +177,7 @@ static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t 
     uint64_t page, page_last;
     mapping item;
 
-    while (mapping_tree_from(tree, at, &item) && item.start <= at) {
+    while (mapping_tree_find(tree, at, &item)) {
         uint64_t to = item.last < last ? item.last : last;
         page_of(domain, &item, at, &page, &page_last);
         if (page != at)
@@ -191,12 +194,9 @@ static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t 
         mapping head = { item.start, at - 1, item.target };
         mapping tail = { to + 1, item.last, (gpa + (to + 1 - item.start)) | prot };
         if (at > item.start && to < item.last) {
-            mapping_tree_resize(tree, item.start, &head);
-            int rc = tree->count < domain->max_mappings ? mapping_tree_insert(tree, &tail) : -ENOSPC;
-            if (rc < 0) {
-                mapping_tree_resize(tree, item.start, &item);
+            int rc = tree->count < domain->max_mappings ? mapping_tree_split(tree, &head, &tail) : -ENOSPC;
+            if (rc < 0)
                 return rc;
-            }
         } else if (at > item.start) {
             mapping_tree_resize(tree, item.start, &head);
         } else if (to < item.last) {
@@ -240,10 +240,13 @@ int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last, uint
     if (domain->kind != VMS_DOMAIN_PAGING || last < first)
         return -EINVAL;
     pthread_rwlock_wrlock(&domain->lock);
-    if ((mapping_tree_from(tree, first, &item) && item.start < first) ||
-        (mapping_tree_from(tree, last, &item) && item.start <= last && item.last > last))
+    int exact = mapping_tree_remove_exact(tree, first, last); /* as is usual */
+    if (exact)
+        pages = (last - first) / 4096 + 1;
+    else if ((mapping_tree_find(tree, first, &item) && item.start < first) ||
+             (mapping_tree_find(tree, last, &item) && item.last > last))
         rc = -ERANGE;
-    while (rc == 0 && mapping_tree_from(tree, at, &item) && item.start <= last) {
+    while (!exact && rc == 0 && mapping_tree_from(tree, at, &item) && item.start <= last) {
         mapping_tree_remove(tree, item.start);
         pages += (item.last - item.start) / 4096 + 1;
         if (item.last == last)
@@ -295,6 +298,14 @@ size_t vms_domain_count(vms_domain *domain, uint64_t *bytes)
     return count;
 }
 
+int vms_domain_check(vms_domain *domain)
+{
+    pthread_rwlock_rdlock(&domain->lock);
+    int rc = mapping_tree_check(&domain->mappings);
+    pthread_rwlock_unlock(&domain->lock);
+    return rc;
+}
+
 /* ---- translation --------------------------------------------------------------------------- */
 
 static int refuse(vms_fault *fault, enum vms_reason reason)
@@ -312,7 +323,7 @@ static int translate_paging(vms_domain *domain, uint64_t iova, uint32_t access, 
     if (iova < domain->first || iova > domain->last)
         return refuse(fault, VMS_REASON_INPUT_WIDTH);
     pthread_rwlock_rdlock(&domain->lock);
-    int found = mapping_tree_from(&domain->mappings, iova, &item) && item.start <= iova;
+    int found = mapping_tree_find(&domain->mappings, iova, &item);
     pthread_rwlock_unlock(&domain->lock);
     if (!found)
         return refuse(fault, VMS_REASON_NOT_MAPPED);

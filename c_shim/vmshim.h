@@ -157,18 +157,26 @@ typedef struct vms_mapping {
     uint32_t level;       /* a walk: of the entry; else 0 */
 } vms_mapping;
 
+/* Bytes of memory that the mappings of several domains may take together. */
+typedef struct vms_budget vms_budget;
+int vms_budget_create(uint64_t limit, vms_budget **out);
+/* Its memory goes with the last domain that takes from it. */
+void vms_budget_destroy(vms_budget *budget);
+uint64_t vms_budget_taken(vms_budget *budget);
+
 typedef struct vms_domain vms_domain;
 /* VMS_DOMAIN_IDENTITY or VMS_DOMAIN_BLOCKED. */
 int vms_domain_create(uint32_t kind, vms_domain **out);
 /* Keeps its mappings here.  page_sizes: a bit for each, all >= 4096; IOVAs in [first, last]; GPAs up to
- * last_gpa; at most max_mappings. */
+ * last_gpa; at most max_mappings, in memory that is taken from `budget` (NULL: without a limit). */
 int vms_domain_create_paging(uint64_t page_sizes, uint64_t first, uint64_t last, uint64_t last_gpa,
-                             uint64_t max_mappings, vms_domain **out);
+                             uint64_t max_mappings, vms_budget *budget, vms_domain **out);
 /* Walks tables in `memory`, with `parent` (paging, or tables without a parent; NULL: none) as stage 2. */
 int vms_domain_create_table(vms_memory *memory, const vms_table *table, vms_domain *parent, vms_domain **out);
 void vms_domain_destroy(vms_domain *domain);
 /* EINVAL: not paging, zero size, no prot, not aligned to the smallest page; ERANGE: outside [first, last], beyond
- * last_gpa, wraps; EEXIST: overlap; ENOSPC: too many; ENOMEM. */
+ * last_gpa, wraps; EEXIST: overlap; ENOSPC: too many; ENOMEM: the budget or the system has no memory.  Nothing has
+ * changed then. */
 int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t prot);
 /* Removes mappings from iova on, in whole pages (each the largest that alignment and the page sizes allow), until
  * `size` bytes are gone or there is no mapping, or a page would be cut.  Returns how many times 4 KiB are gone, or,
@@ -188,8 +196,11 @@ int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last, uint32_t
 int vms_domain_walk(vms_domain *domain, uint64_t iova, uint32_t access, vms_mapping *out, vms_fault *fault);
 /* Paging: copies up to `room` mappings in ascending order, beginning at the first whose last >= iova. */
 size_t vms_domain_list(vms_domain *domain, uint64_t iova, vms_mapping *out, size_t room);
-/* Paging: how many mappings there are, and the bytes of memory that they take. */
+/* Paging: how many mappings there are, and the bytes of memory that they take: at most 62 for each and 64 KiB for all,
+ * whatever was mapped and unmapped in whatever order. */
 size_t vms_domain_count(vms_domain *domain, uint64_t *bytes);
+/* For tests: EIO when what it keeps its mappings in is not as it must be.  Looks at every mapping. */
+int vms_domain_check(vms_domain *domain);
 /* As vms_dirty_*, by IOVA; keep: the log is not cleared. */
 int vms_domain_dirty_start(vms_domain *domain);
 int vms_domain_dirty_stop(vms_domain *domain);

@@ -58,7 +58,7 @@ int main(int argc, char **argv)
     must(vms_memory_create(files, 16, &memory), "memory");
     must(vms_requester_create(memory, &requester), "requester");
     must(vms_requester_enable(requester, 1), "enable");
-    must(vms_domain_create_paging(PAGE, 0, UINT64_MAX, UINT64_MAX, UINT64_MAX, &domain), "domain");
+    must(vms_domain_create_paging(PAGE, 0, UINT64_MAX, UINT64_MAX, UINT64_MAX, NULL, &domain), "domain");
     must(vms_requester_attach(requester, VMS_NO_PASID, domain), "attach");
     /* Every other page, so that no two mappings could be one; scattered GPAs. */
     for (uint64_t i = 0; i < mappings; i++)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import random
 from collections.abc import Callable, Iterable
 
@@ -11,7 +12,7 @@ import pytest
 from tests.examples import examples
 from vmodel import _shim
 from vmodel.errors import DmaFault, Reason
-from vmodel.span import PAGE
+from vmodel.span import PAGE, KiB
 
 N = examples(20_000)
 LAST = 2**64 - 1
@@ -37,6 +38,12 @@ def strides(n: int) -> list[int]:
     return [i for first in range(64) for i in range(first, n, 64)]
 
 
+def into_gaps(n: int) -> list[int]:
+    """A few ascending, then descending into the gap before the next few: what splits nodes at one end only."""
+    return [i for first in range(0, n, 126) for part in (range(42), range(125, 41, -1)) for at in part
+            if (i := first + at) < n]  # fmt: skip
+
+
 ORDERS: dict[str, Order] = {
     "sequential": range,
     "reverse": lambda n: range(n - 1, -1, -1),
@@ -45,11 +52,19 @@ ORDERS: dict[str, Order] = {
     "inwards": inwards,
     "outwards": lambda n: inwards(n)[::-1],
     "strides": strides,
+    "into gaps": into_gaps,
 }
 
 
 def paging(last: int = LAST, room: int = 2**63) -> _shim.Domain:
     return _shim.Domain.paging(PAGE, 0, last, LAST, room)
+
+
+def check_memory(domain: _shim.Domain) -> None:
+    """Invariants of the tree, and the bytes that vmshim.h promises."""
+    domain.check()
+    count, taken = domain.count()
+    assert taken <= 62 * count + 64 * KiB
 
 
 def item(i: int, step: int = 2 * PAGE) -> tuple[int, int, int, int, int]:
@@ -72,6 +87,7 @@ def test_orders(insert: str, remove: str) -> None:
     def check() -> None:
         assert list(domain.list()) == [item(i) for i in sorted(there)]
         assert domain.count()[0] == len(there)
+        check_memory(domain)
 
     for done, i in enumerate(ORDERS[insert](n)):
         add(domain, i)
@@ -79,8 +95,6 @@ def test_orders(insert: str, remove: str) -> None:
         if done % (n // 5) == 7:
             check()
     check()
-    full = domain.count()[1]
-    assert full < n * 24 * 5  # bytes: 24 are needed for each; leaves may be half full, chunks double
     for done, i in enumerate(ORDERS[remove](n)):
         assert domain.unmap(i * 2 * PAGE, PAGE) == PAGE
         there.discard(i)
@@ -88,12 +102,12 @@ def test_orders(insert: str, remove: str) -> None:
             check()
     check()
     assert not there
-    for _ in range(2):  # what has become free is used again
-        for i in ORDERS[insert](n):
-            add(domain, i)
-        assert domain.count() == (n, full)
-        for i in ORDERS[remove](n):
-            domain.unmap(i * 2 * PAGE, PAGE)
+    for i in ORDERS[insert](n):
+        add(domain, i)
+    check_memory(domain)
+    for i in ORDERS[remove](n):
+        domain.unmap(i * 2 * PAGE, PAGE)
+    check_memory(domain)
     for i in ORDERS[remove](n):
         add(domain, i)
     assert domain.unmap(0, n * 2 * PAGE) == PAGE  # up to the first hole
@@ -177,6 +191,124 @@ def test_holes_punched_into_one_mapping() -> None:
             assert list(domain.list()) == runs
     assert domain.count()[0] == 0
     assert list(domain.list()) == []
+
+
+def pages_of(domain: _shim.Domain) -> list[tuple[int, int]]:
+    return [(start // PAGE, last // PAGE) for start, last, *_ in domain.list()]
+
+
+def test_a_mapping_across_leaves_is_cut_in_front() -> None:
+    """What is left of it lies behind the place where the next leaf once began."""
+    domain = paging()
+    for page in range(61):
+        domain.map(page * PAGE, page * PAGE, PAGE, 3)
+    for page in range(41, 45):
+        domain.unmap(page * PAGE, PAGE)
+    domain.map(41 * PAGE, 41 * PAGE, 4 * PAGE, 3)
+    assert domain.unmap(41 * PAGE, 2 * PAGE) == 2 * PAGE
+    assert domain.walk(43 * PAGE, 0)[:2] == (43 * PAGE, 45 * PAGE - 1)
+    domain.check()
+    assert domain.unmap(43 * PAGE, PAGE) == PAGE
+    assert domain.unmap(44 * PAGE, PAGE) == PAGE
+    assert pages_of(domain) == [(page, page) for page in [*range(41), *range(45, 61)]]
+    domain.check()
+
+
+@pytest.mark.parametrize("first", range(3, 70))
+@pytest.mark.parametrize("count", [2, 5, 30])
+def test_cuts_at_every_place(first: int, count: int) -> None:
+    """Pages are joined to one mapping, which goes page by page, from the front or from behind."""
+    for front in (True, False):
+        domain = paging()
+        for page in range(110):
+            domain.map(page * PAGE, page * PAGE, PAGE, 3)
+        assert domain.unmap(first * PAGE, count * PAGE) == count * PAGE
+        domain.map(first * PAGE, first * PAGE, count * PAGE, 3)
+        others = [(page, page) for page in range(110) if not first <= page < first + count]
+        left = list(range(first, first + count))
+        while left:
+            page = left.pop(0 if front else -1)
+            assert domain.unmap(page * PAGE, PAGE) == PAGE
+            expected = [*others, (left[0], left[-1])] if left else others
+            assert pages_of(domain) == sorted(expected)
+            domain.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_memory_follows_the_mappings(seed: int) -> None:
+    """Most go, at random: so does their memory, at once, not when the last of a chunk is gone."""
+    domain = paging()
+    left = shuffled(seed)(N)
+    for i in left:
+        add(domain, i)
+    while left:
+        check_memory(domain)
+        for i in left[len(left) // 3 :]:
+            domain.unmap(i * 2 * PAGE, PAGE)
+        del left[len(left) // 3 :]
+    check_memory(domain)
+
+
+def test_mappings_towards_a_gap() -> None:
+    """Ascending up to it and descending down to it, twice as many each time: where each split leaves a full node
+    and an empty one, inner nodes have one child each, and the tree a level more each time."""
+    domain = paging()
+    low, high = 0, 2**40
+    for exponent in range(13):
+        for _ in range(2**exponent):
+            domain.map(low, 0, PAGE, 3)
+            low += 2 * PAGE
+        for _ in range(2**exponent):
+            domain.map(high, 0, PAGE, 3)
+            high -= 2 * PAGE
+        check_memory(domain)
+
+
+def test_a_budget_is_shared_and_its_end_changes_nothing() -> None:
+    budget = _shim.Budget(256 * KiB)
+    one, two = (_shim.Domain.paging(PAGE, 0, LAST, LAST, 2**63, budget) for _ in range(2))
+    two.map(0, 0, 10 * PAGE, 3)
+    before = list(two.list())
+    made = 0
+    with pytest.raises(OSError) as caught:
+        for made in range(100_000):
+            add(one, made)
+    assert caught.value.errno == errno.ENOMEM
+    assert made >= (256 * KiB - 2 * 64 * KiB) // 62
+    assert len(list(one.list())) == made
+    check_memory(one)
+    assert budget.taken == one.count()[1] + two.count()[1] <= 256 * KiB
+    assert list(two.list()) == before
+    for i in range(made):  # an unmap needs no memory
+        assert one.unmap(i * 2 * PAGE, PAGE) == PAGE
+    for i in range(200):
+        add(two, 100 + i)
+    del one, two, caught  # its traceback has a domain, too
+    gc.collect()
+    assert budget.taken == 0
+
+
+def test_a_cut_that_has_no_memory_changes_nothing() -> None:
+    """An unmap in the middle needs room for one mapping more, and takes it before it changes anything."""
+    budget = _shim.Budget(64 * KiB)
+    domain = _shim.Domain.paging(PAGE, 0, LAST, LAST, 2**63, budget)
+    made = 0
+    with pytest.raises(OSError):
+        while True:
+            domain.map(made * 8 * PAGE, 0, 3 * PAGE, 3)
+            made += 1
+    before = list(domain.list())
+    refused = 0
+    for i in range(made):
+        try:
+            assert domain.unmap((i * 8 + 1) * PAGE, PAGE) == PAGE
+        except OSError as error:
+            assert error.errno == errno.ENOMEM
+            refused += 1
+            assert before[i] in list(domain.list())
+        domain.check()
+    assert refused
+    assert len(list(domain.list())) == 2 * made - refused
 
 
 def test_unmap_of_many_mappings_at_once() -> None:

@@ -147,6 +147,18 @@ def _mapped(m: Any) -> Mapped:
     return m.start, m.last, m.gpa, m.prot, m.level
 
 
+class Budget:
+    """Bytes of memory that the mappings of several domains may take together."""
+
+    def __init__(self, limit: int) -> None:
+        self.handle = _create(lib.vms_budget_create, lib.vms_budget_destroy, "vms_budget", limit)
+
+    @property
+    def taken(self) -> int:
+        """In bytes."""
+        return int(lib.vms_budget_taken(self.handle))
+
+
 class Domain:
     """IOVA to GPA; see vms_domain_*.  Any thread may call it."""
 
@@ -163,9 +175,12 @@ class Domain:
         return cls(_create(lib.vms_domain_create, lib.vms_domain_destroy, "vms_domain", kind))
 
     @classmethod
-    def paging(cls, page_sizes: int, first: int, last: int, last_gpa: int, max_mappings: int) -> Domain:
-        """One that keeps its mappings."""
-        limits = (page_sizes, first, last, last_gpa, max_mappings)
+    def paging(
+        cls, page_sizes: int, first: int, last: int, last_gpa: int, max_mappings: int, budget: Budget | None = None
+    ) -> Domain:
+        """One that keeps its mappings, in memory of `budget`."""
+        taken_from = ffi.NULL if budget is None else budget.handle
+        limits = (page_sizes, first, last, last_gpa, max_mappings, taken_from)
         return cls(_create(lib.vms_domain_create_paging, lib.vms_domain_destroy, "vms_domain", *limits))
 
     @classmethod
@@ -229,6 +244,10 @@ class Domain:
         """(mappings, bytes of memory that they take)."""
         taken = ffi.new("uint64_t *")
         return int(lib.vms_domain_count(self.handle, taken)), int(taken[0])
+
+    def check(self) -> None:
+        """For tests: OSError(EIO) when what the mappings are in is not as it must be."""
+        check(lib.vms_domain_check(self.handle))
 
     def dirty_start(self) -> None:
         check(lib.vms_domain_dirty_start(self.handle))

@@ -47,7 +47,8 @@ class Capabilities:
     may use, None: all of `input_bits`; `coherent`: its walks see the CPU's caches; `enforce_snoop`: it can make DMA
     snoop; `pasid_bits` 0: no PASID; `stall`: a faulting access can wait without PRI; `fault_queue_depth` in records;
     `strict`: unmapped means gone, else unmaps of kernel domains are flushed together, after `flush_unmaps` of them or
-    `flush_ms` milliseconds; `max_mappings` that one domain may have.
+    `flush_ms` milliseconds; `max_mappings` that one domain may have; `max_memory` in
+    bytes, for the mappings of all its domains together.
     """
 
     page_sizes: frozenset[int] = frozenset((4 * KiB, 2 * MiB, GiB))
@@ -66,6 +67,7 @@ class Capabilities:
     flush_unmaps: int = 256
     flush_ms: float = 10.0
     max_mappings: int = 1 << 24
+    max_memory: int = 256 * MiB
     reserved: tuple[ReservedRegion, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -78,6 +80,7 @@ class Capabilities:
             "fault_queue_depth": (self.fault_queue_depth, 1, 1 << 20),
             "flush_unmaps": (self.flush_unmaps, 1, 1 << 20),
             "max_mappings": (self.max_mappings, 1, 1 << 32),
+            "max_memory": (self.max_memory, 64 * KiB, 1 << 40),
         }
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:

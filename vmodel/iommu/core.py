@@ -88,6 +88,8 @@ class Iommu:
         self.covers = list(covers)
         self.capabilities = capabilities or driver.default
         self.faults = FaultQueue(self.capabilities.fault_queue_depth)
+        #: Memory for the mappings of all domains that are made for it.
+        self.budget = _shim.Budget(self.capabilities.max_memory)
         #: What a group without a domain is attached to, and the way round the IOMMU.
         self.blocked = BlockedDomain()
         self.identity = IdentityDomain()

@@ -123,7 +123,12 @@ class PagingDomain(Domain):
         self.output_bits = can.output_bits
         self.flags = flags
         shim = _shim.Domain.paging(
-            sum(self.page_sizes), self.aperture.start, self.aperture.last, (1 << can.output_bits) - 1, can.max_mappings
+            sum(self.page_sizes),
+            self.aperture.start,
+            self.aperture.last,
+            (1 << can.output_bits) - 1,
+            can.max_mappings,
+            made_for.budget,
         )
         super().__init__(kind, shim, made_for, name)
         self.deferred = kind is DomainType.DMA_FQ
@@ -163,7 +168,8 @@ class PagingDomain(Domain):
         """Maps `size` bytes.
 
         IommuError: EINVAL not whole pages of the smallest size, or no access; ERANGE outside of the aperture or beyond
-        the output width; EEXIST something there is mapped; ENOSPC too many mappings.
+        the output width; EEXIST something there is mapped; ENOSPC too many mappings; ENOMEM no
+        memory is left of what the IOMMU's mappings may take.
         """
         try:
             rc = self._map(iova, gpa, size, access)
@@ -362,6 +368,7 @@ _WHY = {
     errno.ERANGE: "outside of the aperture or beyond the output width",
     errno.EEXIST: "overlaps a mapping",
     errno.ENOSPC: "too many mappings",
+    errno.ENOMEM: "no memory is left of max_memory",
 }
 
 

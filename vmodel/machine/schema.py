@@ -157,6 +157,7 @@ class CapabilitiesTable(_Strict):
     flush_unmaps: int | None = Field(default=None, examples=["256"])
     flush_ms: float | None = Field(default=None, examples=["10.0"])
     max_mappings: int | None = Field(default=None, examples=["1000"])
+    max_memory: Number | None = Field(default=None, examples=['"64M"'])
 
     def over(self, default: Capabilities) -> Capabilities:
         """The kind's own, with these in their place.  ValueError: they do not go together."""
