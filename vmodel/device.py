@@ -415,7 +415,7 @@ class PciDevice:
                 area.write(at - area.span.start, size, piece)
 
     def _config_read(self, offset: int, count: int) -> bytes:
-        return self.function.plain_read(Region.CONFIG, offset, count)
+        return self.config.read(offset, count)
 
     def _config_write(self, offset: int, count: int, value: int | bytes) -> None:
         self.config.write(offset, _as_bytes(value, count))

@@ -122,6 +122,108 @@ def test_configuration(world: World) -> None:
     assert (regs.DOMAIN_START, regs.DOMAIN_END, regs.PROBE_SIZE, regs.BYPASS) == (0, 0xFFFF, PROBE_SIZE, 1)
 
 
+def test_features_that_are_offered(world: World) -> None:
+    """5.13.3.2, 6: MAP_UNMAP; BYPASS_CONFIG and so not BYPASS (3); none that is reserved, and VERSION_1."""
+    assert world.driver.offered() == sum(1 << n for n in (0, 1, 2, 4, 5, 6, 28, 29, 32))
+
+
+def test_configuration_before_features(world: World) -> None:
+    """2.5.2, 4.1.3.2: each half of each field, before FEATURES_OK; 5.13.4.1: all but bypass is read-only."""
+    driver = world.driver
+    driver.put(0x14, 1, 0)
+    words = [driver.get(0x2000 + at, 4) for at in range(0, 0x28, 4)]
+    assert words == [0xFFFFF000, 0xFFFFFFFF, 0, 0, 0xFFFFFFFF, 0xFFFF, 0, 0xFFFF, PROBE_SIZE, 1]
+    for at in range(0, 0x28, 4):
+        world.iommu.function.plain_write(0, 0x2000 + at, b"\x5a" * 4)
+    assert [driver.get(0x2000 + at, 4) for at in range(0, 0x24, 4)] == words[:9]
+
+
+def test_bypass_outlives_the_driver(world: World) -> None:
+    """5.13.4.2: the device's reset by its driver leaves it; the system's restores it."""
+    world.driver.put(0x2000 + 0x24, 1, 0)
+    world.start()
+    assert world.driver.get(0x2000 + 0x24, 1) == 0
+    world.iommu.reset(ResetKind.DEVICE)
+    assert world.driver.get(0x2000 + 0x24, 1) == 1
+
+
+def test_the_examples_of_unmap(world: World) -> None:
+    """5.13.6.6, its seven examples, a page for each byte."""
+    for maps, unmap, status, left in (
+        ([], (0, 4), Status.OK, []),
+        ([(0, 9)], (0, 9), Status.OK, []),
+        ([(0, 4), (5, 9)], (0, 9), Status.OK, []),
+        ([(0, 9)], (0, 4), Status.RANGE, [0]),
+        ([(0, 4), (5, 9)], (0, 4), Status.OK, [5]),
+        ([(0, 4)], (0, 9), Status.OK, []),
+        ([(0, 4), (10, 14)], (0, 14), Status.OK, []),
+    ):
+        world.attach(1, A)
+        for first, last in maps:
+            assert world.map(1, first * PAGE, last * PAGE + PAGE - 1, 0) is Status.OK
+        assert world.unmap(1, unmap[0] * PAGE, unmap[1] * PAGE + PAGE - 1) is status
+        domain = world.machine.system["a"].group.domain  # type: ignore[union-attr]
+        assert [m.span.start // PAGE for m in domain.mappings()] == left  # type: ignore[attr-defined]
+        world.detach(1, A)
+
+
+def test_requests_in_pieces(world: World) -> None:
+    """2.7.4.1: a byte a descriptor, and an answer likewise, is as good as two."""
+    queue = world.requests
+    request = struct.pack("<B3xIII4x", 1, 1, A, 0)
+    queue.memory.write(queue.data, request)
+    queue.memory.write(queue.data + 0x1000, b"\xee" * 8)
+    for n in range(len(request)):
+        queue.describe(n, queue.data + n, 1, 1, n + 1)
+    for n in range(4):
+        queue.describe(20 + n, queue.data + 0x1000 + 2 * n, 1, 2 | (n < 3), 21 + n)
+    queue.offer(0)
+    queue.notify()
+    assert queue.used_now() == [(0, 4)]
+    assert queue.memory.read(queue.data + 0x1000, 8) == b"\0\xee" * 4
+    assert world.reaches("a", 0x9000) is None
+
+
+def test_only_what_is_to_be_written_is(world: World) -> None:
+    """2.7.5.1: a request changes its writable part, a used entry and the index; 2.7.10.2: no flags."""
+    queue = world.requests
+    for request in (struct.pack("<B3xIII4x", 1, 1, A, 0), struct.pack("<B3xIQQQI", 3, 1, 0x8000, 0x8FFF, 0, 3)):
+        queue.send(request, 4)
+        queue.memory.write(queue.data + 0x1000, b"\xee" * 4)
+        before = queue.memory.read(0, 1 << 20)
+        queue.notify()
+        after = queue.memory.read(0, 1 << 20)
+        ((_, written),) = queue.used_now()
+        n = queue.memory.u16(queue.used + 2) - 1
+        may = {*range(queue.data + 0x1000, queue.data + 0x1000 + written)}
+        may |= {*range(queue.used + 2, queue.used + 4), *range(queue.used + 4 + 8 * n, queue.used + 12 + 8 * n)}
+        assert before != after and {at for at in range(1 << 20) if before[at] != after[at]} <= may
+
+
+def test_what_is_to_be_written_is_not_read(world: World) -> None:
+    """2.7.5.1: a window that may be written and not read is enough for an answer."""
+    queue = world.requests
+    answers = os.memfd_create("answers")
+    os.ftruncate(answers, PAGE)
+    world.iommu.memory.map(1 << 32, PAGE, fd=answers, access=Access.WRITE)
+    queue.memory.write(queue.data, struct.pack("<B3xIII4x", 1, 1, 0x19, 0))
+    queue.describe(0, queue.data, 20, 1, 1)
+    queue.describe(1, 1 << 32, 4, 2)
+    queue.offer(0)
+    queue.notify()
+    assert queue.used_now() == [(0, 4)] and os.pread(answers, 4, 0) == bytes([Status.NOENT, 0, 0, 0])
+    os.close(answers)
+
+
+def test_a_reserved_region_leads_nowhere(world: World) -> None:
+    """5.13.6.8.1.2: an access to it affects nobody else."""
+    world.attach(1, A)
+    world.map(1, 0xFED00000, 0xFEDFFFFF, 0)
+    assert world.map(1, 0xFEE00000, 0xFEEFFFFF, 0) is Status.INVAL
+    assert world.reaches("a", 0xFED00000) == 0
+    assert world.reaches("a", 0xFEE00000) is None
+
+
 def test_map_and_unmap(world: World) -> None:
     assert world.reaches("a", 0x9000) == 0x9000  # bypass
     assert world.attach(1, A) is Status.OK

@@ -52,6 +52,8 @@ class Capability:
     bank: type[RegisterBank]
     #: Registers whose writes call `written()`.
     hooked: tuple[Register, ...] = ()
+    #: Registers before whose reads `reading()` is called.
+    read_hooked: tuple[Register, ...] = ()
     name = "?"
 
     owner: Owner
@@ -82,6 +84,9 @@ class Capability:
 
     def written(self) -> None:
         """A hooked register was written."""
+
+    def reading(self) -> None:
+        """A register hooked for reads is about to be read."""
 
 
 # ---- Power Management (PCI Bus Power Management 1.2, 3.2) -----------------------------------------

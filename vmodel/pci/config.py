@@ -127,6 +127,7 @@ class ConfigSpace:
             (Span(0x04, 0x05), owner.update_enables),
             (Span(0x30, 0x33), owner.update_enables),
         ]
+        self._read_hooks: list[tuple[Span, Callable[[], None]]] = []
         #: The bound capabilities, in the order given.
         self.capabilities: list[Capability] = []
         self._chain: dict[int, int] = {}  # config offset -> byte of a list's id and pointers
@@ -156,7 +157,9 @@ class ConfigSpace:
             raise RegisterError(f"capability {capability.name} at {at:#x}+{size:#x} does not fit into config space")
         bound = capability.bind(owner, self.view[at : at + size])
         self.places.append((capability.name, at, capability.bank))
-        self._lay(bound.bank.policy(set(), set(bound.hooked)), at)
+        self._lay(bound.bank.policy(set(bound.read_hooked), set(bound.hooked)), at)
+        for register in bound.read_hooked:
+            self._read_hooks.append((Span.sized(at + register.offset, register.size), bound.reading))
         for register in bound.hooked:
             span = Span.sized(at + register.offset, register.size)
             self._hooks.append((span, bound.written))
@@ -218,6 +221,13 @@ class ConfigSpace:
             return low & ~3
         high = int.from_bytes(self.view[0x14 + 4 * index : 0x18 + 4 * index], "little") if low & 4 else 0
         return high << 32 | low & ~15
+
+    def read(self, offset: int, count: int) -> bytes:
+        """A read that the shim left to us, because it touches a register hooked for that."""
+        span = Span.sized(offset, count)
+        for tell in dict.fromkeys(tell for where, tell in self._read_hooks if where.overlaps(span)):
+            tell()
+        return self._function.plain_read(Region.CONFIG, offset, count)
 
     def write(self, offset: int, data: bytes) -> None:
         """A write that the shim left to us, because it touches a hooked register."""

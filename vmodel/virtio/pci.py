@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 from vmodel.device import Intx, MmioBar, Msix, PciDevice, ResetKind, on_read, on_write
 from vmodel.errors import GuestError
 from vmodel.logs import RateLimit
-from vmodel.pci.caps import VendorSpecific
+from vmodel.pci.caps import Capability, VendorSpecific
 from vmodel.points import Point
 from vmodel.regs import RO, Bit, Layout, Reg8, Reg16, Reg32, Register, RegisterBank
 from vmodel.span import KiB
@@ -89,34 +89,41 @@ class PciCap(VendorSpecific):
         super().__init__(struct.pack("<BBB2xII", part, 0, 0, at, size) + more)
 
 
-class CfgAccessCap(VendorSpecific):
-    """Access to the BAR by way of config space (4.1.4.9).
+class CfgAccessRegs(RegisterBank, size=20):
+    """struct virtio_pci_cfg_cap (4.1.4.9)."""
 
-    A read of its data cannot be seen in advance, so what the window shows is fetched when the window is set.
-    """
+    LENGTH = Reg8(2, RO, reset=20)
+    TYPE = Reg8(3, RO, reset=5)
+    BAR = Reg8(4)
+    OFFSET = Reg32(8)
+    SIZE = Reg32(12)
+    DATA = Reg32(16)
 
-    _WINDOW = struct.Struct("<BB3xII4s")
 
-    def __init__(self) -> None:
-        super().__init__(struct.pack("<BBB2xII4x", 5, 0, 0, 0, 0), writable=True)
-        self._shown = bytes(13)
+class CfgAccessCap(Capability):
+    """Access to the BAR by way of config space (4.1.4.9): an access to its data is one to the BAR."""
 
-    def bound(self) -> None:
-        self._shown = bytes(self.regs.view[3:16])
+    id = VendorSpecific.id
+    bank = CfgAccessRegs
+    hooked = read_hooked = (CfgAccessRegs.DATA,)
+    regs: CfgAccessRegs
+
+    def _window(self) -> tuple[int, int] | None:
+        """(offset, size); None: it does not lie in the BAR."""
+        offset, size = self.regs.OFFSET, self.regs.SIZE
+        good = size in (1, 2, 4) and self.regs.BAR == 0 and offset % size == 0 and offset + size <= _SIZE
+        return (offset, size) if good else None
 
     def written(self) -> None:
-        view = self.regs.view
-        view[3], before = 5, self._shown  # cfg_type is read-only
-        _, bar, offset, length, data = self._WINDOW.unpack(view[3:20])
-        if length in (1, 2, 4) and bar == 0 and offset % length == 0 and offset + length <= _SIZE:
-            device = cast(PciDevice, self.owner)
-            if bytes(view[3:16]) == before:  # the window is as it was: the data was written
-                device.region_write(bar, offset, length, int.from_bytes(data[:length], "little"))
-            else:
-                value = device.region_read(bar, offset, length)
-                assert isinstance(value, int)
-                view[16:20] = value.to_bytes(4, "little")
-        self._shown = bytes(view[3:16])
+        if (window := self._window()) is not None:
+            value = self.regs.DATA & (1 << 8 * window[1]) - 1
+            cast(PciDevice, self.owner).region_write(0, *window, value)
+
+    def reading(self) -> None:
+        if (window := self._window()) is not None:
+            value = cast(PciDevice, self.owner).region_read(0, *window)
+            assert isinstance(value, int)
+            self.regs.DATA = value
 
 
 class VirtioDevice(PciDevice):
