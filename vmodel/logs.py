@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable
 BURST, VERBOSE_BURST = 10, 200
 SECONDS = 5.0
 #: Names that a limiter tells apart; further ones share one limit.
-_NAMES = 256
+_NAMES = 64
 
 
 class RateLimit:
@@ -92,4 +92,9 @@ def tell_held(logger: logging.Logger) -> None:
     """Says how many lines of a limited logger were held back, if any; for the end."""
     for limiter in [found for found in logger.filters if isinstance(found, Limiter)]:
         if held := limiter.take():
-            logger.warning("%s: %d lines were held back", logger.name, held)
+            text = (logger.name, held)
+            # Not logger.warning(): the limiter would hold this back, too.
+            record = logger.makeRecord(
+                logger.name, logging.WARNING, __file__, 0, "%s: %d lines were held back", text, None
+            )
+            logger.callHandlers(record)
