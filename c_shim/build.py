@@ -14,6 +14,7 @@ SOURCES = [
     "budget.c",
     "node_pool.c",
     "mapping_tree.c",
+    "backing.c",
     "files.c",
     "dirty.c",
     "guest_memory.c",

@@ -2,7 +2,9 @@
  * The dirty log: one bit per 4 KiB page that a DMA write has touched since it was last reported.
  *
  * Bits live in chunks of 128 MiB of address space (4 KiB of bits), made when a page in them is first
- * written, so that the log of a sparse address space stays small. */
+ * written, so that the log of a sparse address space stays small.  A chunk that was reported as a whole goes.  A lost bit
+ * would corrupt a migrated guest in silence: where there is no room for another chunk the log says from then on that all
+ * is dirty, which is slow but right. */
 #include "dirty.h"
 
 #include <errno.h>
@@ -14,6 +16,7 @@
 #define CHUNK_PAGES (1u << (CHUNK_SHIFT - PAGE_SHIFT))
 #define CHUNK_WORDS (CHUNK_PAGES / 64)
 #define MAX_RANGES 65536
+#define MAX_CHUNKS 16384 /* 64 MiB of bits, 2 TiB that are dirty at a time */
 
 typedef struct chunk {
     span_node span;
@@ -33,6 +36,7 @@ static void clear(dirty_log *log)
 {
     clear_tree(&log->ranges);
     clear_tree(&log->chunks);
+    log->lost = 0;
 }
 
 void dirty_init(dirty_log *log)
@@ -41,6 +45,7 @@ void dirty_init(dirty_log *log)
     pthread_mutex_init(&log->lock, NULL);
     span_tree_init(&log->ranges);
     span_tree_init(&log->chunks);
+    log->lost = 0;
 }
 
 void dirty_destroy(dirty_log *log)
@@ -94,7 +99,7 @@ int dirty_stop(dirty_log *log)
     return rc;
 }
 
-/* Sets or takes the bits of pages [first, last] of a chunk; both inside it. */
+/* Sets bits [first, last]. */
 static void set_bits(uint64_t *bits, uint64_t first, uint64_t last)
 {
     for (uint64_t word = first / 64; word <= last / 64; word++) {
@@ -112,7 +117,7 @@ static chunk *chunk_at(dirty_log *log, uint64_t address)
     span_node *node = span_tree_from(&log->chunks, address);
     if (node && node->start <= address)
         return (chunk *)node;
-    chunk *fresh = calloc(1, sizeof *fresh);
+    chunk *fresh = log->chunks.count < MAX_CHUNKS ? calloc(1, sizeof *fresh) : NULL;
     if (!fresh)
         return NULL;
     fresh->span.start = address >> CHUNK_SHIFT << CHUNK_SHIFT;
@@ -123,10 +128,13 @@ static chunk *chunk_at(dirty_log *log, uint64_t address)
 
 static void mark_logged(dirty_log *log, uint64_t start, uint64_t last)
 {
-    for (;;) {
+    while (!log->lost) {
         chunk *c = chunk_at(log, start);
-        if (!c)
-            abort(); /* a lost dirty bit would corrupt a migrated guest in silence */
+        if (!c) {
+            log->lost = 1;
+            clear_tree(&log->chunks);
+            return;
+        }
         uint64_t end = last < c->span.last ? last : c->span.last;
         set_bits(c->bits, (start - c->span.start) >> PAGE_SHIFT, (end - c->span.start) >> PAGE_SHIFT);
         if (end == last)
@@ -172,6 +180,8 @@ int dirty_report(dirty_log *log, uint64_t start, uint64_t size, uint64_t page_si
     pthread_mutex_lock(&log->lock);
     if (!atomic_load(&log->on))
         rc = -EINVAL;
+    else if (log->lost)
+        set_bits(bitmap, 0, pages - 1);
     span_node *node;
     while (rc == 0 && (node = span_tree_from(&log->chunks, at)) && node->start <= last) {
         chunk *c = (chunk *)node;
@@ -179,9 +189,10 @@ int dirty_report(dirty_log *log, uint64_t start, uint64_t size, uint64_t page_si
         uint64_t to = node->last < last ? node->last : last;
         uint64_t bit = (from - node->start) >> PAGE_SHIFT, end = (to - node->start) >> PAGE_SHIFT;
         uint64_t out = (from - start) >> PAGE_SHIFT;
+        int whole = from == node->start && to == node->last;
         if (page_size == 4096 && bit % 64 == 0 && out % 64 == 0 && end % 64 == 63) {
             memcpy(bitmap + out / 64, c->bits + bit / 64, (end - bit + 1) / 8);
-            if (!keep)
+            if (!keep && !whole)
                 memset(c->bits + bit / 64, 0, (end - bit + 1) / 8);
         } else {
             for (; bit <= end; bit++) {
@@ -195,6 +206,10 @@ int dirty_report(dirty_log *log, uint64_t start, uint64_t size, uint64_t page_si
                         c->bits[bit / 64] &= ~mask;
                 }
             }
+        }
+        if (!keep && whole) {
+            span_tree_remove(&log->chunks, node);
+            free(node);
         }
         if (to == last)
             break;

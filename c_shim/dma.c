@@ -48,7 +48,7 @@ static const struct cached *lookup(vms_requester *requester, uint64_t gpa)
         c->prot = win->prot;
         c->file = win->file;
         c->file_offset = win->offset;
-        c->host = win->file ? win->file->base + win->offset : NULL;
+        c->host = win->file ? file_at(win->file, win->offset) : NULL;
     }
     pthread_mutex_unlock(&memory->lock);
     return c;

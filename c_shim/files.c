@@ -1,11 +1,18 @@
 /* SPDX-License-Identifier: MIT
- * Client files mapped once per inode, and what happens when the client shrinks one under us.
+ * Pieces of client files, mapped once each, and what happens when the client shrinks a file under us.
+ *
+ * A window maps the whole GiBs that it touches, as far as the file goes: windows side by side share a mapping, and so do
+ * functions with one client, while a huge file costs no more address space than its windows.
  *
  * Touching a page past the end of a mapped file raises SIGBUS.  No check beforehand can exclude that, as the
- * client may truncate between check and use.  So the handler puts an anonymous page of zeros there and
- * lowers file->good; the copy goes on, looks at file->good afterwards and reports -EFAULT.  Neither a copy
- * nor a zero-copy view that Python holds can crash the process.  Signal dispositions belong to the whole
- * process, hence the one piece of global state in this library: the table of mappings the handler may mend.
+ * client may truncate between check and use.  So the handler puts zeros of our own there, from that page to the
+ * mapping's end, and lowers file->good; the copy goes on, looks at file->good afterwards and reports -EFAULT.  Neither a
+ * copy nor a zero-copy view that Python holds can crash the process.  A mapping takes two areas of the kernel's (VMAs) at
+ * most, however often it is mended: their number is limited for the whole process.
+ *
+ * Signal dispositions belong to the whole process, hence the one piece of global state in this library: the table of
+ * mappings that the handler may mend.  It takes no lock.  Who faults holds a reference, so the entry that it needs does
+ * not change; an entry that changes while it is looked at is another one, and its version says so.
  */
 #define _GNU_SOURCE
 #include "files.h"
@@ -15,92 +22,182 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
 
-#define MAX_MAPPED 4096 /* also bounds what a peer that sends ever new files can make us hold */
+/* In all: two VMAs each leave a quarter of the kernel's 65,530 to the rest of the process. */
+#define MAX_MAPPED 24576
+#define GRANULE ((uint64_t)1 << 30)
+#define BUCKETS 1024
+#define PAGE ((size_t)4096)
 
 struct vms_files {
     pthread_mutex_t lock;
-    mapped_file *list;
+    mapped_file *bucket[BUCKETS];
     size_t count;
     unsigned refs; /* its creator's, its memories' and its mappings' */
 };
 
-static struct {
-    _Atomic(mapped_file *) file;
-} slots[MAX_MAPPED];
-static pthread_mutex_t slots_lock = PTHREAD_MUTEX_INITIALIZER;
+static mapped_file table[MAX_MAPPED];
+static _Atomic int used; /* entries that have ever been taken */
+static mapped_file *unused;
+static pthread_mutex_t table_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* ---- SIGBUS ---------------------------------------------------------------------------------- */
+
 static struct sigaction previous;
+static int installed;
+
+static void lower(_Atomic uint64_t *limit, uint64_t to)
+{
+    uint64_t now = atomic_load(limit);
+
+    while (to < now && !atomic_compare_exchange_weak(limit, &now, to))
+        ;
+}
+
+/* VMAs that are there to be given up: where the kernel has no more of them, not even what takes none is allowed. */
+#define SPARE 64
+static uint8_t *spare;
+static _Atomic unsigned spent;
+
+static int make_spare(void)
+{
+    spare = mmap(NULL, SPARE * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (spare == MAP_FAILED)
+        return -errno;
+    for (unsigned i = 0; i < SPARE; i += 2) /* differing from its neighbours each is a VMA */
+        if (mprotect(spare + i * PAGE, PAGE, PROT_READ) < 0)
+            return -errno;
+    return 0;
+}
+
+static int give_up_spare(void)
+{
+    unsigned i = atomic_fetch_add(&spent, 1);
+    return i < SPARE && munmap(spare + i * PAGE, PAGE) == 0;
+}
+
+static int put_zeros(mapped_file *file, uint8_t *base, uint64_t from, uint64_t size)
+{
+    int prot = PROT_READ | (atomic_load(&file->writable) ? PROT_WRITE : 0);
+
+    return mmap(base + from, size, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) !=
+           MAP_FAILED;
+}
+
+/* Whether the fault at `at` was a mapping's, and the access can go on. */
+static int mend(const uint8_t *at, int poisoned)
+{
+    int n = atomic_load(&used);
+
+    for (int i = 0; i < n; i++) {
+        mapped_file *file = &table[i];
+        unsigned version = atomic_load(&file->version);
+        uint8_t *base = atomic_load(&file->base);
+        uint64_t size = atomic_load(&file->size);
+        if (version & 1 || at < base || (uint64_t)(at - base) >= size || atomic_load(&file->version) != version)
+            continue;
+        uint64_t from = (uint64_t)(at - base) & ~(atomic_load(&file->page) - 1);
+        if (from >= atomic_load(&file->zeros))
+            return !poisoned; /* another thread has mended it just now; of our own zeros only hardware complains */
+        lower(&file->good, atomic_load(&file->first) + from);
+        if (put_zeros(file, base, from, size - from)) {
+            lower(&file->zeros, from);
+            return 1;
+        }
+        /* No commit for so much (vm.overcommit_memory 2): a page may do.  No VMA left: all of it takes none. */
+        if (put_zeros(file, base, from, atomic_load(&file->page)))
+            return 1;
+        lower(&file->good, atomic_load(&file->first));
+        while (!put_zeros(file, base, 0, size))
+            if (!give_up_spare())
+                return 0;
+        lower(&file->zeros, 0);
+        return 1;
+    }
+    return 0;
+}
 
 static void on_sigbus(int signal, siginfo_t *info, void *context)
 {
-    uint8_t *at = info->si_addr;
-
-    for (int i = 0; i < MAX_MAPPED; i++) {
-        mapped_file *file = atomic_load_explicit(&slots[i].file, memory_order_acquire);
-        if (!file || at < file->base || at >= file->base + file->size)
-            continue;
-        int saved = errno;
-        uint64_t offset = (uint64_t)(at - file->base) & ~(file->page - 1);
-        uint64_t good = atomic_load(&file->good);
-        while (offset < good && !atomic_compare_exchange_weak(&file->good, &good, offset))
-            ;
-        int prot = PROT_READ | (file->writable ? PROT_WRITE : 0);
-        void *mended = mmap(file->base + offset, file->page, prot,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-        errno = saved;
-        if (mended != MAP_FAILED)
-            return;
-        break;
-    }
+    int saved = errno;
+    /* Only a fault has an address: what kill() sends has none. */
+    int ours = (info->si_code == BUS_ADRERR || info->si_code == BUS_MCEERR_AR) &&
+               mend(info->si_addr, info->si_code == BUS_MCEERR_AR);
+    errno = saved;
+    if (ours)
+        return;
     if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(signal, info, context);
     } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
         previous.sa_handler(signal);
-    } else {
-        /* Not ours: the access faults again and takes the default action. */
+    } else if (info->si_code > 0 || previous.sa_handler == SIG_DFL) {
+        /* The access faults again and takes the default action; what was sent is sent again. */
         struct sigaction dfl = { .sa_handler = SIG_DFL };
         sigaction(SIGBUS, &dfl, NULL);
+        if (info->si_code <= 0)
+            raise(SIGBUS);
     }
 }
 
+/* Whoever has taken the signal since is displaced, and not called: it may be calling us. */
 static int install_handler(void)
 {
     struct sigaction now, ours = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK };
     int rc = 0;
 
-    pthread_mutex_lock(&slots_lock);
+    pthread_mutex_lock(&table_lock);
     if (sigaction(SIGBUS, NULL, &now) < 0) {
         rc = -errno;
     } else if (!(now.sa_flags & SA_SIGINFO) || now.sa_sigaction != on_sigbus) {
-        previous = now;
-        sigemptyset(&ours.sa_mask);
-        if (sigaction(SIGBUS, &ours, NULL) < 0)
+        if (!installed)
+            previous = now;
+        if (!spare)
+            rc = make_spare();
+        sigfillset(&ours.sa_mask); /* no other handler may run, and fault, in the middle of it */
+        if (rc == 0 && sigaction(SIGBUS, &ours, NULL) < 0)
             rc = -errno;
+        else if (rc == 0)
+            installed = 1;
     }
-    pthread_mutex_unlock(&slots_lock);
+    pthread_mutex_unlock(&table_lock);
     return rc;
 }
 
-static int slot_take(mapped_file *file)
+/* ---- the table of mappings -------------------------------------------------------------------- */
+
+static mapped_file *entry_take(void)
 {
-    int rc = -ENOSPC;
-
-    pthread_mutex_lock(&slots_lock);
-    for (int i = 0; i < MAX_MAPPED; i++) {
-        if (!atomic_load_explicit(&slots[i].file, memory_order_relaxed)) {
-            file->slot = i;
-            atomic_store_explicit(&slots[i].file, file, memory_order_release);
-            rc = 0;
-            break;
-        }
+    pthread_mutex_lock(&table_lock);
+    mapped_file *file = unused;
+    int n = atomic_load(&used);
+    if (file) {
+        unused = file->next;
+    } else if (n < MAX_MAPPED) {
+        file = &table[n];
+        atomic_store(&file->version, 1);
+        atomic_store(&used, n + 1);
     }
-    pthread_mutex_unlock(&slots_lock);
-    return rc;
+    pthread_mutex_unlock(&table_lock);
+    return file;
 }
+
+static void entry_give(mapped_file *file)
+{
+    pthread_mutex_lock(&table_lock);
+    file->next = unused;
+    unused = file;
+    pthread_mutex_unlock(&table_lock);
+}
+
+static void unmap(mapped_file *file)
+{
+    atomic_fetch_add(&file->version, 1);
+    munmap(atomic_load(&file->base), file_size(file));
+    entry_give(file);
+}
+
+/* ---- files -------------------------------------------------------------------------------------- */
 
 int vms_files_create(vms_files **out)
 {
@@ -144,77 +241,116 @@ size_t vms_files_mapped(vms_files *files)
     return count;
 }
 
-static int file_map(vms_files *files, int fd, const struct stat *st, int writable, mapped_file **out)
+/* A piece of a file that is wanted. */
+typedef struct piece {
+    const backing *in;
+    uint64_t first, size; /* what is mapped */
+    uint64_t end;         /* as far as the file has to be there */
+    int writable;
+} piece;
+
+static mapped_file **bucket_of(vms_files *files, dev_t dev, ino_t ino, uint64_t first)
 {
-    struct statfs fs;
-    mapped_file *file = calloc(1, sizeof *file);
+    uint64_t key = (uint64_t)ino * 31 + (uint64_t)dev + first / GRANULE * 0x9E3779B97F4A7C15;
+
+    return &files->bucket[(key ^ key >> 32) % BUCKETS];
+}
+
+/* Takes a reference to a mapping that will do; NULL: there is none.  Under files->lock. */
+static mapped_file *find(vms_files *files, const piece *want)
+{
+    mapped_file *file = *bucket_of(files, want->in->dev, want->in->ino, want->first);
+
+    while (file && !(file->dev == want->in->dev && file->ino == want->in->ino &&
+                     atomic_load(&file->first) == want->first && atomic_load(&file->writable) == want->writable &&
+                     want->first + file_size(file) >= want->end && atomic_load(&file->good) >= want->end))
+        file = file->next;
+    if (file)
+        file->refs++;
+    return file;
+}
+
+/* The lock is not held while the kernel maps. */
+static int file_map(vms_files *files, int fd, const piece *want, mapped_file **out)
+{
+    mapped_file *file = entry_take();
     if (!file)
-        return -ENOMEM;
-    int prot = PROT_READ | (writable ? PROT_WRITE : 0);
-    uint64_t size = ((uint64_t)st->st_size + 4095) & ~(uint64_t)4095;
-    file->page = 4096;
-    if (fstatfs(fd, &fs) == 0 && fs.f_type == 0x958458f6 /* HUGETLBFS_MAGIC */)
-        file->page = (uint64_t)fs.f_bsize;
-    file->base = mmap(NULL, size, prot, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    if (file->base == MAP_FAILED) {
+        return -ENOSPC;
+    int prot = PROT_READ | (want->writable ? PROT_WRITE : 0);
+    uint8_t *base = mmap(NULL, want->size, prot, MAP_SHARED | MAP_NORESERVE, fd, (off_t)want->first);
+    if (base == MAP_FAILED) {
         int rc = -errno;
-        free(file);
+        entry_give(file);
         return rc;
     }
+    uint64_t end = want->first + want->size;
+    atomic_store(&file->base, base);
+    atomic_store(&file->size, want->size);
+    atomic_store(&file->first, want->first);
+    atomic_store(&file->good, end < want->in->size ? end : want->in->size);
+    atomic_store(&file->zeros, want->size);
+    atomic_store(&file->page, want->in->page);
+    atomic_store(&file->writable, want->writable);
     file->owner = files;
-    file->size = size;
-    atomic_store(&file->good, (uint64_t)st->st_size);
-    file->dev = st->st_dev;
-    file->ino = st->st_ino;
-    file->writable = writable;
+    file->dev = want->in->dev;
+    file->ino = want->in->ino;
     file->refs = 1;
-    int rc = slot_take(file);
-    if (rc < 0) {
-        munmap(file->base, size);
-        free(file);
-        return rc;
+    atomic_fetch_add(&file->version, 1);
+
+    pthread_mutex_lock(&files->lock);
+    mapped_file *other = find(files, want); /* somebody was quicker */
+    if (!other) {
+        mapped_file **bucket = bucket_of(files, file->dev, file->ino, want->first);
+        file->next = *bucket;
+        *bucket = file;
+        files->count++;
+        files->refs++;
     }
-    file->next = files->list;
-    files->list = file;
-    files->count++;
-    files->refs++;
+    pthread_mutex_unlock(&files->lock);
+    if (other) {
+        unmap(file);
+        file = other;
+    }
     *out = file;
     return 0;
 }
 
-int file_get(vms_files *files, int fd, uint64_t offset, uint64_t size, uint32_t prot, mapped_file **out)
+static int piece_get(vms_files *files, int fd, const piece *want, uint64_t room, mapped_file **out)
 {
-    struct stat st;
-    if (fstat(fd, &st) < 0)
-        return -errno;
-    if (!S_ISREG(st.st_mode))
-        return -EINVAL;
-    if (size > (uint64_t)st.st_size || offset > (uint64_t)st.st_size - size)
-        return -EINVAL;
+    pthread_mutex_lock(&files->lock);
+    *out = find(files, want);
+    pthread_mutex_unlock(&files->lock);
+    if (*out)
+        return 0;
+    return want->size > room ? -ENOSPC : file_map(files, fd, want, out);
+}
+
+int file_get(vms_files *files, int fd, uint64_t offset, uint64_t size, uint32_t prot, uint64_t room,
+             mapped_file **out)
+{
+    backing in;
     int mode = fcntl(fd, F_GETFL);
     if (mode < 0)
         return -errno;
+    int rc = backing_of(fd, &in);
+    if (rc < 0)
+        return rc;
+    if (size > in.size || offset > in.size - size)
+        return -EINVAL;
     mode &= O_ACCMODE;
     if (mode == O_WRONLY || (mode == O_RDONLY && (prot & VMS_PROT_WRITE)))
         return -EACCES;
-    int writable = mode == O_RDWR;
-    int rc = 0;
-
-    pthread_mutex_lock(&files->lock);
-    mapped_file *file = files->list;
-    while (file && !(file->dev == st.st_dev && file->ino == st.st_ino && file->writable == writable &&
-                     atomic_load(&file->good) >= offset + size))
-        file = file->next;
-    if (file) {
-        file->refs++;
-        *out = file;
-    } else {
-        rc = file_map(files, fd, &st, writable, out);
-        /* A sealed memfd cannot be mapped writable; that is fine for a window that is only read. */
-        if ((rc == -EPERM || rc == -EACCES) && writable && !(prot & VMS_PROT_WRITE))
-            rc = file_map(files, fd, &st, 0, out);
+    uint64_t granule = in.page > GRANULE ? in.page : GRANULE;
+    piece want = { .in = &in, .first = offset & -granule, .end = offset + size, .writable = mode == O_RDWR };
+    uint64_t last = (want.end - 1) | (granule - 1);
+    uint64_t last_of_file = (in.size - 1) | (in.page - 1);
+    want.size = (last < last_of_file ? last : last_of_file) + 1 - want.first;
+    rc = piece_get(files, fd, &want, room, out);
+    /* A sealed memfd cannot be mapped writable; that is fine for a window that is only read. */
+    if ((rc == -EPERM || rc == -EACCES) && want.writable && !(prot & VMS_PROT_WRITE)) {
+        want.writable = 0;
+        rc = piece_get(files, fd, &want, room, out);
     }
-    pthread_mutex_unlock(&files->lock);
     return rc;
 }
 
@@ -228,24 +364,19 @@ void file_ref(mapped_file *file)
 void file_put(mapped_file *file)
 {
     vms_files *files = file->owner;
-    mapped_file *gone = NULL;
 
     pthread_mutex_lock(&files->lock);
-    if (--file->refs == 0) {
-        mapped_file **link = &files->list;
+    unsigned left = --file->refs;
+    if (!left) {
+        mapped_file **link = bucket_of(files, file->dev, file->ino, atomic_load(&file->first));
         while (*link != file)
             link = &(*link)->next;
         *link = file->next;
         files->count--;
-        gone = file;
     }
     pthread_mutex_unlock(&files->lock);
-    if (gone) {
-        pthread_mutex_lock(&slots_lock);
-        atomic_store_explicit(&slots[gone->slot].file, NULL, memory_order_release);
-        pthread_mutex_unlock(&slots_lock);
-        munmap(gone->base, gone->size);
-        free(gone);
+    if (!left) {
+        unmap(file);
         vms_files_destroy(files);
     }
 }

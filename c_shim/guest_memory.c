@@ -17,6 +17,8 @@ int vms_memory_create(vms_files *files, uint32_t max_windows, vms_memory **out)
     files_ref(files);
     atomic_store(&memory->refs, 1);
     memory->max_windows = max_windows;
+    memory->max_held = VMS_MAX_MAPPINGS;
+    memory->max_bytes = VMS_MAX_BYTES;
     pthread_mutex_init(&memory->lock, NULL);
     pthread_mutex_init(&memory->requesters_lock, NULL);
     span_tree_init(&memory->windows);
@@ -38,6 +40,15 @@ void vms_memory_destroy(vms_memory *memory)
     free(memory);
 }
 
+int vms_memory_limit(vms_memory *memory, uint32_t max_mappings, uint64_t max_bytes)
+{
+    pthread_mutex_lock(&memory->lock);
+    memory->max_held = max_mappings;
+    memory->max_bytes = max_bytes;
+    pthread_mutex_unlock(&memory->lock);
+    return 0;
+}
+
 void memory_ref(vms_memory *memory)
 {
     atomic_fetch_add(&memory->refs, 1);
@@ -56,6 +67,75 @@ static int check_range(uint64_t gpa, uint64_t size)
     return 0;
 }
 
+/* ---- what a client takes of the process's address space ---------------------------------------- */
+
+/* Bytes that another mapping may have. */
+static uint64_t room_left(vms_memory *memory)
+{
+    pthread_mutex_lock(&memory->lock);
+    uint64_t room = memory->held_bytes < memory->max_bytes ? memory->max_bytes - memory->held_bytes : 0;
+    if (memory->held >= memory->max_held)
+        room = 0;
+    pthread_mutex_unlock(&memory->lock);
+    return room;
+}
+
+static holding **holding_of(vms_memory *memory, const mapped_file *file)
+{
+    holding **link = &memory->holdings;
+    while (*link && (*link)->file != file)
+        link = &(*link)->next;
+    return link;
+}
+
+/* One more window in this mapping; *fresh is used up where it is the first one.  Under memory->lock. */
+static int hold(vms_memory *memory, mapped_file *file, holding **fresh)
+{
+    holding *held = *holding_of(memory, file);
+
+    if (!held) {
+        if (memory->held >= memory->max_held || memory->held_bytes > memory->max_bytes ||
+            file_size(file) > memory->max_bytes - memory->held_bytes)
+            return -ENOSPC;
+        held = *fresh;
+        *fresh = NULL;
+        *held = (holding){ .next = memory->holdings, .file = file };
+        memory->holdings = held;
+        memory->held++;
+        memory->held_bytes += file_size(file);
+    }
+    held->windows++;
+    return 0;
+}
+
+/* One less.  Under memory->lock. */
+static void unhold(vms_memory *memory, const mapped_file *file)
+{
+    holding **link = holding_of(memory, file), *held = *link;
+
+    if (--held->windows)
+        return;
+    *link = held->next;
+    memory->held--;
+    memory->held_bytes -= file_size(file);
+    free(held);
+}
+
+/* ---- windows --------------------------------------------------------------------------------- */
+
+/* Puts the window in its place.  Under memory->lock. */
+static int insert(vms_memory *memory, window *win, holding **fresh)
+{
+    if (span_tree_overlaps(&memory->windows, win->span.start, win->span.last))
+        return -EEXIST;
+    if (memory->windows.count >= memory->max_windows)
+        return -ENOSPC;
+    int rc = win->file ? hold(memory, win->file, fresh) : 0;
+    if (rc == 0)
+        span_tree_insert(&memory->windows, &win->span);
+    return rc;
+}
+
 int vms_memory_map(vms_memory *memory, uint64_t gpa, uint64_t size, uint32_t prot, int fd, uint64_t offset)
 {
     int rc = check_range(gpa, size);
@@ -65,32 +145,29 @@ int vms_memory_map(vms_memory *memory, uint64_t gpa, uint64_t size, uint32_t pro
         return -EINVAL;
 
     window *win = calloc(1, sizeof *win);
-    if (!win)
+    holding *fresh = calloc(1, sizeof *fresh);
+    if (!win || !fresh) {
+        free(win);
+        free(fresh);
         return -ENOMEM;
+    }
     win->span.start = gpa;
     win->span.last = gpa + (size - 1);
     win->prot = prot;
     win->offset = fd >= 0 ? offset : 0;
-    if (fd >= 0) {
-        rc = file_get(memory->files, fd, offset, size, prot, &win->file);
-        if (rc < 0) {
-            free(win);
-            return rc;
-        }
+    if (fd >= 0)
+        rc = file_get(memory->files, fd, offset, size, prot, room_left(memory), &win->file);
+    if (rc == 0) {
+        pthread_mutex_lock(&memory->lock);
+        rc = insert(memory, win, &fresh);
+        pthread_mutex_unlock(&memory->lock);
     }
-    pthread_mutex_lock(&memory->lock);
-    if (span_tree_overlaps(&memory->windows, win->span.start, win->span.last))
-        rc = -EEXIST;
-    else if (memory->windows.count >= memory->max_windows)
-        rc = -ENOSPC;
-    else
-        span_tree_insert(&memory->windows, &win->span);
-    pthread_mutex_unlock(&memory->lock);
     if (rc < 0) {
         if (win->file)
             file_put(win->file);
         free(win);
     }
+    free(fresh);
     return rc;
 }
 
@@ -105,8 +182,12 @@ static void release(vms_memory *memory, span_node *removed)
     while (removed) {
         window *win = (window *)removed;
         removed = removed->right;
-        if (win->file)
+        if (win->file) {
+            pthread_mutex_lock(&memory->lock);
+            unhold(memory, win->file);
+            pthread_mutex_unlock(&memory->lock);
             file_put(win->file);
+        }
         free(win);
     }
 }
@@ -209,7 +290,7 @@ static uint64_t *word_at(vms_memory *memory, uint64_t gpa, uint32_t prot, const 
     if (!win || !win->file || (win->prot & prot) != prot)
         return NULL;
     *found = win;
-    return (uint64_t *)(win->file->base + win->offset + (gpa - win->span.start));
+    return (uint64_t *)(void *)file_at(win->file, win->offset + (gpa - win->span.start));
 }
 
 static int within_file(const window *win, uint64_t gpa)

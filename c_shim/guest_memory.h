@@ -18,12 +18,22 @@ typedef struct window {
     uint32_t prot;
 } window;
 
+/* A mapping that this memory's windows are in, however many. */
+typedef struct holding {
+    struct holding *next;
+    mapped_file *file;
+    uint64_t windows;
+} holding;
+
 struct vms_memory {
     vms_files *files;
     uint32_t max_windows;
     _Atomic unsigned refs; /* its creator's, its requesters', channels' and pins' */
     pthread_mutex_t lock; /* windows.  Taken inside a requester's lock, never around it. */
     span_tree windows;
+    holding *holdings;    /* under lock */
+    uint32_t held, max_held;
+    uint64_t held_bytes, max_bytes; /* of address space */
 
     pthread_mutex_t requesters_lock;
     vms_requester *requesters;

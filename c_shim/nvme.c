@@ -185,9 +185,13 @@ static int move_file(vms_nvme *nvme, const attachment *at, const plain *p)
         }
     }
     int rc = store_try(p->ns->store, p->write, p->offset, p->length, nvme->iov, (int)n);
-    /* Even a read that has failed may have written something. */
-    for (uint32_t i = 0; i < n && !p->write; i++)
-        dma_wrote(nvme->requester, &found[i]);
+    for (uint32_t i = 0; i < n; i++) {
+        /* Even a read that has failed may have written something. */
+        if (!p->write)
+            dma_wrote(nvme->requester, &found[i]);
+        if (rc == 1 && !dma_still_there(&found[i]))
+            rc = -EFAULT; /* what was moved were zeros of our own: see files.c */
+    }
     if (rc == 1)
         dma_count(nvme->requester, p->write ? 0 : VMS_DMA_WRITE, p->length);
     return rc;

@@ -4,7 +4,7 @@
  *
  * C owns bytes and addresses, Python owns meaning:
  *
- *   files     client files (guest RAM) mapped once per inode, shared by all functions of a server
+ *   files     pieces of client files (guest RAM), mapped once each, shared by all functions of a server
  *   memory    one function's DMA windows: GPA -> pointer into such a file (or "ask the client")
  *   domain    IOVA -> GPA: mappings, or tables that a guest keeps in its memory
  *   requester what issues DMA: an IOTLB, a domain (one for each PASID), bytes, dirty marks, faults
@@ -59,9 +59,14 @@ typedef struct vms_window {
 
 int vms_memory_create(vms_files *files, uint32_t max_windows, vms_memory **out);
 void vms_memory_destroy(vms_memory *memory);
+/* What its windows may take of the process: mappings of files, and their bytes of address space.  At creation: */
+#define VMS_MAX_MAPPINGS 512u
+#define VMS_MAX_BYTES 0x10000000000u /* 1 TiB */
+int vms_memory_limit(vms_memory *memory, uint32_t max_mappings, uint64_t max_bytes);
 /* DMA_MAP.  fd -1: no file.  The fd stays the caller's.  EINVAL: zero size, wrap, not 4 KiB aligned,
- * no prot, past the end of the file, not a regular file; EEXIST: overlap; ENOSPC: too many windows;
- * EACCES: the fd does not allow what prot asks. */
+ * no prot, past the end of the file, not a regular file; EEXIST: overlap; ENOSPC: too many windows, mappings or bytes;
+ * EACCES: the fd does not allow what prot asks; EOPNOTSUPP: the file is not on a file system of the kernel's memory or
+ * of a disk, see backing.c. */
 int vms_memory_map(vms_memory *memory, uint64_t gpa, uint64_t size, uint32_t prot, int fd,
                    uint64_t offset);
 /* DMA_UNMAP.  Removes all windows inside [gpa, gpa+size); EINVAL when the range cuts one (nothing is
@@ -81,6 +86,8 @@ typedef struct vms_range {
 int vms_dirty_start(vms_memory *memory, const vms_range *ranges, size_t n);
 int vms_dirty_stop(vms_memory *memory);
 /* Read and clear.  One bit per page_size (a power of two >= 4096) from gpa on, `words` uint64_t long.
+ * Where the log has lost count (no memory, or writes to more than 2 TiB since the last report) all bits are set in this
+ * report and in the following ones, up to the log's stop.
  * EINVAL: logging is off, bad page size, alignment, wrap, or too few words. */
 int vms_dirty_report(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t page_size,
                      uint64_t *bitmap, size_t words);

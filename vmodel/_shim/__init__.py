@@ -67,7 +67,7 @@ def _create(create: Any, destroy: Any, kind: str, *args: Any) -> Any:
 
 
 class Files:
-    """Client files mapped by this process, once per inode; shared by all functions of a server."""
+    """Pieces of client files that this process has mapped, once each; shared by all functions of a server."""
 
     def __init__(self) -> None:
         self.handle = _create(lib.vms_files_create, lib.vms_files_destroy, "vms_files")
