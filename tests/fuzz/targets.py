@@ -146,8 +146,12 @@ def run(target: Target, work: Path, *, seconds: int | None = None, seed: int = 0
     """
     work.mkdir(parents=True, exist_ok=True)
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
+    try:
+        command = target.command()
+    except RuntimeError as error:
+        return Outcome(target, 0, 0, 0, -2, f"it does not build: {error}", None)
     line = [
-        *target.command(),
+        *command,
         f"-timeout={TIMEOUT}",
         f"-rss_limit_mb={MEMORY}",
         f"-seed={seed}",
