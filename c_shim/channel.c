@@ -185,7 +185,7 @@ static int do_read(vms_chan *chan, const header *h, const uint8_t *body, size_t 
 static void batch(vms_chan *chan, const access_head *a, const uint8_t *data)
 {
     chan->run.accesses[chan->run.n_accesses++] =
-        (vms_access){ a->offset, little(data, a->count), a->region, a->count };
+        (vms_access){ a->offset, little(data, a->count), vms_key(a->region, a->offset, a->count), a->region, a->count };
 }
 
 /* 1: leaves an exit; 0: done; -1: a batch is open and this write has to come after it. */

@@ -365,12 +365,13 @@ enum vms_exit_reason {
 
 typedef struct vms_access {
     uint64_t offset, value; /* value: little-endian, zero-extended */
+    uint64_t key;           /* vms_key() of the access */
     uint32_t region, count;
 } vms_access;
 
 #define VMS_BATCH 256u
 
-/* An access as one number; offsets of 2**56 and more have none (0), nor do counts over 15. */
+/* An access as one number, for one look-up; offsets of 2**56 and more have none (0), nor do counts over 15. */
 uint64_t vms_key(uint32_t region, uint64_t offset, uint32_t count);
 
 typedef struct vms_run {

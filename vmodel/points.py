@@ -5,7 +5,7 @@ What happens at a point is an `Event`.  Whoever announces one says how it is car
     self.points.completion(lambda e: self._post(e.id, e.status), queue=1, id=cid, status=0)
 
 At first nobody listens, and the event is carried out as it is.  Paths that must be fast do not even announce: the
-intercepting ones are put in their place when somebody wants to hear (`vmodel.tapped`).
+intercepting ones are put in their place when somebody wants to hear (`vmodel.device.taps`).
 """
 
 from __future__ import annotations

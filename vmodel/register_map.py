@@ -30,7 +30,7 @@ class RegisterMap:
     def __init__(self, device: PciDevice) -> None:
         self.places = [
             Place(name, register.name, region, Span.sized(at + register.offset, register.size))
-            for name, (region, at, bank) in device.register_banks.items()
+            for name, (region, at, bank) in device.backend.banks.items()
             for register in bank.registers
         ]
         self.places += [
@@ -46,7 +46,7 @@ class RegisterMap:
         ]
         self.places += [
             Place("", f"BAR{n}", Region.CONFIG, Span.sized(0x10 + 4 * n, 4))
-            for bar in device.declared_bars()
+            for bar in device.declaration.bars
             for n in range(bar.index, bar.index + bar.registers)
         ]
 

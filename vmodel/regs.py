@@ -26,8 +26,8 @@ and write nothing.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -265,6 +265,8 @@ class RegisterBank:
     #: Whether an access may lie across its natural alignment.
     misaligned: ClassVar[bool]
     registers: ClassVar[tuple[Register, ...]] = ()
+    #: Width and cell of each, by name.
+    _places: ClassVar[dict[str, tuple[int, int]]] = {}
 
     def __init_subclass__(cls, *, size: int, sizes: tuple[int, ...] = (1, 2, 4, 8), misaligned: bool = True) -> None:
         cls.size, cls.sizes, cls.misaligned = size, sizes, misaligned
@@ -280,18 +282,31 @@ class RegisterBank:
             if right.offset < left.offset + left.size:
                 raise RegisterError(f"{cls.__name__}: {left.name} and {right.name} overlap")
         cls.registers = tuple(registers)
+        cls._places = {r.name: (r.width, r.offset // r.size) for r in registers}
+
+    view: memoryview
+    #: The same bytes as numbers of each width: registers are little-endian, and so is the host (see wire).
+    cells: dict[int, memoryview]
 
     def __init__(self, view: memoryview) -> None:
         """`view`: the backing store, format 'B', `size` bytes."""
-        self.view = view
-        #: The same bytes as numbers of each width: registers are little-endian, and so is the host (see wire).
         size = len(view)
-        self.cells = {
+        cells = {
             8: view,
             16: view[: size & ~1].cast("H"),
             32: view[: size & ~3].cast("I"),
             64: view[: size & ~7].cast("Q"),
         }
+        vars(self).update(view=view, cells=cells)
+
+    def __setattr__(self, name: str, value: int) -> None:
+        place = self._places.get(name)
+        if place is None:
+            close = difflib.get_close_matches(name, self._places, 1)
+            hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(self._places) or 'none'}"
+            raise RegisterError(f"{type(self).__name__} has no register {name}{hint}")
+        width, index = place
+        self.cells[width][index] = value
 
     def load_reset(self, *, everything: bool = False) -> None:
         """Stores the reset values; sticky registers keep theirs unless `everything`."""
@@ -397,94 +412,3 @@ def on_read(*registers: Register) -> Callable[[_F], _F]:
 def hooks_of(method: object) -> tuple[Hook, ...]:
     """The hooks that a method was marked with."""
     return getattr(method, "_vmodel_hooks", ())
-
-
-class HookedBank:
-    """A bank in use: carries out the accesses that the shim leaves to Python.
-
-    `plain_read(offset, count)` and `plain_write(offset, data)` do what the shim would do by itself, offsets
-    counted from the bank's start.
-    """
-
-    def __init__(
-        self,
-        bank: RegisterBank,
-        readers: dict[Register, Callable[[int], int]],
-        writers: dict[Register, Callable[[int], int | None]],
-        plain_read: Callable[[int, int], bytes],
-        plain_write: Callable[[int, bytes], None],
-    ) -> None:
-        self.bank = bank
-        self._readers = readers
-        self._writers = writers
-        self._plain_read = plain_read
-        self._plain_write = plain_write
-        #: Offsets of registers with a hook, ascending; registers do not overlap.
-        self._read_order = sorted(readers, key=lambda r: r.offset)
-        self._write_order = sorted(writers, key=lambda r: r.offset)
-        #: What a read or a write of the whole register does.
-        self.whole_reads = {r: self._whole_read(r, hook) for r, hook in readers.items()}
-        self.whole_writes = {r: self._whole_write(r, hook) for r, hook in writers.items()}
-
-    def _whole_read(self, register: Register, hook: Callable[[int], int]) -> Callable[[], int]:
-        cell, at = self.bank.cells[register.width], register.offset // register.size
-        full = (1 << register.width) - 1
-        if register.mask(RC):
-            return lambda: int.from_bytes(self.read(register.offset, register.size), "little")
-        return lambda: hook(cell[at]) & full
-
-    def _whole_write(self, register: Register, hook: Callable[[int], int | None]) -> Callable[[int], None]:
-        full = (1 << register.width) - 1
-        if register.mask(RW) != full:
-            return lambda value: self._write_one(register, value, full)
-        cell, at = self.bank.cells[register.width], register.offset // register.size
-
-        def write(value: int) -> None:
-            result = hook(value)
-            cell[at] = value if result is None else result & full
-
-        return write
-
-    def _write_one(self, register: Register, value: int, enabled: int) -> None:
-        stored = register.__get__(self.bank, type(self.bank))
-        new = register.written(stored, value, enabled)
-        result = self._writers[register](new)
-        if result is not None:
-            new = result & (1 << register.width) - 1
-        kept = register.mask(WO)
-        # The hook may have changed the register itself: what is not stored is read again.
-        stored = register.__get__(self.bank, type(self.bank))
-        register.__set__(self.bank, stored & kept | new & ~kept)
-
-    @staticmethod
-    def _overlapping(order: list[Register], offset: int, count: int) -> list[Register]:
-        first = bisect_left(order, offset, key=lambda r: r.offset + r.size - 1)
-        last = bisect_left(order, offset + count, lo=first, key=lambda r: r.offset)
-        return order[first:last]
-
-    def read(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset` on."""
-        hooked = self._overlapping(self._read_order, offset, count)
-        # Hooks see what was stored before a read clears it.
-        values = {r: self._readers[r](r.__get__(self.bank, type(self.bank))) for r in hooked}
-        data = bytearray(self._plain_read(offset, count))
-        for register, value in values.items():
-            whole = (value & (1 << register.width) - 1).to_bytes(register.size, "little")
-            first, last = max(offset, register.offset), min(offset + count, register.offset + register.size)
-            data[first - offset : last - offset] = whole[first - register.offset : last - register.offset]
-        return bytes(data)
-
-    def write(self, offset: int, count: int, value: int | bytes) -> None:
-        """Writes `count` bytes (little-endian int, or bytes)."""
-        data = value.to_bytes(count, "little") if isinstance(value, int) else value
-        at = offset
-        for register in self._overlapping(self._write_order, offset, count):
-            if at < register.offset:
-                self._plain_write(at, data[at - offset : register.offset - offset])
-            first, last = max(offset, register.offset), min(offset + count, register.offset + register.size)
-            shift = 8 * (first - register.offset)
-            part = int.from_bytes(data[first - offset : last - offset], "little")
-            self._write_one(register, part << shift, ((1 << 8 * (last - first)) - 1) << shift)
-            at = last
-        if at < offset + count:
-            self._plain_write(at, data[at - offset :])

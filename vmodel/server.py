@@ -34,6 +34,7 @@ from typing import Self, TypeVar
 
 from vmodel import _shim
 from vmodel.device import PciDevice
+from vmodel.device.backend import VfioBackend
 from vmodel.dma import Buffer
 from vmodel.errors import Access, ConfigError, DmaFault, PeerError, Reason
 from vmodel.logs import limited, tell_held
@@ -55,7 +56,6 @@ _LEAST_EVENTFDS = 16
 #: Longest path of a unix socket, in bytes (sun_path without its NUL).
 MAX_SOCKET_PATH = 107
 
-_ACCESS = struct.Struct("<QQII")  # vms_access
 _EXIT_READ = _shim.EXIT_READ  # looked up once for each access otherwise
 _DMA_HEAD = struct.Struct("<QQ")  # DMA_READ, DMA_WRITE: address, count
 
@@ -70,7 +70,7 @@ class _Gone(Exception):
 class Connection:
     """One client of one function; lives on the function's thread.  It is the device's `Courier`."""
 
-    def __init__(self, device: PciDevice, sock: socket.socket, limits: Limits) -> None:
+    def __init__(self, device: VfioBackend, sock: socket.socket, limits: Limits) -> None:
         self.device = device
         self.limits = limits
         self._log = device.log
@@ -89,7 +89,7 @@ class Connection:
         self._peer_xfer = limits.max_data_xfer_size
         #: Which exit is unanswered: EXIT_READ, EXIT_WRITE, EXIT_COMMAND or 0.
         self._unanswered = 0
-        self._posted: deque[tuple[int, int, int, int]] = deque()
+        self._posted: deque[tuple[int, int, int, int, int]] = deque()
         self._next_id = 0
         self._depth = 0
         self._replies: dict[int, tuple[int, bytes] | None] = {}
@@ -145,10 +145,10 @@ class Connection:
         run = self._run
         # What was posted comes first, also when a hook that waits for a message got us here.
         while self._posted:
-            self.device.region_write(*self._posted.popleft())
+            self.device.regions.write(*self._posted.popleft())
         if reason == _EXIT_READ:
             self._unanswered = reason
-            value = self.device.register_read(run.key, run.region, run.offset, run.count)
+            value = self.device.regions.read(run.key, run.region, run.offset, run.count)
             # Reads are never nested in one another: a hook cannot wait inside a read.
             if value.__class__ is int:
                 run.value = value
@@ -156,14 +156,14 @@ class Connection:
                 self.channel.fill(value)  # type: ignore[arg-type]
         elif reason == _shim.EXIT_POSTED:
             entries = self.channel.accesses()
-            posted, write = self._posted, self.device.region_write
-            posted.extend((r, o, n, v) for o, v, r, n in _ACCESS.iter_unpack(entries))
+            posted, write = self._posted, self.device.regions.write
+            posted.extend((k, r, o, n, v) for o, v, k, r, n in _shim.ACCESS.iter_unpack(entries))
             while posted:
                 write(*posted.popleft())
         elif reason == _shim.EXIT_WRITE:
             self._unanswered = reason
             data = run.value if run.count <= 8 else self.channel.payload()
-            self.device.region_write(run.region, run.offset, run.count, data)
+            self.device.regions.write(run.key, run.region, run.offset, run.count, data)
         elif reason == _shim.EXIT_COMMAND:
             self._command()
         elif reason == _shim.EXIT_REPLY:
@@ -271,7 +271,7 @@ class Connection:
             except BaseException as error:
                 done.set_exception(error)
 
-        self.device.post(run)
+        self.device.defer(run, None)
         try:
             return done.result(self.limits.message_timeout + 1)
         except TimeoutError:
@@ -316,7 +316,7 @@ class Connection:
 class Endpoint:
     """A device, its socket and its thread."""
 
-    def __init__(self, device: PciDevice, path: Path, limits: Limits) -> None:
+    def __init__(self, device: VfioBackend, path: Path, limits: Limits) -> None:
         self.device = device
         self.path = path
         self._limits = limits
@@ -348,6 +348,8 @@ class Endpoint:
         if self._thread.is_alive():
             self.device.abandoned = True
             log.error("%s: left behind: its thread does not end, it is in %s", self.device.name, place(self._thread))
+        else:
+            self.device.owner.leave()
         self._listener.close()
         # Not a socket that another server has put there meanwhile.
         with contextlib.suppress(OSError):
@@ -356,6 +358,7 @@ class Endpoint:
         tell_held(self.device.log)
 
     def _main(self) -> None:
+        self.device.owner.take()
         while not self._stopping.is_set():
             try:
                 self._turn()
@@ -460,6 +463,7 @@ class Server:
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
         self._endpoints: list[Endpoint] = []
+        self._devices: list[PciDevice] = []
         self._stopped = threading.Event()
 
     def add(self, device: PciDevice, path: Path | str) -> None:
@@ -467,14 +471,15 @@ class Server:
 
         ConfigError: a live server has the path, it is no socket, or too long; or the device cannot be opened.
         """
-        endpoint = Endpoint(device, Path(path), self._limits)
+        endpoint = Endpoint(device.backend, Path(path), self._limits)
         self._endpoints.append(endpoint)
+        self._devices.append(device)
         device.open()
 
     @property
     def devices(self) -> list[PciDevice]:
         """The devices served, in the order they were added."""
-        return [endpoint.device for endpoint in self._endpoints]
+        return list(self._devices)
 
     def start(self) -> None:
         """Clients are served from now on.  Raises the process's limit of fds, of which each device gets a share."""
@@ -514,7 +519,7 @@ class Server:
         """Counters of each device by name: region accesses, exits to Python, DMA, interrupts."""
         found = {}
         for device in self.devices:
-            function, dma = device.function.stats(), device.dma.stats
+            function, dma = device.backend.function.stats(), device.dma.stats
             found[device.name] = {
                 "messages": function.messages,
                 "reads": function.reads,
@@ -530,6 +535,6 @@ class Server:
                 "iotlb_hits": dma.iotlb_hits,
                 "iotlb_misses": dma.iotlb_misses,
                 "stale": dma.stale,
-                "interrupts": device.irqs.raised,
+                "interrupts": device.backend.irqs.raised,
             }
         return found

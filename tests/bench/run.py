@@ -26,11 +26,11 @@ from rich.table import Table
 from translation import growth, plot, translated
 
 from vmodel.device import MmioBar, PciDevice, on_read, on_write
+from vmodel.device.taps import tap
 from vmodel.points import Point
 from vmodel.regs import Reg32, RegisterBank
 from vmodel.server import Server
 from vmodel.span import KiB
-from vmodel.tapped import tap
 
 
 class BenchRegs(RegisterBank, size=0x100):

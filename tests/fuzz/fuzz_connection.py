@@ -29,7 +29,7 @@ COMMANDS = [int(command) for command in wire.Command]
 VERSION = wire.Header.build({"id": 1, "command": 1, "size": 20, "flags": 0, "error": 0}) + bytes(4)
 
 toy = Toy()
-toy.io_event_fds(0)
+toy.backend.io_event_fds(0)
 memfd = os.memfd_create("fuzz")
 os.ftruncate(memfd, 8192)
 eventfd = os.eventfd(0)

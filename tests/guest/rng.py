@@ -22,10 +22,14 @@ class Rng(VirtioDevice):
     offered = ACCESS_PLATFORM
     msix = Msix(vectors=2, own_bar=2)
 
+    def setup(self) -> None:
+        super().setup()
+        #: Addresses as the driver gave them.
+        self.seen: set[int] = set()
+        self.serial = 0
+
     def on_reset(self, kind: ResetKind) -> None:
         super().on_reset(kind)
-        #: Addresses as the driver gave them.
-        self.seen: set[int] = getattr(self, "seen", set())
         self.serial = 0
 
     def on_queue(self, queue: Virtqueue) -> None:

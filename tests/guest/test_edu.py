@@ -40,7 +40,7 @@ def test_edu_check(boot: Boot, compiled: Compiled, kernel: str, mode: str) -> No
     assert result.status == 0, result.output
     assert b"equal" in result.output
     assert (edu.dma.stats.read_bytes, edu.dma.stats.write_bytes) == (4096, 4096)
-    assert edu.irqs.raised == 3
+    assert edu.backend.irqs.raised == 3
     assert edu.errors == 0
     deadline = time.monotonic() + patience(5)
     while len(edu.memory) and time.monotonic() < deadline:
@@ -59,7 +59,7 @@ def test_warm_reboot(boot: Boot, compiled: Compiled, kernel: str) -> None:
         guest.send(b"go\n")
         result = guest.wait()
     assert result.status == 0, result.output
-    assert edu.irqs.raised == 3
+    assert edu.backend.irqs.raised == 3
 
 
 def test_poweroff_leaves_the_server_ready(boot: Boot, tmp_path: Path) -> None:

@@ -34,5 +34,5 @@ def test_inputs_and_outputs(
         result = guest.wait()
     assert result.status == 0, result.output
     assert b"inputs 8421" in result.output
-    assert card.irqs.raised >= 1
+    assert card.backend.irqs.raised >= 1
     assert card.errors == 0

@@ -40,9 +40,9 @@ class Lab(Toy):
 
     lab = Toy.bar0.bank(LabRegs, at=0x1000)
 
-    def __init__(self, name: str = "lab") -> None:
+    def setup(self) -> None:
+        super().setup()
         self.faults: list[DmaFault] = []
-        super().__init__(name)
 
     @on_write(LabRegs.RAISE)
     def _raise(self, new: int) -> None:

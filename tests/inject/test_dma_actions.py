@@ -294,9 +294,9 @@ def test_a_device_by_itself() -> None:
     lab = Lab()
     with Engine(FaultPlan(rule=(parse_rule("reset do=late(20)"),)), [lab]):
         lab.resets.clear()
-        lab.reset_device()
+        lab.backend.reset_device()
         assert lab.resets == []
         time.sleep(0.03)
-        lab.run_due(time.monotonic_ns())
+        lab.backend.run_due(time.monotonic_ns())
         assert len(lab.resets) == 1
     lab.close()

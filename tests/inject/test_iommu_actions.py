@@ -146,8 +146,24 @@ def test_invalidations_of_vtd(bench: vtd.Bench) -> None:
         bench.queue(everything)
         device.dma.write(IOVA, b"late")
         time.sleep(0.04)
-        bench.unit.run_due(time.monotonic_ns())
+        bench.unit.backend.run_due(time.monotonic_ns())
         assert bench.refused("edu0", IOVA) is Reason.NOT_MAPPED
+
+
+def test_spurious_at_an_iommu_is_on_the_thread_of_the_device(bench: vtd.Bench) -> None:
+    """The IOMMU's thread announces the event, but a device's interrupt belongs to the device's thread."""
+    device = bench.machine.devices["edu0"]
+    raised: list[int] = []
+    bench.read("edu0", IOVA)
+    with armed(bench.machine, "invalidate kind=iotlb do=spurious"):
+        device.backend.irqs.types[0].changed = raised.append
+        bench.unit.backend.region_write(0, 0, 4, 0)  # the unit's own thread is not the device's
+        bench.queue((2 | 1 << 4, 0))
+        assert not device.intx.level and device.backend.agenda.waiting
+        shown: list[bool] = []
+        device.intx._show = lambda level: shown.append(level)  # a pulse: seen while it lasts
+        device.backend.run_due(time.monotonic_ns())
+        assert shown == [True, False]
 
 
 def test_context_entries_of_vtd(bench: vtd.Bench) -> None:
@@ -191,7 +207,7 @@ def test_access_after_the_pages_were_unmapped(bench: vtd.Bench) -> None:
             if flush:
                 bench.queue((2 | 1 << 4, 0))
             time.sleep(0.04)
-            device.run_due(time.monotonic_ns())
+            device.backend.run_due(time.monotonic_ns())
         assert [r["result"] for r in fired(engine) if r.get("late")] == ["ok", "NOT_MAPPED"]
 
 

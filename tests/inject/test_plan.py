@@ -185,15 +185,22 @@ def test_a_function_of_the_users(lab: Bench, tmp_path: Path, caplog: pytest.LogC
     (tmp_path / "checks.py").write_text(
         textwrap.dedent(
             """
+            from pathlib import Path
+
+            ran = Path(__file__).with_name("ran")
+            ran.write_text(ran.read_text() + "x" if ran.exists() else "x")
+
             def odd(event):
                 return event.address % 8 == 4
             """
         )
     )
-    plan = FaultPlan.parse('[[rule]]\npoint = "mmio.read"\nwhen = "checks.py:odd"\ndo = "ones"', tmp_path / "p.toml")
+    rule = '[[rule]]\npoint = "mmio.read"\nwhen = "checks.py:odd"\ndo = "ones"\n'
+    plan = FaultPlan.parse(rule + rule.replace("ones", "drop"), tmp_path / "p.toml")
     with Engine(plan, [lab.lab]):
         assert [lab.get(0), lab.get(4)][0] != 0xFFFF_FFFF and lab.get(0x28) == 0xCAFE
         assert lab.get(4) == 0xFFFF_FFFF
+    assert (tmp_path / "ran").read_text() == "x"  # once, although two rules name it
 
     def third(event: Event) -> bool:
         return event.vector == 3

@@ -17,10 +17,10 @@ RESET_VALUE = 0x1111_1111
 
 def test_plain_registers_are_intercepted_only_while_armed(lab: Bench) -> None:
     def exits() -> int:
-        before = lab.lab.function.stats().served
+        before = lab.lab.backend.function.stats().served
         for _ in range(10):
             assert lab.get(PLAIN) == RESET_VALUE
-        return 10 - (lab.lab.function.stats().served - before)
+        return 10 - (lab.lab.backend.function.stats().served - before)
 
     assert exits() == 0
     with armed(lab, "mmio.read nth=1000 do=ones"):

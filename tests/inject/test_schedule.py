@@ -129,8 +129,8 @@ def test_heal_by_an_event_lets_go_of_what_is_held(lab: Bench) -> None:
 
 def test_live_rules(lab: Bench) -> None:
     with armed(lab) as engine:
-        served = lab.lab.function.stats().served
-        assert lab.get(PLAIN) != ONES and lab.lab.function.stats().served == served + 1
+        served = lab.lab.backend.function.stats().served
+        assert lab.get(PLAIN) != ONES and lab.lab.backend.function.stats().served == served + 1
         name = engine.add(parse_rule("mmio.read do=ones name=mine"))
         assert name == "mine" and lab.get(PLAIN) == ONES
         engine.pause("mine")
@@ -139,8 +139,8 @@ def test_live_rules(lab: Bench) -> None:
         assert lab.get(PLAIN) == ONES
         assert (engine.describe()[0]["matched"], engine.describe()[0]["fired"]) == (2, 2)
         engine.remove("mine")
-        served = lab.lab.function.stats().served
-        assert lab.get(PLAIN) != ONES and lab.lab.function.stats().served == served + 1
+        served = lab.lab.backend.function.stats().served
+        assert lab.get(PLAIN) != ONES and lab.lab.backend.function.stats().served == served + 1
         with pytest.raises(Exception, match="no rule is called 'mine'"):
             engine.remove("mine")
 

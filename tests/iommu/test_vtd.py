@@ -64,9 +64,9 @@ def test_it_hides_once_it_is_known(bench: Bench) -> None:
     header = bench.unit.config.header
     assert bench.get(VER) == 0x10 and header.VENDOR_ID == 0x1234
     assert bench.get(CAP, 8) and bench.get(ECAP, 8)
-    assert bench.unit.region_read(Region.CONFIG, 0, 4) == 0xFFFF_FFFF
+    assert bench.unit.backend.region_read(Region.CONFIG, 0, 4) == 0xFFFF_FFFF
     assert bench.get(VER) == 0x10  # the BAR goes on
-    bench.unit.reset_device()
+    bench.unit.backend.reset_device()
     assert header.VENDOR_ID == 0x1234
 
 
@@ -346,7 +346,7 @@ def test_reset(bench: Bench) -> None:
     bench.on()
     bench.read("edu0", 0)
     bench.refused("edu0", 0x1000)
-    bench.unit.reset_device()
+    bench.unit.backend.reset_device()
     assert bench.get(GSTS) == bench.get(FSTS) == 0 and bench.record() is None
     bench.ram[DATA : DATA + 4] = b"flat"
     assert bench.read("edu0", DATA) == b"flat"
@@ -363,12 +363,12 @@ def test_state(bench: Bench) -> None:
     bench.put(PLMBASE, 2 * MiB)
     bench.put(PLMLIMIT, 2 * MiB)
     bench.put(PMEN, 1 << 31)
-    state = bench.unit.save()
+    state = bench.unit.backend.save()
     other = Bench()
     other.ram[:] = bench.ram[:]
     with pytest.raises(PeerError):
         other.unit.restore_extra(b"x")
-    other.unit.restore(state)
+    other.unit.backend.restore(state)
     other.run()
     other.ram[DATA : DATA + 4] = b"move"
     assert other.read("edu0", 0x5000) == b"move"

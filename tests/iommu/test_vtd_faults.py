@@ -163,7 +163,7 @@ def pend(bench: Bench) -> None:
     bench.put(FECTL, 0)
     with pytest.raises(DmaFault):
         bench.machine.devices["edu0"].dma.read(0, 4)
-    bench.unit.run_due(0)
+    bench.unit.backend.run_due(0)
     assert not bench.lines["edu0"].sent
 
 

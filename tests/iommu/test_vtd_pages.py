@@ -265,7 +265,7 @@ def test_no_answer(pri: PageBench, monkeypatch: pytest.MonkeyPatch, caplog: pyte
 def test_reset_while_an_access_waits(pri: PageBench) -> None:
     done = pri.start(0x5000)
     pri.request()
-    pri.unit.reset_device()
+    pri.unit.backend.reset_device()
     with pytest.raises(DmaFault):
         pri.result(done)
     assert pri.result(pri.start(0x5000)) == bytes(4)  # translation is off

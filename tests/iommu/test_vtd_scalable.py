@@ -193,7 +193,7 @@ def test_pasids(scalable: ScalableBench) -> None:
     assert refused(scalable, "edu0", IOVA, 1) is Reason.PASID
     scalable.put(GCMD, TE)
     assert read(scalable, "edu0", IOVA, 1) == b"   1"
-    scalable.unit.reset_device()
+    scalable.unit.backend.reset_device()
     assert not group.pasids and isinstance(group.domain, IdentityDomain)
 
 
@@ -445,10 +445,10 @@ def test_state(scalable: ScalableBench) -> None:
     scalable.map_first(scalable.first("edu0", 1), 0x1000, DATA)
     scalable.on()
     scalable.queue((5,))
-    state = scalable.unit.save()
+    state = scalable.unit.backend.save()
     other = ScalableBench()
     other.ram[:] = scalable.ram[:]
-    other.unit.restore(state)
+    other.unit.backend.restore(state)
     other.ram[DATA : DATA + 4] = b"move"
     assert read(other, "edu0", 0x1000, 1) == b"move"
     other.queue((5 | 1 << 5 | 3 << 32, STATUS))

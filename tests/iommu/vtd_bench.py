@@ -97,8 +97,8 @@ class Bench:
         self._next_table = TABLES
 
     def place(self, address: int) -> None:
-        self.unit.region_write(Region.CONFIG, 0x10, 4, address)
-        self.unit.region_write(Region.CONFIG, 0x04, 2, 2)
+        self.unit.backend.region_write(Region.CONFIG, 0x10, 4, address)
+        self.unit.backend.region_write(Region.CONFIG, 0x04, 2, 2)
 
     def close(self) -> None:
         assert self.unit.errors == 0  # no hook has failed
@@ -107,18 +107,18 @@ class Bench:
     # ---- registers -------------------------------------------------------------------------
 
     def get(self, at: int, size: int = 4) -> int:
-        value = self.unit.register_read(0, 0, at, size)
+        value = self.unit.backend.region_read(0, at, size)
         assert isinstance(value, int)
         return value
 
     def put(self, at: int, value: int, size: int = 4) -> None:
-        self.unit.region_write(0, at, size, value)
+        self.unit.backend.region_write(0, at, size, value)
 
     def run(self) -> None:
         """What has been put off, on all threads."""
         for _ in range(4):
             for device in self.machine.devices.values():
-                device.run_due(0)
+                device.backend.run_due(0)
 
     def on(self, root: int = ROOT) -> None:
         self.put(RTADDR, root, 8)

@@ -128,15 +128,15 @@ class Driver:
     # ---- registers -------------------------------------------------------------------------
 
     def get(self, register: Register) -> int:
-        value = self.device.region_read(0, register.offset, register.size)
+        value = self.device.backend.region_read(0, register.offset, register.size)
         assert isinstance(value, int)
         return value
 
     def put(self, register: Register, value: int) -> None:
-        self.device.region_write(0, register.offset, register.size, value)
+        self.device.backend.region_write(0, register.offset, register.size, value)
 
     def doorbell(self, qid: int, value: int, *, completion: bool = False) -> None:
-        self.device.region_write(0, 0x1000 + (2 * qid + completion) * self.stride, 4, value)
+        self.device.backend.region_write(0, 0x1000 + (2 * qid + completion) * self.stride, 4, value)
 
     @property
     def status(self) -> Csts:
@@ -146,7 +146,7 @@ class Driver:
         """Lets the device do all that is due."""
         while True:
             now = time.monotonic_ns()
-            deadline = self.device.run_due(now)
+            deadline = self.device.backend.run_due(now)
             if deadline is None or deadline > now:
                 return
 
@@ -212,7 +212,7 @@ class Driver:
         several = (count - 1).bit_length() << 4  # Multiple Message Enable
         self.device.config.write(at + 2, b"\x00\x80" if kind is Irq.MSIX else bytes([1 | several, 0]))
         fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(count)]
-        self.device.set_irqs(SetIrqs(kind, IrqAction.TRIGGER, 0, count, tuple(os.dup(fd) for fd in fds)))
+        self.device.backend.set_irqs(SetIrqs(kind, IrqAction.TRIGGER, 0, count, tuple(os.dup(fd) for fd in fds)))
         return fds
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ def posted(pair: Pair) -> int:
 
 def step(driver: Driver) -> None:
     """One step: between two of them the client's messages are served."""
-    driver.device.run_due(time.monotonic_ns())
+    driver.device.backend.run_due(time.monotonic_ns())
 
 
 def test_time_of_a_turn(started: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch) -> None:

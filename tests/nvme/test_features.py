@@ -185,7 +185,7 @@ def test_keep_alive_for_ever_holds_no_memory(driver: Driver) -> None:
     """A timer of 49 days that each command starts anew."""
     for _ in range(3000):
         assert put(driver, FeatureId.KEEP_ALIVE, 0xFFFF_FFFF) == "SUCCESS"
-    assert len(driver.device._agenda) < 200
+    assert len(driver.device.backend.agenda) < 200
 
 
 def test_keep_alive_is_rounded_up(driver: Driver) -> None:
@@ -203,7 +203,7 @@ def test_keep_alive_expires(driver: Driver) -> None:
     assert driver.admin.send(0x18).status == 0
     driver.run()
     assert not driver.status.CFS
-    driver.device.run_due(time.monotonic_ns() + 10**9)
+    driver.device.backend.run_due(time.monotonic_ns() + 10**9)
     assert driver.status.CFS
     driver.disable()
     driver.enable()
@@ -216,7 +216,7 @@ def test_keep_alive_expires(driver: Driver) -> None:
 def test_keep_alive_can_be_switched_off(driver: Driver) -> None:
     assert put(driver, FeatureId.KEEP_ALIVE, 100) == "SUCCESS"
     assert put(driver, FeatureId.KEEP_ALIVE, 0) == "SUCCESS"
-    driver.device.run_due(time.monotonic_ns() + 10**9)
+    driver.device.backend.run_due(time.monotonic_ns() + 10**9)
     assert not driver.status.CFS
 
 

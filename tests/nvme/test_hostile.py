@@ -126,9 +126,9 @@ def test_queues_anywhere(sq: int, cq: int, rings: list[tuple[int, int]]) -> None
         driver.admin.send(0x05, dptr=prps(cq & -PAGE), cdw10=63 << 16 | 1, cdw11=1)
         driver.admin.send(0x01, dptr=prps(sq & -PAGE), cdw10=63 << 16 | 1, cdw11=1 << 16 | 1)
         for n, value in rings:
-            driver.device.region_write(0, 0x1000 + 4 * n, 4, value)
+            driver.device.backend.region_write(0, 0x1000 + 4 * n, 4, value)
             driver.run()
-        driver.device.reset_device()
+        driver.device.backend.reset_device()
         driver.device.config.write(4, b"\x06\x00")
         driver.enable()
         settle(driver)

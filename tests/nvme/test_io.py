@@ -430,7 +430,7 @@ def begin(disk: Disk, count: int) -> list[int]:
         command = Command.make(WRITE, nsid=1, cdw10=n * 16, cdw12=15 | 1 << 30, dptr=prps(disk.data, disk.data + 4096))
         cids.append(disk.pair.write(command))
     disk.driver.doorbell(1, disk.pair.tail)
-    disk.driver.device.run_due(0)
+    disk.driver.device.backend.run_due(0)
     return cids
 
 
@@ -502,7 +502,7 @@ def test_erasing_comes_after_what_is_under_way(slow: Disk, tmp_path: Path, opcod
     for _ in range(1000):
         slow.driver.run()
         slow.driver.device.fast.settle()
-        if not slow.driver.device.has_work():
+        if not slow.driver.device.backend.has_work():
             break
     assert slow.get(0, 16) == bytes(8192)
     assert (tmp_path / "disk.img").read_bytes().count(0) == 64 << 20

@@ -171,7 +171,7 @@ def test_commands_while_it_is_sanitized(started: Callable[..., Driver]) -> None:
     pair = driver.create(1)
     driver.admin.write(Command.make(SANITIZE, cdw10=3 | 1 << 4))
     driver.doorbell(0, driver.admin.tail)
-    driver.device.run_due(0)
+    driver.device.backend.run_due(0)
     assert driver.device.sanitize.in_progress
     pair.write(Command.make(0x02, nsid=1, dptr=prps(driver.page)))
     driver.doorbell(1, pair.tail)
@@ -192,7 +192,7 @@ def test_sanitize_goes_on_through_resets(started: Callable[..., Driver]) -> None
     driver.admin.write(Command.make(SANITIZE, cdw10=3 | 1 << 4, cdw11=ALL))
     driver.doorbell(0, driver.admin.tail)
     for _ in range(4):
-        driver.device.run_due(0)
+        driver.device.backend.run_due(0)
     assert driver.device.sanitize.in_progress
     driver.device.reset(ResetKind.FUNCTION)
     driver.device.config.write(4, b"\x06\x00")
@@ -314,7 +314,7 @@ def test_what_ends_a_self_test(started: Callable[..., Driver]) -> None:
     for code, status in ((1, 0x12), (2, 0x20)):
         driver.admin.write(Command.make(SELF_TEST, nsid=1, cdw10=code))
         driver.doorbell(0, driver.admin.tail)
-        driver.device.run_due(0)
+        driver.device.backend.run_due(0)
         driver.put(ControllerRegs.CC, 0)
         driver.enable()
         driver.run()

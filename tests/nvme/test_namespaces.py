@@ -212,12 +212,12 @@ def test_commands_while_a_namespace_is_formatted(driver: Driver) -> None:
     pair = driver.create(1)
     driver.admin.write(Command.make(FORMAT, nsid=1, cdw10=1))
     driver.doorbell(0, driver.admin.tail)
-    driver.device.run_due(0)  # one turn: it has begun
+    driver.device.backend.run_due(0)  # one turn: it has begun
     assert driver.device.inventory.attached(1).formatting
     read_it = Command.make(READ, nsid=1, dptr=prps(driver.page))
     pair.write(read_it)
     driver.doorbell(1, pair.tail)
-    driver.device.run_due(0)
+    driver.device.backend.run_due(0)
     (completion,) = pair.wait()
     assert name(completion) in ("FORMAT_IN_PROGRESS", "SUCCESS")
     (done,) = driver.admin.wait()
@@ -230,7 +230,7 @@ def test_format_goes_on_through_a_reset(driver: Driver) -> None:
     assert write(driver, pair, 1, 2047, b"x" * 512) == "SUCCESS"
     driver.admin.write(Command.make(FORMAT, nsid=1))
     driver.doorbell(0, driver.admin.tail)
-    driver.device.run_due(0)
+    driver.device.backend.run_due(0)
     assert driver.device.inventory.attached(1).formatting
     driver.put(ControllerRegs.CC, 0)
     driver.enable()

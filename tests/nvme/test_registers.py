@@ -42,10 +42,10 @@ def test_capabilities_outlive_resets(driver: Driver) -> None:
 def test_halves_of_wide_registers(driver: Driver) -> None:
     driver.disable()
     device = driver.device
-    device.region_write(0, 0x28, 4, 0x1234_5FFF)
-    device.region_write(0, 0x2C, 4, 0x9)
+    device.backend.region_write(0, 0x28, 4, 0x1234_5FFF)
+    device.backend.region_write(0, 0x2C, 4, 0x9)
     assert driver.get(ControllerRegs.ASQ) == 0x9_1234_5000
-    assert device.region_read(0, 0x2C, 4) == 9
+    assert device.backend.region_read(0, 0x2C, 4) == 9
 
 
 def test_read_only_registers(driver: Driver) -> None:
@@ -226,7 +226,7 @@ def test_doorbells_of_queues_that_are_there(driver: Driver) -> None:
 def test_doorbells_while_it_is_disabled(driver: Driver) -> None:
     driver.disable()
     for n in range(2 * 65):
-        driver.device.region_write(0, 0x1000 + 4 * n, 4, ALL_ONES)
+        driver.device.backend.region_write(0, 0x1000 + 4 * n, 4, ALL_ONES)
     driver.run()
     assert int(driver.status) == 0
     driver.enable()
@@ -302,10 +302,10 @@ def test_models_of_ones_own(driver: Driver) -> None:
 
 
 def test_migration_is_refused(driver: Driver) -> None:
-    driver.device.quiesce(True)
+    driver.device.backend.quiesce(True)
     with pytest.raises(PeerError, match="cannot be migrated"):
-        driver.device.save()
-    driver.device.quiesce(False)
+        driver.device.backend.save()
+    driver.device.backend.quiesce(False)
     assert driver.identify(1)[77] == 9
 
 
@@ -339,10 +339,10 @@ def test_any_accesses(accesses: list[tuple[int, int, int]]) -> None:
     for offset, size, value in accesses:
         data = (value & (1 << 64) - 1).to_bytes(8, "little") * 2
         if size <= 8:
-            device.region_write(0, offset, size, int.from_bytes(data[:size], "little"))
+            device.backend.region_write(0, offset, size, int.from_bytes(data[:size], "little"))
         else:
-            device.region_write(0, offset, size, data[:size])
-        device.region_read(0, offset, size)
+            device.backend.region_write(0, offset, size, data[:size])
+        device.backend.region_read(0, offset, size)
         driver.run()
     assert not device.errors
     device.reset(ResetKind.DEVICE)

@@ -28,7 +28,7 @@ def test_by_whom_decides(cards: tuple[Card, Card]) -> None:
     first.post(lambda: ran.append("nobody's"))
     first.reset(ResetKind.FUNCTION)
     first.defer(lambda: ran.append("later"))
-    first.run_due(0)
+    first.backend.run_due(0)
     assert ran == ["other's", "nobody's", "later"]
 
 
@@ -38,5 +38,5 @@ def test_a_reset_reaches_work_elsewhere(cards: tuple[Card, Card]) -> None:
     first.defer(lambda: ran.append("second's"), by=second)
     second.reset(ResetKind.DEVICE)
     first.defer(lambda: ran.append("second's, anew"), by=second)
-    first.run_due(0)
+    first.backend.run_due(0)
     assert ran == ["second's, anew"]

@@ -11,7 +11,7 @@ from tests.proto.conftest import Served, enable
 from tests.proto.toy import Toy
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client
-from vmodel.vfio_user.wire import Command, DeviceState, Feature, FeatureFlags
+from vmodel.vfio_user.wire import Command, DeviceState, Feature, FeatureFlags, Irq, Region
 
 GET, SET, PROBE = FeatureFlags.GET, FeatureFlags.SET, FeatureFlags.PROBE
 S = DeviceState
@@ -108,11 +108,44 @@ def test_a_device_moves(served: Served, toy: Toy) -> None:
         assert toy.dma.bus_master
 
 
+def test_interrupts_are_part_of_the_state(client: Client, toy: Toy) -> None:
+    """The MSI-X table as the guest wrote it, its mask bits, and what is pending behind them."""
+    enable(client)
+    msix = next(at for name, at, _ in toy.config.places if name == "msix")
+    client.region_write(Region.CONFIG, msix + 2, b"\x00\x80")
+    entry = b"\x00\x10\xe0\xfe" + bytes(4) + b"\x41\0\0\0"
+    client.region_write(4, 16 * 5, entry + b"\x01\0\0\0")  # vector 5, masked
+    client.region_write(4, 16 * 6, entry + b"\0\0\0\0")
+    client.info()
+    toy.defer(lambda: toy.msix.fire(5))
+    client.info()
+    client.info()
+    table, pba = client.region_read(4, 0, 70 * 16), client.region_read(4, 0x1000, 16)
+    assert (table[80:96], pba[0]) == (entry + b"\x01\0\0\0", 1 << 5)
+    client.set_state(S.STOP_COPY)
+    state = client.migration_read()
+    client.reset()
+    client.region_write(Region.CONFIG, 4, b"\x07\0")
+    assert client.region_read(4, 80, 16) == bytes(12) + b"\x01\0\0\0"  # of the reset
+    assert client.region_read(4, 0x1000, 16) == bytes(16)
+    client.set_state(S.RESUMING)
+    client.migration_write(state)
+    client.set_state(S.RUNNING)
+    assert client.region_read(4, 0, 70 * 16) == table
+    assert client.region_read(4, 0x1000, 16) == pba
+    events = client.eventfds(Irq.MSIX, 8)
+    assert events[5].quiet()
+    client.region_write(4, 16 * 5 + 12, bytes(4))  # unmasked: what was pending comes
+    client.info()
+    assert not events[5].quiet()
+    assert client.region_read(4, 0x1000, 16) == bytes(16)
+
+
 def test_a_broken_state_changes_nothing(client: Client, toy: Toy) -> None:
     client.set_state(S.STOP_COPY)
     state = client.migration_read()
     enable(client)
-    before = toy.save()
+    before = toy.backend.save()
     for bad in (
         b"",
         state[:-1],
@@ -127,10 +160,10 @@ def test_a_broken_state_changes_nothing(client: Client, toy: Toy) -> None:
         client.migration_write(bad)
         assert refused(client.set_state, S.STOP) == errno.EINVAL
         assert client.state() == S.RESUMING
-        assert toy.save() == before
+        assert toy.backend.save() == before
         client.reset()
         client.region_write(7, 4, b"\x07\x00")
-        toy.restore(before)
+        toy.backend.restore(before)
 
 
 def test_data_in_the_wrong_state(client: Client) -> None:

@@ -37,7 +37,7 @@ def pair(tmp_path: Path) -> Iterator[tuple[Toy, Toy, Path]]:
         server.add(toy, tmp_path / f"{toy.name}.sock")
     with server:
         yield a, b, tmp_path
-    assert not a.abandoned and not b.abandoned
+    assert not a.backend.abandoned and not b.backend.abandoned
     a.close()
     b.close()
 
@@ -67,7 +67,7 @@ def test_an_eventfd_that_is_full_and_blocks(driver: Client) -> None:
 def test_each_signal_counts(driver: Client, toy: Toy) -> None:
     (event,) = driver.eventfds(Irq.MSIX, 1)
     for _ in range(1000):
-        toy.function.signal(event.fd)
+        toy.backend.function.signal(event.fd)
     assert os.eventfd_read(event.fd) == 1000
     event.close()
 
@@ -151,7 +151,7 @@ def test_fds_of_one_message_are_bounded(pair: tuple[Toy, Toy, Path]) -> None:
 
 def test_eventfds_are_shared_out(pair: tuple[Toy, Toy, Path]) -> None:
     """A client at its share gets ENOSPC, keeps what it has, and may replace it; others have theirs."""
-    pair[0].irqs.max_eventfds = 4
+    pair[0].backend.irqs.max_eventfds = 4
     with connected(pair[2], "a") as a, connected(pair[2], "b") as b:
         enable(a)
         events = a.eventfds(Irq.MSIX, 4)
@@ -242,7 +242,7 @@ def test_messages_do_not_nest_without_end(pair: tuple[Toy, Toy, Path]) -> None:
 
 
 def test_the_thread_survives_what_the_system_refuses(served: Served, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, left = toy.function.idle, 3
+    plain, left = toy.backend.function.idle, 3
 
     def idle(listener: int, deadline: int) -> tuple[int, int]:
         nonlocal left
@@ -251,8 +251,8 @@ def test_the_thread_survives_what_the_system_refuses(served: Served, toy: Toy, m
             raise OSError(errno.ENOMEM, "no memory")
         return plain(listener, deadline)
 
-    monkeypatch.setattr(toy.function, "idle", idle)
-    toy.function.wake()
+    monkeypatch.setattr(toy.backend.function, "idle", idle)
+    toy.backend.function.wake()
     for _ in range(3):
         with served.connect() as client:
             client.negotiate()
@@ -281,7 +281,7 @@ def test_a_model_that_does_not_return_is_left_behind(tmp_path: Path, caplog: pyt
         began = time.monotonic()
         server.stop()
         assert time.monotonic() - began < 10
-    assert stuck.abandoned and not other.abandoned
+    assert stuck.backend.abandoned and not other.backend.abandoned
     assert "stuck: left behind" in caplog.text and "wait" in caplog.text
     assert not (tmp_path / "stuck.sock").exists()
     over.set()
@@ -310,7 +310,7 @@ def test_a_silent_twin(tmp_path: Path) -> None:
     assert sending.wait(5)
     time.sleep(0.2)
     server.stop()
-    assert not toy.abandoned
+    assert not toy.backend.abandoned
     reply.close()
     client.close()
     toy.close()

@@ -37,7 +37,7 @@ def test_a_clean_session_for_the_next_client(served: Served, toy: Toy) -> None:
     with served.connect() as client:
         client.negotiate()
         assert len(toy.memory) == 0
-        assert all(vector.trigger < 0 for vector in toy.irqs.types[Irq.MSIX].vectors)
+        assert all(vector.trigger < 0 for vector in toy.backend.irqs.types[Irq.MSIX].vectors)
     assert fds_settle(before)
 
 
@@ -166,7 +166,7 @@ def test_fds_of_a_reply_to_nothing_are_closed(served: Served, greet: bool) -> No
 def test_mutated_messages(served: Served, toy: Toy, seed: int) -> None:
     """An error reply, a good one, or a clean close; and the next client finds the server well."""
     rng = random.Random(seed)
-    toy.io_event_fds(0)  # made when first asked for, and then kept
+    toy.backend.io_event_fds(0)  # made when first asked for, and then kept
     before = open_fds()
     with served.connect() as sample:
         valid = [

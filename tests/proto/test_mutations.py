@@ -71,7 +71,7 @@ def well(served: Served) -> None:
         assert client.state() == DeviceState.RUNNING
         assert client.info().num_regions == 9
         assert len(served.toy.memory) == 0
-        for kind in served.toy.irqs.types.values():
+        for kind in served.toy.backend.irqs.types.values():
             assert all(vector.trigger < 0 for vector in kind.vectors)
 
 
@@ -112,7 +112,7 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
 def test_random_conversations(served: Served, seed: int, caplog: pytest.LogCaptureFixture) -> None:
     """1,500 messages a seed; each reply is read and judged."""
     rng = random.Random(seed)
-    served.toy.io_event_fds(0)  # made when first asked for, and then kept
+    served.toy.backend.io_event_fds(0)  # made when first asked for, and then kept
     memory, event = os.memfd_create("ram"), os.eventfd(0)
     os.ftruncate(memory, 0x100000)
     before, received = open_fds(), 0

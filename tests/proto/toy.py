@@ -50,12 +50,11 @@ class Toy(PciDevice):
     pasid = Pasid()
     pri = Pri()
 
-    def __init__(self, name: str = "toy") -> None:
+    def setup(self) -> None:
         self.writes: list[int] = []
         self.doorbells = 0
         self.last_error: Exception | None = None
         self.resets: list[str] = []
-        super().__init__(name)
 
     def on_reset(self, kind: object) -> None:
         self.resets.append(str(kind))

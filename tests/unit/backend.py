@@ -53,7 +53,7 @@ class Device:
         self.events = [IoEventFd(0x10, 4, self.doorbell), IoEventFd(0x20, 2, self.doorbell, datamatch=7)]
         whole = (Span.sized(0, 0x2000),)
         sparse = (Span.sized(0x1000, 0x1000), Span.sized(0x3000, 0x2000))
-        self.regions = [
+        self.region_infos = [
             RegionInfo(0x8000, mmap_fd=self.mappable, mmap_areas=sparse),
             RegionInfo(0x2000, mmap_fd=self.mappable, mmap_areas=whole),
             RegionInfo(0x800, writable=False),

@@ -157,6 +157,11 @@ def test_a_refused_access_is_an_error_reply(rig: Rig) -> None:
     assert rig.error() == errno.EIO
 
 
+def accesses(rig: Rig) -> list[tuple[int, ...]]:
+    """(offset, value, key, region, count) of each posted write, as vms_access has them."""
+    return list(struct.iter_unpack("<QQQII", rig.channel.accesses()))
+
+
 def test_posted_writes_come_in_batches_and_in_order(rig: Rig) -> None:
     # The plain write in the middle must not overtake the hooked one before it.
     rig.send(
@@ -164,8 +169,8 @@ def test_posted_writes_come_in_batches_and_in_order(rig: Rig) -> None:
         + read(PLAIN)
     )
     assert rig.enter() == _shim.EXIT_POSTED
-    entries = list(struct.iter_unpack("<QQII", rig.channel.accesses()))
-    assert entries == [(HOOKED, 1, 0, 1), (PLAIN, 2, 0, 1), (HOOKED + 1, 3, 0, 1)]
+    keys = [_shim.key(0, at, 1) for at in (HOOKED, PLAIN, HOOKED + 1)]
+    assert accesses(rig) == [(HOOKED, 1, keys[0], 0, 1), (PLAIN, 2, keys[1], 0, 1), (HOOKED + 1, 3, keys[2], 0, 1)]
     assert rig.enter() == _shim.EXIT_TIMEOUT
     assert rig.reply()[1][16:] == b"\0\0\0\0"
     assert rig.silent()
@@ -177,7 +182,7 @@ def test_more_posted_writes_than_a_batch_holds(rig: Rig) -> None:
     values: list[int] = []
     while len(values) < total:
         assert rig.enter() == _shim.EXIT_POSTED
-        values += [value for _, value, _, _ in struct.iter_unpack("<QQII", rig.channel.accesses())]
+        values += [value for _, value, _, _, _ in accesses(rig)]
     assert values == list(range(total))
 
 
@@ -185,8 +190,10 @@ def test_write_multi(rig: Rig) -> None:
     rig.send(multi((0, PLAIN, b"abcd"), (0, HOOKED, b"e"), (0, PLAIN + 4, b"fg")))
     assert rig.enter() == _shim.EXIT_POSTED
     assert bytes(rig.bank[:4]) == b"abcd"
-    entries = list(struct.iter_unpack("<QQII", rig.channel.accesses()))
-    assert entries == [(HOOKED, ord("e"), 0, 1), (PLAIN + 4, 0x6766, 0, 2)]
+    assert accesses(rig) == [
+        (HOOKED, ord("e"), _shim.key(0, HOOKED, 1), 0, 1),
+        (PLAIN + 4, 0x6766, _shim.key(0, PLAIN + 4, 2), 0, 2),
+    ]
     assert rig.silent()  # the reply says that all is done
     assert rig.enter() == _shim.EXIT_TIMEOUT
     assert rig.reply() == ((7, MULTI, 24, REPLY, 0), struct.pack("<Q", 3))

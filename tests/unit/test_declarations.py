@@ -6,7 +6,23 @@ from typing import Any
 
 import pytest
 
-from vmodel.device import Intx, IoBar, MmioBar, Msi, Msix, PciDevice, Pcie, Pm, VendorSpecific
+from vmodel.device import (
+    Intx,
+    IoBar,
+    MmioBar,
+    Msi,
+    Msix,
+    Params,
+    PciDevice,
+    Pcie,
+    Pm,
+    ResetKind,
+    VendorSpecific,
+    on_read,
+    on_write,
+)
+from vmodel.pci.caps import PmRegs
+from vmodel.pci.config import HeaderRegs
 from vmodel.pci.extcaps import Acs, Aer, Ats, Dsn, Pasid, Pri
 from vmodel.regs import Reg32, RegisterBank, RegisterError
 from vmodel.span import GiB, MiB
@@ -75,9 +91,163 @@ def test_refused(make: Any, text: str) -> None:
 
 def test_overlapping_banks() -> None:
     bar = MmioBar(0, size=4096)
-    bar.bank(Regs, at=0)
-    with pytest.raises(RegisterError, match="overlaps"):
-        bar.ram(at=0xFC, size=16)
+    with pytest.raises(RegisterError, match=r"BAR0: Device.ram at 0xfc..0x10b overlaps Device.regs at 0x0..0xff"):
+        declare(bar=bar, regs=bar.bank(Regs), ram=bar.ram(at=0xFC, size=16))
+    with pytest.raises(RegisterError, match=r"the table of Device.msix at 0x0..0x1f overlaps Device.ram at 0x10..0x1f"):
+        declare(bar=bar, msix=Msix(vectors=2, bar=bar, pba_offset=0x100), ram=bar.ram(at=16, size=16))
+    with pytest.raises(RegisterError, match=r"BAR1, which Device does not declare"):
+        declare(bar=bar, regs=MmioBar(1, size=4096).bank(Regs))
+
+
+class More(RegisterBank, size=0x100):
+    """Something else to place."""
+
+    B = Reg32(0, reset=7)
+
+
+def test_a_subclass_extends_a_copy() -> None:
+    """Two models may put a bank each at the same place of a BAR that they inherit, and the base stays as it is."""
+
+    class Base(PciDevice):
+        vendor_id, device_id, class_code = 1, 2, 3
+        bar0 = MmioBar(0, size=4096)
+        regs = bar0.bank(Regs)
+
+    class One(Base):
+        more = Base.bar0.bank(More, at=0x100)
+
+    class Two(Base):
+        other = Base.bar0.bank(More, at=0x100)
+
+    def banks(model: type[PciDevice]) -> list[str]:
+        return [bank["name"] for bank in model.declaration.describe()["bars"][0]["banks"]]
+
+    assert (banks(Base), banks(One), banks(Two)) == (["Regs"], ["Regs", "More"], ["Regs", "More"])
+    base, one = Base("base"), One("one")
+    assert (base.backend.region_read(0, 0x100, 4), one.backend.region_read(0, 0x100, 4)) == (0xFFFF_FFFF, 7)
+
+    class Bigger(One):
+        bar0 = MmioBar(0, size=8192)
+
+    assert Bigger.declaration.bars[0].size == 8192
+    bigger = Bigger("bigger")
+    assert bigger.backend.region_read(0, 0x100, 4) == 7
+    for device in (base, one, bigger):
+        device.close()
+
+
+@pytest.mark.parametrize("name", ["backend", "config", "dma", "memory", "points", "defer", "after", "errors", "log"])
+def test_names_of_the_framework(name: str) -> None:
+    """They would replace what the framework has, or be overwritten by it."""
+    with pytest.raises(RegisterError, match=rf"Device.{name}: PciDevice has something else .* reserved are: after, "):
+        declare(**{name: 5})
+    bar = MmioBar(0, size=4096)
+    device = declare(bar=bar, regs=bar.bank(Regs))()
+    with pytest.raises(RegisterError, match=rf"^Device.{name} is a part of the device, or PciDevice's: it cannot be"):
+        setattr(device, name, 5)
+    with pytest.raises(RegisterError, match=r"^Device.regs is a part"):
+        device.regs = 5  # type: ignore[attr-defined]
+    device.other = 5  # type: ignore[attr-defined]
+    device.close()
+
+
+def test_a_register_that_is_not_there() -> None:
+    bar = MmioBar(0, size=4096)
+    device = declare(bar=bar, regs=bar.bank(Regs))()
+    with pytest.raises(RegisterError, match=r"^Regs has no register AA; did you mean A\?$"):
+        device.regs.AA = 5  # type: ignore[attr-defined]
+    with pytest.raises(RegisterError, match=r"^Regs has no register zzz: there are A$"):
+        device.regs.zzz = 5  # type: ignore[attr-defined]
+    device.close()
+
+
+class Whole(PciDevice):
+    """What the parts are called does not matter."""
+
+    vendor_id, device_id, class_code = 1, 2, 3
+
+    pin_a = Intx()
+    power = Pm()
+    own = VendorSpecific(b"abcd", writable=True)
+    written: list[int]
+
+    def setup(self) -> None:
+        self.written = []
+        self.resets: list[ResetKind] = []
+
+    def on_reset(self, kind: ResetKind) -> None:
+        self.resets.append(kind)
+
+    @on_write(HeaderRegs.CACHE_LINE)
+    def _cache_line(self, new: int) -> int:
+        self.written.append(new)
+        return new & 0xF0
+
+    @on_read(HeaderRegs.INTERRUPT_LINE)
+    def _line(self, stored: int) -> int:
+        return stored ^ 0xFF
+
+    @on_write(PmRegs.PMCSR)
+    def _power(self, new: int) -> None:
+        self.written.append(new)
+
+
+def test_hooks_on_config_space() -> None:
+    """As hooks on registers of BARs: they get the value after access modes, and say what is stored."""
+    device = Whole("whole")
+    read, write = device.backend.region_read, device.backend.region_write
+    write(7, 0x0C, 1, 0x5A)
+    assert (device.written, read(7, 0x0C, 1)) == ([0x5A], 0x50)
+    write(7, 0x3C, 1, 0x0F)
+    assert read(7, 0x3C, 1) == 0xF0
+    write(7, 0x0C, 4, 0x0000_0020)  # with what is beside it
+    assert device.written == [0x5A, 0x20]
+    at = next(at for name, at, _ in device.config.places if name == "power")
+    write(7, at + 4, 2, 0xFF03)  # bits that cannot be written are not: PME_Status is cleared by 1, D3hot is taken
+    assert device.written[2:] == [0x0103]
+    assert device.power.state == 3
+    assert device.resets == [ResetKind.DEVICE]
+    write(7, at + 4, 2, 0)  # back to D0 resets, as No_Soft_Reset is clear
+    assert device.resets == [ResetKind.DEVICE, ResetKind.POWER]
+    device.close()
+
+
+def test_setup_is_before_the_first_reset() -> None:
+    """A model makes its attributes there, and its parameters and parts are in place."""
+    seen: list[object] = []
+
+    class Ordered(Whole):
+        def setup(self) -> None:
+            super().setup()
+            seen.append((self.name, self.pin_a.level, self.resets))
+
+    device = Ordered("ordered")
+    assert seen == [("ordered", False, [ResetKind.DEVICE])]  # the list itself, to which the reset has been added
+    device.close()
+
+
+def test_parameters_that_change_the_declaration() -> None:
+    class Wide(Params):
+        """Of a card that comes in two widths."""
+
+        wide: bool = False
+
+    class Narrow(PciDevice):
+        vendor_id, device_id, class_code = 1, 2, 3
+        Params = Wide
+        bar0 = MmioBar(0, size=4096)
+
+        @classmethod
+        def for_params(cls, params: Wide) -> type[Narrow]:
+            return WideCard if params.wide else cls
+
+    class WideCard(Narrow):
+        bar0 = MmioBar(0, size=8192)
+
+    for params, size in (({}, 4096), ({"wide": True}, 8192), (Wide(wide=True), 8192)):
+        device = Narrow("card", params)
+        assert device.backend.region_infos[0].size == size
+        device.close()
 
 
 def test_everything_at_once() -> None:
@@ -96,7 +266,7 @@ def test_everything_at_once() -> None:
         dsn=Dsn(5),
     )()
     assert device.config.size == 4096
-    assert len(device.regions) == 9
+    assert len(device.backend.region_infos) == 9
     device.close()
 
 
@@ -104,7 +274,7 @@ def test_vendor_specific_capability() -> None:
     written: list[bytes] = []
     device = declare(vendor=VendorSpecific(b"abcd", writable=True, on_write=written.append))()
     assert bytes(device.config.view[0x40:0x47]) == b"\x09\0\x07abcd"
-    device.region_write(7, 0x44, 2, 0x5A59)
+    device.backend.region_write(7, 0x44, 2, 0x5A59)
     assert written == [b"aYZd"]
     assert device.config.size == 256
     device.close()

@@ -28,40 +28,40 @@ def ram() -> Iterator[int]:
 def edu(ram: int) -> Iterator[Edu]:
     edu = Edu("edu0")
     edu.memory.map(0, RAM, fd=ram)
-    edu.region_write(7, 4, 2, 6)  # memory space and bus mastering
+    edu.backend.region_write(7, 4, 2, 6)  # memory space and bus mastering
     yield edu
     edu.close()
 
 
 def run(edu: Edu) -> None:
     """Lets the device do what it has deferred."""
-    edu.run_due(time.monotonic_ns())
+    edu.backend.run_due(time.monotonic_ns())
 
 
 @pytest.mark.parametrize(("n", "expected"), [(0, 1), (1, 1), (10, 3628800), (13, 1932053504), (34, 0), (2**32 - 1, 0)])
 def test_factorial(edu: Edu, n: int, expected: int) -> None:
-    edu.region_write(0, FACTORIAL, 4, n)
+    edu.backend.region_write(0, FACTORIAL, 4, n)
     assert edu.regs.STATUS & 1
-    edu.region_write(0, FACTORIAL, 4, 5)  # busy: ignored
+    edu.backend.region_write(0, FACTORIAL, 4, 5)  # busy: ignored
     run(edu)
     assert (edu.regs.FACTORIAL, edu.regs.STATUS & 1, edu.intx.level) == (expected, 0, False)
 
 
 def test_interrupts(edu: Edu) -> None:
-    edu.region_write(0, STATUS, 4, 0x80)
-    edu.region_write(0, FACTORIAL, 4, 3)
+    edu.backend.region_write(0, STATUS, 4, 0x80)
+    edu.backend.region_write(0, FACTORIAL, 4, 3)
     run(edu)
-    edu.region_write(0, RAISE, 4, 0x10)
+    edu.backend.region_write(0, RAISE, 4, 0x10)
     assert (edu.regs.IRQ_STATUS, edu.intx.level) == (0x11, True)
-    edu.region_write(0, ACK, 4, 0x01)
+    edu.backend.region_write(0, ACK, 4, 0x01)
     assert edu.intx.level
-    edu.region_write(0, ACK, 4, 0x10)
+    edu.backend.region_write(0, ACK, 4, 0x10)
     assert not edu.intx.level
 
 
 def transfer(edu: Edu, source: int, target: int, count: int, command: int) -> None:
     for register, value in ((SRC, source), (DST, target), (COUNT, count), (CMD, command)):
-        edu.region_write(0, register, 8, value)
+        edu.backend.region_write(0, register, 8, value)
     run(edu)
 
 
@@ -96,9 +96,9 @@ def test_outside_the_buffer_nothing_moves(edu: Edu, target: int, count: int) -> 
 
 def test_registers_are_locked_while_dma_runs(edu: Edu) -> None:
     for register, value in ((SRC, 0x1000), (DST, BUFFER_AT), (COUNT, 16), (CMD, 1)):
-        edu.region_write(0, register, 8, value)
+        edu.backend.region_write(0, register, 8, value)
     for register in (SRC, DST, COUNT, CMD):
-        edu.region_write(0, register, 8, 0xFFFF)
+        edu.backend.region_write(0, register, 8, 0xFFFF)
     assert (edu.regs.DMA_SRC, edu.regs.DMA_DST, edu.regs.DMA_COUNT, edu.regs.DMA_CMD) == (0x1000, BUFFER_AT, 16, 1)
     run(edu)
 

@@ -1,4 +1,4 @@
-"""A file imports only from layers above its own, or from its own folder: the table of CONTRIBUTING.md."""
+"""A file imports only from rows above its own, or from its own folder: the table of CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parents[2] / "vmodel"
 def _table() -> dict[str, int]:
     """CONTRIBUTING.md's table: module to layer.  What has no layer of its own is the package itself."""
     rows = re.findall(
-        r"^\| (\d) \| ((?:`[\w/]+` ?)+)\|", (PACKAGE.parent / "CONTRIBUTING.md").read_text(), re.MULTILINE
+        r"^\| (\d+) \| ((?:`[\w/]+` ?)+)\|", (PACKAGE.parent / "CONTRIBUTING.md").read_text(), re.MULTILINE
     )
     found = {f"vmodel.{name}": int(number) for number, cell in rows for name in re.findall(r"`(\w+)/?`", cell)}
-    return {**found, "vmodel": 1, "vmodel.__main__": max(found.values())}
+    return {**found, "vmodel": 1, "vmodel.__main__": max(found.values()) + 1}
 
 
 #: Lower may not import higher; the longest prefix counts.
@@ -59,8 +59,8 @@ def test_imports_go_upwards(path: Path) -> None:
             assert module.startswith("vmodel._shim"), f"{module} imports the compiled shim"
             continue
         folder = ".".join(module.split(".")[:2])
-        if not imported.startswith(f"{folder}."):
-            assert layer(imported) <= layer(module), f"{module} imports {imported}"
+        if not f"{imported}.".startswith(f"{folder}."):
+            assert layer(imported) < layer(module), f"{module} imports {imported}"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "vfio_user").glob("*.py")), ids=name_of)
@@ -86,7 +86,7 @@ def test_the_fetcher_needs_nothing_built() -> None:
             continue
         seen.add(module)
         todo += imports(path)
-        assert layer(module) in (1, 8), module
+        assert layer(module) in (1, LAYERS["vmodel.testing"], LAYERS["vmodel.cli"]), module
     assert "vmodel.testing.artifacts" in seen
 
 

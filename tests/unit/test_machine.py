@@ -156,7 +156,11 @@ def test_functions_of_one_slot() -> None:
     found = {d["id"]: (d["addr"], d.get("multifunction")) for d in devices_of(machine.qemu_args(Path("/run")))}
     assert found == {"a": ("3.0", True), "b": ("3.1", None), "c": ("4.0", None)}
     # Header type, bit 7: this function is one of several.
-    assert {name: d.region_read(7, 0x0E, 1) for name, d in machine.devices.items()} == {"a": 0x80, "b": 0x80, "c": 0}
+    assert {name: d.backend.region_read(7, 0x0E, 1) for name, d in machine.devices.items()} == {
+        "a": 0x80,
+        "b": 0x80,
+        "c": 0,
+    }
 
 
 @pytest.mark.parametrize(

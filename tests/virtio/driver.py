@@ -60,7 +60,7 @@ class Queue:
         self.offer(0)
 
     def notify(self) -> None:
-        self.driver.device.region_write(0, 0x3000 + 4 * self.index, 2, self.index)
+        self.driver.device.backend.region_write(0, 0x3000 + 4 * self.index, 2, self.index)
 
     def used_now(self) -> list[tuple[int, int]]:
         """(head, bytes written) of what was answered since it was last asked."""
@@ -88,14 +88,14 @@ class Driver:
 
     def get(self, offset: int, size: int) -> int:
         """A register of the BAR, by way of the shim's policy as a guest's access goes."""
-        if self.device.function.plain_read(0, offset, size) and offset != 0x1000:
-            return int.from_bytes(self.device.function.plain_read(0, offset, size), "little")
-        value = self.device.region_read(0, offset, size)
+        if self.device.backend.function.plain_read(0, offset, size) and offset != 0x1000:
+            return int.from_bytes(self.device.backend.function.plain_read(0, offset, size), "little")
+        value = self.device.backend.region_read(0, offset, size)
         assert isinstance(value, int)
         return value
 
     def put(self, offset: int, size: int, value: int) -> None:
-        self.device.region_write(0, offset, size, value)
+        self.device.backend.region_write(0, offset, size, value)
 
     @property
     def status(self) -> int:

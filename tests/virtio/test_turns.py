@@ -59,8 +59,8 @@ def test_a_doorbell_s_work_is_bounded(driver: Driver) -> None:
     counts = [len(queue.used_now())]
     queue.notify()  # a turn is due anyway
     assert queue.used_now() == []
-    while driver.device.has_work():
-        driver.device.run_due(0)
+    while driver.device.backend.has_work():
+        driver.device.backend.run_due(0)
         counts.append(len(queue.used_now()))
         assert driver.device.isr.STATUS == 1  # after each turn
         driver.device.isr.STATUS = 0
@@ -81,8 +81,8 @@ def test_a_reset_ends_what_was_left(driver: Driver, reset: Callable[[Driver], No
     queue.notify()
     reset(driver)
     before = driver.memory.read(0, SIZE)
-    driver.device.run_due(0)
-    assert driver.memory.read(0, SIZE) == before and not driver.device.has_work()
+    driver.device.backend.run_due(0)
+    assert driver.memory.read(0, SIZE) == before and not driver.device.backend.has_work()
     driver.device.config.write(4, b"\x06\x00")
     (queue,) = driver.start([0])
     queue.memory.write(queue.available, bytes(4))
@@ -124,7 +124,7 @@ def test_a_reset_in_the_middle(driver: Driver, at: int) -> None:
     queue.send(b"one", 4)
     queue.offer(0)
     queue.notify()
-    driver.device.run_due(0)
+    driver.device.backend.run_due(0)
     assert driver.device.errors == 0
     if before:
         assert driver.memory.read(0, SIZE) == before
@@ -145,7 +145,7 @@ def test_a_doorbell_in_the_middle(driver: Driver, at: int) -> None:
     queue.send(b"one", 4)
     queue.offer(0)
     queue.notify()
-    driver.device.run_due(0)
+    driver.device.backend.run_due(0)
     assert driver.device.errors == 0 and not driver.status & NEEDS_RESET
     assert len(queue.used_now()) == driver.memory.u16(queue.available + 2)
 

@@ -103,7 +103,7 @@ class World:
 
     def settle(self) -> None:
         """Runs what was deferred to the IOMMU's thread."""
-        self.iommu.run_due(time.monotonic_ns())
+        self.iommu.backend.run_due(time.monotonic_ns())
 
 
 @pytest.fixture

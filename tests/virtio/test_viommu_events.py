@@ -66,7 +66,7 @@ def test_faults_while_the_device_is_busy_are_bounded(world: World) -> None:
     world.attach(1, A)
     for _ in range(1000):
         world.reaches("a", 0x5000)
-    assert len(world.iommu._agenda._soon) == 1
+    assert len(world.iommu.backend.agenda._soon) == 1
     world.settle()
     assert len(world.events.used_now()) == MAX_EVENTS
     assert world.iommu.dropped_faults == 1000 - MAX_EVENTS

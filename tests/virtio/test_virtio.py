@@ -162,13 +162,13 @@ def test_the_generation_of_the_configuration(driver: Driver) -> None:
     """4.1.4.3.1: another after a change, and after 256 changes, too."""
     device = driver.device
     driver.start([])
-    before = device.region_read(0, 0x15, 1)
-    assert device.region_read(0, 0x15, 1) == before
+    before = device.backend.region_read(0, 0x15, 1)
+    assert device.backend.region_read(0, 0x15, 1) == before
     for changes in (1, 256, 300):
         for _ in range(changes):
             device.config_changed()
-        after = device.region_read(0, 0x15, 1)
-        assert after != before and device.region_read(0, 0x15, 1) == after
+        after = device.backend.region_read(0, 0x15, 1)
+        assert after != before and device.backend.region_read(0, 0x15, 1) == after
         before = after
     assert device.isr.STATUS & 2
     driver.put(0x14, 1, 0)
@@ -190,7 +190,7 @@ def test_a_request_and_its_interrupt(driver: Driver) -> None:
     (queue,) = driver.start([0])
     assert queue.ask(b"hello", 16) == b"hello"
     assert driver.device.isr.STATUS == 1
-    assert driver.device.region_read(0, 0x1000, 1) == 1  # a read clears it
+    assert driver.device.backend.region_read(0, 0x1000, 1) == 1  # a read clears it
     assert driver.device.isr.STATUS == 0
     assert queue.ask(b"hello", 3) == b"hel"
     assert queue.ask(b"", 3) == b""
@@ -312,8 +312,8 @@ def test_the_indexes_wrap(driver: Driver) -> None:
         for _ in range(15):
             queue.offer(0)
         queue.notify()
-        while driver.device.has_work():
-            driver.device.run_due(0)
+        while driver.device.backend.has_work():
+            driver.device.backend.run_due(0)
     for _ in range(5000):
         queue.offer(0)
         queue.notify()
@@ -328,7 +328,7 @@ def test_the_pin_follows_isr_status(driver: Driver) -> None:
     assert not config[6] & 8
     queue.ask(b"x")
     assert config[6] & 8 and driver.device.isr.STATUS == 1
-    driver.device.region_read(0, 0x1000, 1)
+    driver.device.backend.region_read(0, 0x1000, 1)
     assert not config[6] & 8 and driver.device.isr.STATUS == 0
 
 
@@ -340,10 +340,10 @@ def test_no_vector_no_interrupt(driver: Driver) -> None:
     while device.config.view[at] != 0x11:
         at = device.config.view[at + 1]
     device.config.write(at + 2, b"\x00\x80")
-    before = device.irqs.raised
+    before = device.backend.irqs.raised
     assert queue.ask(b"x") == b"x"
     device.config_changed()
-    assert device.irqs.raised == before and not device.config.view[6] & 8
+    assert device.backend.irqs.raised == before and not device.config.view[6] & 8
 
 
 # ---- hostile drivers ------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ def test_rings_that_reach_past_the_last_address(driver: Driver, offset: int, siz
         driver.put(0x1C, 2, 1)
         assert bool(driver.status & NEEDS_RESET) is not fits
         assert driver.get(0x1C, 2) == int(fits)
-        driver.device.region_write(0, 0x3000, 2, 0)  # nothing that wraps comes of it
+        driver.device.backend.region_write(0, 0x3000, 2, 0)  # nothing that wraps comes of it
         assert driver.device.errors == 0
 
 
@@ -554,21 +554,21 @@ def test_the_window_in_config_space(driver: Driver) -> None:
         device.config.write(at + 12, struct.pack("<I", length))
 
     window(0x12, 2)
-    assert device.region_read(7, at + 16, 2) == 2  # num_queues
+    assert device.backend.region_read(7, at + 16, 2) == 2  # num_queues
     window(0x14, 1)
     device.config.write(at + 16, bytes([ACKNOWLEDGE]))
     assert driver.status == ACKNOWLEDGE
     # A read of the data is a read of the BAR, each time; setting the window, as it is or anew, is no access.
-    assert device.region_read(7, at + 16, 1) == ACKNOWLEDGE
+    assert device.backend.region_read(7, at + 16, 1) == ACKNOWLEDGE
     driver.put(0x14, 1, ACKNOWLEDGE | DRIVER)
-    assert device.region_read(7, at + 16, 4) == ACKNOWLEDGE | DRIVER
+    assert device.backend.region_read(7, at + 16, 4) == ACKNOWLEDGE | DRIVER
     driver.put(0x14, 1, 0)
     window(0x14, 1)
     assert driver.status == 0
     device.isr.STATUS = 3
     window(0x1000, 1)
     assert device.isr.STATUS == 3
-    assert device.region_read(7, at + 16, 1) == 3 and device.isr.STATUS == 0
+    assert device.backend.region_read(7, at + 16, 1) == 3 and device.isr.STATUS == 0
     window(1 << 20, 4)  # nothing is there
     device.config.write(at + 16, b"\1\0\0\0")
     assert device.errors == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,10 @@ _SCRATCH = 16384
 
 _enter = lib.vms_enter
 _signal = lib.vms_signal
-_ACCESS_SIZE: int = ffi.sizeof("vms_access")
+#: vms_access: offset, value, key, region, count.
+ACCESS = struct.Struct("<QQQII")
+if ffi.sizeof("vms_access") != ACCESS.size:
+    raise ImportError("struct vms_access of vmshim.h has another size than vmodel._shim.ACCESS")
 _REASON_NO_FILE: int = lib.VMS_REASON_NO_FILE
 
 
@@ -616,7 +620,7 @@ class Channel:
     def accesses(self) -> bytes:
         """The vms_access structs of the POSTED exit at hand, packed."""
         run = self.run
-        return bytes(ffi.buffer(run.accesses, run.n_accesses * _ACCESS_SIZE))
+        return bytes(ffi.buffer(run.accesses, run.n_accesses * ACCESS.size))
 
     def fds(self) -> list[int]:
         """The fds of the COMMAND at hand, now the caller's to close."""

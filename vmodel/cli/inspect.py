@@ -10,7 +10,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from vmodel.cli.output import AsJson, console, show
-from vmodel.device import hooked_registers
 from vmodel.devices import BUILTIN
 from vmodel.machine import load_model
 
@@ -23,7 +22,7 @@ def devices(as_json: AsJson = False) -> None:
         return
     table = Table("model", "PCI id", "what it is", box=None)
     for name, model in models.items():
-        table.add_row(name, f"{model.vendor_id:04x}:{model.device_id:04x}", escape(model.describe()["doc"]))
+        table.add_row(name, f"{model.vendor_id:04x}:{model.device_id:04x}", escape(model.declaration.describe()["doc"]))
     show(table, console())
 
 
@@ -37,8 +36,11 @@ def regs(
 ) -> None:
     """Show a model's register map."""
     cls = load_model(model)
-    described = cls.describe()
-    hooks = {(r.bank.__name__ if r.bank else "", r.name): kinds for r, kinds in hooked_registers(cls).items()}
+    described = cls.declaration.describe()
+    hooks: dict[tuple[str, str], set[str]] = {}
+    for hook in cls.declaration.hooks:
+        bank_name = hook.register.bank.__name__ if hook.register.bank else ""
+        hooks.setdefault((bank_name, hook.register.name), set()).add(hook.kind)
     for bar in described["bars"]:
         for bank in bar["banks"]:
             for register in bank["registers"]:

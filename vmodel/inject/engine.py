@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vmodel.device import PciDevice
+from vmodel.device.taps import tap
 from vmodel.errors import ConfigError, DmaFault, VmodelError
 from vmodel.inject.action import Injection
 from vmodel.inject.journal import Journal, shown
@@ -19,7 +20,6 @@ from vmodel.inject.schedule import Progress, stream
 from vmodel.logs import limited
 from vmodel.points import Event, Point, Proceed
 from vmodel.register_map import RegisterMap
-from vmodel.tapped import tap
 
 log = limited(__name__)
 
@@ -103,14 +103,13 @@ class Engine:
         name = rule.name or next(f"rule{n}" for n in range(1, len(names) + 2) if f"rule{n}" not in names)
         if name in names:
             raise ConfigError(f"{name!r} is the name of another rule already", key="name")
-        devices = Predicate(rule, self._maps, self.plan.base).devices
+        same = sum(keyed(live.rule) == keyed(rule) for live in self._rules)
+        live = _Live(rule, name, f"{self.plan.seed}\0{keyed(rule)}\0{same}", self._maps, self.plan.base)
         try:
-            rule.do.check([self.devices[device] for device in devices])
+            rule.do.check([self.devices[device] for device in live.predicate.devices])
         except ValueError as error:
             raise ConfigError(f"{str(rule.do)!r}: {error}", key="do") from error
-        same = sum(keyed(live.rule) == keyed(rule) for live in self._rules)
-        seed = f"{self.plan.seed}\0{keyed(rule)}\0{same}"
-        self._rules.append(_Live(rule, name, seed, self._maps, self.plan.base))
+        self._rules.append(live)
         return name
 
     def add(self, rule: Rule) -> str:
@@ -168,7 +167,7 @@ class Engine:
         for name, device in self.devices.items():
             wanted = {point for live in rules if self._concerns(live, name) for point in live.points}
             wanted = wanted | heal if rules else wanted
-            tap(device, wanted, self if wanted else None)
+            tap(device.backend, wanted, self if wanted else None)
 
     def _concerns(self, live: _Live, name: str) -> bool:
         """Whether a rule has to hear of a device.  What an IOMMU does, it does for others."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
@@ -83,6 +85,15 @@ def load_test(text: str, base: Path) -> Test:
         raise ValueError('must be "path/file.py:function"')
     if not path.is_file():
         raise ValueError(f"there is no file {source!r}")
+    found: Test | None = getattr(_load(path.resolve(), path.stat().st_mtime_ns), name, None)
+    if not callable(found):
+        raise ValueError(f"no function {name!r} in {source}")
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _load(path: Path, changed_ns: int) -> ModuleType:
+    """Runs a plan's Python file, once for all rules that name it and for as long as it stays the same."""
     spec = importlib.util.spec_from_file_location(f"vmodel_plan_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # as the suffix is .py
     module = importlib.util.module_from_spec(spec)
@@ -90,10 +101,7 @@ def load_test(text: str, base: Path) -> Test:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"cannot be loaded: {describe(error)}") from error
-    found: Test | None = getattr(module, name, None)
-    if not callable(found):
-        raise ValueError(f"no function {name!r} in {source}")
-    return found
+    return module
 
 
 def _when(value: object) -> object:

@@ -285,7 +285,7 @@ class Machine:
     @property
     def left_behind(self) -> bool:
         """Whether a device's thread did not end; see Server.stop."""
-        return any(device.abandoned for device in self.devices.values())
+        return any(device.backend.abandoned for device in self.devices.values())
 
 
 def parse(text: str, file: Path) -> Machine:

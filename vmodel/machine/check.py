@@ -239,7 +239,7 @@ class Check:
 
     def _device(self, n: int, bdf: Bdf, name: str) -> Function:
         model = self.models[n]
-        capabilities = model.declared_capabilities().values()
+        capabilities = model.declaration.capabilities.values()
         above = self.topology.bus(bdf.segment, bdf.bus).bridge
         kind = PortType.INTEGRATED if above is None else PortType.ENDPOINT
         if above is not None and above.kind in (PortType.PCI_BRIDGE, PortType.PCIE_TO_PCI):

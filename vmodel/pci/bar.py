@@ -12,40 +12,42 @@ _B = TypeVar("_B", bound=RegisterBank)
 
 
 @dataclass(frozen=True)
-class BankAt:
-    """A register bank inside a BAR."""
+class BankSlot:
+    """A register bank at offset `at` of a BAR.  On a device's instance the bank itself takes its place."""
 
+    bar: Bar
     bank: type[RegisterBank]
     at: int
 
+    @property
+    def span(self) -> Span:
+        """Its bytes, from the BAR's start."""
+        return Span.sized(self.at, self.bank.size)
+
 
 @dataclass(frozen=True)
-class Ram:
-    """Plain memory inside a BAR; `mappable` by the client, whose accesses then never reach the device."""
+class RamSlot:
+    """Plain memory at offset `at` of a BAR; on a device's instance a writable memoryview takes its place.
 
+    `mappable`: the client may map it, and its accesses then never reach the device.
+    """
+
+    bar: Bar
     at: int
     size: int
     mappable: bool
 
-
-class BankSlot:
-    """Where a device finds its bank: declared on the class, replaced on the instance by the bank itself."""
-
-    def __init__(self, bar: Bar, bank: type[RegisterBank]) -> None:
-        self.bar = bar
-        self.bank = bank
-
-
-class RamSlot:
-    """Likewise for RAM: replaced on the instance by a writable memoryview."""
-
-    def __init__(self, bar: Bar, ram: Ram) -> None:
-        self.bar = bar
-        self.ram = ram
+    @property
+    def span(self) -> Span:
+        """Its bytes, from the BAR's start."""
+        return Span.sized(self.at, self.size)
 
 
 class Bar:
-    """One BAR.  `fill` is what bytes read as that nothing is behind."""
+    """One BAR, as a value: what is declared in it is kept by the class that declares it (`device.declare`).
+
+    `fill` is what bytes read as that nothing is behind.
+    """
 
     io: ClassVar[bool]
     least: ClassVar[int]
@@ -56,42 +58,35 @@ class Bar:
         self.fill = fill
         self.is_64bit = False
         self.prefetchable = False
-        self.banks: list[BankAt] = []
-        self.rams: list[Ram] = []
-        self._taken: list[Span] = []
         if not 0 <= index <= 5:
             raise RegisterError(f"BAR index {index} is not 0..5")
         if size < self.least or size & (size - 1):
             # QEMU aborts on any other size.
             raise RegisterError(f"BAR{index}: size {size:#x} is no power of two of at least {self.least}")
 
-    def reserve(self, what: str, at: int, size: int) -> None:
-        """Takes [at, at+size); RegisterError when it is outside the BAR or taken already."""
+    def holds(self, what: str, at: int, size: int) -> None:
+        """RegisterError when [at, at+size) is not inside the BAR."""
         if at < 0 or size <= 0 or at + size > self.size:
             raise RegisterError(f"BAR{self.index}: {what} at {at:#x}+{size:#x} is outside its {self.size:#x} bytes")
-        span = Span.sized(at, size)
-        if any(span.overlaps(other) for other in self._taken):
-            raise RegisterError(f"BAR{self.index}: {what} at {at:#x}+{size:#x} overlaps what is there")
-        self._taken.append(span)
 
     def bank(self, bank: type[_B], *, at: int = 0) -> _B:
-        """Puts a register bank at offset `at`.  On a device's instance the result is its registers."""
-        self.reserve(bank.__name__, at, bank.size)
-        self.banks.append(BankAt(bank, at))
-        return BankSlot(self, bank)  # type: ignore[return-value]
+        """A register bank at offset `at`, to be assigned to a name of the class.
+
+        On a device's instance that name is its registers.
+        """
+        self.holds(bank.__name__, at, bank.size)
+        return BankSlot(self, bank, at)  # type: ignore[return-value]
 
     def ram(self, *, at: int = 0, size: int, mappable: bool = False) -> memoryview:
-        """Puts RAM at offset `at`.  On a device's instance the result is a writable memoryview of it.
+        """RAM at offset `at`, to be assigned to a name of the class.
 
-        `mappable`: the client may map it (sparse mmap).  Note that QEMU posts no writes to any BAR of a device
-        that has such an area.
+        On a device's instance that name is a writable memoryview of it.  `mappable`: the client may map it (sparse
+        mmap).  Note that QEMU posts no writes to any BAR of a device that has such an area.
         """
         if mappable and (self.io or (at | size) % PAGE):
             raise RegisterError(f"BAR{self.index}: a mappable area needs a memory BAR and whole pages")
-        self.reserve("RAM", at, size)
-        ram = Ram(at, size, mappable)
-        self.rams.append(ram)
-        return RamSlot(self, ram)  # type: ignore[return-value]
+        self.holds("RAM", at, size)
+        return RamSlot(self, at, size, mappable)  # type: ignore[return-value]
 
     @property
     def registers(self) -> int:

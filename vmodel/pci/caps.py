@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol, Self
 from vmodel.pci.bar import Bar, MmioBar
 from vmodel.pci.irq import Irqs, IrqType, Vector
 from vmodel.regs import RO, RW, W1C, Bit, Bits, Layout, Reg8, Reg16, Reg32, Register, RegisterBank, RegisterError
+from vmodel.span import Span
 from vmodel.vfio_user.wire import Irq
 
 
@@ -43,6 +44,12 @@ class Owner(Protocol):
 
     def config_written(self) -> None:
         """A register that something depends on was written, and all that does has been told."""
+
+    def region_read(self, region: int, offset: int, count: int) -> int | bytes:
+        """A read as the guest makes it; an int, or bytes when count > 8."""
+
+    def region_write(self, region: int, offset: int, count: int, value: int | bytes) -> None:
+        """A write as the guest makes it."""
 
 
 class Capability:
@@ -87,6 +94,9 @@ class Capability:
 
     def reading(self) -> None:
         """A register hooked for reads is about to be read."""
+
+    def restored(self) -> None:
+        """The registers hold a saved state now."""
 
 
 # ---- Power Management (PCI Bus Power Management 1.2, 3.2) -----------------------------------------
@@ -135,6 +145,9 @@ class Pm(Capability):
             self.owner.reset(ResetKind.POWER)
         self.owner.update_enables()
 
+    def restored(self) -> None:
+        self.state = Pmcsr(self.regs.PMCSR).POWER_STATE
+
 
 # ---- interrupts in general -----------------------------------------------------------------------
 
@@ -171,6 +184,14 @@ class _MessageInterrupts(Capability):
         While it is masked, not allocated (MSI's Multiple Message Enable) or without an eventfd, with bus mastering off
         and in D3hot it stays pending.
         """
+        tap = self.owner.irqs.tap
+        if tap is None:
+            self.fire_untapped(n)
+        else:
+            tap(self.fire_untapped, n)
+
+    def fire_untapped(self, n: int) -> None:
+        """The same, past whatever an experiment does to interrupts."""
         kind = self._type
         vector = kind.vectors[n]
         if not (vector.pending or vector.masked or self._masked(n)) and self.owner.irqs.signal(kind, vector):
@@ -203,6 +224,10 @@ class _MessageInterrupts(Capability):
         super().reset(kind)
         for vector in self._type.vectors:
             vector.pending = False
+
+    def restored(self) -> None:
+        for n, vector in enumerate(self._type.vectors):
+            self._show_pending(n, vector.pending)
 
 
 # ---- MSI (PCI 3.0, 6.8.1) ------------------------------------------------------------------------
@@ -364,14 +389,21 @@ class Msix(_MessageInterrupts):
             raise RegisterError("the MSI-X table cannot be in an I/O BAR")
         if self.table_offset % 8 or self.pba_offset % 8:
             raise RegisterError("MSI-X table and PBA are 8-byte aligned")
-        bar.reserve("the MSI-X table", self.table_offset, table)
-        bar.reserve("the MSI-X PBA", self.pba_offset, pba)
+        bar.holds("the MSI-X table", self.table_offset, table)
+        bar.holds("the MSI-X PBA", self.pba_offset, pba)
+        if Span.sized(self.table_offset, table).overlaps(Span.sized(self.pba_offset, pba)):
+            raise RegisterError("the MSI-X PBA overlaps the table")
         self.bar = bar
         self.table_size, self.pba_size = table, pba
-        #: The table and the pending bits; set by the device.
-        self.table = memoryview(b"")
+        #: The pending bits; set by the device.
         self.pba = memoryview(b"")
-        self.table_used = False
+
+    def bound(self) -> None:
+        super().bound()
+        #: The table, and a byte that says whether the client has written it, as others than QEMU do: then its mask
+        #: bits count.
+        self.store = memoryview(bytearray(self.table_size + 1))
+        self.table, self._used = self.store[:-1], self.store[-1:]
 
     def fill(self) -> None:
         self.regs.CONTROL = self.vectors - 1
@@ -380,7 +412,7 @@ class Msix(_MessageInterrupts):
         for n in range(self.vectors):
             self.table[16 * n : 16 * n + 16] = bytes(12) + b"\x01\0\0\0"  # masked
         self.pba[:] = bytes(self.pba_size)
-        self.table_used = False
+        self._used[0] = 0
 
     @property
     def enabled(self) -> bool:
@@ -389,7 +421,7 @@ class Msix(_MessageInterrupts):
     def _masked(self, n: int) -> bool:
         if self.regs.CONTROL & _MSIX_FUNCTION_MASK:
             return True
-        return self.table_used and bool(self.table[16 * n + 12] & 1)
+        return bool(self._used[0]) and bool(self.table[16 * n + 12] & 1)
 
     def _show_pending(self, n: int, pending: bool) -> None:
         self.pba[n // 8] = self.pba[n // 8] & ~(1 << n % 8) | pending << n % 8
@@ -400,7 +432,7 @@ class Msix(_MessageInterrupts):
 
     def table_write(self, offset: int, data: bytes) -> None:
         """A write to it: the reserved bits of Vector Control stay 0."""
-        self.table_used = True
+        self._used[0] = 1
         for at, byte in enumerate(data, offset):
             self.table[at] = byte & 1 if at % 16 == 12 else 0 if at % 16 > 12 else byte
         for n in range(offset // 16, (offset + len(data) - 1) // 16 + 1):

@@ -14,7 +14,7 @@ from vmodel._shim import EXIT_ON_WRITE, Function, Policy
 from vmodel.pci.bar import Bar
 from vmodel.pci.caps import Capability, Owner, ResetKind
 from vmodel.pci.extcaps import ExtendedCapability
-from vmodel.regs import RO, RW, W1C, Bit, Layout, Reg8, Reg16, Reg32, RegisterBank, RegisterError
+from vmodel.regs import RO, RW, W1C, Bit, Layout, Reg8, Reg16, Reg32, Register, RegisterBank, RegisterError
 from vmodel.span import Span
 from vmodel.vfio_user.wire import Region
 
@@ -95,9 +95,13 @@ class ConfigSpace:
         bars: Sequence[Bar],
         rom_size: int,
         capabilities: Sequence[Capability],
+        hooked: Callable[[type[RegisterBank], str], set[Register]] = lambda bank, kind: set(),
     ) -> None:
-        """Lays all out; `capabilities` are bound here, in order, see `self.capabilities`.  RegisterError when
-        they do not fit."""
+        """Lays all out; `capabilities` are bound here, in order, see `self.capabilities`.
+
+        `hooked(bank, "read" or "write")`: the registers of a bank that the model has hooks on.  RegisterError when
+        the capabilities do not fit.
+        """
         self._owner = owner
         self._function = function
         self._identity = identity
@@ -114,7 +118,8 @@ class ConfigSpace:
         self.view = function.add_bank(Region.CONFIG, 0, self.size)
         self.header = HeaderRegs(self.view[:0x40])
         self._policy = Policy(self.size)
-        self._lay(HeaderRegs.policy(set(), {HeaderRegs.COMMAND}), 0)
+        self._hooked = hooked
+        self._lay(HeaderRegs.policy(hooked(HeaderRegs, "read"), {HeaderRegs.COMMAND} | hooked(HeaderRegs, "write")), 0)
         self._bar_bits: dict[int, int] = {}
         for bar in bars:
             self._lay_bar(bar)
@@ -135,6 +140,10 @@ class ConfigSpace:
         self.places: list[tuple[str, int, type[RegisterBank]]] = [("", 0, HeaderRegs)]
         bound = self._lay_list(owner, plain) | self._lay_extended(owner, extended)
         self.capabilities = [bound[id(c)] for c in capabilities]
+        #: The banks themselves, each with its offset.
+        self.banks: list[tuple[int, RegisterBank]] = [(0, self.header)]
+        at = {name: offset for name, offset, _ in self.places}
+        self.banks += [(at[capability.name], capability.regs) for capability in self.capabilities]
         function.set_policy(Region.CONFIG, 0, self._policy)
 
     # ---- layout -----------------------------------------------------------------------------
@@ -157,7 +166,9 @@ class ConfigSpace:
             raise RegisterError(f"capability {capability.name} at {at:#x}+{size:#x} does not fit into config space")
         bound = capability.bind(owner, self.view[at : at + size])
         self.places.append((capability.name, at, capability.bank))
-        self._lay(bound.bank.policy(set(bound.read_hooked), set(bound.hooked)), at)
+        reads = {*bound.read_hooked, *self._hooked(capability.bank, "read")}
+        writes = {*bound.hooked, *self._hooked(capability.bank, "write")}
+        self._lay(bound.bank.policy(reads, writes), at)
         for register in bound.read_hooked:
             self._read_hooks.append((Span.sized(at + register.offset, register.size), bound.reading))
         for register in bound.hooked:
@@ -222,17 +233,17 @@ class ConfigSpace:
         high = int.from_bytes(self.view[0x14 + 4 * index : 0x18 + 4 * index], "little") if low & 4 else 0
         return high << 32 | low & ~15
 
-    def read(self, offset: int, count: int) -> bytes:
-        """A read that the shim left to us, because it touches a register hooked for that."""
-        span = Span.sized(offset, count)
+    def reading(self, span: Span) -> None:
+        """The guest is about to read these bytes, at least one of which is made up when it is read."""
         for tell in dict.fromkeys(tell for where, tell in self._read_hooks if where.overlaps(span)):
             tell()
-        return self._function.plain_read(Region.CONFIG, offset, count)
 
     def write(self, offset: int, data: bytes) -> None:
-        """A write that the shim left to us, because it touches a hooked register."""
-        self._function.plain_write(Region.CONFIG, offset, data)
-        span = Span.sized(offset, len(data))
+        """A write by the guest."""
+        self._owner.region_write(Region.CONFIG, offset, len(data), data)
+
+    def written(self, span: Span) -> None:
+        """The guest has written these bytes, at least one of which something depends on."""
         # Once each, however many of its registers the write covers.
         for tell in dict.fromkeys(tell for where, tell in self._hooks if where.overlaps(span)):
             tell()

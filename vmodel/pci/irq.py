@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -20,6 +20,7 @@ from typing import Self
 from vmodel.errors import PeerError
 from vmodel.logs import limited
 from vmodel.regs import RegisterError
+from vmodel.threads import Owner, owned
 from vmodel.vfio_user.commands import IrqAction, IrqInfo, SetIrqs
 from vmodel.vfio_user.wire import Irq, IrqFlags
 
@@ -68,14 +69,17 @@ def _is_eventfd(fd: int) -> bool:
 class Irqs:
     """All interrupts of one function.  Types that it does not have count 0 vectors."""
 
-    def __init__(self, notify: Callable[[int], None]) -> None:
+    def __init__(self, notify: Callable[[int], None], owner: Owner | None = None) -> None:
         """`notify` signals an eventfd of the client's, and never waits."""
         self._notify = notify
+        self.owner = owner or Owner("a device")
         #: Most eventfds that a client may have here at a time.
         self.max_eventfds = 1 << 20
         self._eventfds = 0
         #: Interrupts delivered to the client so far.
         self.raised = 0
+        #: Takes what is raised, as `tap(carry_out, vector)`, while an experiment listens; None: nobody does.
+        self.tap: Callable[[Callable[[int], None], int], None] | None = None
         maskable = IrqFlags.EVENTFD | IrqFlags.MASKABLE
         self.types = {
             Irq.INTX: IrqType([], maskable | IrqFlags.AUTOMASKED),
@@ -90,6 +94,7 @@ class Irqs:
         kind = self.types[Irq(index)]
         return IrqInfo(len(kind.vectors), kind.flags)
 
+    @owned
     def set(self, request: SetIrqs) -> None:
         """SET_IRQS; takes the eventfds over.  PeerError(EINVAL): one of them is no eventfd."""
         kind = self.types[Irq(request.index)]
@@ -155,9 +160,14 @@ class Irqs:
         if fd >= 0:
             self._notify(fd)
 
+    @owned
     def signal(self, kind: IrqType, vector: Vector) -> bool:
         """Signals a vector's eventfd; False without one, or while `kind` is not allowed."""
-        return kind.allowed and self._send(vector)
+        if vector.trigger < 0 or not kind.allowed:
+            return False
+        self._notify(vector.trigger)
+        self.raised += 1
+        return True
 
     def _send(self, vector: Vector) -> bool:
         if vector.trigger < 0:
@@ -174,6 +184,29 @@ class Irqs:
         for kind in opened:
             for n in range(len(kind.vectors)):
                 kind.changed(n)
+
+    def _all(self) -> Iterator[Vector]:
+        return (vector for kind in self.types.values() for vector in kind.vectors)
+
+    @property
+    def saved_size(self) -> int:
+        """Bytes of a saved state: one for each vector."""
+        return sum(1 for _ in self._all())
+
+    def save(self) -> bytes:
+        """Which vectors are pending, for migration: the rest is in registers, or the client's."""
+        return bytes(vector.pending for vector in self._all())
+
+    def parse(self, data: bytes) -> bytes:
+        """Checks what `save` gave.  PeerError(EINVAL)."""
+        if len(data) != self.saved_size or not set(data) <= {0, 1}:
+            raise PeerError(errno.EINVAL, f"pending interrupts: {self.saved_size} bytes of 0 and 1 were expected")
+        return data
+
+    def restore(self, pending: bytes) -> None:
+        """Takes over what `parse` has checked."""
+        for vector, on in zip(self._all(), pending, strict=True):
+            vector.pending = bool(on)
 
     def close(self) -> None:
         """The client is gone: closes all eventfds."""
@@ -220,6 +253,13 @@ class Intx:
 
     def raise_(self) -> None:
         """Asserts the pin."""
+        if self._irqs.tap is None:
+            self.raise_untapped()
+        else:
+            self._irqs.tap(lambda _: self.raise_untapped(), 0)
+
+    def raise_untapped(self) -> None:
+        """The same, past whatever an experiment does to interrupts."""
         self.level = True
         self._show(True)
         self.deliver()

@@ -123,7 +123,7 @@ class FakeDriver:
         if isinstance(where, tuple):
             return where[0], where[1], size or 4
         if isinstance(where, Register):
-            for region, at, bank in self.device.register_banks.values():
+            for region, at, bank in self.device.backend.banks.values():
                 if type(bank) is where.bank:
                     return region, at + where.offset, size or where.size
         else:
@@ -173,15 +173,15 @@ class FakeDriver:
         """Switches memory and I/O space, bus mastering and interrupts on."""
         self.config_write(4, 2, _IO | _MEMORY | _MASTER)
         for kind, irq, bit in ((Msix, Irq.MSIX, _ENABLE_MSIX), (Msi, Irq.MSI, _ENABLE_MSI)):
-            for name, capability in self.device.declared_capabilities().items():
+            for name, capability in self.device.declaration.capabilities.items():
                 if isinstance(capability, kind):
                     at = next(at for found, at, _ in self.device.config.places if found == name) + 2
-                    count = self.device.irq_info(irq).count
+                    count = self.device.backend.irq_info(irq).count
                     log2 = (count.bit_length() - 1) << 4 if irq == Irq.MSI else 0
                     self.config_write(at, 2, self.config_read(at, 2) & ~0x70 | log2 | bit)
                     self._listen(irq, count)
                     return
-        if self.device.irq_info(Irq.INTX).count:
+        if self.device.backend.irq_info(Irq.INTX).count:
             self._listen(Irq.INTX, 1)
 
     def _listen(self, irq: int, count: int) -> None:

@@ -117,7 +117,7 @@ class Backend(Saved, Protocol):
     """What a connection needs of a device."""
 
     @property
-    def regions(self) -> Sequence[RegionInfo]:
+    def region_infos(self) -> Sequence[RegionInfo]:
         """By VFIO region index."""
 
     @property
@@ -288,15 +288,15 @@ class Session:
         info = {
             "argsz": wire.DeviceInfo.sizeof(),
             "flags": DeviceFlags.RESET | DeviceFlags.PCI,
-            "num_regions": len(self.device.regions),
+            "num_regions": len(self.device.region_infos),
             "num_irqs": len(wire.Irq),
         }
         return Reply(wire.DeviceInfo.build(info))
 
     def _region(self, index: int) -> RegionInfo:
-        if index >= len(self.device.regions):
+        if index >= len(self.device.region_infos):
             raise _invalid(f"region {index}")
-        return self.device.regions[index]
+        return self.device.region_infos[index]
 
     def _get_region_info(self, payload: bytes, fds: FdList) -> Reply:
         head = wire.RegionInfoHead.sizeof()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from vmodel.device import Intx, MmioBar, Msix, PciDevice, ResetKind, on_read, on_write
 from vmodel.errors import GuestError
@@ -117,11 +117,11 @@ class CfgAccessCap(Capability):
     def written(self) -> None:
         if (window := self._window()) is not None:
             value = self.regs.DATA & (1 << 8 * window[1]) - 1
-            cast(PciDevice, self.owner).region_write(0, *window, value)
+            self.owner.region_write(0, *window, value)
 
     def reading(self) -> None:
         if (window := self._window()) is not None:
-            value = cast(PciDevice, self.owner).region_read(0, *window)
+            value = self.owner.region_read(0, *window)
             assert isinstance(value, int)
             self.regs.DATA = value
 
@@ -153,13 +153,13 @@ class VirtioDevice(PciDevice):
     cap_cfg = CfgAccessCap()
     msix: Msix
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.queues: list[Virtqueue] = []
+    def setup(self) -> None:
+        #: By number.
+        self.queues = [Virtqueue(self.dma, n, size, self.points) for n, size in enumerate(self.queue_sizes)]
         #: Feature bits that the driver has accepted.
         self.features = 0
         self._config_is_new = False
         self._log_limit = RateLimit(10, 5.0)
-        super().__init__(*args, **kwargs)
 
     # ---- for models ------------------------------------------------------------------------
 
@@ -225,8 +225,6 @@ class VirtioDevice(PciDevice):
     def _reset_transport(self) -> None:
         self.features = 0
         self._config_is_new = False
-        if not self.queues:
-            self.queues = [Virtqueue(self.dma, n, size, self.points) for n, size in enumerate(self.queue_sizes)]
         for queue in self.queues:
             queue.reset()
         self.common.load_reset()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import time
 import uuid
-from collections.abc import Iterable, Mapping
-from typing import Any, Self, cast
+from collections.abc import Iterable
+from typing import Self, cast
 
-import pydantic
-
+from vmodel._shim import Function
 from vmodel.device import Intx, MmioBar, Msi, Msix, PciDevice, Pcie, Pm, ResetKind, on_write, on_write_each
 from vmodel.devices.nvme.admin import AdminCommands
 from vmodel.devices.nvme.arbiter import Arbiter
@@ -81,24 +79,14 @@ class Nvme(PciDevice):
     params: NvmeParams
     #: What of the parameters the declaration is for.
     _declared_for = ("msix", 0)
-    #: What outlives resets is there.
-    _made = False
 
-    def __new__(
-        cls,
-        name: str = "",
-        params: pydantic.BaseModel | Mapping[str, Any] | None = None,
-        *,
-        multifunction: bool = False,
-    ) -> Self:
-        """Parameters choose what is declared: the kind of interrupts, and the doorbells' stride."""
-        chosen = params if isinstance(params, cls.Params) else cls.Params.model_validate(params or {})
+    @classmethod
+    def for_params(cls, params: NvmeParams) -> type[Self]:
+        """Parameters choose the kind of interrupts, and the doorbells' stride."""
         # mypy does not see that a class is hashable.
-        variant = _variant(cls, chosen.interrupts, chosen.doorbell_stride)  # type: ignore[arg-type]
-        return cast(Self, object.__new__(variant))
+        return cast(type[Self], _variant(cls, params.interrupts, params.doorbell_stride))  # type: ignore[arg-type]
 
-    def _make_parts(self) -> None:
-        """What outlives resets."""
+    def setup(self) -> None:
         self.serial = self.params.serial or self.name[:20]
         # Controllers that a machine file gives one serial number are still two.
         identity = f"{self.serial} {self.name}"
@@ -129,6 +117,11 @@ class Nvme(PciDevice):
         self._masked = self._pending = 0
         self._opened = False
 
+    @property
+    def function(self) -> Function:
+        """The shim's function, to whose thread the fast path's workers report."""
+        return self.backend.function
+
     # ---- resets ----------------------------------------------------------------------------
 
     def open(self) -> None:
@@ -151,9 +144,6 @@ class Nvme(PciDevice):
         raise PeerError(errno.EINVAL, f"{self.name}: an NVMe controller has no state that could be restored")
 
     def on_reset(self, kind: ResetKind) -> None:
-        if not self._made:
-            self._make_parts()
-            self._made = True
         if kind is ResetKind.DEVICE:
             self.health.power_cycles += 1
             self.health.unsafe_shutdowns += bool(self.submission) and not self._was_shut_down
@@ -214,12 +204,8 @@ class Nvme(PciDevice):
         self._load_capabilities()
         self.regs.CSTS = Csts.NSSRO.mask
 
-    def run_due(self, now_ns: int) -> int | None:
-        started = time.monotonic_ns()
+    def on_wake(self) -> None:
         self.fast.collect()
-        deadline = super().run_due(now_ns)
-        self.health.busy_ns += time.monotonic_ns() - started
-        return deadline
 
     # ---- registers -------------------------------------------------------------------------
 

@@ -35,7 +35,10 @@ HELD = 64 * MiB
 class FastHost(Protocol):
     """The controller as the fast path sees it."""
 
-    function: Function
+    @property
+    def function(self) -> Function:
+        """The shim's function, to which workers report."""
+
     arbiter: Arbiter
     dma: Dma
     health: Health

@@ -45,8 +45,6 @@ class Health:
         self.media_errors = 0
         self.power_cycles = 0
         self.unsafe_shutdowns = 0
-        #: Nanoseconds in which the device's thread worked on commands.
-        self.busy_ns = 0
         #: How many error log entries there have been, also before the last that are kept.
         self.error_count = 0
         self.errors: deque[ErrorEntry] = deque(maxlen=ERROR_ENTRIES)

@@ -186,7 +186,7 @@ class Logs:
             "data_units_written": -(-health.bytes_written // 512_000),
             "host_reads": health.reads,
             "host_writes": health.writes,
-            "busy_minutes": health.busy_ns // 60_000_000_000,
+            "busy_minutes": self._controller.backend.busy_ns // 60_000_000_000,
             "power_cycles": health.power_cycles,
             "power_on_hours": health.power_on_hours,
             "unsafe_shutdowns": health.unsafe_shutdowns,

@@ -149,8 +149,7 @@ class VtdDevice(IommuDevice):
 
     # ---- where the registers are ------------------------------------------------------------
 
-    def update_enables(self) -> None:
-        super().update_enables()
+    def on_enables(self) -> None:
         address = self.config.bar_address(0)
         wrong = bool(self.config.command.MEMORY) and address != self.base
         if wrong and not self._told:

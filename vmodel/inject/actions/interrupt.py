@@ -69,8 +69,10 @@ class Spurious(Action, name="spurious"):
                 at.result = "no such vector"
             elif self.ms:
                 device.after(self.ms / 1000, lambda device=device: fire(device, self.vector))  # type: ignore[misc]
-            else:
+            elif device is at.device:
                 fire(device, self.vector)
+            else:  # an IOMMU's thread is not the device's
+                device.defer(lambda device=device: fire(device, self.vector))  # type: ignore[misc]
         return data
 
 
@@ -79,7 +81,7 @@ def vectors(device: PciDevice) -> int:
     for capability in device.config.capabilities:
         if isinstance(capability, Msi | Msix) and capability.enabled:
             return capability.vectors
-    return 0 if device.intx is None else 1
+    return 0 if device.backend.pin is None else 1
 
 
 def fire(device: PciDevice, vector: int) -> None:
@@ -87,11 +89,11 @@ def fire(device: PciDevice, vector: int) -> None:
     for capability in device.config.capabilities:
         if isinstance(capability, Msi | Msix) and capability.enabled:
             if vector < capability.vectors:
-                type(capability).fire(capability, vector)
+                capability.fire_untapped(vector)
             return
-    pin = device.intx
+    pin = device.backend.pin
     if pin is not None:
         level = pin.level
-        type(pin).raise_(pin)
+        pin.raise_untapped()
         if not level:
             pin.lower()

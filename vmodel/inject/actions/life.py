@@ -25,11 +25,11 @@ class Disconnect(Action, name="disconnect"):
         device = at.device
 
         def go() -> None:
-            if device.hang_up is not None:
-                device.hang_up()
+            if device.backend.hang_up is not None:
+                device.backend.hang_up()
             # At once: what it has in hand must not get through before the connection's end is seen.
             device.memory.unmap_all()
-            device.irqs.close()
+            device.backend.irqs.close()
 
         if self.ms:
             at.later(go, ms=self.ms)
@@ -45,7 +45,7 @@ class Unplug(Action, name="unplug"):
 
     def run(self, at: Injection) -> bytes:
         data = at.proceed()
-        if not at.device.irqs.request_release():
+        if not at.device.backend.irqs.request_release():
             at.result = "nobody listens"
         return data
 
@@ -101,12 +101,12 @@ class NoBar(Action, name="no-bar"):
     points: ClassVar[frozenset[Point]] = frozenset((Point.CONNECTION,))
 
     def check(self, devices: Sequence[PciDevice]) -> None:
-        if not any(bar.index == self.bar for device in devices for bar in device.declared_bars()):
+        if not any(bar.index == self.bar for device in devices for bar in device.declaration.bars):
             raise ValueError(f"no such device has a BAR{self.bar}")
 
     def run(self, at: Injection) -> bytes:
-        device = at.device
-        at.before, at.after = device.regions[self.bar].size, 0
-        whole = device.regions
-        device.regions = [RegionInfo(0) if n == self.bar else region for n, region in enumerate(whole)]
+        backend = at.device.backend
+        whole = backend.region_infos
+        at.before, at.after = whole[self.bar].size, 0
+        backend.region_infos = [RegionInfo(0) if n == self.bar else region for n, region in enumerate(whole)]
         return at.proceed()

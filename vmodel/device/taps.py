@@ -6,20 +6,21 @@ looked up as ever, and is another one while somebody listens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from vmodel._shim import EXIT_ON_READ, EXIT_ON_WRITE
-from vmodel.device import PciDevice
+from vmodel._shim import key as access_key
+from vmodel.device.backend import VfioBackend
+from vmodel.device.regions import Regions
 from vmodel.dma import Buffer, Dma
 from vmodel.errors import DmaFault
-from vmodel.pci.caps import Msi, Msix
-from vmodel.pci.irq import Intx
 from vmodel.points import Event, Point, Points, Sink
 from vmodel.vfio_user.wire import Region
 
 _DMA = frozenset((Point.DMA_READ, Point.DMA_WRITE, Point.TRANSLATE))
+_ACCESSES = frozenset((Point.MMIO_READ, Point.MMIO_WRITE, Point.CONFIG_READ, Point.CONFIG_WRITE))
 
 
 class TappedDma(Dma):
@@ -135,98 +136,64 @@ def _address(event: Event) -> int:
     return event.address
 
 
-class _Regions:
-    """Accesses by the guest, when none of them is left to the shim."""
+class TappedRegions:
+    """Accesses by the guest, announced; none of them is left to the shim."""
 
-    def __init__(self, device: PciDevice) -> None:
-        self._device = device
-        self._model = type(device)
+    def __init__(self, regions: Regions, points: Points, wanted: Collection[Point]) -> None:
+        self._regions = regions
+        self._points = points
+        self._wanted = wanted
 
-    def register_read(self, key: int, region: int, offset: int, count: int) -> int | bytes:
-        return self.region_read(region, offset, count)
-
-    def region_read(self, region: int, offset: int, count: int) -> int | bytes:
+    def read(self, key: int, region: int, offset: int, count: int) -> int | bytes:
         point = Point.CONFIG_READ if region == Region.CONFIG else Point.MMIO_READ
-        event = Event(point, region=region, address=offset, size=count)
-        data = self._device.points(event, self._read)
+        if point not in self._wanted:
+            return self._regions.read(key, region, offset, count)
+        data = self._points(Event(point, region=region, address=offset, size=count), self._read)
         return int.from_bytes(data, "little") if count <= 8 else data
 
-    def region_write(self, region: int, offset: int, count: int, value: int | bytes) -> None:
+    def write(self, key: int, region: int, offset: int, count: int, value: int | bytes) -> None:
         point = Point.CONFIG_WRITE if region == Region.CONFIG else Point.MMIO_WRITE
+        if point not in self._wanted:
+            self._regions.write(key, region, offset, count, value)
+            return
         data = value.to_bytes(count, "little") if isinstance(value, int) else value
-        self._device.points(Event(point, region=region, address=offset, size=count, data=data), self._write)
+        self._points(Event(point, region=region, address=offset, size=count, data=data), self._write)
 
     def _read(self, event: Event) -> bytes:
         assert event.region is not None and event.size is not None
-        value = self._model.region_read(self._device, event.region, _address(event), event.size)
+        key = access_key(event.region, _address(event), event.size)
+        value = self._regions.read(key, event.region, _address(event), event.size)
         return value.to_bytes(event.size, "little") if isinstance(value, int) else value
 
     def _write(self, event: Event) -> bytes:
         assert event.region is not None and event.data is not None
         data = event.data
+        key = access_key(event.region, _address(event), len(data))
         value = int.from_bytes(data, "little") if len(data) <= 8 else data
-        self._model.region_write(self._device, event.region, _address(event), len(data), value)
+        self._regions.write(key, event.region, _address(event), len(data), value)
         return b""
 
 
-def tap(device: PciDevice, wanted: Collection[Point], sink: Sink | None) -> None:
-    """`sink` hears of the points `wanted` of a device from now on; any thread.  Without a sink: nobody."""
+def tap(backend: VfioBackend, wanted: Collection[Point], sink: Sink | None) -> None:
+    """`sink` gets the points `wanted` of a device from now on; any thread.  Without a sink: nobody does."""
     wanted = frozenset(wanted) if sink is not None else frozenset()
-    device.points.arm(wanted, sink)
-    device.dma.become(TappedDma if wanted & _DMA else Dma, device.points)
-    _tap_regions(device, wanted)
-    for capability in device.config.capabilities:
-        if isinstance(capability, Msi | Msix):
-            _tap_message(device, capability, Point.IRQ in wanted)
-    if device.intx is not None:
-        _tap_pin(device, device.intx, Point.IRQ in wanted)
+    points = backend.points
+    points.arm(wanted, sink)
+    backend.dma.become(TappedDma if wanted & _DMA else Dma, points)
+    backend.irqs.tap = functools.partial(_interrupt, points) if Point.IRQ in wanted else None
+    _tap_regions(backend, wanted)
 
 
-def _replace(owner: Any, **paths: Any) -> None:
-    """Methods of one object, in place of its class's; None: the class's."""
-    # Not by vars(): an object whose dictionary has been looked at is slower ever after.
-    for name, path in paths.items():
-        if path is not None:
-            setattr(owner, name, path)
-        else:
-            with suppress(AttributeError):
-                delattr(owner, name)
+def _interrupt(points: Points, carry_out: Callable[[int], None], vector: int) -> None:
+    points.at(Point.IRQ, lambda event: carry_out(event.vector or 0), vector=vector)
 
 
-def _tap_regions(device: PciDevice, wanted: Collection[Point]) -> None:
-    regions = _Regions(device)
-    reads = Point.MMIO_READ in wanted or Point.CONFIG_READ in wanted
-    writes = Point.MMIO_WRITE in wanted or Point.CONFIG_WRITE in wanted
-    _replace(
-        device,
-        register_read=regions.register_read if reads else None,
-        region_read=regions.region_read if reads else None,
-        region_write=regions.region_write if writes else None,
-    )
-    for index in (
-        *(bar.index for bar in device.declared_bars()),
-        *((Region.ROM,) if device.rom else ()),
-        Region.CONFIG,
-    ):
+def _tap_regions(backend: VfioBackend, wanted: frozenset[Point]) -> None:
+    plain = backend.plain_regions
+    backend.regions = TappedRegions(plain, backend.points, wanted) if wanted & _ACCESSES else plain
+    declared = backend.declaration
+    for index in (*(bar.index for bar in declared.bars), *((Region.ROM,) if declared.rom else ()), Region.CONFIG):
         config = index == Region.CONFIG
         read, write = (Point.CONFIG_READ, Point.CONFIG_WRITE) if config else (Point.MMIO_READ, Point.MMIO_WRITE)
         exits = (EXIT_ON_READ if read in wanted else 0) | (EXIT_ON_WRITE if write in wanted else 0)
-        device.function.tap_region(index, exits)
-
-
-def _tap_message(device: PciDevice, capability: Msi | Msix, on: bool) -> None:
-    plain = type(capability).fire
-
-    def fire(n: int = 0) -> None:
-        device.points.at(Point.IRQ, lambda event: plain(capability, event.vector or 0), vector=n)
-
-    _replace(capability, fire=fire if on else None)
-
-
-def _tap_pin(device: PciDevice, pin: Intx, on: bool) -> None:
-    plain = type(pin).raise_
-
-    def raise_() -> None:
-        device.points.at(Point.IRQ, lambda _: plain(pin), vector=0)
-
-    _replace(pin, raise_=raise_ if on else None)
+        backend.function.tap_region(index, exits)

@@ -1,0 +1,390 @@
+"""`VfioBackend`: one function as the server, the client's session and its own capabilities see it.
+
+A model never needs it: `PciDevice` has what models use.  Tests and experiments find here what is behind that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+from vmodel._shim import Function
+from vmodel._shim import key as access_key
+from vmodel.device.declare import Declaration
+from vmodel.device.regions import Regions
+from vmodel.device.state import State
+from vmodel.dma import Dma
+from vmodel.errors import DmaFault, GuestError
+from vmodel.logs import limited
+from vmodel.memory import GuestMemory
+from vmodel.pci.bar import BankSlot
+from vmodel.pci.caps import Msi, Msix, Pm, ResetKind
+from vmodel.pci.config import ConfigSpace, Status
+from vmodel.pci.irq import Intx, Irqs
+from vmodel.points import Point, Points
+from vmodel.regs import Hook, RegisterBank
+from vmodel.span import Span
+from vmodel.threads import Owner, owned
+from vmodel.timers import Agenda
+from vmodel.vfio_user.commands import IoEventFd, IrqInfo, RegionInfo, SetIrqs
+from vmodel.vfio_user.wire import Irq, Region
+
+
+class Model(Protocol):
+    """What the backend asks of a model; `PciDevice` says what each is for."""
+
+    max_extra: ClassVar[int]
+
+    def on_reset(self, kind: ResetKind) -> None: ...
+    def on_enables(self) -> None: ...
+    def on_wake(self) -> None: ...
+    def save_extra(self) -> bytes: ...
+    def restore_extra(self, data: bytes) -> None: ...
+
+
+class Accesses(Protocol):
+    """Who answers accesses: `Regions`, or what an experiment puts in front of it."""
+
+    def read(self, key: int, region: int, offset: int, count: int) -> int | bytes: ...
+    def write(self, key: int, region: int, offset: int, count: int, value: int | bytes) -> None: ...
+
+
+class _TableArea:
+    """The MSI-X table in its BAR."""
+
+    def __init__(self, msix: Msix) -> None:
+        self.span = Span.sized(msix.table_offset, msix.table_size)
+        self._msix = msix
+
+    def read(self, offset: int, count: int) -> bytes:
+        return self._msix.table_read(offset - self.span.start, count)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._msix.table_write(offset - self.span.start, data)
+
+
+class VfioBackend:
+    """One function's regions, interrupts and life.  All of it belongs to the thread that serves the device, but for
+    what says otherwise."""
+
+    def __init__(self, declaration: Declaration, model: Model, name: str, *, multifunction: bool = False) -> None:
+        """RegisterError when what is declared does not fit."""
+        self.declaration = declaration
+        self.name = name
+        self._model = model
+        self.function = Function()
+        self.memory = GuestMemory()
+        self.dma = Dma(self.memory)
+        #: The thread that serves it.
+        self.owner = Owner(name)
+        self.irqs = Irqs(self.function.signal, self.owner)
+        #: What experiments may interfere with; see vmodel.points.
+        self.points = Points(name)
+        self.agenda = Agenda(self.function.wake, lambda error: self.failed("a callback", error))
+        #: Its thread was left behind, see Server.stop: nothing of it may be touched any more.
+        self.abandoned = False
+        #: Exceptions that came out of the model's hooks and callbacks.
+        self.errors = 0
+        self.log = limited(f"vmodel.device.{name}")
+        #: Time spent with timers and deferred work.
+        self.busy_ns = 0
+        #: Ends the client's connection, on the device's thread; None: there is none.
+        self.hang_up: Callable[[], None] | None = None
+        #: (region, offset, bank) of each bank in a BAR, by its attribute.
+        self.banks: dict[str, tuple[int, int, RegisterBank]] = {}
+        #: What takes the place of each declared part on an instance, by its attribute.
+        self.parts: dict[str, object] = {}
+        #: The interrupt pin; None without one.
+        self.pin: Intx | None = None
+        #: Who answers accesses; another while they are tapped.
+        self.plain_regions = Regions(self.function, self.failed, self.owner)
+        self.regions: Accesses = self.plain_regions
+        self._stopped = False
+        self._rams: list[memoryview] = []
+        self._events: list[IoEventFd] = []
+        self._event_registers: list[tuple[int, int, int]] = []
+        self.config = self._lay_out(multifunction)
+        #: DEVICE_GET_REGION_INFO, by VFIO region index.
+        self.region_infos = self._region_infos()
+        self._state: State | None = None
+
+    # ---- layout -----------------------------------------------------------------------------
+
+    def _lay_out(self, multifunction: bool) -> ConfigSpace:
+        declared, function = self.declaration, self.function
+        for bar in declared.bars:
+            function.define_region(bar.index, bar.size, fill=bar.fill)
+        if declared.rom:
+            function.define_region(Region.ROM, len(declared.rom), writable=False)
+            function.add_ram(Region.ROM, 0, len(declared.rom))[:] = declared.rom
+        config = ConfigSpace(
+            self,
+            function,
+            dataclasses.replace(declared.identity, multifunction=multifunction),
+            declared.bars,
+            len(declared.rom),
+            list(declared.capabilities.values()),
+            declared.hooked,
+        )
+        self.plain_regions.before_reads(Region.CONFIG, config.reading)
+        self.plain_regions.after_writes(Region.CONFIG, config.written)
+        for at, bank in config.banks:
+            self._add_hooks(Region.CONFIG, at, bank)
+        for name, bound in zip(declared.capabilities, config.capabilities, strict=True):
+            self.parts[name] = bound
+            if isinstance(bound, Msix):
+                self._lay_msix(bound)
+        for name, pin in declared.pins.items():
+            self.pin = self.parts[name] = pin.bind(self.irqs, self._show_intx)
+        for name, slot in declared.banks.items():
+            self._lay_bank(name, slot)
+        for name, ram in declared.rams.items():
+            view = function.add_ram(ram.bar.index, ram.at, ram.size, mappable=ram.mappable)
+            self.parts[name] = view
+            self._rams.append(view)
+        return config
+
+    def _lay_bank(self, name: str, slot: BankSlot) -> None:
+        region, declared = slot.bar.index, self.declaration
+        bank = slot.bank(self.function.add_bank(region, slot.at, slot.bank.size))
+        bank.view[:] = bytes([declared.bar(region).fill]) * len(bank.view)
+        bank.load_reset(everything=True)
+        policy = slot.bank.policy(declared.hooked(slot.bank, "read"), declared.hooked(slot.bank, "write"))
+        self.function.set_policy(region, slot.at, policy)
+        self._add_hooks(region, slot.at, bank)
+        self.banks[name] = (region, slot.at, bank)
+        self.parts[name] = bank
+
+    def _add_hooks(self, region: int, at: int, bank: RegisterBank) -> None:
+        mine = {h: self._method(h, name) for h, name in self.declaration.hooks.items() if h.register.bank is type(bank)}
+        readers = {hook.register: method for hook, method in mine.items() if hook.kind == "read"}
+        writers = {hook.register: method for hook, method in mine.items() if hook.kind == "write"}
+        self.plain_regions.add_hooks(region, at, bank, readers, writers)
+
+    def _method(self, hook: Hook, name: str) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(self._model, name)
+        return method if hook.index is None else functools.partial(method, hook.index)
+
+    def _lay_msix(self, msix: Msix) -> None:
+        self.function.add_hook(msix.bar.index, msix.table_offset, msix.table_size)
+        msix.pba = self.function.add_bank(msix.bar.index, msix.pba_offset, msix.pba_size)
+        self.plain_regions.add_area(msix.bar.index, _TableArea(msix))
+
+    # ---- accesses ---------------------------------------------------------------------------
+
+    def region_read(self, region: int, offset: int, count: int) -> int | bytes:
+        """A read as the guest makes it: an int, or bytes when count > 8.  A hook that fails reads as all ones."""
+        return self.regions.read(access_key(region, offset, count), region, offset, count)
+
+    def region_write(self, region: int, offset: int, count: int, value: int | bytes) -> None:
+        """A write as the guest makes it."""
+        if count <= 8 and not isinstance(value, int):
+            value = int.from_bytes(value, "little")
+        self.regions.write(access_key(region, offset, count), region, offset, count, value)
+
+    def _region_infos(self) -> Sequence[RegionInfo]:
+        infos = [RegionInfo(0)] * 9
+        for bar in self.declaration.bars:
+            areas = self.declaration.mappable(bar.index)
+            infos[bar.index] = RegionInfo(bar.size, mmap_fd=self.function.region_fd(bar.index), mmap_areas=areas)
+        if self.declaration.rom:
+            infos[Region.ROM] = RegionInfo(len(self.declaration.rom), writable=False)
+        infos[Region.CONFIG] = RegionInfo(self.config.size)
+        return infos
+
+    def failed(self, what: str, error: Exception) -> None:
+        """The model has raised `error`: in the log, and counted."""
+        self.errors += 1
+        if isinstance(error, GuestError | DmaFault):
+            self.log.info("%s: %s: %s", self.name, what, error)
+        else:
+            self.log.error("%s: %s: the model failed", self.name, what, exc_info=error)
+
+    # ---- enables, interrupts, reset ---------------------------------------------------------
+
+    def update_enables(self) -> None:
+        """Command, or the power state, has changed."""
+        command, on = self.config.command, self._in_d0()
+        self.dma.bus_master = bool(command.BUS_MASTER) and on and not self._stopped
+        for bar in self.declaration.bars:
+            self.function.enable_region(bar.index, on and bool(command.IO if bar.io else command.MEMORY))
+        self.update_interrupts()
+        self._model.on_enables()
+
+    def _in_d0(self) -> bool:
+        return all(c.state == 0 for c in self.config.capabilities if isinstance(c, Pm))
+
+    def update_interrupts(self) -> None:
+        """Which kinds may be signalled now (PCIe 5.0).
+
+        A message is a memory write, which needs bus mastering (7.5.1.1.3); outside of D0 nothing is sent (5.3.1.4); a
+        function with MSI or MSI-X enabled does not use INTx, nor one of them beside the other (6.1.4).
+        """
+        command, on = self.config.command, self._in_d0() and not self._stopped
+        master = on and bool(command.BUS_MASTER)
+        using = [c.irq for c in self.config.capabilities if isinstance(c, Msi | Msix) and c.enabled]
+        self.irqs.allow(
+            {
+                Irq.INTX: on and not command.INTX_DISABLE and not using,
+                Irq.MSI: master and using == [Irq.MSI],
+                Irq.MSIX: master and using == [Irq.MSIX],
+                Irq.ERR: not self._stopped,
+                Irq.REQ: not self._stopped,
+            }
+        )
+
+    def config_written(self) -> None:
+        """The driver has written something that matters."""
+        messages = [c.enabled for c in self.config.capabilities if isinstance(c, Msi | Msix)]
+        self.points.told(master=bool(self.config.command.BUS_MASTER), interrupts=any(messages) or not messages)
+
+    def _show_intx(self, level: bool) -> None:
+        header = self.config.header
+        header.STATUS = Status.INTERRUPT.put(header.STATUS, int(level))
+
+    @owned
+    def reset(self, kind: ResetKind) -> None:
+        """Brings all registers to their declared values; RAM areas keep their contents."""
+        self.points.at(Point.RESET, lambda _: self._reset(kind), kind=kind.value)
+
+    def _reset(self, kind: ResetKind) -> None:
+        self.points.reset()
+        self.agenda.cancel()
+        if self.pin is not None:
+            self.pin.lower()
+        for _, _, bank in self.banks.values():
+            bank.load_reset()
+        self.config.reset(kind)
+        self.update_enables()
+        try:
+            self._model.on_reset(kind)
+        except Exception as error:
+            self.failed("on_reset", error)
+
+    def reset_device(self) -> None:
+        """VFIO_USER_DEVICE_RESET."""
+        self.reset(ResetKind.DEVICE)
+
+    def irq_info(self, index: int) -> IrqInfo:
+        """DEVICE_GET_IRQ_INFO."""
+        return self.irqs.info(index)
+
+    def set_irqs(self, request: SetIrqs) -> None:
+        """DEVICE_SET_IRQS."""
+        self.irqs.set(request)
+
+    # ---- life -------------------------------------------------------------------------------
+
+    def defer(self, call: Callable[[], None], by: VfioBackend | None) -> None:
+        """Runs `call` on the device's thread once the access at hand is answered; any thread.
+
+        A reset of `by`, whose work it is, drops it; none does without.
+        """
+        self.agenda.defer(call, None if by is None else by.agenda)
+
+    def has_work(self) -> bool:
+        """Whether `run_due` is worth calling; after a wake-up it always is."""
+        return self.agenda.waiting
+
+    @owned
+    def run_due(self, now_ns: int) -> int | None:
+        """Runs what is due; the next deadline in monotonic ns, or None."""
+        if self._stopped:
+            return None
+        self._model.on_wake()
+        deadline = self.agenda.run(now_ns)
+        self.busy_ns += time.monotonic_ns() - now_ns
+        return deadline
+
+    def client_came(self, hang_up: Callable[[], None]) -> None:
+        """A client has connected; `hang_up` ends that."""
+        self.hang_up = hang_up
+        self.region_infos = self._region_infos()
+        self.points.at(Point.CONNECTION, lambda _: None)
+
+    def client_gone(self) -> None:
+        """Lets go of what the client gave; registers stay."""
+        self.hang_up = None
+        self.irqs.close()
+        self.points.at(Point.UNPLUG, lambda _: None)
+
+    @owned
+    def quiesce(self, stopped: bool) -> None:
+        """Stops timers, DMA and interrupts for migration, or resumes them."""
+        self._stopped = stopped
+        self.update_enables()
+
+    def io_event_fds(self, region: int) -> Sequence[IoEventFd]:
+        """The doorbells of a region: registers declared with `ioeventfd`."""
+        if not self._events:
+            for index, at, bank in self.banks.values():
+                for register in bank.registers:
+                    if register.ioeventfd:
+                        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                        self.function.watch(fd, len(self._events))
+                        self._events.append(IoEventFd(at + register.offset, register.size, fd))
+                        self._event_registers.append((index, at + register.offset, register.size))
+        return [event for event, where in zip(self._events, self._event_registers, strict=True) if where[0] == region]
+
+    def event(self, cookie: int) -> None:
+        """A doorbell's eventfd has fired: as a write of 0."""
+        self.region_write(*self._event_registers[cookie], 0)
+
+    # ---- state ------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """What migration saves."""
+        if self._state is None:
+            registers = [
+                (name, region, at, r.name, r.offset, r.width)
+                for name, (region, at, bank) in self.banks.items()
+                for r in bank.registers
+            ]
+            identity = self.declaration.identity
+            tables = [c.store for c in self.config.capabilities if isinstance(c, Msix)]
+            self._state = State(
+                self.name,
+                [identity.vendor_id, identity.device_id, registers],
+                [bank.view for _, _, bank in self.banks.values()] + self._rams + [self.config.view] + tables,
+                self._model.max_extra + self.irqs.saved_size,
+            )
+        return self._state
+
+    @property
+    def max_state(self) -> int:
+        """Most bytes that a state of this device can have."""
+        return self.state.max_size
+
+    def save(self) -> bytes:
+        """The device's state, with the model's `save_extra`."""
+        return self.state.save(self.irqs.save() + self._model.save_extra())
+
+    @owned
+    def restore(self, data: bytes) -> None:
+        """Takes a state of `save` over.  PeerError(EINVAL), and nothing has changed, when it is not one."""
+        body, extra = self.state.split(data)
+        pending = self.irqs.parse(extra[: self.irqs.saved_size])
+        self._model.restore_extra(extra[self.irqs.saved_size :])
+        self.state.load(body)
+        self.irqs.restore(pending)
+        for capability in self.config.capabilities:
+            capability.restored()
+        if self.pin is not None:
+            self.pin.level = bool(Status(self.config.header.STATUS).INTERRUPT)
+        self.update_enables()
+
+    def close(self) -> None:
+        """Gives back fds and memory; the device is of no use afterwards."""
+        self.agenda.cancel()
+        self.irqs.close()
+        self.dma.close()
+        self.memory.close()
+        for event in self._events:
+            self.function.unwatch(event.fd)
+            os.close(event.fd)
+        self._events.clear()

@@ -1,0 +1,190 @@
+"""`Declaration`: what a model's class says that the hardware is, checked when the class is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from vmodel.pci.bar import BankSlot, Bar, RamSlot
+from vmodel.pci.caps import Capability, Msix
+from vmodel.pci.config import HeaderRegs, Identity
+from vmodel.pci.irq import Intx
+from vmodel.regs import Hook, Register, RegisterBank, RegisterError, hooks_of
+from vmodel.span import Span
+
+#: What may be declared: everything else in a class's body is the model's own.
+PARTS = (Bar, BankSlot, RamSlot, Capability, Intx)
+_WIDTHS = {"vendor_id": 16, "device_id": 16, "class_code": 24, "revision": 8}
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """The parts of one model, by the name of the attribute that declares each."""
+
+    model: str
+    doc: str
+    identity: Identity
+    rom: bytes
+    #: By index, MSI-X's own included.
+    bars: tuple[Bar, ...]
+    banks: Mapping[str, BankSlot]
+    rams: Mapping[str, RamSlot]
+    #: In the order of config space.
+    capabilities: Mapping[str, Capability]
+    #: The interrupt pin, under whichever name; there is at most one.
+    pins: Mapping[str, Intx]
+    #: The name of the method of each hook.
+    hooks: Mapping[Hook, str]
+
+    @classmethod
+    def of(cls, model: type[Any]) -> Declaration:
+        """Collects what `model` and its bases declare; a subclass adds to it, or replaces by name.  RegisterError."""
+        parts, hooks = _collect(model)
+        name = model.__name__
+        for what, width in _WIDTHS.items():
+            value = getattr(model, what, None)
+            if not isinstance(value, int) or not 0 <= value < 1 << width:
+                raise RegisterError(f"{name}.{what} is not a {width}-bit number: {value!r}")
+
+        def of_kind(kind: type[Any]) -> dict[str, Any]:
+            return {key: part for key, part in parts.items() if isinstance(part, kind)}
+
+        bars = [*of_kind(Bar).values(), *(m.bar for m in of_kind(Msix).values() if m.owns_bar)]
+        pins = of_kind(Intx)
+        declared = cls(
+            name,
+            (model.__doc__ or "").strip().partition("\n")[0],
+            Identity(
+                model.vendor_id,
+                model.device_id,
+                model.class_code,
+                model.revision,
+                model.subsystem_vendor_id,
+                model.subsystem_id,
+                interrupt_pin=max((pin.pin for pin in pins.values()), default=0),
+            ),
+            model.rom,
+            tuple(sorted(bars, key=lambda bar: bar.index)),
+            of_kind(BankSlot),
+            of_kind(RamSlot),
+            of_kind(Capability),
+            pins,
+            hooks,
+        )
+        declared._check()
+        return declared
+
+    def _check(self) -> None:
+        if self.rom and (len(self.rom) < 2048 or len(self.rom) & (len(self.rom) - 1)):
+            raise RegisterError(f"{self.model}: an expansion ROM of {len(self.rom)} bytes is no power of two >= 2048")
+        if len(self.pins) > 1:
+            raise RegisterError(f"{self.model}: a function has one interrupt pin, not {len(self.pins)}")
+        in_bars = [slot.bank for slot in self.banks.values()]
+        if len(set(in_bars)) != len(in_bars):
+            raise RegisterError(f"{self.model}: one bank class in two places: hooks could not tell them apart")
+        banks = {*in_bars, *self.config_banks()}
+        for hook in self.hooks:
+            if hook.register.bank not in banks:
+                raise RegisterError(
+                    f"{self.model}: a hook on {hook.register}, whose bank is in no BAR and no capability"
+                )
+        taken = [n for bar in self.bars for n in range(bar.index, bar.index + bar.registers)]
+        for n in taken:
+            if taken.count(n) > 1:
+                raise RegisterError(f"{self.model}: BAR{n} is there twice (a 64-bit BAR takes two registers)")
+        for what, slot in self._slots():
+            self.bar(slot.bar.index).holds(f"{self.model}.{what}", slot.span.start, slot.span.size)
+        for bar in self.bars:
+            for (one, span), (other, at) in combinations(self._spans(bar.index), 2):
+                if span.overlaps(at):
+                    raise RegisterError(f"BAR{bar.index}: {other} at {at} overlaps {one} at {span}")
+
+    def _slots(self) -> list[tuple[str, BankSlot | RamSlot]]:
+        return [*self.banks.items(), *self.rams.items()]
+
+    def _spans(self, index: int) -> Iterator[tuple[str, Span]]:
+        """What is where in a BAR."""
+        for name, slot in self._slots():
+            if slot.bar.index == index:
+                yield f"{self.model}.{name}", slot.span
+        for name, part in self.capabilities.items():
+            if isinstance(part, Msix) and part.bar.index == index:
+                yield f"the table of {self.model}.{name}", Span.sized(part.table_offset, part.table_size)
+                yield f"the PBA of {self.model}.{name}", Span.sized(part.pba_offset, part.pba_size)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The attributes that hold parts."""
+        return frozenset((*self.banks, *self.rams, *self.capabilities, *self.pins))
+
+    def bar(self, index: int) -> Bar:
+        """The BAR of that index.  RegisterError when none is declared."""
+        for bar in self.bars:
+            if bar.index == index:
+                return bar
+        raise RegisterError(f"{self.model}: something is placed in BAR{index}, which {self.model} does not declare")
+
+    def mappable(self, index: int) -> tuple[Span, ...]:
+        """What of a BAR the client may map."""
+        return tuple(slot.span for slot in self.rams.values() if slot.bar.index == index and slot.mappable)
+
+    def config_banks(self) -> list[type[RegisterBank]]:
+        """The banks of config space: the header's, and one for each capability."""
+        return [HeaderRegs, *(part.bank for part in self.capabilities.values())]
+
+    def hooked(self, bank: type[RegisterBank], kind: str) -> set[Register]:
+        """The registers of a bank that have a hook of a kind, "read" or "write"."""
+        return {hook.register for hook in self.hooks if hook.register.bank is bank and hook.kind == kind}
+
+    def describe(self) -> dict[str, Any]:
+        """All of it as plain data, for `vmodel regs`."""
+        return {
+            "vendor_id": self.identity.vendor_id,
+            "device_id": self.identity.device_id,
+            "class_code": self.identity.class_code,
+            "doc": self.doc,
+            "capabilities": [type(part).__name__ for part in self.capabilities.values()],
+            "bars": [self._describe_bar(bar) for bar in self.bars],
+        }
+
+    def _describe_bar(self, bar: Bar) -> dict[str, Any]:
+        return {
+            "index": bar.index,
+            "size": bar.size,
+            "kind": "io" if bar.io else "memory64" if bar.is_64bit else "memory32",
+            "banks": [
+                {
+                    "name": slot.bank.__name__,
+                    "offset": slot.at,
+                    "size": slot.bank.size,
+                    "registers": list(slot.bank.describe()),
+                }
+                for slot in self.banks.values()
+                if slot.bar.index == bar.index
+            ],
+            "ram": [
+                {"offset": slot.at, "size": slot.size, "mappable": slot.mappable}
+                for slot in self.rams.values()
+                if slot.bar.index == bar.index
+            ],
+        }
+
+
+def _collect(model: type[Any]) -> tuple[dict[str, Any], dict[Hook, str]]:
+    """Parts and hooks of a class and its bases: what a name means last counts, in the place that it has first."""
+    parts: dict[str, Any] = {}
+    hooks: dict[Hook, str] = {}
+    for base in reversed(model.__mro__):
+        for name, value in vars(base).items():
+            parts.pop(name, None)
+            if isinstance(value, PARTS):
+                parts[name] = value
+            for hook in [hook for hook, method in hooks.items() if method == name]:
+                del hooks[hook]
+            for hook in hooks_of(value):
+                if hook in hooks:
+                    raise RegisterError(f"{model.__name__}: {hook.register} has two on_{hook.kind} hooks")
+                hooks[hook] = name
+    return parts, hooks

@@ -1,0 +1,214 @@
+"""`Regions`: who answers which byte of a device's regions.
+
+The shim answers what has no hook.  What it leaves to Python comes here, and only here is an access split: at the
+borders of what has a hook, in ascending order.  The rest of it is what the shim would have done by itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+from vmodel._shim import Function
+from vmodel._shim import key as access_key
+from vmodel.regs import Mode, Register, RegisterBank
+from vmodel.span import Span
+from vmodel.threads import Owner, owned
+
+Reader = Callable[[int], int]
+Writer = Callable[[int], int | None]
+
+
+class Area(Protocol):
+    """Bytes of a region that are answered in Python; offsets count from the region's start."""
+
+    span: Span
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes, all of them inside the span."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Takes `data`, all of it inside the span."""
+
+
+class HookedRegister:
+    """A register with a hook, at its place in a region."""
+
+    def __init__(
+        self,
+        function: Function,
+        region: int,
+        at: int,
+        bank: RegisterBank,
+        register: Register,
+        reader: Reader | None,
+        writer: Writer | None,
+    ) -> None:
+        """`at`: where the bank begins in the region."""
+        self.span = Span.sized(at + register.offset, register.size)
+        self._function, self._region = function, region
+        self._bank, self._register = bank, register
+        self._reader, self._writer = reader, writer
+        self._full = (1 << register.width) - 1
+
+    @property
+    def _stored(self) -> int:
+        return self._register.__get__(self._bank, type(self._bank))
+
+    def read(self, offset: int, count: int) -> bytes:
+        assert self._reader is not None
+        # The hook sees what was stored before a read clears it.
+        value = self._reader(self._stored) & self._full
+        if self._register.mask(Mode.RC):
+            self._function.plain_read(self._region, offset, count)
+        first = offset - self.span.start
+        return value.to_bytes(self._register.size, "little")[first : first + count]
+
+    def write(self, offset: int, data: bytes) -> None:
+        shift = 8 * (offset - self.span.start)
+        self._write(int.from_bytes(data, "little") << shift, ((1 << 8 * len(data)) - 1) << shift)
+
+    def _write(self, value: int, enabled: int) -> None:
+        """Bytes that are not written keep their value, WO bits are never stored."""
+        assert self._writer is not None
+        new = self._register.written(self._stored, value, enabled)
+        result = self._writer(new)
+        if result is not None:
+            new = result & self._full
+        kept = self._register.mask(Mode.WO)
+        # The hook may have changed the register itself: what is not stored is read again.
+        self._register.__set__(self._bank, self._stored & kept | new & ~kept)
+
+    def whole_read(self) -> Callable[[], int]:
+        """Reads the whole register, as drivers nearly always do: with as little in between as can be."""
+        register, reader, full = self._register, self._reader, self._full
+        if register.mask(Mode.RC) or reader is None:
+            return lambda: int.from_bytes(self.read(self.span.start, register.size), "little")
+        cell, at = self._bank.cells[register.width], register.offset // register.size
+        return lambda: reader(cell[at]) & full
+
+    def whole_write(self) -> Callable[[int], None]:
+        """Likewise, writes it."""
+        register, writer, full = self._register, self._writer, self._full
+        if register.mask(Mode.RW) != full or writer is None:
+            return lambda value: self._write(value, full)
+        cell, at = self._bank.cells[register.width], register.offset // register.size
+
+        def write(value: int) -> None:
+            result = writer(value)
+            cell[at] = value if result is None else result & full
+
+        return write
+
+
+class Regions:
+    """All accesses to one function that exit to Python."""
+
+    def __init__(self, function: Function, failed: Callable[[str, Exception], None], owner: Owner) -> None:
+        """`failed` takes what the model's hooks raise: such a read gives all ones, as if nobody had answered."""
+        self.owner = owner
+        self._function = function
+        self._failed = failed
+        #: By region, ascending: what answers reads, and what takes writes.
+        self._readers: dict[int, list[Area]] = {}
+        self._writers: dict[int, list[Area]] = {}
+        #: What a read or write of one whole register does, by the shim's key of the access.
+        self._whole_reads: dict[int, Callable[[], int]] = {}
+        self._whole_writes: dict[int, Callable[[int], None]] = {}
+        #: What comes before reads of a region, and what follows after writes to it.
+        self._before: dict[int, Callable[[Span], None]] = {}
+        self._after: dict[int, Callable[[Span], None]] = {}
+
+    def add_area(self, region: int, area: Area) -> None:
+        """Bytes that are in Python alone."""
+        for areas in (self._readers, self._writers):
+            insort(areas.setdefault(region, []), area, key=_start)
+
+    def add_hooks(
+        self,
+        region: int,
+        at: int,
+        bank: RegisterBank,
+        readers: Mapping[Register, Reader],
+        writers: Mapping[Register, Writer],
+    ) -> None:
+        """The hooks of a bank that begins at `at`."""
+        for register in bank.registers:
+            reader, writer = readers.get(register), writers.get(register)
+            if reader is None and writer is None:
+                continue
+            hooked = HookedRegister(self._function, region, at, bank, register, reader, writer)
+            key = access_key(region, hooked.span.start, register.size)
+            if reader is not None:
+                insort(self._readers.setdefault(region, []), hooked, key=_start)
+                self._whole_reads[key] = hooked.whole_read()
+            if writer is not None:
+                insort(self._writers.setdefault(region, []), hooked, key=_start)
+                self._whole_writes[key] = hooked.whole_write()
+
+    def before_reads(self, region: int, call: Callable[[Span], None]) -> None:
+        """`call` runs before each read of a region that exits, with the bytes that it covers."""
+        self._before[region] = call
+
+    def after_writes(self, region: int, call: Callable[[Span], None]) -> None:
+        """`call` runs after each write to a region that exits, with the bytes that it covers."""
+        self._after[region] = call
+
+    @owned
+    def read(self, key: int, region: int, offset: int, count: int) -> int | bytes:
+        """A read whose vms_key is `key`: an int, or, when count > 8, bytes."""
+        try:
+            whole = self._whole_reads.get(key)
+            if whole is not None:
+                return whole()
+            if region in self._before:
+                self._before[region](Span.sized(offset, count))
+            data = b"".join(
+                self._function.plain_read(region, at, size) if area is None else area.read(at, size)
+                for at, size, area in _split(self._readers.get(region, ()), offset, count)
+            )
+        except Exception as error:
+            self._failed(f"a read of region {region} at {offset:#x}", error)
+            data = b"\xff" * count
+        return int.from_bytes(data, "little") if count <= 8 else data
+
+    @owned
+    def write(self, key: int, region: int, offset: int, count: int, value: int | bytes) -> None:
+        """A write whose vms_key is `key`; `value` is an int when count <= 8."""
+        try:
+            whole = self._whole_writes.get(key)
+            if whole is not None:
+                whole(value)  # type: ignore[arg-type]
+            else:
+                data = value.to_bytes(count, "little") if isinstance(value, int) else value
+                for at, size, area in _split(self._writers.get(region, ()), offset, count):
+                    piece = data[at - offset : at - offset + size]
+                    if area is None:
+                        self._function.plain_write(region, at, piece)
+                    else:
+                        area.write(at, piece)
+            if region in self._after:
+                self._after[region](Span.sized(offset, count))
+        except Exception as error:
+            self._failed(f"a write of region {region} at {offset:#x}", error)
+
+
+def _start(area: Area) -> int:
+    return area.span.start
+
+
+def _split(areas: list[Area] | tuple[()], offset: int, count: int) -> Iterator[tuple[int, int, Area | None]]:
+    """An access cut at the borders of areas: (offset, size, area or None), ascending."""
+    end = offset + count
+    for area in areas[bisect_left(areas, offset, key=lambda a: a.span.last) :]:
+        if area.span.start >= end:
+            break
+        if offset < area.span.start:
+            yield offset, area.span.start - offset, None
+            offset = area.span.start
+        stop = min(end, area.span.last + 1)
+        yield offset, stop - offset, area
+        offset = stop
+    if offset < end:
+        yield offset, end - offset, None
