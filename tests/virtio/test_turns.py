@@ -158,6 +158,7 @@ class Far:
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        self.backend = self
         self.ram = client.share(0, SIZE)
         client.region_write(Region.CONFIG, 4, b"\x06\x00")
 

@@ -133,7 +133,7 @@ def test_configuration_before_features(world: World) -> None:
     words = [driver.get(0x2000 + at, 4) for at in range(0, 0x28, 4)]
     assert words == [0xFFFFF000, 0xFFFFFFFF, 0, 0, 0xFFFFFFFF, 0xFFFF, 0, 0xFFFF, PROBE_SIZE, 1]
     for at in range(0, 0x28, 4):
-        world.iommu.function.plain_write(0, 0x2000 + at, b"\x5a" * 4)
+        world.iommu.backend.function.plain_write(0, 0x2000 + at, b"\x5a" * 4)
     assert [driver.get(0x2000 + at, 4) for at in range(0, 0x24, 4)] == words[:9]
 
 
