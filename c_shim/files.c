@@ -332,7 +332,9 @@ int file_get(vms_files *files, int fd, uint64_t offset, uint64_t size, uint32_t 
     int mode = fcntl(fd, F_GETFL);
     if (mode < 0)
         return -errno;
-    int rc = backing_of(fd, &in);
+    int rc = install_handler(); /* somebody may have taken the signal since, as Python's faulthandler does */
+    if (rc == 0)
+        rc = backing_of(fd, &in);
     if (rc < 0)
         return rc;
     if (size > in.size || offset > in.size - size)

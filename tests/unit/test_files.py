@@ -440,3 +440,20 @@ def test_files_of_memory_and_of_disks(clients: tuple[GuestMemory, GuestMemory], 
     device(clients[0]).write(PAGE, b"there")
     assert os.pread(fd, 5, PAGE) == b"there"
     os.close(fd)
+
+
+def test_a_handler_that_came_later_is_displaced() -> None:
+    """pytest, and users, switch Python's faulthandler on after vmodel was imported."""
+    done = run(
+        """
+faulthandler.enable()
+fd = memfd(2 * PAGE)
+memory.map(0, 2 * PAGE, fd=fd)
+os.ftruncate(fd, 0)
+try:
+    dma.read(0, 4)
+except DmaFault as fault:
+    print(fault.reason.name)
+"""
+    )
+    assert (done.returncode, done.stdout) == (0, "TRUNCATED\n"), done.stderr
