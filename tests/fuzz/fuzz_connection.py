@@ -1,7 +1,5 @@
 """Feeds the framing and the command parser whatever Atheris (libFuzzer) comes up with.
 
-    python tests/fuzz/fuzz_connection.py -max_total_time=60 [CORPUS]
-
 An input is a byte of choices, then messages: raw bytes, or a plausible header with a raw payload.  What must never
 happen is a crash, an exception, a reply that is malformed, or an fd that stays open.
 """
@@ -9,11 +7,8 @@ happen is a crash, an exception, a reply that is malformed, or an fd that stays 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
-import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -24,6 +19,8 @@ with atheris.instrument_imports(include=["vmodel"]):
     from vmodel.server import Connection
     from vmodel.vfio_user import wire
     from vmodel.vfio_user.commands import Limits
+
+from tests.fuzz.harness import fuzz
 
 COMMANDS = [int(command) for command in wire.Command]
 VERSION = wire.Header.build({"id": 1, "command": 1, "size": 20, "flags": 0, "error": 0}) + bytes(4)
@@ -92,7 +89,7 @@ def one_input(data: bytes) -> None:
         client.shutdown(socket.SHUT_WR)
         reader = threading.Thread(target=drain, args=(client,))
         reader.start()
-        connection = Connection(toy, server, Limits())
+        connection = Connection(toy.backend, server, Limits())
         connection.serve(threading.Event())
         connection.close()
         server.close()
@@ -101,25 +98,5 @@ def one_input(data: bytes) -> None:
     assert open_fds() == before, "an fd was left open"
 
 
-class Abort(logging.Handler):
-    """Turns what the server would only log as an error into a crash."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
-        os.abort()
-
-
-def main() -> None:
-    """Runs until libFuzzer's own limits."""
-    logging.getLogger("vmodel.server").addHandler(Abort(logging.ERROR))
-    threading.excepthook = lambda args: os.abort()
-    with tempfile.TemporaryDirectory() as name:
-        seeds = Path(name)
-        for command in COMMANDS:
-            (seeds / str(command)).write_bytes(bytes([1, 1, 32, command]) + bytes(60))
-        atheris.Setup([*sys.argv, name], one_input)
-        atheris.Fuzz()
-
-
 if __name__ == "__main__":
-    main()
+    fuzz(one_input)

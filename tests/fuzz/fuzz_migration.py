@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["vmodel"]):
 from tests.fuzz.harness import Input, fuzz
 
 STATES = list(DeviceState)
-devices = [Edu("edu"), Toy()]
+devices = [Edu("edu").backend, Toy().backend]
 first = [device.save() for device in devices]
 
 

@@ -78,7 +78,7 @@ def one_input(data: bytes) -> None:
         if what & 3 == 3:
             size = 1 << (what >> 2 & 3)
             place = REGISTERS[source.number(1) % len(REGISTERS)]
-            world.iommu.region_write(0, place, size, source.number(size))
+            world.iommu.backend.region_write(0, place, size, source.number(size))
         elif what & 3 == 2:  # anything anywhere near the rings
             queue = world.requests
             place = (queue.descriptors, queue.available, queue.used, queue.data)[what >> 2 & 3]
@@ -89,8 +89,7 @@ def one_input(data: bytes) -> None:
                 chain(world.requests, source, n)
             world.requests.notify()
             for _ in range(4):
-                world.iommu.run_due(1 << 62)
-    assert world.iommu.errors < 1 << 62
+                world.iommu.backend.run_due(1 << 62)
     world.requests.used_now()
     # Whatever it was, a reset mends it.
     world.start(offered)

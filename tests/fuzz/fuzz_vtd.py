@@ -40,7 +40,7 @@ def one_input(data: bytes) -> None:
     bench = benches[mode & 1]
     for place in PLACES:
         bench.ram[place : place + 4096] = bytes(4096)
-    bench.unit.reset_device()
+    bench.unit.backend.reset_device()
     bench.place(bench.unit.base)
     if mode & 2:
         bench.on(ROOT | (SCALABLE if mode & 1 else 0))

@@ -7,6 +7,9 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import atheris
 
@@ -52,17 +55,46 @@ class Abort(logging.Handler):
     """A failure of our own code that was only logged, so that the server goes on, ends the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[0]:
+        if record.levelno >= logging.ERROR or (record.exc_info and record.exc_info[0]):
             print(self.format(record), file=sys.stderr, flush=True)
             os.abort()
 
 
 def fuzz(one_input: Callable[[bytes], None]) -> None:
-    """Runs until libFuzzer's own limits; an exception is a failure."""
+    """Runs until libFuzzer's own limits; an exception is a failure.  `--reach FILE...`: see `reach`."""
     logger = logging.getLogger("vmodel")
     logger.addHandler(Abort(logging.WARNING))
     logger.setLevel(logging.WARNING)
     logger.propagate = False
     threading.excepthook = lambda args: os.abort()
+    if sys.argv[1:2] == ["--reach"]:
+        for path in sys.argv[2:]:
+            print(len(reach(one_input, Path(path).read_bytes())), path)
+        return
     atheris.Setup(sys.argv, one_input)
     atheris.Fuzz()
+
+
+#: Lines of vmodel's that inputs have reached so far.
+_reached: set[tuple[str, int]] = set()
+
+
+def reach(one_input: Callable[[bytes], None], data: bytes) -> set[tuple[str, int]]:
+    """The lines of vmodel's that this input reaches and none before it has."""
+    seen: set[tuple[str, int]] = set()
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        name = frame.f_code.co_filename
+        if "/vmodel/" not in name:
+            return None
+        seen.add((name, frame.f_lineno))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        one_input(data)
+    finally:
+        sys.settrace(None)
+    new = seen - _reached
+    _reached.update(new)
+    return new
