@@ -101,6 +101,8 @@ class Agenda:
         """
         self._thread = threading.get_ident()
         for _ in range(len(self._soon)):
+            if not self._soon:
+                break  # a call has waited for its client, and served it and the rest of these meanwhile
             call, owner, cancelled = self._soon.popleft()
             if owner is None or owner._cancelled == cancelled:
                 self._call(call)

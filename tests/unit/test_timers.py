@@ -120,3 +120,20 @@ def test_against_a_list(steps: list[int]) -> None:
         assert len(mine) <= 2 * len(model) + 65
     mine.run(FAR)
     assert ran == [n for _, n in sorted(model)]
+
+
+def test_a_call_that_runs_the_rest_itself() -> None:
+    """A hook that waits for its client serves it meanwhile, and with it whatever else has been deferred."""
+    failed: list[Exception] = []
+    agenda = Agenda(lambda: None, failed.append)
+    ran: list[str] = []
+
+    def waits() -> None:
+        ran.append("waits")
+        agenda.run(0)
+
+    agenda.defer(waits, None)
+    agenda.defer(lambda: ran.append("rest"), None)
+    agenda.defer(lambda: ran.append("of it"), None)
+    assert agenda.run(0) is None
+    assert (ran, failed) == (["waits", "rest", "of it"], [])
