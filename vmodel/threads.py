@@ -1,7 +1,7 @@
 """Which thread owns an object, checked while vmodel itself is developed (docs/threads.md says who owns what).
 
-With `VMODEL_CHECK_THREADS=1` in the environment a method marked `@owned` raises WrongThread when another thread calls it
-than the one that serves the device.  Without, the mark costs nothing.
+With `VMODEL_CHECK_THREADS=1` in the environment a method marked `@owned` raises WrongThread when another thread than
+the one that serves the device calls it.  Without, the mark costs nothing.
 """
 
 from __future__ import annotations
