@@ -86,7 +86,8 @@ class Edu(PciDevice):
         dma_mask: int = Field(default=(1 << 28) - 1, ge=0, lt=1 << 64, description="address lines for DMA")
 
     # The buffer that DMA moves data to and from.  The guest cannot see it through the BAR, so it is a plain
-    # bytearray and not a RAM area.  `on_reset` also runs once when the device is made.
+    # bytearray and not a RAM area.  `on_reset` also runs once when the device is made; what resets leave alone, a model
+    # makes in `setup`, which runs once before that: a model has no `__init__`.
     def on_reset(self, kind: ResetKind) -> None:
         self.buffer = bytearray(BUFFER_SIZE)
 
@@ -100,7 +101,8 @@ class Edu(PciDevice):
         return ~new & 0xFFFF_FFFF
 
     # A hook must not take long, as a guest CPU waits for it.  `defer` runs the work after the access has been
-    # answered: so the guest can really see COMPUTING set.
+    # answered: so the guest can really see COMPUTING set.  `self.after(0.010, call)` would run it 10 ms later, if no
+    # reset comes before.
     @on_write(EduRegs.FACTORIAL)
     def _factorial(self, new: int) -> int:
         if Status(self.regs.STATUS).COMPUTING:
