@@ -22,6 +22,8 @@ RAM = 8 * MiB
 READ_ONLY = 6 * MiB
 LAST_GPA = 12 * MiB - 1
 APERTURE = 64 * MiB
+#: Pages that a run may begin with, each a mapping of its own: the tree has several leaves then.
+FILLED = 130
 PAGE = 4 * KiB
 PASIDS = (_shim.NO_PASID, 0, 7, 0xFFFFF)
 SIZES = [
@@ -82,7 +84,7 @@ class ModelDomain:
 
     def map(self, iova: int, gpa: int, size: int, prot: int) -> int:
         """0 or an errno."""
-        if not size or prot not in (1, 2, 3) or (iova | gpa | size) % self.unit:
+        if not size or prot not in (1, 2, 3, _shim.PROT_NONE) or (iova | gpa | size) % self.unit:
             return errno.EINVAL
         if iova < self.first or iova + size - 1 > self.last or gpa + size - 1 > LAST_GPA:
             return errno.ERANGE
@@ -92,11 +94,12 @@ class ModelDomain:
         if any(at in self.units for at in wanted):
             return errno.EEXIST
         self.made += 1
+        allowed = NONE if prot == _shim.PROT_NONE else Access(prot)
         at = iova
         while at < iova + size:
             page = next(s for s in self.sizes if not (at | gpa + at - iova) % s and at + s <= iova + size)
             for here in range(at, at + page, self.unit):
-                self.units[here] = Unit(gpa + here - iova, Access(prot), self.made, at, page)
+                self.units[here] = Unit(gpa + here - iova, allowed, self.made, at, page)
             at += page
         return 0
 
@@ -213,8 +216,9 @@ class DomainMachine(RuleBasedStateMachine):
         shapes=st.tuples(st.sampled_from(SIZES), st.sampled_from(SIZES)),
         bases=st.tuples(*2 * (st.sampled_from([0, 1 << 30, 2**64 - APERTURE]),)),
         limits=st.tuples(*2 * (st.sampled_from([2**64 - 1, 100, 5]),)),
+        filled=st.sampled_from([0, FILLED]),
     )
-    def begin(self, shapes: tuple[int, int], bases: tuple[int, int], limits: tuple[int, int]) -> None:
+    def begin(self, shapes: tuple[int, int], bases: tuple[int, int], limits: tuple[int, int], filled: int) -> None:
         self.fd = os.memfd_create("guest-ram")
         os.ftruncate(self.fd, RAM)
         self.ram = bytearray(RAM)
@@ -230,6 +234,10 @@ class DomainMachine(RuleBasedStateMachine):
             requester.shim.attach(domain.shim)
             requester.attached[_shim.NO_PASID] = domain
         self.counter = 0
+        for domain in self.domains:
+            for i in range(filled):
+                at = (domain.first + i * domain.unit) % 2**64, i * domain.unit % (LAST_GPA + 1), domain.unit, RW
+                assert errno_of(domain.shim.map, *at) == domain.map(*at)
 
     def teardown(self) -> None:
         if not hasattr(self, "fd"):
@@ -243,11 +251,12 @@ class DomainMachine(RuleBasedStateMachine):
         expected = domain.mappings()
         assert list(domain.shim.list()) == expected
         assert domain.shim.count()[0] == len(expected)
+        domain.shim.check()
 
     # ---- mappings
 
-    @rule(n=which, offset=offsets, gpa=offsets, size=sizes, prot=accesses)
-    def map(self, n: int, offset: int, gpa: int, size: int, prot: Access) -> None:
+    @rule(n=which, offset=offsets, gpa=offsets, size=sizes, prot=st.one_of(accesses, st.just(_shim.PROT_NONE)))
+    def map(self, n: int, offset: int, gpa: int, size: int, prot: int) -> None:
         domain = self.domains[n]
         iova = max(domain.first + offset, 0) % 2**64
         gpa = max(gpa, 0)
@@ -307,6 +316,29 @@ class DomainMachine(RuleBasedStateMachine):
         size = max(last + 1 - iova + after * domain.unit, domain.unit)
         expected = domain.unmap(iova, size, defer)
         assert errno_of(domain.shim.unmap, iova, size, _shim.UNMAP_DEFER if defer else 0) == expected
+
+    @rule(
+        n=which,
+        first=st.integers(0, FILLED),
+        count=st.integers(2, 12),
+        front=st.integers(1, 12),
+        behind=st.integers(0, 3),
+    )
+    def join_and_cut(self, n: int, first: int, count: int, front: int, behind: int) -> None:
+        """Pages become one mapping, wherever leaves of the tree end; it loses some page by page."""
+        domain = self.domains[n]
+        iova, gpa = domain.first + first * domain.unit, first * domain.unit % (LAST_GPA + 1)
+
+        def unmap(at: int, size: int) -> None:
+            at %= 2**64
+            assert errno_of(domain.shim.unmap, at, size, 0) == domain.unmap(at, size, False)
+
+        for i in range(count):
+            unmap(iova + i * domain.unit, domain.unit)
+        whole = iova % 2**64, gpa, count * domain.unit, RW
+        assert errno_of(domain.shim.map, *whole) == domain.map(*whole)
+        for i in [*range(min(front, count)), *range(count - 1, count - 1 - behind, -1)]:
+            unmap(iova + i * domain.unit, domain.unit)
 
     @rule(n=which, offset=offsets, size=sizes, everything=st.booleans())
     def flush(self, n: int, offset: int, size: int, everything: bool) -> None:

@@ -39,7 +39,7 @@ def strides(n: int) -> list[int]:
 
 
 def into_gaps(n: int) -> list[int]:
-    """A few ascending, then descending into the gap before the next few: what splits nodes at one end only."""
+    """A few ascending, then descending into the gap before the next few."""
     return [i for first in range(0, n, 126) for part in (range(42), range(125, 41, -1)) for at in part
             if (i := first + at) < n]  # fmt: skip
 
@@ -249,9 +249,19 @@ def test_memory_follows_the_mappings(seed: int) -> None:
     check_memory(domain)
 
 
+def test_a_few_up_then_down_to_them() -> None:
+    """Where a split leaves all but one mapping in one node, each mapping of the descent has a leaf to itself."""
+    domain = paging()
+    for i in range(42):
+        add(domain, i)
+    for i in range(N, 41, -1):
+        add(domain, i)
+    assert domain.count()[0] == N + 1
+    check_memory(domain)
+
+
 def test_mappings_towards_a_gap() -> None:
-    """Ascending up to it and descending down to it, twice as many each time: where each split leaves a full node
-    and an empty one, inner nodes have one child each, and the tree a level more each time."""
+    """Ascending up to it and descending down to it, twice as many each time."""
     domain = paging()
     low, high = 0, 2**40
     for exponent in range(13):

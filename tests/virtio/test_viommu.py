@@ -524,6 +524,43 @@ def test_too_many_mappings() -> None:
     world.machine.close()
 
 
+def test_one_iommu_is_out_of_memory_and_the_other_is_not() -> None:
+    """5.13.6.5 has no status for it but NOMEM; what one guest's mappings take is not taken from another IOMMU."""
+    text = MACHINE.replace("input_bits = 48", 'input_bits = 48, max_memory = "64K"')
+    text += '[[iommu]]\nname = "viommu1"\nkind = "virtio-iommu"\naddress = "0000:00:06.0"\ncovers = ["0000:00:07.0"]\n'
+    text += '[[device]]\nname = "c"\nmodel = "edu"\naddress = "0000:00:07.0"\niommu = "viommu1"\n'
+    world = World(parse(text, Path("m.toml")))
+    other = world.machine.devices["viommu1"]
+    assert isinstance(other, VirtioIommuDevice)
+    requests, _ = (driver := Driver(other)).start([0, 1], None)
+
+    def ask_other(kind: int, *fields: int | bytes, form: str) -> Status:
+        return Status(requests.ask(struct.pack("<B3x" + form, kind, *fields))[0])
+
+    def map_pages(domain: int) -> int:
+        """How many until NOMEM."""
+        for n in range(10_000):
+            status = world.map(domain, n * PAGE, n * PAGE + PAGE - 1, 0)
+            if status is Status.NOMEM:
+                return n
+            assert status is Status.OK
+        pytest.fail("there is no end")
+
+    assert world.attach(1, A) is Status.OK
+    assert world.attach(2, B) is Status.OK
+    made = map_pages(1)
+    assert made
+    assert map_pages(2) == 0  # the limit is of the IOMMU, not of a domain
+    assert ask_other(1, 1, 0x38, 0, bytes(4), form="III4s") is Status.OK
+    for n in range(2 * made):
+        assert ask_other(3, 1, n * PAGE, n * PAGE + PAGE - 1, 0, READ | WRITE, form="IQQQI") is Status.OK
+    assert world.unmap(1, 0, (made // 2) * PAGE - 1) is Status.OK  # what is given back may be taken again
+    assert world.map(1, 0, PAGE - 1, 0) is Status.OK
+    driver.close()
+    world.driver.close()
+    world.machine.close()
+
+
 # ---- resets ---------------------------------------------------------------------------------------
 
 
