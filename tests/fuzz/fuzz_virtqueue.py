@@ -11,7 +11,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["vmodel.virtio", "vmodel.devices"]):
-    from tests.virtio.test_viommu import MACHINE, World
+    from tests.virtio.world import MACHINE, World
     from vmodel.machine import parse
 
 from tests.fuzz.harness import Input, fuzz

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.virtio.driver import INDIRECT, NEEDS_RESET, NEXT, SIZE, WRITE, Driver, Queue
-from tests.virtio.test_viommu import MACHINE, A
+from tests.virtio.world import MACHINE, A
 from vmodel.device import Msix, ResetKind
 from vmodel.machine import parse
 from vmodel.server import Server

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.virtio.driver import Queue
-from tests.virtio.test_viommu import MACHINE, READ, A, World
+from tests.virtio.world import READ, A, World
 from vmodel.device import ResetKind
 from vmodel.devices.virtio_iommu import MAX_EVENTS
 from vmodel.errors import DmaFault, Reason
-from vmodel.machine import parse
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World(parse(MACHINE, Path("m.toml")))
-    yield made
-    made.driver.close()
-    made.machine.close()
 
 
 def offer_events(queue: Queue, count: int) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.examples import examples
 from tests.virtio.driver import NEXT, WRITE
-from tests.virtio.test_viommu import MACHINE, A, B, World
+from tests.virtio.world import MACHINE, A, B, World
 from vmodel.iommu.domain import PagingDomain
 from vmodel.machine import parse
 from vmodel.span import PAGE
