@@ -4,11 +4,11 @@
 #include <errno.h>
 #include <string.h>
 
-#define LEAF_MAX 21
+#define LEAF_MAX 42
 #define LEAF_MIN (LEAF_MAX / 2)
-#define INNER_MAX 31
+#define INNER_MAX 63
 #define INNER_MIN (INNER_MAX / 2)
-#define HEIGHT_MAX 13 /* see mapping_tree.h: 2 * 15^12 * 10 mappings are 2^51.2, and one more level needs 2^55 */
+#define HEIGHT_MAX 10 /* see mapping_tree.h: 2 * 31^9 * 21 mappings are 2^50, and one more level needs 2^54.9 */
 
 /* What both kinds of nodes begin with. */
 typedef struct header {

@@ -16,9 +16,9 @@
  *   - The mapping that an address lies in is in the leaf to which the keys lead (1, 2): what lies before key[i] also
  *     ends before it.
  *   - Height: a tree with h levels of inner nodes has at least 2 * INNER_MIN^(h-1) * LEAF_MIN mappings (3).  There
- *     are at most 2^52, as all is 4 KiB aligned, so h <= 13.
- *   - Memory: at most NODE_SIZE / LEAF_MIN * (1 + 1/14) = 55 bytes a mapping in nodes (3), and with what the pool
- *     keeps ready (4) 62 bytes, and POOL_SLACK for all; whatever was done in whatever order. */
+ *     are at most 2^52, as all is 4 KiB aligned, so h <= 10.
+ *   - Memory: at most NODE_SIZE / LEAF_MIN * (1 + 1/30) = 51 bytes a mapping in nodes (3), and with what the pool
+ *     keeps ready (4) 57 bytes, and POOL_SLACK for all; whatever was done in whatever order. */
 #ifndef VMS_MAPPING_TREE_H
 #define VMS_MAPPING_TREE_H
 

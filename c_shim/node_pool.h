@@ -11,7 +11,7 @@
 
 #include "budget.h"
 
-#define NODE_SIZE 512
+#define NODE_SIZE 1024
 #define POOL_SLACK (64u << 10)
 
 typedef struct node_pool {

@@ -203,7 +203,7 @@ int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last, uint32_t
 int vms_domain_walk(vms_domain *domain, uint64_t iova, uint32_t access, vms_mapping *out, vms_fault *fault);
 /* Paging: copies up to `room` mappings in ascending order, beginning at the first whose last >= iova. */
 size_t vms_domain_list(vms_domain *domain, uint64_t iova, vms_mapping *out, size_t room);
-/* Paging: how many mappings there are, and the bytes of memory that they take: at most 62 for each and 64 KiB for all,
+/* Paging: how many mappings there are, and the bytes of memory that they take: at most 57 for each and 64 KiB for all,
  * whatever was mapped and unmapped in whatever order. */
 size_t vms_domain_count(vms_domain *domain, uint64_t *bytes);
 /* For tests: EIO when what it keeps its mappings in is not as it must be.  Looks at every mapping. */

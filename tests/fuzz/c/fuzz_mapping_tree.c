@@ -95,7 +95,7 @@ static void check(vms_domain *domain)
     size_t n = vms_domain_list(domain, 0, found, MOST + 1), i = 0;
 
     CHECK(vms_domain_check(domain) == 0 && n == count && vms_domain_count(domain, &bytes) == count);
-    CHECK(bytes <= 62 * count + 65536);
+    CHECK(bytes <= 57 * count + 65536);
     for (unsigned at = 0; at < SLOTS;) {
         unsigned end = at + 1;
         if (!page[at]) {
