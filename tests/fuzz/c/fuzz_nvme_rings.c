@@ -6,7 +6,7 @@
 
 #define PAGES 16u
 #define RAM (PAGES * 4096u)
-#define STORE (64u * 4096u)
+#define STORE (8u << 20)
 
 static guest g;
 static vms_store *memory_store, *file_store;
@@ -61,7 +61,7 @@ static void take_command(input *in, uint8_t *command)
         memcpy(command + 32, &length, 4);
         command[39] = kind & 2 ? 0x30 : 0;
         if (kind & 2) {
-            length = 16u * (1 + (second >> 12 & 7));
+            length = kind & 32 ? 16u * (take16(in) & 0x3FF) : 16u * (1 + (second >> 12 & 7));
             memcpy(command + 32, &length, 4);
         }
     } else {
@@ -70,6 +70,8 @@ static void take_command(input *in, uint8_t *command)
     }
     if (kind & 64)
         dword12 |= (uint32_t)take16(in) << 16;
+    if (blocks & 128)
+        dword12 = (dword12 & 0xFFFF0000) | take16(in);
     if (blocks & 64)
         slba = take64(in);
     memcpy(command + 4, &nsid, 4);
@@ -119,11 +121,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     memset(g.ram, 0, RAM);
     uint8_t choice = take8(&in), rings = take8(&in);
     CHECK(vms_nvme_create(g.requester, choice & 1 ? workers : NULL, &nvme) == 0);
-    CHECK(vms_nvme_set(nvme, choice & 2 ? 8192 : 4096, choice & 4 ? 4096 : 65536) == 0);
-    CHECK(vms_nvme_namespace(nvme, 1, memory_store, 9, 256, VMS_NVME_READ | VMS_NVME_WRITE) == 0);
-    CHECK(vms_nvme_namespace(nvme, 2, memory_store, 12, 64, VMS_NVME_READ) == 0);
-    CHECK(vms_nvme_namespace(nvme, 3, file_store, 9, 200, VMS_NVME_READ | VMS_NVME_WRITE) == 0);
-    CHECK(vms_nvme_namespace(nvme, 4, file_store, 12, 64, 3 | (choice & 8 ? VMS_NVME_SYNC : 0)) == 0);
+    CHECK(vms_nvme_set(nvme, choice & 2 ? 8192 : 4096, choice & 4 ? 4096 : choice & 128 ? STORE : 65536) == 0);
+    CHECK(vms_nvme_namespace(nvme, 1, memory_store, 9, STORE >> 9, VMS_NVME_READ | VMS_NVME_WRITE) == 0);
+    CHECK(vms_nvme_namespace(nvme, 2, memory_store, 12, STORE >> 12, VMS_NVME_READ) == 0);
+    CHECK(vms_nvme_namespace(nvme, 3, file_store, 9, (STORE >> 9) - 56, VMS_NVME_READ | VMS_NVME_WRITE) == 0);
+    CHECK(vms_nvme_namespace(nvme, 4, file_store, 12, STORE >> 12, 3 | (choice & 8 ? VMS_NVME_SYNC : 0)) == 0);
     if (choice & 16) { /* a hole in the middle */
         CHECK(vms_domain_create_paging(0x1000, 0, UINT64_MAX, UINT64_MAX, 64, NULL, &domain) == 0);
         CHECK(vms_domain_map(domain, 0, 0, 0x8000, 3) == 0 && vms_domain_map(domain, 0x9000, 0x8000, 0x4000, 1) == 0);
@@ -178,7 +180,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                 if (run.stop != VMS_NVME_OTHER)
                     break;
             }
-            CHECK(run.stop == VMS_NVME_EMPTY && vms_nvme_held(nvme) == 0);
+            CHECK(run.stop == VMS_NVME_EMPTY && vms_nvme_held(nvme) == 0 && cq->reserved == 0);
         }
         cq->head = cq->tail;
     }

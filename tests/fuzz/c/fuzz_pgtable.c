@@ -45,9 +45,27 @@ static uint64_t take_iova(input *in)
     return iova | (kind & 0x40 ? 0xFF8 : 0);
 }
 
+/* What the entries of a VT-d second-stage table on the way to an address allow together (9.8), when all is well. */
+static uint32_t vtd_prot(const vms_table *table, uint64_t iova)
+{
+    uint64_t at = table->root, entry;
+    uint32_t prot = 3;
+
+    for (unsigned level = table->levels; level; level--) {
+        at += (iova >> (12 + 9 * (level - 1)) & 511) * 8;
+        CHECK(at + 8 <= RAM);
+        memcpy(&entry, g.ram + at, sizeof entry);
+        prot &= entry & 3;
+        if (level > 1 && entry & 1 << 7)
+            break;
+        at = entry & 0xFFFFFFFFFF000;
+    }
+    return prot;
+}
+
 /* Whatever the address is, it ends, and its answer is about that address.  Walks for nothing change nothing; others set
  * flags, which may be bits of another entry where a nested table and its parent's share memory. */
-static void walk(vms_domain *domain, int nested, uint64_t iova, uint32_t access)
+static void walk(vms_domain *domain, const vms_table *table, int nested, uint64_t iova, uint32_t access)
 {
     vms_mapping quiet, again, used;
     vms_fault fault;
@@ -69,6 +87,8 @@ static void walk(vms_domain *domain, int nested, uint64_t iova, uint32_t access)
     int dma = vms_dma_translate(g.requester, VMS_NO_PASID, &iova, 1, access, &gpa, &fault);
     if (nested)
         return;
+    if (looked == 0 && table->format == VMS_TABLE_VTD_SECOND)
+        CHECK(quiet.prot == vtd_prot(table, iova));
     CHECK((looked == 0 && (quiet.prot & access) == access) == (rc == 0) && rc == dma);
     if (rc == 0)
         CHECK(quiet.gpa + (iova - quiet.start) == gpa && used.gpa + (iova - used.start) == gpa);
@@ -118,7 +138,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     for (int i = 0; i < 8 && in.left; i++) {
         uint64_t iova = take_iova(&in);
         uint8_t what = take8(&in);
-        walk(domain, parent != NULL, iova, what & 3);
+        walk(domain, &table, parent != NULL, iova, what & 3);
         if (what & 4)
             vms_dma_rw(g.requester, VMS_NO_PASID, iova, bytes, 1 + (what >> 4) * 4u, what & 8 ? VMS_DMA_WRITE : 0, &fault);
     }
