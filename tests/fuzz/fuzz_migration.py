@@ -41,7 +41,7 @@ def one_input(data: bytes) -> None:
                     if migration.state in SAVING and state not in SAVING:
                         saved = bytearray(before)
                 case 3:  # a piece of what was saved
-                    at, size = source.number(2) << 5, source.number(2)
+                    at, size = source.number(2) << 5 if what & 8 else 0, source.number(2)
                     migration.write(bytes(saved[at : at + size]))
                 case 4:  # all of it
                     migration.write(bytes(saved))

@@ -61,20 +61,31 @@ def pointer(source: Input) -> int:
             return DATA + (kind & 31) * 4096
 
 
+def data_pointer(source: Input, *, sgl: bool) -> bytes:
+    """PRPs, or an SGL descriptor: a block or a segment, of a likely size."""
+    first = pointer(source)
+    if not sgl:
+        return struct.pack("<QQ", first, pointer(source))
+    kind = source.number(1)
+    size = source.number(2) if kind & 8 else 512 << (kind & 7)
+    return struct.pack("<QIBBBB", first, size, 0, 0, 0, source.number(1) if kind & 16 else kind & 0x30)
+
+
 def command(source: Input, opcodes: list[int], cid: int) -> bytes:
     """A command, in which nothing or something is anything."""
-    what = source.number(1)
+    what, form = source.number(1), source.number(1)
     opcode = opcodes[source.number(1) % len(opcodes)] if what & 128 == 0 else source.number(1)
     raw = bytearray(
         Command.make(
             opcode,
             nsid=NAMESPACES[what & 7] if what & 7 < len(NAMESPACES) else source.number(4),
-            dptr=struct.pack("<QQ", pointer(source), pointer(source)),
+            dptr=data_pointer(source, sgl=bool(form & 1)),
             cdw10=source.number(2 if what & 8 else 1) | (source.number(1) << 16 if what & 16 else 0),
             cdw11=source.number(1),
             cdw12=source.number(1) if what & 32 else 0,
         ).build()
     )
+    raw[1] = 0x40 if form & 1 else 0  # PSDT
     raw[2:4] = struct.pack("<H", cid)
     if what & 64:
         raw[source.number(1) & 63] = source.number(1)
