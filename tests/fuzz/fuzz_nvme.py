@@ -45,6 +45,8 @@ NAMESPACES = [1, 2, 0, 3, 0xFFFF_FFFF, 0xFFFF_FFFE]
 AER = 0x0C
 #: Where commands' data is.
 DATA = 0x10_0000
+#: Where the queues are: nowhere that a command is likely to write to, as that would be its own fault.
+QUEUES = 0x2A5_1000
 
 
 def pointer(source: Input) -> int:
@@ -105,7 +107,7 @@ def one_input(data: bytes) -> None:
     """Commands for the admin queue and one I/O queue, in batches; between them pages of anything."""
     source = Input(data)
     driver.disable()
-    driver.memory._next = 4096
+    driver.memory._next = QUEUES
     driver.enable()
     io = driver.create(1, 8)
     asked: dict[int, set[int]] = {0: set(), 1: set()}
