@@ -61,7 +61,7 @@ static void check_domain(vms_domain *domain, uint64_t first, uint64_t last)
         CHECK(found[i].prot && found[i].prot <= 3);
         CHECK(i == 0 || found[i - 1].last < found[i].start);
     }
-    CHECK(vms_domain_check(domain) == 0 && bytes <= 62 * n + 65536);
+    CHECK(vms_domain_check(domain) == 0 && bytes <= 57 * n + 65536);
 }
 
 /* Descriptors and available ring, as they were before a run. */
