@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from measure import REPEAT, Program, Row
+import measure
+from measure import Program, Row, times
 from rich.console import Console
 from rich.table import Table
 from translation import growth, plot, translated
@@ -118,7 +119,7 @@ def disarmed(peer: Program, path: Path, server: int, say: Callable[[str], None])
 
     def cost(device: Path, what: str, offset: int) -> float:
         before = cpu_time(server)
-        peer.lines(device, 1, 5000, what, 0, offset)
+        peer.lines(device, 1, times(5000), what, 0, offset)
         return cpu_time(server) - before
 
     paths = path, path.with_name("disarmed.sock")
@@ -128,18 +129,18 @@ def disarmed(peer: Program, path: Path, server: int, say: Callable[[str], None])
         ("write", 0, "posted REGION_WRITE, no hook"),
         ("write", 4, "posted REGION_WRITE, Python hook"),
     ):
-        pairs = [[cost(device, what, offset) for device in paths] for _ in range(3 * REPEAT)]
+        pairs = [[cost(device, what, offset) for device in paths] for _ in range(3 * measure.REPEAT)]
         yield Row(13, f"{name}, disarmed", statistics.median(b / a for a, b in pairs), 1.01, "of plain")
     never, after = plain_device("never"), plain_device("after")
     was_armed(after)
 
     def read(device: BenchDevice) -> float:
         dma, before = device.dma, time.thread_time_ns()
-        for _ in range(5000):
+        for _ in range(times(5000)):
             dma.read(0, 4)
         return time.thread_time_ns() - before
 
-    pairs = [[read(never), read(after)] for _ in range(10 * REPEAT)]
+    pairs = [[read(never), read(after)] for _ in range(10 * measure.REPEAT)]
     yield Row(13, "dma.read of 4 B, disarmed", statistics.median(b / a for a, b in pairs), 1.01, "of plain")
 
 
@@ -162,8 +163,8 @@ def plain_device(name: str) -> BenchDevice:
 
 def was_armed(device: BenchDevice) -> None:
     """All points, once."""
-    tap(device, set(Point), lambda event, proceed: proceed(event))
-    tap(device, (), None)
+    tap(device.backend, set(Point), lambda event, proceed: proceed(event))
+    tap(device.backend, (), None)
 
 
 def guests(console: Console, as_json: bool) -> int:
@@ -227,7 +228,10 @@ def main() -> int:
     parser.add_argument("--plot", metavar="FILE.svg", help="only draw how translation grows with mappings")
     parser.add_argument("--iommu", action="store_true", help="only what mapping costs guests, beside QEMU's own IOMMUs")
     parser.add_argument("--nvme", action="store_true", help="only what NVMe costs guests, beside QEMU's own controller")
+    parser.add_argument("--try", action="store_true", dest="only_try", help="whether it runs: figures mean nothing")
     options = parser.parse_args()
+    if options.only_try:
+        measure.only_try()
     console = Console(stderr=True)
     if options.iommu:
         return guests(console, options.json)

@@ -62,3 +62,19 @@ def test_some_kernels(scripts: Path) -> None:
     assert [call[2:] for call in fetched] == [["--all"], ["--kernel", "stable"], ["--kernel", "6.12"]]
     assert tests == ["pytest", "stable,6.12", *HEAD, "-x"]
     assert calls(scripts, "-x", "--kernels", status=1) == []
+
+
+def test_the_benchmark_runs() -> None:
+    """Each of its measurements, for a moment: what they say is for people to look at."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "bench" / "run.py", "--try", "--json"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert {row["number"] for row in rows} == {*range(1, 11), 13} and all(row["measured"] > 0 for row in rows)

@@ -315,6 +315,14 @@ def _note(n: Any) -> StaleNote:
     return StaleNote(n.iova, n.word, n.was, n.now, pasid, n.access, n.was_prot, n.now_prot, n.kind, n.reason)
 
 
+class _PerThread(threading.local):
+    """What each thread that makes accesses keeps: fresh structs would cost more than the copy of a small access."""
+
+    def __init__(self) -> None:
+        self.fault = ffi.new("vms_fault *")
+        self.scratch = ffi.new("char[]", _SCRATCH)
+
+
 class Requester:
     """What issues DMA.  Any thread may call it.
 
@@ -325,8 +333,7 @@ class Requester:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.handle = _create(lib.vms_requester_create, lib.vms_requester_destroy, "vms_requester", memory.handle)
-        # One fault struct per thread: a fresh one would cost more than the copy of a small access.
-        self._local = threading.local()
+        self._local = _PerThread()
         self._stats = ffi.new("vms_dma_stats *")
 
         #: Gets the notes of stale uses, after the access and on its thread; see check_stale.
@@ -334,14 +341,6 @@ class Requester:
 
     def enable(self, on: bool) -> None:
         check(lib.vms_requester_enable(self.handle, on))
-
-    def _fault(self) -> Any:
-        try:
-            return self._local.fault
-        except AttributeError:
-            self._local.scratch = ffi.new("char[]", _SCRATCH)
-            fault = self._local.fault = ffi.new("vms_fault *")
-            return fault
 
     def _ended(self, rc: int, fault: Any) -> None:
         """A call did not just succeed."""
@@ -364,7 +363,7 @@ class Requester:
 
     def translate(self, iovas: Sequence[int], access: int, pasid: int = NO_PASID) -> list[int]:
         """The GPA of each IOVA, by way of the IOTLB."""
-        fault, out = self._fault(), ffi.new("uint64_t[]", len(iovas))
+        fault, out = self._local.fault, ffi.new("uint64_t[]", len(iovas))
         rc = lib.vms_dma_translate(self.handle, pasid, list(iovas), len(iovas), access, out, fault)
         if rc:
             self._ended(rc, fault)
@@ -372,8 +371,9 @@ class Requester:
 
     def read(self, iova: int, size: int, pasid: int = NO_PASID) -> bytes:
         """`size` bytes from `iova` on."""
-        fault = self._fault()
-        scratch = self._local.scratch if size <= _SCRATCH else ffi.new("char[]", size)
+        local = self._local
+        fault = local.fault
+        scratch = local.scratch if size <= _SCRATCH else ffi.new("char[]", size)
         rc = lib.vms_dma_rw(self.handle, pasid, iova, scratch, size, 0, fault)
         if rc:
             self._ended(rc, fault)
@@ -381,7 +381,7 @@ class Requester:
 
     def readinto(self, iova: int, buffer: Any, pasid: int = NO_PASID) -> None:
         """Fills `buffer` (writable, contiguous) from `iova` on."""
-        fault = self._fault()
+        fault = self._local.fault
         into = ffi.from_buffer(buffer, require_writable=True)
         rc = lib.vms_dma_rw(self.handle, pasid, iova, into, len(into), 0, fault)
         if rc:
@@ -390,7 +390,7 @@ class Requester:
 
     def write(self, iova: int, data: Any, pasid: int = NO_PASID) -> None:
         """Writes `data` (bytes-like, contiguous) to `iova`."""
-        fault = self._fault()
+        fault = self._local.fault
         source = ffi.from_buffer(data)
         rc = lib.vms_dma_rw(self.handle, pasid, iova, source, len(source), DMA_WRITE, fault)
         if rc:
@@ -398,7 +398,7 @@ class Requester:
             self._ended(rc, fault)
 
     def atomic(self, iova: int, op: int, size: int, operand: int, compare: int, pasid: int = NO_PASID) -> int:
-        fault, old = self._fault(), ffi.new("uint64_t *")
+        fault, old = self._local.fault, ffi.new("uint64_t *")
         rc = lib.vms_dma_atomic(self.handle, pasid, iova, op, size, operand, compare, old, fault)
         if rc:
             self._ended(rc, fault)
@@ -406,7 +406,7 @@ class Requester:
 
     def gather(self, pieces: Sequence[tuple[int, int]], buffer: Any, flags: int, pasid: int = NO_PASID) -> None:
         """Moves (iova, length) pieces from or (DMA_WRITE) to `buffer`, where they lie one after the other."""
-        fault = self._fault()
+        fault = self._local.fault
         vector = ffi.new("vms_sg[]", list(pieces))
         flat = ffi.from_buffer(buffer, require_writable=not flags & DMA_WRITE)
         rc = lib.vms_dma_sg(self.handle, pasid, vector, len(pieces), flat, len(flat), flags, fault)
@@ -415,7 +415,7 @@ class Requester:
             self._ended(rc, fault)
 
     def pin(self, iova: int, size: int, flags: int, pasid: int = NO_PASID) -> Pin:
-        fault = self._fault()
+        fault = self._local.fault
         pointer, pin = ffi.new("void **"), ffi.new("vms_pin **")
         rc = lib.vms_dma_pin(self.handle, pasid, iova, size, flags, pointer, pin, fault)
         if rc:
