@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, ClassVar, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from vmodel._shim import ALL_SIZES, EXIT_ON_READ, EXIT_ON_WRITE, MISALIGNED, SIZE_ODD, Policy
 from vmodel.errors import VmodelError
@@ -302,11 +302,21 @@ class RegisterBank:
     def __setattr__(self, name: str, value: int) -> None:
         place = self._places.get(name)
         if place is None:
-            close = difflib.get_close_matches(name, self._places, 1)
-            hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(self._places) or 'none'}"
-            raise RegisterError(f"{type(self).__name__} has no register {name}{hint}")
+            raise RegisterError(self._no_register(name))
         width, index = place
         self.cells[width][index] = value
+
+    if not TYPE_CHECKING:  # a type checker finds such names itself
+
+        def __getattr__(self, name: str) -> int:
+            # Only called for names that nothing has.
+            raise AttributeError(self._no_register(name), name=name, obj=self)
+
+    @classmethod
+    def _no_register(cls, name: str) -> str:
+        close = difflib.get_close_matches(name, cls._places, 1)
+        hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(cls._places) or 'none'}"
+        return f"{cls.__name__} has no register {name}{hint}"
 
     def load_reset(self, *, everything: bool = False) -> None:
         """Stores the reset values; sticky registers keep theirs unless `everything`."""

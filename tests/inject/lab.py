@@ -83,9 +83,13 @@ class Bench:
         """Memory, bus mastering, and interrupts."""
         self.client.region_write(Region.CONFIG, 4, b"\x07\x00")
         if msi:
-            at = next(at for name, at, _ in self.lab.config.places if name == "msi")
-            self.client.region_write(Region.CONFIG, at + 2, _MSI_ENABLE.to_bytes(2, "little"))
+            self.messages(_MSI_ENABLE)
         self.events = self.client.eventfds(Irq.MSI if msi else Irq.INTX, 4 if msi else 1)
+
+    def messages(self, control: int) -> None:
+        """Writes MSI's Message Control."""
+        at = next(at for name, at, _ in self.lab.config.places if name == "msi")
+        self.client.region_write(Region.CONFIG, at + 2, control.to_bytes(2, "little"))
 
     def get(self, offset: int) -> int:
         return int.from_bytes(self.client.region_read(0, offset, 4), "little")

@@ -58,6 +58,17 @@ def test_wrong_vector(lab: Bench) -> None:
         assert [record["result"] for record in fired(engine)] == ["ok", "no such vector"]
 
 
+def test_a_vector_that_the_guest_has_not_given(lab: Bench) -> None:
+    """PCI 3.0, 6.8.1.3: with Multiple Message Enable at 0 there is one message."""
+    with armed(lab, "irq do=vector(3)", "mmio.read do=spurious(vector=1)") as engine:
+        lab.messages(0x01)
+        lab.put(RAISE, 0)
+        lab.get(PLAIN)
+        assert [record["result"] for record in fired(engine)] == ["no such vector"] * 2
+        lab.messages(0x31)
+        assert [lab.raised(n) for n in range(4)] == [0] * 4
+
+
 def test_storm(lab: Bench) -> None:
     with armed(lab, "irq once do=storm(20, ms=1)"):
         lab.put(RAISE, 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.nvme.driver import CONFIGURATION, PAGE, Driver, Pair, name, prps, raised
+from vmodel.devices.nvme import arbiter
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.regs import ControllerRegs
 from vmodel.regs import Register
@@ -207,6 +208,13 @@ def test_coalescing(driver: Driver) -> None:
         os.close(fd)
 
 
+@pytest.fixture
+def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn of the arbiter ends by commands alone, however slow the machine is."""
+    monkeypatch.setattr(arbiter, "TURN_NS", 1 << 60)
+
+
+@pytest.mark.usefixtures("no_hurry")
 def test_weighted_arbitration(driver: Driver) -> None:
     driver.disable()
     driver.enable(CONFIGURATION | 1 << 11)
@@ -231,6 +239,7 @@ def test_weighted_arbitration(driver: Driver) -> None:
     assert order[8:13] == [2, 2, 2, 2, 1], "then four of the high class for each of the low one"
 
 
+@pytest.mark.usefixtures("no_hurry")
 def test_round_robin(driver: Driver) -> None:
     assert driver.admin.send(0x09, cdw10=0x01, cdw11=1).status == 0  # a burst of 2
     cq = driver.create(1, 64)
@@ -251,6 +260,60 @@ def test_vectors_that_are_enabled(started: Callable[..., Driver]) -> None:
     fds = driver.vectors(Irq.MSI, 4)
     assert create_cq(driver, 1, vector=3, flags=3, at=driver.memory.take(PAGE)) == "SUCCESS"
     assert create_cq(driver, 2, vector=4, flags=3, at=driver.memory.take(PAGE)) == "INVALID_INTERRUPT_VECTOR"
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("kind", [Irq.MSI, Irq.MSIX])
+def test_an_interrupt_whose_cause_is_gone(started: Callable[..., Driver], kind: Irq) -> None:
+    """PCIe 5.0, 6.1.4.5: a pending vector whose conditions have been satisfied before it is unmasked: its pending bit
+    is cleared, and no message is sent."""
+    driver = started(interrupts=kind.name.lower(), namespaces=[{"memory": "64K"}])
+    fds = driver.vectors(kind, 4)
+    first, second = driver.create(1, vector=3), driver.create(2, vector=3)
+    messages = driver.device.msix or driver.device.msi
+    master, memory = b"\x06\x00", b"\x02\x00"
+
+    def send(*pairs: Pair) -> None:
+        """Completions while a message cannot be sent: with bus mastering off when they are to be signalled."""
+        driver.device.backend.irqs.types[kind].allowed = False
+        for pair in pairs:
+            pair.write(Command.make(FLUSH, nsid=1))
+            pair.ring()
+        assert messages.pending(3)
+
+    def allow() -> int:
+        driver.device.config.write(4, memory)
+        driver.device.config.write(4, master)
+        return raised(fds[3])
+
+    send(first, second)
+    assert first.reap()
+    assert messages.pending(3)  # the other queue's are there still
+    assert second.reap()
+    assert not messages.pending(3)
+    assert allow() == 0
+    send(second)
+    assert allow() == 1
+    for fd in fds:
+        os.close(fd)
+
+
+def test_masked_by_the_controller_and_taken_before_it_is_unmasked(started: Callable[..., Driver]) -> None:
+    """7.5.1.1 (INTMS, INTMC): an interrupt is for completions that are there."""
+    driver = started(interrupts="msi", namespaces=[{"memory": "64K"}])
+    fds = driver.vectors(Irq.MSI, 4)
+    pair = driver.create(1, vector=2)
+    driver.put(ControllerRegs.INTMS, 1 << 2)
+    for taken, signalled in ((True, 0), (False, 1)):
+        pair.write(Command.make(FLUSH, nsid=1))
+        pair.ring()
+        assert raised(fds[2]) == 0
+        if taken:
+            assert pair.reap()
+        driver.put(ControllerRegs.INTMC, 1 << 2)
+        assert raised(fds[2]) == signalled
+        driver.put(ControllerRegs.INTMS, 1 << 2)
     for fd in fds:
         os.close(fd)
 

@@ -251,7 +251,8 @@ def test_interrupts_by_msi_and_their_mask(started: Callable[..., Driver]) -> Non
     raised(fds[0])
     driver.put(ControllerRegs.INTMS, 0b10)
     assert driver.get(ControllerRegs.INTMS) == driver.get(ControllerRegs.INTMC) == 0b10
-    pair.send(0x00, nsid=1)
+    pair.write(Command.make(0x00, nsid=1))
+    pair.ring()
     assert [raised(fd) for fd in fds] == [0, 0]
     driver.put(ControllerRegs.INTMC, 0b10)
     assert driver.get(ControllerRegs.INTMS) == 0

@@ -158,7 +158,16 @@ def test_a_register_that_is_not_there() -> None:
         device.regs.AA = 5  # type: ignore[attr-defined]
     with pytest.raises(RegisterError, match=r"^Regs has no register zzz: there are A$"):
         device.regs.zzz = 5  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"^Regs has no register AA; did you mean A\?$"):
+        device.regs.AA  # noqa: B018
+    assert not hasattr(device.regs, "__deepcopy__")
     device.close()
+
+
+@pytest.mark.parametrize(("name", "instead"), [("__init__", "setup"), ("__new__", "for_params")])
+def test_a_constructor_of_its_own(name: str, instead: str) -> None:
+    with pytest.raises(RegisterError, match=rf"^Card.{name}: a model overrides {instead}\(\) instead$"):
+        type("Card", (PciDevice,), {name: lambda self: None})
 
 
 class Whole(PciDevice):

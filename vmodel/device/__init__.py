@@ -112,6 +112,9 @@ class PciDevice:
                     f"{cls.__name__}.{name}: PciDevice has something else of that name; reserved are:"
                     f" {', '.join(sorted(_FRAMEWORK))}"
                 )
+        for name, instead in (("__init__", "setup()"), ("__new__", "for_params()")):
+            if name in vars(cls):
+                raise RegisterError(f"{cls.__name__}.{name}: a model overrides {instead} instead")
         if hasattr(cls, "vendor_id"):
             cls.declaration = Declaration.of(cls)
             cls._reserved = _FRAMEWORK | cls.declaration.names

@@ -172,6 +172,11 @@ class _MessageInterrupts(Capability):
         """Whether the guest has switched it on: else use INTx."""
         raise NotImplementedError
 
+    @property
+    def allocated(self) -> int:
+        """How many vectors the guest has given, of `vectors`: those from 0 on."""
+        return self.vectors
+
     def _masked(self, n: int) -> bool:
         raise NotImplementedError
 
@@ -199,6 +204,10 @@ class _MessageInterrupts(Capability):
         if self.enabled:
             vector.pending = True
             self._show_pending(n, True)
+
+    def pending(self, n: int = 0) -> bool:
+        """Whether vector `n` was raised and could not be signalled yet."""
+        return self._type.vectors[n].pending
 
     def withdraw(self, n: int = 0) -> None:
         """What vector `n` was raised for has been dealt with: if it is pending still, it is not sent any more.
@@ -317,7 +326,7 @@ class Msi(_MessageInterrupts):
 
     @property
     def allocated(self) -> int:
-        """How many vectors the guest has given (Multiple Message Enable), of `vectors` at most: those from 0 on."""
+        """As Multiple Message Enable says."""
         return min(1 << MsiControl(self.regs.CONTROL).MULTIPLE, self.vectors)
 
     def _masked(self, n: int) -> bool:

@@ -331,8 +331,30 @@ class Nvme(PciDevice):
                 self.events.report(Event.INVALID_DOORBELL_REGISTER)
         elif self.enabled and not queue.doorbell(new):
             self.events.report(Event.INVALID_DOORBELL_VALUE)
-        elif n & 1 and self.intx.level:
+        elif n & 1:
+            self._taken(self.completion[n >> 1])
+
+    def _taken(self, cq: CompletionQueue) -> None:
+        """The driver has taken completions: an interrupt that could not be sent for them yet is not due any more.
+
+        A pending bit is cleared when the cause is gone (PCIe 5.0, 6.1.4.5); the pin is lowered (7.5.1).
+        """
+        vector, messages = cq.vector, self._messages
+        if messages is None and self.intx.level:
             self._drive_pin()
+        if self._pending >> vector & 1 or (messages is not None and messages.pending(vector)):
+            users = (other for other in self.completion.values() if other.vector == vector and other.interrupts)
+            if not any(other.pending for other in users):
+                self._pending &= ~(1 << vector)
+                if messages is not None:
+                    messages.withdraw(vector)
+
+    @property
+    def _messages(self) -> Msi | Msix | None:
+        """The message interrupts that the driver has enabled; None: it uses the pin."""
+        if self.msix is not None and self.msix.enabled:
+            return self.msix
+        return self.msi if self.msi is not None and self.msi.enabled else None
 
     # ---- what queues and commands need -----------------------------------------------------
 
@@ -363,9 +385,10 @@ class Nvme(PciDevice):
 
     def _drive_pin(self) -> None:
         """The pin's level: there are completions that the driver has not taken, and no messages (7.5.1)."""
-        messages = (self.msix is not None and self.msix.enabled) or (self.msi is not None and self.msi.enabled)
         queues = self.completion.values()
-        if not messages and any(cq.interrupts and cq.pending and not self._masked >> cq.vector & 1 for cq in queues):
+        if self._messages is None and any(
+            cq.interrupts and cq.pending and not self._masked >> cq.vector & 1 for cq in queues
+        ):
             self.intx.raise_()
         elif self.intx.level:
             self.intx.lower()

@@ -77,10 +77,10 @@ class Spurious(Action, name="spurious"):
 
 
 def vectors(device: PciDevice) -> int:
-    """How many interrupts a device has of the kind that its driver uses."""
+    """How many interrupts a device may raise, of the kind that its driver uses."""
     for capability in device.config.capabilities:
         if isinstance(capability, Msi | Msix) and capability.enabled:
-            return capability.vectors
+            return capability.allocated
     return 0 if device.backend.pin is None else 1
 
 
@@ -88,7 +88,7 @@ def fire(device: PciDevice, vector: int) -> None:
     """An interrupt that the model knows nothing of: of the pin, a pulse."""
     for capability in device.config.capabilities:
         if isinstance(capability, Msi | Msix) and capability.enabled:
-            if vector < capability.vectors:
+            if vector < capability.allocated:
                 capability.fire_untapped(vector)
             return
     pin = device.backend.pin
