@@ -23,6 +23,7 @@ from vmodel.files import create
 from vmodel.inject.journal import Journal
 from vmodel.logs import BURST, SECONDS, Limiter, limited, tell_held
 from vmodel.machine import parse
+from vmodel.testing.patience import patience
 from vmodel.vfio_user.client import Client
 
 MODEL = """
@@ -230,3 +231,15 @@ def test_limited_logs(caplog: pytest.LogCaptureFixture) -> None:
         assert len(log.filters[0]._limits) <= 66  # type: ignore[union-attr]
         tell_held(log)
         assert "lines were held back" in caplog.messages[-1]
+
+
+def test_ctrl_c_again_and_again(tmp_path: Path) -> None:
+    """The first ends it, with status 0; those that come meanwhile change nothing, however late they are."""
+    with serving(file(tmp_path), "--run-dir", tmp_path / "run") as (server, _):
+        deadline = time.monotonic() + patience(20)
+        while server.poll() is None:
+            assert time.monotonic() < deadline
+            server.send_signal(signal.SIGINT)
+            time.sleep(0.002)
+        assert server.returncode == 0
+        assert not (tmp_path / "run" / "a.sock").exists()

@@ -86,7 +86,8 @@ class Stop:
         finally:
             faulthandler.cancel_dump_traceback_later()
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # After one the process ends, with the exit status that it has by now: a second Ctrl-C is too late.
+                signal.signal(number, signal.SIG_IGN if stop.number else handler)
             os.close(stop._reader)
             os.close(stop._writer)
 
