@@ -23,6 +23,7 @@ class ToyRegs(RegisterBank, size=0x1000):
     FIXED = Reg32(0x28, RO, reset=0xCAFE)
     READ_DMA = Reg32(0x2C)
     BROKEN = Reg32(0x30)
+    PIN = Reg32(0x34, doc="raises the pin")
 
 
 class Toy(PciDevice):
@@ -78,6 +79,10 @@ class Toy(PciDevice):
     @on_write(ToyRegs.DOORBELL)
     def _ring(self, new: int) -> None:
         self.doorbells += 1
+
+    @on_write(ToyRegs.PIN)
+    def _raise(self, new: int) -> None:
+        self.intx.raise_()
 
     @on_read(ToyRegs.READ_DMA)
     def _read_dma(self, stored: int) -> int:
