@@ -9,7 +9,7 @@ import time
 import pytest
 from hypothesis import settings
 
-from vmodel.testing.patience import slowness
+from vmodel.patience import slowness
 
 # The same examples in each run: it is green or red for a reason, never by chance.  `--hypothesis-profile thorough`, or
 # HYPOTHESIS_PROFILE=thorough, tries ten times as many, and others each time.

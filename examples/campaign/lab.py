@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vmodel.testing.experiment import Rig
-from vmodel.testing.oracle import Outcome
+from vmodel.experiment import Rig
+from vmodel.experiment.oracle import Outcome
 
 
 class Lab(Rig):

@@ -4,7 +4,7 @@ import zlib
 
 import pytest
 
-from vmodel.testing.oracle import Outcome
+from vmodel.experiment.oracle import Outcome
 
 pytestmark = [pytest.mark.machine("crc.toml"), pytest.mark.guest(files=["crc.sh"], append="mem=256M")]
 

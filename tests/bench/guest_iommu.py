@@ -20,12 +20,12 @@ from rich.table import Table
 from tests.virtio.driver import NEXT, WRITE, Driver, Queue
 from vmodel.device import PciDevice
 from vmodel.devices.virtio_iommu import VirtioIommuDevice
+from vmodel.guest.artifacts import find_kernel
+from vmodel.guest.running import GuestSpec, run_guest
 from vmodel.iommu.core import dma_domain_alloc
 from vmodel.machine import load, parse
 from vmodel.qemu import memory_args
 from vmodel.span import PAGE
-from vmodel.testing.artifacts import find_kernel
-from vmodel.testing.guest import GuestSpec, run_guest
 
 Say = Callable[[str], None]
 ROOT = Path(__file__).parents[2]

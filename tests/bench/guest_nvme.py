@@ -15,11 +15,11 @@ from pathlib import Path
 from measure import Row
 from rich.table import Table
 
+from vmodel.guest.artifacts import find_kernel
+from vmodel.guest.running import GuestSpec, run_guest
 from vmodel.machine import parse
 from vmodel.qemu import memory_args
 from vmodel.span import MiB
-from vmodel.testing.artifacts import find_kernel
-from vmodel.testing.guest import GuestSpec, run_guest
 
 Say = Callable[[str], None]
 KERNEL = "stable"

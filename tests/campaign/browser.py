@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from vmodel.testing.artifacts import find_browser
-from vmodel.testing.patience import patience
+from vmodel.guest.artifacts import find_browser
+from vmodel.patience import patience
 
 _FLAGS = [
     "--headless",

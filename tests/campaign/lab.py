@@ -18,9 +18,9 @@ from pathlib import Path
 from vmodel import machine as machines
 from vmodel.campaign.rig import host_versions
 from vmodel.errors import ConfigError
+from vmodel.experiment.case import Case, Result
+from vmodel.experiment.oracle import DATA_WRONG, Effect, Finding, classify, of_status
 from vmodel.inject import Engine, FaultPlan
-from vmodel.testing.case import Case, Result
-from vmodel.testing.oracle import DATA_WRONG, Effect, Finding, classify, of_status
 from vmodel.vfio_user.client import Client, Ram
 
 ID, IRQ_STATUS, IRQ_ACK, SRC, DST, COUNT, CMD = 0x00, 0x24, 0x64, 0x80, 0x88, 0x90, 0x98

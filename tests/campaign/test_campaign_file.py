@@ -11,7 +11,7 @@ from tests.campaign.files import FAULTS, campaign_file
 from vmodel.campaign.matrix import CONTROL, Matrix, Run
 from vmodel.campaign.schema import load, seed_numbers
 from vmodel.errors import ConfigError
-from vmodel.testing.oracle import Outcome
+from vmodel.experiment.oracle import Outcome
 
 GOOD = campaign_file(faults={"lost": "dma.write nth=1 do=drop"})
 

@@ -15,8 +15,8 @@ import pytest
 from tests.campaign.test_running import ended, eventually, rows, running, workers, write
 from tests.unit.test_cli import vmodel
 from vmodel.campaign.cluster import pack, unpack
-from vmodel.testing.oracle import Outcome
-from vmodel.testing.patience import patience
+from vmodel.experiment.oracle import Outcome
+from vmodel.patience import patience
 
 distributed: Any = importlib.import_module("distributed")
 

@@ -18,9 +18,9 @@ from vmodel.campaign.repeat import code
 from vmodel.campaign.rig import harness_error
 from vmodel.campaign.store import Row
 from vmodel.campaign.toml import plan_text
+from vmodel.experiment.case import Case, Result
+from vmodel.experiment.oracle import Outcome
 from vmodel.inject import FaultPlan, parse_rule
-from vmodel.testing.case import Case, Result
-from vmodel.testing.oracle import Outcome
 
 
 @given(st.integers(1, 40), st.data())

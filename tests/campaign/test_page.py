@@ -10,7 +10,7 @@ import pytest
 
 from tests.campaign.browser import Browser
 from tests.unit.test_cli import vmodel
-from vmodel.testing.oracle import Outcome
+from vmodel.experiment.oracle import Outcome
 
 SHOWN = '[...document.querySelectorAll("#run-table tbody tr")].filter(row => row.offsetParent).map(row => row.id)'
 COLUMN = '[...document.querySelectorAll("#run-table tbody tr")].map(row => row.cells[{}].textContent.trim())'

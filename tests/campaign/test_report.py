@@ -18,8 +18,8 @@ from vmodel.campaign.rig import harness_error
 from vmodel.campaign.statistics import Rate
 from vmodel.campaign.store import Store
 from vmodel.campaign.summary import Summary
-from vmodel.testing.case import Case
-from vmodel.testing.oracle import Outcome
+from vmodel.experiment.case import Case
+from vmodel.experiment.oracle import Outcome
 
 #: What a guest may have printed.
 EVIL = "<script>alert(1)</script> \x00\x1b[31m ]]> \ud800 \uffff \" ' & {{ 7 * 7 }} " + "x" * 5000

@@ -19,8 +19,8 @@ from tests import needs
 from tests.campaign.files import campaign_file
 from tests.unit.test_cli import environ, refused, vmodel
 from vmodel.campaign.store import Row, Store
-from vmodel.testing.oracle import Outcome
-from vmodel.testing.patience import patience
+from vmodel.experiment.oracle import Outcome
+from vmodel.patience import patience
 
 
 def write(folder: Path, workload: str, *, seeds: int = 5, name: str = "c", **more: dict[str, str]) -> Path:
@@ -219,7 +219,7 @@ def test_a_worker_that_is_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     from vmodel.campaign import worker
     from vmodel.campaign.executor import Task
     from vmodel.campaign.worker import Processes
-    from vmodel.testing.case import Case
+    from vmodel.experiment.case import Case
 
     monkeypatch.setattr(worker, "time_limit", lambda case: 1.0)
     on = Processes(f"{folder}/lab.py:Lab", 1, (folder / "log").open("ab"))

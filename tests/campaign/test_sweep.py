@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.campaign.test_running import ended, eventually, rows, running
 from tests.unit.test_cli import refused, vmodel
 from vmodel.campaign.sweep import fired
-from vmodel.testing.oracle import Outcome
-from vmodel.testing.patience import patience
+from vmodel.experiment.oracle import Outcome
+from vmodel.patience import patience
 
 
 def sweep(folder: Path, workload: str, *more: str) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import atheris
 
-with atheris.instrument_imports(include=["vmodel.testing"]):
-    from vmodel.testing.kernel_log import at, findings, lines_of, merged
+with atheris.instrument_imports(include=["vmodel.experiment.kernel_log", "vmodel.guest.kernel_lines"]):
+    from vmodel.experiment.kernel_log import findings
+    from vmodel.guest.kernel_lines import lines_of, merged
 
 from tests.fuzz.harness import fuzz
 
@@ -13,7 +16,7 @@ from tests.fuzz.harness import fuzz
 def one_input(data: bytes) -> None:
     """Two texts, a zero byte between them: the console, and the log."""
     console, _, log = data.decode("utf-8", "replace").partition("\0")
-    lines = [at(line, number / 8) for number, line in enumerate(lines_of(console))]
+    lines = [replace(line, at=number / 8) for number, line in enumerate(lines_of(console))]
     both = merged(lines, lines_of(log, "kernel log"))
     assert len(both) <= len(lines) + log.count("\n") + 1
     for unknown in (True, False):

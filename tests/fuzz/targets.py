@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmodel.testing.artifacts import cache_dir, find_clang
+from vmodel.guest.artifacts import cache_dir, find_clang
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

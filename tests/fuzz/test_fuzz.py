@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.targets import Target, run, targets
-from vmodel.testing.artifacts import ArtifactError, find_clang
+from vmodel.guest.artifacts import ArtifactError, find_clang
 
 SECONDS = int(os.environ.get("VMODEL_FUZZ_SECONDS", "5"))
 

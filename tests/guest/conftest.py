@@ -11,11 +11,11 @@ import pytest
 
 from tests.guest.kernels import CHOSEN
 from vmodel.device import PciDevice
+from vmodel.guest.artifacts import CLOUD, STABLE, ArtifactError, find_kernel
+from vmodel.guest.running import Guest, GuestSpec
 from vmodel.pci.topology import Bdf, Function, Topology
 from vmodel.qemu import device_args, memory_args
 from vmodel.server import Server
-from vmodel.testing.artifacts import CLOUD, STABLE, ArtifactError, find_kernel
-from vmodel.testing.guest import Guest, GuestSpec
 
 ROOT = Path(__file__).parents[2]
 

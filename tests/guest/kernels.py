@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from vmodel.testing.artifacts import CLOUD, KERNELS, ArtifactError, find_kernel
+from vmodel.guest.artifacts import CLOUD, KERNELS, ArtifactError, find_kernel
 
 #: What was chosen comes by the environment, as tests run in several processes.
 CHOSEN = tuple(filter(None, os.environ.get("VMODEL_TEST_KERNELS", "").split(","))) or KERNELS

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.guest.shell import LOOP, Shell
+from vmodel.guest.artifacts import find_kernel
+from vmodel.guest.running import Guest, GuestSpec
 from vmodel.machine import Machine, parse
+from vmodel.patience import patience
 from vmodel.span import MiB
-from vmodel.testing.artifacts import find_kernel
-from vmodel.testing.guest import Guest, GuestSpec
-from vmodel.testing.patience import patience
 
 #: The controllers' addresses: the first is for data, the second (with MSI only) is unplugged, the third is for the
 #: administration commands.

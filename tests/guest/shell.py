@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 
-from vmodel.testing.guest import Guest
+from vmodel.guest.running import Guest
 
 #: The guest's command. A script comes as one line; its end is marked by a line that no program prints.
 LOOP = """

@@ -17,13 +17,13 @@ from qemu.qmp import QMPClient
 
 from tests.guest.kernels import WITH_CLOUD, is_there
 from tests.guest.rng import MARK
+from vmodel.guest.artifacts import CLOUD, STABLE, find_kernel
+from vmodel.guest.running import Guest, GuestResult, GuestSpec
 from vmodel.iommu.domain import DomainType
 from vmodel.machine import Machine, parse
 from vmodel.memory import shared_files
+from vmodel.patience import patience
 from vmodel.qemu import device_args
-from vmodel.testing.artifacts import CLOUD, STABLE, find_kernel
-from vmodel.testing.guest import Guest, GuestResult, GuestSpec
-from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 Compiled = Callable[[str], Path]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from vmodel.errors import ConfigError
-from vmodel.testing.booted import BootedGuest
-from vmodel.testing.guest import GuestRunError
-from vmodel.testing.monitor import MonitorError
+from vmodel.guest.booted import BootedGuest
+from vmodel.guest.monitor import MonitorError
+from vmodel.guest.running import GuestRunError
+from vmodel.guest.served import Served
 from vmodel.testing.plugin import Vm
-from vmodel.testing.served import Served
 
 pytestmark = [pytest.mark.guest, pytest.mark.machine("plugged.toml")]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_cli import vmodel
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "faults"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from vmodel.testing.artifacts import find_kernel
-from vmodel.testing.patience import patience
+from vmodel.guest.artifacts import find_kernel
+from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import pytest
 
 from tests.guest.conftest import Boot
 from vmodel.devices.edu import Edu
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
 CHECK = "examples/edu_check.c"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from vmodel.errors import ConfigError
+from vmodel.experiment import Result, Rig
+from vmodel.experiment.case import Case
+from vmodel.experiment.oracle import Outcome
 from vmodel.inject import FaultPlan, parse_rule
-from vmodel.testing.case import Case
-from vmodel.testing.experiment import Result, Rig
-from vmodel.testing.oracle import Outcome
 
 pytestmark = pytest.mark.guest
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.guest.kernels import CHOSEN
-from vmodel.testing import initramfs
-from vmodel.testing.artifacts import Kernel, find_kernel
-from vmodel.testing.guest import (
+from vmodel.guest import initramfs
+from vmodel.guest.artifacts import Kernel, find_kernel
+from vmodel.guest.running import (
     Guest,
     GuestOff,
     GuestPanic,
@@ -26,7 +26,7 @@ from vmodel.testing.guest import (
     QemuDied,
     run_guest,
 )
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
 

@@ -9,10 +9,10 @@ import pytest
 
 from tests.guest.kernels import CHOSEN
 from tests.guest.shell import LOOP, Shell
+from vmodel.guest.artifacts import find_kernel
+from vmodel.guest.running import Guest, GuestSpec
 from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.machine import parse
-from vmodel.testing.artifacts import find_kernel
-from vmodel.testing.guest import Guest, GuestSpec
 
 pytestmark = pytest.mark.guest
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vmodel.machine import load
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.guest.kernels import CHOSEN
+from vmodel.experiment import Result, Rig
+from vmodel.experiment.case import Case
+from vmodel.experiment.oracle import Outcome
 from vmodel.inject import FaultPlan, parse_rule
-from vmodel.testing.case import Case
-from vmodel.testing.experiment import Result, Rig
-from vmodel.testing.oracle import Outcome
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
 CAMPAIGN = Path(__file__).parents[2] / "examples" / "campaign"

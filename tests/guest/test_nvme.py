@@ -19,8 +19,8 @@ from qemu.qmp import QMPClient
 
 from tests.guest.kernels import CHOSEN
 from tests.guest.nvme_rig import ADMIN, DATA, FILE, MEMORY, PORT, Rig, boot
+from vmodel.patience import patience
 from vmodel.span import MiB
-from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 ROOT = Path(__file__).parents[2]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from vmodel.guest.artifacts import find_qemu
 from vmodel.machine import parse
+from vmodel.patience import patience
 from vmodel.qemu import memory_args
 from vmodel.span import MiB
-from vmodel.testing.artifacts import find_qemu
-from vmodel.testing.patience import patience
 
 pytestmark = pytest.mark.guest
 SOURCES = Path(__file__).parent / "boot"

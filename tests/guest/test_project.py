@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
 ROOT = Path(__file__).parents[2]

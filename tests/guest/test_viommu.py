@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from vmodel.guest.artifacts import STABLE
 from vmodel.machine import load
-from vmodel.testing.artifacts import STABLE
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
 Compiled = Callable[[str], Path]

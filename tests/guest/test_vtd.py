@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from vmodel.devices.vtd.unit import VtdDevice
+from vmodel.guest.artifacts import find_kernel
+from vmodel.guest.running import Guest, GuestSpec, run_guest
 from vmodel.iommu.domain import TableDomain
 from vmodel.machine import load
-from vmodel.testing.artifacts import find_kernel
-from vmodel.testing.guest import Guest, GuestSpec, run_guest
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
 Compiled = Callable[[str], Path]

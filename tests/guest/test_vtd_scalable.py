@@ -12,11 +12,11 @@ from tests.guest.ats_edu import AtsEdu
 from tests.guest.rng import MARK
 from vmodel.devices.vtd.regs import Mode, RootAddress
 from vmodel.devices.vtd.unit import VtdDevice
+from vmodel.guest.artifacts import find_kernel
+from vmodel.guest.running import Guest, GuestSpec
 from vmodel.iommu.domain import TableDomain
 from vmodel.iommu.pgtable import TableFormat
 from vmodel.machine import Machine, parse
-from vmodel.testing.artifacts import find_kernel
-from vmodel.testing.guest import Guest, GuestSpec
 
 pytestmark = pytest.mark.guest
 

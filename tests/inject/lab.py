@@ -12,9 +12,9 @@ from tests.proto.toy import Toy
 from vmodel.device import on_read, on_write
 from vmodel.errors import DmaFault
 from vmodel.inject import Engine, FaultPlan, parse_rule
+from vmodel.patience import patience
 from vmodel.regs import Reg32, RegisterBank
 from vmodel.server import Server
-from vmodel.testing.patience import patience
 from vmodel.vfio_user.client import Client, EventFd
 from vmodel.vfio_user.wire import Irq, Region
 

@@ -15,7 +15,7 @@ import pytest
 from tests.unit.test_cli import EXAMPLE, environ, refused, serving, vmodel
 from vmodel.control import ask, socket_of
 from vmodel.errors import ConfigError
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 from vmodel.vfio_user.client import Client
 
 PLAN = """

@@ -27,8 +27,8 @@ from vmodel.iommu.core import (
 from vmodel.iommu.domain import AllocFlags, BlockedDomain, DomainType, IdentityDomain, Mapping, PagingDomain
 from vmodel.iommu.group import can_attach
 from vmodel.iommu.pgtable import Table, TableFormat
+from vmodel.patience import patience
 from vmodel.span import PAGE, GiB, KiB, MiB, Span
-from vmodel.testing.patience import patience
 
 IOVA, GPA = 0x1000_0000, 0x20_0000
 #: 4-level tables are here.

@@ -15,8 +15,8 @@ from tests.iommu.tables import TO_PAGE, TO_TABLE, index
 from vmodel import _shim
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.iommu.pgtable import TableFormat
+from vmodel.patience import patience
 from vmodel.span import PAGE, MiB
-from vmodel.testing.patience import patience
 
 RW = Access.READ | Access.WRITE
 SECONDS = 0.5

@@ -50,9 +50,9 @@ from vmodel.devices.vtd.unit import VtdDevice
 from vmodel.errors import DmaFault, Reason
 from vmodel.iommu.fault import PageResponse
 from vmodel.machine import parse
+from vmodel.patience import patience
 from vmodel.pci.extcaps import PriSta
 from vmodel.span import MiB
-from vmodel.testing.patience import patience
 from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Region
 

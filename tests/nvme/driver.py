@@ -12,8 +12,8 @@ from vmodel.devices.nvme import Nvme
 from vmodel.devices.nvme.command import Command, Completion
 from vmodel.devices.nvme.regs import Aqa, Cap, Cc, ControllerRegs, Csts
 from vmodel.devices.nvme.status import Status
+from vmodel.patience import patience
 from vmodel.regs import Register
-from vmodel.testing.patience import patience
 from vmodel.vfio_user.commands import IrqAction, SetIrqs
 from vmodel.vfio_user.wire import Irq
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from vmodel.devices.nvme.command import Command
+from vmodel.patience import patience
 from vmodel.testing.nvme import FLUSH, READ, WRITE, NvmeDriver, prps
-from vmodel.testing.patience import patience
 
 ROUNDS = 15
 BLOCKS = 64  # of 4096 bytes

@@ -12,8 +12,8 @@ from tests.nvme.driver import CONFIGURATION, PAGE, Driver, Pair, name, prps, rai
 from vmodel.devices.nvme import arbiter
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.regs import ControllerRegs
+from vmodel.patience import patience
 from vmodel.regs import Register
-from vmodel.testing.patience import patience
 from vmodel.vfio_user.wire import Irq
 
 DELETE_SQ, CREATE_SQ, DELETE_CQ, CREATE_CQ, ABORT = 0x00, 0x01, 0x04, 0x05, 0x08

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.proto.toy import Toy
+from vmodel.patience import patience
 from vmodel.server import Server
-from vmodel.testing.patience import patience
 from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Region
 

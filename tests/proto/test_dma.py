@@ -11,7 +11,7 @@ import pytest
 from tests.proto.conftest import Served, enable
 from tests.proto.toy import Toy
 from vmodel.errors import DmaFault, Reason
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Command, Region

@@ -11,7 +11,7 @@ import pytest
 
 from tests.proto.conftest import Served, enable, fds_settle, open_fds
 from tests.proto.messages import REQUESTS, Request
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client, Message
 from vmodel.vfio_user.wire import Command, HeaderFlags

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from tests.proto.toy import Toy
+from vmodel.patience import patience
 from vmodel.span import MiB, Span
-from vmodel.testing.patience import patience
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Command, DeviceFlags, Irq, IrqFlags, Region, RegionFlags

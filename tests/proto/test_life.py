@@ -14,8 +14,8 @@ import pytest
 from tests.proto.conftest import Served, enable, fds_settle, open_fds
 from tests.proto.toy import Toy
 from vmodel.errors import ConfigError
+from vmodel.patience import patience
 from vmodel.server import Server
-from vmodel.testing.patience import patience
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client, Closed
 from vmodel.vfio_user.wire import Command, HeaderFlags, Irq

@@ -23,8 +23,8 @@ from tests.examples import examples
 from tests.proto.conftest import Served, fds_settle, open_fds
 from tests.proto.messages import REQUESTS, Request
 from tests.proto.toy import Toy
+from vmodel.patience import patience
 from vmodel.server import Server
-from vmodel.testing.patience import patience
 from vmodel.vfio_user.client import Client, Closed, Message
 from vmodel.vfio_user.wire import Command, DeviceState, HeaderFlags
 

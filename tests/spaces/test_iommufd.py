@@ -19,8 +19,8 @@ from vmodel.iommu.fault import PageRequest, PageResponse
 from vmodel.iommu.iommufd import Context, FaultObject, Hwpt, Ioas
 from vmodel.iommu.iommufd import Device as Bound
 from vmodel.iommu.pgtable import Table, TableFormat
+from vmodel.patience import patience
 from vmodel.span import PAGE, KiB, MiB, Span
-from vmodel.testing.patience import patience
 
 IOVA = 16 * MiB
 LAST = 2**64 - 1

@@ -12,11 +12,11 @@ import pytest
 
 # Runs of pytest in this process forget what they are the first to import: classes would be there twice.
 import vmodel.devices.edu
+import vmodel.experiment
 import vmodel.inject
 import vmodel.machine
-import vmodel.testing.experiment
 import vmodel.testing.fakes  # noqa: F401
-from vmodel.testing.oracle import Outcome
+from vmodel.experiment.oracle import Outcome
 
 pytest_plugins = "pytester"
 
@@ -116,7 +116,7 @@ def test_the_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) ->
     pytester.makepyfile(
         """
     import pytest
-    from vmodel.testing.artifacts import ArtifactError, find_qemu
+    from vmodel.guest.artifacts import ArtifactError, find_qemu
     def test_a():
         with pytest.raises(ArtifactError, match="no-qemu-here cannot be run"):
             find_qemu()

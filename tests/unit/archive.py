@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmodel.testing import debian, get_qemu
+from vmodel.guest import debian, get_qemu
 
 RELEASE = "6.12.107+deb13-amd64"
 #: What a cache has in these tests, by role.

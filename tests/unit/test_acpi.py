@@ -14,11 +14,11 @@ import pytest
 
 from tests.unit.test_cli import ROOT, in_terminal, refused, vmodel
 from vmodel.errors import ConfigError
+from vmodel.guest.artifacts import find_iasl
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.machine import Machine, load, parse
+from vmodel.patience import patience
 from vmodel.span import Span
-from vmodel.testing.artifacts import find_iasl
-from vmodel.testing.patience import patience
 
 EXAMPLES = ROOT / "examples"
 VIOMMU, VTD = "virtio-iommu", "vt-d"

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.archive import RELEASE, RELEASES, REPO, URI, cached, fake_deb, fake_qemu, image
-from vmodel.testing import artifacts, debian, get_qemu
-from vmodel.testing.artifacts import ArtifactError
-from vmodel.testing.patience import patience
+from vmodel.guest import artifacts, debian, get_qemu
+from vmodel.guest.artifacts import ArtifactError
+from vmodel.patience import patience
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -422,7 +422,7 @@ def test_the_fetcher_needs_no_shim(cache: Path) -> None:
     """It mends hosts on which the compiled part does not load."""
     whole_cache(cache)
     code = (
-        "import sys; sys.modules['vmodel._vmshim'] = None; import vmodel.testing.get_qemu as m; m.main(['--print']);"
+        "import sys; sys.modules['vmodel._vmshim'] = None; import vmodel.guest.get_qemu as m; m.main(['--print']);"
         "print([n for n in sys.modules if n == 'vmodel._shim' or 'cffi' in n])"
     )
     environ = {"XDG_CACHE_HOME": str(cache.parent), "PATH": "/nonexistent"}

@@ -22,7 +22,7 @@ import pytest
 from tests import needs
 from vmodel.cli import main, serve
 from vmodel.errors import ConfigError
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 from vmodel.vfio_user.client import Client
 
 ROOT = Path(__file__).parents[2]

@@ -22,8 +22,8 @@ from vmodel import control
 from vmodel.control import Control, ask
 from vmodel.errors import ConfigError, DmaFault
 from vmodel.machine import Machine, parse
+from vmodel.patience import patience
 from vmodel.status import MAX_MAPPINGS, commands
-from vmodel.testing.patience import patience
 
 MACHINE = """
 [machine]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.archive import RELEASE, URI, Archive, cached, fake_deb, fake_qemu
-from vmodel.testing import artifacts, debian, get_qemu
-from vmodel.testing.artifacts import ArtifactError
+from vmodel.guest import artifacts, debian, get_qemu
+from vmodel.guest.artifacts import ArtifactError
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -23,7 +23,7 @@ from vmodel.files import create
 from vmodel.inject.journal import Journal
 from vmodel.logs import BURST, SECONDS, Limiter, limited, tell_held
 from vmodel.machine import parse
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 from vmodel.vfio_user.client import Client
 
 MODEL = """

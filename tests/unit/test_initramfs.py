@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from vmodel.errors import ConfigError
-from vmodel.testing.artifacts import ArtifactError, Kernel
-from vmodel.testing.initramfs import Cpio, build, load_module, modinfo, modules_in_order
+from vmodel.guest.artifacts import ArtifactError, Kernel
+from vmodel.guest.initramfs import Cpio, build, load_module, modinfo, modules_in_order
 
 
 @dataclass

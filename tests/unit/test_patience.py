@@ -18,8 +18,8 @@ from tests.conftest import measured, work
 from tests.unit.test_cli import EXAMPLE, ROOT, environ, refused, vmodel
 from vmodel.devices.edu import Edu
 from vmodel.errors import ConfigError
+from vmodel.patience import patience, slowness, spoken
 from vmodel.testing.fakes import FakeDriver, FakeMemory
-from vmodel.testing.patience import patience, slowness, spoken
 
 
 def test_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:

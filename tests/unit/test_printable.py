@@ -20,8 +20,8 @@ from vmodel.campaign.rig import harness_error
 from vmodel.campaign.store import Store
 from vmodel.cli.output import console, log_to_stderr, safely, show
 from vmodel.cli.screen import Screen, decoded
+from vmodel.experiment.case import Case
 from vmodel.printable import printable
-from vmodel.testing.case import Case
 
 #: ESC sequences (a title, a colour), C1's CSI, a bell, a backspace, a carriage return, and "abc" from right to left.
 EVIL = "a\x1b]0;title\x07b\x1b[31mc\x9b2Jd\be\rf\u202eabc\u202c"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vmodel.testing.patience import patience
+from vmodel.patience import patience
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(

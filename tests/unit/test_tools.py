@@ -13,10 +13,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vmodel.testing import debian, tools
-from vmodel.testing.artifacts import ArtifactError, Kernel
-from vmodel.testing.initramfs import build
-from vmodel.testing.tools import LIBS, find_tools, needed, program_files, programs
+from vmodel.guest import debian, tools
+from vmodel.guest.artifacts import ArtifactError, Kernel
+from vmodel.guest.initramfs import build
+from vmodel.guest.tools import LIBS, find_tools, needed, program_files, programs
 
 
 def elf(*names: str, base: int = 0x400000) -> bytes:

@@ -23,7 +23,7 @@ from vmodel.campaign.executor import Answer, Task
 from vmodel.campaign.rig import plain
 from vmodel.campaign.worker import Processes
 from vmodel.errors import ConfigError
-from vmodel.testing.case import Case, Result
+from vmodel.experiment.case import Case, Result
 
 #: Seconds after which a process that has nothing to do is ended, with its guest.
 _IDLE = 30.0

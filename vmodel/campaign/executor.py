@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vmodel.testing.case import Case, Result
+from vmodel.experiment.case import Case, Result
 
 
 @dataclass(frozen=True)

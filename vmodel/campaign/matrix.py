@@ -17,11 +17,11 @@ from vmodel import machine as machines
 from vmodel.campaign.rig import GUESTS, absolute, load_rig, plain
 from vmodel.campaign.schema import MOST_RUNS, CampaignFile, MachineTable, PlanTable, WorkloadTable
 from vmodel.errors import ConfigError
+from vmodel.experiment.case import Case
+from vmodel.experiment.oracle import Outcome
+from vmodel.guest.artifacts import KERNELS
 from vmodel.inject import Engine, FaultPlan, Match
 from vmodel.machine import Machine
-from vmodel.testing.artifacts import KERNELS
-from vmodel.testing.case import Case
-from vmodel.testing.oracle import Outcome
 
 #: What the plan of a run without faults is called.
 CONTROL = "no faults"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from vmodel.experiment.case import Result
+from vmodel.experiment.oracle import Outcome
 from vmodel.inject import FaultPlan, Rule
-from vmodel.testing.case import Result
-from vmodel.testing.oracle import Outcome
 
 _T = TypeVar("_T")
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vmodel.campaign.store import Row
-from vmodel.testing.oracle import Outcome
+from vmodel.experiment.oracle import Outcome
 
 #: How outcomes look in a terminal.
 STYLES = {

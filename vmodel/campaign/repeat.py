@@ -12,7 +12,7 @@ from vmodel.campaign.rig import GUESTS, Rig, perform
 from vmodel.campaign.store import Row
 from vmodel.devices import BUILTIN
 from vmodel.errors import ConfigError
-from vmodel.testing.case import Result
+from vmodel.experiment.case import Result
 
 
 def code(row: Row) -> Iterator[str]:

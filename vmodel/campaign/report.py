@@ -14,7 +14,7 @@ import jinja2
 from vmodel.campaign import chart
 from vmodel.campaign.statistics import quantile
 from vmodel.campaign.summary import Ended, Summary
-from vmodel.testing.oracle import Outcome
+from vmodel.experiment.oracle import Outcome
 
 #: What XML 1.0 has no way to say.
 _NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -1,4 +1,4 @@
-"""What carries out cases: guests (`vmodel.testing.experiment.Rig`), or whatever a campaign's `rig` names."""
+"""What carries out cases: guests (`vmodel.experiment.Rig`), or whatever a campaign's `rig` names."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from vmodel.errors import ConfigError
+from vmodel.experiment.case import Case, Result
+from vmodel.experiment.oracle import Effect, Finding, Outcome
 from vmodel.machine.explain import one_line
 from vmodel.machine.models import describe, load_source
-from vmodel.testing.case import Case, Result
-from vmodel.testing.oracle import Effect, Finding, Outcome
 
 #: Cases run in stock guests.
-GUESTS = "vmodel.testing.experiment:Rig"
+GUESTS = "vmodel.experiment:Rig"
 
 
 class Rig(Protocol):

@@ -35,11 +35,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from vmodel.campaign.rig import GUESTS
 from vmodel.errors import ConfigError
+from vmodel.experiment.oracle import Outcome
+from vmodel.guest.artifacts import KERNEL_NAME, ROLES
 from vmodel.inject import Heal, Rule, parse_rule
 from vmodel.inject.quantity import Seconds
 from vmodel.machine.explain import explain, guess, one_line
-from vmodel.testing.artifacts import KERNEL_NAME, ROLES
-from vmodel.testing.oracle import Outcome
 
 #: Runs of one campaign: more than that is a mistake.
 MOST_RUNS = 1_000_000
@@ -134,7 +134,7 @@ class MachineTable(_Table):
 
 
 class WorkloadTable(_Table):
-    """`[[workload]]`: what the guest does meanwhile; the keys are those of `vmodel.testing.experiment.Case`."""
+    """`[[workload]]`: what the guest does meanwhile; the keys are those of `vmodel.experiment.Case`."""
 
     name: Name = Field(examples=['"check"'])
     run: str = Field(examples=['"./edu_check 0000:00:03.0"'])

@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from vmodel.campaign.matrix import Run
 from vmodel.campaign.rig import plain
 from vmodel.errors import ConfigError
-from vmodel.testing.case import Result
-from vmodel.testing.oracle import Outcome
+from vmodel.experiment.case import Result
+from vmodel.experiment.oracle import Outcome
 
 DATABASE = "campaign.db"
 #: Of the tables below; another number is another version's.

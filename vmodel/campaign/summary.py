@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 from vmodel.campaign.statistics import Rate
 from vmodel.campaign.store import Row, Store
-from vmodel.testing.artifacts import ROLES
-from vmodel.testing.case import Result
-from vmodel.testing.oracle import Effect, Outcome
+from vmodel.experiment.case import Result
+from vmodel.experiment.oracle import Effect, Outcome
+from vmodel.guest.artifacts import ROLES
 
 #: Outcomes that say nothing about the driver: no part of rates.
 VOID = (Outcome.NOT_ACTIVATED, Outcome.HARNESS)

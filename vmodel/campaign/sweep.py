@@ -8,11 +8,11 @@ from vmodel.campaign.rig import GUESTS
 from vmodel.campaign.runner import Runner
 from vmodel.campaign.store import Row, Store
 from vmodel.errors import ConfigError
+from vmodel.experiment.case import Case
+from vmodel.experiment.oracle import Outcome
 from vmodel.inject import ACTIONS, Engine, FaultPlan, Rule, parse_rule
 from vmodel.inject.terse import split
 from vmodel.points import Point
-from vmodel.testing.case import Case
-from vmodel.testing.oracle import Outcome
 
 #: What is done by default: the first that the point knows.
 _DEFAULTS = ("abort", "fault", "drop", "disconnect", "delay")

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from vmodel.campaign.executor import Answer, Task
 from vmodel.campaign.rig import load_rig, perform, plain
 from vmodel.errors import ConfigError
-from vmodel.testing.case import Case, Result
+from vmodel.experiment.case import Case, Result
 
 #: Seconds beyond what a case says of itself that a worker may take for it.
 _GRACE = 120.0

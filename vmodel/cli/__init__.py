@@ -18,8 +18,8 @@ import typer
 from vmodel.cli.doctor import doctor, mend_shim
 from vmodel.cli.output import safely
 from vmodel.errors import ConfigError
-from vmodel.testing.artifacts import ArtifactError
-from vmodel.testing.guest import GuestRunError
+from vmodel.guest.artifacts import ArtifactError
+from vmodel.guest.running import GuestRunError
 
 #: click's class of wrong command lines, wherever this version of typer keeps its click.
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)

@@ -24,10 +24,10 @@ from vmodel.campaign.store import Row, Store
 from vmodel.cli.output import console, log_to_stderr, show
 from vmodel.cli.serve import MachinePath
 from vmodel.errors import ConfigError
-from vmodel.testing.artifacts import KERNEL_HELP, find_busybox, find_kernel, find_qemu
-from vmodel.testing.case import Case
-from vmodel.testing.oracle import Outcome
-from vmodel.testing.patience import slowness
+from vmodel.experiment.case import Case
+from vmodel.experiment.oracle import Outcome
+from vmodel.guest.artifacts import KERNEL_HELP, find_busybox, find_kernel, find_qemu
+from vmodel.patience import slowness
 
 Folder = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the results go; else NAME.runs here.")

@@ -19,8 +19,8 @@ import typer
 
 import vmodel
 from vmodel.cli.output import AsJson, console
-from vmodel.testing import artifacts
-from vmodel.testing.artifacts import ArtifactError
+from vmodel.guest import artifacts
+from vmodel.guest.artifacts import ArtifactError
 
 
 @dataclass(frozen=True)

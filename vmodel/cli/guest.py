@@ -18,11 +18,11 @@ from vmodel.cli.output import Verbose, console, log_to_stderr, show
 from vmodel.cli.screen import Log, Screen, decoded, shared
 from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
 from vmodel.errors import ConfigError
+from vmodel.guest import artifacts
+from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec
 from vmodel.machine import Machine
+from vmodel.patience import slowness
 from vmodel.server import Server
-from vmodel.testing import artifacts
-from vmodel.testing.guest import Guest, GuestResult, GuestRunError, GuestSpec
-from vmodel.testing.patience import slowness
 
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run.", show_default=False)]
 Kernel = Annotated[str | None, typer.Option(metavar="NAME|PATH", help=artifacts.KERNEL_HELP)]

@@ -17,8 +17,8 @@ from vmodel.campaign.toml import plan_text
 from vmodel.cli.campaign import check_host
 from vmodel.cli.output import log_to_stderr
 from vmodel.errors import ConfigError
+from vmodel.experiment.case import Result
 from vmodel.inject import FaultPlan
-from vmodel.testing.case import Result
 
 Trust = Annotated[bool, typer.Option("--trust", help="Use code and files of this host that the campaign names.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as edu.runs/17.", show_default=False)]

@@ -12,7 +12,7 @@ import typer
 
 from vmodel.cli.output import Verbose, log_to_stderr
 from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
-from vmodel.testing import artifacts
+from vmodel.guest import artifacts
 
 Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[-- QEMU ARGS]", help="More for QEMU.", show_default=False)

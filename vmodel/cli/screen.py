@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import TextIO
 
+from vmodel.guest.running import writer
 from vmodel.printable import printable
-from vmodel.testing.guest import writer
 
 #: Seconds, and bytes, that others wait for the end of somebody's line: a prompt has none.
 _PATIENCE = 1.0

@@ -1,1 +1,1 @@
-"""For tests of drivers and models: guests, and what they boot from."""
+"""What tests of models and drivers import: the pytest plugin, fakes of a driver and of memory, an NVMe client."""

@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Self
 
 from vmodel.device import PciDevice
+from vmodel.patience import patience, spoken
 from vmodel.pci.caps import Msi, Msix
 from vmodel.register_map import RegisterMap
 from vmodel.regs import Register
 from vmodel.server import Server
 from vmodel.span import PAGE, MiB
-from vmodel.testing.patience import patience, spoken
 from vmodel.vfio_user.client import Client, EventFd
 from vmodel.vfio_user.wire import Irq, Region
 

@@ -27,14 +27,14 @@ import pytest
 # What a fixture needs is imported when it is used: this file is loaded at each start of pytest.
 if TYPE_CHECKING:
     from vmodel.device import PciDevice
+    from vmodel.experiment import Result, Rig
+    from vmodel.guest.artifacts import Kernel
+    from vmodel.guest.booted import BootedGuest
+    from vmodel.guest.running import GuestResult, GuestSpec
+    from vmodel.guest.served import Served
     from vmodel.inject import Engine, FaultPlan
     from vmodel.machine import Machine
-    from vmodel.testing.artifacts import Kernel
-    from vmodel.testing.booted import BootedGuest
-    from vmodel.testing.experiment import Result, Rig
     from vmodel.testing.fakes import FakeDriver, FakeMemory
-    from vmodel.testing.guest import GuestResult, GuestSpec
-    from vmodel.testing.served import Served
 
 #: Fixtures that boot a guest: their tests are marked `guest`, so that `-m "not guest"` leaves them out.
 _GUESTS = frozenset(("vm", "vm_booted", "experiment"))
@@ -250,7 +250,7 @@ def fake_driver(fake_memory: FakeMemory, vmodel_devices: dict[str, PciDevice]) -
 @pytest.fixture
 def guest_kernel(request: pytest.FixtureRequest) -> Kernel:
     """The kernel of this test's guests: each one of --vmodel-kernel, else stable's."""
-    from vmodel.testing.artifacts import find_kernel
+    from vmodel.guest.artifacts import find_kernel
 
     with _on_one_line():
         return find_kernel(getattr(request, "param", None))
@@ -269,7 +269,7 @@ def vmodel_machine_file(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def vmodel_served(vmodel_machine_file: Path, vmodel_devices: dict[str, PciDevice]) -> Iterator[Served]:
     """The test's machine while it is served."""
-    from vmodel.testing.served import Served
+    from vmodel.guest.served import Served
 
     with _on_one_line():
         made = Served(vmodel_machine_file)
@@ -313,7 +313,7 @@ class Vm:
 
     def spec(self, command: str, **options: Any) -> GuestSpec:
         """The GuestSpec of a guest; options as in the mark `guest`, which they add to."""
-        from vmodel.testing.guest import GuestSpec
+        from vmodel.guest.running import GuestSpec
 
         merged = {**self._options, **options}
         args = [*merged.pop("qemu_args", ()), *self._served.qemu_args(merged.pop("without", ()))]
@@ -326,13 +326,13 @@ class Vm:
 
     def run(self, command: str, **options: Any) -> GuestResult:
         """Boots a guest, runs a shell script, powers off.  GuestRunError: its subclasses say what else may come."""
-        from vmodel.testing.guest import run_guest
+        from vmodel.guest.running import run_guest
 
         return run_guest(self.spec(command, **options), artifacts=self.logs())
 
     def boot(self, **options: Any) -> BootedGuest:
         """A guest that takes scripts, not yet booted: a context manager."""
-        from vmodel.testing.booted import BootedGuest
+        from vmodel.guest.booted import BootedGuest
 
         host = self._served.host_commands(lambda: guest.monitor)
         guest = BootedGuest(self.spec("", **options), artifacts=self.logs(), host=host)
@@ -355,7 +355,7 @@ def vm_booted(vm: Vm, vmodel_served: Served) -> Iterator[BootedGuest]:
 @pytest.fixture(scope="session")
 def vmodel_rig() -> Iterator[Rig]:
     """The guest that experiments of several tests share."""
-    from vmodel.testing.experiment import Rig
+    from vmodel.experiment import Rig
 
     with Rig() as rig:
         yield rig
@@ -374,7 +374,7 @@ def experiment(
 
     Its second argument is a rule, a plan's file, a FaultPlan, or None; more are fields of `Case`.
     """
-    from vmodel.testing.experiment import Case
+    from vmodel.experiment import Case
 
     options = _marked(request)
     if "timeout" in options:

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 
 from qemu.qmp import QMPClient, QMPError
 
-from vmodel.testing.patience import patience, spoken
+from vmodel.patience import patience, spoken
 
 _T = TypeVar("_T")
 #: Seconds that QEMU may take to answer.

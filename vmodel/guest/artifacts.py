@@ -34,7 +34,7 @@ from vmodel.errors import ConfigError
 MEND = (
     "scripts/get-qemu"
     if (Path(__file__).parents[2] / "scripts" / "get-qemu").exists()
-    else "python -m vmodel.testing.get_qemu"
+    else "python -m vmodel.guest.get_qemu"
 )
 #: The first QEMU with vfio-user-pci.
 MIN_QEMU = (10, 1)

@@ -20,11 +20,11 @@ from types import TracebackType
 from typing import Self
 
 from vmodel.errors import ConfigError
-from vmodel.testing import kernel_log
-from vmodel.testing.artifacts import find_kernel
-from vmodel.testing.guest import Guest, GuestOff, GuestResult, GuestRunError, GuestSpec, GuestTimeout
-from vmodel.testing.monitor import Monitor
-from vmodel.testing.patience import patience, spoken
+from vmodel.guest.artifacts import find_kernel
+from vmodel.guest.kernel_lines import Line, lines_of
+from vmodel.guest.monitor import Monitor
+from vmodel.guest.running import Guest, GuestOff, GuestResult, GuestRunError, GuestSpec, GuestTimeout
+from vmodel.patience import patience, spoken
 
 #: Bytes of a script: a longer one is better a file.
 MAX_SCRIPT = 24 * 1024
@@ -343,14 +343,14 @@ class BootedGuest:
             data = b"".join(piece for _, piece in self._console[mark:])
         return data.decode(errors="replace").replace("\r\n", "\n")
 
-    def lines(self, mark: int = 0) -> list[kernel_log.Line]:
+    def lines(self, mark: int = 0) -> list[Line]:
         """The kernel's lines on the console since then, with their time (of time.monotonic())."""
         with self._changed:
             pieces = self._console[mark:]
-        found: list[kernel_log.Line] = []
+        found: list[Line] = []
         rest = b""
         for at, data in pieces:
             *whole, rest = (rest + data).split(b"\n")
             for line in whole:
-                found += [replace(one, at=at) for one in kernel_log.lines_of(line.decode(errors="replace"))]
-        return found + kernel_log.lines_of(rest.decode(errors="replace"))
+                found += [replace(one, at=at) for one in lines_of(line.decode(errors="replace"))]
+        return found + lines_of(rest.decode(errors="replace"))

@@ -8,24 +8,23 @@ import platform
 import shlex
 import time
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from vmodel.errors import ConfigError
+from vmodel.experiment import kernel_log
+from vmodel.experiment.case import Case, Result
+from vmodel.experiment.oracle import Effect, Finding, Outcome, classify, of_status, time_to_detect, time_to_recover
+from vmodel.guest.artifacts import Kernel, Qemu, find_kernel, find_qemu
+from vmodel.guest.booted import BEGIN, BootedGuest, Done
+from vmodel.guest.kernel_lines import lines_of, merged
+from vmodel.guest.monitor import MonitorError
+from vmodel.guest.running import GuestOff, GuestPanic, GuestRunError, GuestSpec, GuestTimeout, ModuleError
+from vmodel.guest.served import Served
 from vmodel.inject import Engine, FaultPlan
-from vmodel.testing import kernel_log
-from vmodel.testing.artifacts import Kernel, Qemu, find_kernel, find_qemu
-from vmodel.testing.booted import BEGIN, BootedGuest, Done
-from vmodel.testing.case import Case, Result
-from vmodel.testing.guest import GuestOff, GuestPanic, GuestRunError, GuestSpec, GuestTimeout, ModuleError
-from vmodel.testing.monitor import MonitorError
-from vmodel.testing.oracle import Effect, Finding, Outcome, classify, of_status, time_to_detect, time_to_recover
-from vmodel.testing.patience import patience, spoken
-from vmodel.testing.served import Served
-
-__all__ = ["Case", "Result", "Rig", "run"]
+from vmodel.patience import patience, spoken
 
 #: Records of the journal that a result has.
 _MOST_INJECTIONS = 1000
@@ -312,8 +311,8 @@ class _Trial:
     # ---- the result -------------------------------------------------------------------------
 
     def _of_kernel(self) -> list[Finding]:
-        lines = kernel_log.merged(self.guest.lines(self.mark), kernel_log.lines_of(self.dmesg, "kernel log"))
-        relative = [kernel_log.at(line, None if line.at is None else line.at - self.start) for line in lines]
+        lines = merged(self.guest.lines(self.mark), lines_of(self.dmesg, "kernel log"))
+        relative = [replace(line, at=None if line.at is None else line.at - self.start) for line in lines]
         begin = next((n for n, line in enumerate(relative) if line.text.startswith(BEGIN)), len(relative))
         # A boot is full of warnings that say nothing.
         boot = kernel_log.findings(relative[:begin], unknown=False)

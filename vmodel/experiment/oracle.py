@@ -1,6 +1,6 @@
 """What became of a fault: outcome classes, and the evidence for one.
 
-Oracles are what looks at a run and says what it saw: the console and the kernel's log (`vmodel.testing.kernel_log`),
+Oracles are what looks at a run and says what it saw: the console and the kernel's log (`vmodel.experiment.kernel_log`),
 the workload's exit status, its check of data, the time, QEMU (by QMP), the device models.  Each `Finding` says which
 one it comes from; `classify` makes one `Outcome` of them all.
 """

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vmodel.testing.kernel_log import Line, findings, lines_of, merged, normal
-from vmodel.testing.oracle import Effect, Finding
+from vmodel.experiment.kernel_log import findings, normal
+from vmodel.experiment.oracle import Effect, Finding
+from vmodel.guest.kernel_lines import Line, lines_of, merged
 
 #: What kernels print, in the formats of 6.12 ("_new": of 7.2), with made-up addresses.
 SPLATS = {path.stem: path.read_text() for path in (Path(__file__).parent / "splats").glob("*.log")}

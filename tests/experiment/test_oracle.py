@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmodel.testing.oracle import (
+from vmodel.experiment.oracle import (
     DATA_WRONG,
     Effect,
     Finding,

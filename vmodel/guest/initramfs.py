@@ -21,8 +21,8 @@ from typing import Any
 from elftools.elf.elffile import ELFFile
 
 from vmodel.errors import ConfigError
-from vmodel.testing.artifacts import ArtifactError, Kernel
-from vmodel.testing.tools import find_tools, program_files, reading_elf
+from vmodel.guest.artifacts import ArtifactError, Kernel
+from vmodel.guest.tools import find_tools, program_files, reading_elf
 
 #: Commands that /init needs before `busybox --install` has made the others.
 _APPLETS = ("sh", "mount")

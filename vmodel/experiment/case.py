@@ -1,6 +1,6 @@
 """A case: a machine, a stock kernel, a workload in the guest, a plan of faults; and what came of it.
 
-`vmodel.testing.experiment` runs them:
+`vmodel.experiment` runs them:
 
 ```python
 case = Case(machine=Path("edu.toml"), workload="./edu_check", files=[Path("edu_check")], modules=["uio_pci_generic"],
@@ -19,8 +19,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
+from vmodel.experiment.oracle import Finding, Outcome
 from vmodel.inject import FaultPlan
-from vmodel.testing.oracle import Finding, Outcome
 
 
 class Case(BaseModel):

@@ -23,10 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from vmodel.guest import initramfs
+from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
+from vmodel.patience import patience, spoken
 from vmodel.printable import printable
-from vmodel.testing import initramfs
-from vmodel.testing.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
-from vmodel.testing.patience import patience, spoken
 
 #: Kernel arguments: quick to boot under TCG (the crypto self-tests alone take 0.7 s), and a panic ends the run.
 _APPEND = (

@@ -6,28 +6,12 @@ The texts are those of 6.12 to 7.2, as their binaries have them; where versions 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vmodel.testing.oracle import Effect, Finding
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the log."""
-
-    text: str
-    #: The kernel's time, as it is written there; it tells equal lines apart.
-    stamp: str = ""
-    #: 0 (emergency) to 7 (debug); None where it is not known, as on a console.
-    level: int | None = None
-    #: When it came, in seconds.
-    at: float | None = None
-    #: "console" or "kernel log".
-    oracle: str = "console"
-    #: Whether a program has written it, and not the kernel.
-    foreign: bool = False
+from vmodel.experiment.oracle import Effect, Finding
+from vmodel.guest.kernel_lines import Line
 
 
 class Sign(NamedTuple):
@@ -148,7 +132,6 @@ _NOISE = re.compile(
     r"|: loading out-of-tree module taints|module verification failed|^SMP alternatives|^sched_clock:"
     r"|^printk: |^process '.*' started with executable stack"
 )
-_LINE = re.compile(r"^(?:<(\d+)>)?\[ *(\d+\.\d+)\](?:\[ *[CT]\d+\])? ?(.*)$")
 _CUT = re.compile(r"^-+\[ cut here \]-+")
 _END = re.compile(r"^-+\[ end trace|^</TASK>|^ </TASK>")
 #: What may follow the first line of a splat and belongs to it.
@@ -173,33 +156,6 @@ _GENERIC = re.compile(
     r"|asm_\w+|entry_\w+|do_syscall_64|x64_sys_call|ret_from_fork\w*)$"
 )
 _MOST_FUNCTIONS = 3
-
-
-def lines_of(text: str, oracle: str = "console") -> list[Line]:
-    """The lines of a console or of `dmesg -r`; what has no time in front is no kernel's."""
-    found = []
-    for raw in text.replace("\r", "").split("\n"):
-        if match := _LINE.match(raw):
-            number = int(match[1]) if match[1] else None
-            level = None if number is None else number & 7
-            found.append(Line(match[3], match[2], level, None, oracle, number is not None and number >= 8))
-    return found
-
-
-def merged(console: Sequence[Line], log: Iterable[Line]) -> list[Line]:
-    """A console's lines, whose arrival is known, and the log's, whose level is; each once, by the kernel's time."""
-    lines = {(line.stamp, line.text): line for line in log}
-    for line in console:
-        known = lines.get((line.stamp, line.text))
-        lines[line.stamp, line.text] = (
-            line if known is None else Line(line.text, line.stamp, known.level, line.at, known.oracle, known.foreign)
-        )
-    return sorted(lines.values(), key=lambda line: float(line.stamp or 0))
-
-
-def at(line: Line, when: float | None) -> Line:
-    """The same line, come at another time."""
-    return Line(line.text, line.stamp, line.level, when, line.oracle, line.foreign)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 
-from vmodel.testing.artifacts import MEND, ArtifactError, cache_dir, read_stamp
+from vmodel.guest.artifacts import MEND, ArtifactError, cache_dir, read_stamp
 
 #: Debian's packages, and the programs of each that guests may have.
 TOOLS = {

@@ -12,9 +12,9 @@ from typing import Self
 
 from vmodel import machine as machines
 from vmodel.errors import ConfigError
+from vmodel.guest.booted import HostCommand
+from vmodel.guest.monitor import Monitor, MonitorError
 from vmodel.qemu import device_args
-from vmodel.testing.booted import HostCommand
-from vmodel.testing.monitor import Monitor, MonitorError
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from vmodel.testing.artifacts import (
+from vmodel.guest.artifacts import (
     CLOUD,
     KERNEL_NAME,
     KERNELS,
@@ -36,7 +36,7 @@ from vmodel.testing.artifacts import (
     probe_qemu,
     read_stamp,
 )
-from vmodel.testing.debian import (
+from vmodel.guest.debian import (
     BACKPORTS,
     BROWSER_PACKAGE,
     BUSYBOX_PACKAGE,
@@ -56,7 +56,7 @@ from vmodel.testing.debian import (
     unpack_qemu,
     unpack_tools,
 )
-from vmodel.testing.tools import TOOLS, find_tools
+from vmodel.guest.tools import TOOLS, find_tools
 
 #: Parts that only those get who ask for them: what finds each.
 OPTIONAL = {"iasl": find_iasl, "tools": find_tools, "browser": find_browser, "clang": find_clang}

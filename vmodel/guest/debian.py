@@ -17,7 +17,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vmodel.testing.artifacts import (
+from vmodel.guest.artifacts import (
     CLOUD,
     MEND,
     NEWEST,
@@ -31,7 +31,7 @@ from vmodel.testing.artifacts import (
     pick_release,
     probe_qemu,
 )
-from vmodel.testing.tools import LIBS, program_files, programs
+from vmodel.guest.tools import LIBS, program_files, programs
 
 SUITE = "trixie"
 BACKPORTS = f"{SUITE}-backports"

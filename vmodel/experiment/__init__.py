@@ -1,0 +1,7 @@
+"""Experiments: a workload in a stock guest under a plan of faults, and what became of the fault."""
+
+from vmodel.experiment.case import Case, Result
+from vmodel.experiment.oracle import Effect, Finding, Outcome
+from vmodel.experiment.rig import Rig, run
+
+__all__ = ["Case", "Effect", "Finding", "Outcome", "Result", "Rig", "run"]
