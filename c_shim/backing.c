@@ -6,7 +6,7 @@
  * client could stop every thread.  So guest memory has to be on a file system whose pages come from the kernel, or from
  * a disk: memfd, tmpfs and hugetlbfs, told by their seals, and those of local[], told by the table of mounts. */
 #define _GNU_SOURCE
-#include "files.h"
+#include "backing.h"
 
 #include <errno.h>
 #include <fcntl.h>

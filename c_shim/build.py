@@ -9,6 +9,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
+#: Lower files first: each calls, and includes the headers of, only those before it (tests/unit/test_layers.py).
 SOURCES = [
     "span_tree.c",
     "budget.c",
@@ -24,8 +25,8 @@ SOURCES = [
     "requester.c",
     "dma.c",
     "pin.c",
-    "func.c",
     "eventfd.c",
+    "func.c",
     "stream.c",
     "sleep.c",
     "channel.c",

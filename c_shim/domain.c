@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * Domains: IOVA -> GPA.  A paging domain keeps its mappings here; the others translate by rule or by tables. */
+ * Domains: IOVA -> GPA.  A paging domain keeps its mappings here; others translate by rule, or by tables: pgtable.c. */
 #include "domain.h"
 
 #include <errno.h>
@@ -8,7 +8,65 @@
 #define PROT_ALL (VMS_PROT_READ | VMS_PROT_WRITE)
 #define PAGE_MASK ((uint64_t)4095)
 
-static int create(uint32_t kind, vms_domain **out)
+/* ---- translation --------------------------------------------------------------------------- */
+
+static int refuse(vms_fault *fault, enum vms_reason reason)
+{
+    fault->reason = reason;
+    fault->level = 0;
+    fault->stage = 0;
+    return -EFAULT;
+}
+
+static int translate_identity(vms_domain *domain, uint64_t iova, uint32_t access, translation *out, vms_fault *fault)
+{
+    (void)domain, (void)iova, (void)access, (void)fault;
+    *out = (translation){ .last = UINT64_MAX, .prot = PROT_ALL };
+    return 0;
+}
+
+static int translate_blocked(vms_domain *domain, uint64_t iova, uint32_t access, translation *out, vms_fault *fault)
+{
+    (void)domain, (void)iova, (void)access, (void)out;
+    return refuse(fault, VMS_REASON_BLOCKED);
+}
+
+static int translate_paging(vms_domain *domain, uint64_t iova, uint32_t access, translation *out, vms_fault *fault)
+{
+    mapping item;
+
+    if (iova < domain->first || iova > domain->last)
+        return refuse(fault, VMS_REASON_INPUT_WIDTH);
+    pthread_rwlock_rdlock(&domain->lock);
+    int found = mapping_tree_find(&domain->mappings, iova, &item);
+    pthread_rwlock_unlock(&domain->lock);
+    if (!found)
+        return refuse(fault, VMS_REASON_NOT_MAPPED);
+    *out = (translation){
+        .start = item.start, .last = item.last, .gpa = item.target & ~PAGE_MASK,
+        .prot = (uint32_t)(item.target & PROT_ALL), .log = domain, .log_start = item.start,
+    };
+    if ((out->prot & access) != access)
+        return refuse(fault, VMS_REASON_PERMISSION);
+    return 0;
+}
+
+int vms_domain_walk(vms_domain *domain, uint64_t iova, uint32_t access, vms_mapping *out, vms_fault *fault)
+{
+    translation t;
+
+    *fault = (vms_fault){ .pasid = VMS_NO_PASID, .iova = iova, .access = access };
+    if (access & ~PROT_ALL)
+        return -EINVAL;
+    int rc = domain_translate(domain, iova, access, &t, fault);
+    if (rc == 0)
+        *out = (vms_mapping){ t.start, t.last, t.gpa, t.prot, t.level };
+    return rc;
+}
+
+/* ---- life ------------------------------------------------------------------------------------ */
+
+int domain_create(uint32_t kind, vms_domain **out)
 {
     vms_domain *domain = calloc(1, sizeof *domain);
     if (!domain)
@@ -27,7 +85,10 @@ int vms_domain_create(uint32_t kind, vms_domain **out)
 {
     if (kind != VMS_DOMAIN_IDENTITY && kind != VMS_DOMAIN_BLOCKED)
         return -EINVAL;
-    return create(kind, out);
+    int rc = domain_create(kind, out);
+    if (rc == 0)
+        (*out)->translate = kind == VMS_DOMAIN_IDENTITY ? translate_identity : translate_blocked;
+    return rc;
 }
 
 int vms_domain_create_paging(uint64_t page_sizes, uint64_t first, uint64_t last, uint64_t last_gpa,
@@ -35,9 +96,10 @@ int vms_domain_create_paging(uint64_t page_sizes, uint64_t first, uint64_t last,
 {
     if (!page_sizes || (page_sizes & PAGE_MASK) || first > last)
         return -EINVAL;
-    int rc = create(VMS_DOMAIN_PAGING, out);
+    int rc = domain_create(VMS_DOMAIN_PAGING, out);
     if (rc < 0)
         return rc;
+    (*out)->translate = translate_paging;
     (*out)->page_sizes = page_sizes;
     (*out)->first = first;
     (*out)->last = last;
@@ -48,29 +110,14 @@ int vms_domain_create_paging(uint64_t page_sizes, uint64_t first, uint64_t last,
     return 0;
 }
 
-int vms_domain_create_table(vms_memory *memory, const vms_table *table, vms_domain *parent, vms_domain **out)
+void domain_nest(vms_domain *domain, vms_domain *parent)
 {
-    int rc = pgtable_check(table);
-    if (rc < 0)
-        return rc;
-    if (parent && parent->kind != VMS_DOMAIN_PAGING && (parent->kind != VMS_DOMAIN_TABLE || parent->parent))
-        return -EINVAL;
-    rc = create(VMS_DOMAIN_TABLE, out);
-    if (rc < 0)
-        return rc;
-    vms_domain *domain = *out;
-    domain->memory = memory;
-    memory_ref(memory);
-    domain->table = *table;
     domain->parent = parent;
-    if (parent) {
-        domain_ref(parent);
-        pthread_mutex_lock(&parent->attach_lock);
-        domain->next_nested = parent->nested;
-        parent->nested = domain;
-        pthread_mutex_unlock(&parent->attach_lock);
-    }
-    return 0;
+    domain_ref(parent);
+    pthread_mutex_lock(&parent->attach_lock);
+    domain->next_nested = parent->nested;
+    parent->nested = domain;
+    pthread_mutex_unlock(&parent->attach_lock);
 }
 
 void domain_ref(vms_domain *domain)
@@ -109,26 +156,22 @@ void vms_domain_destroy(vms_domain *domain)
     vms_domain_destroy(parent);
 }
 
-void domain_link(attachment *at)
+void domain_listen(vms_domain *domain, domain_listener *listener)
 {
-    vms_domain *domain = at->domain;
-
     domain_ref(domain);
     pthread_mutex_lock(&domain->attach_lock);
-    at->next = domain->attachments;
-    domain->attachments = at;
+    listener->next = domain->listeners;
+    domain->listeners = listener;
     pthread_mutex_unlock(&domain->attach_lock);
 }
 
-void domain_unlink(attachment *at)
+void domain_unlisten(vms_domain *domain, domain_listener *listener)
 {
-    vms_domain *domain = at->domain;
-
     pthread_mutex_lock(&domain->attach_lock);
-    attachment **link = &domain->attachments;
-    while (*link != at)
+    domain_listener **link = &domain->listeners;
+    while (*link != listener)
         link = &(*link)->next;
-    *link = at->next;
+    *link = listener->next;
     pthread_mutex_unlock(&domain->attach_lock);
     vms_domain_destroy(domain);
 }
@@ -264,8 +307,8 @@ int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last, uint32_t
     if (start > last)
         return -EINVAL;
     pthread_mutex_lock(&domain->attach_lock);
-    for (attachment *at = domain->attachments; at; at = at->next)
-        requester_invalidate(at->requester, at, start, last, flags);
+    for (domain_listener *listener = domain->listeners; listener; listener = listener->next)
+        listener->invalidate(listener, start, last, flags);
     /* What is nested goes by other addresses. */
     for (vms_domain *nested = domain->nested; nested; nested = nested->next_nested)
         vms_domain_flush(nested, 0, UINT64_MAX, flags);
@@ -303,64 +346,6 @@ int vms_domain_check(vms_domain *domain)
     pthread_rwlock_rdlock(&domain->lock);
     int rc = mapping_tree_check(&domain->mappings);
     pthread_rwlock_unlock(&domain->lock);
-    return rc;
-}
-
-/* ---- translation --------------------------------------------------------------------------- */
-
-static int refuse(vms_fault *fault, enum vms_reason reason)
-{
-    fault->reason = reason;
-    fault->level = 0;
-    fault->stage = 0;
-    return -EFAULT;
-}
-
-static int translate_paging(vms_domain *domain, uint64_t iova, uint32_t access, translation *out, vms_fault *fault)
-{
-    mapping item;
-
-    if (iova < domain->first || iova > domain->last)
-        return refuse(fault, VMS_REASON_INPUT_WIDTH);
-    pthread_rwlock_rdlock(&domain->lock);
-    int found = mapping_tree_find(&domain->mappings, iova, &item);
-    pthread_rwlock_unlock(&domain->lock);
-    if (!found)
-        return refuse(fault, VMS_REASON_NOT_MAPPED);
-    *out = (translation){
-        .start = item.start, .last = item.last, .gpa = item.target & ~PAGE_MASK,
-        .prot = (uint32_t)(item.target & PROT_ALL), .log = domain, .log_start = item.start,
-    };
-    if ((out->prot & access) != access)
-        return refuse(fault, VMS_REASON_PERMISSION);
-    return 0;
-}
-
-int domain_translate(vms_domain *domain, uint64_t iova, uint32_t access, translation *out, vms_fault *fault)
-{
-    switch (domain->kind) {
-    case VMS_DOMAIN_IDENTITY:
-        *out = (translation){ .last = UINT64_MAX, .prot = PROT_ALL };
-        return 0;
-    case VMS_DOMAIN_PAGING:
-        return translate_paging(domain, iova, access, out, fault);
-    case VMS_DOMAIN_TABLE:
-        return pgtable_walk(domain, iova, access, out, fault);
-    default:
-        return refuse(fault, VMS_REASON_BLOCKED);
-    }
-}
-
-int vms_domain_walk(vms_domain *domain, uint64_t iova, uint32_t access, vms_mapping *out, vms_fault *fault)
-{
-    translation t;
-
-    *fault = (vms_fault){ .pasid = VMS_NO_PASID, .iova = iova, .access = access };
-    if (access & ~PROT_ALL)
-        return -EINVAL;
-    int rc = domain_translate(domain, iova, access, &t, fault);
-    if (rc == 0)
-        *out = (vms_mapping){ t.start, t.last, t.gpa, t.prot, t.level };
     return rc;
 }
 

@@ -8,15 +8,16 @@
  * returns.  Reading has RWF_NOWAIT (Linux 5.8), which counts whatever the flags of the description are.
  */
 #define _GNU_SOURCE
+#include "eventfd.h"
+
 #include <errno.h>
 #include <linux/aio_abi.h>
+#include <stdint.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
-
-#include "func.h"
 
 #define RING 32 /* completions that may lie there unread */
 
@@ -28,53 +29,60 @@ int eventfd_take(int fd)
     return preadv2(fd, &iov, 1, -1, RWF_NOWAIT) == (ssize_t)sizeof value;
 }
 
-static int start_aio(vms_func *func)
+static int start_aio(signaller *s)
 {
-    if (func->aio_source < 0 && (func->aio_source = memfd_create("vmodel-signal", MFD_CLOEXEC)) < 0)
+    if (s->source < 0 && (s->source = memfd_create("vmodel-signal", MFD_CLOEXEC)) < 0)
         return -errno;
-    return !func->aio && syscall(SYS_io_setup, RING, &func->aio) < 0 ? -errno : 0;
+    return !s->aio && syscall(SYS_io_setup, RING, &s->aio) < 0 ? -errno : 0;
 }
 
-static int submit(vms_func *func, int eventfd)
+static int submit(signaller *s, int eventfd)
 {
     struct iocb request = {
         .aio_lio_opcode = IOCB_CMD_PREAD,
-        .aio_fildes = (uint32_t)func->aio_source, /* empty: it ends at once */
+        .aio_fildes = (uint32_t)s->source, /* empty: it ends at once */
         .aio_flags = IOCB_FLAG_RESFD,
         .aio_resfd = (uint32_t)eventfd,
     };
     struct iocb *requests[] = { &request };
 
-    return syscall(SYS_io_submit, func->aio, 1, requests) == 1 ? 0 : -errno;
+    return syscall(SYS_io_submit, s->aio, 1, requests) == 1 ? 0 : -errno;
 }
 
-int vms_signal(vms_func *func, int eventfd)
+void signaller_init(signaller *s)
 {
-    pthread_mutex_lock(&func->signal_lock);
-    int rc = start_aio(func);
+    pthread_mutex_init(&s->lock, NULL);
+    s->aio = 0;
+    s->source = -1;
+}
+
+int signaller_send(signaller *s, int eventfd)
+{
+    pthread_mutex_lock(&s->lock);
+    int rc = start_aio(s);
     if (rc == 0) {
-        rc = submit(func, eventfd);
+        rc = submit(s, eventfd);
         if (rc == -EAGAIN) {
             struct io_event done[RING];
             struct timespec now = { 0, 0 };
-            while (syscall(SYS_io_getevents, func->aio, 0, RING, done, &now) == RING)
+            while (syscall(SYS_io_getevents, s->aio, 0, RING, done, &now) == RING)
                 ;
-            rc = submit(func, eventfd);
+            rc = submit(s, eventfd);
         }
     } else {
         /* No AIO here: as good as it can be, see docs/robustness.md. */
         uint64_t one = 1;
         rc = write(eventfd, &one, sizeof one) < 0 && errno != EAGAIN ? -errno : 0;
     }
-    pthread_mutex_unlock(&func->signal_lock);
+    pthread_mutex_unlock(&s->lock);
     return rc;
 }
 
-void signals_end(vms_func *func)
+void signaller_destroy(signaller *s)
 {
-    if (func->aio)
-        syscall(SYS_io_destroy, func->aio);
-    if (func->aio_source >= 0)
-        close(func->aio_source);
-    pthread_mutex_destroy(&func->signal_lock);
+    if (s->aio)
+        syscall(SYS_io_destroy, s->aio);
+    if (s->source >= 0)
+        close(s->source);
+    pthread_mutex_destroy(&s->lock);
 }

@@ -17,6 +17,8 @@
 #define _GNU_SOURCE
 #include "files.h"
 
+#include "backing.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>

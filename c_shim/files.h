@@ -9,17 +9,6 @@
 
 #include "vmshim.h"
 
-/* What a client has sent. */
-typedef struct backing {
-    dev_t dev;
-    ino_t ino;
-    uint64_t size; /* of the file */
-    uint64_t page; /* page size (huge pages) */
-} backing;
-
-/* EINVAL: no regular file; EOPNOTSUPP: its file system may make us wait for ever. */
-int backing_of(int fd, backing *out);
-
 /* [first, first + size) of a file.  It is one of a table, and never freed: the handler of SIGBUS reads all of them. */
 typedef struct mapped_file {
     _Atomic unsigned version; /* odd: free, or being changed; what follows up to `writable` is the handler's */

@@ -26,8 +26,7 @@ int vms_func_create(vms_func **out)
         return rc;
     }
     pthread_mutex_init(&func->watch_lock, NULL);
-    pthread_mutex_init(&func->signal_lock, NULL);
-    func->aio_source = -1;
+    signaller_init(&func->signals);
     atomic_store(&func->refs, 1);
     for (unsigned i = 0; i < VMS_REGIONS; i++)
         func->regions[i].fd = -1;
@@ -52,7 +51,7 @@ void vms_func_destroy(vms_func *func)
     }
     close(func->wake_fd);
     pthread_mutex_destroy(&func->watch_lock);
-    signals_end(func);
+    signaller_destroy(&func->signals);
     free(func);
 }
 
@@ -375,6 +374,11 @@ int vms_region_write(vms_func *func, uint32_t index, uint64_t offset, const uint
         return -EINVAL;
     write_plain(r, offset, buf, n);
     return 0;
+}
+
+int vms_signal(vms_func *func, int eventfd)
+{
+    return signaller_send(&func->signals, eventfd);
 }
 
 int vms_wake(vms_func *func)

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "eventfd.h"
 #include "vmshim.h"
 
 #define MAX_WATCHES 64
@@ -43,9 +44,7 @@ struct vms_func {
         uint16_t cookie;
     } watches[MAX_WATCHES];
     unsigned n_watches;
-    pthread_mutex_t signal_lock;
-    unsigned long aio; /* aio_context_t; 0: not yet */
-    int aio_source;    /* an empty file, or -1 */
+    signaller signals;
     vms_func_stats stats; /* written by the function's thread only */
 };
 
@@ -56,10 +55,6 @@ static inline int region_has(const region *r, uint64_t offset, uint64_t n)
 }
 
 void func_ref(vms_func *func);
-
-/* eventfd.c.  Takes a counter to 0; whether it was not 0.  Never waits. */
-int eventfd_take(int fd);
-void signals_end(vms_func *func);
 
 /* Tries to answer without Python.  1: done; 0: Python has to. */
 int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n);

@@ -20,7 +20,7 @@ int vms_memory_create(vms_files *files, uint32_t max_windows, vms_memory **out)
     memory->max_held = VMS_MAX_MAPPINGS;
     memory->max_bytes = VMS_MAX_BYTES;
     pthread_mutex_init(&memory->lock, NULL);
-    pthread_mutex_init(&memory->requesters_lock, NULL);
+    pthread_mutex_init(&memory->listeners_lock, NULL);
     span_tree_init(&memory->windows);
     dirty_init(&memory->dirty);
     *out = memory;
@@ -35,7 +35,7 @@ void vms_memory_destroy(vms_memory *memory)
     vms_memory_unmap_all(memory, &removed);
     dirty_destroy(&memory->dirty);
     pthread_mutex_destroy(&memory->lock);
-    pthread_mutex_destroy(&memory->requesters_lock);
+    pthread_mutex_destroy(&memory->listeners_lock);
     vms_files_destroy(memory->files);
     free(memory);
 }
@@ -171,13 +171,13 @@ int vms_memory_map(vms_memory *memory, uint64_t gpa, uint64_t size, uint32_t pro
     return rc;
 }
 
-/* Waits until no requester uses what has just left the tree, then lets go of it. */
-static void release(vms_memory *memory, span_node *removed)
+/* Waits until nobody uses the windows in [start, last], which have just left the tree, then frees them. */
+static void release(vms_memory *memory, uint64_t start, uint64_t last, span_node *removed)
 {
-    pthread_mutex_lock(&memory->requesters_lock);
-    for (vms_requester *r = memory->requesters; r; r = *requester_link(r))
-        requester_flush(r);
-    pthread_mutex_unlock(&memory->requesters_lock);
+    pthread_mutex_lock(&memory->listeners_lock);
+    for (memory_listener *listener = memory->listeners; listener; listener = listener->next)
+        listener->removed(listener, start, last);
+    pthread_mutex_unlock(&memory->listeners_lock);
 
     while (removed) {
         window *win = (window *)removed;
@@ -225,7 +225,7 @@ int vms_memory_unmap(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t *
         *removed_bytes = remove_span(memory, gpa, last, &removed);
     pthread_mutex_unlock(&memory->lock);
     if (removed)
-        release(memory, removed);
+        release(memory, gpa, last, removed);
     return rc;
 }
 
@@ -237,7 +237,7 @@ int vms_memory_unmap_all(vms_memory *memory, uint64_t *removed_bytes)
     *removed_bytes = remove_span(memory, 0, UINT64_MAX, &removed);
     pthread_mutex_unlock(&memory->lock);
     if (removed)
-        release(memory, removed);
+        release(memory, 0, UINT64_MAX, removed);
     return 0;
 }
 
@@ -263,22 +263,22 @@ size_t vms_memory_list(vms_memory *memory, uint64_t gpa, vms_window *out, size_t
     return n;
 }
 
-void memory_attach(vms_memory *memory, vms_requester *requester)
+void memory_listen(vms_memory *memory, memory_listener *listener)
 {
-    pthread_mutex_lock(&memory->requesters_lock);
-    *requester_link(requester) = memory->requesters;
-    memory->requesters = requester;
-    pthread_mutex_unlock(&memory->requesters_lock);
+    pthread_mutex_lock(&memory->listeners_lock);
+    listener->next = memory->listeners;
+    memory->listeners = listener;
+    pthread_mutex_unlock(&memory->listeners_lock);
 }
 
-void memory_detach(vms_memory *memory, vms_requester *requester)
+void memory_unlisten(vms_memory *memory, memory_listener *listener)
 {
-    pthread_mutex_lock(&memory->requesters_lock);
-    vms_requester **link = &memory->requesters;
-    while (*link != requester)
-        link = requester_link(*link);
-    *link = *requester_link(requester);
-    pthread_mutex_unlock(&memory->requesters_lock);
+    pthread_mutex_lock(&memory->listeners_lock);
+    memory_listener **link = &memory->listeners;
+    while (*link != listener)
+        link = &(*link)->next;
+    *link = listener->next;
+    pthread_mutex_unlock(&memory->listeners_lock);
 }
 
 /* ---- words of tables, for the walkers ------------------------------------------------------- */

@@ -25,6 +25,14 @@ typedef struct holding {
     uint64_t windows;
 } holding;
 
+/* A member of whatever caches windows. */
+typedef struct memory_listener {
+    struct memory_listener *next; /* under memory->listeners_lock */
+    /* The windows in [start, last] have been removed: drops what is cached of them, and returns when no access through
+     * them is under way.  Called under memory->listeners_lock alone. */
+    void (*removed)(struct memory_listener *listener, uint64_t start, uint64_t last);
+} memory_listener;
+
 struct vms_memory {
     vms_files *files;
     uint32_t max_windows;
@@ -35,8 +43,8 @@ struct vms_memory {
     uint32_t held, max_held;
     uint64_t held_bytes, max_bytes; /* of address space */
 
-    pthread_mutex_t requesters_lock;
-    vms_requester *requesters;
+    pthread_mutex_t listeners_lock; /* Taken before a requester's lock. */
+    memory_listener *listeners;
 
     dirty_log dirty;
 };
@@ -49,10 +57,8 @@ int memory_load64(vms_memory *memory, uint64_t gpa, uint64_t *value);
 /* Puts `desired` there if it is `expected` still.  EAGAIN: it is not; EFAULT. */
 int memory_cas64(vms_memory *memory, uint64_t gpa, uint64_t expected, uint64_t desired);
 
-void memory_attach(vms_memory *memory, vms_requester *requester);
-void memory_detach(vms_memory *memory, vms_requester *requester);
-/* In dma.c: forgets cached windows; returns when no copy is under way. */
-void requester_flush(vms_requester *requester);
-vms_requester **requester_link(vms_requester *requester);
+/* listener->removed is set. */
+void memory_listen(vms_memory *memory, memory_listener *listener);
+void memory_unlisten(vms_memory *memory, memory_listener *listener);
 
 #endif

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT
- * A requester's IOTLB; all of it is under the requester's lock.  Inline, for it is looked at with each access. */
+ * A requester's IOTLB; all of it is under the requester's lock.  Inline, as each access looks it up. */
 #ifndef VMS_IOTLB_H
 #define VMS_IOTLB_H
 
-#include "domain.h"
+#include "attachment.h"
 
 /* Single pages are found by their number; whatever is larger is kept whole, in a few entries of its own. */
 #define IOTLB_PAGES 1024

@@ -10,7 +10,7 @@
  * data is fetched before, a Read's is stored when the device's thread collects it.  Section numbers are those of NVMe
  * base 1.4. */
 #define _GNU_SOURCE
-#include "nvme.h"
+#include "nvme_command.h"
 
 #include <endian.h>
 #include <errno.h>

@@ -2,7 +2,7 @@
  * What a submission queue entry says, when it is plain: which blocks, and where its data is in guest memory.  PRP lists
  * and SGLs are the guest's: whatever is wrong with them makes a command one for Python, which finds the status. */
 #define _GNU_SOURCE
-#include "nvme.h"
+#include "nvme_command.h"
 
 #include <endian.h>
 #include <string.h>

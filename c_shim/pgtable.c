@@ -171,7 +171,7 @@ static entry decode(const vms_table *t, unsigned level, uint64_t e)
     }
 }
 
-int pgtable_check(const vms_table *t)
+static int check(const vms_table *t)
 {
     static const struct {
         uint8_t levels_min, levels_max, output_max, input_max, extra; /* extra: bits of the top table beyond 9 */
@@ -347,7 +347,7 @@ static int walk_once(vms_domain *domain, uint64_t iova, uint32_t access, transla
     return 0;
 }
 
-int pgtable_walk(vms_domain *domain, uint64_t iova, uint32_t access, translation *out, vms_fault *fault)
+static int translate_by_tables(vms_domain *domain, uint64_t iova, uint32_t access, translation *out, vms_fault *fault)
 {
     if (!fits(&domain->table, iova))
         return refuse(domain, fault, VMS_REASON_INPUT_WIDTH, 0);
@@ -357,4 +357,24 @@ int pgtable_walk(vms_domain *domain, uint64_t iova, uint32_t access, translation
             return rc;
     }
     return refuse(domain, fault, VMS_REASON_TABLE_CHANGING, 0);
+}
+
+int vms_domain_create_table(vms_memory *memory, const vms_table *table, vms_domain *parent, vms_domain **out)
+{
+    int rc = check(table);
+    if (rc < 0)
+        return rc;
+    if (parent && parent->kind != VMS_DOMAIN_PAGING && (parent->kind != VMS_DOMAIN_TABLE || parent->parent))
+        return -EINVAL;
+    rc = domain_create(VMS_DOMAIN_TABLE, out);
+    if (rc < 0)
+        return rc;
+    vms_domain *domain = *out;
+    domain->translate = translate_by_tables;
+    domain->memory = memory;
+    memory_ref(memory);
+    domain->table = *table;
+    if (parent)
+        domain_nest(domain, parent);
+    return 0;
 }

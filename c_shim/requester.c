@@ -3,17 +3,28 @@
 #include "requester.h"
 
 #include <errno.h>
+#include <stddef.h>
 #include <stdlib.h>
 
-vms_requester **requester_link(vms_requester *requester)
+#define OWNER_OF(member_at, type, member) ((type *)(void *)((char *)(member_at) - offsetof(type, member)))
+
+static void drop_windows(vms_requester *requester, uint64_t start, uint64_t last)
 {
-    return &requester->next;
+    for (int i = 0; i < CACHED; i++) {
+        struct cached *window = &requester->cache[i];
+        if (window->start <= last && start <= window->last)
+            *window = (struct cached){ .start = 1, .last = 0 };
+    }
 }
 
-static void forget(vms_requester *requester)
+/* A memory_listener's. */
+static void windows_removed(memory_listener *listener, uint64_t start, uint64_t last)
 {
-    for (int i = 0; i < CACHED; i++)
-        requester->cache[i] = (struct cached){ .start = 1, .last = 0 };
+    vms_requester *requester = OWNER_OF(listener, vms_requester, listener);
+
+    pthread_mutex_lock(&requester->lock);
+    drop_windows(requester, start, last);
+    pthread_mutex_unlock(&requester->lock);
 }
 
 int vms_requester_create(vms_memory *memory, vms_requester **out)
@@ -26,8 +37,9 @@ int vms_requester_create(vms_memory *memory, vms_requester **out)
     pthread_mutex_init(&requester->attaching, NULL);
     pthread_mutex_init(&requester->lock, NULL);
     span_tree_init(&requester->pasids);
-    forget(requester);
-    memory_attach(memory, requester);
+    drop_windows(requester, 0, UINT64_MAX);
+    requester->listener.removed = windows_removed;
+    memory_listen(memory, &requester->listener);
     *out = requester;
     return 0;
 }
@@ -39,7 +51,7 @@ void vms_requester_destroy(vms_requester *requester)
     vms_requester_attach(requester, VMS_NO_PASID, NULL);
     while (requester->pasids.root)
         vms_requester_attach(requester, (uint32_t)requester->pasids.root->start, NULL);
-    memory_detach(requester->memory, requester);
+    memory_unlisten(requester->memory, &requester->listener);
     vms_memory_destroy(requester->memory);
     pthread_mutex_destroy(&requester->attaching);
     pthread_mutex_destroy(&requester->lock);
@@ -56,13 +68,6 @@ int vms_requester_enable(vms_requester *requester, int on)
     return 0;
 }
 
-void requester_flush(vms_requester *requester)
-{
-    pthread_mutex_lock(&requester->lock);
-    forget(requester);
-    pthread_mutex_unlock(&requester->lock);
-}
-
 void vms_dma_stats_get(vms_requester *requester, vms_dma_stats *out)
 {
     pthread_mutex_lock(&requester->lock);
@@ -72,9 +77,12 @@ void vms_dma_stats_get(vms_requester *requester, vms_dma_stats *out)
 
 /* ---- attachments and the IOTLB --------------------------------------------------------------- */
 
-void requester_invalidate(vms_requester *requester, const attachment *at, uint64_t start, uint64_t last,
-                          uint32_t flags)
+/* A domain_listener's. */
+static void invalidate(domain_listener *listener, uint64_t start, uint64_t last, uint32_t flags)
 {
+    const attachment *at = OWNER_OF(listener, attachment, listener);
+    vms_requester *requester = at->requester;
+
     pthread_mutex_lock(&requester->lock);
     if (!requester->own_tlb || !(flags & VMS_FLUSH_KEEP_OWN))
         iotlb_invalidate(requester->iotlb, at, start, last);
@@ -115,6 +123,7 @@ int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *d
             return -ENOMEM;
         }
         fresh->pasid.start = fresh->pasid.last = pasid;
+        fresh->listener.invalidate = invalidate;
         fresh->requester = requester;
         fresh->domain = domain;
     }
@@ -126,7 +135,7 @@ int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *d
     }
     pthread_mutex_unlock(&requester->lock);
     if (fresh)
-        domain_link(fresh);
+        domain_listen(domain, &fresh->listener);
 
     pthread_mutex_lock(&requester->lock);
     if (pasid == VMS_NO_PASID) {
@@ -143,7 +152,7 @@ int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *d
         iotlb_invalidate(requester->iotlb, old, 0, UINT64_MAX);
     pthread_mutex_unlock(&requester->lock);
     if (old) {
-        domain_unlink(old);
+        domain_unlisten(old->domain, &old->listener);
         witness_destroy(old->witness);
         free(old);
     }

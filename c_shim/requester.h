@@ -9,7 +9,7 @@
 #define CACHED 4
 
 struct vms_requester {
-    vms_requester *next; /* under memory->requesters_lock */
+    memory_listener listener; /* memory's */
     vms_memory *memory;
     pthread_mutex_t attaching; /* one change of attachments at a time; outermost */
     pthread_mutex_t lock;      /* all below */
@@ -26,7 +26,7 @@ struct vms_requester {
         uint32_t prot;
     } cache[CACHED];
     vms_dma_stats stats;
-    stale_log *stale; /* NULL: nobody wants to know */
+    stale_log *stale; /* NULL: stale translations are not looked for */
     int own_tlb;      /* its IOTLB is a device-TLB */
 };
 

@@ -8,8 +8,8 @@
 #include <time.h>
 #include <unistd.h>
 
-/* A guest that waits for the effect of a doorbell goes on within microseconds, and waking up takes longer than that: while
- * the last sleep was as short, what ends the next one is looked for this long before sleeping, in nanoseconds. */
+/* A guest that waits for the effect of a doorbell goes on within microseconds, and waking up takes longer than that: after
+ * a sleep as short as that, the next one begins with a busy-poll of this many nanoseconds. */
 #define POLL_FIRST 4000u
 #define POLL_MOST 64000u
 
@@ -20,7 +20,7 @@ uint64_t now_ns(void)
     return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 }
 
-/* Alone on a CPU, whoever is waited for could not run meanwhile. */
+/* On a single CPU the peer could not run during a busy-poll. */
 static int has_cpus(void)
 {
     cpu_set_t set;
@@ -28,19 +28,19 @@ static int has_cpus(void)
     return sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 1;
 }
 
-/* ppoll() with a deadline, which looks awhile before it sleeps. */
+/* ppoll() with a deadline, which busy-polls briefly before it blocks. */
 static int sleep_until(vms_func *func, struct pollfd *fds, size_t n, uint64_t deadline)
 {
     uint64_t start = now_ns(), now = start, end = start + func->poll_ns;
-    int rc, looking;
+    int rc, polling;
 
     do {
-        looking = now < end && now < deadline;
-        uint64_t left = looking || deadline <= now ? 0 : deadline - now;
+        polling = now < end && now < deadline;
+        uint64_t left = polling || deadline <= now ? 0 : deadline - now;
         struct timespec ts = { (time_t)(left / 1000000000u), (long)(left % 1000000000u) };
-        rc = ppoll(fds, n, !looking && deadline == UINT64_MAX ? NULL : &ts, NULL);
+        rc = ppoll(fds, n, !polling && deadline == UINT64_MAX ? NULL : &ts, NULL);
         now = now_ns();
-    } while (!rc && looking);
+    } while (!rc && polling);
     if (now - start > POLL_MOST)
         func->poll_ns = 0;
     else if (now > end && rc > 0 && func->poll_ns < POLL_MOST)

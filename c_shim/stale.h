@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT
- * Uses of what is cached and no longer so: see vms_requester_check_stale().  All of it is under the requester's lock. */
+ * Uses of stale translations, see vms_requester_check_stale().  All of it is under the requester's lock. */
 #ifndef VMS_STALE_H
 #define VMS_STALE_H
 
-#include "domain.h"
+#include "attachment.h"
 
 #define STALE_ROOM 64
 

@@ -262,10 +262,10 @@ typedef struct vms_dma_stats {
 } vms_dma_stats;
 void vms_dma_stats_get(vms_requester *requester, vms_dma_stats *out);
 
-/* Uses of what is cached and no longer so.  While this is on (off at creation), each access that an IOTLB entry serves
- * is compared with a walk that sets no flags, page by page, and the words that its domain was chosen by with memory.
- * Each difference is counted (vms_dma_stats) and noted, as long as there is room for it; vms_dma_* that succeed return
- * 1 instead of 0 as long as something is noted. */
+/* Uses of stale translations.  While this is on (off at creation), each access that an IOTLB entry serves is compared
+ * with a walk that sets no flags, page by page, and the words that its domain was chosen by with memory.  Each difference
+ * is counted (vms_dma_stats) and noted, as long as there is room for it; vms_dma_* that succeed return 1 instead of 0 as
+ * long as something is noted. */
 int vms_requester_check_stale(vms_requester *requester, int on);
 
 enum vms_stale_kind {
@@ -430,7 +430,7 @@ int vms_idle(vms_func *func, int listener, uint64_t deadline_ns, uint16_t *cooki
 /* ---- store: blocks ------------------------------------------------------------------------- */
 
 typedef struct vms_store vms_store;
-/* Zeros, taken as they are written.  One thread may use it at a time. */
+/* Zero-filled, allocated on first write.  One thread may use it at a time. */
 int vms_store_create_memory(uint64_t size, vms_store **out);
 /* `size` bytes of a file; the fd stays the caller's.  Any thread. */
 int vms_store_create_file(int fd, uint64_t size, vms_store **out);

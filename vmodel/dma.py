@@ -50,7 +50,7 @@ class DmaStats:
     faults: int
     iotlb_hits: int
     iotlb_misses: int
-    #: Uses of what is cached and no longer so; 0 where the IOMMU does not look (`report_stale`).
+    #: Uses of stale translations; 0 where the IOMMU does not look for them (`report_stale`).
     stale: int
 
 

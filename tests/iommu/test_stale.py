@@ -1,4 +1,4 @@
-"""Uses of what is cached and no longer so: counted and reported where that is asked for, and only there."""
+"""Uses of stale translations: counted and reported where that is asked for, and only there."""
 
 from __future__ import annotations
 

@@ -90,6 +90,46 @@ def test_the_fetcher_needs_nothing_built() -> None:
     assert "vmodel.guest.artifacts" in seen
 
 
+# ---- the C shim ------------------------------------------------------------------------------
+
+SHIM = PACKAGE.parent / "c_shim"
+ORDER = [name.removesuffix(".c") for name in re.findall(r'^    "(\w+\.c)",$', (SHIM / "build.py").read_text(), re.M)]
+DEFINITION = re.compile(r"^(?!static|typedef|#)(?:\w[\w *]*?[ *])(\w+)\([^;{}]*\)\n\{", re.MULTILINE)
+
+
+def _code(path: Path) -> str:
+    """A C file without its comments."""
+    return re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+
+
+def _rank(header: str) -> int:
+    """Of the header's own C file; one without is as high as what it includes."""
+    if header in ORDER:
+        return ORDER.index(header)
+    included = re.findall(r'#include "(\w+)\.h"', _code(SHIM / f"{header}.h"))
+    return max((_rank(name) for name in included), default=-1)
+
+
+def test_the_order_of_c_files_is_complete() -> None:
+    assert sorted(ORDER) == sorted(path.stem for path in SHIM.glob("*.c"))
+
+
+@pytest.mark.parametrize("path", sorted(SHIM.glob("*.[ch]")), ids=lambda path: path.name)
+def test_c_files_include_lower_ones(path: Path) -> None:
+    rank = ORDER.index(path.stem) if path.suffix == ".c" else _rank(path.stem)
+    for header in re.findall(r'#include "(\w+)\.h"', _code(path)):
+        assert _rank(header) <= rank, f"{path.name} includes {header}.h"
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_c_files_call_lower_ones(name: str) -> None:
+    home = {function: other for other in ORDER for function in DEFINITION.findall(_code(SHIM / f"{other}.c"))}
+    assert len(home) > 150 and home["memory_find"] == "guest_memory" and home["vms_dma_rw"] == "dma"
+    used = set(re.findall(r"\b\w+\b", _code(SHIM / f"{name}.c"))) & set(home)
+    higher = {function for function in used if ORDER.index(home[function]) > ORDER.index(name)}
+    assert not higher, f"{name}.c calls {sorted(higher)}"
+
+
 def test_every_module_has_a_layer() -> None:
     top = {".".join(name_of(path).split(".")[:2]) for path in FILES}
     assert top == set(LAYERS)

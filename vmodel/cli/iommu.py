@@ -66,7 +66,7 @@ def show_iommus(
 
 
 def _table(shown: dict[str, Any]) -> Table:
-    # Uses of what is cached and no longer so: a column where somebody looks at them.
+    # Uses of stale translations: a column where they are looked for.
     watched = {iommu["name"] for iommu in shown["iommus"] if iommu["report_stale"]}
     columns = [
         "group",

@@ -97,7 +97,7 @@ class Iommu:
         #: drives reads its table of devices here, as hardware does at the first request of a device.
         self.resolver: Callable[[Endpoint, DmaFault], bool] | None = None
         self._handlers: list[Callable[[FaultRecord], None]] = []
-        #: Whether uses of what is cached and no longer so are counted and logged.
+        #: Whether uses of stale translations are counted and logged.
         self.report_stale = bool(getattr(driver.params, "report_stale", False))
         self._log_limit, self._stale_limit = RateLimit(10, 5.0), RateLimit(10, 5.0)
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
- * A controller's hot loop, and what a command says; see nvme.c and nvme_command.c. */
-#ifndef VMS_NVME_H
-#define VMS_NVME_H
+ * A controller's state, and what a command says; see nvme_command.c, and nvme.c for the hot loop. */
+#ifndef VMS_NVME_COMMAND_H
+#define VMS_NVME_COMMAND_H
 
 #include "dma.h"
 #include "workers.h"
