@@ -161,7 +161,7 @@ def test_spurious_at_an_iommu_is_on_the_thread_of_the_device(bench: vtd.Bench) -
         bench.queue((2 | 1 << 4, 0))
         assert not device.intx.level and device.backend.agenda.waiting
         shown: list[bool] = []
-        device.intx._show = lambda level: shown.append(level)  # a pulse: seen while it lasts
+        device.intx._set_status = lambda level: shown.append(level)  # a pulse: seen while it lasts
         device.backend.run_due(time.monotonic_ns())
         assert shown == [True, False]
 

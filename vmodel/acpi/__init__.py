@@ -1,1 +1,1 @@
-"""ACPI tables that tell a guest of the machine's IOMMUs; QEMU adds them with -acpitable."""
+"""ACPI tables that describe the machine's IOMMUs to a guest; QEMU adds them with -acpitable."""

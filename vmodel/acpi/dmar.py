@@ -1,4 +1,4 @@
-"""DMAR: VT-d remapping units and what is behind them (VT-d specification, chapter 8)."""
+"""DMAR: VT-d remapping units and the devices behind them (VT-d specification, chapter 8)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Scope = Struct(
     "type" / Int8ul,
     "length" / Int8ul,
     Padding(2),
-    "enumeration_id" / Int8ul,  # of a namespace device: its number in its ANDD
+    "enumeration_id" / Int8ul,  # of a namespace device: the number in its ANDD structure
     "start_bus" / Int8ul,
     "path" / GreedyBytes,
 )
@@ -56,10 +56,10 @@ _Andd = Struct(
 
 @dataclass(frozen=True)
 class Scope:
-    """The way to a device: the number of the root bus, then (device, function) for each step down.
+    """Device scope (8.3.1): the root bus number, then (device, function) of each bridge down to the device.
 
-    A bridge (`hierarchy`) stands for all that is behind it as well.  With a `name` it is no PCI function but a
-    device of the ACPI namespace, and the way is what its requests carry.
+    A bridge (`hierarchy`) covers all devices behind it as well.  With a `name` the scope is a device of the ACPI
+    namespace instead of a PCI function, and bus and path give the source-id of its requests.
     """
 
     bus: int
@@ -70,7 +70,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Reserved:
-    """Memory that firmware or a device uses, which must be mapped 1:1 for the devices in `scopes`; whole pages."""
+    """Memory that must be mapped 1:1 for the devices in `scopes` (RMRR, 8.4); `span` is in whole pages."""
 
     segment: int
     span: Span
@@ -79,7 +79,10 @@ class Reserved:
 
 @dataclass(frozen=True)
 class Unit:
-    """A remapping unit: where its registers are, and what is behind it; `ats`: that may have TLBs of its own."""
+    """A remapping unit (DRHD): `base` is the address of its registers, `scopes` are the devices behind it.
+
+    `ats`: those devices may have TLBs of their own (ATSR).
+    """
 
     segment: int
     base: int
@@ -88,7 +91,7 @@ class Unit:
 
 
 def dmar(units: Sequence[Unit], reserved: Sequence[Reserved] = (), address_width: int = 46) -> bytes:
-    """The table; `address_width` of the host in bits.  Structures are in the order of their types (8.1)."""
+    """Builds the table.  `address_width` is the host's, in bits.  Structures are ordered by type (8.1)."""
     named = list(dict.fromkeys(scope.name for unit in units for scope in unit.scopes if scope.name))
     numbers = {name: number for number, name in enumerate(named, 1)}
     body = _Head.build({"host_address_width": address_width - 1, "flags": 0})

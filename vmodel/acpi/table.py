@@ -16,12 +16,12 @@ Header = Struct(
     "creator_revision" / Int32ul,
 )
 
-#: Where the checksum is.
+#: Offset of the checksum.
 _CHECKSUM = 9
 
 
 def table(signature: bytes, revision: int, body: bytes) -> bytes:
-    """A whole table: header, `body`, and a checksum that makes all bytes add up to 0."""
+    """Builds a table: the header, then `body`.  The checksum makes the sum of all bytes 0 modulo 256."""
     fields = {
         "signature": signature,
         "length": Header.sizeof() + len(body),

@@ -35,7 +35,7 @@ _PciIommu = Struct(
 
 @dataclass(frozen=True)
 class PciRange:
-    """Functions from `first` to `last` have the endpoint ids from `first_endpoint` on."""
+    """The functions `first`..`last` have consecutive endpoint ids, starting at `first_endpoint`."""
 
     first: Bdf
     last: Bdf
@@ -43,7 +43,7 @@ class PciRange:
 
 
 def viot(units: Sequence[tuple[Bdf, Sequence[PciRange]]]) -> bytes:
-    """The table: where each virtio-iommu is, and what is behind it."""
+    """Builds the table from (address of a virtio-iommu, PCI ranges behind it) pairs."""
     at = Header.sizeof() + _Head.sizeof()
     nodes, ranges = b"", b""
     count = len(units) + sum(len(behind) for _, behind in units)

@@ -1,4 +1,4 @@
-"""Base address registers and what lies behind them."""
+"""Base address registers, and the register banks and RAM areas in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _B = TypeVar("_B", bound=RegisterBank)
 
 @dataclass(frozen=True)
 class BankSlot:
-    """A register bank at offset `at` of a BAR.  On a device's instance the bank itself takes its place."""
+    """Declares a register bank at offset `at` of a BAR.  A device's instance has the bank itself in its place."""
 
     bar: Bar
     bank: type[RegisterBank]
@@ -21,15 +21,15 @@ class BankSlot:
 
     @property
     def span(self) -> Span:
-        """Its bytes, from the BAR's start."""
+        """The bank's bytes, as offsets in the BAR."""
         return Span.sized(self.at, self.bank.size)
 
 
 @dataclass(frozen=True)
 class RamSlot:
-    """Plain memory at offset `at` of a BAR; on a device's instance a writable memoryview takes its place.
+    """Declares plain memory at offset `at` of a BAR.  A device's instance has a writable memoryview in its place.
 
-    `mappable`: the client may map it, and its accesses then never reach the device.
+    `mappable`: the client may map the area; the device does not see accesses through that mapping.
     """
 
     bar: Bar
@@ -39,14 +39,14 @@ class RamSlot:
 
     @property
     def span(self) -> Span:
-        """Its bytes, from the BAR's start."""
+        """The area's bytes, as offsets in the BAR."""
         return Span.sized(self.at, self.size)
 
 
 class Bar:
-    """One BAR, as a value: what is declared in it is kept by the class that declares it (`device.declare`).
+    """One BAR, as a value: its banks and RAM areas are kept by the declaring class (`device.declare`).
 
-    `fill` is what bytes read as that nothing is behind.
+    `index` 0 to 5; `size` in bytes, a power of two; `fill`: the value of bytes that no bank or RAM area covers.
     """
 
     io: ClassVar[bool]
@@ -65,23 +65,24 @@ class Bar:
             raise RegisterError(f"BAR{index}: size {size:#x} is no power of two of at least {self.least}")
 
     def holds(self, what: str, at: int, size: int) -> None:
-        """RegisterError when [at, at+size) is not inside the BAR."""
+        """Checks that [at, at+size) is inside the BAR.  RegisterError, whose text begins with `what`."""
         if at < 0 or size <= 0 or at + size > self.size:
             raise RegisterError(f"BAR{self.index}: {what} at {at:#x}+{size:#x} is outside its {self.size:#x} bytes")
 
     def bank(self, bank: type[_B], *, at: int = 0) -> _B:
-        """A register bank at offset `at`, to be assigned to a name of the class.
+        """Declares a register bank at offset `at`; assign the result to an attribute of the class.
 
-        On a device's instance that name is its registers.
+        On an instance, that attribute is the device's own `bank`.  RegisterError: the bank does not fit the BAR.
         """
         self.holds(bank.__name__, at, bank.size)
         return BankSlot(self, bank, at)  # type: ignore[return-value]
 
     def ram(self, *, at: int = 0, size: int, mappable: bool = False) -> memoryview:
-        """RAM at offset `at`, to be assigned to a name of the class.
+        """Declares `size` bytes of RAM at offset `at`; assign the result to an attribute of the class.
 
-        On a device's instance that name is a writable memoryview of it.  `mappable`: the client may map it (sparse
-        mmap).  Note that QEMU posts no writes to any BAR of a device that has such an area.
+        On an instance, that attribute is a writable memoryview of the RAM.  `mappable`: the client may map the area
+        (sparse mmap).  QEMU posts no writes to any BAR of a device that has a mappable area.  RegisterError: the area
+        does not fit the BAR, or is mappable and not in whole pages.
         """
         if mappable and (self.io or (at | size) % PAGE):
             raise RegisterError(f"BAR{self.index}: a mappable area needs a memory BAR and whole pages")
@@ -90,7 +91,7 @@ class Bar:
 
     @property
     def registers(self) -> int:
-        """How many BAR registers it takes."""
+        """BAR registers that this BAR occupies: 1, or 2 when it is 64-bit."""
         return 2 if self.is_64bit else 1
 
     def header_bits(self) -> int:
@@ -104,7 +105,7 @@ class Bar:
 
 
 class MmioBar(Bar):
-    """A memory BAR; `is_64bit` None means: when it does not fit below 4 GiB."""
+    """A memory BAR; `is_64bit` None: 64-bit only if `size` is more than 2 GiB (PCI 3.0, 6.2.5.1)."""
 
     io = False
     least = 16

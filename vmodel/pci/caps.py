@@ -1,7 +1,7 @@
 """Capabilities in the first 256 bytes of config space: PM, MSI, MSI-X, PCI Express, vendor-specific.
 
-A capability is declared on the device's class and bound to each instance.  Its registers are a bank at its place
-in config space; `written()` runs after the guest wrote one of `hooked`.
+A capability is declared on the device's class and bound to each instance.  Its registers are a bank in config space;
+`written()` runs after the guest has written one of the registers in `hooked`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vmodel.vfio_user.wire import Irq
 
 
 class ResetKind(enum.Enum):
-    """What resets a function."""
+    """What has reset a function."""
 
-    #: Function level reset, by PCI Express Device Control.
+    #: Function Level Reset, requested in PCI Express Device Control.
     FUNCTION = "FLR"
-    #: From D3hot to D0 without No_Soft_Reset.
+    #: The transition from D3hot to D0 without No_Soft_Reset.
     POWER = "D3hot to D0"
-    #: VFIO_USER_DEVICE_RESET: what a machine's reset is to a device.
+    #: VFIO_USER_DEVICE_RESET, which the client sends when the machine is reset.
     DEVICE = "DEVICE_RESET"
 
 
@@ -34,22 +34,23 @@ class Owner(Protocol):
 
     irqs: Irqs
 
-    def reset(self, kind: ResetKind) -> None: ...
+    def reset(self, kind: ResetKind) -> None:
+        """Resets the function."""
 
     def update_enables(self) -> None:
-        """Command or power state has changed."""
+        """Applies a change of the Command register or the power state."""
 
     def update_interrupts(self) -> None:
-        """The same, or whether MSI or MSI-X is enabled: what the function may signal has changed."""
+        """Updates which interrupt types may be signalled, after a change of Command, power state or MSI(-X) enable."""
 
     def config_written(self) -> None:
-        """A register that something depends on was written, and all that does has been told."""
+        """Called last after a config space write that exits: all its side effects have been applied."""
 
     def region_read(self, region: int, offset: int, count: int) -> int | bytes:
-        """A read as the guest makes it; an int, or bytes when count > 8."""
+        """Reads as the guest does: an int, or bytes when count > 8."""
 
     def region_write(self, region: int, offset: int, count: int, value: int | bytes) -> None:
-        """A write as the guest makes it."""
+        """Writes as the guest does."""
 
 
 class Capability:
@@ -70,7 +71,7 @@ class Capability:
         self.name = name
 
     def bind(self, owner: Owner, view: memoryview) -> Self:
-        """The capability of one device, its registers in `view`."""
+        """A copy of the capability for one device, with its registers in `view`."""
         bound = copy.copy(self)
         bound.owner = owner
         bound.regs = bound.bank(view)
@@ -79,10 +80,10 @@ class Capability:
         return bound
 
     def bound(self) -> None:
-        """Set-up of what belongs to an instance."""
+        """Sets up the state of an instance; `owner` and `regs` are set."""
 
     def reset(self, kind: ResetKind) -> None:
-        """Stores the declared values; the list's pointers are kept by the config space."""
+        """Stores the reset values; the config space itself writes id and next pointer."""
         self.regs.load_reset()
         self.fill()
 
@@ -90,13 +91,13 @@ class Capability:
         """Stores the read-only values that depend on parameters."""
 
     def written(self) -> None:
-        """A hooked register was written."""
+        """Called after a write of a register in `hooked`."""
 
     def reading(self) -> None:
-        """A register hooked for reads is about to be read."""
+        """Called before a read of a register in `read_hooked`."""
 
     def restored(self) -> None:
-        """The registers hold a saved state now."""
+        """Called after the registers were loaded from a saved state."""
 
 
 # ---- Power Management (PCI Bus Power Management 1.2, 3.2) -----------------------------------------
@@ -119,7 +120,7 @@ class PmRegs(RegisterBank, size=8):
 
 
 class Pm(Capability):
-    """Power management: D0 and D3hot; going back to D0 resets unless `no_soft_reset`."""
+    """Power management: D0 and D3hot.  Without `no_soft_reset`, the return to D0 resets the function."""
 
     id = 0x01
     bank = PmRegs
@@ -137,7 +138,7 @@ class Pm(Capability):
     def written(self) -> None:
         value = self.regs.PMCSR
         state = Pmcsr(value).POWER_STATE
-        if state in (1, 2):  # not there: the write of the field is ignored (3.2.4)
+        if state in (1, 2):  # D1 and D2 are not supported: the write of the field is ignored (3.2.4)
             self.regs.PMCSR = Pmcsr.POWER_STATE.put(value, self.state)
             return
         before, self.state = self.state, state
@@ -153,7 +154,7 @@ class Pm(Capability):
 
 
 class _MessageInterrupts(Capability):
-    """What MSI and MSI-X share: vectors that are signalled, or pending while they may not be (PCIe 5.0, 6.1.4).
+    """What MSI and MSI-X share: a vector that may not be signalled stays pending (PCIe 5.0, 6.1.4).
 
     A message is a memory write, so it needs Command.BusMaster and D0 as well (7.5.1.1.3, 5.3.1.4).
     """
@@ -169,25 +170,25 @@ class _MessageInterrupts(Capability):
 
     @property
     def enabled(self) -> bool:
-        """Whether the guest has switched it on: else use INTx."""
+        """Whether the guest has enabled the capability; if not, the device uses INTx."""
         raise NotImplementedError
 
     @property
     def allocated(self) -> int:
-        """How many vectors the guest has given, of `vectors`: those from 0 on."""
+        """How many of `vectors` the guest has allocated, from vector 0 on."""
         return self.vectors
 
     def _masked(self, n: int) -> bool:
         raise NotImplementedError
 
-    def _show_pending(self, n: int, pending: bool) -> None:
-        """Puts a vector's pending bit where the guest can read it."""
+    def _store_pending(self, n: int, pending: bool) -> None:
+        """Stores a vector's pending bit in the guest-visible register, if there is one."""
 
     def fire(self, n: int = 0) -> None:
-        """Raises vector `n`.  Disabled, nothing happens.
+        """Raises vector `n`; does nothing while the capability is disabled.
 
-        While it is masked, not allocated (MSI's Multiple Message Enable) or without an eventfd, with bus mastering off
-        and in D3hot it stays pending.
+        The vector stays pending while it is masked, is not allocated (MSI's Multiple Message Enable) or has no
+        eventfd, and while bus mastering is off or the function is in D3hot.
         """
         tap = self.owner.irqs.tap
         if tap is None:
@@ -196,26 +197,26 @@ class _MessageInterrupts(Capability):
             tap(self.fire_untapped, n)
 
     def fire_untapped(self, n: int) -> None:
-        """The same, past whatever an experiment does to interrupts."""
+        """Raises vector `n` without passing the tap of an experiment."""
         kind = self._type
         vector = kind.vectors[n]
         if not (vector.pending or vector.masked or self._masked(n)) and self.owner.irqs.signal(kind, vector):
-            return  # it was not pending at any time
+            return  # signalled at once: the pending bit was never set
         if self.enabled:
             vector.pending = True
-            self._show_pending(n, True)
+            self._store_pending(n, True)
 
     def pending(self, n: int = 0) -> bool:
-        """Whether vector `n` was raised and could not be signalled yet."""
+        """Whether vector `n` was raised and has not been signalled yet."""
         return self._type.vectors[n].pending
 
     def withdraw(self, n: int = 0) -> None:
-        """What vector `n` was raised for has been dealt with: if it is pending still, it is not sent any more.
+        """Clears vector `n`'s pending bit, as the cause of the interrupt is gone (PCIe 5.0, 6.1.4.5).
 
-        Else the driver gets an interrupt for nothing when it unmasks (PCIe 5.0, 6.1.4.5).
+        Otherwise the driver would get a spurious interrupt when it unmasks the vector.
         """
         self._type.vectors[n].pending = False
-        self._show_pending(n, False)
+        self._store_pending(n, False)
 
     def _deliver(self, n: int) -> None:
         vector = self._type.vectors[n]
@@ -236,7 +237,7 @@ class _MessageInterrupts(Capability):
 
     def restored(self) -> None:
         for n, vector in enumerate(self._type.vectors):
-            self._show_pending(n, vector.pending)
+            self._store_pending(n, vector.pending)
 
 
 # ---- MSI (PCI 3.0, 6.8.1) ------------------------------------------------------------------------
@@ -253,7 +254,7 @@ class MsiControl(Layout):
 
 
 class MsiRegs32(RegisterBank, size=12):
-    """32-bit addresses."""
+    """MSI capability with 32-bit addresses."""
 
     CONTROL = Reg16(2, RO, layout=MsiControl)
     ADDRESS = Reg32(4)
@@ -261,7 +262,7 @@ class MsiRegs32(RegisterBank, size=12):
 
 
 class MsiRegs64(RegisterBank, size=16):
-    """64-bit addresses."""
+    """MSI capability with 64-bit addresses."""
 
     CONTROL = Reg16(2, RO, layout=MsiControl)
     ADDRESS = Reg32(4)
@@ -270,7 +271,7 @@ class MsiRegs64(RegisterBank, size=16):
 
 
 class MsiRegs32Mask(RegisterBank, size=20):
-    """32-bit addresses and per-vector masks."""
+    """MSI capability with 32-bit addresses and per-vector masks."""
 
     CONTROL = Reg16(2, RO, layout=MsiControl)
     ADDRESS = Reg32(4)
@@ -280,7 +281,7 @@ class MsiRegs32Mask(RegisterBank, size=20):
 
 
 class MsiRegs64Mask(RegisterBank, size=24):
-    """64-bit addresses and per-vector masks."""
+    """MSI capability with 64-bit addresses and per-vector masks."""
 
     CONTROL = Reg16(2, RO, layout=MsiControl)
     ADDRESS = Reg32(4)
@@ -326,7 +327,7 @@ class Msi(_MessageInterrupts):
 
     @property
     def allocated(self) -> int:
-        """As Multiple Message Enable says."""
+        """The vectors that Multiple Message Enable allows."""
         return min(1 << MsiControl(self.regs.CONTROL).MULTIPLE, self.vectors)
 
     def _masked(self, n: int) -> bool:
@@ -335,7 +336,7 @@ class Msi(_MessageInterrupts):
             return True
         return isinstance(regs, MsiRegs32Mask | MsiRegs64Mask) and bool(regs.MASK >> n & 1)
 
-    def _show_pending(self, n: int, pending: bool) -> None:
+    def _store_pending(self, n: int, pending: bool) -> None:
         regs = self.regs
         if isinstance(regs, MsiRegs32Mask | MsiRegs64Mask):
             regs.PENDING = regs.PENDING & ~(1 << n) | pending << n
@@ -360,13 +361,13 @@ class MsixRegs(RegisterBank, size=12):
 
     CONTROL = Reg16(2, RO, layout=MsixControl)
     TABLE = Reg32(4, RO, doc="offset, and the BAR in bits 0..2")
-    PBA = Reg32(8, RO, doc="likewise")
+    PBA = Reg32(8, RO, doc="offset, and the BAR in bits 0..2")
 
 
 class Msix(_MessageInterrupts):
-    """MSI-X: `vectors` (1 to 2048), table and pending bits in `bar` at the given offsets.
+    """MSI-X with 1 to 2048 `vectors`; table and pending bit array (PBA) are in `bar` at the given offsets.
 
-    Without a BAR it has one of its own, at index `own_bar`.
+    `pba_offset` None: the first page after the table.  `bar` None: MSI-X gets its own BAR with index `own_bar`.
     """
 
     id = 0x11
@@ -404,13 +405,13 @@ class Msix(_MessageInterrupts):
             raise RegisterError("the MSI-X PBA overlaps the table")
         self.bar = bar
         self.table_size, self.pba_size = table, pba
-        #: The pending bits; set by the device.
+        #: The pending bits; `VfioBackend` replaces this by the bytes in the BAR.
         self.pba = memoryview(b"")
 
     def bound(self) -> None:
         super().bound()
-        #: The table, and a byte that says whether the client has written it, as others than QEMU do: then its mask
-        #: bits count.
+        #: The table, then a byte that is 1 once the client has written the table.  Only then its mask bits count:
+        #: QEMU never writes it, as it emulates the guest's table itself.
         self.store = memoryview(bytearray(self.table_size + 1))
         self.table, self._used = self.store[:-1], self.store[-1:]
 
@@ -432,15 +433,15 @@ class Msix(_MessageInterrupts):
             return True
         return bool(self._used[0]) and bool(self.table[16 * n + 12] & 1)
 
-    def _show_pending(self, n: int, pending: bool) -> None:
+    def _store_pending(self, n: int, pending: bool) -> None:
         self.pba[n // 8] = self.pba[n // 8] & ~(1 << n % 8) | pending << n % 8
 
     def table_read(self, offset: int, count: int) -> bytes:
-        """A read of the table, `offset` from its start."""
+        """Reads `count` bytes of the table, `offset` from its start."""
         return bytes(self.table[offset : offset + count])
 
     def table_write(self, offset: int, data: bytes) -> None:
-        """A write to it: the reserved bits of Vector Control stay 0."""
+        """Writes the table, `offset` from its start; the reserved bits of Vector Control stay 0."""
         self._used[0] = 1
         for at, byte in enumerate(data, offset):
             self.table[at] = byte & 1 if at % 16 == 12 else 0 if at % 16 > 12 else byte
@@ -510,7 +511,8 @@ class PcieRegs(RegisterBank, size=0x3C):
 class Pcie(Capability):
     """PCI Express endpoint.
 
-    `flr`: Function Level Reset; `integrated`: on the root complex itself; `tlp_prefix`: needed for PASIDs.
+    `flr`: supports Function Level Reset; `integrated`: is a root complex integrated endpoint; `tlp_prefix`: supports
+    End-End TLP prefixes, which PASIDs need.
     """
 
     id = 0x10
@@ -539,7 +541,10 @@ class Pcie(Capability):
 
 
 class VendorSpecific(Capability):
-    """`data` after the three bytes of id, next and length; read-only unless `writable`."""
+    """Holds `data` (1 to 200 bytes) after the bytes of id, next pointer and length; read-only unless `writable`.
+
+    `on_write` gets all of the data after each write by the guest.
+    """
 
     id = 0x09
 
@@ -549,7 +554,7 @@ class VendorSpecific(Capability):
         self.data = data
         self.on_write = on_write
         names = {f"BYTE{n}": Reg8(3 + n, *(() if writable else (RO,))) for n in range(len(data))}
-        # A bank made on the spot: its size is known only here.
+        # The bank's class is made here, as its size depends on the data.
         self.bank = type(
             "VendorSpecificRegs",
             (RegisterBank,),

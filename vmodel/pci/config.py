@@ -1,8 +1,8 @@
 """Type 0 config space (PCI 3.0, 6.1): header, capability list, extended capabilities.
 
-The shim serves it by policy: sizing a BAR, for example, is nothing but a register whose low bits cannot be
-written.  Only registers that something depends on (Command, a few of capabilities) exit on a write; then the
-plain policy is applied and whatever depends on it is told.
+The shim serves accesses by policy: a BAR, for example, is sized by a register whose low bits are read-only.  Only
+registers with side effects (Command, some of the capabilities) exit on a write.  Then the policy is applied, and
+after that the hooks of those registers run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vmodel.regs import RO, RW, W1C, Bit, Layout, Reg8, Reg16, Reg32, Register, 
 from vmodel.span import Span
 from vmodel.vfio_user.wire import Region
 
-#: Where the capability list begins, and extended capabilities do.
+#: Offsets of the first capability, and of the first extended one.
 FIRST_CAPABILITY, FIRST_EXTENDED = 0x40, 0x100
 ROM_ENABLE = 1
 
@@ -48,7 +48,7 @@ class Status(Layout):
 
 
 class HeaderRegs(RegisterBank, size=0x40):
-    """The first 64 bytes; BARs are laid over it."""
+    """Type 0 header (PCI 3.0, 6.1): the first 64 bytes.  The BARs at 0x10 depend on the model (`ConfigSpace`)."""
 
     VENDOR_ID = Reg16(0x00, RO)
     DEVICE_ID = Reg16(0x02, RO)
@@ -71,7 +71,10 @@ class HeaderRegs(RegisterBank, size=0x40):
 
 @dataclass(frozen=True)
 class Identity:
-    """What a function says it is; `class_code` has 24 bits: class, subclass, programming interface."""
+    """The read-only header fields that identify a function (PCI 3.0, 6.2.1).
+
+    `class_code` has 24 bits: class, subclass, programming interface.
+    """
 
     vendor_id: int
     device_id: int
@@ -97,10 +100,10 @@ class ConfigSpace:
         capabilities: Sequence[Capability],
         hooked: Callable[[type[RegisterBank], str], set[Register]] = lambda bank, kind: set(),
     ) -> None:
-        """Lays all out; `capabilities` are bound here, in order, see `self.capabilities`.
+        """Lays out header, BARs and capabilities; binds `capabilities` in the order given (`self.capabilities`).
 
-        `hooked(bank, "read" or "write")`: the registers of a bank that the model has hooks on.  RegisterError when
-        the capabilities do not fit.
+        `hooked(bank, "read" or "write")` gives the registers of a bank that the model has hooks on.  RegisterError:
+        the capabilities do not fit, or one is declared twice.
         """
         self._owner = owner
         self._function = function
@@ -112,7 +115,7 @@ class ConfigSpace:
             raise RegisterError("extended capabilities need the PCI Express capability")
         ids = [(isinstance(c, ExtendedCapability), c.id) for c in capabilities if c.id != 0x09]
         if len(set(ids)) != len(ids):
-            raise RegisterError("a capability is there twice")
+            raise RegisterError("a capability is declared twice")
         self.size = 4096 if express else 256
         function.define_region(Region.CONFIG, self.size, fill=0)
         self.view = function.add_bank(Region.CONFIG, 0, self.size)
@@ -127,20 +130,20 @@ class ConfigSpace:
         if rom_size:
             self._set_mask(0x30, (0xFFFF_FFFF & ~(rom_size - 1) & ~0x7FF) | ROM_ENABLE, 4)
             self._policy.exits[0x30:0x34] = bytes([EXIT_ON_WRITE]) * 4
-        #: (where, what to tell) for registers that exit.
-        self._hooks: list[tuple[Span, Callable[[], None]]] = [
+        #: (bytes of a register, what runs after a write) of the registers that exit on writes; reads likewise below.
+        self._write_hooks: list[tuple[Span, Callable[[], None]]] = [
             (Span(0x04, 0x05), owner.update_enables),
             (Span(0x30, 0x33), owner.update_enables),
         ]
         self._read_hooks: list[tuple[Span, Callable[[], None]]] = []
         #: The bound capabilities, in the order given.
         self.capabilities: list[Capability] = []
-        self._chain: dict[int, int] = {}  # config offset -> byte of a list's id and pointers
-        #: Where each bank of registers is: (name, offset, bank); the header has none.
+        self._chain: dict[int, int] = {}  # config offset -> byte of a capability's id or next pointer
+        #: (name, offset, bank) of each register bank; the header's name is "".
         self.places: list[tuple[str, int, type[RegisterBank]]] = [("", 0, HeaderRegs)]
         bound = self._lay_list(owner, plain) | self._lay_extended(owner, extended)
         self.capabilities = [bound[id(c)] for c in capabilities]
-        #: The banks themselves, each with its offset.
+        #: (offset, bank) of each bank of this device.
         self.banks: list[tuple[int, RegisterBank]] = [(0, self.header)]
         at = {name: offset for name, offset, _ in self.places}
         self.banks += [(at[capability.name], capability.regs) for capability in self.capabilities]
@@ -173,7 +176,7 @@ class ConfigSpace:
             self._read_hooks.append((Span.sized(at + register.offset, register.size), bound.reading))
         for register in bound.hooked:
             span = Span.sized(at + register.offset, register.size)
-            self._hooks.append((span, bound.written))
+            self._write_hooks.append((span, bound.written))
         return bound
 
     def _lay_list(self, owner: Owner, capabilities: Sequence[Capability]) -> dict[int, Capability]:
@@ -193,7 +196,7 @@ class ConfigSpace:
         for capability in capabilities:
             bound[id(capability)] = self._place(owner, capability, at, 4096)
             self._chain |= dict(enumerate((capability.id | capability.version << 16).to_bytes(4, "little"), at))
-            if link:  # bits 20..31 of the one before
+            if link:  # the next pointer of the capability before: bits 20..31 of its header
                 self._chain[link + 2] |= at << 4 & 0xF0
                 self._chain[link + 3] = at >> 4
             link, at = at, (at + capability.bank.size + 3) & ~3
@@ -202,7 +205,7 @@ class ConfigSpace:
     # ---- values -----------------------------------------------------------------------------
 
     def reset(self, kind: ResetKind) -> None:
-        """Brings all registers to their declared values."""
+        """Sets all registers to their declared values; sticky ones keep theirs."""
         identity, header = self._identity, self.header
         header.load_reset()
         header.VENDOR_ID, header.DEVICE_ID = identity.vendor_id, identity.device_id
@@ -226,7 +229,7 @@ class ConfigSpace:
         return Command(self.header.COMMAND)
 
     def bar_address(self, index: int) -> int:
-        """Where the guest has put a BAR."""
+        """The address that the guest has written to a BAR."""
         low = int.from_bytes(self.view[0x10 + 4 * index : 0x14 + 4 * index], "little")
         if low & 1:
             return low & ~3
@@ -234,17 +237,17 @@ class ConfigSpace:
         return high << 32 | low & ~15
 
     def reading(self, span: Span) -> None:
-        """The guest is about to read these bytes, at least one of which is made up when it is read."""
-        for tell in dict.fromkeys(tell for where, tell in self._read_hooks if where.overlaps(span)):
-            tell()
+        """Updates registers whose value is computed on a read; called before a read of `span` that exits."""
+        for update in dict.fromkeys(update for place, update in self._read_hooks if place.overlaps(span)):
+            update()
 
     def write(self, offset: int, data: bytes) -> None:
-        """A write by the guest."""
+        """Writes `data` at `offset`, as the guest does."""
         self._owner.region_write(Region.CONFIG, offset, len(data), data)
 
     def written(self, span: Span) -> None:
-        """The guest has written these bytes, at least one of which something depends on."""
-        # Once each, however many of its registers the write covers.
-        for tell in dict.fromkeys(tell for where, tell in self._hooks if where.overlaps(span)):
-            tell()
+        """Runs the side effects of a write of `span`, after the registers have their new values."""
+        # Each once, even if the write covers several registers of one capability.
+        for effect in dict.fromkeys(effect for place, effect in self._write_hooks if place.overlaps(span)):
+            effect()
         self._owner.config_written()

@@ -1,6 +1,6 @@
 """Extended capabilities, from offset 0x100 of config space on (PCIe 5.0, 7.8 and 7.9).
 
-Each starts with 4 bytes of id, version and next pointer, which the config space writes.
+Each begins with 4 bytes of id, version and next pointer, which `ConfigSpace` writes.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ def _all(layout: type[Layout]) -> int:
 
 
 class UncorrectableStatus(Layout):
-    """All bits that Uncorrectable names, and no others, clear by writing 1."""
+    """Uncorrectable error status: exactly the bits of `Uncorrectable`, each cleared by writing 1."""
 
     LOW = Bits(4, 5, W1C)
     HIGH = Bits(12, 20, W1C)
 
 
 class UncorrectableSet(Layout):
-    """Mask and severity: the same bits, writable."""
+    """Uncorrectable error mask and severity: exactly the bits of `Uncorrectable`, writable."""
 
     LOW = Bits(4, 5, RW)
     HIGH = Bits(12, 20, RW)
 
 
 class CorrectableStatus(Layout):
-    """As UncorrectableStatus."""
+    """Correctable error status: exactly the bits of `Correctable`, each cleared by writing 1."""
 
     RECEIVER = Bit(0, W1C)
     MIDDLE = Bits(6, 8, W1C)
@@ -74,7 +74,7 @@ class CorrectableStatus(Layout):
 
 
 class CorrectableSet(Layout):
-    """As UncorrectableSet."""
+    """Correctable error mask: exactly the bits of `Correctable`, writable."""
 
     RECEIVER = Bit(0, RW)
     MIDDLE = Bits(6, 8, RW)
@@ -97,7 +97,10 @@ class AerRegs(RegisterBank, size=0x2C):
 
 
 class Aer(ExtendedCapability):
-    """Error status that a model sets with `report`; messages to the root complex are not the protocol's."""
+    """Advanced Error Reporting: a model sets the status with `report`.
+
+    vfio-user has no error messages, so nothing is sent to the root complex.
+    """
 
     id = 0x0001
     version = 2
@@ -105,9 +108,10 @@ class Aer(ExtendedCapability):
     regs: AerRegs
 
     def report(self, *, uncorrectable: int = 0, correctable: int = 0, header: tuple[int, ...] = ()) -> None:
-        """Sets status bits, and logs a TLP header (four 32-bit words) and pointer for the first one.
+        """Sets bits of the status registers, as in `Uncorrectable` and `Correctable`.
 
-        A masked error is noted in the status but not logged (6.2.3.2.2).
+        The first unmasked uncorrectable error also sets the first error pointer and logs `header`, four 32-bit words
+        of a TLP.  A masked error sets its status bit only (6.2.3.2.2).
         """
         regs = self.regs
         fresh = uncorrectable & _all(Uncorrectable) & ~regs.UNCORRECTABLE_MASK
@@ -129,7 +133,7 @@ class DsnRegs(RegisterBank, size=12):
 
 
 class Dsn(ExtendedCapability):
-    """`serial`: an EUI-64."""
+    """Device Serial Number; `serial` is an EUI-64."""
 
     id = 0x0003
     bank = DsnRegs
@@ -148,7 +152,7 @@ class Dsn(ExtendedCapability):
 
 
 class AcsBits(Layout):
-    """The controls, capability bits being the same."""
+    """ACS Control; the bits of ACS Capability are the same."""
 
     SOURCE_VALIDATION = Bit(0, RW)
     TRANSLATION_BLOCKING = Bit(1, RW)
@@ -167,7 +171,7 @@ class AcsRegs(RegisterBank, size=8):
 
 
 class Acs(ExtendedCapability):
-    """`capability`: which controls there are, by the bits of AcsBits."""
+    """Access Control Services; `capability`: the supported controls, as bits of AcsBits, without egress control."""
 
     id = 0x000D
     bank = AcsRegs
@@ -176,7 +180,7 @@ class Acs(ExtendedCapability):
 
     def __init__(self, capability: int = 0x5C) -> None:
         if capability & ~0x5F:
-            raise RegisterError(f"ACS capability {capability:#x} has bits that are not offered (no egress control)")
+            raise RegisterError(f"ACS capability {capability:#x} has bits that are not supported (no egress control)")
         self.capability = capability
 
     def fill(self) -> None:
@@ -212,7 +216,7 @@ class AtsRegs(RegisterBank, size=8):
 
 
 class Ats(ExtendedCapability):
-    """`queue_depth` invalidations at a time, 1 to 32."""
+    """Address Translation Services; `queue_depth`: outstanding invalidations that the function accepts, 1 to 32."""
 
     id = 0x000F
     bank = AtsRegs
@@ -228,7 +232,7 @@ class Ats(ExtendedCapability):
 
     @property
     def enabled(self) -> bool:
-        """Whether the guest has switched it on."""
+        """Whether the guest has enabled ATS."""
         return bool(AtsCtl(self.regs.CONTROL).ENABLE)
 
 
@@ -259,7 +263,7 @@ class PasidRegs(RegisterBank, size=8):
 
 
 class Pasid(ExtendedCapability):
-    """`width`: bits of a PASID, 1 to 20."""
+    """PASID capability; `width`: bits of a PASID, 1 to 20."""
 
     id = 0x001B
     bank = PasidRegs
@@ -279,7 +283,7 @@ class Pasid(ExtendedCapability):
 
     @property
     def enabled(self) -> bool:
-        """Whether the guest has switched it on."""
+        """Whether the guest has enabled PASIDs."""
         return bool(PasidCtl(self.regs.CONTROL).ENABLE)
 
 
@@ -307,12 +311,12 @@ class PriRegs(RegisterBank, size=16):
 
     CONTROL = Reg16(4, RO, layout=PriCtl)
     STATUS = Reg16(6, RO, layout=PriSta, reset=PriSta.STOPPED.mask)
-    CAPACITY = Reg32(8, RO, doc="outstanding page requests that the device can have")
-    ALLOCATION = Reg32(12, doc="and may have")
+    CAPACITY = Reg32(8, RO, doc="outstanding page requests that the device supports")
+    ALLOCATION = Reg32(12, doc="outstanding page requests that software allows")
 
 
 class Pri(ExtendedCapability):
-    """`capacity`: outstanding page requests; `pasid`: whether responses carry the PASID."""
+    """Page Request Interface; `capacity`: outstanding page requests; `pasid`: whether responses carry the PASID."""
 
     id = 0x0013
     bank = PriRegs
@@ -331,7 +335,7 @@ class Pri(ExtendedCapability):
 
     def written(self) -> None:
         control = self.regs.CONTROL
-        if PriCtl(control).RESET:  # reads as 0; only counts while disabled, and clears the status
+        if PriCtl(control).RESET:  # reads as 0; clears the status, but only while the interface is disabled
             self.regs.CONTROL = control & ~PriCtl.RESET.mask
             if not PriCtl(control).ENABLE:
                 self.regs.STATUS = PriSta.STOPPED.put(self.regs.STATUS & ~3, 1)
@@ -339,5 +343,5 @@ class Pri(ExtendedCapability):
 
     @property
     def enabled(self) -> bool:
-        """Whether the guest has switched it on."""
+        """Whether the guest has enabled page requests."""
         return bool(PriCtl(self.regs.CONTROL).ENABLE)

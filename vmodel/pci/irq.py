@@ -1,10 +1,9 @@
-"""Interrupts: eventfds that the client gave by SET_IRQS, and INTx, MSI, MSI-X on top of them.
+"""Interrupts: the client's eventfds (SET_IRQS), and INTx, MSI and MSI-X on top of them.
 
-With QEMU the eventfds tell all: it emulates the guest's MSI and MSI-X registers itself and takes a vector's
-eventfd away while the guest masks it.  Another client may instead write the MSI-X table in the BAR; once it has,
-the table's mask bits count as well.
+QEMU emulates the guest's MSI and MSI-X registers itself: it removes a vector's eventfd while the guest masks the
+vector.  Another client may write the MSI-X table in the BAR instead; after that, the table's mask bits count as well.
 
-What PCI does not allow does not go out: the device says by `Irqs.allow` which types may be signalled.
+The device sets by `Irqs.allow` which types PCI lets it signal at the moment; others stay pending.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ log = limited(__name__)
 
 @dataclass
 class Vector:
-    """One interrupt of one type; fds are ours, -1 without one."""
+    """One interrupt of one type.  Its fds are eventfds that the vector owns, -1: none."""
 
     trigger: int = -1
     mask_event: int = -1
@@ -38,7 +37,7 @@ class Vector:
     pending: bool = False
 
     def close(self) -> int:
-        """Closes the eventfds; unmasked again.  How many there were.
+        """Closes the eventfds and unmasks the vector.  Returns how many eventfds there were.
 
         `pending` stays: it is the device's state, not the client's.
         """
@@ -52,13 +51,13 @@ class Vector:
 
 @dataclass
 class IrqType:
-    """All vectors of one type, and what to do when they change."""
+    """All vectors of one interrupt type."""
 
     vectors: list[Vector]
     flags: IrqFlags
-    #: Whether PCI lets the function signal one now; see `Irqs.allow`.
+    #: Whether PCI lets the function signal this type now; see `Irqs.allow`.
     allowed: bool = True
-    #: Called after an eventfd came or a vector was unmasked.
+    #: Called with a vector's number after it got an eventfd, was unmasked, or its type became allowed.
     changed: Callable[[int], None] = field(default=lambda n: None)
 
 
@@ -67,18 +66,18 @@ def _is_eventfd(fd: int) -> bool:
 
 
 class Irqs:
-    """All interrupts of one function.  Types that it does not have count 0 vectors."""
+    """All interrupts of one function.  Types that the function does not have are there with 0 vectors."""
 
     def __init__(self, notify: Callable[[int], None], owner: Owner | None = None) -> None:
-        """`notify` signals an eventfd of the client's, and never waits."""
+        """`notify` signals an eventfd of the client; it must not block."""
         self._notify = notify
         self.owner = owner or Owner("a device")
-        #: Most eventfds that a client may have here at a time.
+        #: Most eventfds that the client may set for this function at a time.
         self.max_eventfds = 1 << 20
         self._eventfds = 0
         #: Interrupts delivered to the client so far.
         self.raised = 0
-        #: Takes what is raised, as `tap(carry_out, vector)`, while an experiment listens; None: nobody does.
+        #: While an experiment taps interrupts: called as `tap(carry_out, vector)` instead of `carry_out(vector)`.
         self.tap: Callable[[Callable[[int], None], int], None] | None = None
         maskable = IrqFlags.EVENTFD | IrqFlags.MASKABLE
         self.types = {
@@ -90,13 +89,16 @@ class Irqs:
         }
 
     def info(self, index: int) -> IrqInfo:
-        """DEVICE_GET_IRQ_INFO."""
+        """The answer to DEVICE_GET_IRQ_INFO for type `index` of wire.Irq."""
         kind = self.types[Irq(index)]
         return IrqInfo(len(kind.vectors), kind.flags)
 
     @owned
     def set(self, request: SetIrqs) -> None:
-        """SET_IRQS; takes the eventfds over.  PeerError(EINVAL): one of them is no eventfd."""
+        """Carries out SET_IRQS; the eventfds are owned here if it returns.
+
+        PeerError: EINVAL, an fd is no eventfd; ENOSPC, more than `max_eventfds`.
+        """
         kind = self.types[Irq(request.index)]
         if request.count == 0:
             self._eventfds -= sum(vector.close() for vector in kind.vectors)
@@ -113,7 +115,7 @@ class Irqs:
             if fd >= 0:
                 if not _is_eventfd(fd):
                     raise PeerError(errno.EINVAL, "an interrupt's fd is no eventfd")
-                os.set_blocking(fd, False)  # where there is no AIO; see c_shim/eventfd.c
+                os.set_blocking(fd, False)  # for systems without AIO; see c_shim/eventfd.c
         name = {
             IrqAction.TRIGGER: "trigger",
             IrqAction.MASK: "mask_event",
@@ -136,33 +138,33 @@ class Irqs:
     def _changed(self, kind: IrqType, n: int) -> None:
         try:
             kind.changed(n)
-        except Exception:  # the eventfds are ours by now, whatever became of what was pending
+        except Exception:  # SET_IRQS has succeeded all the same: the eventfds have been taken over
             log.exception("a pending interrupt %d could not be delivered", n)
 
     def _act(self, kind: IrqType, n: int, action: IrqAction) -> None:
         vector = kind.vectors[n]
         if action is IrqAction.TRIGGER:
-            self._send(vector)  # the client's own test of its eventfd: no request of the function's
+            self._send(vector)  # the client tests its eventfd: this is allowed even if the function may not signal
         elif action is IrqAction.MASK:
             self.mask(vector)
         elif vector.masked:
             vector.masked = False
-            self._tell(vector.unmask_event)
+            self._notify_if_set(vector.unmask_event)
             kind.changed(n)
 
     def mask(self, vector: Vector) -> None:
-        """Masks a vector and tells the client's mask eventfd."""
+        """Masks a vector and signals the client's mask eventfd, if there is one."""
         if not vector.masked:
             vector.masked = True
-            self._tell(vector.mask_event)
+            self._notify_if_set(vector.mask_event)
 
-    def _tell(self, fd: int) -> None:
+    def _notify_if_set(self, fd: int) -> None:
         if fd >= 0:
             self._notify(fd)
 
     @owned
     def signal(self, kind: IrqType, vector: Vector) -> bool:
-        """Signals a vector's eventfd; False without one, or while `kind` is not allowed."""
+        """Signals a vector's eventfd.  Returns False if it has none, or `kind` is not allowed."""
         if vector.trigger < 0 or not kind.allowed:
             return False
         self._notify(vector.trigger)
@@ -177,11 +179,11 @@ class Irqs:
         return True
 
     def allow(self, allowed: Mapping[Irq, bool]) -> None:
-        """Which types may be signalled from now on.  What one has pending goes out when it is let."""
-        opened = [self.types[irq] for irq, on in allowed.items() if on and not self.types[irq].allowed]
+        """Sets which types may be signalled from now on; pending vectors of types that become allowed are sent."""
+        newly_allowed = [self.types[irq] for irq, on in allowed.items() if on and not self.types[irq].allowed]
         for irq, on in allowed.items():
             self.types[irq].allowed = on
-        for kind in opened:
+        for kind in newly_allowed:
             for n in range(len(kind.vectors)):
                 kind.changed(n)
 
@@ -194,42 +196,45 @@ class Irqs:
         return sum(1 for _ in self._all())
 
     def save(self) -> bytes:
-        """Which vectors are pending, for migration: the rest is in registers, or the client's."""
+        """Which vectors are pending, a byte of 0 or 1 each, for migration.
+
+        All other state is in registers or belongs to the client.
+        """
         return bytes(vector.pending for vector in self._all())
 
     def parse(self, data: bytes) -> bytes:
-        """Checks what `save` gave.  PeerError(EINVAL)."""
+        """Checks a state that `save` made, and returns it.  PeerError(EINVAL)."""
         if len(data) != self.saved_size or not set(data) <= {0, 1}:
             raise PeerError(errno.EINVAL, f"pending interrupts: {self.saved_size} bytes of 0 and 1 were expected")
         return data
 
     def restore(self, pending: bytes) -> None:
-        """Takes over what `parse` has checked."""
+        """Loads a state that `parse` has checked."""
         for vector, on in zip(self._all(), pending, strict=True):
             vector.pending = bool(on)
 
     def close(self) -> None:
-        """The client is gone: closes all eventfds."""
+        """Closes all eventfds, as the client has disconnected."""
         for kind in self.types.values():
             for vector in kind.vectors:
                 self._eventfds -= vector.close()
 
     def error(self) -> bool:
-        """Signals ERR.  QEMU stops the virtual machine at this: not for AER."""
+        """Signals ERR; returns whether it could.  QEMU then stops the virtual machine, so do not use it for AER."""
         kind = self.types[Irq.ERR]
         return self.signal(kind, kind.vectors[0])
 
     def request_release(self) -> bool:
-        """Signals REQ: asks the client to let go of the device."""
+        """Signals REQ, which asks the client to release the device; returns whether it could."""
         kind = self.types[Irq.REQ]
         return self.signal(kind, kind.vectors[0])
 
 
 class Intx:
-    """The interrupt pin: a level that the device holds until it lowers it.
+    """The interrupt pin: a level that stays asserted until the device lowers it.
 
-    To the client an INTx is automasked: it is signalled once, and again after each unmask while the level
-    stands.  `pin`: 1 to 4 for INTA to INTD.
+    INTx is automasked for the client: it is signalled once, and again after each unmask while the level is asserted.
+    `pin`: 1 to 4 for INTA to INTD.
     """
 
     def __init__(self, pin: int = 1) -> None:
@@ -238,10 +243,10 @@ class Intx:
         self.pin = pin
         self.level = False
 
-    def bind(self, irqs: Irqs, show: Callable[[bool], None]) -> Self:
-        """The pin of one device; `show`: sets Status.INTERRUPT."""
+    def bind(self, irqs: Irqs, set_status: Callable[[bool], None]) -> Self:
+        """A copy of the pin for one device; `set_status` stores Status.INTERRUPT."""
         bound = copy.copy(self)
-        bound._irqs, bound._show = irqs, show
+        bound._irqs, bound._set_status = irqs, set_status
         bound._type = irqs.types[Irq.INTX]
         bound._type.vectors = [Vector()]
         bound._type.changed = lambda n: bound.deliver()
@@ -249,7 +254,7 @@ class Intx:
 
     _irqs: Irqs
     _type: IrqType
-    _show: Callable[[bool], None]
+    _set_status: Callable[[bool], None]
 
     def raise_(self) -> None:
         """Asserts the pin."""
@@ -259,18 +264,18 @@ class Intx:
             self._irqs.tap(lambda _: self.raise_untapped(), 0)
 
     def raise_untapped(self) -> None:
-        """The same, past whatever an experiment does to interrupts."""
+        """Asserts the pin without passing the tap of an experiment."""
         self.level = True
-        self._show(True)
+        self._set_status(True)
         self.deliver()
 
     def lower(self) -> None:
-        """Deasserts it."""
+        """Deasserts the pin."""
         self.level = False
-        self._show(False)
+        self._set_status(False)
 
     def deliver(self) -> None:
-        """Signals the client if the level stands and nothing is in the way."""
+        """Signals the client if the pin is asserted, and neither masked nor disallowed."""
         vector = self._type.vectors[0]
         if self.level and not vector.masked and self._irqs.signal(self._type, vector):
             self._irqs.mask(vector)

@@ -1,8 +1,8 @@
-"""Where functions sit: segments, buses, bridges; what that does to requester ids; who is kept from whom.
+"""PCI topology: segments, buses, bridges and functions; aliases of requester ids; isolation by ACS.
 
 The rules of aliases and ACS are those of Linux (drivers/pci/search.c, pci_for_each_dma_alias; drivers/pci/pci.c,
-pci_acs_enabled), which has them from the PCI Express Base Specification (6.12) and from the PCI Express to PCI/PCI-X
-Bridge Specification (2.3).
+pci_acs_enabled), which follow the PCI Express Base Specification (6.12) and the PCI Express to PCI/PCI-X Bridge
+Specification (2.3).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Bdf:
 
     @classmethod
     def parse(cls, text: str) -> Bdf:
-        """From "SSSS:BB:DD.F", as Linux writes it; ValueError."""
+        """Parses "SSSS:BB:DD.F", as Linux writes an address.  ValueError."""
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ValueError(f"{text!r} is no PCI address: must be SSSS:BB:DD.F, as 0000:00:03.0")
@@ -39,7 +39,7 @@ class Bdf:
 
     @classmethod
     def of(cls, segment: int, rid: int) -> Bdf:
-        """From a segment and a 16-bit requester id."""
+        """Makes an address of a segment and a 16-bit requester id."""
         return cls(segment, rid >> 8, rid >> 3 & 31, rid & 7)
 
     @property
@@ -54,7 +54,7 @@ class Bdf:
 
     @property
     def slot(self) -> tuple[int, int, int]:
-        """What the functions of one device have in common."""
+        """(segment, bus, device): equal for all functions of one device."""
         return self.segment, self.bus, self.device
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ class AcsFlags(enum.IntFlag):
     DIRECT_TRANSLATED = 64
 
 
-#: What isolation needs, where the port has it: as Linux's REQ_ACS_FLAGS.
+#: The controls that isolation needs, as far as the port supports them; Linux's REQ_ACS_FLAGS.
 ISOLATION = (
     AcsFlags.SOURCE_VALIDATION | AcsFlags.REQUEST_REDIRECT | AcsFlags.COMPLETION_REDIRECT | AcsFlags.UPSTREAM_FORWARDING
 )
@@ -102,9 +102,9 @@ ISOLATION = (
 class Function:
     """One PCI function.
 
-    Attributes: `bdf`; `name`; `kind`; `acs`, the ACS bits that it has switched on, None without the capability;
-    `acs_offered`, those that it can switch on; `dma_aliases`, other devfns on its bus under which its DMA shows up;
-    `physical`, for a virtual function (SR-IOV); `secondary`, a bridge's lower bus.
+    Attributes: `bdf`; `name`; `kind`; `acs`: the ACS controls that are enabled, None without the capability;
+    `acs_offered`: those that it supports; `dma_aliases`: other devfns of its bus that its DMA requests may carry;
+    `physical`: the physical function of a virtual one (SR-IOV); `secondary`: the bus below a bridge.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Function:
 
     @property
     def home(self) -> Bus:
-        """The bus that it is on; ValueError before it was added to a topology."""
+        """The bus that the function is on.  ValueError: it is in no topology."""
         if self.bus is None:
             raise ValueError(f"{self} is in no topology")
         return self.bus
@@ -144,11 +144,11 @@ class Function:
 
     @property
     def has_acs(self) -> bool:
-        """Whether peer-to-peer requests cannot go round the IOMMU here (PCIe 6.12.1; pci_acs_enabled)."""
+        """Whether peer-to-peer requests cannot bypass the IOMMU here (PCIe 6.12.1; pci_acs_enabled)."""
         if self.kind in (PortType.CONVENTIONAL, PortType.PCI_BRIDGE, PortType.PCI_TO_PCIE, PortType.PCIE_TO_PCI):
             return False
         if self.kind not in (PortType.ROOT_PORT, PortType.DOWNSTREAM) and not self.multifunction:
-            return True  # nothing to keep apart
+            return True  # there are no other functions to be isolated from
         if self.acs is None:
             return False
         wanted = ISOLATION & self.acs_offered
@@ -176,7 +176,7 @@ class Bus:
 
 @dataclass(frozen=True)
 class Alias:
-    """A requester id under which a function's DMA may arrive, and the function that puts it there."""
+    """A requester id that a function's DMA may carry; `by`: the function or bridge that sets it."""
 
     by: Function
     bdf: Bdf
@@ -190,7 +190,7 @@ class Topology:
         self._functions: dict[Bdf, Function] = {}
 
     def add_root(self, segment: int = 0, number: int = 0) -> Bus:
-        """A root bus (a host bridge's).  ValueError: the number is taken."""
+        """Adds the root bus of a host bridge.  ValueError: the number is taken."""
         return self._add_bus(segment, number, None)
 
     def _add_bus(self, segment: int, number: int, bridge: Function | None) -> Bus:
@@ -200,9 +200,10 @@ class Topology:
         return bus
 
     def add(self, function: Function, secondary: int | None = None) -> Function:
-        """Puts a function on its bus; a bridge makes bus `secondary`.
+        """Adds a function to its bus; a bridge also adds bus `secondary`.
 
-        ValueError: no such bus, the address is taken, a bridge without a secondary bus, or one where it cannot be.
+        ValueError: there is no such bus, the address or bus number is taken, a bridge has no secondary bus or another
+        function has one, or this port type cannot be on this bus.
         """
         bdf, kind = function.bdf, function.kind
         bus = self._buses.get((bdf.segment, bdf.bus))
@@ -227,7 +228,7 @@ class Topology:
         return function
 
     def remove(self, function: Function) -> None:
-        """Takes a function out.  ValueError: it is not there, or something is on its secondary bus, or it has VFs."""
+        """Removes a function.  ValueError: it is not there, has virtual functions, or its lower bus is not empty."""
         if self._functions.get(function.bdf) is not function:
             raise ValueError(f"{function} is not there")
         if function.secondary is not None and function.secondary.functions:
@@ -245,11 +246,11 @@ class Topology:
         return self._functions[bdf]
 
     def bus(self, segment: int, number: int) -> Bus:
-        """KeyError: there is none."""
+        """The bus of that number.  KeyError: there is none."""
         return self._buses[segment, number]
 
     def __contains__(self, place: object) -> bool:
-        """Whether there is a function (a Bdf), or a bus (segment, number)."""
+        """Whether `place` exists: a function's Bdf, or a bus as (segment, number)."""
         return place in self._functions or place in self._buses
 
     @property
@@ -258,7 +259,7 @@ class Topology:
         return [bus for _, bus in sorted(self._buses.items()) if bus.bridge is None]
 
     def functions(self) -> Iterator[Function]:
-        """All functions as the guest enumerates them: a bridge before what is behind it."""
+        """All functions in the guest's order of enumeration: a bridge, then the functions behind it."""
 
         def below(bus: Bus) -> Iterator[Function]:
             for function in bus.functions:
@@ -300,13 +301,13 @@ def bridges_above(function: Function) -> Iterator[Function]:
 
 
 def dma_aliases(function: Function) -> Iterator[Alias]:
-    """The requester ids of a function's DMA, its own first, the one nearest to the root last."""
+    """The requester ids that a function's DMA may carry: its own first, the one nearest to the root last."""
     yield Alias(function, function.bdf)
     segment, bus = function.bdf.segment, function.bdf.bus
     for devfn in function.dma_aliases:
         yield Alias(function, Bdf.of(segment, bus << 8 | devfn))
     for bridge in bridges_above(function):
-        if bridge.kind is PortType.PCIE_TO_PCI:  # takes ownership with its secondary bus, devfn 0
+        if bridge.kind is PortType.PCIE_TO_PCI:  # replaces the requester id by (secondary bus, devfn 0)
             assert bridge.secondary is not None
             yield Alias(bridge, Bdf(segment, bridge.secondary.number, 0, 0))
         elif bridge.kind in (PortType.PCI_TO_PCIE, PortType.PCI_BRIDGE):
@@ -314,9 +315,9 @@ def dma_aliases(function: Function) -> Iterator[Alias]:
 
 
 def isolates(bridge: Function) -> bool:
-    """Whether ACS keeps what is behind a bridge from its neighbours, and them from it.
+    """Whether ACS isolates the functions behind a bridge from those behind its neighbours.
 
-    A downstream port without ACS forwards requests to all other ports of its switch, whether those have ACS or not; see
+    A downstream port without ACS forwards requests to all other ports of its switch, even to ports with ACS; see
     docs/decisions/0004-switches-without-acs.md.
     """
     ports = bridge.home.functions if bridge.kind is PortType.DOWNSTREAM else [bridge]
@@ -328,8 +329,8 @@ def acs_on_path(bridge: Function) -> bool:
     return isolates(bridge) and all(isolates(above) for above in bridges_above(bridge))
 
 
-#: (vendor, device) of functions whose DMA shows up as function 0, or as function 1, of their slot: Linux
-#: drivers/pci/quirks.c, quirk_dma_func0_alias and quirk_dma_func1_alias.
+#: Vendor and device ids of functions whose DMA carries the requester id of function 0, or 1, of their slot (Linux
+#: drivers/pci/quirks.c, quirk_dma_func0_alias and quirk_dma_func1_alias).
 _AS_FUNCTION_0 = {0x1180: (0xE476, 0xE832), 0x6766: (0x3D40, 0x3D41)}  # Ricoh, Glenfly
 _AS_FUNCTION_1 = {  # Marvell SATA controllers and relatives
     0x1B4B: (0x9120, 0x9123, 0x9125, 0x9128, 0x9130, 0x9170, 0x9172, 0x917A)  # noqa: RUF005
@@ -341,7 +342,7 @@ _AS_FUNCTION_1 = {  # Marvell SATA controllers and relatives
 
 
 def quirk_aliases(vendor: int, device: int, bdf: Bdf) -> tuple[int, ...]:
-    """The devfns that DMA of this hardware uses besides its own."""
+    """The devfns that DMA of this hardware carries besides its own; empty for most."""
     for table, function in ((_AS_FUNCTION_0, 0), (_AS_FUNCTION_1, 1)):
         if device in table.get(vendor, ()) and bdf.function != function:
             return (bdf.device << 3 | function,)
