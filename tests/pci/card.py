@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vmodel.device import Intx, MmioBar, Msi, Msix, PciDevice, Pcie, Pm
+from vmodel.device import Intx, IoBar, MmioBar, Msi, Msix, PciDevice, Pcie, Pm
+from vmodel.pci.extcaps import Acs, Aer, Ats, Dsn, Pasid, Pri
 from vmodel.regs import Reg32, RegisterBank
 from vmodel.testing.fakes import FakeDriver, FakeMemory
 from vmodel.vfio_user.client import EventFd
@@ -40,13 +41,49 @@ class SoftResetCard(Card):
     pm = Pm()
 
 
+class Endpoint(PciDevice):
+    """Each kind of BAR and each capability; no register does anything."""
+
+    vendor_id, device_id, class_code, revision = 0x1B36, 0x0F11, 0x058012, 0x34
+    subsystem_vendor_id, subsystem_id = 0x1AF4, 0x1101
+    rom = bytes(range(256)) * 64
+    bar0 = MmioBar(0, size=0x80, fill=0)
+    bar1 = IoBar(1, size=4, fill=0)
+    bar2 = MmioBar(2, size=1 << 33, prefetchable=True)
+    bar4 = IoBar(4, size=256)
+    intx = Intx(pin=2)
+    pm = Pm()
+    msi = Msi(vectors=4, per_vector_mask=True)
+    pcie = Pcie(tlp_prefix=True)
+    aer = Aer()
+    dsn = Dsn(0x0123_4567_89AB_CDEF)
+    acs = Acs()
+    ats = Ats(queue_depth=32)
+    pasid = Pasid(width=16, execute=True)
+    pri = Pri(capacity=64, pasid=True)
+
+
+class Bare(PciDevice):
+    """Nothing but an identity, and the capability that a function on PCI Express has."""
+
+    vendor_id, device_id, class_code = 0x1B36, 0x0F12, 0x058000
+    pcie = Pcie(flr=False)
+
+
+class Integrated(PciDevice):
+    """On the root complex itself."""
+
+    vendor_id, device_id, class_code = 0x1B36, 0x0F13, 0x058000
+    pcie = Pcie(integrated=True)
+
+
 class Rig(FakeDriver):
     """Its driver; interrupts are signalled on the device's thread."""
 
-    device: Card
+    device: Card  # for what asks it; others are driven by their config space
     KINDS: ClassVar = {MSI: Irq.MSI, MSIX: Irq.MSIX}
 
-    def __init__(self, card: Card, memory: FakeMemory) -> None:
+    def __init__(self, card: PciDevice, memory: FakeMemory) -> None:
         super().__init__(card, memory, enable=False)
         self.events: list[EventFd] = []
 
@@ -55,6 +92,14 @@ class Rig(FakeDriver):
         at = self.config_read(0x34, 1)
         while self.config_read(at, 1) != capability:
             at = self.config_read(at + 1, 1)
+        return at
+
+    def extended(self, capability: int) -> int:
+        """Where an extended capability is."""
+        at = 0x100
+        while (head := self.config_read(at, 4)) & 0xFFFF != capability:
+            at = head >> 20
+            assert at
         return at
 
     def command(self, value: int) -> None:

@@ -6,9 +6,10 @@ from contextlib import ExitStack
 import pytest
 
 from tests.pci.card import Card, Rig
+from vmodel.device import PciDevice
 from vmodel.testing.fakes import FakeMemory
 
-Drive = Callable[[Card], Rig]
+Drive = Callable[[PciDevice], Rig]
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def drive() -> Iterator[Drive]:
     with ExitStack() as stack:
         memory = stack.enter_context(FakeMemory(1 << 16))
 
-        def start(card: Card) -> Rig:
+        def start(card: PciDevice) -> Rig:
             stack.callback(card.close)
             return stack.enter_context(Rig(card, memory))
 

@@ -120,7 +120,7 @@ def test_capability_lists_end(client: Client) -> None:
     assert read(client, found[3] + 4, 8, Region.CONFIG) == 0x0123_4567_89AB_CDEF
     acs = found[0x0D]
     write(client, acs + 6, 0xFFFF, 2, Region.CONFIG)
-    assert read(client, acs + 6, 2, Region.CONFIG) == 0x5C
+    assert read(client, acs + 6, 2, Region.CONFIG) == 0x4C
     pri = found[0x13]
     assert read(client, pri + 6, 2, Region.CONFIG) == 0x100
     write(client, pri + 4, 1, 2, Region.CONFIG)

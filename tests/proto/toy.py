@@ -43,7 +43,7 @@ class Toy(PciDevice):
     pm = Pm()
     msi = Msi(vectors=4, per_vector_mask=True)
     msix = Msix(vectors=70, own_bar=4)
-    pcie = Pcie()
+    pcie = Pcie(tlp_prefix=True)
     aer = Aer()
     dsn = Dsn(0x0123_4567_89AB_CDEF)
     acs = Acs()

@@ -21,8 +21,9 @@ from vmodel.dma import Dma
 from vmodel.errors import PeerError
 from vmodel.memory import GuestMemory
 from vmodel.pci.bar import IoBar, MmioBar
-from vmodel.pci.caps import Msi, Msix, Pcie, Pm, ResetKind, VendorSpecific
+from vmodel.pci.caps import Msi, Msix, Pm, ResetKind, VendorSpecific
 from vmodel.pci.config import ConfigSpace
+from vmodel.pci.express import Pcie
 from vmodel.pci.irq import Intx
 from vmodel.points import Points
 from vmodel.regs import RegisterError, on_read, on_write, on_write_each

@@ -24,6 +24,7 @@ from vmodel.memory import GuestMemory
 from vmodel.pci.bar import BankSlot
 from vmodel.pci.caps import Msi, Msix, Pm, ResetKind
 from vmodel.pci.config import ConfigSpace, Status
+from vmodel.pci.express import Pcie
 from vmodel.pci.irq import Intx, Irqs
 from vmodel.points import Point, Points
 from vmodel.regs import Hook, RegisterBank
@@ -236,6 +237,12 @@ class VfioBackend:
                 Irq.REQ: not self._stopped,
             }
         )
+
+    def detected(self, errors: int) -> None:
+        """Errors for PCI Express Device Status; nothing where there is none."""
+        for capability in self.config.capabilities:
+            if isinstance(capability, Pcie):
+                capability.regs.DEVSTA |= errors
 
     def config_written(self) -> None:
         """The driver has written something that matters."""

@@ -10,12 +10,16 @@ from typing import Any
 from vmodel.pci.bar import BankSlot, Bar, RamSlot
 from vmodel.pci.caps import Capability, Msix
 from vmodel.pci.config import HeaderRegs, Identity
+from vmodel.pci.express import Pcie
+from vmodel.pci.extcaps import Pasid
 from vmodel.pci.irq import Intx
 from vmodel.regs import Hook, Register, RegisterBank, RegisterError, hooks_of
-from vmodel.span import Span
+from vmodel.span import KiB, MiB, Span
 
 #: What may be declared: everything else in a class's body is the model's own.
 PARTS = (Bar, BankSlot, RamSlot, Capability, Intx)
+#: An expansion ROM has at least 2 KiB (bits of its register) and at most 16 MiB (PCIe 5.0, 7.5.1.2.4).
+_ROM_SIZES = range(2 * KiB, 16 * MiB + 1)
 _WIDTHS = {"vendor_id": 16, "device_id": 16, "class_code": 24, "revision": 8}
 
 
@@ -77,8 +81,13 @@ class Declaration:
         return declared
 
     def _check(self) -> None:
-        if self.rom and (len(self.rom) < 2048 or len(self.rom) & (len(self.rom) - 1)):
-            raise RegisterError(f"{self.model}: an expansion ROM of {len(self.rom)} bytes is no power of two >= 2048")
+        if self.identity.vendor_id == 0xFFFF:
+            raise RegisterError(f"{self.model}.vendor_id is 0xffff, which says that there is no function")
+        if self.rom and (len(self.rom) not in _ROM_SIZES or len(self.rom) & (len(self.rom) - 1)):
+            raise RegisterError(
+                f"{self.model}: an expansion ROM of {len(self.rom)} bytes is no power of two of 2048 to 16 MiB"
+            )
+        self._check_express()
         if len(self.pins) > 1:
             raise RegisterError(f"{self.model}: a function has one interrupt pin, not {len(self.pins)}")
         in_bars = [slot.bank for slot in self.banks.values()]
@@ -100,6 +109,15 @@ class Declaration:
             for (one, span), (other, at) in combinations(self._spans(bar.index), 2):
                 if span.overlaps(at):
                     raise RegisterError(f"BAR{bar.index}: {other} at {at} overlaps {one} at {span}")
+
+    def _check_express(self) -> None:
+        capabilities = self.capabilities.values()
+        express = [part for part in capabilities if isinstance(part, Pcie)]
+        for bar in self.bars:
+            if express and not bar.io and bar.size < 128:
+                raise RegisterError(f"BAR{bar.index}: on PCI Express a memory BAR has at least 128 bytes (7.5.1.2.1)")
+        if any(isinstance(part, Pasid) for part in capabilities) and not all(part.tlp_prefix for part in express):
+            raise RegisterError(f"{self.model}: PASIDs travel in TLP prefixes: Pcie(tlp_prefix=True)")
 
     def _slots(self) -> list[tuple[str, BankSlot | RamSlot]]:
         return [*self.banks.items(), *self.rams.items()]

@@ -20,7 +20,7 @@ from vmodel.iommu.drivers import KINDS
 from vmodel.machine.explain import Location, explain, guess
 from vmodel.machine.models import load_model
 from vmodel.machine.schema import BRIDGES, MachineFile
-from vmodel.pci.caps import Pcie
+from vmodel.pci.express import Pcie
 from vmodel.pci.extcaps import Acs
 from vmodel.pci.topology import ISOLATION, AcsFlags, Bdf, Function, PortType, Topology, quirk_aliases
 

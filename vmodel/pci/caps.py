@@ -1,4 +1,4 @@
-"""Capabilities in the first 256 bytes of config space: PM, MSI, MSI-X, PCI Express, vendor-specific.
+"""Capabilities in the first 256 bytes of config space: PM, MSI, MSI-X, vendor-specific; PCI Express is in `express`.
 
 A capability is declared on the device's class and bound to each instance.  Its registers are a bank in config space;
 `written()` runs after the guest has written one of the registers in `hooked`.
@@ -42,6 +42,9 @@ class Owner(Protocol):
 
     def update_interrupts(self) -> None:
         """Updates which interrupt types may be signalled, after a change of Command, power state or MSI(-X) enable."""
+
+    def detected(self, errors: int) -> None:
+        """Errors for PCI Express Device Status, by its bits."""
 
     def config_written(self) -> None:
         """Called last after a config space write that exits: all its side effects have been applied."""
@@ -253,11 +256,17 @@ class MsiControl(Layout):
     PER_VECTOR_MASK = Bit(8, RO)
 
 
+class MsiAddress(Layout):
+    """Message Address: of a doubleword (PCIe 5.0, 7.7.1.3)."""
+
+    ADDRESS = Bits(2, 31, RW)
+
+
 class MsiRegs32(RegisterBank, size=12):
     """MSI capability with 32-bit addresses."""
 
     CONTROL = Reg16(2, RO, layout=MsiControl)
-    ADDRESS = Reg32(4)
+    ADDRESS = Reg32(4, RO, layout=MsiAddress)
     DATA = Reg16(8)
 
 
@@ -265,7 +274,7 @@ class MsiRegs64(RegisterBank, size=16):
     """MSI capability with 64-bit addresses."""
 
     CONTROL = Reg16(2, RO, layout=MsiControl)
-    ADDRESS = Reg32(4)
+    ADDRESS = Reg32(4, RO, layout=MsiAddress)
     ADDRESS_HIGH = Reg32(8)
     DATA = Reg16(12)
 
@@ -274,7 +283,7 @@ class MsiRegs32Mask(RegisterBank, size=20):
     """MSI capability with 32-bit addresses and per-vector masks."""
 
     CONTROL = Reg16(2, RO, layout=MsiControl)
-    ADDRESS = Reg32(4)
+    ADDRESS = Reg32(4, RO, layout=MsiAddress)
     DATA = Reg16(8)
     MASK = Reg32(12)
     PENDING = Reg32(16, RO)
@@ -284,7 +293,7 @@ class MsiRegs64Mask(RegisterBank, size=24):
     """MSI capability with 64-bit addresses and per-vector masks."""
 
     CONTROL = Reg16(2, RO, layout=MsiControl)
-    ADDRESS = Reg32(4)
+    ADDRESS = Reg32(4, RO, layout=MsiAddress)
     ADDRESS_HIGH = Reg32(8)
     DATA = Reg16(12)
     MASK = Reg32(16)
@@ -329,6 +338,12 @@ class Msi(_MessageInterrupts):
     def allocated(self) -> int:
         """The vectors that Multiple Message Enable allows."""
         return min(1 << MsiControl(self.regs.CONTROL).MULTIPLE, self.vectors)
+
+    def written(self) -> None:
+        regs = self.regs
+        if isinstance(regs, MsiRegs32Mask | MsiRegs64Mask):
+            regs.MASK &= (1 << self.vectors) - 1  # those of vectors that are not there are reserved
+        super().written()
 
     def _masked(self, n: int) -> bool:
         regs = self.regs
@@ -447,94 +462,6 @@ class Msix(_MessageInterrupts):
             self.table[at] = byte & 1 if at % 16 == 12 else 0 if at % 16 > 12 else byte
         for n in range(offset // 16, (offset + len(data) - 1) // 16 + 1):
             self._deliver(n)
-
-
-# ---- PCI Express (PCIe 5.0, 7.5.3) ---------------------------------------------------------------
-
-
-class DevCap(Layout):
-    """Device Capabilities."""
-
-    MAX_PAYLOAD = Bits(0, 2)
-    EXTENDED_TAG = Bit(5)
-    ROLE_BASED_ERRORS = Bit(15)
-    FLR = Bit(28)
-
-
-class DevCtl(Layout):
-    """Device Control."""
-
-    CORRECTABLE = Bit(0)
-    NON_FATAL = Bit(1)
-    FATAL = Bit(2)
-    UNSUPPORTED = Bit(3)
-    RELAXED_ORDERING = Bit(4)
-    MAX_PAYLOAD = Bits(5, 7)
-    EXTENDED_TAG = Bit(8)
-    NO_SNOOP = Bit(11)
-    MAX_READ_REQUEST = Bits(12, 14)
-    INITIATE_FLR = Bit(15)
-
-
-class DevSta(Layout):
-    """Device Status."""
-
-    CORRECTABLE = Bit(0, W1C)
-    NON_FATAL = Bit(1, W1C)
-    FATAL = Bit(2, W1C)
-    UNSUPPORTED = Bit(3, W1C)
-    TRANSACTIONS_PENDING = Bit(5, RO)
-
-
-class DevCap2(Layout):
-    """Device Capabilities 2."""
-
-    TLP_PREFIX = Bit(21, doc="End-End TLP prefixes, such as PASIDs")
-
-
-class PcieRegs(RegisterBank, size=0x3C):
-    """PCI Express capability, version 2."""
-
-    PCIE_CAP = Reg16(0x02, RO, doc="version, device/port type")
-    DEVCAP = Reg32(0x04, RO, layout=DevCap)
-    DEVCTL = Reg16(0x08, layout=DevCtl, reset=0x2810)
-    DEVSTA = Reg16(0x0A, RO, layout=DevSta)
-    LNKCAP = Reg32(0x0C, RO, reset=0x0000_0011, doc="2.5 GT/s, x1")
-    LNKCTL = Reg16(0x10)
-    LNKSTA = Reg16(0x12, RO, reset=0x0011)
-    DEVCAP2 = Reg32(0x24, RO, layout=DevCap2)
-    DEVCTL2 = Reg16(0x28)
-    LNKCAP2 = Reg32(0x2C, RO, reset=0x0000_0002)
-    LNKCTL2 = Reg16(0x30, reset=0x0001)
-
-
-class Pcie(Capability):
-    """PCI Express endpoint.
-
-    `flr`: supports Function Level Reset; `integrated`: is a root complex integrated endpoint; `tlp_prefix`: supports
-    End-End TLP prefixes, which PASIDs need.
-    """
-
-    id = 0x10
-    bank = PcieRegs
-    hooked = (PcieRegs.DEVCTL,)
-    regs: PcieRegs
-
-    def __init__(self, *, flr: bool = True, integrated: bool = False, tlp_prefix: bool = False) -> None:
-        self.flr = flr
-        self.integrated = integrated
-        self.tlp_prefix = tlp_prefix
-
-    def fill(self) -> None:
-        self.regs.PCIE_CAP = 2 | (9 if self.integrated else 0) << 4
-        self.regs.DEVCAP = DevCap.FLR.put(DevCap.ROLE_BASED_ERRORS.mask, int(self.flr))
-        self.regs.DEVCAP2 = DevCap2.TLP_PREFIX.put(0, int(self.tlp_prefix))
-
-    def written(self) -> None:
-        control = self.regs.DEVCTL
-        self.regs.DEVCTL = control & ~DevCtl.INITIATE_FLR.mask  # always reads as 0
-        if self.flr and DevCtl(control).INITIATE_FLR:
-            self.owner.reset(ResetKind.FUNCTION)
 
 
 # ---- vendor-specific (PCI 3.0, appendix H) -------------------------------------------------------

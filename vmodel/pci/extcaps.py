@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vmodel.pci.caps import Capability
+from vmodel.pci.express import DevSta
 from vmodel.regs import RO, RW, W1C, Bit, Bits, Layout, Reg16, Reg32, RegisterBank, RegisterError
 
 
@@ -108,18 +109,26 @@ class Aer(ExtendedCapability):
     regs: AerRegs
 
     def report(self, *, uncorrectable: int = 0, correctable: int = 0, header: tuple[int, ...] = ()) -> None:
-        """Sets bits of the status registers, as in `Uncorrectable` and `Correctable`.
+        """Sets bits of the status registers, as in `Uncorrectable` and `Correctable`, and of Device Status.
 
         The first unmasked uncorrectable error also sets the first error pointer and logs `header`, four 32-bit words
-        of a TLP.  A masked error sets its status bit only (6.2.3.2.2).
+        of a TLP; the log keeps it until its status bit is cleared (6.2.4.2).  A masked error sets its status bit only
+        (6.2.3.2.2).
         """
         regs = self.regs
-        fresh = uncorrectable & _all(Uncorrectable) & ~regs.UNCORRECTABLE_MASK
-        if fresh and not regs.UNCORRECTABLE & ~regs.UNCORRECTABLE_MASK:
+        uncorrectable &= _all(Uncorrectable)
+        correctable &= _all(Correctable)
+        fresh = uncorrectable & ~regs.UNCORRECTABLE_MASK
+        if fresh and not regs.UNCORRECTABLE >> (regs.CONTROL & 0x1F) & 1:
             regs.CONTROL = regs.CONTROL & ~0x1F | (fresh & -fresh).bit_length() - 1
             regs.LOG0, regs.LOG1, regs.LOG2, regs.LOG3 = (*header, 0, 0, 0, 0)[:4]
-        regs.UNCORRECTABLE |= uncorrectable & _all(Uncorrectable)
-        regs.CORRECTABLE |= correctable & _all(Correctable)
+        regs.UNCORRECTABLE |= uncorrectable
+        regs.CORRECTABLE |= correctable
+        fatal = uncorrectable & regs.SEVERITY
+        status = DevSta.CORRECTABLE.put(0, int(correctable != 0))
+        status = DevSta.NON_FATAL.put(status, int(uncorrectable != fatal))
+        status = DevSta.FATAL.put(status, int(fatal != 0))
+        self.owner.detected(DevSta.UNSUPPORTED.put(status, Uncorrectable.UNSUPPORTED_REQUEST.of(uncorrectable)))
 
 
 # ---- Device Serial Number (7.9.3) -----------------------------------------------------------------
@@ -152,14 +161,10 @@ class Dsn(ExtendedCapability):
 
 
 class AcsBits(Layout):
-    """ACS Control; the bits of ACS Capability are the same."""
+    """ACS Control of an endpoint: the other bits are of ports (7.7.8.2).  The bits of ACS Capability are the same."""
 
-    SOURCE_VALIDATION = Bit(0, RW)
-    TRANSLATION_BLOCKING = Bit(1, RW)
     REQUEST_REDIRECT = Bit(2, RW)
     COMPLETION_REDIRECT = Bit(3, RW)
-    UPSTREAM_FORWARDING = Bit(4, RW)
-    EGRESS_CONTROL = Bit(5, RW)
     DIRECT_TRANSLATED = Bit(6, RW)
 
 
@@ -178,9 +183,9 @@ class Acs(ExtendedCapability):
     hooked = (AcsRegs.CONTROL,)
     regs: AcsRegs
 
-    def __init__(self, capability: int = 0x5C) -> None:
-        if capability & ~0x5F:
-            raise RegisterError(f"ACS capability {capability:#x} has bits that are not supported (no egress control)")
+    def __init__(self, capability: int = 0x4C) -> None:
+        if capability & ~_all(AcsBits):
+            raise RegisterError(f"ACS capability {capability:#x}: bits of an endpoint are 0x4c (no egress control)")
         self.capability = capability
 
     def fill(self) -> None:
