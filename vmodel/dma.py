@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from vmodel import _shim
 from vmodel.errors import Access, DmaFault, Reason
-from vmodel.iommu.core import Endpoint
+from vmodel.iommu.endpoint import Endpoint
 from vmodel.memory import GuestMemory
 from vmodel.points import Points
 

@@ -22,7 +22,7 @@ from vmodel.device import PciDevice
 from vmodel.devices.virtio_iommu import VirtioIommuDevice
 from vmodel.guest.artifacts import find_kernel
 from vmodel.guest.running import GuestSpec, run_guest
-from vmodel.iommu.core import dma_domain_alloc
+from vmodel.iommu import dma_domain_alloc
 from vmodel.machine import load, parse
 from vmodel.qemu import memory_args
 from vmodel.span import PAGE

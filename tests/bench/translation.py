@@ -9,8 +9,8 @@ from pathlib import Path
 from measure import Program, Row, timed
 
 from vmodel.dma import Dma
+from vmodel.iommu import Coverage, Iommu, System, dma_domain_alloc
 from vmodel.iommu.capabilities import Capabilities
-from vmodel.iommu.core import Coverage, Iommu, System, dma_domain_alloc
 from vmodel.iommu.domain import PagingDomain
 from vmodel.iommu.drivers import KINDS
 from vmodel.memory import GuestMemory

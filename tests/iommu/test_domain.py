@@ -14,8 +14,7 @@ from tests.iommu.tables import Guest, build, make
 from tests.iommu.world import RAM, RW, World, group_of, iommu
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault, IommuError, Reason
-from vmodel.iommu.capabilities import Capabilities
-from vmodel.iommu.core import (
+from vmodel.iommu import (
     Coverage,
     Endpoint,
     dma_domain_alloc,
@@ -24,6 +23,7 @@ from vmodel.iommu.core import (
     sva_domain_alloc,
     walked_domain_alloc,
 )
+from vmodel.iommu.capabilities import Capabilities
 from vmodel.iommu.domain import AllocFlags, BlockedDomain, DomainType, IdentityDomain, Mapping, PagingDomain
 from vmodel.iommu.group import can_attach
 from vmodel.iommu.pgtable import Table, TableFormat

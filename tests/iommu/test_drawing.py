@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from tests.iommu.world import World, iommu
 from vmodel.cli.drawing import draw
-from vmodel.iommu.core import Coverage
+from vmodel.iommu import Coverage
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.pci.topology import Bdf, Function, PortType
 

@@ -14,7 +14,7 @@ import pytest
 from tests.iommu.world import RAM, RW, World, group_of, iommu
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault, Reason
-from vmodel.iommu.core import Iommu, paging_domain_alloc
+from vmodel.iommu import Iommu, paging_domain_alloc
 from vmodel.iommu.domain import AllocFlags, PagingDomain
 from vmodel.iommu.fault import FaultQueue, FaultRecord, PageHandler, PageRequest, PageResponse
 from vmodel.logs import RateLimit

@@ -12,8 +12,8 @@ from tests.iommu.world import World, group_of, iommu
 from vmodel import _shim
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault, IommuError, Reason
+from vmodel.iommu import Endpoint, dma_domain_alloc, paging_domain_alloc
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.core import Endpoint, dma_domain_alloc, paging_domain_alloc
 from vmodel.iommu.domain import Domain, DomainType, PagingDomain
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.iommu.group import Group

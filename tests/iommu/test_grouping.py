@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from tests.iommu.world import World, group_of, iommu
-from vmodel.iommu.core import Coverage, Endpoint
+from vmodel.iommu import Coverage, Endpoint
 from vmodel.iommu.driver import PlatformDevice, Source
 from vmodel.iommu.drivers import KINDS
 from vmodel.pci.topology import ISOLATION, Bdf, Function, PortType

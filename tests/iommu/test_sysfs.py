@@ -9,9 +9,8 @@ import pytest
 
 from tests.iommu.world import World, group_of, iommu
 from vmodel.errors import IommuError
-from vmodel.iommu import sysfs
+from vmodel.iommu import Coverage, dma_domain_alloc, sysfs
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.core import Coverage, dma_domain_alloc
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.pci.topology import PortType
 from vmodel.span import Span

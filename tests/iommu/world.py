@@ -9,8 +9,8 @@ from typing import Any
 
 from vmodel.dma import Dma
 from vmodel.errors import Access
+from vmodel.iommu import Coverage, Endpoint, Iommu, System
 from vmodel.iommu.capabilities import Capabilities, ReservedRegion
-from vmodel.iommu.core import Coverage, Endpoint, Iommu, System
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.iommu.drivers import KINDS
 from vmodel.iommu.group import Group

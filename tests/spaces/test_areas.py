@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.spaces.world import RW, World, refused
+from vmodel.iommu import paging_domain_alloc
 from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, off_limits, unmap_in_all
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.core import paging_domain_alloc
 from vmodel.iommu.domain import AllocFlags, Mapping, PagingDomain
 from vmodel.span import PAGE, Span
 

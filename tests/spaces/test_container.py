@@ -9,9 +9,9 @@ import pytest
 
 from tests.spaces.world import RAM, RW, Device, World, refused
 from vmodel.errors import Access
+from vmodel.iommu import paging_domain_alloc
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.container import DMA_LIMIT, Container
-from vmodel.iommu.core import paging_domain_alloc
 from vmodel.iommu.domain import DomainType, Mapping
 from vmodel.span import PAGE, GiB, KiB, MiB, Span
 

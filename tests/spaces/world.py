@@ -13,8 +13,8 @@ import pytest
 
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault, IommuError
+from vmodel.iommu import Coverage, Endpoint, Iommu, System
 from vmodel.iommu.capabilities import Capabilities, ReservedRegion
-from vmodel.iommu.core import Coverage, Endpoint, Iommu, System
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.iommu.drivers import KINDS
 from vmodel.iommu.drivers.pamu import Pamu

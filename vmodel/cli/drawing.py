@@ -6,7 +6,8 @@ import colorsys
 from dataclasses import dataclass
 from html import escape
 
-from vmodel.iommu.core import Endpoint, System
+from vmodel.iommu.endpoint import Endpoint
+from vmodel.iommu.system import System
 from vmodel.pci.topology import Bus, Function
 
 _ROW, _COLUMN, _WIDTH, _HEIGHT = 64, 275, 235, 46

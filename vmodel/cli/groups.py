@@ -15,7 +15,8 @@ from vmodel.cli.output import AsJson, console, log_to_stderr
 from vmodel.cli.serve import MachinePath, loaded
 from vmodel.errors import ConfigError
 from vmodel.iommu import sysfs
-from vmodel.iommu.core import Endpoint, System
+from vmodel.iommu.endpoint import Endpoint
+from vmodel.iommu.system import System
 from vmodel.machine import Machine
 from vmodel.pci.topology import Bus, Function
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from vmodel.device import PciDevice
-from vmodel.iommu.core import Endpoint, Iommu, System
+from vmodel.iommu.endpoint import Endpoint
+from vmodel.iommu.iommu import Iommu
+from vmodel.iommu.system import System
 
 
 class IommuDevice(PciDevice):

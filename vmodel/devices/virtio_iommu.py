@@ -15,11 +15,14 @@ from vmodel._shim.viommu import RequestQueue
 from vmodel.device import Msix, ResetKind, on_write
 from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import Access, ConfigError, IommuError, Reason
+from vmodel.iommu.allocate import paging_domain_alloc
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.core import Endpoint, Iommu, System, paging_domain_alloc
 from vmodel.iommu.domain import Domain, PagingDomain
+from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import FaultRecord
 from vmodel.iommu.group import Group
+from vmodel.iommu.iommu import Iommu
+from vmodel.iommu.system import System
 from vmodel.logs import RateLimit
 from vmodel.pci.topology import Function, dma_aliases
 from vmodel.points import Point

@@ -13,8 +13,8 @@ import itertools
 from collections.abc import Sequence
 
 from vmodel.errors import Access, IommuError
+from vmodel.iommu.allocate import paging_domain_alloc
 from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, off_limits, unmap_in_all
-from vmodel.iommu.core import paging_domain_alloc
 from vmodel.iommu.domain import AllocFlags, Mapping, PagingDomain
 from vmodel.iommu.group import Group, shares_tables
 from vmodel.span import PAGE, Span

@@ -20,7 +20,7 @@ from vmodel.memory import GuestMemory
 from vmodel.span import PAGE, Span
 
 if TYPE_CHECKING:
-    from vmodel.iommu.core import Iommu
+    from vmodel.iommu.iommu import Iommu
 
 _numbers = itertools.count(1)
 

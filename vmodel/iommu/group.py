@@ -15,7 +15,8 @@ from vmodel.iommu.domain import Domain, DomainType, PagingDomain, TableDomain
 from vmodel.span import Span
 
 if TYPE_CHECKING:
-    from vmodel.iommu.core import Endpoint, Iommu
+    from vmodel.iommu.endpoint import Endpoint
+    from vmodel.iommu.iommu import Iommu
 
 
 def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> str | None:

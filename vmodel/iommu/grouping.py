@@ -11,7 +11,8 @@ from vmodel.iommu.group import Group
 from vmodel.pci.topology import Function, PortType, acs_on_path, bridges_above, dma_aliases, isolates
 
 if TYPE_CHECKING:
-    from vmodel.iommu.core import Endpoint, System
+    from vmodel.iommu.endpoint import Endpoint
+    from vmodel.iommu.system import System
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vmodel.errors import IommuError
+from vmodel.iommu.allocate import nested_domain_alloc, paging_domain_alloc
 from vmodel.iommu.areas import off_limits
 from vmodel.iommu.context import Context, Object
-from vmodel.iommu.core import Endpoint, nested_domain_alloc, paging_domain_alloc
 from vmodel.iommu.domain import AllocFlags, Domain, PagingDomain, TableDomain
+from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import PageRequest, PageResponse
 from vmodel.iommu.group import can_attach, shares_tables
 from vmodel.iommu.ioas import Ioas

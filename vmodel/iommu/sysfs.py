@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vmodel.errors import IommuError
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.core import Endpoint, System
+from vmodel.iommu.endpoint import Endpoint
+from vmodel.iommu.system import System
 from vmodel.pci.topology import Function, bridges_above
 
 

@@ -42,10 +42,13 @@ from vmodel.device import PciDevice
 from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import ConfigError, IommuError
 from vmodel.files import create
+from vmodel.iommu.allocate import dma_domain_alloc
 from vmodel.iommu.capabilities import RegionType
-from vmodel.iommu.core import Coverage, Endpoint, Iommu, System, dma_domain_alloc
 from vmodel.iommu.domain import Domain
+from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.group import Group
+from vmodel.iommu.iommu import Coverage, Iommu
+from vmodel.iommu.system import System
 from vmodel.machine.acpi import dmar_of, viot_of
 from vmodel.machine.check import Check
 from vmodel.machine.explain import one_line, short

@@ -8,7 +8,7 @@ from vmodel.acpi.dmar import Reserved, Scope, Unit, dmar
 from vmodel.acpi.viot import PciRange, viot
 from vmodel.devices.iommu import IommuDevice
 from vmodel.iommu.capabilities import RegionType
-from vmodel.iommu.core import Endpoint
+from vmodel.iommu.endpoint import Endpoint
 from vmodel.pci.topology import Bdf, Function, bridges_above, dma_aliases
 from vmodel.span import PAGE, Span
 

@@ -18,10 +18,12 @@ from vmodel.devices.vtd.regs import Cap, Ecap
 from vmodel.devices.vtd.tables import Directory, Entry, Refused, Tables
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, IommuError, Reason
-from vmodel.iommu.core import Endpoint, Iommu, walked_domain_alloc
+from vmodel.iommu.allocate import walked_domain_alloc
 from vmodel.iommu.domain import AllocFlags, BlockedDomain, Domain, DomainType, PagingDomain, TableDomain
+from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import FaultRecord, PageHandler
 from vmodel.iommu.group import Group
+from vmodel.iommu.iommu import Iommu
 from vmodel.iommu.pgtable import Table, TableFlag, TableFormat
 from vmodel.memory import GuestMemory
 from vmodel.points import Point, Points

@@ -60,8 +60,10 @@ from vmodel.devices.vtd.regs import (
     record_count,
 )
 from vmodel.errors import Access, DmaFault, PeerError, Reason
-from vmodel.iommu.core import Endpoint, Iommu, System
+from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import FaultRecord, PageRequest, PageResponse
+from vmodel.iommu.iommu import Iommu
+from vmodel.iommu.system import System
 from vmodel.pci.caps import Capability
 from vmodel.pci.extcaps import Ats, Pri, PriSta
 from vmodel.points import Point

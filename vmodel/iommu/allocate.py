@@ -1,0 +1,89 @@
+"""Domains for a device: which kinds its IOMMU can do, by Linux's rules and errno values."""
+
+from __future__ import annotations
+
+import errno
+
+from vmodel.errors import IommuError
+from vmodel.iommu.domain import CPU_FORMATS, AllocFlags, DomainType, PagingDomain, TableDomain
+from vmodel.iommu.endpoint import Endpoint
+from vmodel.iommu.iommu import Iommu
+from vmodel.iommu.pgtable import Table
+from vmodel.memory import GuestMemory
+
+
+def _iommu_of(endpoint: Endpoint) -> Iommu:
+    if endpoint.iommu is None or endpoint.group is None:
+        raise IommuError(errno.ENODEV, f"{endpoint.name} has no group: {endpoint.why}")
+    return endpoint.iommu
+
+
+def paging_domain_alloc(endpoint: Endpoint, flags: AllocFlags = AllocFlags.NONE) -> PagingDomain:
+    """A user-managed domain for a device (Linux iommu_paging_domain_alloc_flags).
+
+    IommuError: ENODEV the device has no group; EOPNOTSUPP its IOMMU cannot do what `flags` ask.
+    """
+    iommu = _iommu_of(endpoint)
+    can = iommu.capabilities
+    for flag, ability in (
+        (AllocFlags.NEST_PARENT, can.nesting),
+        (AllocFlags.DIRTY_TRACKING, can.dirty_tracking),
+        (AllocFlags.PASID, can.pasid_bits > 0),
+        (AllocFlags.ENFORCE_SNOOP, can.enforce_snoop),
+    ):
+        if flag in flags and not ability:
+            raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} cannot do {flag.name}")
+    return PagingDomain(DomainType.UNMANAGED, iommu, flags)
+
+
+def dma_domain_alloc(endpoint: Endpoint) -> PagingDomain:
+    """A kernel-managed domain for a device: deferred unless its IOMMU is strict.  IommuError(ENODEV)."""
+    iommu = _iommu_of(endpoint)
+    flags = AllocFlags.DIRTY_TRACKING if iommu.capabilities.dirty_tracking else AllocFlags.NONE
+    return PagingDomain(DomainType.DMA if iommu.capabilities.strict else DomainType.DMA_FQ, iommu, flags)
+
+
+def nested_domain_alloc(endpoint: Endpoint, parent: PagingDomain, memory: GuestMemory, table: Table) -> TableDomain:
+    """A user's stage 1 over `parent`; tables are read from `memory`, where the parent leads.
+
+    IommuError: ENODEV no group; EOPNOTSUPP no nesting, or not in this format; EINVAL `parent` was not allocated for it,
+    or the table cannot be.
+    """
+    iommu = _iommu_of(endpoint)
+    if not iommu.capabilities.nesting or table.format not in iommu.driver.nested_formats:
+        raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} does not nest {table.format.name} tables")
+    if not parent.nests:
+        raise IommuError(errno.EINVAL, f"{parent.name} was not allocated as a parent")
+    return TableDomain(DomainType.NESTED, iommu, memory, table, parent)
+
+
+def sva_domain_alloc(endpoint: Endpoint, memory: GuestMemory, table: Table) -> TableDomain:
+    """A process's page table, for a PASID (Linux iommu_sva_bind_device).
+
+    IommuError: ENODEV no group; EOPNOTSUPP no PASIDs, no page requests, not coherent, or not in this format; EINVAL the
+    table cannot be.
+    """
+    iommu = _iommu_of(endpoint)
+    can = iommu.capabilities
+    if (
+        not can.pasid_bits
+        or not can.can_wait
+        or not can.coherent
+        or table.format not in CPU_FORMATS & iommu.driver.formats
+    ):
+        raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} cannot share {table.format.name} tables of processes")
+    return TableDomain(DomainType.SVA, iommu, memory, table)
+
+
+def walked_domain_alloc(
+    endpoint: Endpoint, memory: GuestMemory, table: Table, parent: TableDomain | None = None
+) -> TableDomain:
+    """A domain by tables that the guest keeps for this device: what an emulated IOMMU's registers point to.
+
+    With `parent` a stage 1 over that.  IommuError: ENODEV no group; EOPNOTSUPP its IOMMU does not walk this format
+    there; EINVAL the table cannot be.
+    """
+    iommu = _iommu_of(endpoint)
+    if table.format not in (iommu.driver.formats if parent is None else iommu.driver.nested_formats):
+        raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} does not walk {table.format.name} tables")
+    return TableDomain(DomainType.DMA if parent is None else DomainType.NESTED, iommu, memory, table, parent)

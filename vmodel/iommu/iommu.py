@@ -1,0 +1,117 @@
+"""`Iommu`: a kind, its capabilities, what it covers, its queue of faults."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vmodel import _shim
+from vmodel.errors import DmaFault
+from vmodel.iommu.capabilities import Capabilities
+from vmodel.iommu.domain import BlockedDomain, IdentityDomain
+from vmodel.iommu.driver import Driver, PlatformDevice, Source
+from vmodel.iommu.fault import FaultQueue, FaultRecord
+from vmodel.iommu.stale import StaleUse
+from vmodel.logs import RateLimit, limited
+from vmodel.pci.topology import Bdf
+
+if TYPE_CHECKING:
+    from vmodel.iommu.endpoint import Endpoint
+
+log = logging.getLogger(__name__)
+_failures = limited(f"{__name__}.failures")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What an IOMMU covers: PCI functions from `first` to `last` of one segment, or platform devices by name."""
+
+    first: Bdf | None = None
+    last: Bdf | None = None
+    names: frozenset[str] = frozenset()
+
+    @classmethod
+    def pci(cls, first: Bdf, last: Bdf) -> Coverage:
+        """All functions with addresses from `first` to `last`.  ValueError: two segments, or backwards."""
+        if first.segment != last.segment or first > last:
+            raise ValueError(f"{first} to {last} is no range of one segment")
+        return cls(first, last)
+
+    @classmethod
+    def segment(cls, number: int) -> Coverage:
+        """A whole PCI segment."""
+        return cls.pci(Bdf(number, 0, 0, 0), Bdf(number, 255, 31, 7))
+
+    @classmethod
+    def platform(cls, *names: str) -> Coverage:
+        """Devices that are not PCI."""
+        return cls(names=frozenset(names))
+
+    def __contains__(self, source: Source) -> bool:
+        if isinstance(source, PlatformDevice):
+            return source.name in self.names
+        return self.first is not None and self.last is not None and self.first <= source.bdf <= self.last
+
+
+class Iommu:
+    """One IOMMU: a kind, capabilities, what it covers, and its queue of faults."""
+
+    def __init__(
+        self,
+        name: str,
+        driver: Driver,
+        covers: Iterable[Coverage],
+        capabilities: Capabilities | None = None,
+    ) -> None:
+        self.name = name
+        self.driver = driver
+        self.covers = list(covers)
+        self.capabilities = capabilities or driver.default
+        self.faults = FaultQueue(self.capabilities.fault_queue_depth)
+        #: Memory for the mappings of all domains that are made for it.
+        self.budget = _shim.Budget(self.capabilities.max_memory)
+        #: What a group without a domain is attached to, and the way round the IOMMU.
+        self.blocked = BlockedDomain()
+        self.identity = IdentityDomain()
+        #: Asked first when an access fails, on its thread: whether it is worth another try now.  An IOMMU that a guest
+        #: drives reads its table of devices here, as hardware does at the first request of a device.
+        self.resolver: Callable[[Endpoint, DmaFault], bool] | None = None
+        self._handlers: list[Callable[[FaultRecord], None]] = []
+        #: Whether uses of stale translations are counted and logged.
+        self.report_stale = bool(getattr(driver.params, "report_stale", False))
+        self._log_limit, self._stale_limit = RateLimit(10, 5.0), RateLimit(10, 5.0)
+
+    def on_fault(self, handler: Callable[[FaultRecord], None]) -> Callable[[], None]:
+        """Calls `handler` with each record, on the thread of the access; the result takes it back."""
+        self._handlers.append(handler)
+        return lambda: self._handlers.remove(handler)
+
+    def record(self, record: FaultRecord) -> None:
+        """Puts a fault into the queue, the log (10 lines in 5 s) and before the handlers."""
+        self.faults.put(record)
+        passed, held = self._log_limit()
+        if held:
+            log.warning("%s: %d more faults were not logged", self.name, held)
+        if passed:
+            log.warning("%s", record)
+        for handler in list(self._handlers):
+            try:
+                handler(record)
+            except Exception:
+                _failures.exception("%s: a fault handler failed", self.name)
+
+    def stale(self, use: StaleUse) -> None:
+        """Puts a stale use into the log (10 lines in 5 s)."""
+        passed, held = self._stale_limit()
+        if held:
+            log.warning("%s: %d more stale uses were not logged", self.name, held)
+        if passed:
+            log.warning("%s", use)
+
+    def __contains__(self, source: Source) -> bool:
+        return any(source in part for part in self.covers)
+
+    def __repr__(self) -> str:
+        return f"<{self.driver.title} {self.name}>"
