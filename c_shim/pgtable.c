@@ -2,7 +2,7 @@
  * Walks of I/O page tables in guest memory.  Whatever an entry holds, a walk ends: each step goes to a lower level.
  *
  * Sources: Intel VT-d specification, chapters 3.6, 3.7 and 9; AMD I/O Virtualization Technology specification, 2.2.3;
- * Arm ARM, chapter D8 (VMSAv8-64).  vmodel/iommu/pgtable.py is the same, slow and plain: tests compare them. */
+ * Arm ARM, chapter D8 (VMSAv8-64).  tests/iommu/walker.py is the same, slow and plain: tests compare them. */
 #include "domain.h"
 
 #include <errno.h>

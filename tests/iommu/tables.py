@@ -7,9 +7,10 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 
+from tests.iommu.walker import Mappings, Walked, walk
 from vmodel import _shim
 from vmodel.errors import Access, DmaFault, Reason
-from vmodel.iommu.pgtable import Mappings, Table, TableFlag, TableFormat, Walked, walk
+from vmodel.iommu.pgtable import Table, TableFlag, TableFormat
 from vmodel.span import MiB
 
 RW = Access.READ | Access.WRITE
@@ -67,7 +68,7 @@ class Guest:
 
 
 class ReferenceGuest(Guest):
-    """Walked by vmodel.iommu.pgtable."""
+    """Walked by `walker.walk`."""
 
     def __init__(self) -> None:
         self.bytes = bytearray(RAM + 2 * EXTRA)

@@ -7,9 +7,10 @@ import errno
 import pytest
 
 from tests.iommu.tables import RW, TO_PAGE, ShimGuest, bits, build, make
+from tests.iommu.walker import Mapping, Mappings
 from vmodel import _shim
 from vmodel.errors import Access, DmaFault, Reason
-from vmodel.iommu.pgtable import Mapping, Mappings, Table, TableFlag, TableFormat
+from vmodel.iommu.pgtable import Table, TableFlag, TableFormat
 from vmodel.span import PAGE, Span
 
 R, W, NONE = Access.READ, Access.WRITE, Access(0)

@@ -30,9 +30,10 @@ from tests.iommu.tables import (
     index,
     make,
 )
+from tests.iommu.walker import Bits, Mapping, Mappings, Walked, walk
 from vmodel import _shim
 from vmodel.errors import Access, Reason
-from vmodel.iommu.pgtable import Bits, Mapping, Mappings, Table, TableFlag, TableFormat, Walked, page_bits, walk
+from vmodel.iommu.pgtable import Table, TableFlag, TableFormat, page_bits
 from vmodel.span import Span
 
 VTD, X86, AMD, S1, S2 = TableFormat

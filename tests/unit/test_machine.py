@@ -39,7 +39,7 @@ class Fragile(Toy):
     class Params(BaseParams):
         pass
 
-    def __init__(self, *args, **kwargs):
+    def setup(self):
         raise RuntimeError("no\\nluck")
 
 class Abstract(PciDevice):

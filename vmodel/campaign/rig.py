@@ -13,8 +13,8 @@ from typing import Any, Protocol, Self
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case, Result
 from vmodel.experiment.oracle import Effect, Finding, Outcome
-from vmodel.machine.explain import one_line
-from vmodel.machine.models import describe, load_source
+from vmodel.machine.models import load_source
+from vmodel.mistakes import exception_line, one_line
 
 #: Cases run in stock guests.
 GUESTS = "vmodel.experiment:Rig"
@@ -65,7 +65,7 @@ def perform(rig: Rig, case: Case, folder: Path) -> Result:
     except Exception as error:
         text = traceback.format_exc()
         (folder / "traceback.txt").write_text(text)
-        found = harness_error(case, "rig", describe(error))
+        found = harness_error(case, "rig", exception_line(error))
         return found.model_copy(update={"artefacts": {"traceback": "traceback.txt"}})
 
 

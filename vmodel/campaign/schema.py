@@ -39,7 +39,7 @@ from vmodel.experiment.oracle import Outcome
 from vmodel.guest.artifacts import KERNEL_NAME, ROLES
 from vmodel.inject import Heal, Rule, parse_rule
 from vmodel.inject.quantity import Seconds
-from vmodel.machine.explain import explain, guess, one_line
+from vmodel.mistakes import explain, guess, one_line
 
 #: Runs of one campaign: more than that is a mistake.
 MOST_RUNS = 1_000_000

@@ -12,7 +12,7 @@ from vmodel.campaign.report import FORMATS
 from vmodel.campaign.store import Store
 from vmodel.campaign.summary import Summary
 from vmodel.errors import ConfigError
-from vmodel.machine.explain import guess
+from vmodel.mistakes import guess
 
 
 def report(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from vmodel.device import PciDevice
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.inject.quantity import seconds
-from vmodel.machine.explain import guess, one_line
+from vmodel.mistakes import guess, one_line
 from vmodel.points import Event, Point, Proceed
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ from vmodel.inject.action import ACTIONS, Action, parse
 from vmodel.inject.predicate import Match
 from vmodel.inject.quantity import Flag, Number, Numbers, Seconds
 from vmodel.inject.schedule import Schedule
-from vmodel.machine.explain import explain, one_line
+from vmodel.mistakes import explain, one_line
 from vmodel.points import Point
 
 

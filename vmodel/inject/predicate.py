@@ -15,8 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from vmodel.errors import ConfigError
 from vmodel.inject.quantity import Number, Numbers, SpanOf, Words
 from vmodel.logs import limited
-from vmodel.machine.explain import guess
-from vmodel.machine.models import describe
+from vmodel.mistakes import exception_line, guess
 from vmodel.pci.topology import Bdf
 from vmodel.points import Event, Phase, Point
 from vmodel.register_map import Place, RegisterMap
@@ -100,7 +99,7 @@ def _load(path: Path, changed_ns: int) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"cannot be loaded: {describe(error)}") from error
+        raise ValueError(f"cannot be loaded: {exception_line(error)}") from error
     return module
 
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from vmodel.errors import ConfigError
 from vmodel.inject.plan import Rule
-from vmodel.machine.explain import explain
+from vmodel.mistakes import explain
 
 _SHAPE = 'must be a point and key=value pairs, as "dma.write device=edu0 nth=3 do=partial(8)"'
 

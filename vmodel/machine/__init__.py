@@ -51,9 +51,9 @@ from vmodel.iommu.iommu import Coverage, Iommu
 from vmodel.iommu.system import System
 from vmodel.machine.acpi import dmar_of, viot_of
 from vmodel.machine.check import Check
-from vmodel.machine.explain import one_line, short
-from vmodel.machine.models import describe, load_model, load_served
+from vmodel.machine.models import load_model, load_served
 from vmodel.machine.schema import GroupTable, IommuTable, MachineFile, MappingTable, coverage
+from vmodel.mistakes import exception_line, one_line, short
 from vmodel.qemu import bridge_args, device_args, memory_args, spare_default_devices
 from vmodel.server import MAX_SOCKET_PATH, Server
 from vmodel.span import Span
@@ -102,7 +102,7 @@ class Machine:
             try:
                 made = check.models[n](table.name, check.params[n], multifunction=self._shares_slot(table.name))
             except Exception as error:  # the model's own code: whatever it raises, the file's author chose the model
-                text = str(error) if isinstance(error, ConfigError) else describe(error)
+                text = str(error) if isinstance(error, ConfigError) else exception_line(error)
                 message = f"model {table.model!r} cannot be made: {text}"
                 raise ConfigError(message, file=self.file, key=f"device[{n}].model") from error
             self.devices[table.name] = made

@@ -17,9 +17,9 @@ from vmodel.devices import IOMMUS
 from vmodel.errors import ConfigError
 from vmodel.iommu.driver import Driver
 from vmodel.iommu.drivers import KINDS
-from vmodel.machine.explain import Location, explain, guess
 from vmodel.machine.models import load_model
 from vmodel.machine.schema import BRIDGES, MachineFile
+from vmodel.mistakes import Location, explain, guess
 from vmodel.pci.express import Pcie
 from vmodel.pci.extcaps import Acs
 from vmodel.pci.topology import ISOLATION, AcsFlags, Bdf, Function, PortType, Topology, quirk_aliases

@@ -12,7 +12,7 @@ from vmodel.device import PciDevice
 from vmodel.devices import BUILTIN, IOMMUS
 from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import ConfigError
-from vmodel.machine.explain import guess, one_line
+from vmodel.mistakes import exception_line, guess
 
 _OTHER_MODELS = '"path/file.py:Class", or "package.module:Class"'
 
@@ -92,16 +92,4 @@ def _load_file(what: str, path: Path) -> ModuleType:
 
 
 def _load_error(what: str, error: BaseException) -> ConfigError:
-    return ConfigError(f"{what} cannot be loaded: {describe(error)}")
-
-
-def describe(error: BaseException) -> str:
-    """An exception of the user's code on one line, with the line of that code."""
-    place, trace = "", error.__traceback__
-    while trace is not None:
-        file = Path(trace.tb_frame.f_code.co_filename)
-        # Neither the machinery of imports nor vmodel itself is where the user has to look.
-        if file.is_file() and not file.is_relative_to(Path(__file__).parents[1]):
-            place = f" ({file.name} line {trace.tb_lineno})"
-        trace = trace.tb_next
-    return f"{type(error).__name__}: {one_line(error)}{'' if isinstance(error, SyntaxError) else place}"
+    return ConfigError(f"{what} cannot be loaded: {exception_line(error)}")

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in the words of whoever wrote the file: one ConfigError a mistake."""
+"""Mistakes in what a user wrote, each on one line: by pydantic, near misses, exceptions of the user's own code."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ Location = Sequence[int | str]
 
 
 def where(location: Location) -> str:
+    """The key as TOML writes it: `device[0].params.lanes`."""
     text = ""
     for part in location:
         if isinstance(part, int):
@@ -33,6 +34,7 @@ def short(value: object, limit: int = 60) -> str:
 
 
 def one_line(text: object) -> str:
+    """A text with each run of blanks and line ends as one blank."""
     return " ".join(str(text).split())
 
 
@@ -55,6 +57,7 @@ def _schema_at(location: Location, root: type[BaseModel]) -> type[BaseModel] | N
 
 
 def guess(word: str, known: Sequence[str]) -> str | None:
+    """The known word that is most like `word`; None: none is."""
     return next(iter(difflib.get_close_matches(word, known, 1)), None)
 
 
@@ -124,3 +127,15 @@ def explain(error: ValidationError, file: Path | str, root: type[BaseModel], pre
             # A check of the whole table says itself which of its keys it is about.
             key, message = f"{key}.{inner}" if key else inner, rest
         yield ConfigError(message, file=file, key=key)
+
+
+def exception_line(error: BaseException) -> str:
+    """An exception of the user's code on one line, with the line of that code."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        # Neither the machinery of imports nor vmodel itself is where the user has to look.
+        if file.is_file() and not file.is_relative_to(Path(__file__).parent):
+            place = f" ({file.name} line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {one_line(error)}{'' if isinstance(error, SyntaxError) else place}"
