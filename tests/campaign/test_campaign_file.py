@@ -116,7 +116,7 @@ def test_bad_seeds(value: object) -> None:
         (('name = "lab"\n', ""), r'c\.toml: campaign\.name: is missing, as name = "edu"'),
         (
             ("seeds = 2", 'seeds = "two"'),
-            r"c\.toml: campaign\.seeds: 'two': must be how many seeds, as 3, or which, .*",
+            r"c\.toml: campaign\.seeds: 'two': must be a number of seeds, as 3, or .*",
         ),
         (
             ("seeds = 2", 'seeds = 2\nkernels = ["new"]'),
@@ -134,9 +134,15 @@ def test_bad_seeds(value: object) -> None:
             r"c\.toml: plan 'lost': .*device: no device is called 'edu9': did you mean .* \(on machine 'edu'\)",
         ),
         (('name = "lost"\n', ""), r'c\.toml: plan\[0\]\.name: is missing, as name = "torn write"'),
-        (('name = "lost"', 'name = "no faults"'), r"c\.toml: plan\.name: 'no faults' is what runs without a plan .*"),
-        (('["c*"]', '["x*"]'), r"c\.toml: plan\[0\]\.workloads: 'x\*' is none of the workloads: copy, careful, broken"),
-        (('name = "careful"', 'name = "copy"'), r"c\.toml: workload\.name: 'copy' is there twice: .*"),
+        (
+            ('name = "lost"', 'name = "no faults"'),
+            r"c\.toml: plan\.name: 'no faults' is reserved for runs without a plan",
+        ),
+        (
+            ('["c*"]', '["x*"]'),
+            r"c\.toml: plan\[0\]\.workloads: 'x\*' matches none of the workloads: copy, careful, broken",
+        ),
+        (('name = "careful"', 'name = "copy"'), r"c\.toml: workload\.name: 'copy' is used twice: .*"),
         (("timeout = 0.3", "timeout = 0"), r"c\.toml: workload\[\d\]\.timeout: 0: .*greater than 0"),
         (("timeout = 0.3", 'files = ["x"]'), r"c\.toml: workload\[\d\]\.files\[0\]: there is no file 'x'"),
         (
@@ -149,7 +155,7 @@ def test_bad_seeds(value: object) -> None:
             r"c\.toml: plan\[0\]\.expect\[0\]: 'hung': did you mean 'hang'\? .*",
         ),
         (("[[plan]]", "[plan]"), r"c\.toml: plan: .*: must be written \[\[plan\]\], .*"),
-        (("[[plan]]", "[[plan"), r"c\.toml: is no TOML: .*"),
+        (("[[plan]]", "[[plan"), r"c\.toml: is not valid TOML: .*"),
     ],
 )
 def test_mistakes(folder: Path, change: tuple[str, str], says: str) -> None:
@@ -166,7 +172,7 @@ def test_all_mistakes_at_once(folder: Path) -> None:
 def test_files_that_are_none(folder: Path) -> None:
     for name, content, says in (
         ("missing.toml", None, "cannot be read: No such file or directory"),
-        ("binary.toml", b"\xff\xfe", "is no UTF-8 text: save the file as UTF-8"),
+        ("binary.toml", b"\xff\xfe", "is not UTF-8 text: save the file as UTF-8"),
         ("empty.toml", b"", "campaign: is missing"),
     ):
         path = folder / name

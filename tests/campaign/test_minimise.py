@@ -140,9 +140,9 @@ def test_minimise(campaign: Path) -> None:
 def test_minimise_has_limits(campaign: Path) -> None:
     done = vmodel("minimise", "c.runs/2", "--trust", "--runs", "3", "-o", "small", cwd=campaign)
     assert done.returncode == 0
-    assert "vmodel: there may be less: it ended after 3 runs (--runs)" in done.stderr
+    assert "vmodel: stopped after 3 runs (--runs): a smaller plan may exist" in done.stderr
     assert sorted(path.name for path in (campaign / "small").iterdir()) == ["1", "2", "3", "plan.toml"]
-    assert "has no faults that could be left out" in refused(vmodel("minimise", "c.runs/1", "--trust", cwd=campaign))
+    assert "has no faults to leave out" in refused(vmodel("minimise", "c.runs/1", "--trust", cwd=campaign))
     assert "c.runs: has no run 7" in refused(vmodel("minimise", "c.runs/7", cwd=campaign))
 
 
@@ -162,7 +162,7 @@ def test_what_a_campaign_names_is_used_if_somebody_says_so(campaign: Path, comma
     (campaign / "lab.py").write_text("raise SystemExit('imported')\n")
     line = refused(vmodel(command, "c.runs/2", cwd=campaign))
     assert re.fullmatch(
-        r"c\.runs/2: would use .*/lab\.py:Lab of this host: if you trust this campaign, say --trust", line
+        r"c\.runs/2: would use .*/lab\.py:Lab of this host: if you trust this campaign, add --trust", line
     )
     assert not (campaign / "c.runs" / f"2-{'again' if command == 'reproduce' else 'minimised'}").exists()
 
@@ -197,8 +197,8 @@ def test_reproduce_tells_of_changes(campaign: Path) -> None:
     done = vmodel("reproduce", "c.runs/2", "--trust", "--with-history", cwd=campaign)
     assert done.returncode == 1
     assert [line.rpartition("/")[2] for line in done.stderr.splitlines()] == [
-        "edu.toml has changed since",
-        "lab.py has changed since",
+        "edu.toml has changed since the run",
+        "lab.py has changed since the run",
     ]
     assert done.stdout.splitlines() == [
         "c.runs/2: masked, was silent corruption; c.runs/2-again",
@@ -208,7 +208,7 @@ def test_reproduce_tells_of_changes(campaign: Path) -> None:
     ]
     assert (campaign / "c.runs" / "2-again" / "before-1" / "kernel.log").exists()
     line = refused_after_warnings(vmodel("minimise", "c.runs/2", "--trust", cwd=campaign).stderr)
-    assert line.startswith("vmodel: c.runs/2: its outcome was silent corruption, and is another one now: ")
+    assert line.startswith("vmodel: c.runs/2: the outcome was silent corruption, and is a different one now: ")
     (campaign / "edu.toml").unlink()
     line = refused_after_warnings(vmodel("reproduce", "c.runs/2", "--trust", cwd=campaign).stderr)
     assert line.endswith("edu.toml cannot be read: No such file or directory")

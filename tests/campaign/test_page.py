@@ -41,7 +41,7 @@ def test_what_it_says(page: Path, browser: Browser) -> None:
         "flipped <b>bits</b>",
         "mmio.read register=ID do=ones",
         "BUG edu_probe",
-        "Dots are runs, bars medians",
+        "Dots are runs, bars are medians",
         "RuntimeError: the lab is broken: it (lab.py line",
         "not as expected",
     ):

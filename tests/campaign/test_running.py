@@ -109,7 +109,7 @@ def test_a_campaign(folder: Path) -> None:
     # Fewer, or others: then what is there is of another campaign.
     write(folder, f"note {folder}/log copy 3", seeds=7)
     line = refused(vmodel("campaign", "c.toml", cwd=folder))
-    assert line.startswith("c.runs: holds 8 runs of another version of this campaign (")
+    assert line.startswith("c.runs: contains 8 runs of another version of this campaign (")
 
 
 def test_dry_run(folder: Path) -> None:
@@ -129,7 +129,7 @@ def test_interrupted(folder: Path, number: signal.Signals) -> None:
     assert (run.returncode, out) == (130, "")
     before = {row.id: row.ended for row in ended(folder / "c.runs")}
     assert 2 <= len(before) < 10
-    said = f"vmodel: interrupted after {len(before)} of 10 runs: the same command goes on from there"
+    said = f"vmodel: interrupted after {len(before)} of 10 runs: the same command continues from there"
     assert err.splitlines()[-1] == said
     assert workers(folder) == []
     assert vmodel("campaign", "c.toml", "-j", "2", cwd=folder).returncode == 0
@@ -173,7 +173,7 @@ def test_twice_at_once(folder: Path) -> None:
     with running("campaign", "c.toml", cwd=folder) as run:
         eventually(lambda: ended(folder / "c.runs"))
         line = refused(vmodel("campaign", "c.toml", cwd=folder))
-        assert line == (f"c.runs: process {run.pid} is at work in it: wait for it, or name another folder with -o")
+        assert line == (f"c.runs: process {run.pid} is using it: wait for that process, or name another folder with -o")
         # To look at it is allowed.
         report = vmodel("report", "c.runs", "--format", "json", cwd=folder)
         assert report.returncode == 0 and '"total": 1000' in report.stdout
@@ -186,7 +186,7 @@ def test_a_worker_that_dies_once(folder: Path) -> None:
     write(folder, f"note {folder}/log kill {folder}/killed copy 2", seeds=3)
     done = vmodel("campaign", "c.toml", "-j", "2", cwd=folder)
     assert done.returncode == 0
-    assert "its worker process was killed by signal 9: once more" in done.stderr
+    assert "its worker process was killed by signal 9: trying again" in done.stderr
     found = rows(folder / "c.runs")
     assert [row.result.outcome for row in found if row.result] == [Outcome.NOT_ACTIVATED] + [Outcome.MASKED] * 3
     assert sum(row.deaths for row in found) == 1
@@ -207,12 +207,12 @@ def test_a_worker_that_always_dies(folder: Path) -> None:
     dead = found["w", "delay"]
     assert dead.deaths == 3 and dead.result is not None
     assert dead.result.evidence[0].text == "its worker process was killed by signal 9"
-    assert "2 of 4 are not as expected, the first: c.runs/1\n" in done.stdout
+    assert "2 of 4 runs are not as expected, the first: c.runs/1\n" in done.stdout
 
     # They are not made again, unless somebody asks.
     assert vmodel("campaign", "c.toml", cwd=folder).stderr == ""
     again = vmodel("campaign", "c.toml", "--retry", cwd=folder)
-    assert len([line for line in again.stderr.splitlines() if "once more" in line]) == 4
+    assert len([line for line in again.stderr.splitlines() if "trying again" in line]) == 4
 
 
 def test_a_worker_that_is_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_a_worker_that_is_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         on.submit(Task(1, Case(machine=folder / "edu.toml", workload="sleep 600"), folder / "1"))
         assert on.free == 0
         (answer,) = on.wait()
-        assert (answer.result, answer.died) == (None, "it did not answer in 1 s")
+        assert (answer.result, answer.died) == (None, "its worker did not answer in 1 s")
         assert on.free == 1 and workers(folder) == []
     finally:
         on.close()
@@ -258,16 +258,16 @@ def test_a_mistake_that_only_the_rig_finds(folder: Path) -> None:
             "invalid value for '-j' / '--jobs': Input should be greater than or equal to 1",
         ),
         (["campaign", "c.toml", "-o", "edu.toml/x"], "edu.toml/x: Not a directory: name another folder with -o"),
-        (["campaign", "c.toml", "-o", "."], ".: is no campaign's folder, and not empty: name another one with -o"),
+        (["campaign", "c.toml", "-o", "."], ".: is not a campaign's folder, and not empty: name another one with -o"),
         (
             ["campaign", "c.toml", "--scheduler", "tcp://127.0.0.1:1"],
             "--scheduler tcp://127.0.0.1:1: no scheduler answers",
         ),
         (["campaign", "c.toml", "--scheduler", "x"], "--scheduler x: must be an address, as tcp://host:8786"),
-        (["report", "."], ".: is no campaign's folder: it has no campaign.db"),
+        (["report", "."], ".: is not a campaign's folder: it has no campaign.db"),
         (["report", ".", "--format", "htlm"], "--format htlm: did you mean html?"),
         (["reproduce", "x"], "x: must be a run's folder, as edu.runs/17"),
-        (["minimise", "x/17"], "x: is no campaign's folder"),
+        (["minimise", "x/17"], "x: is not a campaign's folder"),
         (
             ["sweep", "edu.toml", "--point", "dma.raed", "--workload", "x"],
             "--point 'dma.raed': must begin with a point: ",
@@ -276,7 +276,7 @@ def test_a_mistake_that_only_the_rig_finds(folder: Path) -> None:
             ["sweep", "edu.toml", "--point", "irq", "--workload", "x", "--do", "tear"],
             "--point 'irq do=tear nth=1': do: 'tear'",
         ),
-        (["sweep", "edu.toml", "--point", "irq nth=3", "--workload", "x"], "--point 'irq nth=3': nth is the sweep's"),
+        (["sweep", "edu.toml", "--point", "irq nth=3", "--workload", "x"], "--point 'irq nth=3': the sweep sets nth"),
         (["sweep", "edu.toml", "--point", "irq", "--workload", "x", "--file", "y"], "--file: there is no file 'y'"),
         (["sweep", "none.toml", "--point", "irq", "--workload", "x"], "none.toml: cannot be read"),
     ],
@@ -292,7 +292,7 @@ def test_a_folder_of_another_campaign(folder: Path) -> None:
     assert vmodel("campaign", "c.toml", cwd=folder).returncode == 0
     (folder / "d.toml").write_text((folder / "c.toml").read_text().replace('"lab"', '"another"'))
     line = refused(vmodel("campaign", "d.toml", "-o", "c.runs", cwd=folder))
-    assert line == "c.runs: holds the campaign 'lab': name another folder with -o"
+    assert line == "c.runs: belongs to the campaign 'lab': name another folder with -o"
     (folder / "c.runs" / "campaign.db").write_bytes(b"no database, but long enough to be one" * 50)
     assert "campaign.db: cannot be read" in refused(vmodel("report", "c.runs", cwd=folder))
 

@@ -48,12 +48,12 @@ def test_each_event_fails_once(folder: Path) -> None:
     again = vmodel(*sweep(folder, "careful 3"), cwd=folder)
     assert (again.returncode, again.stderr) == (0, "3 events\n")
     assert "another version of this sweep" in refused(vmodel(*sweep(folder, "careful 4"), cwd=folder))
-    assert "holds the sweep 'edu: " in refused(vmodel(*sweep(folder, "careful 3", "--do", "drop"), cwd=folder))
+    assert "belongs to the sweep 'edu: " in refused(vmodel(*sweep(folder, "careful 3", "--do", "drop"), cwd=folder))
 
 
 def test_most(folder: Path) -> None:
     done = vmodel(*sweep(folder, "copy 3", "--most", "2"), cwd=folder)
-    assert done.returncode == 0 and "\n3 events: the first 2 will be failed (--most)\n" in done.stderr
+    assert done.returncode == 0 and "\n3 events: only the first 2 will fail (--most)\n" in done.stderr
     assert [fired(row) for row in rows(folder / "edu-dma.read.runs")] == [False, True, True]
 
 
@@ -61,7 +61,7 @@ def test_it_fails_without_a_fault(folder: Path) -> None:
     done = vmodel(*sweep(folder, "break it"), cwd=folder)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
-        "vmodel: edu-dma.read.runs/1: without a fault it ends so, too: harness error: RuntimeError: the lab is broken"
+        "vmodel: edu-dma.read.runs/1: the run without a fault fails, too: harness error: RuntimeError: the lab is "
     )
     assert len(rows(folder / "edu-dma.read.runs")) == 1
 

@@ -408,5 +408,5 @@ def test_command_refuses(tmp_path: Path) -> None:
 
 def test_command_keeps_bytes_off_terminals() -> None:
     shown = in_terminal("acpi", EXAMPLES / "edu-vtd.toml", "--table", "dmar")
-    assert b"a table is binary: name a file with -o" in shown and b"DMAR" not in shown
+    assert b"the table is binary: name a file with -o" in shown and b"DMAR" not in shown
     assert shown.endswith(b"status 2")

@@ -238,7 +238,7 @@ def test_a_default_run_dir_of_somebody_else(tmp_path: Path, monkeypatch: pytest.
         lambda: base.write_text(""),
     ):
         make()
-        with pytest.raises(ConfigError, match="no folder that only you can write to"):
+        with pytest.raises(ConfigError, match="a folder that only you can write to"):
             serve.prepare_run_dir(None, "m")
         base.rmdir() if base.is_dir() and not base.is_symlink() else base.unlink()
 
@@ -342,7 +342,7 @@ def test_doctor(qemu: Path, tmp_path: Path) -> None:
     assert (kernel["ok"], kernel["mend"]) == (False, "scripts/get-qemu --kernel stable")
     text = vmodel("doctor", HOME=str(tmp_path), VMODEL_QEMU=str(qemu)).stdout
     assert "ok       QEMU with vfio-user-pci  11.0.0" in text
-    assert re.search(r"^MISSING  static busybox .*\n +to mend it: scripts/get-qemu$", text, re.MULTILINE)
+    assert re.search(r"^MISSING  static busybox .*\n +to fix it: scripts/get-qemu$", text, re.MULTILINE)
 
 
 def test_doctor_finds_an_old_qemu(qemu: Path, tmp_path: Path) -> None:

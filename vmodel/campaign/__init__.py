@@ -1,1 +1,1 @@
-"""Campaigns: many experiments, stored as they come, repeated, minimised and reported.  See docs/campaigns.md."""
+"""Campaigns: many experiments, stored as they end, and repeated, minimised and reported.  See docs/campaigns.md."""

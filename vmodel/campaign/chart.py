@@ -1,4 +1,4 @@
-"""Drawings of the report, as inline SVG; colours are the page's CSS variables, so they follow its dark or light."""
+"""Charts of the report, as inline SVG.  Colours are the page's CSS variables, so they follow its dark or light mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROW, _HISTOGRAM, _BINS = 20, 70, 24
 
 
 def interval(rate: Rate, colour: str) -> Markup:
-    """A rate from 0 to 1: its interval as a line, its share as a dot."""
+    """A rate as SVG, on a scale from 0 to 1: a line for its 95 % interval, a dot for its share.  Empty if `of` is 0."""
     if not rate.of:
         return Markup("")
     low, high = rate.interval
@@ -37,7 +37,7 @@ def interval(rate: Rate, colour: str) -> Markup:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Seconds to pixels: logarithmic where they spread over more than a decade."""
+    """Seconds to pixels.  The scale is logarithmic if the values spread over more than a decade."""
 
     first: float
     last: float
@@ -69,20 +69,23 @@ class _Axis:
 
 
 def _step(high: float) -> float:
-    """A round number that goes three to eight times into `high`."""
+    """A round step that divides `high` into three to eight parts."""
     power: float = 10.0 ** math.floor(math.log10(high))
     return next(power * m for m in (0.2, 0.25, 0.5, 1, 2) if high / (power * m) <= 8)
 
 
 def seconds(value: float) -> str:
-    """A time for people."""
+    """A time for people, from seconds: "2.5 ms", "12 s"."""
     if value == 0:
         return "0"
     return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
 
 
 def times(rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
-    """The distribution of times, in seconds: of all as a histogram; below it each row's runs, and their median."""
+    """The distribution of times as SVG: a histogram of all values, then for each row its runs and their median.
+
+    `rows`: (name, times in seconds).  Rows without times are left out.
+    """
     rows = [row for row in rows if row[1]]
     every = [value for _, values in rows for value in values]
     if not every:

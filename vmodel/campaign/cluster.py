@@ -1,7 +1,7 @@
-"""A Dask cluster that is there already: `Cluster` here, and `perform_there`, which runs in its workers.
+"""Runs cases on an existing Dask cluster: `Cluster` is the client's side, `perform_remotely` runs in its workers.
 
-Artefacts travel back with the result, so that the workers need not see the campaign's folder.  What a case reads
-(machine file, programs, kernels) they must have at the same paths.
+Artefacts return with the result, so the workers need no access to the campaign's folder.  Files that a case reads
+(machine file, programs, kernels) must exist on the workers at the same paths.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from vmodel.campaign.worker import Processes
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case, Result
 
-#: Seconds after which a process that has nothing to do is ended, with its guest.
+#: Seconds after which an idle process is ended, with its guest.
 _IDLE = 30.0
-#: Seconds for the scheduler to answer at first.
+#: Seconds to wait for the scheduler's first answer.
 _CONNECT = 10.0
 
 
 class Cluster:
-    """Runs tasks on a cluster's workers, one a thread of theirs: see Executor."""
+    """Runs tasks on a cluster's workers, one in each of their threads: see Executor."""
 
     def __init__(self, rig: str, address: str) -> None:
         """ConfigError: Dask is not installed, or no scheduler answers."""
@@ -46,7 +46,7 @@ class Cluster:
             self._client = distributed.Client(address, timeout=_CONNECT, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"--scheduler {address}: no scheduler answers there: {text}") from error
+            raise ConfigError(f"--scheduler {address}: no scheduler answers: {text}") from error
         self._address = address
         self._rig = rig
         self._session = uuid.uuid4().hex[:8]
@@ -55,13 +55,13 @@ class Cluster:
 
     @property
     def free(self) -> int:
-        # Some more than it has threads for, so that none waits for us.
+        # Twice the number of threads, so that no thread idles until the next submit().
         threads = sum(map(int, self._client.nthreads().values()))
         return max(2 * threads, 2) - len(self._tasks)
 
     def submit(self, task: Task) -> None:
         name = f"vmodel-{self._session}-{task.id}-{uuid.uuid4().hex[:8]}"
-        future = self._client.submit(perform_there, self._rig, plain(task.case), key=name, pure=False)
+        future = self._client.submit(perform_remotely, self._rig, plain(task.case), key=name, pure=False)
         self._tasks[future] = task
         self._done.add(future)
 
@@ -79,18 +79,18 @@ class Cluster:
             error = future.exception()
             if isinstance(error, ConfigError):
                 raise error
-            # The scheduler has tried it on several workers by then.
-            return Answer(task, None, died=f"{type(error).__name__}: {error}", again=False)
+            # The scheduler has already tried the task on several workers.
+            return Answer(task, None, died=f"{type(error).__name__}: {error}", retry=False)
         if self._client.status != "running" or future.status == "cancelled":
-            raise ConfigError(f"--scheduler {self._address}: the scheduler has gone")
-        # It was done, but its worker has died before the result was here: the scheduler has it made anew.
+            raise ConfigError(f"--scheduler {self._address}: the connection to the scheduler is lost")
+        # The task ended, but its worker died before the result arrived: the scheduler runs the task again.
         self._tasks[future] = task
         self._done.add(future)
         return None
 
     def close(self) -> None:
         for future in self._tasks:
-            with contextlib.suppress(OSError, RuntimeError):  # the scheduler may have gone
+            with contextlib.suppress(OSError, RuntimeError):  # the connection may be lost
                 future.cancel(force=True)
         self._tasks.clear()
         self._client.close(timeout=_CONNECT)
@@ -99,26 +99,26 @@ class Cluster:
 # ---- in the cluster's workers -----------------------------------------------------------------------
 
 
-class _Shelf:
-    """Worker processes between two tasks: kept for a while, as booting a guest takes longer than most cases."""
+class _Pool:
+    """Idle worker processes, kept for `_IDLE` seconds: booting a guest takes longer than most cases."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[tuple[str, Processes, threading.Timer]] = []
 
     def take(self, rig: str) -> Processes:
-        """One that nobody uses."""
+        """An idle process for this rig, or a new one."""
         with self._lock:
             for entry in self._idle:
                 if entry[0] == rig:
                     entry[2].cancel()
                     self._idle.remove(entry)
                     return entry[1]
-        # What models print goes where the cluster's worker prints.
+        # Output of models goes to the stderr of the cluster's worker.
         return Processes(rig, 1, os.fdopen(os.dup(2), "ab"))
 
     def put(self, rig: str, processes: Processes) -> None:
-        """It is used no longer."""
+        """Returns a process to the pool."""
         timer = threading.Timer(_IDLE, self._end, (processes,))
         timer.daemon = True
         with self._lock:
@@ -134,12 +134,15 @@ class _Shelf:
             processes.close()
 
 
-_shelf = _Shelf()
+_pool = _Pool()
 
 
-def perform_there(rig: str, case: dict[str, Any]) -> tuple[dict[str, Any] | None, str, str, bytes]:
-    """Runs a case in a process of its own: its result, the rig's id, or how it died; and its artefacts."""
-    processes = _shelf.take(rig)
+def perform_remotely(rig: str, case: dict[str, Any]) -> tuple[dict[str, Any] | None, str, str, bytes]:
+    """Runs a case in a process of its own, on a cluster's worker.
+
+    Returns (result or None, the rig's id, how the process died or "", the artefacts as by `pack`).
+    """
+    processes = _pool.take(rig)
     with tempfile.TemporaryDirectory(prefix="vmodel-run-") as name:
         folder = Path(name)
         try:
@@ -148,13 +151,13 @@ def perform_there(rig: str, case: dict[str, Any]) -> tuple[dict[str, Any] | None
         except BaseException:
             processes.close()
             raise
-        _shelf.put(rig, processes)
+        _pool.put(rig, processes)
         result = None if answer.result is None else answer.result.model_dump(mode="json")
         return result, answer.rig, answer.died, pack(folder)
 
 
 def pack(folder: Path) -> bytes:
-    """The files of a folder."""
+    """The regular files and folders below `folder`, as a gzipped tar archive."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz", compresslevel=3) as archive:
         archive.add(folder, arcname=".", filter=lambda member: member if member.isfile() or member.isdir() else None)
@@ -162,7 +165,7 @@ def pack(folder: Path) -> bytes:
 
 
 def unpack(packed: bytes, folder: Path) -> None:
-    """The files of `pack`."""
+    """Extracts the files of `pack` into `folder`, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as archive:
         archive.extractall(folder, filter="data")

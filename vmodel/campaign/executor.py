@@ -1,4 +1,4 @@
-"""What runs tasks side by side: what the processes of this machine and a Dask cluster have in common."""
+"""Running tasks in parallel: the interface that local processes and a Dask cluster have in common."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmodel.experiment.case import Case, Result
 
 @dataclass(frozen=True)
 class Task:
-    """A case to run; `folder` is where its artefacts are to be in the end."""
+    """A case to run; its artefacts end up in `folder`."""
 
     id: int
     case: Case
@@ -21,36 +21,37 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a task: a result, or how its worker died."""
+    """The result of a task, or how its worker died."""
 
     task: Task
     result: Result | None
-    #: Which rig it was: unique, as long as that rig lives.
+    #: The rig that ran the task: an id, unique among the rigs of a campaign.
     rig: str = ""
+    #: How the worker died, for people.
     died: str = ""
-    #: Whether it is worth another try.
-    again: bool = True
+    #: Whether a task whose worker died may be tried again.
+    retry: bool = True
 
 
 class Executor(Protocol):
-    """Takes tasks, gives answers in any order."""
+    """Takes tasks, and returns answers in any order."""
 
     @property
     def free(self) -> int:
-        """How many tasks it would take now."""
+        """How many more tasks can be submitted now."""
         ...
 
     def submit(self, task: Task) -> None:
-        """Begins a task."""
+        """Starts a task."""
         ...
 
     def wait(self) -> Sequence[Answer]:
-        """Sleeps until something has happened; the answers that have come.
+        """Blocks until at least one answer has arrived or a worker has changed state; returns the new answers.
 
-        ConfigError: a rig has found the user's mistake.
+        ConfigError: a rig found a mistake of the user's.
         """
         ...
 
     def close(self) -> None:
-        """Ends what is under way, as far as it can be reached."""
+        """Ends the tasks that are running, as far as they can be reached."""
         ...

@@ -1,4 +1,4 @@
-"""From a campaign file to its runs: each with the whole case, and a key that says what it is."""
+"""From a campaign file to its runs: each has the whole case, and a key that identifies it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from vmodel.guest.artifacts import KERNELS
 from vmodel.inject import Engine, FaultPlan, Match
 from vmodel.machine import Machine
 
-#: What the plan of a run without faults is called.
+#: The plan's name of a run without faults.
 CONTROL = "no faults"
-#: What a driver may do with a fault unless the plan says otherwise: anything but harm.
+#: Outcomes that are acceptable unless the plan says otherwise: all that do no harm.
 ACCEPTABLE = (Outcome.NOT_ACTIVATED, Outcome.MASKED, Outcome.RECOVERED, Outcome.FAILED)
 
 
 class Run(BaseModel):
-    """One run of a campaign: where it stands in the matrix, and what to do."""
+    """One run of a campaign: its place in the matrix, and its case."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,41 +40,41 @@ class Run(BaseModel):
     plan: str
     seed: int
     case: Case
-    #: Outcomes that are right.
+    #: Outcomes that are acceptable.
     expect: tuple[Outcome, ...] = ACCEPTABLE
-    #: Files that it reads, and their SHA-256.
+    #: Files that the run reads, and their SHA-256.
     inputs: dict[str, str] = {}
     rig: str = GUESTS
 
     @property
     def control(self) -> bool:
-        """Whether it is one without faults."""
+        """Whether this is a run without faults."""
         return self.plan == CONTROL
 
     @property
     def key(self) -> str:
-        """The same for the same run, wherever its files lie: a digest of what it is, with the contents of its files."""
+        """A SHA-256 of the case and of the contents of its files.  It does not depend on where the files are."""
         case = plain(self.case)
         for name in ("machine", "files", "name"):
             case.pop(name, None)
         if self.case.plan is not None:
             case["plan"] = self.case.plan.plain()
         places = [str(f[1]) if isinstance(f, tuple) else f.name for f in self.case.files]
-        said = {
+        identity = {
             "case": case,
             "at": [self.machine, self.kernel, self.workload, self.plan, self.seed],
             "files": places,
             "inputs": list(self.inputs.values()),
             "rig": self.rig.rpartition("/")[2],
         }
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 class Matrix:
     """The runs of a campaign file."""
 
     def __init__(self, content: CampaignFile, file: Path) -> None:
-        """ConfigError: one of its files is missing or wrong, or two things have one name."""
+        """ConfigError: one of its files is missing or wrong, or a name is used twice."""
         self.content = content
         self.file = file
         self.base = file.absolute().parent
@@ -93,7 +93,7 @@ class Matrix:
         self._fit()
 
     def _at(self, key: str, call: Any, *arguments: Any) -> Any:
-        """A call; what is wrong with its arguments is what is wrong at `key`."""
+        """Calls `call(*arguments)`; a ConfigError gets this file and `key` as its place."""
         try:
             return call(*arguments)
         except ConfigError as error:
@@ -102,7 +102,8 @@ class Matrix:
     def _unique(self, section: str, names: Sequence[str]) -> None:
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(f"{name!r} is there twice: give each its own", file=self.file, key=f"{section}.name")
+                text = f"{name!r} is used twice: names must differ"
+                raise ConfigError(text, file=self.file, key=f"{section}.name")
 
     def _name_machines(self) -> Iterator[tuple[str, MachineTable, Path]]:
         for n, table in enumerate(self.content.machine):
@@ -122,7 +123,7 @@ class Matrix:
             if not any(path.is_file() for path in found):
                 raise ConfigError(f"there is no file {table.file!r}", file=self.file, key=f"plan[{n}].file")
             if table.name and len(found) > 1:
-                text = f"{len(found)} files cannot have one name: leave it out, and each has its file's"
+                text = f"{len(found)} files cannot share one name: leave it out, and each plan is named after its file"
                 raise ConfigError(text, file=self.file, key=f"plan[{n}].name")
             for path in found:
                 plan = FaultPlan.load(path)
@@ -131,7 +132,7 @@ class Matrix:
                 yield table.name or path.stem, table, plan
 
     def _patterns(self) -> None:
-        """Selections that select nothing are mistakes."""
+        """ConfigError: a pattern matches nothing."""
         names = {
             "machines": [name for name, _, _ in self._machines],
             "workloads": [workload.name for workload in self.content.workload],
@@ -141,14 +142,14 @@ class Matrix:
                 for key, known in names.items():
                     for pattern in getattr(table, key, ()):
                         if not any(fnmatchcase(name, pattern) for name in known):
-                            text = f"{pattern!r} is none of the {key}: {', '.join(known)}"
+                            text = f"{pattern!r} matches none of the {key}: {', '.join(known)}"
                             raise ConfigError(text, file=self.file, key=f"{section}[{n}].{key}")
         for name, _, _ in self._plans:
             if name == CONTROL:
-                raise ConfigError(f"{name!r} is what runs without a plan are called", file=self.file, key="plan.name")
+                raise ConfigError(f"{name!r} is reserved for runs without a plan", file=self.file, key="plan.name")
 
     def _fit(self) -> None:
-        """Each plan knows the devices and registers of the machines that it is for."""
+        """ConfigError: a plan names a device or register that one of its machines does not have."""
         for name, _, path in self._machines:
             with opened(path) as machine:
                 for title, table, plan in self._plans:
@@ -160,12 +161,15 @@ class Matrix:
             Engine(plan, machine.devices).close()
         except ConfigError as error:
             text = f"{error} (on machine {name!r})"
-            if plan.file is not None:  # it is in the text already
+            if plan.file is not None:  # the text names it already
                 raise ConfigError(text) from error
             raise ConfigError(text, file=self.file, key=f"plan {title!r}") from error
 
     def runs(self) -> list[Run]:
-        """All runs: those that can share a guest together, the one without faults first.  ConfigError."""
+        """All runs.  Runs that can share a guest are adjacent, the one without faults first.
+
+        ConfigError: there are no runs, or more than MOST_RUNS.
+        """
         kernels: Sequence[str | None] = self.content.campaign.kernels or (KERNELS[0] if self.rig == GUESTS else None,)
         found: list[Run] = []
         for name, machine, path in self._machines:
@@ -174,9 +178,9 @@ class Matrix:
                     if selected(name, workload.machines):
                         found += self._cell(name, machine, path, kernel, workload)
         if not found:
-            raise ConfigError("no workload is for any of the machines", file=self.file)
+            raise ConfigError("no workload selects any of the machines", file=self.file)
         if len(found) > MOST_RUNS:
-            raise ConfigError(f"that is {len(found):,} runs; {MOST_RUNS:,} at most", file=self.file)
+            raise ConfigError(f"has {len(found):,} runs; the limit is {MOST_RUNS:,}", file=self.file)
         return found
 
     def _cell(
@@ -224,12 +228,12 @@ class Matrix:
 
 
 def selected(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns means it."""
+    """Whether one of the patterns matches `name`."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def guest_file(text: str, base: Path) -> Path | tuple[Path, str]:
-    """A file for the guest, "FILE" or "FILE:PLACE", as Case has it.  ConfigError: it is not there."""
+    """A file for the guest, "FILE" or "FILE:PLACE", in the form of `Case.files`.  ConfigError: it does not exist."""
     source, colon, target = text.partition(":")
     path = base / source
     if not path.is_file():
@@ -241,7 +245,7 @@ def guest_file(text: str, base: Path) -> Path | tuple[Path, str]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Machine]:
-    """A machine and its devices, which nobody serves.  ConfigError."""
+    """A machine and its devices, not served; closed on exit.  ConfigError: the machine file is wrong."""
     machine = machines.load(path)
     try:
         yield machine
@@ -250,7 +254,7 @@ def opened(path: Path) -> Iterator[Machine]:
 
 
 def functions(plan: FaultPlan) -> Iterator[Path]:
-    """The Python files that its rules ask."""
+    """The Python files that the `when` of its rules name."""
     matches: list[Match | None] = [None if plan.heal is None else plan.heal.on]
     for rule in plan.rule:
         matches += [rule, *(rule.between or ())]
@@ -260,13 +264,13 @@ def functions(plan: FaultPlan) -> Iterator[Path]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """The SHA-256 of a file, in hex.  OSError: it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inputs(case: Case, rig: str) -> dict[str, str]:
-    """The files that a run reads, other than kernels and QEMU, with their digests."""
+    """The files that a run reads, without kernels and QEMU, and their digests."""
     paths = [case.machine, *(f[0] if isinstance(f, tuple) else f for f in case.files)]
     described = tomllib.loads(case.machine.read_text(encoding="utf-8-sig"))
     for table in described.get("device", ()):

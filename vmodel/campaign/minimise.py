@@ -1,7 +1,7 @@
-"""Minimises a run's plan by delta debugging: what is left has the same outcome, and without any part of it not.
+"""Minimises a run's plan by delta debugging: the result has the same outcome, and loses it if any part is removed.
 
 Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 28(2), 2002: the algorithm ddmin.
-First over the rules; then over the single events at which each rule that is left fired.
+It runs over the rules first, then over the single events at which each remaining rule fired.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from vmodel.inject import FaultPlan, Rule
 
 _T = TypeVar("_T")
 
-#: Keys that say at which of the events that it counts a rule fires; those before `after` are not counted.
+#: Keys that select at which of the counted events a rule fires.  Events before `after` are not counted.
 _SCHEDULE = ("nth", "every", "first", "probability", "once", "times", "duration")
 
 
 def ddmin(items: Sequence[_T], holds: Callable[[list[_T]], bool]) -> list[_T]:
-    """A part of `items` that holds and of which nothing can be left out; `items` is known to hold."""
+    """A 1-minimal part of `items`: it holds, and no single item can be left out.  `items` itself must hold."""
     left, parts = list(items), 2
     while len(left) >= 2:
         size = -(-len(left) // parts)
         chunks = [left[at : at + size] for at in range(0, len(left), size)]
         rests = [[item for chunk in chunks[:n] + chunks[n + 1 :] for item in chunk] for n in range(len(chunks))]
-        # With two parts, the rest without one is the other.
+        # Of two parts, each is the rest without the other: the loop over `rests` tries them.
         found = next((c for c in chunks if len(chunks) > 2 and holds(c)), None)
         if found is not None:
             left, parts = found, 2
@@ -46,24 +46,24 @@ class TooMany(Exception):
 
 
 class Minimiser:
-    """Shrinks one plan; each try is a run."""
+    """Shrinks one plan; each attempt is a run."""
 
     def __init__(
-        self, outcome: Outcome, run: Callable[[FaultPlan], Result], most: int, tell: Callable[[str], None]
+        self, outcome: Outcome, run: Callable[[FaultPlan], Result], most: int, log: Callable[[str], None]
     ) -> None:
-        """`run` tries a plan; `most` runs; `tell` gets a line for each."""
+        """`run` tries a plan, at most `most` times; `log` gets a line for each run."""
         self._outcome = outcome
         self._run = run
         self._most = most
-        self._tell = tell
+        self._log = log
         self._known: dict[str, bool] = {}
-        #: How many runs there were.
+        #: How many runs have been made.
         self.runs = 0
-        #: The smallest plan that holds, and what came of it.
+        #: The smallest plan with the outcome so far, and its result.
         self.best: tuple[FaultPlan, Result] | None = None
 
     def holds(self, plan: FaultPlan) -> bool:
-        """Whether a plan has the outcome; whatever has is the best so far.  TooMany."""
+        """Whether a plan has the outcome; if so, it becomes `best`.  TooMany: the limit of runs is reached."""
         key = plan.model_dump_json()
         if key not in self._known:
             if self.runs >= self._most:
@@ -73,13 +73,16 @@ class Minimiser:
             self._known[key] = holds = result.outcome is self._outcome
             events = sum(int(rule.get("fired", 0)) for rule in result.rules)
             size = f"{len(plan.rule)} rule{'s' * (len(plan.rule) != 1)}, {events} fault{'s' * (events != 1)}"
-            self._tell(f"{self.runs}. {size}: {result.outcome.value}{'' if holds else ': too small'}")
+            self._log(f"{self.runs}. {size}: {result.outcome.value}{'' if holds else ' (outcome lost)'}")
             if holds:
                 self.best = plan, result
         return self._known[key]
 
     def minimise(self, plan: FaultPlan) -> bool:
-        """Shrinks `plan` into `best`; whether it came to its end.  ValueError: `plan` itself has another outcome."""
+        """Shrinks `plan`; the result is `best`.  False: the limit of runs ended the search early.
+
+        ValueError: `plan` itself has another outcome.
+        """
         try:
             if not self.holds(plan):
                 raise ValueError("another outcome")
@@ -96,12 +99,12 @@ class Minimiser:
         return True
 
     def _fewer_events(self, plan: FaultPlan, n: int) -> FaultPlan:
-        """With rule `n` at as few events as possible, named by their numbers."""
+        """The plan with rule `n` at as few events as possible, selected by their numbers (`nth`)."""
         assert self.best is not None
         self.holds(plan)
         rule, result = plan.rule[n], self.best[1]
         events = fired_at(result, n)
-        # With `between`, counting begins anew each time: numbers alone do not name events.
+        # With `between`, the count restarts for each window: a number alone does not identify an event.
         if rule.between is not None or not events or rule.nth == tuple(events):
             return plan
 
@@ -115,7 +118,7 @@ class Minimiser:
 
 
 def fired_at(result: Result, n: int) -> list[int]:
-    """The numbers of the events at which rule `n` fired, from 1 on; [] where the log does not have all."""
+    """The numbers, from 1, of the events at which rule `n` fired; [] if the log does not have all of them."""
     if n >= len(result.rules):
         return []
     name, fired = result.rules[n].get("name"), result.rules[n].get("fired")

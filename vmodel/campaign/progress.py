@@ -1,4 +1,4 @@
-"""What a campaign shows of itself while it runs: a bar in a terminal, else a line for each run."""
+"""Progress of a running campaign: a bar in a terminal, else a line for each run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vmodel.campaign.store import Row
 from vmodel.experiment.oracle import Outcome
 
-#: How outcomes look in a terminal.
+#: rich's style for each outcome.
 STYLES = {
     Outcome.NOT_ACTIVATED: "dim",
     Outcome.MASKED: "cyan",
@@ -27,21 +27,21 @@ STYLES = {
 }
 
 
-class Show(Protocol):
-    """Hears of what happens."""
+class Reporter(Protocol):
+    """The sink of a campaign's progress."""
 
     def total(self, done: int, of: int) -> None:
-        """How many runs there are, and have ended."""
+        """`done` of `of` runs have ended."""
 
     def ended(self, row: Row) -> None:
-        """A run has ended."""
+        """One more run has ended."""
 
     def note(self, text: str) -> None:
-        """Something that the user should know."""
+        """A message for the user."""
 
 
 class Bar:
-    """Shows it on stderr; a context manager."""
+    """Reports progress on stderr; a context manager.  See Reporter."""
 
     def __init__(self, out: Console) -> None:
         self._out = out
@@ -71,13 +71,13 @@ class Bar:
             self._progress.stop()
 
     def total(self, done: int, of: int) -> None:
-        """See Show."""
+        """See Reporter."""
         self._done, self._of = done, of
         if self._progress is not None:
             self._progress.update(self._task, completed=done, total=of)
 
     def ended(self, row: Row) -> None:
-        """See Show."""
+        """See Reporter."""
         assert row.result is not None
         self._done += 1
         outcome = row.result.outcome
@@ -85,13 +85,13 @@ class Bar:
         if self._progress is None:
             print(f"{self._done}/{self._of} {line(row)}", file=sys.stderr, flush=True)
             return
-        said = ", ".join(f"[{STYLES[o]}]{n} {o.value}[/]" for o, n in sorted(self._outcomes.items(), key=_severity))
-        self._progress.update(self._task, completed=self._done, description=said)
+        counts = ", ".join(f"[{STYLES[o]}]{n} {o.value}[/]" for o, n in sorted(self._outcomes.items(), key=_severity))
+        self._progress.update(self._task, completed=self._done, description=counts)
         if not row.expected and outcome is not Outcome.NOT_ACTIVATED:
             self._progress.print(f"[{STYLES[outcome]}]{escape(line(row))}[/]")
 
     def note(self, text: str) -> None:
-        """See Show."""
+        """See Reporter."""
         if self._progress is None:
             print(text, file=sys.stderr, flush=True)
         else:
@@ -103,7 +103,7 @@ def _severity(item: tuple[Outcome, int]) -> int:
 
 
 def line(row: Row) -> str:
-    """A run that has ended, on one line."""
+    """One line about a run that has ended."""
     assert row.result is not None
     run, result = row.run, row.result
     place = " ".join(part for part in (run.machine, run.kernel, run.workload) if part)

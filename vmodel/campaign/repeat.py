@@ -16,9 +16,10 @@ from vmodel.experiment.case import Result
 
 
 def code(row: Row) -> Iterator[str]:
-    """What of a run reaches this host: Python that it imports, files that its devices write, and QEMU's arguments.
+    """What a run would execute or write on this host: imported Python, files that its devices write, QEMU's arguments.
 
-    A campaign's folder says which, and it may be somebody else's.  (Workloads run in the guest alone.)  ConfigError.
+    A campaign's folder names them, and may come from somebody else.  (Workloads run only in the guest.)
+    ConfigError: the machine file cannot be read.
     """
     case = row.run.case
     if row.run.rig != GUESTS:
@@ -41,7 +42,7 @@ def code(row: Row) -> Iterator[str]:
 
 
 def _written(value: Any) -> Iterator[str]:
-    """The files that a machine file's devices write: each `path`, unless it is read only."""
+    """The files that a machine file's devices write: each `path` that is not read-only."""
     if isinstance(value, dict):
         if isinstance(value.get("path"), str) and value.get("read_only") is not True:
             yield value["path"]
@@ -52,7 +53,7 @@ def _written(value: Any) -> Iterator[str]:
 
 
 def changed_inputs(row: Row) -> Iterator[str]:
-    """The run's files that are no longer what they were.  ConfigError: one is not there any more."""
+    """The run's files whose contents have changed since the run.  ConfigError: one cannot be read."""
     for name, before in row.run.inputs.items():
         try:
             if digest(Path(name)) != before:
@@ -62,7 +63,7 @@ def changed_inputs(row: Row) -> Iterator[str]:
 
 
 def free_folder(wanted: Path) -> Path:
-    """`wanted`, or with a number behind it if that is there; made."""
+    """Creates the folder `wanted`, or with a number appended if it exists ("a", "a-2").  ConfigError."""
     for n in range(1, 10_000):
         folder = wanted if n == 1 else wanted.with_name(f"{wanted.name}-{n}")
         try:
@@ -72,18 +73,18 @@ def free_folder(wanted: Path) -> Path:
         except OSError as error:
             raise ConfigError(f"{folder}: {error.strerror}: name another folder with -o") from error
         return folder
-    raise ConfigError(f"{wanted}: is there, and 9999 more of it: name another folder with -o")
+    raise ConfigError(f"{wanted}: exists, and 9,998 numbered ones too: name another folder with -o")
 
 
 def repeat(rig: Rig, row: Row, folder: Path, before: list[Row]) -> Result:
-    """Runs it again in `rig`, in the guest of the runs `before`, which are made first.  ConfigError."""
+    """Runs `row` again in `rig`, after the runs `before` in the same guest.  ConfigError: a mistake of the user's."""
     for other in before:
         perform(rig, other.run.case, folder / f"before-{other.id}")
     return perform(rig, row.run.case, folder)
 
 
 def differences(before: Result, now: Result) -> Iterator[str]:
-    """What is not as it was, a line each; times differ always."""
+    """A line for each difference between two results.  Times are ignored, as they always differ."""
     if before.outcome is not now.outcome:
         yield f"outcome: {before.outcome.value} -> {now.outcome.value}"
     for name in ("status", "check_status"):

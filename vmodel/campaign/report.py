@@ -1,4 +1,4 @@
-"""A campaign's report: one HTML page that needs nothing else, JSON for tools, JUnit's XML for CI."""
+"""A campaign's report: one self-contained HTML page, JSON for tools, JUnit XML for CI."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vmodel.campaign.statistics import quantile
 from vmodel.campaign.summary import Ended, Summary
 from vmodel.experiment.oracle import Outcome
 
-#: What XML 1.0 has no way to say.
+#: Characters that XML 1.0 cannot represent, even escaped (XML 1.0, 2.2).
 _NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-#: For each outcome: what it is called in the page's CSS, its mark, and a short name.
+#: For each outcome: its CSS class, its mark, and a short name.
 MARKS = {
     Outcome.NOT_ACTIVATED: ("void", "·", "not activated"),
     Outcome.MASKED: ("masked", "○", "masked"),
@@ -32,9 +32,9 @@ MARKS = {
 
 
 def html(summary: Summary) -> str:
-    """The page."""
+    """The report as one HTML page without external resources."""
     text = files("vmodel.campaign").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    # What guests have printed is in it: all is escaped, and what is missing is an error.
+    # The page contains text from guests: autoescape.  StrictUndefined: a misspelt name is an error.
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     engine.filters |= {"seconds": lambda value: "" if value is None else chart.seconds(value)}
     return engine.from_string(text).render(
@@ -63,8 +63,8 @@ def _quantiles(summary: Summary) -> dict[str, float]:
 
 
 def as_json(summary: Summary) -> str:
-    """All of it for tools."""
-    said: dict[str, Any] = {
+    """The report as JSON, for tools; times in seconds, rates from 0 to 1 with Wilson's 95 % interval."""
+    content: dict[str, Any] = {
         "kind": summary.kind,
         "name": summary.name,
         "started": summary.started,
@@ -100,7 +100,7 @@ def as_json(summary: Summary) -> str:
         "versions": summary.versions,
         "runs": [_run(run) for run in summary.runs],
     }
-    return json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _rate(rate: Any) -> dict[str, Any]:
@@ -131,9 +131,9 @@ def _run(run: Ended) -> dict[str, Any]:
 
 
 def junit(summary: Summary) -> str:
-    """A suite for each machine, kernel and workload; a case for each plan and seed.
+    """JUnit XML: a suite for each machine, kernel and workload; a case for each plan and seed.
 
-    Failed is what has an outcome that is not expected; skipped, what was not activated; an error, one of the harness.
+    "failure": the outcome is not an expected one; "skipped": the fault was not activated; "error": a harness error.
     """
     root = ElementTree.Element("testsuites", name=_xml(summary.name))
     suites: dict[str, ElementTree.Element] = {}

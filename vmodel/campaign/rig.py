@@ -1,4 +1,4 @@
-"""What carries out cases: guests (`vmodel.experiment.Rig`), or whatever a campaign's `rig` names."""
+"""A rig runs cases: stock guests (`vmodel.experiment.Rig`), or the class that a campaign's `rig` names."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ GUESTS = "vmodel.experiment:Rig"
 
 
 class Rig(Protocol):
-    """Runs cases one after the other; a context manager that leaves nothing behind.
+    """Runs cases one after the other; a context manager that frees all resources on exit.
 
-    What a case leaves in `folder`, which is there and empty, belongs to its run.  ConfigError: what the user wrote, or
-    a file, is wrong, and no other case would fare better.  All else that goes wrong is a `Result`.
+    `folder` exists and is empty; the files that a case writes there are the artefacts of its run.  ConfigError: the
+    user's input or a file is wrong, so that all other cases would fail, too.  Every other failure is a `Result`.
     """
 
     def __enter__(self) -> Self: ...
@@ -34,18 +34,18 @@ class Rig(Protocol):
     ) -> None: ...
 
     def run(self, case: Case, folder: Path) -> Result:
-        """Runs one case."""
+        """Runs one case; its artefacts go to `folder`."""
         ...
 
 
 def absolute(name: str, base: Path) -> str:
-    """A rig's name that means the same in every folder: "path/file.py:Class" counts from `base`."""
+    """A rig's name with an absolute path: "path/file.py:Class" is relative to `base`."""
     source, _, kind = name.rpartition(":")
     return f"{(base / source).resolve()}:{kind}" if source.endswith(".py") else name
 
 
 def load_rig(name: str) -> Callable[[], Rig]:
-    """What makes the rig that "path/file.py:Class" or "package.module:Class" names.  ConfigError."""
+    """The class that "path/file.py:Class" or "package.module:Class" names.  ConfigError: there is none, or no rig."""
     source, _, kind = name.rpartition(":")
     if not source or not kind.isidentifier():
         raise ConfigError(f'rig {name!r}: must be "path/file.py:Class" or "package.module:Class"')
@@ -56,7 +56,10 @@ def load_rig(name: str) -> Callable[[], Rig]:
 
 
 def perform(rig: Rig, case: Case, folder: Path) -> Result:
-    """Runs a case, whatever the rig's own code does: its bugs are harness errors.  ConfigError."""
+    """Runs a case in `rig`.  An exception of the rig is a harness error, with its traceback as an artefact.
+
+    ConfigError: a mistake of the user's, as the rig reports it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return rig.run(case, folder)
@@ -70,7 +73,7 @@ def perform(rig: Rig, case: Case, folder: Path) -> Result:
 
 
 def harness_error(case: Case, oracle: str, text: str) -> Result:
-    """What there is to say of a case that no rig has brought to its end."""
+    """The result of a case that no rig could finish; `oracle` names the part that failed."""
     finding = Finding(
         oracle=oracle, effect=Effect.HARNESS, sign=oracle, text=one_line(text), signature=f"{oracle}: {one_line(text)}"
     )
@@ -94,14 +97,14 @@ def harness_error(case: Case, oracle: str, text: str) -> Result:
 
 
 def host_versions() -> dict[str, str]:
-    """Of vmodel and Python, here."""
+    """The versions of vmodel and Python on this host."""
     try:
         mine = version("vmodel")
     except PackageNotFoundError:
-        mine = "from its source folder"
+        mine = "not installed (source folder)"
     return {"vmodel": mine, "python": platform.python_version()}
 
 
 def plain(case: Case) -> dict[str, Any]:
-    """A case as JSON has it; `Case.model_validate` takes it back."""
+    """A case as plain data for JSON; the inverse is `Case.model_validate`."""
     return case.model_dump(mode="json", exclude_defaults=True)

@@ -1,4 +1,4 @@
-"""Runs what waits in a store, on whatever executor there is."""
+"""Runs the pending runs of a store on an executor."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 from vmodel.campaign.cluster import Cluster
 from vmodel.campaign.executor import Answer, Executor, Task
-from vmodel.campaign.progress import Show
+from vmodel.campaign.progress import Reporter
 from vmodel.campaign.rig import harness_error
 from vmodel.campaign.store import Row, Store
 from vmodel.campaign.worker import Processes
 
-#: Workers that may die of a run before it is a harness error.
+#: How often the worker of one run may die until the run counts as a harness error.
 MOST_DEATHS = 3
 
 
 @contextmanager
 def executor(rig: str, folder: Path, *, jobs: int = 1, scheduler: str | None = None) -> Iterator[Executor]:
-    """Processes of this machine, or a cluster.  ConfigError."""
+    """`jobs` processes on this machine, or the Dask cluster at `scheduler`; closed on exit.  ConfigError."""
     made: Executor
     if scheduler is not None:
         made = Cluster(rig, scheduler)
@@ -34,21 +34,24 @@ def executor(rig: str, folder: Path, *, jobs: int = 1, scheduler: str | None = N
 
 
 class Runner:
-    """Brings a store's runs to their end."""
+    """Runs a store's pending runs until all have ended."""
 
-    def __init__(self, store: Store, on: Executor, show: Show) -> None:
+    def __init__(self, store: Store, on: Executor, reporter: Reporter) -> None:
         self._store = store
         self._on = on
-        self._show = show
+        self._reporter = reporter
         self._started: dict[int, float] = {}
-        #: By rig: how many guests it has had.
+        #: How many guests each rig has started.
         self._guests: dict[str, int] = {}
 
     def finish(self, on_row: Callable[[Row], None] = lambda row: None) -> None:
-        """Runs all that have not ended.  ConfigError: the user's mistake; all that has ended is stored."""
+        """Runs all that have not ended; `on_row` is called for each as it ends.
+
+        ConfigError: a mistake of the user's.  Runs that have ended by then are stored.
+        """
         rows = self._store.rows()
         waiting = deque(row for row in rows if row.result is None)
-        self._show.total(len(rows) - len(waiting), len(rows))
+        self._reporter.total(len(rows) - len(waiting), len(rows))
         under_way: dict[int, Row] = {}
         while waiting or under_way:
             while waiting and self._on.free > 0:
@@ -62,16 +65,16 @@ class Runner:
                 if ended is None:
                     waiting.appendleft(row)
                 else:
-                    self._show.ended(ended)
+                    self._reporter.ended(ended)
                     on_row(ended)
 
     def _take(self, answer: Answer) -> Row | None:
-        """Stores what came of a task; None: it is to be tried again."""
+        """Stores the answer to a task; None: the task is to be tried again."""
         id, result = answer.task.id, answer.result
         if result is None:
             deaths = self._store.died(id)
-            if answer.again and deaths < MOST_DEATHS:
-                self._show.note(f"run {id}: {answer.died}: once more")
+            if answer.retry and deaths < MOST_DEATHS:
+                self._reporter.note(f"run {id}: {answer.died}: trying again")
                 return None
             result = harness_error(answer.task.case, "worker", answer.died)
         if result.nth == 1:

@@ -1,4 +1,4 @@
-"""Campaign files: machines x kernels x workloads x plans x seeds, as TOML.
+"""Campaign files, in TOML: machines x kernels x workloads x plans x seeds.
 
 ```toml
 [campaign]
@@ -41,7 +41,7 @@ from vmodel.inject import Heal, Rule, parse_rule
 from vmodel.inject.quantity import Seconds
 from vmodel.mistakes import explain, guess, one_line
 
-#: Runs of one campaign: more than that is a mistake.
+#: The limit of runs in one campaign: a file with more is taken for a mistake.
 MOST_RUNS = 1_000_000
 
 
@@ -52,8 +52,8 @@ def _name(value: str) -> str:
 
 
 def seed_numbers(value: object) -> tuple[int, ...]:
-    """How many (3: 0, 1, 2), or which: [1, 7], "1-3".  ValueError."""
-    text = 'must be how many seeds, as 3, or which, as [1, 7] or "10-19"'
+    """The seeds that `seeds` means: a count (3: 0, 1, 2), a list ([1, 7]) or a range ("1-3").  ValueError."""
+    text = 'must be a number of seeds, as 3, or the seeds themselves, as [1, 7] or "10-19"'
     if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+)-([0-9]+)", value)):
         first, last = int(match[1]), int(match[2])
         found = range(first, last + 1)
@@ -61,7 +61,7 @@ def seed_numbers(value: object) -> tuple[int, ...]:
         found = range(value)
     elif isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         if len(set(value)) != len(value):
-            raise ValueError("has a seed twice")
+            raise ValueError("contains a seed twice")
         return _sound_seeds(tuple(value), text)
     else:
         raise ValueError(text)
@@ -119,12 +119,12 @@ class CampaignTable(_Table):
     name: Name = Field(examples=['"edu"'])
     kernels: tuple[Kernel, ...] = Field(default=(), examples=['["stable", "backports"]'])
     seeds: Annotated[tuple[int, ...], BeforeValidator(seed_numbers)] = Field(default=(0,), examples=["3"])
-    control: bool = Field(default=True, examples=["true"], description="each workload also once without faults")
-    rig: str = Field(default=GUESTS, examples=['"lab.py:Lab"'], description="what carries out cases, if not guests")
+    control: bool = Field(default=True, examples=["true"], description="run each workload once without faults, too")
+    rig: str = Field(default=GUESTS, examples=['"lab.py:Lab"'], description="a class that runs cases instead of guests")
 
 
 class MachineTable(_Table):
-    """`[[machine]]`: a machine file, and how its guest is booted."""
+    """`[[machine]]`: a machine file, and how to boot its guest."""
 
     file: str = Field(examples=['"edu.toml"'])
     name: Name | None = Field(default=None, examples=['"edu"'])
@@ -134,7 +134,7 @@ class MachineTable(_Table):
 
 
 class WorkloadTable(_Table):
-    """`[[workload]]`: what the guest does meanwhile; the keys are those of `vmodel.experiment.Case`."""
+    """`[[workload]]`: what runs in the guest; the keys are those of `vmodel.experiment.Case`."""
 
     name: Name = Field(examples=['"check"'])
     run: str = Field(examples=['"./edu_check 0000:00:03.0"'])
@@ -168,7 +168,7 @@ class PlanTable(_Table):
         if self.faults and self.name is None:
             raise ValueError('name: is missing, as name = "torn write"')
         if self.file is not None and self.heal is not None:
-            raise ValueError("heal: belongs into the plan's file")
+            raise ValueError("heal: must be in the plan's file")
         return self
 
 
@@ -188,22 +188,22 @@ class CampaignFile(_Table):
             ("plan", 'name = "lost", faults = ["irq do=drop"]'),
         ):
             if not getattr(self, section):
-                raise ValueError(f"{section}: there is no [[{section}]] table: a campaign needs one, with {example}")
+                raise ValueError(f"{section}: a campaign needs a [[{section}]] table, as {example}")
         return self
 
 
 def load(path: Path) -> tuple[CampaignFile, str]:
-    """What a campaign file says, and its text.  ConfigError, a line for each mistake."""
+    """The content of a campaign file, and its text.  ConfigError: one line for each mistake."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError("is no UTF-8 text: save the file as UTF-8", file=path) from error
+        raise ConfigError("is not UTF-8 text: save the file as UTF-8", file=path) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from error
     try:
         raw: dict[str, Any] = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"is no TOML: {one_line(error)}", file=path) from error
+        raise ConfigError(f"is not valid TOML: {one_line(error)}", file=path) from error
     try:
         return CampaignFile.model_validate(raw), text
     except ValidationError as error:

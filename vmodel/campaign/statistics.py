@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Of a normal distribution: 95 % lie within.
+#: 95 % of a normal distribution are within this many standard deviations.
 _Z = 1.959963984540054
 
 
@@ -19,12 +19,12 @@ class Rate:
 
     @property
     def share(self) -> float:
-        """0 to 1; 0 of none."""
+        """`hits / of`, from 0 to 1; 0 if `of` is 0."""
         return self.hits / self.of if self.of else 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's score interval at 95 %: it holds for few runs, and at 0 and 1, too.
+        """Wilson's score interval at 95 %, as (low, high).  It is valid for few runs, and for shares of 0 and 1, too.
 
         E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22, 1927.
         """
@@ -33,7 +33,7 @@ class Rate:
         n, p, z2 = self.of, self.share, _Z * _Z
         middle = (p + z2 / (2 * n)) / (1 + z2 / n)
         half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        # At the ends it is exact, and rounding must not say otherwise.
+        # For no hits the lower end is exactly 0, for all hits the upper end exactly 1: rounding must not change that.
         return (0.0 if not self.hits else max(middle - half, 0.0)), (1.0 if self.hits == n else min(middle + half, 1.0))
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Rate:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The value below which a share `q` of them lie, interpolated.  ValueError: there are none."""
+    """The quantile `q` (0 to 1) of the values, interpolated linearly.  ValueError: there are no values."""
     if not values:
         raise ValueError("no values")
     ordered = sorted(values)

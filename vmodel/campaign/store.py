@@ -1,7 +1,7 @@
-"""Where a campaign's results are: a folder with `campaign.db` (SQLite, one row a run) and a folder for each run.
+"""The store of a campaign's results: a folder with `campaign.db` (SQLite, one row for each run) and a folder per run.
 
-A run's row and folder come together, when it has ended: whatever is killed in between leaves none of both, and the run
-is made once more.
+A run's result and its folder are stored together when the run has ended.  If the process is killed before, neither is
+there, and the run is repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vmodel.experiment.case import Result
 from vmodel.experiment.oracle import Outcome
 
 DATABASE = "campaign.db"
-#: Of the tables below; another number is another version's.
+#: The version of the tables below.
 FORMAT = "1"
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -39,7 +39,7 @@ CREATE TABLE run (
     deaths INTEGER NOT NULL DEFAULT 0,
     outcome TEXT,             -- null until it has ended
     result TEXT,              -- JSON of `Result`
-    guest TEXT,               -- runs with the same one were in one guest, in the order of result.nth
+    guest TEXT,               -- runs with the same value shared a guest, in the order of result.nth
     started REAL,
     ended REAL
 );
@@ -48,7 +48,7 @@ CREATE TABLE run (
 
 @dataclass(frozen=True)
 class Row:
-    """One run, and what came of it if it has ended."""
+    """One run, and its result if it has ended; `started` and `ended` are in seconds since the epoch."""
 
     id: int
     run: Run
@@ -61,12 +61,12 @@ class Row:
 
     @property
     def expected(self) -> bool:
-        """Whether its outcome is one of those that are right."""
+        """Whether the run has ended with one of the acceptable outcomes."""
         return self.result is not None and self.result.outcome in self.run.expect
 
 
 class Store:
-    """A campaign's folder; a context manager that lets go of it."""
+    """A campaign's folder; a context manager that closes it."""
 
     def __init__(self, folder: Path, database: sqlite3.Connection, lock: int | None) -> None:
         self.folder = folder
@@ -77,15 +77,15 @@ class Store:
 
     @classmethod
     def create(cls, folder: Path, definition: Mapping[str, Any]) -> Self:
-        """Opens a campaign's folder to work in it; made if it is not there.
+        """Opens a campaign's folder for writing; it is created if it does not exist.
 
-        `definition`: what kind of campaign it is, as plain data; its "name" and "kind" must be those of the folder.
-        ConfigError: another process works in it, it holds another campaign, or it cannot be written.
+        `definition`: plain data that describes the campaign; its "name" and "kind" must match the folder's.
+        ConfigError: another process uses the folder, it belongs to another campaign, or it cannot be written.
         """
         path = folder / DATABASE
         try:
             if folder.is_dir() and not path.exists() and any(f.name != "lock" for f in folder.iterdir()):
-                raise ConfigError(f"{folder}: is no campaign's folder, and not empty: name another one with -o")
+                raise ConfigError(f"{folder}: is not a campaign's folder, and not empty: name another one with -o")
             folder.mkdir(parents=True, exist_ok=True)
             lock = _locked(folder)
         except OSError as error:
@@ -96,7 +96,7 @@ class Store:
             store = cls(folder, _open(path), lock)
             have = store.definition
             if [have.get(key) for key in ("kind", "name")] != [definition.get(key) for key in ("kind", "name")]:
-                text = f"{folder}: holds the {have.get('kind')} {have.get('name')!r}: name another folder with -o"
+                text = f"{folder}: belongs to the {have.get('kind')} {have.get('name')!r}: name another folder with -o"
                 raise ConfigError(text)
             store._put_meta("definition", dict(definition))
         except BaseException:
@@ -108,14 +108,17 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Opens one to read it, at work or not.  ConfigError: it is none."""
+        """Opens a campaign's folder for reading, also while another process writes to it.
+
+        ConfigError: it is not a campaign's folder.
+        """
         path = folder / DATABASE
         if not path.is_file():
-            raise ConfigError(f"{folder}: is no campaign's folder: it has no {DATABASE}")
+            raise ConfigError(f"{folder}: is not a campaign's folder: it has no {DATABASE}")
         return cls(folder, _open(path), None)
 
     def close(self) -> None:
-        """Lets another process work in it."""
+        """Closes the database and releases the folder's lock."""
         self._db.close()
         if self._lock is not None:
             os.close(self._lock)
@@ -127,11 +130,11 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ---- what it is ------------------------------------------------------------------------
+    # ---- definition ------------------------------------------------------------------------
 
     @property
     def definition(self) -> dict[str, Any]:
-        """What was given to `create`."""
+        """The `definition` that was given to `create`."""
         found: dict[str, Any] = json.loads(self._meta("definition"))
         return found
 
@@ -146,11 +149,11 @@ class Store:
     # ---- runs ------------------------------------------------------------------------------
 
     def keep_only(self, runs: Sequence[Run]) -> None:
-        """Forgets runs that have not ended and are not among `runs`.  ConfigError: one of those has ended."""
+        """Deletes all runs that are not among `runs`.  ConfigError: one of them has ended, and would be lost."""
         keys = {run.key for run in runs}
         strangers = [row for row in self.rows() if row.run.key not in keys]
         if ended := [row for row in strangers if row.result is not None]:
-            text = f"holds {len(ended)} run{'s' * (len(ended) != 1)} of another version of this campaign"
+            text = f"contains {len(ended)} run{'s' * (len(ended) != 1)} of another version of this campaign"
             raise ConfigError(
                 f"{self.folder}: {text} (its file, a plan, a machine or a program has changed): name another folder"
                 " with -o"
@@ -158,15 +161,15 @@ class Store:
         with self._db:
             self._db.executemany("DELETE FROM run WHERE id = ?", [(row.id,) for row in strangers])
 
-    def forget_errors(self) -> None:
-        """Runs that ended with a harness error have not ended."""
+    def reset_errors(self) -> None:
+        """Marks runs that ended with a harness error as pending again."""
         with self._db:
             self._db.execute(
                 "UPDATE run SET outcome = NULL, result = NULL, deaths = 0 WHERE outcome = ?", (Outcome.HARNESS.value,)
             )
 
     def add(self, runs: Sequence[Run]) -> list[int]:
-        """Takes runs in that are not there yet; the ids of all of them."""
+        """Adds the runs that the store does not have yet; returns the ids of all of `runs`, in their order."""
         ids = []
         with self._db:
             for run in runs:
@@ -175,11 +178,11 @@ class Store:
         return ids
 
     def rows(self) -> list[Row]:
-        """All runs, in their order."""
+        """All runs, in the order in which they were added."""
         return [self._row(*values) for values in self._db.execute(f"SELECT {_COLUMNS} FROM run ORDER BY id")]
 
     def row(self, id: int) -> Row:
-        """One run.  ConfigError: there is none of that number."""
+        """One run.  ConfigError: there is no run of that number."""
         values = self._db.execute(f"SELECT {_COLUMNS} FROM run WHERE id = ?", (id,)).fetchone()
         if values is None:
             raise ConfigError(f"{self.folder}: has no run {id}")
@@ -207,20 +210,23 @@ class Store:
         return Row(id, what, folder, deaths, came, guest or "", started, ended)
 
     def part(self, id: int) -> Path:
-        """A folder for a run that begins."""
+        """The path of a temporary folder for a run that starts; `finish` renames it."""
         return self.folder / f".part-{id}-{uuid.uuid4().hex[:8]}"
 
     def died(self, id: int) -> int:
-        """A worker has died of it; how many by now."""
+        """Counts the death of a worker during this run; returns the new count."""
         with self._db:
             self._db.execute("UPDATE run SET deaths = deaths + 1 WHERE id = ?", (id,))
         return int(self._db.execute("SELECT deaths FROM run WHERE id = ?", (id,)).fetchone()[0])
 
     def finish(self, id: int, part: Path, result: Result, guest: str, started: float) -> Row:
-        """A run has ended, and `part` has become its folder."""
+        """Stores a run's result, and renames `part` to the run's folder.
+
+        `guest` identifies the guest that it ran in; `started` is in seconds since the epoch.
+        """
         folder = self.folder / str(id)
         part.mkdir(exist_ok=True)
-        if folder.exists():  # of a process that was killed before it had written the row
+        if folder.exists():  # left by a process that was killed before it wrote the row
             shutil.rmtree(folder)
         part.rename(folder)
         artefacts = {name: _inside(path, part) for name, path in result.artefacts.items()}
@@ -237,7 +243,7 @@ _COLUMNS = "id, run, deaths, result, guest, started, ended"
 
 
 def find_run(path: Path) -> tuple[Store, Row]:
-    """The campaign and the run that FOLDER/NUMBER names.  ConfigError."""
+    """The campaign and the run that the path FOLDER/NUMBER names; the caller closes the store.  ConfigError."""
     if not path.name.isdecimal():
         raise ConfigError(f"{path}: must be a run's folder, as {path / '17' if path.is_dir() else 'edu.runs/17'}")
     store = Store.open(path.parent)
@@ -249,7 +255,7 @@ def find_run(path: Path) -> tuple[Store, Row]:
 
 
 def history(rows: Sequence[Row], row: Row) -> Iterator[Row]:
-    """The runs that were in the same guest before."""
+    """The runs that were in the same guest before `row`, oldest first."""
     assert row.result is not None
     same = [r for r in rows if r.guest and r.guest == row.guest and r.result is not None]
     for other in sorted(same, key=lambda r: r.result.nth if r.result else 0):
@@ -262,14 +268,14 @@ def _text(run: Run) -> str:
 
 
 def _inside(path: str, folder: Path) -> str:
-    """An artefact's path from its run's folder on."""
+    """An artefact's path, relative to its run's folder if it is inside."""
     with contextlib.suppress(ValueError):
         return str(Path(path).relative_to(folder))
     return path
 
 
 def _is_inside(path: str, folder: Path) -> bool:
-    """Whether an artefact is in its run's folder: a database may come from anybody."""
+    """Whether an artefact is in its run's folder: a database from somebody else may name any path."""
     return ".." not in Path(path).parts and (folder / path).is_relative_to(folder)
 
 
@@ -281,7 +287,7 @@ def _locked(folder: Path) -> int:
         process = os.pread(lock, 20, 0).decode(errors="replace").strip()
         os.close(lock)
         raise ConfigError(
-            f"{folder}: process {process} is at work in it: wait for it, or name another folder with -o"
+            f"{folder}: process {process} is using it: wait for that process, or name another folder with -o"
         ) from None
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
@@ -289,7 +295,7 @@ def _locked(folder: Path) -> int:
 
 
 def _make(path: Path, definition: Mapping[str, Any]) -> None:
-    """Makes the database under another name first: so it is whole, or not there."""
+    """Creates the database under another name and renames it: it is complete, or does not exist."""
     new = path.with_suffix(".new")
     new.unlink(missing_ok=True)
     database = sqlite3.connect(new)

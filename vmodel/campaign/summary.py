@@ -1,4 +1,4 @@
-"""What a campaign's runs say together: what all forms of the report show."""
+"""A summary of a campaign's runs: the content of all forms of the report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vmodel.experiment.case import Result
 from vmodel.experiment.oracle import Effect, Outcome
 from vmodel.guest.artifacts import ROLES
 
-#: Outcomes that say nothing about the driver: no part of rates.
+#: Outcomes that say nothing about the driver: they are not part of rates.
 VOID = (Outcome.NOT_ACTIVATED, Outcome.HARNESS)
-#: The driver has gone on.
+#: Outcomes after which the driver works.
 SURVIVED = (Outcome.MASKED, Outcome.RECOVERED)
 
 
@@ -29,13 +29,13 @@ class Ended:
 
     row: Row
     result: Result
-    #: The kernel as the campaign calls it; with the release, if that is a role.
+    #: The kernel as the campaign names it; for a role ("stable"), with the release.
     kernel: str
-    #: Artefacts by name, as links from the report.
+    #: Artefacts by name, as links relative to the report.
     links: dict[str, str]
     #: The run's folder, as a link.
     link: str
-    #: What repeats it.
+    #: The command line that repeats the run.
     command: str
 
 
@@ -48,66 +48,66 @@ class Fault:
     plan: str
     #: The plan's rules, in the command line's form.
     rules: tuple[str, ...]
-    #: By kernel.
+    #: Runs by kernel.
     runs: dict[str, list[Ended]] = field(default_factory=dict)
 
     @property
     def all(self) -> list[Ended]:
-        """Of all kernels."""
+        """The runs with all kernels."""
         return [run for runs in self.runs.values() for run in runs]
 
     def count(self, outcome: Outcome) -> int:
-        """Runs with an outcome."""
+        """The number of runs with an outcome."""
         return sum(run.result.outcome is outcome for run in self.all)
 
     def share(self, outcome: Outcome) -> float:
-        """The same as a share, 0 to 1."""
+        """The share of runs with an outcome, 0 to 1."""
         return self.count(outcome) / len(self.all)
 
     @property
     def survived(self) -> Rate:
-        """Of the runs in which a fault was injected."""
+        """How many of the runs with an injected fault the driver survived."""
         return survival(run.result.outcome for run in self.all)
 
     @property
     def unexpected(self) -> int:
-        """Runs with an outcome that is not right."""
+        """The number of runs with an outcome that is not acceptable."""
         return sum(not run.row.expected for run in self.all)
 
     @property
     def recover(self) -> list[float]:
-        """Seconds to recover, of the runs that did."""
+        """The times to recover, in seconds, of the runs that recovered."""
         return [run.result.time_to_recover for run in self.all if run.result.time_to_recover is not None]
 
 
 @dataclass
 class Signature:
-    """One thing that oracles saw, in however many runs."""
+    """A finding that several runs may have in common: its text without addresses, numbers and times."""
 
     text: str
     effect: Effect
     sign: str
     oracle: str
-    #: As it was seen first.
+    #: The full text of its first occurrence.
     example: str
     runs: list[Ended] = field(default_factory=list)
 
     @property
     def plans(self) -> list[str]:
-        """The faults that led to it."""
+        """The plans under which it was seen."""
         return sorted({run.row.run.plan for run in self.runs})
 
     @property
     def kernels(self) -> list[str]:
-        """Where it was seen."""
+        """The kernels on which it was seen."""
         return sorted({run.kernel for run in self.runs} - {""})
 
 
 class Summary:
-    """A campaign's runs, counted."""
+    """The counts and lists of a campaign's runs."""
 
     def __init__(self, store: Store, base: Path) -> None:
-        """`base`: the folder from which links count."""
+        """`base`: the folder that links are relative to."""
         self.folder = store.folder
         definition = store.definition
         self.kind: str = definition["kind"]
@@ -130,20 +130,20 @@ class Summary:
         self.unexpected = [run for run in self.runs if not run.row.expected]
 
     def rate(self, outcome: Outcome) -> Rate:
-        """An outcome's rate: of the runs with a fault injected, or of all for those that say nothing of the driver."""
+        """The rate of an outcome: among all runs for VOID outcomes, else among the runs with an injected fault."""
         if outcome in VOID:
             return Rate(self.outcomes[outcome], len(self.runs))
         return Rate(self.outcomes[outcome], sum(n for o, n in self.outcomes.items() if o not in VOID))
 
     def by_kernel(self) -> dict[str, Rate]:
-        """How often drivers survived a fault, by kernel."""
+        """How often the driver survived a fault, by kernel."""
         return {
             kernel: survival(run.result.outcome for run in self.runs if run.kernel == kernel) for kernel in self.kernels
         }
 
 
 def survival(outcomes: Iterable[Outcome]) -> Rate:
-    """How many of the runs with a fault injected went on as if nothing had been."""
+    """How many of the runs with an injected fault were masked or recovered."""
     counted = [outcome for outcome in outcomes if outcome not in VOID]
     return Rate(sum(outcome in SURVIVED for outcome in counted), len(counted))
 
@@ -153,7 +153,7 @@ def _moment(seconds: float) -> str:
 
 
 def _kernels(rows: Sequence[Row]) -> dict[int, str]:
-    """By run: its kernel's name.  A role means another release when the archive has moved on, so that is said."""
+    """The kernel's name of each run, by run id.  A role ("stable") gets the release, as it changes over time."""
     seen: dict[str, str] = {}
     for row in rows:
         if row.result is not None and row.run.kernel in ROLES and "kernel" in row.result.versions:
@@ -161,7 +161,7 @@ def _kernels(rows: Sequence[Row]) -> dict[int, str]:
     found = {}
     for row in rows:
         name = row.run.kernel
-        # A run that never booted has the release of the others.
+        # A run that never booted gets the release of the others.
         release = row.result.versions.get("kernel", seen.get(name)) if row.result is not None else None
         found[row.id] = f"{name} ({release})" if name in ROLES and release else name
     return found
@@ -186,7 +186,7 @@ def _faults(runs: Sequence[Ended]) -> list[Fault]:
 
 
 def _signatures(runs: Sequence[Ended]) -> list[Signature]:
-    """The worst first, then the most frequent."""
+    """All signatures, the worst effect first, then the most frequent."""
     found: dict[str, Signature] = {}
     for run in runs:
         for finding in run.result.evidence:
@@ -201,7 +201,7 @@ def _signatures(runs: Sequence[Ended]) -> list[Signature]:
 
 
 def _versions(runs: Sequence[Ended]) -> dict[str, dict[str, int]]:
-    """By part, by version: runs."""
+    """The number of runs by part and version."""
     found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for run in runs:
         for part, version in run.result.versions.items():

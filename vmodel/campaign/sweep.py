@@ -1,9 +1,9 @@
-"""Sweeps: the 1st, 2nd, 3rd ... event at one point fails, each in a run of its own, until all have had their turn."""
+"""Sweeps: the 1st, 2nd, 3rd ... event at one point fails, each in a run of its own, until each has failed once."""
 
 from __future__ import annotations
 
 from vmodel.campaign.matrix import ACCEPTABLE, CONTROL, Run, inputs, opened
-from vmodel.campaign.progress import Show
+from vmodel.campaign.progress import Reporter
 from vmodel.campaign.rig import GUESTS
 from vmodel.campaign.runner import Runner
 from vmodel.campaign.store import Row, Store
@@ -14,23 +14,26 @@ from vmodel.inject import ACTIONS, Engine, FaultPlan, Rule, parse_rule
 from vmodel.inject.terse import split
 from vmodel.points import Point
 
-#: What is done by default: the first that the point knows.
+#: The default action is the first of these that the point supports.
 _DEFAULTS = ("abort", "fault", "drop", "disconnect", "delay")
-#: What a sweep sets itself.
+#: Keys of a rule that a sweep sets itself.
 _OWN = ("nth", "every", "first", "probability", "once", "times", "name")
 
 
 class Sweep:
-    """A sweep's runs, as they follow from each other."""
+    """The runs of a sweep."""
 
     def __init__(self, case: Case, where: str, do: str | None = None, *, rig: str = GUESTS, seed: int = 0) -> None:
-        """`where`: a rule in the command line's form, without action and schedule.  ConfigError."""
+        """`where`: a rule in the command line's form, without action and schedule.
+
+        ConfigError: `where` or `do` is wrong, or the case's machine cannot be loaded.
+        """
         for word in split(where):
             key = word.partition("=")[0]
             if key in _OWN:
-                raise ConfigError(f"--point {where!r}: {key} is the sweep's: leave it out")
+                raise ConfigError(f"--point {where!r}: the sweep sets {key}: leave it out")
             if key == "do":
-                raise ConfigError(f"--point {where!r}: what to do is said with --do")
+                raise ConfigError(f"--point {where!r}: name the action with --do")
         self.where = where
         self.do = do or _default(where)
         self.case = case
@@ -62,24 +65,29 @@ class Sweep:
         )
 
     def clean(self) -> Run:
-        """The one that only counts."""
+        """The run without faults, which counts the events."""
         return self._run(CONTROL, "probability=0")
 
     def nth(self, n: int) -> Run:
-        """The one in which the event number `n` fails, from 1 on."""
+        """The run in which event `n` fails, from 1."""
         return self._run(f"{self.where} do={self.do} nth={n}", f"nth={n}")
 
     def definition(self) -> dict[str, str]:
-        """What the store keeps of it."""
+        """The sweep's definition for `Store.create`."""
         return {"kind": "sweep", "name": f"{self.case.machine.stem}: {self.where} do={self.do}"}
 
 
-def carry_out(sweep: Sweep, store: Store, runner: Runner, show: Show, most: int) -> int:
-    """Runs a sweep to its end; how many events there were.  ConfigError: it fails without a fault, too."""
+def carry_out(sweep: Sweep, store: Store, runner: Runner, reporter: Reporter, most: int) -> int:
+    """Runs a sweep, with at most `most` events failed; returns how many events the clean run had.
+
+    ConfigError: the run without a fault fails, too, or the store has another version of this sweep.
+    """
     clean = sweep.clean()
     first = store.rows()[:1]
     if first and first[0].run.key != clean.key:
-        text = f"{store.folder}: holds another version of this sweep (its workload, machine or a program has changed)"
+        text = (
+            f"{store.folder}: contains another version of this sweep (its workload, machine or a program has changed)"
+        )
         raise ConfigError(f"{text}: name another folder with -o")
     (id,) = store.add([clean])
     runner.finish()
@@ -87,14 +95,14 @@ def carry_out(sweep: Sweep, store: Store, runner: Runner, show: Show, most: int)
     assert row.result is not None
     if not row.expected:
         why = "; ".join(finding.text for finding in row.result.evidence[:3])
-        raise ConfigError(f"{row.folder}: without a fault it ends so, too: {row.result.outcome.value}: {why}")
+        raise ConfigError(f"{row.folder}: the run without a fault fails, too: {row.result.outcome.value}: {why}")
     count = sum(int(rule.get("matched", 0)) for rule in row.result.rules)
     if count > most:
-        show.note(f"{count} events: the first {most} will be failed (--most)")
+        reporter.note(f"{count} events: only the first {most} will fail (--most)")
     else:
-        show.note(f"{count} events")
+        reporter.note(f"{count} events")
     last = _finish(store, runner, [sweep.nth(n) for n in range(1, min(count, most) + 1)])
-    # A driver that has seen a fault may do more than one that has not.
+    # After a fault, a driver may cause more events than without one.
     n = count
     while last is not None and fired(last) and n < most:
         n += 1

@@ -1,4 +1,4 @@
-"""A plan as the text of a plan file."""
+"""Writes plans in the TOML of plan files."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from vmodel.inject import FaultPlan
 
 
 def plan_text(plan: FaultPlan, *comments: str) -> str:
-    """What `FaultPlan.parse` takes back; `comments` come first."""
-    said = plan.plain()
+    """The text of a plan file, the inverse of `FaultPlan.parse`; `comments` are at the top."""
+    content = plan.plain()
     lines = [f"# {line}" for comment in comments for line in comment.splitlines()]
-    if "seed" in said:
-        lines.append(f"seed = {value(said['seed'])}")
-    for rule in said["rule"]:
+    if "seed" in content:
+        lines.append(f"seed = {value(content['seed'])}")
+    for rule in content["rule"]:
         lines += ["", "[[rule]]", *pairs(rule)]
-    if "heal" in said:
-        lines += ["", "[heal]", *pairs(said["heal"])]
+    if "heal" in content:
+        lines += ["", "[heal]", *pairs(content["heal"])]
     return "\n".join(lines) + "\n"
 
 
 def pairs(table: Mapping[str, Any]) -> list[str]:
-    """A table's lines."""
+    """The lines `key = value` of a table."""
     return [f"{_key(key)} = {value(item)}" for key, item in table.items()]
 
 
 def value(item: Any) -> str:
-    """A value, as TOML writes it.  TypeError: it has no such."""
+    """A value in TOML's syntax.  TypeError: TOML has no such type."""
     if isinstance(item, bool):
         return "true" if item else "false"
     if isinstance(item, int | float):
         return repr(item)
     if isinstance(item, str):
-        # JSON's text is TOML's, but for DEL, which TOML does not have bare.
+        # A JSON string is a TOML string, except for DEL, which TOML requires to be escaped.
         return json.dumps(item).replace("\x7f", "\\u007f")
     if isinstance(item, list | tuple):
         return f"[{', '.join(map(value, item))}]"

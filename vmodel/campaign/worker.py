@@ -1,7 +1,7 @@
-"""Worker processes on this machine: `Processes` here, and `main`, which runs in each of them.
+"""Worker processes on this machine: `Processes` starts them, `main` runs in each of them.
 
-They talk over a socket pair, a line of JSON for each task and answer.  A process that dies, or does not answer in its
-time, takes no other with it; its task is told of as dead, and the next one gets a new process.
+Both sides exchange lines of JSON over a socket pair, one for each task and answer.  If a process dies, or does not
+answer in time, its task is answered with how it died, the next task gets a new process, and other tasks go on.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from vmodel.campaign.rig import load_rig, perform, plain
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case, Result
 
-#: Seconds beyond what a case says of itself that a worker may take for it.
+#: Seconds that a worker may take for a case beyond the case's own limits.
 _GRACE = 120.0
-#: Seconds that a worker gets to end its guest.
+#: Seconds for a worker to end its guest.
 _GRACE_END = 15.0
 
 
 def time_limit(case: Case) -> float:
-    """Seconds after which a worker that has said nothing must be stuck."""
+    """Seconds after which a worker that has not answered counts as stuck."""
     return case.boot_timeout + 3 * case.timeout + _GRACE
 
 
@@ -50,7 +50,7 @@ class _Process:
         self._lines = ours.makefile("rb")
         path = os.pathsep.join(str(Path(place).absolute()) for place in sys.path)
         with theirs:
-            # A session of its own: Ctrl-C reaches us alone, and what it has started can be ended with it.
+            # A session of its own: Ctrl-C reaches only this process, and killpg() ends the worker's children, too.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "vmodel.campaign.worker", rig, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -65,11 +65,11 @@ class _Process:
         self.task = task
         self.deadline = time.monotonic() + time_limit(task.case)
         request = {"case": plain(task.case), "folder": str(task.folder.absolute())}
-        with contextlib.suppress(OSError):  # it has died: recv() tells
+        with contextlib.suppress(OSError):  # the process has died: recv() returns None
             self.socket.sendall(json.dumps(request).encode() + b"\n")
 
     def recv(self) -> dict[str, Any] | None:
-        """Its answer; None: it has died."""
+        """The next answer; None: the process has died."""
         try:
             line = self._lines.readline()
         except OSError:
@@ -84,7 +84,7 @@ class _Process:
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def end(self, grace: float) -> str:
-        """Sees to it that it is gone, with all that it has started; how it ended."""
+        """Waits `grace` seconds for the process to end, then kills it and its children; returns how it ended."""
         killed = ""
         try:
             self._process.wait(grace)
@@ -102,7 +102,7 @@ class Processes:
     """Runs tasks in up to `jobs` processes: see Executor."""
 
     def __init__(self, rig: str, jobs: int, log: BinaryIO) -> None:
-        """`log` gets what the processes print; `close` closes it."""
+        """`log` receives the output of the processes; `close` closes it."""
         self._rig = rig
         self._jobs = jobs
         self._log = log
@@ -131,17 +131,19 @@ class Processes:
                 answers.append(self._answer(worker, task))
             elif time.monotonic() >= worker.deadline:
                 self._drop(worker, 0)
-                answers.append(Answer(task, None, worker.id, f"it did not answer in {time_limit(task.case):g} s"))
+                answers.append(
+                    Answer(task, None, worker.id, f"its worker did not answer in {time_limit(task.case):g} s")
+                )
         return answers
 
     def _answer(self, worker: _Process, task: Task) -> Answer:
-        said = worker.recv()
-        if said is None:
+        answer = worker.recv()
+        if answer is None:
             return Answer(task, None, worker.id, f"its worker process {self._drop(worker, 1.0)}")
         worker.task = None
-        if "error" in said:
-            raise ConfigError(said["error"])
-        return Answer(task, Result.model_validate(said["result"]), worker.id)
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        return Answer(task, Result.model_validate(answer["result"]), worker.id)
 
     def _drop(self, worker: _Process, grace: float) -> str:
         self._workers.remove(worker)
@@ -161,32 +163,32 @@ class Processes:
 
 
 def main(rig: str, descriptor: int) -> None:
-    """Runs what comes; ends when the other side has gone, or by SIGTERM."""
+    """Runs the tasks that arrive; ends when the other side closes the socket, or on SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     pair = socket.socket(fileno=descriptor)
     tasks: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(pair, tasks), daemon=True).start()
+    threading.Thread(target=_read, args=(pair, tasks), daemon=True).start()
     try:
         made = load_rig(rig)
         with made() as lab:
             while True:
                 task = tasks.get()
                 result = perform(lab, Case.model_validate(task["case"]), Path(task["folder"]))
-                _say(pair, {"result": result.model_dump(mode="json")})
+                _send(pair, {"result": result.model_dump(mode="json")})
     except ConfigError as error:
-        _say(pair, {"error": str(error)})
+        _send(pair, {"error": str(error)})
 
 
-def _listen(pair: socket.socket, tasks: queue.SimpleQueue[dict[str, Any]]) -> None:
+def _read(pair: socket.socket, tasks: queue.SimpleQueue[dict[str, Any]]) -> None:
     with contextlib.suppress(OSError), pair.makefile("rb") as lines:
         for line in lines:
             tasks.put(json.loads(line))
-    # The other side has gone, whichever way: nobody will want what is being done.
+    # The other side has closed the socket or died, so the current task is not wanted any more.
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _say(pair: socket.socket, answer: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # gone: _listen() ends this process
+def _send(pair: socket.socket, answer: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # closed: _read() ends this process
         pair.sendall(json.dumps(answer).encode() + b"\n")
 
 

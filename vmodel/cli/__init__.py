@@ -1,8 +1,8 @@
 """The command line.
 
-Exit statuses: 0 all is well; 1 something that is needed is missing, or the guest did not get to its command's end;
-2 the machine file or the command line is wrong.  `run` and `guest` hand on those of QEMU and of the command.
-Whatever goes wrong for the user is a line for each mistake on stderr, never a traceback: those are for bugs.
+Exit statuses: 0 success; 1 something that is needed is missing, or the guest stopped before its command ended;
+2 the machine file or the command line is wrong.  `run` returns QEMU's status, `guest` the command's.
+Each mistake of the user's is one line on stderr.  Tracebacks are for bugs only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import ArtifactError
 from vmodel.guest.running import GuestRunError
 
-#: click's class of wrong command lines, wherever this version of typer keeps its click.
+#: click's UsageError.  Some versions of typer contain a copy of click, so this takes the class that typer uses.
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)
 
 
@@ -41,7 +41,7 @@ def _options(
 
 
 def _commands() -> list[Callable[..., None]]:
-    """ImportError where the compiled shim is missing or broken: all commands but doctor need it."""
+    """All commands except doctor.  ImportError: the compiled shim, which they need, is missing or broken."""
     from vmodel.cli.acpi import acpi
     from vmodel.cli.campaign import campaign, sweep
     from vmodel.cli.groups import groups
@@ -72,7 +72,7 @@ def _commands() -> list[Callable[..., None]]:
 
 
 def _groups() -> dict[str, typer.Typer]:
-    """Commands that have commands of their own."""
+    """Commands with subcommands."""
     from vmodel.cli import bench, inject, iommu, plan
 
     return {"bench": bench.app, "iommu": iommu.app, "plan": plan.app, "inject": inject.app}
@@ -94,7 +94,7 @@ def _app(commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; its exit status."""
+    """Runs the command line `argv`, by default that of this process; returns the exit status."""
     with safely():
         return _main(argv)
 
@@ -123,7 +123,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone (`vmodel regs edu | head`): so be it, and quietly at exit too.
+        # The reader has closed the pipe (`vmodel regs edu | head`): avoid a second error when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return result if isinstance(result, int) else 0

@@ -15,12 +15,14 @@ from vmodel.errors import ConfigError
 
 def acpi(
     path: MachinePath,
-    table: Annotated[Literal["viot", "dmar"], typer.Option("--table", help="Which one.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Else to stdout.")] = None,
+    table: Annotated[Literal["viot", "dmar"], typer.Option("--table", help="The table to write.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to FILE instead of stdout.")
+    ] = None,
 ) -> None:
     """Write the ACPI table of a machine's IOMMUs.
 
-    It tells a guest of them; QEMU's -acpitable takes it.
+    The table describes the IOMMUs to the guest.  Pass it to QEMU with -acpitable.
     """
     log_to_stderr(False)
     with loaded(path) as machine:
@@ -31,7 +33,7 @@ def acpi(
         raise ConfigError(f'has no [[iommu]] of kind "{kind}" with an address: there is no {table.upper()}', file=path)
     if output is None:
         if sys.stdout.isatty():
-            raise ConfigError("a table is binary: name a file with -o, or send it into a pipe")
+            raise ConfigError("the table is binary: name a file with -o, or redirect stdout")
         sys.stdout.buffer.write(content)
         return
     try:

@@ -1,4 +1,4 @@
-"""vmodel bench: what a device does, without a guest."""
+"""vmodel bench: measures a device without a guest."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from vmodel.testing.nvme import READ, WRITE, Latency, NvmeDriver, Pair, Stream, 
 
 app = typer.Typer(help="Measure a device without a guest.", no_args_is_help=True)
 
-#: Queue depths and block sizes that are measured.
+#: The queue depths and block sizes (in bytes) that are measured.
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 BLOCKS = (4 * KiB, 128 * KiB)
-#: Entries of the queue, the namespace, and blocks of data in guest memory: one for each entry.
+#: Entries of the queue (each has a data block in guest memory), and bytes of the namespace.
 _ENTRIES, _NAMESPACE = 256, 256 * MiB
-#: Prepared commands: as many that the blocks do not come round soon.
+#: Commands are prepared for this many rounds of the queue, so that the same blocks do not repeat soon.
 _ROUNDS = 32
 _REPEAT = 3
 _LBA = 512
@@ -53,10 +53,10 @@ params = {{ queues = 1, namespaces = [ {{ {place}, lba = 512 }} ] }}
 
 Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw IOPS and latency.")]
 File = Annotated[
-    Path | None, typer.Option("--file", metavar="FILE", help="The blocks are in this file, which is made anew.")
+    Path | None, typer.Option("--file", metavar="FILE", help="Keep the blocks in FILE, which must not exist yet.")
 ]
-Seconds = Annotated[float, typer.Option("--seconds", min=0.01, max=60, help="How long each figure is measured.")]
-Apart = Annotated[bool, typer.Option("--apart", help="Server and client each have a CPU; else they share one.")]
+Seconds = Annotated[float, typer.Option("--seconds", min=0.01, max=60, help="Seconds to measure each figure.")]
+Apart = Annotated[bool, typer.Option("--apart", help="Use one CPU each for server and client, instead of sharing one.")]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Figure:
     block: int
     depth: int
     iops: float
-    #: Of each second of CPU time that client and server have used: what a machine does that has nothing else to do.
+    #: Commands per second of CPU time of client and server: what one otherwise idle core would reach.
     per_core: float
     mib_per_s: float
     over_memcpy: float
@@ -87,10 +87,10 @@ def nvme(
 ) -> None:
     """Measure random reads and writes of an NVMe controller.
 
-    A vfio-user client of our own makes them.
+    vmodel's own vfio-user client sends the commands.
 
-    IOPS/core are commands in a second of CPU time of client and server together, and "of memcpy" is their bandwidth
-    over that of memcpy between the same blocks: both hold on a machine that has other work, too.
+    IOPS/core is the number of commands per second of CPU time of client and server together.  "of memcpy" is the
+    bandwidth divided by that of memcpy between the same blocks.  Both are valid on a busy machine, too.
     """
     cpus = sorted(os.sched_getaffinity(0))
     if apart and len(cpus) < 2:
@@ -115,11 +115,11 @@ def nvme(
 
 @contextlib.contextmanager
 def _served(file: Path | None, cpu: int) -> Iterator[tuple[Path, int]]:
-    """A server in a process of its own, pinned to a CPU: the controller's socket, and the process."""
+    """Starts a server in a process of its own, pinned to a CPU; yields the controller's socket and the process id."""
     place = f'memory = "{_NAMESPACE}"'
     if file is not None:
         if file.exists():
-            raise ConfigError(f"--file {file}: is there already, and would be written over")
+            raise ConfigError(f"--file {file}: exists, and would be overwritten")
         place = f'path = "{file.absolute()}", size = "{_NAMESPACE}"'
     with tempfile.TemporaryDirectory(prefix="vmodel-bench") as folder:
         machine = Path(folder) / "bench.toml"
@@ -141,7 +141,7 @@ def _served(file: Path | None, cpu: int) -> Iterator[tuple[Path, int]]:
 
 
 def _cpu_seconds(server: int) -> float:
-    """CPU time of this process and of the server so far."""
+    """The CPU time, in seconds, that this process and the server have used so far."""
     tasks = Path(f"/proc/{server}/task").iterdir()
     return time.process_time() + sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
@@ -164,7 +164,7 @@ def _measure(path: Path, server: int, seconds: float) -> Iterator[Figure]:
 def _figure(what: str, block: int, depth: int, stream: Stream, server: int, seconds: float, memcpy: _Memcpy) -> Figure:
     runs, found = [], []
     for _ in range(_REPEAT):
-        # Beside each run: what memory is good for changes with what else the machine does.
+        # Measured next to each run, as memory bandwidth varies with the load of the machine.
         copied = memcpy.rate(seconds / _REPEAT / 4)
         start, used = time.perf_counter(), _cpu_seconds(server)
         latencies = stream.run(depth, seconds / _REPEAT)
@@ -179,7 +179,7 @@ def _figure(what: str, block: int, depth: int, stream: Stream, server: int, seco
 
 
 def percentiles(found: Sequence[Latency], shares: Sequence[float]) -> list[float]:
-    """The latency, in microseconds, that each share of all commands stays below or at."""
+    """For each of `shares` (0 to 1): the latency in microseconds that this share of all commands does not exceed."""
     ordered = sorted(found, key=lambda latency: latency.nanoseconds)
     total = sum(latency.count for latency in ordered)
     result = []
@@ -194,7 +194,7 @@ def percentiles(found: Sequence[Latency], shares: Sequence[float]) -> list[float
 
 
 def _pointer(driver: NvmeDriver, n: int, block: int, buffers: int, lists: int) -> bytes:
-    """The data pointer of entry `n`; its list is written to guest memory."""
+    """The data pointer of entry `n`; its PRP list, if it needs one, is written to guest memory."""
     first = buffers + n * block
     pages = [first + at for at in range(0, block, PAGE)]
     if len(pages) <= 2:
@@ -206,7 +206,7 @@ def _pointer(driver: NvmeDriver, n: int, block: int, buffers: int, lists: int) -
 
 
 def _commands(driver: NvmeDriver, opcode: int, block: int, buffers: int, lists: int) -> bytes:
-    """Entries at random blocks, for `_ROUNDS` rounds of the queue."""
+    """Submission queue entries for random blocks, for `_ROUNDS` rounds of the queue."""
     chance = random.Random(block)
     pointers = [_pointer(driver, n, block, buffers, lists) for n in range(_ENTRIES)]
     image = bytearray()
@@ -222,7 +222,7 @@ def _commands(driver: NvmeDriver, opcode: int, block: int, buffers: int, lists: 
 
 
 def _fill(driver: NvmeDriver, pair: Pair, buffers: int, lists: int) -> None:
-    """Writes all of the namespace: what was never written would be read from one page of zeros."""
+    """Writes the whole namespace: reads of unwritten blocks would all hit the kernel's one page of zeros."""
     block = max(BLOCKS)
     driver.ram.view[buffers : buffers + block] = random.Random(0).randbytes(block)
     pointer = _pointer(driver, 0, block, buffers, lists)
@@ -231,7 +231,7 @@ def _fill(driver: NvmeDriver, pair: Pair, buffers: int, lists: int) -> None:
 
 
 class _Memcpy:
-    """Copies random blocks to a ring of as many as the queue has entries."""
+    """Copies random blocks to a ring of `_ENTRIES` blocks, as the queue does."""
 
     def __init__(self, block: int) -> None:
         self._block = block
@@ -243,7 +243,7 @@ class _Memcpy:
         self._at = 0
 
     def rate(self, seconds: float) -> float:
-        """Bytes that it copies in a second of CPU time."""
+        """Bytes copied per second of CPU time, measured for `seconds`."""
         block, copied = self._block, 0
         with memoryview(self._store) as source, memoryview(self._ring) as target:
             start = time.process_time()
@@ -256,7 +256,7 @@ class _Memcpy:
 
 
 def plot(figures: Sequence[Figure]) -> str:
-    """IOPS and median latency over queue depth, as SVG."""
+    """IOPS and latencies (median, 99.9th percentile) over queue depth, as an SVG document."""
     kinds = list(dict.fromkeys((figure.what, figure.block) for figure in figures))
 
     def lines(value: str) -> list[Line]:

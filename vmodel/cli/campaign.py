@@ -1,4 +1,4 @@
-"""vmodel campaign and sweep: many experiments."""
+"""vmodel campaign and sweep: run many experiments."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from vmodel.guest.artifacts import KERNEL_HELP, find_busybox, find_kernel, find_
 from vmodel.patience import slowness
 
 Folder = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where the results go; else NAME.runs here.")
+    Path | None, typer.Option("-o", "--output", metavar="DIR", help="Store the results in DIR instead of ./NAME.runs.")
 ]
-Jobs = Annotated[int, typer.Option("-j", "--jobs", metavar="N", min=1, help="Runs at a time, on this machine.")]
+Jobs = Annotated[int, typer.Option("-j", "--jobs", metavar="N", min=1, help="Run N cases at a time on this machine.")]
 Scheduler = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Run on a Dask cluster, as tcp://host:8786 (vmodel[cluster]).")
 ]
 
-Retry = Annotated[bool, typer.Option("--retry", help="Make runs anew that ended with a harness error.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Repeat runs that ended with a harness error.")]
 
 
 def campaign(
@@ -46,11 +46,11 @@ def campaign(
     jobs: Jobs = 1,
     scheduler: Scheduler = None,
     retry: Retry = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file and say what would run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the file and list the runs.")] = False,
 ) -> None:
     """Run a matrix of machines, kernels, workloads, plans and seeds.
 
-    What has ended is stored at once; the same command goes on where it was interrupted.
+    Each result is stored as soon as its run ends.  After an interruption, the same command continues.
     """
     log_to_stderr(False)
     content, text = load(path)
@@ -68,7 +68,7 @@ def campaign(
     with at_work(folder, definition, matrix.rig, jobs, scheduler) as (store, runner, _):
         store.keep_only(runs)
         if retry:
-            store.forget_errors()
+            store.reset_errors()
         store.add(runs)
         runner.finish()
 
@@ -77,21 +77,30 @@ def sweep(
     machine: MachinePath,
     point: Annotated[
         str,
-        typer.Option(metavar="POINT [KEY=VALUE]...", help="Where, as 'dma.read device=edu0': see docs/injection.md."),
+        typer.Option(
+            metavar="POINT [KEY=VALUE]...", help="The fault point, as 'dma.read device=edu0': see docs/injection.md."
+        ),
     ],
-    workload: Annotated[str, typer.Option(metavar="SCRIPT", help="A shell script for the guest.")],
-    do: Annotated[str | None, typer.Option(metavar="ACTION", help="What happens; else abort, or drop.")] = None,
-    check: Annotated[str, typer.Option(metavar="SCRIPT", help="Runs after it, without faults: is all well?")] = "",
+    workload: Annotated[str, typer.Option(metavar="SCRIPT", help="A shell script to run in the guest.")],
+    do: Annotated[
+        str | None, typer.Option(metavar="ACTION", help="The action; the default depends on the point.")
+    ] = None,
+    check: Annotated[
+        str, typer.Option(metavar="SCRIPT", help="A script that checks the guest afterwards, without faults.")
+    ] = "",
     kernel: Annotated[str | None, typer.Option(metavar="NAME|PATH", help=KERNEL_HELP)] = None,
     module: Annotated[list[str] | None, typer.Option("--module", metavar="M", help="A module to load.")] = None,
     file: Annotated[
-        list[str] | None, typer.Option("--file", metavar="F[:DEST]", help="A file for the guest, else at /root/NAME.")
+        list[str] | None,
+        typer.Option("--file", metavar="F[:DEST]", help="A file for the guest; DEST is by default /root/NAME."),
     ] = None,
-    append: Annotated[str, typer.Option(metavar="STR", help="More kernel arguments.")] = "",
-    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds for the workload.")] = 30.0,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the actions' random numbers.")] = 0,
-    most: Annotated[int, typer.Option(metavar="N", min=1, help="Events to fail at most.")] = 1000,
-    rig: Annotated[str, typer.Option(metavar="FILE.py:CLASS", help="What carries out cases, if not guests.")] = GUESTS,
+    append: Annotated[str, typer.Option(metavar="STR", help="Additional kernel arguments.")] = "",
+    timeout: Annotated[float, typer.Option(metavar="S", help="Time limit of the workload, in seconds.")] = 30.0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the actions' random numbers.")] = 0,
+    most: Annotated[int, typer.Option(metavar="N", min=1, help="Fail at most N events.")] = 1000,
+    rig: Annotated[
+        str, typer.Option(metavar="FILE.py:CLASS", help="A class that runs cases instead of guests.")
+    ] = GUESTS,
     output: Folder = None,
     jobs: Jobs = 1,
     scheduler: Scheduler = None,
@@ -99,8 +108,8 @@ def sweep(
 ) -> None:
     """Fail each event at a point in turn.
 
-    The 1st, the 2nd, the 3rd and so on, each in a run of its own, until all were reached.  The first run is clean, and
-    counts them.
+    Each event (the 1st, the 2nd, the 3rd ...) fails in a run of its own.  A first run without faults counts the
+    events.
     """
     log_to_stderr(False)
     if timeout <= 0:
@@ -128,7 +137,7 @@ def sweep(
     folder = output or Path(f"{machine.stem}-{point.split()[0]}.runs")
     with at_work(folder, made.definition(), rig, jobs, scheduler) as (store, runner, bar):
         if retry:
-            store.forget_errors()
+            store.reset_errors()
         sweeps.carry_out(made, store, runner, bar, most)
 
 
@@ -136,7 +145,10 @@ def sweep(
 def at_work(
     folder: Path, definition: dict[str, str], rig: str, jobs: int, scheduler: str | None
 ) -> Iterator[tuple[Store, Runner, Bar]]:
-    """A campaign's folder while its runs are made; says at the end how they went.  Ctrl-C and SIGTERM end it."""
+    """Opens a campaign's folder for running; prints a summary at the end.
+
+    Ctrl-C and SIGTERM end it: with exit status 130, and a line that says how to continue.
+    """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with Store.create(folder, definition) as store:
@@ -147,11 +159,11 @@ def at_work(
                 rows = store.rows()
                 done = sum(row.result is not None for row in rows)
                 print(
-                    f"vmodel: interrupted after {done} of {len(rows)} runs: the same command goes on from there",
+                    f"vmodel: interrupted after {done} of {len(rows)} runs: the same command continues from there",
                     file=sys.stderr,
                 )
                 raise typer.Exit(130) from None
-            tell(store.rows(), folder)
+            summarise(store.rows(), folder)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -161,7 +173,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def check_host(kernels: set[str | None]) -> None:
-    """That guests can be booted here: better now than in each run.  ArtifactError."""
+    """Checks that this host can boot guests, before any run does.  ArtifactError: something is missing."""
     slowness()
     find_qemu()
     find_busybox()
@@ -169,8 +181,8 @@ def check_host(kernels: set[str | None]) -> None:
         find_kernel(kernel)
 
 
-def tell(rows: Sequence[Row], folder: Path) -> None:
-    """How many runs had which outcome, on stdout."""
+def summarise(rows: Sequence[Row], folder: Path) -> None:
+    """Prints the number of runs by outcome on stdout."""
     counts = Counter(row.result.outcome for row in rows if row.result is not None)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(justify="right")
@@ -182,5 +194,5 @@ def tell(rows: Sequence[Row], folder: Path) -> None:
     show(table, console())
     wrong = [row for row in rows if row.result is not None and not row.expected]
     if wrong:
-        print(f"{len(wrong)} of {len(rows)} are not as expected, the first: {wrong[0].folder}")
+        print(f"{len(wrong)} of {len(rows)} runs are not as expected, the first: {wrong[0].folder}")
     print(f"vmodel report {shlex.quote(str(folder))} -o report.html")

@@ -1,4 +1,4 @@
-"""Line charts as SVG: values over a scale of powers of two."""
+"""Line charts as SVG: the x axis has powers of two, the y axis powers of ten."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 
 @dataclass(frozen=True)
 class Line:
-    """`points`: (x, y), both above 0."""
+    """A line of a chart; `points` are (x, y), both above 0."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -22,7 +22,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart; its vertical scale is logarithmic."""
+    """One chart, with the labels of its axes; both scales are logarithmic."""
 
     title: str
     x: str
@@ -31,7 +31,7 @@ class Chart:
 
 
 def draw(title: str, charts: Sequence[Chart]) -> str:
-    """An SVG document with the charts side by side; lines of one name have one colour."""
+    """An SVG document with the charts side by side; lines of the same name have the same colour."""
     names = list(dict.fromkeys(line.name for chart in charts for line in chart.lines))
     colours = {name: _COLOURS[n % len(_COLOURS)] for n, name in enumerate(names)}
     width, height = _WIDTH * len(charts), _HEIGHT + _LEGEND * len(names) + 10
@@ -55,7 +55,7 @@ def draw(title: str, charts: Sequence[Chart]) -> str:
 def _chart(chart: Chart, colours: dict[str, str]) -> list[str]:
     points = [point for line in chart.lines for point in line.points]
     xs, ys = [math.log2(x) for x, _ in points], [math.log10(y) for _, y in points]
-    # Whole steps on both scales.
+    # Both scales begin and end at a whole power.
     left, right = math.floor(min(xs)), max(math.ceil(max(xs)), math.floor(min(xs)) + 1)
     low, high = math.floor(min(ys)), max(math.ceil(max(ys)), math.floor(min(ys)) + 1)
     wide, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM

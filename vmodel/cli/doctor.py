@@ -1,4 +1,4 @@
-"""vmodel doctor.  Must run where nothing else does: it imports neither the shim nor what needs it."""
+"""vmodel doctor.  It must run even if nothing else does, so it imports neither the shim nor a module that needs it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from vmodel.guest.artifacts import ArtifactError
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.  `mend` is the command that mends what is missing."""
+    """The result of a check.  `mend` is the command that fixes it."""
 
     name: str
     ok: bool
     detail: str
     mend: str = ""
-    #: False: vmodel works without it.
+    #: False: vmodel works without it, except for some commands.
     needed: bool = True
 
 
@@ -54,7 +54,7 @@ def _qemu() -> Finding:
     name = "QEMU with vfio-user-pci"
     try:
         qemu = artifacts.find_qemu()
-        # A cached one was asked when it was unpacked; a library that it needs may have gone since.
+        # A cached QEMU was probed when it was unpacked; a library that it needs may have been removed since.
         qemu = artifacts.probe_qemu(qemu.path)
     except ArtifactError as error:
         return _artifact(name, error)
@@ -69,7 +69,7 @@ def _kernel(short: str) -> Finding:
         return _artifact(name, error, needed)
     if not kernel.image.is_file() or kernel.modules is None or not kernel.modules.is_dir():
         mend = f"{artifacts.MEND} --refresh"
-        return Finding(name, False, f"{kernel.image} or its modules have gone", mend, needed)
+        return Finding(name, False, f"{kernel.image} or its modules are missing", mend, needed)
     return Finding(name, True, str(kernel.image))
 
 
@@ -81,7 +81,7 @@ def _busybox() -> Finding:
 
 
 def _artifact(name: str, error: ArtifactError, needed: bool = True) -> Finding:
-    # These errors end with what to do, so that they can stand alone; here it has a column of its own.
+    # The message of an ArtifactError ends with the command that fixes it; here the command has a line of its own.
     detail, _, mend = str(error).rpartition("; ")
     return Finding(name, False, detail or mend, mend.removeprefix("run "), needed)
 
@@ -103,7 +103,7 @@ def _memory() -> Finding:
 
 
 def _compiler() -> Finding:
-    # The shim has been built by now; a compiler is for building it anew, and for C programs for the guest.
+    # The shim is built by now: a compiler is only needed to rebuild it, and to build C programs for the guest.
     found = shutil.which("cc") or shutil.which("gcc")
     if not found:
         return Finding("C compiler", False, "no cc in PATH", "apt-get install gcc libc6-dev", needed=False)
@@ -122,9 +122,9 @@ def _checks() -> Iterator[Finding]:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Check that what vmodel needs is there.
+    """Check that everything that vmodel needs is installed.
 
-    The exit status is 1 if something is missing that it does not work without.
+    The exit status is 1 if something that vmodel cannot work without is missing.
     """
     findings = list(_checks())
     healthy = all(f.ok or not f.needed for f in findings)
@@ -138,5 +138,5 @@ def doctor(as_json: AsJson = False) -> None:
         out.print(f.detail, markup=False, highlight=False)
         if not f.ok and f.mend:
             optional = "" if f.needed else " (optional)"
-            out.print(f"         {'':<24} to mend it{optional}: {f.mend}", markup=False, highlight=False)
+            out.print(f"         {'':<24} to fix it{optional}: {f.mend}", markup=False, highlight=False)
     raise typer.Exit(0 if healthy else 1)

@@ -1,4 +1,4 @@
-"""Groups as a picture: the tree of buses from left to right, a colour for each group."""
+"""IOMMU groups as SVG: the tree of buses from left to right, with a colour for each group."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vmodel.pci.topology import Bus, Function
 
 _ROW, _COLUMN, _WIDTH, _HEIGHT = 64, 275, 235, 46
 _MARGIN, _LEGEND = 24, 22
-#: Hues are spread by the golden angle, so that neighbours differ however many groups there are.
+#: Hues differ by the golden angle, in degrees: neighbours differ clearly for any number of groups.
 _GOLDEN = 137.508
 
 
 @dataclass
 class _Box:
-    """A function, or a root bus, at a place."""
+    """A box of the drawing: a function or a root bus, and its place."""
 
     column: int
     row: float
@@ -29,7 +29,7 @@ class _Box:
 
 
 def draw(system: System) -> str:
-    """An SVG document."""
+    """An SVG document of a system's buses, functions and IOMMU groups."""
     there = {e.source: e for e in system.endpoints if isinstance(e.source, Function)}
     boxes: list[_Box] = []
     row = 0.0
@@ -57,7 +57,7 @@ def draw(system: System) -> str:
 
 
 def _lay(bus: Bus, parent: _Box, row: float, there: dict[Function, Endpoint], boxes: list[_Box]) -> float:
-    """Places a bus's functions from `row` down; the first free row after them."""
+    """Places the functions of a bus, from `row` downwards; returns the first free row after them."""
     for function in bus.functions:
         box = _function(function, there.get(function), parent, row)
         boxes.append(box)
@@ -79,7 +79,7 @@ def _function(function: Function, endpoint: Endpoint | None, parent: _Box, row: 
 
 
 def _colour(number: int) -> str:
-    # As #rrggbb: not every viewer knows hsl().
+    # As #rrggbb, since some viewers do not support hsl().
     rgb = colorsys.hls_to_rgb(number * _GOLDEN % 360 / 360, 0.85, 0.7)
     return "#" + "".join(f"{round(part * 255):02x}" for part in rgb)
 

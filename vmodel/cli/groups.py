@@ -20,19 +20,19 @@ from vmodel.iommu.system import System
 from vmodel.machine import Machine
 from vmodel.pci.topology import Bus, Function
 
-Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw them.")]
+Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw them as SVG.")]
 Sysfs = Annotated[
-    Path | None, typer.Option("--sysfs", metavar="DIR", help="Write them as Linux shows them below /sys/kernel.")
+    Path | None, typer.Option("--sysfs", metavar="DIR", help="Write them to DIR in the form of Linux's /sys/kernel.")
 ]
 
-#: Group numbers take turns at these.
+#: Groups use these colours in turn, by their number.
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 
 def groups(path: MachinePath, as_json: AsJson = False, svg: Svg = None, sysfs_dir: Sysfs = None) -> None:
     """Show a machine's IOMMU groups.
 
-    The tree has segments, bridges and devices, and says why each is where it is.
+    The tree has segments, bridges and devices, and the reason why each is in its group.
     """
     log_to_stderr(False)
     with loaded(path) as machine:
@@ -92,7 +92,7 @@ def _label(endpoint: Endpoint) -> str:
 
 
 def described(machine: Machine) -> dict[str, Any]:
-    """Everything as plain data, for `--json`."""
+    """A machine's IOMMUs, groups and devices as plain data, for `--json`."""
     system = machine.system
     return {
         "machine": machine.name,

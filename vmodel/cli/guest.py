@@ -24,22 +24,23 @@ from vmodel.machine import Machine
 from vmodel.patience import slowness
 from vmodel.server import Server
 
-Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run.", show_default=False)]
+Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The command to run.", show_default=False)]
 Kernel = Annotated[str | None, typer.Option(metavar="NAME|PATH", help=artifacts.KERNEL_HELP)]
 Modules = Annotated[list[str] | None, typer.Option("--module", metavar="M", help="A kernel module to load.")]
 Files = Annotated[
-    list[str] | None, typer.Option("--file", metavar="F[:DEST]", help="A file for the guest, else at /root/NAME.")
+    list[str] | None,
+    typer.Option("--file", metavar="F[:DEST]", help="A file for the guest; DEST is by default /root/NAME."),
 ]
 Tools = Annotated[
-    list[str] | None, typer.Option("--tool", metavar="T", help="A program of Debian's for the guest, such as nvme.")
+    list[str] | None, typer.Option("--tool", metavar="T", help="A Debian program to copy into the guest, as nvme.")
 ]
-Append = Annotated[str, typer.Option(metavar="STR", help="More kernel arguments.")]
-Timeout = Annotated[float, typer.Option(metavar="S", help="Seconds for the whole run, times $VMODEL_SLOW.")]
-Artifacts = Annotated[Path | None, typer.Option("--artifacts", metavar="DIR", help="Keep the logs there.")]
-Stats = Annotated[bool, typer.Option("--stats", help="At the end, say what the devices saw.")]
-Interactive = Annotated[bool, typer.Option("--interactive", "-i", help="Pass standard input on to COMMAND.")]
+Append = Annotated[str, typer.Option(metavar="STR", help="Additional kernel arguments.")]
+Timeout = Annotated[float, typer.Option(metavar="S", help="Time limit in seconds, multiplied by $VMODEL_SLOW.")]
+Artifacts = Annotated[Path | None, typer.Option("--artifacts", metavar="DIR", help="Keep the logs in DIR.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Print counters of devices and IOMMUs at the end.")]
+Interactive = Annotated[bool, typer.Option("--interactive", "-i", help="Forward standard input to COMMAND.")]
 
-#: An interactive command's first output: what is sent before somebody has opened the port is lost.
+#: The first output of an interactive command: input that is sent before the guest has opened its port is lost.
 _LISTENING = b"\x16"
 
 
@@ -63,8 +64,8 @@ def guest(
 ) -> None:
     """Run a command in a stock guest with a machine's devices.
 
-    The exit status is the command's.  What it prints goes to stdout, byte for byte; the kernel's console goes to
-    stderr, on a terminal with control characters written out.
+    The exit status is the command's.  Its output goes to stdout unchanged.  The kernel's console goes to stderr, and
+    if that is a terminal, control characters are escaped.
     """
     out = err = Screen(sys.stderr.fileno())
     if not shared(sys.stdout, sys.stderr):
@@ -128,7 +129,7 @@ def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool, ou
         with Guest(spec, artifacts=logs, on_output=on_output, on_console=on_console) as running:
             threading.Thread(target=_end_on, args=(stop, running), daemon=True).start()
             if interactive:
-                threading.Thread(target=_pass_on, args=(listening, sys.stdin.fileno(), running), daemon=True).start()
+                threading.Thread(target=_forward, args=(listening, sys.stdin.fileno(), running), daemon=True).start()
             return running.wait()
 
 
@@ -142,9 +143,9 @@ def _end_on(stop: Stop, running: Guest) -> None:
             running.kill()
 
 
-def _pass_on(listening: threading.Event, source: int, running: Guest) -> None:
+def _forward(listening: threading.Event, source: int, running: Guest) -> None:
     listening.wait()
-    # It ends with the input, or with the guest: _watch() waits for that.
+    # The loop ends with the input or, by an OSError, with the guest.
     with contextlib.suppress(OSError):
         while data := os.read(source, 4096):
             running.send(data)
@@ -161,7 +162,7 @@ def _file(text: str) -> tuple[Path, str]:
 
 
 def summary(server: Server, machine: Machine, result: GuestResult) -> None:
-    """What the devices and IOMMUs saw, on stderr."""
+    """Prints the counters of devices and IOMMUs on stderr."""
     stats = server.stats()
     table = Table("", *(f"[bold]{name}[/]" for name in stats), box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in table.columns[1:]:
@@ -170,7 +171,7 @@ def summary(server: Server, machine: Machine, result: GuestResult) -> None:
         ("accesses by the guest", ["reads", "writes"]),
         ("  reads", ["reads"]),
         ("  writes", ["writes"]),
-        ("  answered in C, without Python", ["served"]),
+        ("  served in C, without Python", ["served"]),
         ("exits to Python", ["exits"]),
         ("DMA bytes, guest to device", ["dma_read_bytes"]),
         ("DMA bytes, device to guest", ["dma_write_bytes"]),
@@ -185,7 +186,7 @@ def summary(server: Server, machine: Machine, result: GuestResult) -> None:
     show(table, console(sys.stderr))
     for iommu in machine.system.iommus:
         queue = iommu.faults
-        lost = f", {queue.lost} of them lost: its queue has {queue.depth}" if queue.lost else ""
+        lost = f", {queue.lost} of them lost: its queue holds {queue.depth}" if queue.lost else ""
         print(f"{iommu.name}: {queue.total} fault{'' if queue.total == 1 else 's'} recorded{lost}", file=sys.stderr)
         for record in queue.peek()[:8]:
             print(f"  {record}", file=sys.stderr)

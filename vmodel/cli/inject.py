@@ -1,4 +1,4 @@
-"""vmodel inject, log: faults of a running server."""
+"""vmodel inject and log: control the fault rules of a running server, and print its injections."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from vmodel.errors import ConfigError
 
 app = typer.Typer(
     add_completion=False,
-    help="The faults of a running server.",
+    help="Control the fault rules of a running server.",
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RuleName = Annotated[str, typer.Argument(metavar="NAME", help="Of the rule.", show_default=False)]
-AnyName = Annotated[str, typer.Argument(metavar="[NAME]", help="Of the rule; else all.", show_default=False)]
+RuleName = Annotated[str, typer.Argument(metavar="NAME", help="The rule's name.", show_default=False)]
+AnyName = Annotated[
+    str, typer.Argument(metavar="[NAME]", help="The rule's name; by default all rules.", show_default=False)
+]
 
 
 @app.callback()
 def _inject() -> None:
-    """The faults of a running server."""
+    """Control the fault rules of a running server."""
 
 
 def _socket(path: Path, run_dir: Path | None) -> Path:
@@ -44,13 +46,13 @@ def add(
     rule: Annotated[str, typer.Argument(metavar="RULE", help="As 'dma.write device=edu0 nth=3 do=partial(8)'.")],
     run_dir: RunDir = None,
 ) -> None:
-    """Arm one more rule; prints its name."""
+    """Arm another rule, and print its name."""
     print(control.ask(_socket(path, run_dir), "inject.add", rule=rule))
 
 
 @app.command(name="list")
 def list_rules(path: MachinePath, run_dir: RunDir = None, as_json: AsJson = False) -> None:
-    """List the rules, and how often each has fired."""
+    """List the rules, with their state and counts."""
     rules = control.ask(_socket(path, run_dir), "inject.list")
     if as_json:
         print(json.dumps(rules))
@@ -70,20 +72,20 @@ def remove(path: MachinePath, name: RuleName, run_dir: RunDir = None) -> None:
 
 @app.command()
 def pause(path: MachinePath, name: AnyName = "", run_dir: RunDir = None) -> None:
-    """Keep a rule, or all, from firing and counting."""
+    """Pause a rule or all rules: they neither fire nor count."""
     control.ask(_socket(path, run_dir), "inject.pause", name=name)
 
 
 @app.command()
 def resume(path: MachinePath, name: AnyName = "", run_dir: RunDir = None) -> None:
-    """Let a rule, or all, go on."""
+    """Resume a paused rule or all rules."""
     control.ask(_socket(path, run_dir), "inject.resume", name=name)
 
 
 def log(
     path: MachinePath,
     run_dir: RunDir = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on, until Ctrl-C or the server's end.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow until Ctrl-C or the server ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the injections of a running server, oldest first."""
@@ -104,7 +106,7 @@ def log(
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record for people."""
+    """One line about an injection, for people."""
     where = f" {record['address']}+{record['size']}" if record["address"] is not None else ""
     changed = f": {record['before']} -> {record['after']}" if record["after"] is not None else ""
     result = "" if record["result"] == "ok" else f" [{record['result']}]"

@@ -1,4 +1,4 @@
-"""vmodel devices, regs."""
+"""vmodel devices and regs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmodel.machine import load_model
 
 
 def devices(as_json: AsJson = False) -> None:
-    """List the built-in models."""
+    """List the built-in device models."""
     models = {name: load_model(name) for name in BUILTIN}
     if as_json:
         print(json.dumps({name: {**_identity(model), "class": BUILTIN[name]} for name, model in models.items()}))

@@ -1,4 +1,4 @@
-"""vmodel iommu show: what the IOMMUs of a running server do."""
+"""vmodel iommu show: the state of the IOMMUs of a running server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN_MAPPINGS = 4
 
 app = typer.Typer(
     add_completion=False,
-    help="The IOMMUs of a running server.",
+    help="Show the IOMMUs of a running server.",
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 @app.callback()
 def _iommu() -> None:
-    """The IOMMUs of a running server."""
+    """Show the IOMMUs of a running server."""
 
 
 @app.command(name="show")
@@ -34,11 +34,11 @@ def show_iommus(
     path: MachinePath,
     run_dir: RunDir = None,
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Once a second, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh once a second, until Ctrl-C.")] = False,
 ) -> None:
-    """Show what IOMMUs do on the server that runs MACHINE.
+    """Show the IOMMUs of the server that runs MACHINE.
 
-    Groups, domains, mappings, IOTLB hit rates and faults.
+    The output has groups, domains, mappings, IOTLB hit rates and faults.
     """
     log_to_stderr(False)
     with loaded(path) as machine:
@@ -62,11 +62,11 @@ def show_iommus(
                 time.sleep(1)
                 live.update(_table(control.ask(socket, "iommu")), refresh=True)
     finally:
-        out.show_cursor(True)  # Ctrl-C while Live starts: it has hidden the cursor, and is not ended
+        out.show_cursor(True)  # Ctrl-C while Live starts leaves the cursor hidden
 
 
 def _table(shown: dict[str, Any]) -> Table:
-    # Uses of stale translations: a column where they are looked for.
+    # Uses of stale translations: a column only if an IOMMU reports them.
     watched = {iommu["name"] for iommu in shown["iommus"] if iommu["report_stale"]}
     columns = [
         "group",

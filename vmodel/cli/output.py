@@ -1,7 +1,7 @@
-"""How commands print: for people in a terminal, and plainly for whatever else reads it.
+"""Output of commands: with colours and tables for a terminal, plain text for other programs.
 
-What a command prints may have come from a guest or a file of somebody's.  In `safely()` all of it passes `printable()`:
-prints by the streams, tables and logs by a hook of rich's, whose own colours are not foreign.
+Output may contain text from a guest or from somebody else's file.  Within `safely()` all of it passes `printable()`:
+prints through the replaced streams, tables and logs through a hook of rich, which leaves rich's own colours alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from rich.table import Table
 
 from vmodel.printable import printable
 
-AsJson = Annotated[bool, typer.Option("--json", help="For tools.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what devices and clients do.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log the actions of devices and clients.")]
 
 
 class _Printable:
-    """A text stream whose text is printable.  `buffer` and `fileno()` are for bytes that are meant as they are."""
+    """A text stream that escapes unprintable text.  Bytes written to `buffer` or `fileno()` stay unchanged."""
 
     def __init__(self, raw: TextIO) -> None:
         self.raw = raw
@@ -41,7 +41,7 @@ class _Printable:
 
 @contextlib.contextmanager
 def safely() -> Iterator[None]:
-    """Meanwhile, what is printed on stdout and stderr is printable."""
+    """Within this context, unprintable text on stdout and stderr is escaped."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, _Printable(stream)) for stream in before)
     try:
@@ -65,9 +65,9 @@ class _PrintableHook(RenderHook):
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """A console on `stream` (stdout).  Outside a terminal it neither colours nor folds lines.
+    """A console on `stream`, by default stdout.  Outside a terminal it neither colours nor folds lines.
 
-    With NO_COLOR set it has no attributes at all: rich would still print bold.
+    With NO_COLOR set it uses no attributes at all, whereas rich would still print bold text.
     """
     stream = stream or sys.stdout
     stream = stream.raw if isinstance(stream, _Printable) else stream
@@ -80,7 +80,7 @@ def console(stream: TextIO | None = None) -> Console:
 
 
 def show(table: Table, out: Console) -> None:
-    """Prints a table; outside a terminal without the blanks that fill its lines."""
+    """Prints a table; outside a terminal without trailing blanks."""
     if out.is_terminal:
         out.print(table)
         return
@@ -91,7 +91,7 @@ def show(table: Table, out: Console) -> None:
 
 
 def log_to_stderr(verbose: bool, stream: TextIO | None = None) -> None:
-    """Warnings, and with `verbose` all that vmodel says, on stderr, or on a `stream` in its place."""
+    """Sends vmodel's log to `stream`, by default stderr: warnings, and with `verbose` everything."""
     stream = stream or sys.stderr
     handler: logging.Handler
     if stream.isatty():

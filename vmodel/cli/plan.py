@@ -1,4 +1,4 @@
-"""vmodel plan: files of faults; and the options of the commands that take them."""
+"""vmodel plan: checks plan files, and prints their schema."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmodel.machine import Machine
 
 app = typer.Typer(
     add_completion=False,
-    help="Plans of faults.",
+    help="Check plans of faults.",
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -25,20 +25,20 @@ app = typer.Typer(
 
 @app.callback()
 def _plan() -> None:
-    """Plans of faults."""
+    """Check plans of faults."""
 
 
 @app.command()
 def check(
-    paths: Annotated[list[Path], typer.Argument(metavar="PLAN.toml", help="The plans.", show_default=False)],
+    paths: Annotated[list[Path], typer.Argument(metavar="PLAN.toml", help="The plan files.", show_default=False)],
     machine: Annotated[
         Path | None,
-        typer.Option("--machine", metavar="MACHINE.toml", help="Also look for devices and registers that it names."),
+        typer.Option("--machine", metavar="MACHINE.toml", help="Also check that devices and registers exist."),
     ] = None,
 ) -> None:
-    """Check plans, and print their rules as they are understood.
+    """Check plans, and print their rules in normal form.
 
-    One line for each mistake; the exit status is 2 if there is any.
+    Each mistake is one line on stderr; the exit status is then 2.
     """
     log_to_stderr(False)
     mistakes = []
@@ -67,5 +67,5 @@ def _with_file(path: Path, line: str) -> str:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of plans, for editors."""
+    """Print the JSON schema of plan files, for editors."""
     print(json.dumps(FaultPlan.model_json_schema(), indent=2))

@@ -1,4 +1,4 @@
-"""vmodel reproduce and minimise: one run of a campaign again."""
+"""vmodel reproduce and minimise: repeat one run of a campaign, or shrink its plan."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from vmodel.errors import ConfigError
 from vmodel.experiment.case import Result
 from vmodel.inject import FaultPlan
 
-Trust = Annotated[bool, typer.Option("--trust", help="Use code and files of this host that the campaign names.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Allow code and files of this host that the campaign names.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as edu.runs/17.", show_default=False)]
 
 
 def reproduce(
     path: RunPath,
     with_history: Annotated[
-        bool, typer.Option("--with-history", help="First, in the same guest, the runs that it had seen before.")
+        bool, typer.Option("--with-history", help="First repeat the earlier runs of the same guest.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="For the artefacts; else RUN-again.")
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Store artefacts in DIR instead of RUN-again.")
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Repeat one run exactly, and say what is not as it was.
+    """Repeat one run exactly, and print the differences.
 
     The exit status is 0 if the outcome is the same, else 1.
     """
@@ -50,27 +50,28 @@ def reproduce(
     for line in differences(before, now):
         print(f"  {line}")
     if not same and others and not with_history:
-        print(f"  its guest had run {len(others)} before: --with-history runs them first")
+        print(f"  its guest had {len(others)} earlier runs: --with-history repeats them first")
     raise typer.Exit(0 if same else 1)
 
 
 def minimise(
     path: RunPath,
-    most: Annotated[int, typer.Option("--runs", metavar="N", min=1, help="Make that many runs at most.")] = 100,
+    most: Annotated[int, typer.Option("--runs", metavar="N", min=1, help="Make at most N runs.")] = 100,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="For the artefacts; else RUN-minimised.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="DIR", help="Store artefacts in DIR instead of RUN-minimised."),
     ] = None,
     trust: Trust = False,
 ) -> None:
     """Shrink a run's plan as far as its outcome stays the same.
 
-    What is left is printed.  Rules go first, then single events of those that are left.
+    Rules are removed first, then single events of the remaining rules.  The smallest plan is printed.
     """
     log_to_stderr(False)
     row, before, _ = _ended(path, trust)
     plan = row.run.case.plan
     if plan is None or not plan.rule:
-        raise ConfigError(f"{path}: has no faults that could be left out")
+        raise ConfigError(f"{path}: has no faults to leave out")
     folder = free_folder(output or row.folder.with_name(f"{row.id}-minimised"))
     with load_rig(row.run.rig)() as rig:
         count = 0
@@ -85,22 +86,23 @@ def minimise(
             ended = minimiser.minimise(plan)
         except ValueError:
             raise ConfigError(
-                f"{path}: its outcome was {before.outcome.value}, and is another one now: see vmodel reproduce {path}"
+                f"{path}: the outcome was {before.outcome.value}, and is a different one now:"
+                f" see vmodel reproduce {path}"
             ) from None
     if not ended:
-        print(f"vmodel: there may be less: it ended after {most} runs (--runs)", file=sys.stderr)
+        print(f"vmodel: stopped after {most} runs (--runs): a smaller plan may exist", file=sys.stderr)
     assert minimiser.best is not None  # the plan itself was tried
     smallest = minimiser.best[0].model_copy(update={"seed": (row.run.case.seeded() or plan).seed})
     text = plan_text(smallest, f"From {path}: {before.outcome.value}.  {minimiser.runs} runs.")
     (folder / "plan.toml").write_text(text, encoding="utf-8")
     print(text, end="")
-    print(f"vmodel: it is in {folder / 'plan.toml'}, too", file=sys.stderr)
+    print(f"vmodel: the plan is also in {folder / 'plan.toml'}", file=sys.stderr)
 
 
 def _ended(path: Path, trust: bool) -> tuple[Row, Result, list[Row]]:
-    """A run, its result, and those that its guest had run before.
+    """A run, its result, and the earlier runs of its guest.
 
-    ConfigError: it has not ended yet, or names code of this host's, and nobody said that it may.
+    ConfigError: the run has not ended yet, or it names code or files of this host without `trust`.
     """
     store, row = find_run(path)
     with store:
@@ -109,9 +111,9 @@ def _ended(path: Path, trust: bool) -> tuple[Row, Result, list[Row]]:
         others = list(history(store.rows(), row))
     named = dict.fromkeys(part for each in (row, *others) for part in code(each))
     if named and not trust:
-        raise ConfigError(f"{path}: would use {', '.join(named)} of this host: if you trust this campaign, say --trust")
+        raise ConfigError(f"{path}: would use {', '.join(named)} of this host: if you trust this campaign, add --trust")
     for name in changed_inputs(row):
-        print(f"vmodel: warning: {name} has changed since", file=sys.stderr)
+        print(f"vmodel: warning: {name} has changed since the run", file=sys.stderr)
     if row.run.rig == GUESTS:
         check_host({row.run.case.kernel})
     return row, row.result, others

@@ -16,19 +16,23 @@ from vmodel.mistakes import guess
 
 
 def report(
-    path: Annotated[Path, typer.Argument(metavar="CAMPAIGN", help="Its folder, as edu.runs.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(metavar="CAMPAIGN", help="The campaign's folder, as edu.runs.", show_default=False)
+    ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where it goes; else to stdout.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to FILE instead of stdout.")
     ] = None,
     form: Annotated[str, typer.Option("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}.")] = "html",
 ) -> None:
-    """Report what a campaign or sweep has found, on one page.
+    """Report the results of a campaign or sweep on one page.
 
-    Also while it runs.
+    This works while the campaign is running, too.
     """
     if form not in FORMATS:
         close = guess(form, list(FORMATS))
-        raise ConfigError(f"--format {form}: {f'did you mean {close}? ' if close else ''}It is {', '.join(FORMATS)}")
+        raise ConfigError(
+            f"--format {form}: {f'did you mean {close}? ' if close else ''}Formats are {', '.join(FORMATS)}"
+        )
     with Store.open(path) as store:
         text = FORMATS[form](Summary(store, (output or Path("report")).absolute().parent))
     if output is None:

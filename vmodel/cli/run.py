@@ -15,10 +15,11 @@ from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faul
 from vmodel.guest import artifacts
 
 Arguments = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- QEMU ARGS]", help="More for QEMU.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[-- QEMU ARGS]", help="Additional arguments for QEMU.", show_default=False),
 ]
 
-#: Seconds that QEMU gets to end by itself after a signal of ours.
+#: Seconds for QEMU to end after SIGTERM.
 _PATIENCE = 1.0
 
 
@@ -46,7 +47,10 @@ def run(
 
 
 def _wait(process: subprocess.Popen[bytes], stop: Stop) -> int:
-    """QEMU's status; a signal of ours ends it first.  (Ctrl-C in a terminal reaches QEMU by itself as well.)"""
+    """Waits for QEMU; returns its status.  A signal to this process ends QEMU.
+
+    (Ctrl-C in a terminal also reaches QEMU directly.)
+    """
     ended = os.pidfd_open(process.pid)
     try:
         select.select([ended, stop.fileno()], [], [])

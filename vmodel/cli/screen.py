@@ -1,4 +1,4 @@
-"""What several write on one terminal (a guest's command, its kernel, vmodel's log) a line at a time."""
+"""Merges several sources (a guest's command, its kernel, vmodel's log) on one terminal, line by line."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import TextIO
 from vmodel.guest.running import writer
 from vmodel.printable import printable
 
-#: Seconds, and bytes, that others wait for the end of somebody's line: a prompt has none.
+#: The other sources wait at most this many seconds, and bytes, for the end of an open line: a prompt has none.
 _PATIENCE = 1.0
 _MOST = 1 << 16
 
 
 class Screen:
-    """One file, on which each source's lines stay whole.
+    """A file shared by several sources, which keeps each source's lines whole.
 
-    While somebody is in the middle of a line, others wait until it ends; after a second they begin a line of their own.
-    A source that is alone gets through at once and byte for byte.
+    While one source has an open line, the others wait until it ends; after a second they start a new line.
+    Output of a single source passes at once and unchanged.
     """
 
     def __init__(self, fd: int) -> None:
@@ -32,7 +32,7 @@ class Screen:
         self._timer: threading.Timer | None = None
 
     def put(self, source: str, data: bytes) -> None:
-        """Writes what `source` says, now or when a line has ended."""
+        """Writes `data` of `source`, at once or when the open line of another source has ended."""
         with self._lock:
             self._take(source, data)
             if not self._waiting:
@@ -45,13 +45,13 @@ class Screen:
                 self._timer.start()
 
     def close(self) -> None:
-        """Writes what still waits, and ends a line that is open if anybody else wants to write after it."""
+        """Writes all data that is waiting; open lines of other sources are ended for it."""
         with self._lock:
             while self._waiting:
                 self._break()
 
     def end_line(self) -> None:
-        """What is written next by others begins a line."""
+        """Writes all data that is waiting, and ends an open line, so that the next output starts a new one."""
         self.close()
         with self._lock:
             if self._open is not None:
@@ -66,15 +66,15 @@ class Screen:
         if newline and self._waiting:
             self._write(head + newline)
             self._open = None
-            self._go_on()
+            self._flush()
             if tail:
                 self._take(source, tail)
         elif data:
             self._write(data)
             self._open = source if tail else None
 
-    def _go_on(self) -> None:
-        """A line has ended: those that waited, in their order."""
+    def _flush(self) -> None:
+        """A line has ended: takes the waiting data, in its order."""
         waiting, self._waiting = self._waiting, []
         for source, data in waiting:
             self._take(source, data)
@@ -82,7 +82,7 @@ class Screen:
     def _break(self) -> None:
         self._write(b"\n")
         self._open = None
-        self._go_on()
+        self._flush()
         self._stop_waiting()
 
     def _stop_waiting(self) -> None:
@@ -98,23 +98,23 @@ class Screen:
 
 
 class Log(io.TextIOBase):
-    """A stream for log lines on a screen."""
+    """A text stream that writes log lines to a screen."""
 
     def __init__(self, screen: Screen, stream: TextIO) -> None:
         self._screen, self._stream = screen, stream
 
     def write(self, text: str) -> int:
-        """As any stream's.  Text is printable already, or rich's."""
+        """Writes text, which the caller has made printable already."""
         self._screen.put("log", text.encode(errors="backslashreplace"))
         return len(text)
 
     def isatty(self) -> bool:
-        """As the stream whose place it takes."""
+        """Whether the stream that this one replaces is a terminal."""
         return self._stream.isatty()
 
 
 def shared(one: TextIO, other: TextIO) -> bool:
-    """Whether two streams are one file or terminal."""
+    """Whether two streams write to the same file or terminal."""
     try:
         return os.path.sameopenfile(one.fileno(), other.fileno())
     except OSError:
@@ -122,7 +122,7 @@ def shared(one: TextIO, other: TextIO) -> bool:
 
 
 def decoded(put: Callable[[bytes], None]) -> Callable[[bytes], None]:
-    """Takes a kernel's console in pieces, and passes it on printable."""
+    """A sink for a console's bytes, in pieces of any size; it escapes unprintable text and calls `put`."""
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
 
     def take(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""vmodel serve, qemu-args; and what all commands that serve a machine share."""
+"""vmodel serve and qemu-args, and code shared by all commands that serve a machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RunDir = Annotated[
     typer.Option(
         "--run-dir",
         metavar="DIR",
-        help="Where the sockets go; else $XDG_RUNTIME_DIR/vmodel/NAME, or a folder of yours in the temporary one.",
+        help="Folder of the sockets; by default $XDG_RUNTIME_DIR/vmodel/NAME, or one in the temporary folder.",
     ),
 ]
 
@@ -41,44 +41,44 @@ Plan = Annotated[
 ]
 Faults = Annotated[
     list[str] | None,
-    typer.Option("--fault", metavar="RULE", help="One fault more, as 'dma.write device=edu0 nth=3 do=partial(8)'."),
+    typer.Option("--fault", metavar="RULE", help="Another fault, as 'dma.write device=edu0 nth=3 do=partial(8)'."),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Instead of the plan's.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Use this seed instead of the plan's.")]
 
 
-#: Seconds from a signal until the process ends in any case.
+#: Seconds after a signal until the process is ended by force.
 _PATIENCE = 1.8
 
 
 class Stop:
-    """SIGINT and SIGTERM as something to wait for; `number` is the signal that came, else 0."""
+    """Waits for SIGINT and SIGTERM.  `number` is the signal that arrived, 0 before."""
 
     def __init__(self) -> None:
         self.number = 0
-        # A pipe, as a signal handler must not touch locks: threading.Event.set() may deadlock in one.
+        # A pipe, as a signal handler must not take locks: threading.Event.set() may deadlock there.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
 
     def fileno(self) -> int:
-        """Readable once a signal has come."""
+        """A descriptor that is readable after a signal has arrived."""
         return self._reader
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleeps until a signal comes; whether one has."""
+        """Blocks until a signal arrives, at most `timeout` seconds; returns whether one has arrived."""
         return bool(select.select([self._reader], [], [], timeout)[0])
 
     def _came(self, number: int, _: object) -> None:
         if not self.number:
-            # What does not end in time is shown by its stack and left behind; this needs no lock of Python's.
+            # If the process does not end in time, this prints all stacks and exits.  It needs no lock of Python's.
             faulthandler.dump_traceback_later(_PATIENCE, exit=True, file=2)
         self.number = self.number or number
-        with contextlib.suppress(BlockingIOError):  # full: then it has been written to before
+        with contextlib.suppress(BlockingIOError):  # the pipe is full, so it is readable
             os.write(self._writer, b"\0")
 
     @classmethod
     @contextlib.contextmanager
     def on_signals(cls) -> Iterator[Stop]:
-        """Meanwhile the signals do nothing else."""
+        """Within this context, both signals only set the Stop that it yields."""
         stop = cls()
         before = {number: signal.signal(number, stop._came) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -86,27 +86,30 @@ class Stop:
         finally:
             faulthandler.cancel_dump_traceback_later()
             for number, handler in before.items():
-                # After one the process ends, with the exit status that it has by now: a second Ctrl-C is too late.
+                # After a signal the process is ending, and its exit status is set: a second Ctrl-C must not change it.
                 signal.signal(number, signal.SIG_IGN if stop.number else handler)
             os.close(stop._reader)
             os.close(stop._writer)
 
 
 def default_run_dir(name: str) -> Path:
-    """$XDG_RUNTIME_DIR/vmodel/NAME, else one of this user's in the temporary folder."""
+    """$XDG_RUNTIME_DIR/vmodel/NAME, or a folder of this user in the temporary folder."""
     base = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
-    # After `su` it may still name another user's.
+    # After `su` the variable may still name another user's folder.
     if base.is_absolute() and os.access(base, os.W_OK | os.X_OK) and base.stat().st_uid == os.getuid():
         return base / "vmodel" / name
     return Path(tempfile.gettempdir()) / f"vmodel-{os.getuid()}" / name
 
 
 def prepare_run_dir(run_dir: Path | None, name: str) -> Path:
-    """The folder for a machine's sockets, made if it is not there.  ConfigError."""
+    """The folder for a machine's sockets, created if it does not exist.
+
+    ConfigError: it cannot be created, or it is a default folder that other users can write to.
+    """
     folder = (run_dir or default_run_dir(name)).absolute()
     try:
         if run_dir is None:
-            # Its place is known to all, so somebody else may have made it, to look at what devices are told.
+            # The path is predictable: another user may have created it to read the devices' traffic.
             _make_private(folder.parent)
             _make_private(folder)
         else:
@@ -122,25 +125,27 @@ def _make_private(folder: Path) -> None:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise ConfigError(f"run directory {folder}: is no folder that only you can write to: choose another --run-dir")
+        raise ConfigError(
+            f"run directory {folder}: must be a folder that only you can write to: choose another --run-dir"
+        )
 
 
 @contextlib.contextmanager
 def loaded(path: Path) -> Iterator[machines.Machine]:
-    """A machine and its devices."""
+    """A machine and its devices, closed on exit.  ConfigError: the machine file is wrong."""
     machine = machines.load(path)
     try:
         yield machine
     finally:
         machine.close()
         if machine.left_behind:
-            # The interpreter's own end would take memory away under that thread.
+            # A thread did not end.  Normal interpreter exit would free memory that it still uses.
             sys.stdout.flush()
             os._exit(1)
 
 
 def faults_of(plan: Path | None, faults: list[str] | None, seed: int | None) -> FaultPlan:
-    """What the options say together; the rules of --fault come behind the file's.  ConfigError."""
+    """The plan of the options together; the rules of --fault come after the file's.  ConfigError."""
     rules = [parse_rule(text) for text in faults or ()]
     found = FaultPlan() if plan is None else FaultPlan.load(plan)
     return found.extended(rules, seed)
@@ -150,11 +155,11 @@ def faults_of(plan: Path | None, faults: list[str] | None, seed: int | None) -> 
 def served(
     machine: machines.Machine, run_dir: Path | None, faults: FaultPlan | None = None
 ) -> Iterator[tuple[Server, Path]]:
-    """A machine while it is served, faults and all: the server, and the folder of its sockets."""
+    """Serves a machine, with `faults` armed; yields the server and the folder of its sockets.  ConfigError."""
     folder = prepare_run_dir(run_dir, machine.name)
     for name in machine.devices:
-        machine.socket(name, folder)  # too long a path is best told of by the name of a device
-    # The control socket first: whoever has it owns the machine's ACPI tables in the folder.
+        machine.socket(name, folder)  # reports a path that is too long, with the device's name
+    # The control socket first: its owner also owns the machine's ACPI tables in the folder.
     journal = folder / f"{machine.name}.injections.jsonl"
     with (
         Engine(faults or FaultPlan(), machine.devices, path=journal) as engine,
@@ -179,7 +184,7 @@ def serve(
 ) -> None:
     """Serve a machine's devices until Ctrl-C or SIGTERM.
 
-    Prints a line with name and socket for each device, then "ready".
+    For each device it prints a line with name and socket, then "ready".
     """
     log_to_stderr(verbose)
     faults = faults_of(plan, fault, seed)
