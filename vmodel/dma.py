@@ -18,7 +18,6 @@ from vmodel.points import Points
 Buffer = bytes | bytearray | memoryview
 _T = TypeVar("_T")
 
-_FETCH_ADD, _SWAP, _CAS = 0, 1, 2
 #: A page handler may answer SUCCESS this often for one access that gets no further.
 _TRIES = 8
 
@@ -291,15 +290,15 @@ class Dma:
 
     def fetch_add(self, iova: int, size: int, operand: int) -> int:
         """PCIe FetchAdd on 4 or 8 bytes, naturally aligned; the value before."""
-        return self._atomic(iova, _FETCH_ADD, size, operand, 0)
+        return self._atomic(iova, _shim.ATOMIC_FETCH_ADD, size, operand, 0)
 
     def swap(self, iova: int, size: int, operand: int) -> int:
         """PCIe Swap; the value before."""
-        return self._atomic(iova, _SWAP, size, operand, 0)
+        return self._atomic(iova, _shim.ATOMIC_SWAP, size, operand, 0)
 
     def compare_swap(self, iova: int, size: int, expected: int, operand: int) -> int:
         """PCIe CAS: stores `operand` if the value is `expected`; the value before."""
-        return self._atomic(iova, _CAS, size, operand, expected)
+        return self._atomic(iova, _shim.ATOMIC_CAS, size, operand, expected)
 
     def _atomic(self, iova: int, op: int, size: int, operand: int, compare: int) -> int:
         mask = (1 << 8 * size) - 1

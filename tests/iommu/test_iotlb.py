@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+from vmodel._vmshim import ffi
 
 from tests.iommu.tables import RW, TO_PAGE, ShimGuest, bits, build, make
 from tests.iommu.walker import Mapping, Mappings
@@ -209,11 +210,11 @@ def test_things_live_as_long_as_they_are_used() -> None:
     requester.attach(domain, 4)
     handles = [domain.handle, parent.handle, guest.memory.handle]
     for handle in handles:
-        _shim.ffi.release(handle)
+        ffi.release(handle)
     assert requester.read(IOVA, 4) == bytes(4)
     requester.attach(None)
     assert requester.read(IOVA, 4, 4) == bytes(4)
-    _shim.ffi.release(requester.handle)
+    ffi.release(requester.handle)
 
 
 @pytest.mark.parametrize("pasid", [_shim.NO_PASID, 3])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from vmodel._shim import Requester, _create, check
+from vmodel._shim.handle import check, create
+from vmodel._shim.requester import Requester
 from vmodel._shim.store import Store, Workers
 from vmodel._vmshim import ffi, lib
 
@@ -28,7 +29,7 @@ class Rings:
 
     def __init__(self, requester: Requester, workers: Workers) -> None:
         self._requester = requester
-        self._handle = _create(lib.vms_nvme_create, lib.vms_nvme_destroy, "vms_nvme", requester.handle, workers.handle)
+        self._handle = create(lib.vms_nvme_create, lib.vms_nvme_destroy, "vms_nvme", requester.handle, workers.handle)
         #: What `run` and `collect` have come to: a vms_nvme_run.
         self.result: Any = ffi.new("vms_nvme_run *")
 

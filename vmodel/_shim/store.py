@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from vmodel._shim import Function, _create, check
+from vmodel._shim.function import Function
+from vmodel._shim.handle import check, create
 from vmodel._vmshim import ffi, lib
 
 READ: int = lib.VMS_STORE_READ
@@ -60,12 +61,12 @@ class Store:
     @classmethod
     def memory(cls, size: int) -> Store:
         """Zeros.  OSError(ENOMEM)."""
-        return cls(_create(lib.vms_store_create_memory, lib.vms_store_destroy, "vms_store", size), size)
+        return cls(create(lib.vms_store_create_memory, lib.vms_store_destroy, "vms_store", size), size)
 
     @classmethod
     def file(cls, fd: int, size: int) -> Store:
         """The first `size` bytes of a file; `fd` stays the caller's."""
-        return cls(_create(lib.vms_store_create_file, lib.vms_store_destroy, "vms_store", fd, size), size)
+        return cls(create(lib.vms_store_create_file, lib.vms_store_destroy, "vms_store", fd, size), size)
 
     def run(self, job: Job) -> int:
         """Does a job now: 0, or an errno."""
@@ -80,7 +81,7 @@ class Workers:
 
     def __init__(self, function: Function, threads: int) -> None:
         self._pending: dict[int, tuple[_Filled, Callable[[int], None]]] = {}
-        self.handle = _create(lib.vms_workers_create, lib.vms_workers_destroy, "vms_workers", function.handle, threads)
+        self.handle = create(lib.vms_workers_create, lib.vms_workers_destroy, "vms_workers", function.handle, threads)
         self._cookies = itertools.count(1)
         self._out = ffi.new("vms_job[]", _ROOM)
 

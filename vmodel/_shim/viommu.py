@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vmodel._shim import Domain, Requester, check
+from vmodel._shim.domain import Domain
+from vmodel._shim.handle import check
+from vmodel._shim.requester import Requester
 from vmodel._vmshim import ffi, lib
 
 
