@@ -1,4 +1,4 @@
-"""The control socket of a running server: one request and one answer a connection, each a line of JSON."""
+"""The control socket of a running server: each connection is one request and one answer, each a line of JSON."""
 
 from __future__ import annotations
 
@@ -19,30 +19,33 @@ from vmodel.server import BACKOFF, STOP_TIMEOUT, listen, place
 log = limited(__name__)
 
 _MAX_REQUEST = 64 * 1024
-#: Seconds that a client gets to ask, and then to take the answer.
+#: Seconds that a client has to send its request, and then to read the answer.
 _TIMEOUT = 5.0
-#: Clients at a time; more wait.
+#: Clients that are served at a time; others wait.
 _MAX_CLIENTS = 16
 
-#: What answers a request: its arguments to plain data.
+#: Carries out a request: gets the whole request, returns data for JSON.
 Command = Callable[[Mapping[str, Any]], Any]
 
 
 def socket_of(run_dir: Path, machine: str) -> Path:
-    """Where the server of a machine listens."""
+    """The path of the control socket of a machine's server."""
     return run_dir / f"{machine}.control"
 
 
 class Control:
-    """Answers requests, each client on a thread of its own, one command at a time; a context manager."""
+    """Answers requests while entered as a context manager.
+
+    Each client has a thread of its own; commands run one at a time.
+    """
 
     def __init__(self, run_dir: Path, machine: str, commands: Mapping[str, Command]) -> None:
-        """ConfigError: the socket cannot be bound, or another server has it."""
+        """Binds the socket.  ConfigError: it cannot be bound, or another server has it."""
         self.path = path = socket_of(run_dir, machine)
         self._commands = commands
         self._listener = listen(path, f"machine {machine!r}")
         self._listener.settimeout(None)
-        self._listener.listen(64)  # a connect() with a time limit fails at once where the backlog is full
+        self._listener.listen(64)  # a connect() with a timeout fails at once if the backlog is full
         self._inode = path.lstat().st_ino
         self._free = threading.BoundedSemaphore(_MAX_CLIENTS)
         self._stopping = threading.Event()
@@ -54,13 +57,13 @@ class Control:
         while not self._stopping.is_set():
             try:
                 self._accept()
-            except Exception as error:  # we are out of fds, threads or memory
+            except Exception as error:  # out of fds, threads or memory
                 if not self._stopping.is_set():
                     log.warning("control: %s", error)
                     self._stopping.wait(BACKOFF)
 
     def _accept(self) -> None:
-        """Waits for a client and gives it a thread."""
+        """Waits for a client and starts its thread."""
         self._free.acquire()
         with contextlib.ExitStack() as failed:
             failed.callback(self._free.release)
@@ -87,7 +90,7 @@ class Control:
             request = json.loads(text)
             command = self._commands[request["command"]]
         except (ValueError, KeyError, TypeError, RecursionError):
-            return {"error": f"no such request: known are {', '.join(self._commands)}"}
+            return {"error": f"unknown request: known are {', '.join(self._commands)}"}
         try:
             with self._one:
                 return {"result": command(request)}
@@ -109,28 +112,28 @@ class Control:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        # All clients' threads end: what their commands look at may be closed next.
+        # Waits for all clients' threads to end: the objects that their commands read may be closed next.
         deadline = time.monotonic() + STOP_TIMEOUT
         while self._thread.is_alive() and time.monotonic() < deadline:
-            self._hang_up()
+            self._disconnect_all()
             self._thread.join(0.05)
-        self._hang_up()
+        self._disconnect_all()
         for thread in [self._thread, *self._clients]:
             thread.join(max(deadline - time.monotonic(), 0))
             if thread.is_alive():
-                log.error("control: left behind: a command does not end, it is in %s", place(thread))
+                log.error("control: abandoned: a command does not return, it is in %s", place(thread))
         with contextlib.suppress(FileNotFoundError):
             if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
 
-    def _hang_up(self) -> None:
+    def _disconnect_all(self) -> None:
         for sock in list(self._clients.values()):
             with contextlib.suppress(OSError):  # closed already
                 sock.shutdown(socket.SHUT_RDWR)
 
 
 def _line(sock: socket.socket) -> bytes:
-    """OSError: it does not come in time, byte by byte or not at all."""
+    """Reads one line.  OSError: the whole line does not arrive in time."""
     data, deadline = b"", time.monotonic() + _TIMEOUT
     while b"\n" not in data and len(data) < _MAX_REQUEST:
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -142,7 +145,7 @@ def _line(sock: socket.socket) -> bytes:
 
 
 def ask(path: Path, command: str, **arguments: Any) -> Any:
-    """A running server's answer.  ConfigError: none runs there, or it refuses."""
+    """Sends a request to the server at `path`; returns its result.  ConfigError: there is no server, or it refuses."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(_TIMEOUT)
@@ -157,7 +160,7 @@ def ask(path: Path, command: str, **arguments: Any) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"the server in {path.parent} does not answer: {error}") from error
     if not isinstance(reply, dict) or not {"error", "result"} & set(reply):
-        raise ConfigError(f"the server in {path.parent} does not answer: that is no vmodel")
+        raise ConfigError(f"the server in {path.parent} does not answer: it is not vmodel")
     if "error" in reply:
         raise ConfigError(f"the server in {path.parent}: {reply['error']}")
     return reply["result"]

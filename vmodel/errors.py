@@ -1,18 +1,18 @@
-"""Whose fault it is, in the type: each error class has one meaning.
+"""Error classes: the type says whose fault an error is.
 
-========== =========================================== =======================================
-class      what happened                               what becomes of it
-========== =========================================== =======================================
-PeerError  the vfio-user client broke the protocol     an error reply with its errno
-GuestError the guest misused the device                what the model's specification says
-DmaFault   a DMA access failed                         goes to the model, counted, logged
+=========== ========================================== =======================================
+class       cause                                      consequence
+=========== ========================================== =======================================
+PeerError   the vfio-user client broke the protocol    an error reply with its errno
+GuestError  the guest misused the device               as the model's specification says
+DmaFault    a DMA access failed                        raised in the model, counted, logged
 ConfigError the user's file or arguments are wrong     one line on stderr, exit status 2
-========== =========================================== =======================================
+=========== ========================================== =======================================
 
-A call that cannot be carried out as it was asked for (map, attach, claim, ...) raises OSError, with the errno that
-Linux gives for it; `vmodel.iommu` does it with IommuError, whose text says why.
+A call that cannot be carried out (map, attach, claim, ...) raises OSError with the errno that Linux gives for it;
+`vmodel.iommu` raises IommuError, whose text says why.
 
-Everything else that is raised is a bug of vmodel's or of the model's.
+Any other exception is a bug in vmodel or in the model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GuestError(VmodelError):
 
 
 class Access(enum.IntFlag):
-    """What a DMA access wants to do; the values are the shim's VMS_PROT_*."""
+    """Kinds of DMA access; the values are the shim's VMS_PROT_*."""
 
     READ = 1
     WRITE = 2
@@ -58,7 +58,7 @@ class Reason(enum.IntEnum):
     WRAP = 5
     UNALIGNED = 6
     NO_FILE = 7
-    # The IOMMU's, BLOCKED to ACCESS_FLAG:
+    # Reported by the IOMMU, BLOCKED to ACCESS_FLAG:
     BLOCKED = 8
     PASID = 9
     NOT_MAPPED = 10
@@ -68,11 +68,11 @@ class Reason(enum.IntEnum):
     TABLE_ACCESS = 14
     TABLE_CHANGING = 15
     ACCESS_FLAG = 16
-    #: The client answered a DMA_READ/DMA_WRITE message with an error, or went away before it answered.
+    #: The client answered a DMA_READ or DMA_WRITE message with an error, or disconnected before it answered.
     CLIENT = 100
-    #: A read hook asked for memory that only messages reach: the region reply cannot wait for it.
+    #: A read hook accessed memory that only messages reach, which the region reply must not wait for.
     WOULD_DEADLOCK = 101
-    # What a PCIe request may meet, and here only by a plan of faults (vmodel.inject):
+    # Errors of PCIe requests, which here only a fault plan causes (vmodel.inject):
     UNSUPPORTED_REQUEST = 102
     COMPLETER_ABORT = 103
     COMPLETION_TIMEOUT = 104
@@ -80,11 +80,11 @@ class Reason(enum.IntEnum):
 
 
 class DmaFault(VmodelError):
-    """A DMA access failed: nothing is known of the bytes after `done`.
+    """A DMA access failed after `done` bytes; whether any of the bytes after those were moved is not defined.
 
-    Attributes: `reason`; `iova` where it stopped; `access`; `done` bytes moved before that; `pasid` or None; `gpa`,
-    where the IOVA leads, or 0; `level` of the table whose entry was wrong (1: of 4 KiB pages), or 0; `stage`, 1 or 2
-    where tables are nested, or 0.
+    Attributes: `reason`; `iova`: the address that failed; `access`; `done`: bytes moved before it; `pasid` or None;
+    `gpa`: the translated address, 0 if unknown; `level`: of the table whose entry is wrong (1: 4 KiB pages), or 0;
+    `stage`: 1 or 2 if tables are nested, else 0.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class DmaFault(VmodelError):
 
 
 class IommuError(VmodelError, OSError):
-    """A call of `vmodel.iommu` is refused: `errno` as Linux has it, and a text that says why."""
+    """A call of `vmodel.iommu` is refused: `errno` is Linux's, and the text says why."""
 
     def __init__(self, code: int, message: str) -> None:
         OSError.__init__(self, code, message)
@@ -126,7 +126,7 @@ class IommuError(VmodelError, OSError):
 class ConfigError(VmodelError):
     """The user's machine file, plan or command line is wrong.
 
-    The text is one line: file, key, value and what would be right.
+    The text is one line: file, key, value and the values that would be accepted.
     """
 
     def __init__(self, message: str, *, file: str | os.PathLike[str] | None = None, key: str = "") -> None:

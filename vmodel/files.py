@@ -1,4 +1,4 @@
-"""Files in folders that others may write to, too."""
+"""Safe creation of files in directories that other users may write to."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file of ours alone (0600) in the place of what is at `path`, which is removed and not followed.  OSError.
+    """Creates a new file with mode 0600 at `path`; a file or symlink that is there is removed, not followed.  OSError.
 
-    FileExistsError: somebody else was faster.
+    FileExistsError: another process has created a file there in the meantime.
     """
     with contextlib.suppress(FileNotFoundError):
         path.unlink()

@@ -1,7 +1,7 @@
-"""Log lines that somebody outside can cause: at most so many in a while, and the rest is counted and said.
+"""Rate-limited loggers, for lines that a guest or client can cause: otherwise a loop of theirs could fill a disk.
 
-What a guest or client does in a loop would fill a disk otherwise.  `limited(name)` is a logger for such lines; the
-limit is for each level and each device, which a line names as its first argument.
+`limited(name)` is such a logger.  The limit is per level and device (a line's first argument names the device); lines
+over the limit are counted, and a later line reports how many there were.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 
-#: Lines of warnings and errors, and of what --verbose adds, in SECONDS.
+#: Lines in SECONDS: of warnings and errors; of the lower levels that --verbose enables.
 BURST, VERBOSE_BURST = 10, 200
 SECONDS = 5.0
-#: Names that a limiter tells apart; further ones share one limit.
+#: Most device names with a limit of their own in one limiter; further ones share one limit.
 _NAMES = 64
 
 
@@ -29,7 +29,7 @@ class RateLimit:
         self._passed = self._held = 0
 
     def __call__(self) -> tuple[bool, int]:
-        """Whether this event may pass; and how many were held back in the interval that has ended with it."""
+        """(whether this event may pass, how many were held back in the interval that has just ended)."""
         with self._lock:
             now, held = self._clock(), 0
             if now - self._began >= self.seconds:
@@ -42,14 +42,14 @@ class RateLimit:
             return False, held
 
     def take(self) -> int:
-        """How many were held back and not told of yet."""
+        """Returns how many events were held back and not reported yet, and resets that number."""
         with self._lock:
             held, self._held = self._held, 0
             return held
 
 
 class Limiter(logging.Filter):
-    """Holds back what is too much of one logger; the next line that passes says how much that was."""
+    """Holds back a logger's lines over the limit; the next line that passes reports how many those were."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -57,6 +57,7 @@ class Limiter(logging.Filter):
         self._limits: dict[Hashable, RateLimit] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line may be logged; adds to its text how many lines were held back before."""
         first = record.args[0] if isinstance(record.args, tuple) and record.args else None
         name = first if isinstance(first, str) else None
         passed, held = self._limit(record.levelno, name)()
@@ -75,12 +76,12 @@ class Limiter(logging.Filter):
         return limit
 
     def take(self) -> int:
-        """Lines that were held back and not told of yet."""
+        """Returns how many lines were held back and not reported yet, and resets that number."""
         return sum(limit.take() for limit in list(self._limits.values()))
 
 
 def limited(name: str) -> logging.Logger:
-    """The logger of that name, with a limit that begins anew."""
+    """The logger of that name with a new rate limit, which replaces an earlier one."""
     logger = logging.getLogger(name)
     for old in [found for found in logger.filters if isinstance(found, Limiter)]:
         logger.removeFilter(old)
@@ -88,8 +89,8 @@ def limited(name: str) -> logging.Logger:
     return logger
 
 
-def tell_held(logger: logging.Logger) -> None:
-    """Says how many lines of a limited logger were held back, if any; for the end."""
+def report_held(logger: logging.Logger) -> None:
+    """Logs how many lines of a limited logger were held back and not reported yet, if any; call it at the end."""
     for limiter in [found for found in logger.filters if isinstance(found, Limiter)]:
         if held := limiter.take():
             text = (logger.name, held)

@@ -1,4 +1,4 @@
-"""Guest memory as one function sees it: the windows that its client's DMA_MAP opened."""
+"""Guest memory as one function sees it: the windows that the client maps by DMA_MAP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmodel import _shim
 from vmodel.errors import Access
 from vmodel.span import PAGE, Span
 
-#: Windows that one client may have at a time: the specification's default for max_dma_maps.
+#: Most windows of one client at a time: the specification's default for max_dma_maps.
 MAX_WINDOWS = 65535
 
 _files_lock = threading.Lock()
@@ -18,7 +18,7 @@ _files: _shim.Files | None = None
 
 
 def shared_files() -> _shim.Files:
-    """The files that this process has mapped: all functions of a machine share the guest's RAM."""
+    """The cache of mapped files, one for the process: all functions of a machine share the guest's RAM."""
     global _files
     with _files_lock:
         if _files is None:
@@ -28,7 +28,7 @@ def shared_files() -> _shim.Files:
 
 @dataclass(frozen=True)
 class Window:
-    """One DMA_MAP: `span` of GPA, reached through a file (from `offset` on) or by messages."""
+    """One DMA_MAP of GPAs `span`: a file from `offset` on, or, without a file, accessed by DMA_READ and DMA_WRITE."""
 
     span: Span
     access: Access
@@ -45,15 +45,15 @@ class GuestMemory:
     def map(
         self, gpa: int, size: int, access: Access = Access.READ | Access.WRITE, fd: int = -1, offset: int = 0
     ) -> None:
-        """Opens a window; `fd` stays the caller's.  OSError as in vms_memory_map."""
+        """Maps a window; `fd` stays the caller's, -1: no file.  OSError as in vms_memory_map (c_shim/vmshim.h)."""
         self.shim.map(gpa, size, int(access), fd, offset)
 
     def unmap(self, gpa: int, size: int) -> int:
-        """Closes all windows inside the range; bytes removed.  OSError(EINVAL) when it cuts one."""
+        """Unmaps all windows inside the range; returns the bytes removed.  OSError(EINVAL): it cuts a window."""
         return self.shim.unmap(gpa, size)
 
     def unmap_all(self) -> int:
-        """Closes every window; bytes removed."""
+        """Unmaps every window; returns the bytes removed."""
         return self.shim.unmap_all()
 
     def windows(self) -> list[Window]:
@@ -67,23 +67,23 @@ class GuestMemory:
         return self.shim.count()
 
     def dirty_start(self, spans: Iterable[Span] = ()) -> None:
-        """Logs DMA writes to `spans` (none: to everything) from now on.
+        """Starts to log DMA writes to `spans`; no spans: to all memory.
 
-        OSError: EBUSY when it is on already, EINVAL when spans overlap.
+        OSError: EBUSY, logging is on already; EINVAL, spans overlap.
         """
         self.shim.dirty_start([(span.start, span.last) for span in spans])
 
     def dirty_stop(self) -> None:
-        """Ends logging and forgets the log.  OSError(EINVAL) when it is off."""
+        """Stops logging and discards the log.  OSError(EINVAL): logging is off."""
         self.shim.dirty_stop()
 
     def dirty_report(self, span: Span, page_size: int = PAGE) -> bytes:
-        """Reads and clears: a little-endian bitmap, one bit a page, padded to 8 bytes.
+        """Reads and clears the dirty bits: a little-endian bitmap, one bit a page, padded to 8 bytes.
 
         OSError(EINVAL): logging is off, or `span` is not made of whole pages of `page_size`.
         """
         return self.shim.dirty_report(span.start, span.size, page_size)
 
     def close(self) -> None:
-        """Closes every window.  The object itself may be used again."""
+        """Unmaps every window.  The object itself may be used again."""
         self.shim.unmap_all()

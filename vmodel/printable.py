@@ -1,11 +1,11 @@
-"""Text of others, of a guest's kernel or a file, as a terminal may have it: nothing in it moves or hides anything."""
+"""Makes untrusted text, of a guest's kernel or a file, safe to print on a terminal."""
 
 from __future__ import annotations
 
 import re
 
 #: Control characters other than tab and newline (ECMA-48's C0 and C1), lone surrogates, and Unicode's format characters
-#: that change the direction or are not seen.
+#: that change the direction of text or are invisible.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
     "\ufff9-\ufffb\U000e0000-\U000e007f]"
@@ -13,14 +13,14 @@ _CONTROL = re.compile(
 
 
 def printable(text: str) -> str:
-    """`text` with control characters written out as JSON and TOML write them: ESC is \\u001b.
+    """`text` with control characters escaped as in JSON and TOML, for example ESC as \\u001b.
 
-    So JSON stays what it was.  Nothing else is changed; "\\n" and "\\t" stay.
+    So JSON text keeps its meaning.  Nothing else is changed; "\\n" and "\\t" stay.
     """
-    return _CONTROL.sub(_written, text)
+    return _CONTROL.sub(_escaped, text)
 
 
-def _written(found: re.Match[str]) -> str:
+def _escaped(found: re.Match[str]) -> str:
     code = ord(found[0])
     if code < 0x10000:
         return f"\\u{code:04x}"

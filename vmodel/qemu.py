@@ -1,4 +1,4 @@
-"""QEMU's command line for a machine; see `docs/system/devices/vfio-user.rst` of QEMU."""
+"""QEMU's arguments for a machine; see QEMU's `docs/system/devices/vfio-user.rst`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmodel.pci.topology import Bdf, Function, PortType
 
 
 def memory_args(size: str) -> list[str]:
-    """Guest RAM that the client can pass on as files: else each DMA access would be a message."""
+    """Arguments for shared guest RAM, which QEMU passes on as files; otherwise each DMA access would be a message."""
     return [
         "-object",
         f"memory-backend-memfd,id=vmodel-ram,size={size},share=on",
@@ -22,9 +22,9 @@ def memory_args(size: str) -> list[str]:
 
 
 def spare_default_devices(addresses: Iterable[Bdf]) -> list[str]:
-    """What keeps q35's default devices out of these slots: the display is in slot 1, the network card in slot 2.
+    """Arguments that remove q35's default devices from these slots: the display (slot 1), the network card (slot 2).
 
-    Without the display the network card would be the first to ask for a slot, and get slot 1.
+    Without the display, the network card would get slot 1 instead.
     """
     slots = {bdf.device for bdf in addresses if bdf.bus == 0}
     args = ["-vga", "none"] if 1 in slots else []
@@ -32,7 +32,7 @@ def spare_default_devices(addresses: Iterable[Bdf]) -> list[str]:
 
 
 def _place(function: Function) -> dict[str, object]:
-    """Where QEMU is to put a function."""
+    """The bus and address properties of a function's `-device`."""
     bridge = function.home.bridge
     place: dict[str, object] = {
         "bus": "pcie.0" if bridge is None else bridge.name,
@@ -44,10 +44,10 @@ def _place(function: Function) -> dict[str, object]:
 
 
 def bridge_args(bridge: Function, number: int) -> list[str]:
-    """`-device` for a bridge; `number`, from 1, tells its slots from those of others."""
+    """`-device` for a bridge; `number`, from 1, is its unique chassis number."""
     device: dict[str, object] = {"id": bridge.name}
     if bridge.kind is PortType.ROOT_PORT:
-        # QEMU's generic root port always has ACS, Intel's of 2010 never.
+        # pcie-root-port always has ACS, ioh3420 never has.
         driver = "pcie-root-port" if bridge.acs is not None else "ioh3420"
         device |= {"driver": driver, "chassis": number, "slot": number}
     elif bridge.kind is PortType.DOWNSTREAM:

@@ -1,4 +1,4 @@
-"""Registers by name: which bytes of which region a name stands for, and which names an access touches."""
+"""Registers by name: the bytes and region of a name, and the name of the register at an offset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vmodel.vfio_user.wire import Region
 
 @dataclass(frozen=True)
 class Place:
-    """A register: `bank` is the name of the attribute or capability that it belongs to, "" for the header's."""
+    """A register's place.  `bank` names the attribute or capability that it belongs to, "" is the header."""
 
     bank: str
     name: str
@@ -20,7 +20,7 @@ class Place:
 
     @property
     def full_name(self) -> str:
-        """As "regs.STATUS"."""
+        """The name with its bank, as "regs.STATUS"."""
         return f"{self.bank}.{self.name}" if self.bank else self.name
 
 
@@ -51,7 +51,7 @@ class RegisterMap:
         ]
 
     def find(self, name: str, *, config: bool) -> list[Place]:
-        """The registers called so, as "STATUS" or "regs.STATUS", in config space or in BARs."""
+        """The registers of that name, "STATUS" or "regs.STATUS": in config space if `config`, else in BARs."""
         return [
             place
             for place in self.places
@@ -59,7 +59,7 @@ class RegisterMap:
         ]
 
     def at(self, region: int, offset: int, size: int) -> str:
-        """The register that an access begins in; "" in none."""
+        """The full name of the register at `offset`, where the access begins; "" if there is none."""
         for place in self.places:
             if place.region == region and offset in place.span:
                 return place.full_name

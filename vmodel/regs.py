@@ -1,4 +1,4 @@
-"""The register DSL: a register is declared once, and everything else comes from that.
+"""The register DSL: a register is declared once, and everything else follows from the declaration.
 
 ```python
 class Control(Layout):
@@ -12,15 +12,14 @@ class Regs(RegisterBank, size=0x100):
     BASE = Reg64(0x08)
 ```
 
-Reads, writes, access modes, reset values, documentation, and which accesses the shim answers without Python
-all follow from the declaration.  A register without a hook never reaches Python.  What is wrong with a
-declaration (overlap, bad offset, reset value too wide, a hook on a register that is not there) is a
-`RegisterError` when the class is made.
+That is: reads, writes, access modes, reset values, documentation, and which accesses the shim answers without Python.
+Accesses to a register without a hook never reach Python.  A mistake in a declaration (overlap, bad offset, reset value
+too wide, a hook on an unknown register) is a `RegisterError` when the class is made.
 
-Accesses that cover part of a register, or several, are split: bytes that are not written keep their value
-(`new` in a write hook is the merged value), and registers are visited in ascending order.  `sizes` and
-`misaligned` of a bank or a register say which accesses are allowed at all; others read as the BAR's fill byte
-and write nothing.
+An access to part of a register, or to several registers, is split.  Bytes that are not written keep their value (`new`
+in a write hook is the merged value), and registers are accessed in ascending order.  `sizes` and `misaligned` of a bank
+or a register define the allowed accesses; a read of any other size or alignment gives the BAR's fill byte, and such a
+write is ignored.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ from vmodel.errors import VmodelError
 
 
 class RegisterError(VmodelError):
-    """A declaration is wrong: a bug of the model's, found when its class is made."""
+    """A declaration is wrong: a bug in the model, found when its class is made."""
 
 
 class Mode(enum.Enum):
-    """How software sees bits, in the usual abbreviations."""
+    """Access mode of bits, as software sees them, in the usual abbreviations."""
 
     RO = "read-only"
     RW = "read-write"
-    #: Reads give the reset value; the hook gets what was written.
+    #: Reads give the reset value; a write hook gets the written value.
     WO = "write-only"
     W1C = "write 1 to clear"
     W1S = "write 1 to set"
@@ -62,7 +61,7 @@ RO, RW, WO, W1C, W1S, RC, RESERVED = Mode
 
 @dataclass(frozen=True)
 class Field:
-    """Bits `lo`..`hi` (inclusive) of a register; `mode` None means as the register."""
+    """Bits `lo`..`hi` (inclusive) of a register; `mode` None: the register's own mode."""
 
     lo: int
     hi: int
@@ -72,15 +71,15 @@ class Field:
 
     @cached_property
     def mask(self) -> int:
-        """The field's bits, in place."""
+        """The field's bits in the register, all ones."""
         return ((1 << (self.hi - self.lo + 1)) - 1) << self.lo
 
     def of(self, value: int) -> int:
-        """The field out of a register's value."""
+        """The field's value in a register's value."""
         return (value & self.mask) >> self.lo
 
     def put(self, value: int, field: int) -> int:
-        """`value` with the field replaced; ValueError when `field` does not fit."""
+        """A register's `value` with the field set to `field`.  ValueError: `field` does not fit."""
         if field << self.lo & ~self.mask or field < 0:
             raise ValueError(f"{field:#x} does not fit into {self.name} ({self.hi - self.lo + 1} bits)")
         return value & ~self.mask | field << self.lo
@@ -102,7 +101,7 @@ def Bit(n: int, mode: Mode | None = None, *, doc: str = "") -> Field:
 
 
 def Bits(lo: int, hi: int, mode: Mode | None = None, *, doc: str = "") -> Field:
-    """A field of bits `lo`..`hi`, both inside."""
+    """A field of bits `lo`..`hi`, inclusive."""
     return Field(lo, hi, mode, doc)
 
 
@@ -115,7 +114,7 @@ class Layout:
         fields = sorted((f for f in vars(cls).values() if isinstance(f, Field)), key=lambda f: f.lo)
         for field in fields:
             if not 0 <= field.lo <= field.hi < 64:
-                raise RegisterError(f"{cls.__name__}.{field.name}: bits {field.lo}..{field.hi} are not in a register")
+                raise RegisterError(f"{cls.__name__}.{field.name}: bits {field.lo}..{field.hi} are not within 0..63")
         for left, right in pairwise(fields):
             if right.lo <= left.hi:
                 raise RegisterError(f"{cls.__name__}: {left.name} and {right.name} overlap")
@@ -133,7 +132,7 @@ class Layout:
 
 
 class Register:
-    """One register of a bank.  On a bank's instance it reads and stores the raw value, without hooks."""
+    """One register of a bank.  As an attribute of a bank's instance it is the stored value; no hooks run."""
 
     width: ClassVar[int]
 
@@ -151,8 +150,8 @@ class Register:
     ) -> None:
         """`offset` in bytes from the bank's start, a multiple of the register's size.
 
-        `sizes`: access sizes in bytes that may begin in this register, None: as the bank.  `ioeventfd`: offered
-        to the client as a doorbell whose value does not matter.  `sticky`: reset leaves it alone.
+        `sizes`: access sizes in bytes that may begin in this register, None: those of the bank.  `ioeventfd`: the
+        client may signal a write by an eventfd, so the written value is lost.  `sticky`: keeps its value over a reset.
         """
         self.offset = offset
         self.mode = mode
@@ -168,16 +167,16 @@ class Register:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The register's size in bytes."""
         return self.width // 8
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """Its fields in ascending order; empty without a layout."""
+        """The layout's fields in ascending order; empty without a layout."""
         return self.layout.fields if self.layout else ()
 
     def mask(self, *modes: Mode) -> int:
-        """All bits that have one of these modes."""
+        """All bits whose access mode is one of `modes`."""
         mask = (1 << self.width) - 1 if self.mode in modes else 0
         for field in self.fields:
             if field.mode is not None:
@@ -185,14 +184,14 @@ class Register:
         return mask
 
     def written(self, stored: int, value: int, enabled: int) -> int:
-        """What is stored after `value` was written with the bits in `enabled`; WO bits as written."""
+        """The new value after a write of `value` to the bits in `enabled`, by access modes; WO bits as written."""
         value &= enabled
         store = self.mask(RW, WO) & enabled
         new = stored & ~store | value & store
         return new & ~(value & self.mask(W1C)) | value & self.mask(W1S)
 
     def check(self, bank: type[RegisterBank]) -> None:
-        """RegisterError when it does not fit its bank."""
+        """Checks the declaration, now that its bank is known.  RegisterError."""
         where = f"{bank.__name__}.{self.name}"
         if self.offset < 0 or self.offset % self.size:
             raise RegisterError(f"{where}: offset {self.offset:#x} is no multiple of its size {self.size}")
@@ -226,25 +225,25 @@ class Register:
 
 
 class Reg8(Register):
-    """8 bits."""
+    """A register of 8 bits."""
 
     width = 8
 
 
 class Reg16(Register):
-    """16 bits."""
+    """A register of 16 bits."""
 
     width = 16
 
 
 class Reg32(Register):
-    """32 bits."""
+    """A register of 32 bits."""
 
     width = 32
 
 
 class Reg64(Register):
-    """64 bits."""
+    """A register of 64 bits."""
 
     width = 64
 
@@ -257,15 +256,15 @@ def _size_mask(sizes: tuple[int, ...], misaligned: bool, where: str) -> int:
 
 
 class RegisterBank:
-    """A range of registers, `size` bytes long.  An instance is the registers of one device."""
+    """A range of registers, `size` bytes long.  An instance holds the registers of one device."""
 
     size: ClassVar[int]
-    #: Access sizes allowed, in bytes, where a register does not say otherwise.
+    #: Allowed access sizes in bytes, for registers that declare none.
     sizes: ClassVar[tuple[int, ...]]
-    #: Whether an access may lie across its natural alignment.
+    #: Whether accesses need not be naturally aligned.
     misaligned: ClassVar[bool]
     registers: ClassVar[tuple[Register, ...]] = ()
-    #: Width and cell of each, by name.
+    #: By register name: its width, and its index in `cells[width]`.
     _places: ClassVar[dict[str, tuple[int, int]]] = {}
 
     def __init_subclass__(cls, *, size: int, sizes: tuple[int, ...] = (1, 2, 4, 8), misaligned: bool = True) -> None:
@@ -285,11 +284,11 @@ class RegisterBank:
         cls._places = {r.name: (r.width, r.offset // r.size) for r in registers}
 
     view: memoryview
-    #: The same bytes as numbers of each width: registers are little-endian, and so is the host (see wire).
+    #: The same bytes as arrays of 8, 16, 32 and 64-bit numbers: registers and host are little-endian (see wire).
     cells: dict[int, memoryview]
 
     def __init__(self, view: memoryview) -> None:
-        """`view`: the backing store, format 'B', `size` bytes."""
+        """`view` holds the values: `size` bytes, format 'B'."""
         size = len(view)
         cells = {
             8: view,
@@ -309,7 +308,7 @@ class RegisterBank:
     if not TYPE_CHECKING:  # a type checker finds such names itself
 
         def __getattr__(self, name: str) -> int:
-            # Only called for names that nothing has.
+            # Python calls this only for names that it does not find otherwise.
             raise AttributeError(self._no_register(name), name=name, obj=self)
 
     @classmethod
@@ -326,7 +325,7 @@ class RegisterBank:
 
     @classmethod
     def policy(cls, hooked_reads: set[Register], hooked_writes: set[Register]) -> Policy:
-        """The shim's policy for the whole bank; holes are read-only."""
+        """The shim's policy for the bank; accesses to hooked registers exit.  Gaps between registers are read-only."""
         policy = Policy(cls.size)
         policy.sizes[:] = bytes([_size_mask(cls.sizes, cls.misaligned, cls.__name__)]) * cls.size
         for register in cls.registers:
@@ -348,7 +347,7 @@ class RegisterBank:
 
     @classmethod
     def describe(cls) -> Iterator[dict[str, Any]]:
-        """Each register as plain data, for documentation and `vmodel regs --json`."""
+        """Yields each register as plain data, for documentation and `vmodel regs --json`."""
         for register in cls.registers:
             yield {
                 "name": register.name,
@@ -372,11 +371,11 @@ class RegisterBank:
 
 @dataclass(frozen=True)
 class Hook:
-    """What `on_read`/`on_write` leave on a method."""
+    """The mark that `on_read`, `on_write` or `on_write_each` puts on a method."""
 
     kind: str  # "read" or "write"
     register: Register
-    #: The register's place among those of an `on_write_each`; None with the other hooks.
+    #: For `on_write_each`: the register's index among its arguments; else None.
     index: int | None = dataclasses.field(default=None, compare=False)
 
 
@@ -398,27 +397,30 @@ def _hook(kind: str, registers: tuple[Register, ...], *, indexed: bool = False) 
 
 
 def on_write(*registers: Register) -> Callable[[_F], _F]:
-    """Marks a device's method `(self, new: int) -> int | None` as what happens on a write.
+    """Marks a device's method `(self, new: int) -> int | None` as the write hook of these registers.
 
-    `new` is the register's value after access modes and partial writes.  What the method returns is stored;
-    None stores `new`.  WO bits are never stored.
+    `new` is the register's value after access modes and partial writes.  The hook's result is stored; None stores
+    `new`.  WO bits are never stored.
     """
     return _hook("write", registers)
 
 
 def on_write_each(*registers: Register) -> Callable[[_F], _F]:
-    """Marks a method `(self, index: int, new: int) -> int | None` of registers that are alike, as doorbells are.
+    """Marks a device's method `(self, index: int, new: int) -> int | None` as the write hook of similar registers.
 
-    `index` is the register's place in `registers`; the rest is as with `on_write`.
+    For example doorbells: `index` is the written register's position in `registers`.  Otherwise as `on_write`.
     """
     return _hook("write", registers, indexed=True)
 
 
 def on_read(*registers: Register) -> Callable[[_F], _F]:
-    """Marks a device's method `(self, stored: int) -> int`: what a read gives; nothing is stored."""
+    """Marks a device's method `(self, stored: int) -> int` as the read hook: a read gives its result.
+
+    The result is not stored.
+    """
     return _hook("read", registers)
 
 
 def hooks_of(method: object) -> tuple[Hook, ...]:
-    """The hooks that a method was marked with."""
+    """The hooks that a method is marked as; empty for other objects."""
     return getattr(method, "_vmodel_hooks", ())

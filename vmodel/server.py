@@ -37,7 +37,7 @@ from vmodel.device import PciDevice
 from vmodel.device.backend import VfioBackend
 from vmodel.dma import Buffer
 from vmodel.errors import Access, ConfigError, DmaFault, PeerError, Reason
-from vmodel.logs import limited, tell_held
+from vmodel.logs import limited, report_held
 from vmodel.vfio_user.commands import FdList, HandshakeError, Limits, Session
 from vmodel.vfio_user.wire import Command
 
@@ -347,7 +347,7 @@ class Endpoint:
             self._thread.join(max(deadline - time.monotonic(), 0))
         if self._thread.is_alive():
             self.device.abandoned = True
-            log.error("%s: left behind: its thread does not end, it is in %s", self.device.name, place(self._thread))
+            log.error("%s: abandoned: its thread does not end, it is in %s", self.device.name, place(self._thread))
         else:
             self.device.owner.leave()
         self._listener.close()
@@ -355,7 +355,7 @@ class Endpoint:
         with contextlib.suppress(OSError):
             if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
-        tell_held(self.device.log)
+        report_held(self.device.log)
 
     def _main(self) -> None:
         self.device.owner.take()

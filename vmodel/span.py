@@ -13,7 +13,7 @@ MiB = 1 << 20
 GiB = 1 << 30
 #: Granule of guest memory, DMA windows and dirty tracking, in bytes.
 PAGE = 4 * KiB
-#: What may stand behind a number of bytes.
+#: Suffixes of a number of bytes.
 UNITS = {"": 1, "K": KiB, "M": MiB, "G": GiB, "T": 1024 * GiB}
 
 _SIZE = re.compile(r"(0x[0-9a-f_]+|[0-9][0-9_]*)([KMGT]?)", re.IGNORECASE)
@@ -21,7 +21,7 @@ _SIZE = re.compile(r"(0x[0-9a-f_]+|[0-9][0-9_]*)([KMGT]?)", re.IGNORECASE)
 
 @dataclass(frozen=True, order=True, slots=True)
 class Span:
-    """Addresses `start`..`last`, both inside, 0 <= start <= last < 2**64."""
+    """Addresses `start`..`last`, inclusive; 0 <= start <= last < 2**64."""
 
     start: int
     last: int
@@ -32,7 +32,7 @@ class Span:
 
     @classmethod
     def sized(cls, start: int, size: int) -> Span:
-        """The span of `size` >= 1 bytes from `start` on; ValueError when it wraps."""
+        """The span of `size` >= 1 bytes from `start` on.  ValueError: it would end above 2**64 - 1."""
         return cls(start, start + size - 1)
 
     @property
@@ -44,7 +44,7 @@ class Span:
         return self.start <= address <= self.last
 
     def covers(self, other: Span) -> bool:
-        """Whether `other` lies wholly inside."""
+        """Whether all addresses of `other` are in this span."""
         return self.start <= other.start and other.last <= self.last
 
     def overlaps(self, other: Span) -> bool:
@@ -56,7 +56,7 @@ class Span:
 
 
 def number(value: object) -> int:
-    """A number of bytes or an address: 4096, "4K", "0x4000_0000".  ValueError."""
+    """Parses a number of bytes or an address: 4096, "4K" or "0x4000_0000".  ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError('must be a number or text, as 4096, "4K" or "0x4000_0000"')
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What a running machine tells of itself on its control socket, as plain data."""
+"""The status that a running machine reports on its control socket, as plain data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmodel.iommu.domain import PagingDomain
 from vmodel.iommu.group import Group
 from vmodel.machine import Machine
 
-#: Mappings of one domain that are told of; `mapping_count` has the whole number.
+#: Most mappings of one domain that are listed; `mapping_count` is the number of all.
 MAX_MAPPINGS = 1000
 
 
@@ -64,5 +64,5 @@ def _group(group: Group) -> dict[str, Any]:
 
 
 def commands(machine: Machine) -> dict[str, Command]:
-    """What a server's control socket answers."""
+    """The commands of a server's control socket."""
     return {"iommu": lambda _: described(machine)}

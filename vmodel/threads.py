@@ -1,7 +1,7 @@
-"""Which thread owns an object, checked while vmodel itself is developed (docs/threads.md says who owns what).
+"""Checks of thread ownership, for the development of vmodel; docs/threads.md lists which thread owns what.
 
-With `VMODEL_CHECK_THREADS=1` in the environment a method marked `@owned` raises WrongThread when another thread than
-the one that serves the device calls it.  Without, the mark costs nothing.
+With `VMODEL_CHECK_THREADS=1` in the environment, a method marked `@owned` raises WrongThread if a thread other than the
+one that serves the device calls it.  Otherwise the mark costs nothing.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-#: Read once: marks of a class stay as they were when it was made.
+#: Read once: `owned` decides when a class is made.
 CHECKED = bool(os.environ.get("VMODEL_CHECK_THREADS"))
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class WrongThread(AssertionError):
-    """A bug of vmodel's, or of a model's: a method that belongs to one thread was called on another."""
+    """A bug in vmodel or in a model: a method that belongs to one thread was called on another."""
 
 
 class Owner:
-    """The thread to which a device belongs.  While nobody serves it, it belongs to whoever uses it."""
+    """The thread that owns a device.  While none serves it, any thread may use it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        #: Its id; 0: nobody's.
+        #: The thread's id; 0: no thread serves the device.
         self.thread = 0
 
     def take(self) -> None:
-        """The calling thread serves it from now on."""
+        """Makes the calling thread the owner."""
         self.thread = threading.get_ident()
 
     def leave(self) -> None:
-        """It is not served any more."""
+        """Ends the ownership: the device is not served any more."""
         self.thread = 0
 
     def check(self, what: str) -> None:
-        """WrongThread on another thread than the owner's."""
+        """WrongThread if a thread other than the owner calls it; `what` names the method for the text."""
         if self.thread not in (0, threading.get_ident()):
             raise WrongThread(
                 f"{what} of {self.name} belongs to the thread that serves it, not to {threading.current_thread().name}:"

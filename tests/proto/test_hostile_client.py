@@ -282,7 +282,7 @@ def test_a_model_that_does_not_return_is_left_behind(tmp_path: Path, caplog: pyt
         server.stop()
         assert time.monotonic() - began < 10
     assert stuck.backend.abandoned and not other.backend.abandoned
-    assert "stuck: left behind" in caplog.text and "wait" in caplog.text
+    assert "stuck: abandoned" in caplog.text and "wait" in caplog.text
     assert not (tmp_path / "stuck.sock").exists()
     over.set()
     other.close()

@@ -222,14 +222,14 @@ def raw(path: Path, data: bytes, end: bool = True) -> bytes:
 
 def test_ask(server: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert ask(server, "echo", what={"é": [1]}) == {"é": [1]}
-    for command, said in (("nix", "no such request: known are echo, fails"), ("fails", "RuntimeError: no luck")):
+    for command, said in (("nix", "unknown request: known are echo, fails"), ("fails", "RuntimeError: no luck")):
         with pytest.raises(ConfigError, match=f"^the server in {server.parent}: {said}$"):
             ask(server, command)
     assert "control: fails failed" in caplog.text  # with its traceback: it is a bug
     assert oct(server.stat().st_mode & 0o777) == "0o600"
 
 
-NO_SUCH = {"error": "no such request: known are echo, fails"}
+NO_SUCH = {"error": "unknown request: known are echo, fails"}
 
 
 @pytest.mark.parametrize(

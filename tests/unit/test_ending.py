@@ -21,7 +21,7 @@ from tests.unit.test_cli import serving
 from vmodel.control import Control, ask
 from vmodel.files import create
 from vmodel.inject.journal import Journal
-from vmodel.logs import BURST, SECONDS, Limiter, limited, tell_held
+from vmodel.logs import BURST, SECONDS, Limiter, limited, report_held
 from vmodel.machine import parse
 from vmodel.patience import patience
 from vmodel.vfio_user.client import Client
@@ -85,7 +85,7 @@ def test_a_stuck_model_is_named_and_the_process_ends(number: int, tmp_path: Path
         _, err = server.communicate(timeout=20)
         client.close()
     assert server.returncode == 1
-    assert "a: left behind" in err
+    assert "a: abandoned" in err
     assert "_never_returns" in err
     assert not list((tmp_path / "run").glob("*.sock"))
 
@@ -155,7 +155,7 @@ def test_a_command_that_does_not_end(tmp_path: Path, caplog: pytest.LogCaptureFi
             time.sleep(0.2)
             began = time.monotonic()
         assert time.monotonic() - began < 10
-    assert "control: left behind" in caplog.text
+    assert "control: abandoned" in caplog.text
     over.set()
 
 
@@ -229,7 +229,7 @@ def test_limited_logs(caplog: pytest.LogCaptureFixture) -> None:
         for n in range(5000):
             log.warning("%s", f"a name that a guest chooses {n}")
         assert len(log.filters[0]._limits) <= 66  # type: ignore[union-attr]
-        tell_held(log)
+        report_held(log)
         assert "lines were held back" in caplog.messages[-1]
 
 

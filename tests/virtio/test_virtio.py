@@ -114,7 +114,7 @@ def test_driver_ok_needs_features_ok(driver: Driver, caplog: pytest.LogCaptureFi
     queue = driver.set_up(0)
     driver.put(0x14, 1, ACKNOWLEDGE | DRIVER | DRIVER_OK)
     assert driver.status == ACKNOWLEDGE | DRIVER
-    assert "no DRIVER_OK: there is no FEATURES_OK" in caplog.text
+    assert "no DRIVER_OK: FEATURES_OK is not set" in caplog.text
     queue.send(b"x", 4)
     queue.notify()
     assert queue.used_now() == []

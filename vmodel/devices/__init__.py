@@ -1,6 +1,6 @@
-"""The built-in models, by the name that a machine file uses; imported only when asked for."""
+"""The built-in models by their name in a machine file, as "module:Class"; a module is imported when a file uses it."""
 
-#: The models of IOMMUs that a guest drives, by kind.
+#: The models of IOMMUs that a guest drives, by the IOMMU's kind.
 IOMMUS: dict[str, str] = {
     "virtio-iommu": "vmodel.devices.virtio_iommu:VirtioIommuDevice",
     "vt-d": "vmodel.devices.vtd.unit:VtdDevice",

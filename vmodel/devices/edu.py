@@ -1,7 +1,7 @@
-"""QEMU's educational device, as its docs/specs/edu.rst describes it - and the tutorial for writing a model.
+"""QEMU's educational device (QEMU's docs/specs/edu.rst), and the tutorial for writing a model.
 
-A model is three things: what the registers are, what the device consists of, and what happens on an access.
-Read this file from top to bottom; all of vmodel's models look like it.
+A model has three parts: its registers, its declaration, and the hooks that run on accesses.  Read this file from top to
+bottom; all of vmodel's models are built this way.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class DmaCmd(Layout):
     """DMA command register."""
 
     RUN = Bit(0, doc="start; reads as 1 until the transfer is done")
-    TO_RAM = Bit(1, doc="0: from guest memory to the buffer, 1: the other way")
+    TO_RAM = Bit(1, doc="0: from guest memory to the buffer, 1: from the buffer to guest memory")
     IRQ = Bit(2, doc="raise interrupt 0x100 when done")
 
 
-# A bank is a range of registers.  All else follows from this declaration: what the guest reads and writes,
-# reset values, `vmodel regs edu`, and which accesses never need Python (here all those to ID, the DMA addresses
-# and IRQ_STATUS: no hook below names them).
+# A bank is a range of registers.  Everything else follows from this declaration: what the guest reads and writes,
+# reset values, `vmodel regs edu`, and which accesses never reach Python (here those to ID and IRQ_STATUS, and all
+# reads: no hook below is for them).
 #
-# The specification allows 4-byte accesses everywhere and 8-byte ones from 0x80 on.  Others, and addresses where
-# nothing is, read as all ones.
+# The specification allows 4-byte accesses everywhere and 8-byte ones from 0x80 on.  Other accesses, and addresses
+# without a register, read as all ones.
 
 
 class EduRegs(RegisterBank, size=0x100, sizes=(4, 8), misaligned=False):
@@ -50,7 +50,7 @@ class EduRegs(RegisterBank, size=0x100, sizes=(4, 8), misaligned=False):
     LIVENESS = Reg32(0x04, sizes=(4,), doc="reads as the inverse of what was written")
     FACTORIAL = Reg32(0x08, sizes=(4,), doc="write n, read n! (mod 2**32) once COMPUTING is clear")
     STATUS = Reg32(0x20, layout=Status, sizes=(4,))
-    IRQ_STATUS = Reg32(0x24, RO, sizes=(4,), doc="what has raised the interrupt")
+    IRQ_STATUS = Reg32(0x24, RO, sizes=(4,), doc="the causes that have raised the interrupt")
     IRQ_RAISE = Reg32(0x60, WO, reset=0xFFFF_FFFF, sizes=(4,), doc="sets bits of IRQ_STATUS")
     IRQ_ACK = Reg32(0x64, WO, reset=0xFFFF_FFFF, sizes=(4,), doc="clears bits of IRQ_STATUS")
     DMA_SRC = Reg64(0x80)
@@ -72,37 +72,36 @@ class Edu(PciDevice):
 
     vendor_id, device_id, class_code, revision = 0x1234, 0x11E8, 0x00FF00, 0x10
 
-    # Parts are declared as attributes.  On an instance, `regs` is the bank (self.regs.ID reads a register),
-    # `intx` the interrupt pin, and so on.
+    # Parts are declared as attributes.  On an instance, `regs` is its own bank (self.regs.ID reads a register),
+    # `intx` its interrupt pin, and so on.
     bar0 = MmioBar(0, size=1 * MiB)
     regs = bar0.bank(EduRegs, at=0)
     intx = Intx(pin=1)
     msi = Msi(vectors=1)
 
-    # What a machine file may set under `params`.  pydantic checks it and writes the error message.
+    # The keys that a machine file may set under `params`.  pydantic checks their values and writes the error messages.
     class Params(BaseParams):
         """Parameters of edu."""
 
         dma_mask: int = Field(default=(1 << 28) - 1, ge=0, lt=1 << 64, description="address lines for DMA")
 
-    # The buffer that DMA moves data to and from.  The guest cannot see it through the BAR, so it is a plain
-    # bytearray and not a RAM area.  `on_reset` also runs once when the device is made; what resets leave alone, a model
-    # makes in `setup`, which runs once before that: a model has no `__init__`.
+    # The buffer that DMA moves data to and from.  The guest cannot access it through the BAR, so it is a plain
+    # bytearray and not a RAM area.  `on_reset` also runs once when the device is made.  A model has no `__init__`: it
+    # makes state that resets do not change in `setup`, which runs once, before the first `on_reset`.
     def on_reset(self, kind: ResetKind) -> None:
         self.buffer = bytearray(BUFFER_SIZE)
 
     # ---- 3. What happens on an access -----------------------------------------------------------
     #
-    # A hook names its register by object: a typo is an error when this file is imported.  `new` is what is about
-    # to be stored; what the hook returns is stored instead.
+    # A hook names its register by object: a typo is an error when this file is imported.  `new` is the value about to
+    # be stored; the value that the hook returns is stored instead.
 
     @on_write(EduRegs.LIVENESS)
     def _liveness(self, new: int) -> int:
         return ~new & 0xFFFF_FFFF
 
-    # A hook must not take long, as a guest CPU waits for it.  `defer` runs the work after the access has been
-    # answered: so the guest can really see COMPUTING set.  `self.after(0.010, call)` would run it 10 ms later, if no
-    # reset comes before.
+    # A hook must be short, as a guest CPU waits for it.  `defer` runs work after the access has been answered, so the
+    # guest can read COMPUTING as set.  `self.after(0.010, call)` would run it 10 ms later, unless a reset cancels it.
     @on_write(EduRegs.FACTORIAL)
     def _factorial(self, new: int) -> int:
         if Status(self.regs.STATUS).COMPUTING:
@@ -113,7 +112,7 @@ class Edu(PciDevice):
 
     def _compute(self, n: int) -> None:
         result = 1
-        while n > 1 and result:  # 34! is 0 modulo 2**32, and so is all above
+        while n > 1 and result:  # 34! is 0 modulo 2**32, and so are all larger factorials
             result = result * n & 0xFFFF_FFFF
             n -= 1
         self.regs.FACTORIAL = result
@@ -130,7 +129,7 @@ class Edu(PciDevice):
         self.regs.IRQ_STATUS &= ~new
         if not self.regs.IRQ_STATUS:
             self.intx.lower()
-            self.msi.withdraw()  # a message that could not be sent yet has nothing left to say
+            self.msi.withdraw()  # a message that is still pending has lost its cause
 
     def _raise(self, bits: int) -> None:
         self.regs.IRQ_STATUS |= bits
@@ -141,7 +140,7 @@ class Edu(PciDevice):
         else:
             self.intx.raise_()  # a level, until the guest acknowledges all bits
 
-    # The addresses must not change under a transfer.
+    # The addresses must not change during a transfer.
     @on_write(EduRegs.DMA_SRC)
     def _dma_src(self, new: int) -> int:
         return self.regs.DMA_SRC if self._dma_busy else new
@@ -166,9 +165,9 @@ class Edu(PciDevice):
             self.defer(self._transfer)
         return new
 
-    # `self.dma` is guest memory as this device reaches it: through the IOMMU, if there is one, and only while the
-    # guest has set Command.BusMaster.  An access that fails raises DmaFault.  Nothing needs to be caught here:
-    # vmodel logs and counts what comes out of a hook, and the `finally` keeps the device usable.
+    # `self.dma` accesses guest memory: through the IOMMU, if there is one, and only while the guest has set
+    # Command.BusMaster.  An access that fails raises DmaFault.  There is no need to catch it here: vmodel logs and
+    # counts exceptions of hooks, and the `finally` keeps the device usable.
     def _transfer(self) -> None:
         command = DmaCmd(self.regs.DMA_CMD)
         source, target, count = self.regs.DMA_SRC, self.regs.DMA_DST, self.regs.DMA_COUNT
@@ -187,8 +186,8 @@ class Edu(PciDevice):
                 self._raise(IRQ_DMA_DONE)
 
     def _in_buffer(self, address: int, count: int) -> int:
-        """The offset in the buffer.  What the guest asks for is not to be trusted, ever."""
+        """The offset of `address` in the buffer.  Never trust a value that the guest has written."""
         if not BUFFER_AT <= address <= BUFFER_AT + BUFFER_SIZE - count:
-            # The guest's mistake, not ours: the specification has no answer to it, so nothing is moved.
+            # The guest's mistake, for which the specification defines no behaviour: nothing is moved.
             raise GuestError(f"DMA of {count:#x} bytes at {address:#x} is outside the buffer")
         return address - BUFFER_AT

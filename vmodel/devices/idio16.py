@@ -1,6 +1,6 @@
 """ACCES PCI-IDIO-16: 16 isolated inputs and 16 FET outputs, driven by Linux's gpio-pci-idio-16.
 
-Registers as in the card's manual: eight 8-bit ports in BAR2.  Some do different things on read and on write.
+Registers as in the card's manual: eight 8-bit ports in BAR2.  Some have different functions on read and on write.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Idio16(PciDevice):
 
     @property
     def inputs(self) -> int:
-        """All 16 inputs likewise."""
+        """All 16 inputs, input 0 in bit 0."""
         return self.regs.IN_LOW | self.regs.IN_HIGH << 8
 
     def set_inputs(self, value: int) -> None:
-        """Drives the inputs; any thread.  ValueError: more than 16 bits."""
+        """Sets the levels of all 16 inputs, input 0 in bit 0.  Any thread.  ValueError: more than 16 bits."""
         if not 0 <= value < 1 << 16:
             raise ValueError(f"inputs {value:#x} are more than 16 bits")
         self.defer(lambda: self._drive(value))
@@ -83,16 +83,16 @@ class Idio16(PciDevice):
     @on_write(Idio16Regs.OUT_LOW)
     def _out_low(self, new: int) -> int:
         self.regs.OUT_LOW = new
-        self._tell()
+        self._report_outputs()
         return new
 
     @on_write(Idio16Regs.OUT_HIGH)
     def _out_high(self, new: int) -> int:
         self.regs.OUT_HIGH = new
-        self._tell()
+        self._report_outputs()
         return new
 
-    def _tell(self) -> None:
+    def _report_outputs(self) -> None:
         if self.on_output:
             self.on_output(self.outputs)
 

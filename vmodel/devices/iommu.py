@@ -1,4 +1,4 @@
-"""What the models of IOMMUs that a guest drives have in common."""
+"""The base class of the models of IOMMUs that a guest drives."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from vmodel.iommu.system import System
 class IommuDevice(PciDevice):
     """A PCI function by which a guest drives one of the machine's IOMMUs.
 
-    The groups and domains are those of `iommu` and `system`, so whatever the guest does can be looked at there.
+    The guest's requests change the groups and domains of `iommu` and `system`, where tests can inspect them.
     """
 
     iommu: Iommu
     system: System
-    #: All devices of the machine by name; one of them may have to send a message that this function cannot.
+    #: All devices of the machine by name; VT-d sends its interrupt messages through one of them.
     peers: Mapping[str, PciDevice] = {}
-    #: VT-d: the address of the registers, which DMAR names and the firmware has to choose.
+    #: VT-d: the address of the registers that DMAR gives, at which the firmware has to place BAR0.
     base: ClassVar[int] = 0
 
     def serve(self, iommu: Iommu, system: System) -> None:
-        """Called once all endpoints are there, before the device is served.
+        """Connects the function to its IOMMU: called once all endpoints exist, before the device is served.
 
-        ConfigError: its capabilities are none that such an IOMMU can have.
+        ConfigError: such an IOMMU cannot have these capabilities.
         """
         self.iommu = iommu
         self.system = system
 
     def covered(self) -> list[Endpoint]:
-        """The endpoints behind it; what has no group is not translated, and not for the guest to know of."""
+        """The endpoints behind this IOMMU, without those that have no group: they are not translated."""
         return [e for e in self.system.endpoints if e.iommu is self.iommu and e.group is not None]

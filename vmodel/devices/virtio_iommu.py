@@ -1,4 +1,4 @@
-"""virtio-iommu (VIRTIO 1.3, 5.13): the guest maps by requests, and hears of faults by events."""
+"""virtio-iommu (VIRTIO 1.3, 5.13): the guest maps by requests on one queue, and gets faults as events on another."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from vmodel.virtio.queue import Chain, QueueError, Virtqueue
 # Feature bits (5.13.3).
 F_INPUT_RANGE, F_DOMAIN_RANGE, F_MAP_UNMAP, F_PROBE, F_MMIO, F_BYPASS_CONFIG = (1 << n for n in (0, 1, 2, 4, 5, 6))
 
-#: Domain ids that the driver may use.
+#: The largest domain id that the driver may use.
 LAST_DOMAIN = 0xFFFF
-#: Room for the properties of one endpoint.
+#: Bytes for the properties of one endpoint.
 PROBE_SIZE = 512
-#: Faults that wait for buffers of the driver's; later ones are dropped (5.13.6.9).
+#: Most faults that wait for a buffer in the event queue; further ones are dropped (5.13.6.9).
 MAX_EVENTS = 64
 
 _REQUEST_QUEUE, _EVENT_QUEUE = 0, 1
@@ -49,7 +49,7 @@ _FAULT = struct.Struct("<B3xIIIQ")
 
 
 class Status(enum.IntEnum):
-    """How a request ended (5.13.6)."""
+    """Status of a request (5.13.6)."""
 
     OK = 0
     IOERR = 1
@@ -83,11 +83,11 @@ class IommuRegs(RegisterBank, size=0x28):
 
 
 class _Unknown(Exception):
-    """A request of a type that the device does not know: it is given back as it is."""
+    """A request of unknown type: its buffers are returned unchanged."""
 
 
 class _Refused(Exception):
-    """A request ends with a status other than OK."""
+    """A request that ends with a status other than OK."""
 
     def __init__(self, status: Status) -> None:
         super().__init__(status.name)
@@ -96,12 +96,12 @@ class _Refused(Exception):
 
 @dataclass
 class _Domain:
-    """A domain of the guest's."""
+    """A domain that the guest has made."""
 
     domain: Domain
     bypass: bool
     endpoints: set[int] = field(default_factory=set)
-    #: What nobody may map in it.
+    #: IOVAs that must not be mapped: the reserved regions of its endpoints.
     reserved: list[Span] = field(default_factory=list)
 
     @property
@@ -112,16 +112,16 @@ class _Domain:
 
 
 class VirtioIommuDevice(IommuDevice, VirtioDevice):
-    """virtio-iommu: the guest translates DMA of the devices behind it.
+    """virtio-iommu: the guest controls the translation of DMA of the devices behind it.
 
-    State outlives a reset by the driver, as the guest may reset this device before those behind it are quiet; it goes
-    at a reset of the function, and when a driver says DRIVER_OK anew.
+    Domains and mappings survive a reset by the driver, as the guest may reset this device before the devices behind it
+    have stopped DMA.  A reset of the function clears them, and so does a driver that sets DRIVER_OK again.
     """
 
     vendor_id, device_id, class_code = VENDOR, 0x1057, 0x00FF00
     queue_sizes = (256, 64)
     offered = F_INPUT_RANGE | F_DOMAIN_RANGE | F_MAP_UNMAP | F_PROBE | F_MMIO | F_BYPASS_CONFIG
-    #: Off: each request is carried out by Python, with the same results.
+    #: Whether the shim carries out plain MAP and UNMAP requests.  If not, Python does, with the same results.
     fast_path = True
     config_regs = VirtioDevice.bar0.bank(IommuRegs, at=DEVICE_CONFIG)
     msix = Msix(vectors=3, own_bar=2)
@@ -130,10 +130,10 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         super().serve(iommu, system)
         if iommu.driver.params.mmio:
             raise ConfigError(
-                "params.mmio: a guest drives this IOMMU, and all that it covers there are PCI functions: leave it out"
+                "params.mmio: a guest drives this IOMMU, which then covers PCI functions only: leave it out"
             )
         self._plain = RequestQueue(self.dma.requester)
-        #: Endpoints by id; a bridge puts ids of its own in place of a device's.
+        #: Endpoints by id, including the ids of bridges that replace a device's own (aliases).
         self._endpoints: dict[int, Endpoint] = {}
         for endpoint in self.covered():
             for number in self._ids(endpoint):
@@ -142,19 +142,19 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             if len(regions := _regions(endpoint)) > PROBE_SIZE // _RESV_SIZE:
                 raise ConfigError(
                     f"{endpoint.name} has {len(regions)} reserved regions: "
-                    f"a virtio-iommu can tell a guest of {PROBE_SIZE // _RESV_SIZE}"
+                    f"a virtio-iommu can report {PROBE_SIZE // _RESV_SIZE}"
                 )
-        #: Faults that the driver has not been told of: any thread adds some, the device's sends them.
+        #: Faults not reported to the driver yet: any thread adds them, the device's thread sends them.
         self._faults: deque[FaultRecord] = deque()
         self._faults_lock = threading.Lock()
-        #: Faults of which the driver was never told, since the device was made.
+        #: Faults dropped without a report to the driver, since the device was made.
         self.dropped_faults = 0
         self._drop_limit = RateLimit(1, 5.0)
         iommu.on_fault(self._report)
-        self._show_config()
+        self._store_config()
         self._clear()
 
-    def _show_config(self) -> None:
+    def _store_config(self) -> None:
         can, regs = self.iommu.capabilities, self.config_regs
         regs.PAGE_SIZE_MASK = sum(can.page_sizes)
         regs.INPUT_START, regs.INPUT_END = can.usable.start, can.usable.last
@@ -173,30 +173,30 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
 
     def on_reset(self, kind: ResetKind) -> None:
         super().on_reset(kind)
-        if hasattr(self, "iommu"):  # not yet when the model is made
-            self._show_config()
+        if hasattr(self, "iommu"):  # not set yet in the reset when the model is made
+            self._store_config()
             self._clear()
 
     def on_driver_ok(self) -> None:
         self._clear()
 
     def _clear(self) -> None:
-        """No domains; all endpoints bypass, or are blocked."""
+        """Removes all domains: each endpoint bypasses translation or is blocked, by BYPASS."""
         self._domains: dict[int, _Domain] = {}
         self._domains_changed = True
         self._attached: dict[int, int] = {}
-        self._forget_faults()
-        self._show_bypass()
+        self._discard_faults()
+        self._apply_bypass()
 
-    def _show_bypass(self) -> None:
-        """What endpoints without a domain go through (5.13.6.1)."""
+    def _apply_bypass(self) -> None:
+        """Sets the domain of endpoints that the driver has not attached: identity or blocked (5.13.6.1)."""
         default = self.iommu.identity if self.config_regs.BYPASS else self.iommu.blocked
         for group in self._groups():
             group.set_default(default)
-            self._settle(group)
+            self._attach_group(group)
 
-    def _settle(self, group: Group) -> None:
-        """What a group goes through: the domain of whichever member was attached last, else the default."""
+    def _attach_group(self, group: Group) -> None:
+        """Attaches a group to the domain of the member that was attached last, else to its default domain."""
         members = set(self._members(group))
         number = next((self._attached[n] for n in reversed(self._attached) if n in members), None)
         group.attach(group.default_domain if number is None else self._domains[number].domain)
@@ -212,7 +212,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if not self.features & F_BYPASS_CONFIG or new > 1:
             return self.config_regs.BYPASS
         self.config_regs.BYPASS = new
-        self._show_bypass()
+        self._apply_bypass()
         return new
 
     # ---- requests --------------------------------------------------------------------------
@@ -222,23 +222,23 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             self._send_events()
             return
         while not queue.spent:
-            if self._may_be_fast():
+            if self._may_run_plain():
                 self._run_plain(queue)
             chain = queue.pop()
             if chain is None:
                 return
             queue.answer(chain, self._request(queue, chain))
 
-    def _may_be_fast(self) -> bool:
-        """Whether the shim may carry plain requests out: not if somebody wants to hear of them, or there are none."""
+    def _may_run_plain(self) -> bool:
+        """Whether the shim may carry out MAP and UNMAP requests: they are negotiated, and no point of them is armed."""
         if not self.features & F_MAP_UNMAP:
             return False
         wants = self.points.wants
-        told = self.points.detailed or any(map(wants, (Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE)))
-        return self.fast_path and not told
+        armed = self.points.detailed or any(map(wants, (Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE)))
+        return self.fast_path and not armed
 
     def _run_plain(self, queue: Virtqueue) -> None:
-        """Has the shim take MAP and UNMAP requests, up to one that is not plain."""
+        """Lets the shim carry out MAP and UNMAP requests, up to the first request that it leaves to Python."""
         plain, state = self._plain, self._plain.state
         if self._domains_changed:
             plain.set_domains(
@@ -259,11 +259,14 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             queue.charge(taken)
 
     def _request(self, queue: Virtqueue, chain: Chain) -> bytes:
-        """The bytes to write: properties of a PROBE, then the tail with the status; none: the buffer stays as it is."""
+        """Carries out a request; returns the answer: properties of a PROBE, then the tail with the status.
+
+        An empty answer leaves the driver's buffer unchanged.
+        """
         data = queue.read(chain, _LONGEST)
         room = chain.write_size
         if room < _TAIL:
-            return b""  # no room for a tail: there is no way to answer
+            return b""  # the buffer has no room for the tail
         properties = bytes(min(PROBE_SIZE, room - _TAIL)) if data[:1] == bytes([_PROBE]) else b""
         status = Status.OK
         try:
@@ -276,7 +279,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         return properties + struct.pack("<B3x", status)
 
     def _carry_out(self, data: bytes, room: int) -> bytes:
-        """Does what a request says; properties of a PROBE.  _Unknown, _Refused."""
+        """Carries out a request; returns the properties of a PROBE, else b"".  _Unknown, _Refused."""
         kind = data[0] if data else 0
         handle, size, tail, feature = self._HANDLERS.get(kind, (None, 0, 0, 0))
         if handle is None or feature & ~self.features:
@@ -307,20 +310,20 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if wanted is None:
             wanted = _Domain(self.iommu.identity if bypass else paging_domain_alloc(endpoint), bypass)
         if not bypass and any(wanted.paging.is_mapped(region.span) for region in _regions(endpoint)):
-            raise _Refused(Status.UNSUPP)  # what others have mapped there would be this one's to reach
+            raise _Refused(Status.UNSUPP)  # the domain maps IOVAs that this endpoint has reserved
         try:
             group.attach(wanted.domain)
         except IommuError:
             raise _Refused(Status.UNSUPP) from None
-        self._leave(endpoint_id)
+        self._remove_endpoint(endpoint_id)
         self._domains[number] = wanted
         wanted.endpoints.add(endpoint_id)
         self._changed(wanted)
         self._attached[endpoint_id] = number
         return b""
 
-    def _leave(self, endpoint_id: int) -> None:
-        """Out of the domain that it is in; that one goes with its last endpoint (5.13.6.4)."""
+    def _remove_endpoint(self, endpoint_id: int) -> None:
+        """Removes an endpoint from its domain, and the domain with its last endpoint (5.13.6.4)."""
         number = self._attached.pop(endpoint_id, None)
         if number is not None:
             domain = self._domains[number]
@@ -330,7 +333,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             self._changed(domain)
 
     def _changed(self, domain: _Domain) -> None:
-        """Its endpoints are others, and what nobody may map is what any of them has reserved."""
+        """Updates a domain's reserved IOVAs after a change of its endpoints: those of any of them."""
         domain.reserved = [*{region.span: None for n in domain.endpoints for region in _regions(self._endpoints[n])}]
         self._domains_changed = True
 
@@ -339,8 +342,8 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         _, group = self._endpoint(endpoint_id)
         if self._attached.get(endpoint_id) != number:
             raise _Refused(Status.INVAL)
-        self._leave(endpoint_id)
-        self._settle(group)  # endpoints that cannot be told apart go together
+        self._remove_endpoint(endpoint_id)
+        self._attach_group(group)  # all endpoints of a group have one domain
         return b""
 
     def _domain(self, number: int) -> _Domain:
@@ -399,7 +402,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         return b""
 
     def _unmap_in_steps(self, number: int, domain: PagingDomain, span: Span) -> None:
-        """The mapping goes, and then what IOTLBs have of it."""
+        """Removes the mappings, then invalidates the IOTLBs: each is a fault point of its own."""
         about = self._about(number, domain, span)
 
         def unmap(_: object) -> None:
@@ -409,7 +412,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         self.points.at(Point.IOMMU_UNMAP, unmap, **about)
 
     def _about(self, number: int, domain: PagingDomain, span: Span) -> dict[str, Any]:
-        """What an event at a fault point is about."""
+        """The fields of an event at a fault point."""
         others = tuple(self._endpoints[n].name for n in sorted(self._domains[number].endpoints))
         return {"others": others, "domain": domain.name, "address": span.start, "size": span.size}
 
@@ -421,13 +424,13 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             found += struct.pack("<HHB3xQQ", _PROPERTY_RESV_MEM, 20, kind, region.span.start, region.span.last)
         return found
 
-    #: By type: who answers, bytes to be read, bytes to be written, the feature that it needs.
+    #: By request type: (handler, bytes of the request, bytes of the answer, feature bit that it needs or 0).
     _HANDLERS: dict[int, tuple[Callable[[VirtioIommuDevice, bytes], bytes], int, int, int]]
 
     # ---- events ----------------------------------------------------------------------------
 
     def _report(self, record: FaultRecord) -> None:
-        """A fault is to be an event, when there is a driver to hear of it; called on the thread of the access."""
+        """Queues a fault as an event for the driver, if there is one.  Called on the thread of the failed access."""
         if not self.driver_ok:
             return
         with self._faults_lock:
@@ -444,14 +447,14 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             self.queues[_EVENT_QUEUE].due = True
             self.defer(lambda: self._turn(self.queues[_EVENT_QUEUE]))
 
-    def _forget_faults(self) -> None:
+    def _discard_faults(self) -> None:
         with self._faults_lock:
             self._faults.clear()
 
     def _send_events(self) -> None:
         queue = self.queues[_EVENT_QUEUE]
         while self._faults and (chain := queue.pop()) is not None:
-            # A report takes one buffer, or none: a smaller one is given back as it is.
+            # An event must fit into one buffer: a smaller buffer is returned unused.
             if chain.write_size < _FAULT.size:
                 queue.answer(chain, b"")
                 continue
@@ -470,9 +473,10 @@ def _event(record: FaultRecord) -> bytes:
 
 
 def _regions(endpoint: Endpoint) -> list[ReservedRegion]:
-    """What PROBE says of an endpoint: no two overlap (5.13.6.8.1); where some do they are one, of the first's type.
+    """The reserved regions that PROBE reports for an endpoint.
 
-    Where software places its doorbell's mapping (SW_MSI) is software's.
+    They must not overlap (5.13.6.8.1): overlapping ones are merged, with the first one's type.  SW_MSI regions are left
+    out, as they are the guest's own choice.
     """
     found: list[ReservedRegion] = []
     closed = [region for region in endpoint.reserved if region.type is not RegionType.SW_MSI]
@@ -486,7 +490,7 @@ def _regions(endpoint: Endpoint) -> list[ReservedRegion]:
 
 
 _ATTACH, _DETACH, _MAP, _UNMAP, _PROBE = 1, 2, 3, 4, 5
-#: Bytes of a tail; and of the longest request.
+#: Bytes of a request's tail, and of the longest request.
 _TAIL, _LONGEST = 4, 72
 VirtioIommuDevice._HANDLERS = {
     _ATTACH: (VirtioIommuDevice._attach, 20, _TAIL, 0),

@@ -1,4 +1,4 @@
-"""The modern PCI transport (VIRTIO 1.3, 4.1): `VirtioDevice` is what a virtio model derives from."""
+"""The modern PCI transport (VIRTIO 1.3, 4.1): `VirtioDevice` is the base class of virtio models."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vmodel.virtio.queue import QueueError, Virtqueue
 VENDOR = 0x1AF4
 NO_VECTOR = 0xFFFF
 
-#: Feature bits of all devices (6).
+#: Feature bits of the transport, the same for all devices (6).
 INDIRECT_DESC, EVENT_IDX, VERSION_1 = 1 << 28, 1 << 29, 1 << 32
 
-#: Where the parts are in the BAR.
+#: Offsets of the configuration structures in the BAR.
 _COMMON, _ISR, DEVICE_CONFIG, _NOTIFY, _SIZE = 0x0000, 0x1000, 0x2000, 0x3000, 16 * KiB
-#: Queues of one device at most: as many doorbells fit.
+#: Most queues of one device: the doorbells that are declared.
 MAX_QUEUES = 64
 
 
@@ -38,7 +38,7 @@ class DeviceStatus(Layout):
 
 
 class CommonRegs(RegisterBank, size=0x40):
-    """Common configuration (4.1.4.3).  Those from QUEUE_SIZE on show the queue that QUEUE_SELECT names."""
+    """Common configuration (4.1.4.3).  The registers from QUEUE_SIZE on are those of queue QUEUE_SELECT."""
 
     DEVICE_FEATURE_SELECT = Reg32(0x00)
     DEVICE_FEATURE = Reg32(0x04, RO)
@@ -77,13 +77,13 @@ class IsrRegs(RegisterBank, size=4, sizes=(1, 2, 4)):
 
 
 class NotifyRegs(RegisterBank, size=4 * MAX_QUEUES, sizes=(2, 4)):
-    """A doorbell for each queue, of 16 bits as drivers write them: what is written does not matter."""
+    """A 16-bit doorbell for each queue; the written value is ignored (4.1.4.4)."""
 
     locals().update({f"QUEUE{n}": Reg16(4 * n) for n in range(MAX_QUEUES)})
 
 
 class PciCap(VendorSpecific):
-    """struct virtio_pci_cap (4.1.4): which part is where; `more`: what some have behind it."""
+    """struct virtio_pci_cap (4.1.4): structure `part` is at `at` of BAR0; `more`: fields that follow in some parts."""
 
     def __init__(self, part: int, at: int, size: int, more: bytes = b"") -> None:
         super().__init__(struct.pack("<BBB2xII", part, 0, 0, at, size) + more)
@@ -101,7 +101,7 @@ class CfgAccessRegs(RegisterBank, size=20):
 
 
 class CfgAccessCap(Capability):
-    """Access to the BAR by way of config space (4.1.4.9): an access to its data is one to the BAR."""
+    """Access to the BAR through config space (4.1.4.9): an access to DATA is forwarded to the BAR."""
 
     id = VendorSpecific.id
     bank = CfgAccessRegs
@@ -109,7 +109,7 @@ class CfgAccessCap(Capability):
     regs: CfgAccessRegs
 
     def _window(self) -> tuple[int, int] | None:
-        """(offset, size); None: it does not lie in the BAR."""
+        """(offset, size) of the access in the BAR; None: the registers describe no valid access."""
         offset, size = self.regs.OFFSET, self.regs.SIZE
         good = size in (1, 2, 4) and self.regs.BAR == 0 and offset % size == 0 and offset + size <= _SIZE
         return (offset, size) if good else None
@@ -129,16 +129,17 @@ class CfgAccessCap(Capability):
 class VirtioDevice(PciDevice):
     """A virtio device.
 
-    A model declares `vendor_id, device_id = VENDOR, 0x1040 + its type (5)`, `msix`, `queue_sizes`, `offered`, puts its
-    configuration at `DEVICE_CONFIG` of `bar0`, and overrides `on_queue`, and what else it wants to hear of.
+    A model declares `vendor_id, device_id = VENDOR, 0x1040 + its device type (5)`, `msix`, `queue_sizes` and `offered`,
+    and puts its configuration at `DEVICE_CONFIG` of `bar0`.  It overrides `on_queue`, and other `on_...` methods as
+    needed.
     """
 
     revision = 1
-    #: 4.1.2.1: no legacy driver takes a device of 0x40 or higher for its own.
+    #: 4.1.2.1: legacy drivers do not bind to a subsystem id of 0x40 or higher.
     subsystem_vendor_id, subsystem_id = VENDOR, 0x40
-    #: Sizes of its queues.
+    #: Size of each queue.
     queue_sizes: ClassVar[tuple[int, ...]]
-    #: Feature bits that it offers besides those of the transport.
+    #: Feature bits that the model offers, without those of the transport.
     offered: ClassVar[int] = 0
 
     bar0 = MmioBar(0, size=_SIZE, is_64bit=True, fill=0)
@@ -154,47 +155,49 @@ class VirtioDevice(PciDevice):
     msix: Msix
 
     def setup(self) -> None:
-        #: By number.
+        #: By queue index.
         self.queues = [Virtqueue(self.dma, n, size, self.points) for n, size in enumerate(self.queue_sizes)]
         #: Feature bits that the driver has accepted.
         self.features = 0
+        #: Whether the device configuration has changed since the driver last read CONFIG_GENERATION.
         self._config_is_new = False
         self._log_limit = RateLimit(10, 5.0)
 
     # ---- for models ------------------------------------------------------------------------
 
     def on_queue(self, queue: Virtqueue) -> None:
-        """There are requests: pop them until there are none, or none in this turn; then this is called again.
+        """Serves a queue's requests: pop and answer them until `pop` returns None.
 
-        QueueError, and whatever GuestError: the device needs a reset.
+        If the turn's budget ended before the queue was empty, this is called again later.  After a QueueError or any
+        other GuestError the device needs a reset (2.1.2).
         """
 
     def on_driver_ok(self) -> None:
-        """The driver is ready."""
+        """Called when the driver sets DRIVER_OK."""
 
     def on_driver_reset(self) -> None:
-        """The driver has reset the device by its status."""
+        """Called when the driver has reset the device by writing 0 to DEVICE_STATUS (2.1)."""
 
     @property
     def driver_ok(self) -> bool:
-        """Whether the driver is ready and all is well."""
+        """Whether the driver has set DRIVER_OK, and the device does not need a reset."""
         status = DeviceStatus(self.common.DEVICE_STATUS)
         return bool(status.DRIVER_OK) and not status.NEEDS_RESET
 
     def interrupt(self, queue: Virtqueue) -> None:
-        """Tells the driver of what was answered on a queue, if it wants to hear."""
+        """Raises a queue's interrupt, unless the driver suppresses it or nothing was answered (2.7.7)."""
         if queue.wants_interrupt():
             self._signal(queue.vector, IsrStatus.QUEUE.mask)
 
     def config_changed(self) -> None:
-        """Tells the driver that its configuration is another (4.1.5.1.3)."""
+        """Notifies the driver that the device configuration has changed (4.1.5.1.3)."""
         self._config_is_new = True
         if self.driver_ok:
             self._signal(self.common.CONFIG_VECTOR, IsrStatus.CONFIG.mask)
 
     def _signal(self, vector: int, cause: int) -> None:
         if self.msix.enabled:
-            self.isr.STATUS |= cause & IsrStatus.CONFIG.mask  # 4.1.4.5.1: of queues it says nothing then
+            self.isr.STATUS |= cause & IsrStatus.CONFIG.mask  # 4.1.4.5.1: with MSI-X the queue bit is not used
             if vector != NO_VECTOR:
                 self.msix.fire(vector)
         else:
@@ -202,18 +205,18 @@ class VirtioDevice(PciDevice):
             self.intx.raise_()
 
     def broken(self, error: GuestError) -> None:
-        """The driver has broken the rules: nothing more is done until it resets the device (2.1.2)."""
-        self._complain(f"needs a reset: {error}")
+        """Sets NEEDS_RESET after an error of the driver: queues stop until the driver resets the device (2.1.2)."""
+        self._log_driver_error(f"needs a reset: {error}")
         was_ok = self.driver_ok
         self.common.DEVICE_STATUS |= DeviceStatus.NEEDS_RESET.mask
         if was_ok:
             self._signal(self.common.CONFIG_VECTOR, IsrStatus.CONFIG.mask)
 
-    def _complain(self, what: str) -> None:
-        """Logs what the driver did wrong (10 lines in 5 s)."""
+    def _log_driver_error(self, what: str) -> None:
+        """Logs an error of the driver; at most 10 lines in 5 s."""
         passed, held = self._log_limit()
         if held:
-            self.log.warning("%s: %d more mistakes of the driver were not logged", self.name, held)
+            self.log.warning("%s: %d more errors of the driver were not logged", self.name, held)
         if passed:
             self.log.warning("%s: %s", self.name, what)
 
@@ -231,22 +234,22 @@ class VirtioDevice(PciDevice):
         self.isr.STATUS = 0
         self.intx.lower()
         self.common.NUM_QUEUES = len(self.queues)
-        self._show_features()
-        self._show_queue()
+        self._update_features()
+        self._update_selected_queue()
 
     @property
     def all_offered(self) -> int:
-        """The device's features and the transport's."""
+        """The feature bits that are offered: the model's and the transport's."""
         return self.offered | INDIRECT_DESC | EVENT_IDX | VERSION_1
 
-    def _show_features(self) -> None:
+    def _update_features(self) -> None:
         word = self.common.DEVICE_FEATURE_SELECT
         self.common.DEVICE_FEATURE = self.all_offered >> 32 * word & 0xFFFF_FFFF if word < 2 else 0
 
     @on_write(CommonRegs.DEVICE_FEATURE_SELECT)
     def _select_device_feature(self, new: int) -> int:
         self.common.DEVICE_FEATURE_SELECT = new
-        self._show_features()
+        self._update_features()
         return new
 
     @on_write(CommonRegs.DRIVER_FEATURE_SELECT)
@@ -271,24 +274,25 @@ class VirtioDevice(PciDevice):
             self.on_driver_reset()
             return 0
         status = DeviceStatus(new)
-        # The driver clears no bits (2.1.1); and what it has not been offered, or without VERSION_1, is not OK.
+        # The driver must not clear bits (2.1.1).  FEATURES_OK stays clear if the driver accepts features that were not
+        # offered, or does not accept VERSION_1.
         new |= old.value
         acceptable = not self.features & ~self.all_offered and self.features & VERSION_1
         if status.FEATURES_OK and not old.FEATURES_OK and not acceptable:
             new &= ~DeviceStatus.FEATURES_OK.mask
-            self._complain(f"no FEATURES_OK: the driver accepts {self.features:#x} of {self.all_offered:#x}")
+            self._log_driver_error(f"no FEATURES_OK: the driver accepts {self.features:#x} of {self.all_offered:#x}")
         if status.DRIVER_OK and not old.DRIVER_OK:
             if new & DeviceStatus.FEATURES_OK.mask:
                 self.common.DEVICE_STATUS = new
                 self.on_driver_ok()
-            else:  # 3.1.1: features come first
+            else:  # 3.1.1: FEATURES_OK has to be set first
                 new &= ~DeviceStatus.DRIVER_OK.mask
-                self._complain("no DRIVER_OK: there is no FEATURES_OK")
+                self._log_driver_error("no DRIVER_OK: FEATURES_OK is not set")
         return new
 
     @on_read(CommonRegs.CONFIG_GENERATION)
     def _generation(self, stored: int) -> int:
-        """Another one if the configuration has changed since, however often (4.1.4.3.1)."""
+        """Changes once if the configuration has changed since the last read, however often (4.1.4.3.1)."""
         if self._config_is_new:
             self._config_is_new = False
             self.common.CONFIG_GENERATION = (stored + 1) % 256
@@ -301,7 +305,7 @@ class VirtioDevice(PciDevice):
         n = self.common.QUEUE_SELECT
         return self.queues[n] if n < len(self.queues) else None
 
-    def _show_queue(self) -> None:
+    def _update_selected_queue(self) -> None:
         queue, regs = self._selected, self.common
         regs.QUEUE_SIZE = queue.size if queue else 0
         regs.QUEUE_VECTOR = queue.vector if queue else NO_VECTOR
@@ -318,7 +322,7 @@ class VirtioDevice(PciDevice):
     @on_write(CommonRegs.QUEUE_SELECT)
     def _select_queue(self, new: int) -> int:
         self.common.QUEUE_SELECT = new
-        self._show_queue()
+        self._update_selected_queue()
         return new
 
     @on_write(CommonRegs.QUEUE_SIZE)
@@ -342,7 +346,7 @@ class VirtioDevice(PciDevice):
         return queue.vector
 
     def _vector(self, wanted: int) -> int:
-        """A vector that is not there reads back as none (4.1.5.1.2)."""
+        """A vector that does not exist reads back as NO_VECTOR (4.1.5.1.2)."""
         return wanted if wanted < self.msix.vectors else NO_VECTOR
 
     def _address(self, name: str, shift: int, new: int, stored: int) -> int:
@@ -390,12 +394,15 @@ class VirtioDevice(PciDevice):
         return int(queue.enabled)
 
     def _notified(self, index: int) -> None:
-        """The driver has rung.  While a turn is due it need not be told again: the turn finds what there is."""
+        """The driver has written a doorbell.  If a turn is due already, that turn will find the new requests."""
         if index < len(self.queues) and not self.queues[index].due:
             self._turn(self.queues[index])
 
     def _turn(self, queue: Virtqueue) -> None:
-        """Serves a queue for a bounded time; what is left comes after other accesses, and the wish to stop."""
+        """Serves a queue for a bounded time.
+
+        Remaining requests are served in a later turn, so that other accesses and a stop of the server come in between.
+        """
         queue.due = False
         if not queue.enabled or not self.driver_ok or not queue.begin():
             return
@@ -428,6 +435,6 @@ def _doorbell(index: int, register: Register) -> Any:
     return on_write(register)(ring)
 
 
-# One hook for each: added before subclasses are made, whose hooks are collected from here.
+# One hook for each doorbell.  They must exist before subclasses are made, which collect the hooks of this class.
 for _n, _register in enumerate(NotifyRegs.registers):
     setattr(VirtioDevice, f"_doorbell{_n}", _doorbell(_n, _register))

@@ -1,4 +1,4 @@
-"""Split virtqueues, the device's side (VIRTIO 1.3, 2.7).  What is in them is the driver's, and so not to be trusted."""
+"""Split virtqueues, the device's side (VIRTIO 1.3, 2.7).  The driver writes their contents: they are not trusted."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vmodel.dma import Dma
 from vmodel.errors import DmaFault, GuestError
 from vmodel.points import Point, Points
 
-#: Most entries that a queue may have (2.7).
+#: Most entries of a queue (2.7).
 MAX_SIZE = 32768
-#: Bytes of a chain at most (2.7.5).
+#: Most bytes of a chain (2.7.5).
 MAX_BYTES = 1 << 32
-#: Descriptors that a turn looks at, give or take a chain: a millisecond or two.
+#: Descriptors that a turn reads, exceeded by at most one chain: one or two milliseconds.
 TURN = 1024
 
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _AVAIL_NO_INTERRUPT = 1
-#: Descriptors that are read at once.
+#: Descriptors that are read by one DMA access.
 _AHEAD = 4
 _DESCRIPTOR = struct.Struct("<QIHH")
 _U16 = struct.Struct("<H")
@@ -28,15 +28,15 @@ _USED_ELEMENT = struct.Struct("<II")
 
 
 class QueueError(GuestError):
-    """The driver has broken the queue's rules: the device needs a reset (2.1.2)."""
+    """The driver has violated the queue's rules: the device needs a reset (2.1.2)."""
 
 
 @dataclass(slots=True)
 class Chain:
-    """A request: its parts as (address, size), those that the device reads before those that it writes."""
+    """A request: its buffers as (address, size), first those that the device reads, then those that it writes."""
 
     head: int
-    #: Which life of the queue it is of: a reset ends one.
+    #: The queue's `life` when the request was popped.
     life: int = 0
     readable: list[tuple[int, int]] = field(default_factory=list)
     writable: list[tuple[int, int]] = field(default_factory=list)
@@ -53,10 +53,10 @@ class Chain:
 
 
 class Virtqueue:
-    """One queue.  Addresses are set by the transport while it is not enabled.
+    """One queue.  The transport sets its addresses while it is not enabled.
 
-    The driver can make requests available for as long as it likes, so they are served in turns: between `begin` and
-    `end` `pop` gives what a budget of descriptors allows, and `end` says whether another turn is due.
+    The driver may add requests endlessly, so they are served in turns.  Between `begin` and `end`, `pop` returns
+    requests as far as a budget of descriptors allows; `end` returns whether another turn is due.
     """
 
     def __init__(self, dma: Dma, index: int, max_size: int, points: Points | None = None) -> None:
@@ -66,15 +66,15 @@ class Virtqueue:
         self.max_size = max_size
         self._dma = dma
         self._points = points
-        #: Grows with each reset.
+        #: Counts resets: a request that was popped in an earlier life is not answered any more.
         self.life = 0
-        #: Descriptors left in the turn, and the life it began in; None: this is none, and there is no limit.
+        #: Descriptors left in this turn (None: outside a turn, without a limit), and the life in which it began.
         self._budget: int | None = None
         self._turn_life = 0
         self.reset()
 
     def reset(self) -> None:
-        """As after a device reset; chains that were popped before are answered no more."""
+        """Resets the queue, as a device reset does.  Chains that were popped before are not answered any more."""
         self.life += 1
         self.size = self.max_size
         self.descriptors = self.driver = self.device = 0
@@ -83,27 +83,30 @@ class Virtqueue:
         self.event_index = self.indirect = False
         self._next_avail = self._next_used = 0
         self._signalled = 0
-        #: Requests that the driver has made available, the next one last.
+        #: Heads read from the available ring and not popped yet, the next one last.
         self._heads: list[int] = []
-        #: Whether another turn is due, or on its way.
+        #: Whether another turn is due or has been deferred.
         self.due = False
 
     def enable(self, *, event_index: bool, indirect: bool) -> None:
-        """Starts it with what was negotiated.  QueueError: addresses or size cannot be (2.7)."""
+        """Enables the queue with the negotiated features.  QueueError: its addresses or size are invalid (2.7)."""
         if not 0 < self.size <= self.max_size or self.size & (self.size - 1):
             raise QueueError(f"queue {self.index}: size {self.size}")
         if self.descriptors % 16 or self.driver % 2 or self.device % 4:
-            raise QueueError(f"queue {self.index}: its parts are not aligned")
+            raise QueueError(f"queue {self.index}: its rings are not aligned")
         parts = (self.descriptors, 16 * self.size), (self.driver, 6 + 2 * self.size), (self.device, 6 + 8 * self.size)
         if any(address + size > 1 << 64 for address, size in parts):
-            raise QueueError(f"queue {self.index}: a part reaches past the last address")
+            raise QueueError(f"queue {self.index}: a ring extends past the last address")
         self.event_index, self.indirect = event_index, indirect
         self.enabled = True
 
     # ---- turns -----------------------------------------------------------------------------
 
     def begin(self) -> bool:
-        """A turn begins; False: there is one, which a message to the client has interrupted, and another is due."""
+        """Begins a turn.
+
+        Returns False inside another turn, which waits for a message to the client; then a further turn is due.
+        """
         if self._budget is not None:
             self.due = True
             return False
@@ -111,18 +114,18 @@ class Virtqueue:
         return True
 
     def end(self) -> bool:
-        """The turn is over; whether another one is due."""
+        """Ends the turn; returns whether another one is due."""
         self._budget = None
         return self.due
 
     def charge(self, descriptors: int) -> None:
-        """Takes from this turn's budget."""
+        """Takes `descriptors` from this turn's budget."""
         if self._budget is not None:
             self._budget -= descriptors
 
     @property
     def spent(self) -> bool:
-        """Whether this turn's budget is, or a reset has ended the turn; then another one is due."""
+        """Whether this turn's budget is used up, or a reset has ended the turn; then another turn is due."""
         if self._budget is None or (self._budget > 0 and self._turn_life == self.life):
             return False
         self.due = True
@@ -132,7 +135,7 @@ class Virtqueue:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """How far both rings have been gone through, for whoever else does that: (available, used)."""
+        """The device's (available, used) ring indexes, so that the shim can serve the queue, too."""
         return self._next_avail, self._next_used
 
     @progress.setter
@@ -141,20 +144,21 @@ class Virtqueue:
         self._heads = []
 
     def pop(self) -> Chain | None:
-        """The next request; None when there is none, or none in this turn.  QueueError."""
+        """The next request; None: there is none, or this turn's budget is used up.  QueueError."""
         try:
             return None if self.spent else self._pop()
         except DmaFault as fault:
             raise QueueError(f"queue {self.index}: {fault}") from fault
 
     def _pop(self) -> Chain | None:
-        # Memory without a file is read by message, and the driver may reset the device meanwhile.
+        # Memory without a file is read by message, and meanwhile the driver may reset the device.
         life = self.life
         if not self._heads:
             available = self._u16(self.driver + 2)
             if available == self._next_avail:
                 if self.event_index:
-                    # Ask for a notification of the next one, and look again: it may have come meanwhile (2.7.10).
+                    # Ask for a notification of the next request, then check again: it may have been added meanwhile
+                    # (2.7.10).
                     self._dma.write(self.device + 4 + 8 * self.size, _U16.pack(self._next_avail))
                     available = self._u16(self.driver + 2)
                 if available == self._next_avail:
@@ -174,7 +178,7 @@ class Virtqueue:
         """The heads at [first, end) of the available ring, the last one first."""
         count = (end - first) % 65536
         if count > self.size:
-            raise QueueError(f"queue {self.index}: {count} requests are more than the queue has")
+            raise QueueError(f"queue {self.index}: {count} requests are more than the queue's size")
         at, ring = first % self.size, self.driver + 4
         whole = min(count, self.size - at)
         data = self._dma.read(ring + 2 * at, 2 * whole)
@@ -191,10 +195,10 @@ class Virtqueue:
         return value
 
     def _walk(self, head: int) -> Chain:
-        """A chain by its descriptors; an indirect table counts as its parts (2.7.5.3)."""
+        """Reads the chain that begins at descriptor `head`, through an indirect table if there is one (2.7.5.3)."""
         chain = Chain(head, self.life)
         table, entries, index, inside = self.descriptors, self.size, head, False
-        # Descriptors of a chain are mostly neighbours: a few are read at once.
+        # Descriptors of a chain are mostly adjacent: a few are read at once.
         first = count = length = total = 0
         data = b""
         while True:
@@ -205,20 +209,20 @@ class Virtqueue:
                 data = self._dma.read(table + 16 * index, 16 * count)
             address, size, flags, following = _DESCRIPTOR.unpack_from(data, 16 * (index - first))
             if address + size > 1 << 64:
-                raise QueueError(f"queue {self.index}: {size:#x} bytes at {address:#x} reach past the last address")
+                raise QueueError(f"queue {self.index}: {size:#x} bytes at {address:#x} extend past the last address")
             if flags & _INDIRECT:
                 if inside or not self.indirect or flags & _NEXT or not size or size % 16:
-                    raise QueueError(f"queue {self.index}: an indirect table that cannot be")
+                    raise QueueError(f"queue {self.index}: an invalid indirect table")
                 table, entries, index, inside = address, size // 16, 0, True
                 first = count = 0
                 continue
             length, total = length + 1, total + size
             if length > self.size or total > MAX_BYTES:  # 2.7.5.3.1, 2.7.5
-                raise QueueError(f"queue {self.index}: a chain that is longer than the queue, or runs in a circle")
+                raise QueueError(f"queue {self.index}: a chain is too long, or a loop")
             if flags & _WRITE:
                 chain.writable.append((address, size))
             elif chain.writable:
-                raise QueueError(f"queue {self.index}: a part to read behind one to write")
+                raise QueueError(f"queue {self.index}: a readable descriptor after a writable one")
             else:
                 chain.readable.append((address, size))
             if not flags & _NEXT:
@@ -227,7 +231,7 @@ class Virtqueue:
             index = following
 
     def read(self, chain: Chain, limit: int) -> bytes:
-        """What the driver says, at most `limit` bytes of it.  QueueError."""
+        """The contents of the chain's readable buffers, at most `limit` bytes.  QueueError."""
         pieces, left = [], limit
         for address, size in chain.readable:
             if not left:
@@ -240,9 +244,9 @@ class Virtqueue:
             raise QueueError(f"queue {self.index}: {fault}") from fault
 
     def answer(self, chain: Chain, data: bytes) -> None:
-        """Writes `data` to the request's writable parts, from their start, and gives it back.  QueueError.
+        """Writes `data` to the chain's writable buffers and puts the chain on the used ring.  QueueError.
 
-        Nothing happens when the queue was reset since it was popped.
+        Data that does not fit is cut off.  Does nothing if the queue was reset since the chain was popped.
         """
         if chain.life != self.life:
             return
@@ -274,7 +278,7 @@ class Virtqueue:
         )
 
     def _push(self, life: int, head: int, written: int) -> None:
-        if life != self.life:  # a completion that comes late
+        if life != self.life:  # a completion that was delayed until after a reset
             return
         slot = self.device + 4 + 8 * (self._next_used % self.size)
         self._dma.write(slot, _USED_ELEMENT.pack(head & 0xFFFF_FFFF, written & 0xFFFF_FFFF))
@@ -285,7 +289,7 @@ class Virtqueue:
     # ---- notifications ---------------------------------------------------------------------
 
     def wants_interrupt(self) -> bool:
-        """Whether the driver wants to hear of what was answered since it was last asked (2.7.7).  QueueError."""
+        """Whether the driver wants an interrupt for the requests answered since the last call (2.7.7).  QueueError."""
         try:
             before, self._signalled = self._signalled, self._next_used
             if before == self._next_used:
