@@ -8,7 +8,7 @@ import pytest
 
 from tests.campaign.browser import Browser
 from tests.campaign.files import LAB, MACHINE, campaign_file
-from tests.unit.test_cli import vmodel
+from tests.cli.commands import vmodel
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.campaign.test_running import ended, eventually, rows, running, workers, write
-from tests.unit.test_cli import vmodel
+from tests.campaign.runs import ended, eventually, rows, running, workers, write
+from tests.cli.commands import vmodel
 from vmodel.campaign.cluster import pack, unpack
 from vmodel.experiment.oracle import Outcome
 from vmodel.patience import patience

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.unit.test_cli import vmodel
+from tests.cli.commands import vmodel
 
 ROOT = Path(__file__).parents[2]
 

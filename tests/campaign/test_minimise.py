@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.campaign.test_running import rows, write
-from tests.unit.test_cli import refused, vmodel
+from tests.campaign.runs import rows, write
+from tests.cli.commands import refused, vmodel
 from vmodel.campaign.matrix import Run
 from vmodel.campaign.minimise import Minimiser, ddmin
 from vmodel.campaign.repeat import code

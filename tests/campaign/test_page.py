@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from tests.campaign.browser import Browser
-from tests.unit.test_cli import vmodel
+from tests.cli.commands import vmodel
 from vmodel.experiment.oracle import Outcome
 
 SHOWN = '[...document.querySelectorAll("#run-table tbody tr")].filter(row => row.offsetParent).map(row => row.id)'

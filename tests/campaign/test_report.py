@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.unit.test_cli import vmodel
+from tests.cli.commands import vmodel
 from vmodel.campaign.chart import interval, seconds, times
 from vmodel.campaign.matrix import Run
 from vmodel.campaign.report import FORMATS

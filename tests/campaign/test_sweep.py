@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from tests.campaign.test_running import ended, eventually, rows, running
-from tests.unit.test_cli import refused, vmodel
+from tests.campaign.runs import ended, eventually, rows, running
+from tests.cli.commands import refused, vmodel
 from vmodel.campaign.sweep import fired
 from vmodel.experiment.oracle import Outcome
 from vmodel.patience import patience

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_cli import vmodel
+from tests.cli.commands import vmodel
 from vmodel.patience import patience
 
 ROOT = Path(__file__).parents[2]

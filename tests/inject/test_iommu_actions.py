@@ -12,7 +12,7 @@ import pytest
 
 from tests.inject.lab import fired
 from tests.iommu import vtd_bench as vtd
-from tests.virtio import test_viommu as viommu
+from tests.virtio import world as viommu
 from vmodel.devices.virtio_iommu import Status
 from vmodel.devices.vtd.codes import Code
 from vmodel.errors import Access, DmaFault, Reason

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_cli import EXAMPLE, environ, refused, serving, vmodel
+from tests.cli.commands import EXAMPLE, environ, refused, serving, vmodel
 from vmodel.control import ask, socket_of
 from vmodel.errors import ConfigError
 from vmodel.patience import patience

@@ -6,26 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.guest.ats_edu import AtsEdu
+from tests.iommu.ats import DTE, MODEL, edu, switch
 from tests.iommu.vtd_bench import DATA, FSTS, PASIDE, PRESENT, ROOT, USER, Bench, ScalableBench
 from vmodel.devices.vtd.codes import Code
 from vmodel.errors import DmaFault, Reason
-
-MODEL = "tests.guest.ats_edu:AtsEdu"
-DTE = 4
-#: Of config space: ATS Control.
-ATS_CONTROL = 0x106
-
-
-def edu(bench: Bench, name: str = "edu0") -> AtsEdu:
-    device = bench.machine.devices[name]
-    assert isinstance(device, AtsEdu)
-    return device
-
-
-def switch(bench: Bench, on: bool, name: str = "edu0") -> None:
-    edu(bench, name).config.write(ATS_CONTROL, b"\0\x80" if on else b"\0\0")
-    assert edu(bench, name).ats.enabled is on
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.iommu.test_vtd_ats import ATS_CONTROL, DTE, MODEL, edu, switch
+from tests.iommu.ats import ATS_CONTROL, DTE, MODEL, edu, switch
 from tests.iommu.vtd_bench import (
     DATA,
     FSTS,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.nvme.blocks import read, write
 from tests.nvme.driver import PAGE, Driver, name, prps
-from tests.nvme.test_namespaces import read, write
 from vmodel.device import ResetKind
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.regs import ControllerRegs

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.nvme.driver import PAGE, Driver, Pair, name, prps
+from tests.nvme.blocks import read, write
+from tests.nvme.driver import PAGE, Driver, name, prps
 from vmodel.devices.nvme.command import Command
 from vmodel.devices.nvme.regs import ControllerRegs
 
@@ -36,19 +37,6 @@ def attach(driver: Driver, nsid: int, select: int = 0, controllers: tuple[int, .
 
 def delete(driver: Driver, nsid: int) -> str:
     return name(driver.admin.send(MANAGE, nsid=nsid, cdw10=DELETE))
-
-
-def write(driver: Driver, pair: Pair, nsid: int, slba: int, data: bytes) -> str:
-    driver.memory.write(driver.page, data)
-    blocks = len(data) >> driver.device.inventory.attached(nsid).lba_shift
-    return name(pair.send(WRITE, nsid=nsid, cdw10=slba, cdw12=blocks - 1, dptr=prps(driver.page)))
-
-
-def read(driver: Driver, pair: Pair, nsid: int, slba: int, size: int) -> bytes:
-    blocks = size >> driver.device.inventory.attached(nsid).lba_shift
-    done = pair.send(READ, nsid=nsid, cdw10=slba, cdw12=blocks - 1, dptr=prps(driver.page))
-    assert done.status == 0, name(done)
-    return driver.memory.read(driver.page, size)
 
 
 def test_a_life(started: Callable[..., Driver]) -> None:

@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
+from tests.proto.config_space import capability
 from tests.proto.conftest import enable
-from tests.proto.test_irqs import capability
 from tests.proto.toy import Toy
 from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Region

@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+from tests.proto.config_space import capability
 from tests.proto.conftest import open_fds
 from tests.proto.toy import Toy
 from vmodel.vfio_user import wire
@@ -151,19 +152,6 @@ def test_the_client_triggers(driver: Client) -> None:
     assert all(event.quiet(0.01) for event in events)
     for event in events:
         event.close()
-
-
-def capability(client: Client, wanted: int) -> int:
-    """Where a capability is; also checks that the list has an end."""
-    at, seen = client.region_read(Region.CONFIG, 0x34, 1)[0], set()
-    while at:
-        assert at not in seen
-        seen.add(at)
-        id, following = client.region_read(Region.CONFIG, at, 2)
-        if id == wanted:
-            return at
-        at = following
-    raise AssertionError(f"no capability {wanted:#x}")
 
 
 def test_msi(driver: Client, toy: Toy) -> None:

@@ -1,4 +1,4 @@
-"""VIOT and DMAR, decoded byte by byte by code of this file's own, and by ACPICA's iasl; `vmodel acpi`."""
+"""VIOT and DMAR, decoded byte by byte by code of this file's own, and by ACPICA's iasl."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import itertools
 import re
 import struct
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.unit.test_cli import ROOT, in_terminal, refused, vmodel
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import find_iasl
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
@@ -20,7 +18,7 @@ from vmodel.machine import Machine, load, parse
 from vmodel.patience import patience
 from vmodel.span import Span
 
-EXAMPLES = ROOT / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 VIOMMU, VTD = "virtio-iommu", "vt-d"
 VTD_BASE = 0xE000_0000
 #: What SeaBIOS and Linux know of the bridges in `BRIDGED`: the bus behind each requester id.
@@ -374,39 +372,3 @@ def test_iasl_would_complain(at: int, value: int, says: str, tmp_path: Path) -> 
     table = bytearray(tables(load(EXAMPLES / "edu-viommu.toml"))["VIOT"])
     table[at] = value
     assert any(says in line for line in complaints(tmp_path, bytes(table)))
-
-
-# ---- vmodel acpi -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "table"), [("edu-viommu", "viot"), ("edu-vtd", "dmar")])
-def test_command(name: str, table: str, tmp_path: Path) -> None:
-    path, file = EXAMPLES / f"{name}.toml", tmp_path / "t.bin"
-    wanted = tables(load(path))[table.upper()]
-    done = vmodel("acpi", path, "--table", table, "-o", file)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert file.read_bytes() == wanted
-    line = [sys.executable, "-m", "vmodel", "acpi", str(path), "--table", table]
-    piped = subprocess.run(line, capture_output=True, timeout=patience(60), cwd=ROOT)
-    assert (piped.returncode, piped.stdout, piped.stderr) == (0, wanted, b"")
-
-
-def test_command_refuses(tmp_path: Path) -> None:
-    vtd, viommu = EXAMPLES / "edu-vtd.toml", EXAMPLES / "edu-viommu.toml"
-    none = 'has no [[iommu]] of kind "{}" with an address: there is no {}'
-    assert refused(vmodel("acpi", vtd, "--table", "viot")) == f"{vtd}: {none.format('virtio-iommu', 'VIOT')}"
-    assert refused(vmodel("acpi", viommu, "--table", "dmar")) == f"{viommu}: {none.format('vt-d', 'DMAR')}"
-    plain = EXAMPLES / "edu.toml"
-    assert refused(vmodel("acpi", plain, "--table", "dmar")) == f"{plain}: {none.format('vt-d', 'DMAR')}"
-    assert refused(vmodel("acpi", tmp_path / "x.toml", "--table", "viot")).endswith("No such file or directory")
-    place = tmp_path / "no" / "t.bin"
-    assert refused(vmodel("acpi", vtd, "--table", "dmar", "-o", place)) == f"-o {place}: No such file or directory"
-    assert refused(vmodel("acpi", vtd, "--table", "dmar", "-o", tmp_path)) == f"-o {tmp_path}: Is a directory"
-    assert "--table" in refused(vmodel("acpi", vtd))
-    assert "'ivrs'" in refused(vmodel("acpi", vtd, "--table", "ivrs"))
-
-
-def test_command_keeps_bytes_off_terminals() -> None:
-    shown = in_terminal("acpi", EXAMPLES / "edu-vtd.toml", "--table", "dmar")
-    assert b"the table is binary: name a file with -o" in shown and b"DMAR" not in shown
-    assert shown.endswith(b"status 2")

@@ -23,6 +23,7 @@ def _table() -> dict[str, int]:
 #: Lower may not import higher; the longest prefix counts.
 LAYERS = _table()
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = PACKAGE.parent / "tests"
 
 
 def name_of(path: Path) -> str:
@@ -135,3 +136,10 @@ def test_c_files_call_lower_ones(name: str) -> None:
 def test_every_module_has_a_layer() -> None:
     top = {".".join(name_of(path).split(".")[:2]) for path in FILES}
     assert top == set(LAYERS)
+
+
+def test_tests_import_no_tests() -> None:
+    """What several files of tests use is in a module that is called by what it holds."""
+    files = sorted(TESTS.rglob("*.py"))
+    tests = {name_of(path) for path in files if path.name.startswith("test_")}
+    assert {name_of(path): found for path in files if (found := all_imports(path) & tests)} == {}

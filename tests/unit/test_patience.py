@@ -6,16 +6,13 @@ import multiprocessing
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tests import needs
 from tests.conftest import measured, work
-from tests.unit.test_cli import EXAMPLE, ROOT, environ, refused, vmodel
 from vmodel.devices.edu import Edu
 from vmodel.errors import ConfigError
 from vmodel.patience import patience, slowness, spoken
@@ -33,12 +30,6 @@ def test_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VMODEL_SLOW", text)
         with pytest.raises(ConfigError, match=f"VMODEL_SLOW={text}: must be a number from 1 to 1000, such as 4"):
             slowness()
-
-
-def test_a_wrong_factor_is_one_line() -> None:
-    done = vmodel("guest", EXAMPLE, "--", "true", VMODEL_SLOW="fast", XDG_CACHE_HOME="/nonexistent")
-    assert done.returncode in (1, 2) and done.stderr.count("\n") == 1
-    assert "must be a number" in refused(done)
 
 
 def test_the_machine_is_measured() -> None:
@@ -90,18 +81,3 @@ def test_what_is_missing_is_the_reason(
     monkeypatch.setattr(module, name, _fails)
     with pytest.raises(pytest.skip.Exception, match=f"needs {said}.*, which this machine has not: .*not here"):
         need()
-
-
-def test_tests_of_terminals_skip_without_one(tmp_path: Path) -> None:
-    """The same by a real session, on a machine without ptys."""
-    (tmp_path / "conftest.py").write_text(
-        "import os\ndef none(*_): raise OSError(2, 'no pty here')\nos.openpty = os.forkpty = none\n"
-    )
-    tests = [f"{ROOT}/tests/unit/test_cli.py", "-k", "ctrl_c or colours"]
-    line = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--confcutdir", str(tmp_path)]
-    line += ["-p", "conftest", "--rootdir", str(ROOT), *tests]
-    environment = environ(PYTHONPATH=f"{tmp_path}:{ROOT}")
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience(120))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "needs a pty, which this machine has not: [Errno 2] no pty here" in done.stdout
-    assert " passed" not in done.stdout

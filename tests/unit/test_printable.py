@@ -1,4 +1,4 @@
-"""What others say reaches terminals without control characters, by whatever command."""
+"""What others say reaches terminals without control characters: text, logs, tables, a guest's screen."""
 
 from __future__ import annotations
 
@@ -7,24 +7,16 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from tests.unit.test_cli import EXAMPLE, in_terminal, serving, vmodel
-from vmodel.campaign.matrix import Run
-from vmodel.campaign.rig import harness_error
-from vmodel.campaign.store import Store
+from tests.hostile import EVIL, is_clean
 from vmodel.cli.output import console, log_to_stderr, safely, show
 from vmodel.cli.screen import Screen, decoded
-from vmodel.experiment.case import Case
 from vmodel.printable import printable
-
-#: ESC sequences (a title, a colour), C1's CSI, a bell, a backspace, a carriage return, and "abc" from right to left.
-EVIL = "a\x1b]0;title\x07b\x1b[31mc\x9b2Jd\be\rf\u202eabc\u202c"
 
 
 def test_what_is_written_out() -> None:
@@ -42,87 +34,6 @@ def test_nothing_that_moves_is_left(text: str) -> None:
     assert printable(said) == said
     # JSON stays the same JSON.
     assert json.loads(printable(json.dumps(text, ensure_ascii=False))) == json.loads(json.dumps(text))
-
-
-# ---- commands ---------------------------------------------------------------------------------------
-
-
-def is_clean(shown: bytes) -> bool:
-    """Whether only rich's own colours are in it, and what a terminal makes of newlines."""
-    text = shown.decode()
-    return not any(part in text for part in ("\x1b]", "\x07", "\x9b", "\b", "\u202e", "\x1b[2J", "title\x07"))
-
-
-@pytest.fixture
-def evil(tmp_path: Path) -> Path:
-    """A folder of files in which every text is hostile, a campaign's database among them."""
-    quoted = json.dumps(EVIL)  # TOML has the same escapes
-    (tmp_path / "m.toml").write_text(f'[[device]]\nname = {quoted}\nmodel = "edu"\n')
-    (tmp_path / "model.toml").write_text(f'[[device]]\nname = "d"\nmodel = {quoted}\n')
-    (tmp_path / "p.toml").write_text(f'[[rule]]\nname = {quoted}\npoint = "dma.write"\ndo = "drop"\n')
-    (tmp_path / "q.toml").write_text(f"[[rule]]\npoint = {quoted}\n")
-    (tmp_path / "c.toml").write_text(f"[campaign]\nname = {quoted}\n")
-    case = Case(machine=tmp_path / "m.toml", workload="w", name=EVIL)
-    with Store.create(tmp_path / "x.runs", {"kind": "campaign", "name": EVIL, "file": EVIL}) as store:
-        (id,) = store.add(
-            [Run(machine=EVIL, kernel="", workload=EVIL, plan=EVIL, seed=0, case=case, rig=f"{EVIL}.py:X")]
-        )
-        result = harness_error(case, EVIL, "x").model_copy(update={"versions": {EVIL: EVIL}})
-        store.finish(id, store.part(id), result, "", 1.0)
-    return tmp_path
-
-
-COMMANDS = [
-    ["serve", "m.toml"],
-    ["serve", "model.toml"],
-    ["qemu-args", "m.toml"],
-    ["groups", "m.toml"],
-    ["groups", "m.toml", "--json"],
-    ["guest", "model.toml", "--", "true"],
-    ["run", "model.toml"],
-    ["acpi", "m.toml", "--table", "viot"],
-    ["iommu", "show", "m.toml"],
-    ["log", "m.toml"],
-    ["inject", "list", "m.toml"],
-    ["inject", "add", "m.toml", EVIL],
-    ["plan", "check", "p.toml"],
-    ["plan", "check", "q.toml", "p.toml"],
-    ["plan", "check", "p.toml", "--machine", "m.toml"],
-    ["campaign", "c.toml"],
-    ["campaign", "c.toml", "--dry-run"],
-    ["sweep", "m.toml", "--point", EVIL, "--workload", EVIL],
-    ["report", "x.runs"],
-    ["report", "x.runs", "--format", "json"],
-    ["report", "x.runs", "--format", "junit"],
-    ["report", "x.runs", "--format", EVIL],
-    ["reproduce", "x.runs/1"],
-    ["reproduce", "x.runs/1", "--trust"],
-    ["minimise", "x.runs/1", "--trust"],
-    ["regs", EVIL],
-    [EVIL],
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: printable(" ".join(words))[:40])
-def test_commands(evil: Path, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(evil)
-    done = vmodel(*command, cwd=evil)
-    assert is_clean((done.stdout + done.stderr).encode(errors="surrogatepass")), done
-    assert "Traceback" not in done.stderr
-
-
-def test_in_a_terminal(evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(evil)
-    for command in (["report", "x.runs"], ["reproduce", "x.runs/1"], ["plan", "check", "p.toml"]):
-        shown = in_terminal(*command)
-        assert is_clean(shown) and b"\\u001b]0;title" in shown, shown
-
-
-def test_a_running_server(evil: Path) -> None:
-    """Names of rules go to the server and come back in tables."""
-    with serving(EXAMPLE, "--run-dir", evil / "run", "--plan", evil / "p.toml"):
-        said = in_terminal("inject", "list", EXAMPLE, "--run-dir", evil / "run")
-    assert is_clean(said) and b"\\u001b]0;" in said, said
 
 
 def test_tables_and_logs(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
@@ -223,44 +134,3 @@ def test_a_console_in_pieces() -> None:
         take(piece)
     take(b"\xff\n")
     assert b"".join(got).decode() == "ä\\u001b[2J€\n\\xff\n"
-
-
-# ---- how commands look --------------------------------------------------------------------------------
-
-
-def test_no_color(tmp_path: Path) -> None:
-    """https://no-color.org: no colours; and rich's bold is one of its attributes."""
-    assert b"\x1b[32m" in in_terminal("doctor")
-    shown = in_terminal("doctor", env={"NO_COLOR": "1"})
-    assert b"ok" in shown and b"\x1b[" not in shown, shown
-
-
-def test_help_says_whole_sentences() -> None:
-    """In 80 columns no command's line is cut."""
-
-    def look(*path: str) -> None:
-        text = vmodel(*path, "--help", COLUMNS="80").stdout
-        assert max(map(len, text.splitlines())) <= 80, path
-        _, found, commands = text.partition("\nCommands:\n")
-        for line in commands.splitlines():
-            name, _, said = line.strip().partition(" ")
-            assert said.strip().endswith(".") and not said.endswith("..."), line
-            look(*path, name)
-        assert found or path, "there are commands"
-
-    look()
-
-
-def test_several_plans(tmp_path: Path) -> None:
-    for name, text in (("a", 'point = "dma.write"\ndo = "drop"'), ("b", 'point = "nope"'), ("c", "x = 1\ny = 2")):
-        (tmp_path / f"{name}.toml").write_text(f"[[rule]]\n{text}\n")
-    done = vmodel("plan", "check", "a.toml", "b.toml", "gone.toml", "c.toml", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout.splitlines()[-1] == "a.toml: 1 rule, seed 0"
-    lines = done.stderr.splitlines()
-    assert all(line.startswith(("vmodel: b.toml: ", "vmodel: gone.toml: ", "vmodel: c.toml: ")) for line in lines), (
-        lines
-    )
-    assert len({line.split(": ")[1] for line in lines}) == 3
-    done = vmodel("plan", "check", "a.toml", "a.toml", cwd=tmp_path)
-    assert (done.returncode, done.stdout.count("1 rule")) == (0, 2)

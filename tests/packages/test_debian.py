@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.archive import RELEASE, URI, Archive, cached, fake_deb, fake_qemu
+from tests.packages.archive import RELEASE, URI, Archive, cached, fake_deb, fake_qemu
 from vmodel.guest import artifacts, debian, get_qemu
 from vmodel.guest.artifacts import ArtifactError
 

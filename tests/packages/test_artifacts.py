@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.archive import RELEASE, RELEASES, REPO, URI, cached, fake_deb, fake_qemu, image
+from tests.packages.archive import RELEASE, RELEASES, REPO, URI, cached, fake_deb, fake_qemu, image
 from vmodel.guest import artifacts, debian, get_qemu
 from vmodel.guest.artifacts import ArtifactError
 from vmodel.patience import patience

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1 -Werror"
 
@@ -97,7 +99,7 @@ def test_they_would_complain(sanitized: Path) -> None:
 def test_threads_on_files_that_shrink(tmp_path: Path) -> None:
     """The handler of SIGBUS reads nothing that another thread gives back, by TSan, which needs no luck for it."""
     program = tmp_path / "shrinking_files"
-    sources = [ROOT / "tests/unit/shrinking_files.c", *sorted((ROOT / "c_shim").glob("*.c"))]
+    sources = [ROOT / "tests/sanitized/shrinking_files.c", *sorted((ROOT / "c_shim").glob("*.c"))]
     library("libtsan.so")
     # It knows no fences (-Wtsan); what is tested here has none.
     command = ["cc", "-std=gnu11", "-O1", "-g", "-Wno-tsan", "-fsanitize=thread", f"-I{ROOT / 'c_shim'}", "-pthread"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_cli import ROOT
+from tests.cli.commands import ROOT
 
 
 @pytest.fixture

@@ -1,0 +1,89 @@
+"""Commands as a user runs them: each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests import needs
+from vmodel.patience import patience
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "edu.toml"
+#: What to do about a server that is there.
+ELSE = "stop that server first, or choose another --run-dir"
+
+
+def environ(**changes: str) -> dict[str, str]:
+    """This process's, without what would make the runs depend on it."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "VMODEL_", "PYTEST_"))}
+    # The test's own `vmodel` is what runs, wherever it was imported from.
+    return {**clean, "PYTHONPATH": str(ROOT), **changes}
+
+
+def vmodel(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "vmodel", *map(str, arguments)]
+    return subprocess.run(
+        line,
+        cwd=cwd,
+        env=environ(**env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=patience(60),
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], status: int = 2) -> str:
+    """The one line that it said, where it failed as it should."""
+    assert (done.returncode, done.stdout) == (status, ""), done
+    line, rest = done.stderr.split("\n", 1)
+    assert rest == "" and line.startswith("vmodel: ")
+    return line.removeprefix("vmodel: ")
+
+
+@contextmanager
+def serving(*arguments: str | Path, **env: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """`vmodel serve` once it is ready: the process, and the lines that it printed before."""
+    line = [sys.executable, "-m", "vmodel", "serve", *map(str, arguments)]
+    with subprocess.Popen(line, env=environ(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout is not None
+            said = []
+            while (text := run.stdout.readline()) != "ready\n":
+                assert text, f"it ended with status {run.wait(patience(10))}"
+                said.append(text.rstrip("\n"))
+            yield run, said
+        finally:
+            run.kill()
+
+
+def in_terminal(*arguments: str | Path, env: Mapping[str, str] = {}, keys: bytes = b"", until: bytes = b"") -> bytes:
+    """What a terminal shows; `keys` are pressed once `until` has come."""
+    needs.pty()
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-m", "vmodel", *map(str, arguments)], environ(TERM="xterm", **env))
+    shown, deadline = b"", time.monotonic() + patience(30)
+    while time.monotonic() < deadline:
+        if not select.select([fd], [], [], 1)[0]:
+            continue
+        try:
+            shown += os.read(fd, 4096)
+        except OSError:  # EIO: it has ended
+            break
+        if keys and until in shown:
+            os.write(fd, keys)
+            keys = b""
+    else:
+        os.kill(pid, signal.SIGKILL)
+    os.close(fd)
+    return shown + b"status %d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

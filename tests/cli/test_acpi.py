@@ -1,0 +1,77 @@
+"""`vmodel acpi`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import ROOT, in_terminal, refused, vmodel
+from vmodel.machine import load
+from vmodel.patience import patience
+
+EXAMPLES = ROOT / "examples"
+VIOMMU, VTD = "virtio-iommu", "vt-d"
+VTD_BASE = 0xE000_0000
+#: What SeaBIOS and Linux know of the bridges in `BRIDGED`: the bus behind each requester id.
+SECONDARY = {0x20: 1, 0x100: 2, 0x200: 3, 0x208: 4, 0x28: 5, 0x500: 6, 0x608: 7, 0x30: 8, 0x40: 9}
+BRIDGES = (
+    ("rp0", "root-port", "00:04.0"),
+    ("up", "switch-upstream", "01:00.0"),
+    ("down0", "switch-downstream", "02:00.0"),
+    ("down1", "switch-downstream", "02:01.0"),
+    ("rp1", "root-port", "00:05.0"),
+    ("to-pci", "pcie-to-pci", "05:00.0"),
+    ("below", "pci-bridge", "06:01.0"),
+    ("rp2", "root-port", "00:06.0"),
+    ("flat", "pci-bridge", "00:08.0"),
+)
+#: "out" are those that no IOMMU covers.
+DEVICES = {
+    "x": "03:00.0",
+    "out0": "04:00.0",
+    "c": "06:02.0",
+    "d": "07:03.0",
+    "out1": "08:00.0",
+    "e0": "00:07.0",
+    "e1": "00:07.1",
+    "f": "09:01.0",
+}
+OUTSIDE = {0x400, 0x800}
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.mark.parametrize(("name", "table"), [("edu-viommu", "viot"), ("edu-vtd", "dmar")])
+def test_command(name: str, table: str, tmp_path: Path) -> None:
+    path, file = EXAMPLES / f"{name}.toml", tmp_path / "t.bin"
+    wanted = dict(load(path).acpi_tables())[table.upper()]
+    done = vmodel("acpi", path, "--table", table, "-o", file)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert file.read_bytes() == wanted
+    line = [sys.executable, "-m", "vmodel", "acpi", str(path), "--table", table]
+    piped = subprocess.run(line, capture_output=True, timeout=patience(60), cwd=ROOT)
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, wanted, b"")
+
+
+def test_command_refuses(tmp_path: Path) -> None:
+    vtd, viommu = EXAMPLES / "edu-vtd.toml", EXAMPLES / "edu-viommu.toml"
+    none = 'has no [[iommu]] of kind "{}" with an address: there is no {}'
+    assert refused(vmodel("acpi", vtd, "--table", "viot")) == f"{vtd}: {none.format('virtio-iommu', 'VIOT')}"
+    assert refused(vmodel("acpi", viommu, "--table", "dmar")) == f"{viommu}: {none.format('vt-d', 'DMAR')}"
+    plain = EXAMPLES / "edu.toml"
+    assert refused(vmodel("acpi", plain, "--table", "dmar")) == f"{plain}: {none.format('vt-d', 'DMAR')}"
+    assert refused(vmodel("acpi", tmp_path / "x.toml", "--table", "viot")).endswith("No such file or directory")
+    place = tmp_path / "no" / "t.bin"
+    assert refused(vmodel("acpi", vtd, "--table", "dmar", "-o", place)) == f"-o {place}: No such file or directory"
+    assert refused(vmodel("acpi", vtd, "--table", "dmar", "-o", tmp_path)) == f"-o {tmp_path}: Is a directory"
+    assert "--table" in refused(vmodel("acpi", vtd))
+    assert "'ivrs'" in refused(vmodel("acpi", vtd, "--table", "ivrs"))
+
+
+def test_command_keeps_bytes_off_terminals() -> None:
+    shown = in_terminal("acpi", EXAMPLES / "edu-vtd.toml", "--table", "dmar")
+    assert b"the table is binary: name a file with -o" in shown and b"DMAR" not in shown
+    assert shown.endswith(b"status 2")
