@@ -32,6 +32,18 @@ def test_smart_counts(driver: Driver) -> None:
     assert struct.unpack_from("<H", data, 200) == (303,)
 
 
+@pytest.mark.parametrize("opcode", [0x02, 0x05, 0x0C])
+def test_what_is_read(started: Callable[..., Driver], opcode: int) -> None:
+    """5.14.1.2: Data Units Read has the blocks of Compare, Read and Verify."""
+    driver = started(namespaces=[{"memory": "8M"}])
+    pair = driver.create(1)
+    pages = [driver.memory.take(PAGE) for _ in range(256)]
+    lists = driver.memory.take(PAGE)
+    driver.memory.write(lists, struct.pack("<255Q", *pages[1:]))
+    assert pair.send(opcode, nsid=1, dptr=prps(pages[0], lists), cdw12=2047).status == 0
+    assert int.from_bytes(driver.log(2, 512)[32:48], "little") == 3  # 2048 units of 512 bytes
+
+
 def test_shutdowns_that_are_none(driver: Driver) -> None:
     driver.create(1)
     driver.device.reset(ResetKind.DEVICE)

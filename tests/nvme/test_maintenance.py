@@ -151,7 +151,8 @@ def test_erasing(started: Callable[..., Driver], tmp_path: Path, action: int) ->
     driver.admin.ring()
     event = next(c for c in driver.admin.wait(2) if c.result)
     assert event.result == 0x81_01_06
-    assert sanitize_log(driver) == (0xFFFF, 1 << 8 | (4 if action & 1 << 9 else 1), action)
+    # No-Deallocate After Sanitize is heeded, as SANICAP says: 100b would be for those that deallocate all the same.
+    assert sanitize_log(driver) == (0xFFFF, 1 << 8 | 1, action)
     assert read(driver, pair, 1, 127, 512) == read(driver, pair, 2, 4095, 512) == bytes(512)
     assert path.read_bytes() == bytes(2 << 20)
 
@@ -164,6 +165,53 @@ def test_overwriting(started: Callable[..., Driver], tmp_path: Path) -> None:
     driver.until(lambda: not driver.device.sanitize.in_progress)
     assert sanitize_log(driver)[1] == 1 << 8 | passes << 3 | 1
     assert path.read_bytes() == b"\x44\x33\x22\x11" * (1 << 19)
+
+
+def test_no_deallocate(driver: Driver) -> None:
+    """5.15.2.2: a controller of 1.4 that sanitizes says in SANICAP 31:30 whether it modifies media after that.
+
+    5.24: where bit 29 is clear, a host may ask for no deallocation.
+    """
+    capabilities = int.from_bytes(driver.identify(1)[328:332], "little")
+    assert (capabilities >> 30, capabilities >> 29 & 1, capabilities & 7) == (1, 0, 7)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("opcode", [0x01, 0x08, 0x19])
+def test_data_since_the_last_sanitize(started: Callable[..., Driver], opcode: int, fast: bool) -> None:
+    """5.14.1.16.2: Global Data Erased is set if nothing was written since the last successful operation."""
+    driver = started(namespaces=[{"memory": "64K"}], fast_path=fast)
+    pair = driver.create(1)
+    assert sanitize(driver, 2) == "SUCCESS"
+    driver.run()
+    assert read(driver, pair, 1, 0, 512) == bytes(512)
+    assert sanitize_log(driver)[1] == 1 << 8 | 1
+    driver.memory.write(driver.page, bytes(4096))
+    done = pair.send(opcode, nsid=1, dptr=prps(driver.page), cdw10=4)
+    assert done.status == 0
+    assert sanitize_log(driver)[1] == 1
+    assert sanitize(driver, 2) == "SUCCESS"
+    driver.run()
+    assert sanitize_log(driver)[1] == 1 << 8 | 1
+
+
+def test_passes_that_are_complete(started: Callable[..., Driver]) -> None:
+    """5.14.1.16.2: bits 7:3 are the passes of an overwrite that are complete; 0 after another operation."""
+    driver = started(namespaces=[{"memory": "4M"}])
+    assert sanitize(driver, 3 | 2 << 4) == "SUCCESS"
+    driver.until(lambda: not driver.device.sanitize.in_progress)
+    assert sanitize_log(driver)[1] >> 3 & 31 == 2
+    driver.admin.write(Command.make(SANITIZE, cdw10=3 | 2 << 4))
+    driver.doorbell(0, driver.admin.tail)
+    seen = set()
+    while driver.device.sanitize.in_progress or not seen:
+        driver.device.backend.run_due(0)
+        seen.add(struct.unpack_from("<H", driver.device.sanitize.log(), 2)[0] >> 3 & 31)
+    assert seen == {0, 1, 2}
+    driver.admin.reap()
+    assert sanitize(driver, 2) == "SUCCESS"
+    driver.until(lambda: not driver.device.sanitize.in_progress)
+    assert sanitize_log(driver)[1] >> 3 & 31 == 0
 
 
 def test_commands_while_it_is_sanitized(started: Callable[..., Driver]) -> None:
@@ -263,6 +311,8 @@ def test_sanitize_that_fails(
     assert name(pair.send(0x02, nsid=1, dptr=prps(driver.page))) == "SANITIZE_FAILED"
     assert name(driver.admin.send(0x80, nsid=1)) == "SANITIZE_FAILED"
     assert sanitize(driver, 1) == ("SUCCESS" if unrestricted else "SANITIZE_FAILED")
+    # 5.14.1.16.2: 000b is for those that were never sanitized; no pass was complete.
+    assert sanitize_log(driver)[1] == 3
     if not unrestricted:
         # 5.24: in unrestricted mode neither; only the mode that has failed.
         assert sanitize(driver, 2 | 1 << 3) == "SANITIZE_FAILED"
@@ -310,6 +360,13 @@ def test_what_ends_a_self_test(started: Callable[..., Driver]) -> None:
         driver.admin.wait(2)
         driver.run()
         assert results(driver)[0] == (0x20 | outcome, 1)
+    # 8.11: an operation that starts ends it, not a command that is refused.
+    driver.admin.write(Command.make(SELF_TEST, nsid=1, cdw10=2))
+    driver.admin.write(Command.make(SANITIZE, cdw10=7))
+    driver.doorbell(0, driver.admin.tail)
+    assert [name(done) for done in driver.admin.wait(2)] == ["SUCCESS", "INVALID_FIELD"]
+    driver.run()
+    assert results(driver)[0] == (0x20, 1)
     # A reset ends a short test; an extended one goes on.
     for code, status in ((1, 0x12), (2, 0x20)):
         driver.admin.write(Command.make(SELF_TEST, nsid=1, cdw10=code))
@@ -319,6 +376,28 @@ def test_what_ends_a_self_test(started: Callable[..., Driver]) -> None:
         driver.enable()
         driver.run()
         assert results(driver)[0] == (status, 1)
+
+
+@pytest.mark.parametrize(
+    ("tested", "other", "status"),
+    [
+        (1, Command.make(0x80, nsid=1), 0x24),
+        (1, Command.make(0x80, nsid=2), 0x20),
+        (1, Command.make(0x80, nsid=ALL), 0x24),
+        (ALL, Command.make(0x80, nsid=ALL), 0x24),
+        (0, Command.make(0x80, nsid=1), 0x20),
+        (1, Command.make(0x0D, nsid=2, cdw10=1), 0x20),
+    ],
+)
+def test_which_self_tests_others_end(started: Callable[..., Driver], tested: int, other: Command, status: int) -> None:
+    """8.11: Format NVM ends a test of the namespaces that it formats; removal one of the namespace that is removed."""
+    driver = started(namespaces=[{"memory": "8M"}, {"memory": "64K"}])
+    driver.admin.write(Command.make(SELF_TEST, nsid=tested, cdw10=2))
+    driver.admin.write(other)
+    driver.doorbell(0, driver.admin.tail)
+    assert [name(done) for done in driver.admin.wait(2)] == ["SUCCESS"] * 2
+    driver.run()
+    assert results(driver)[0] == (status, tested)
 
 
 def test_a_self_test_that_fails(started: Callable[..., Driver], tmp_path: Path) -> None:

@@ -93,6 +93,14 @@ def test_what_cannot_be_created(started: Callable[..., Driver]) -> None:
     assert driver.device.inventory.unallocated == 64 * 1024 - 7 * 8192
 
 
+@pytest.mark.parametrize(("blocks", "needed"), [(129, 129 * 512), ((1 << 64) - 1, (1 << 64) - 1)])
+def test_how_much_is_missing(started: Callable[..., Driver], blocks: int, needed: int) -> None:
+    """4.6.1.2.1, Namespace Insufficient Capacity: Command Specific Information of the error log says what it needs."""
+    driver = started(capacity="64K", namespaces=[])
+    assert create(driver, blocks)[0] == "INSUFFICIENT_CAPACITY"
+    assert struct.unpack_from("<Q", driver.log(1, 64), 32) == (needed,)
+
+
 def test_as_many_as_there_may_be(started: Callable[..., Driver]) -> None:
     driver = started(capacity="1M", namespaces=[{"memory": "64K"}])
     assert [create(driver, 8) for _ in range(31)] == [("SUCCESS", nsid) for nsid in range(2, 33)]
@@ -116,6 +124,17 @@ def test_what_cannot_be_attached(started: Callable[..., Driver]) -> None:
 def test_what_cannot_be_deleted(driver: Driver) -> None:
     assert delete(driver, 2) == "INVALID_FIELD"
     assert delete(driver, 33) == delete(driver, 0) == "INVALID_NAMESPACE"
+
+
+def test_deleting_what_is_protected(started: Callable[..., Driver]) -> None:
+    """8.19.1: Namespace Management is not among the commands that a namespace which is write protected takes."""
+    driver = started(namespaces=[{"memory": "64K"}] * 2)
+    assert driver.admin.send(0x09, nsid=2, cdw10=0x84, cdw11=1).status == 0
+    assert delete(driver, 2) == delete(driver, ALL) == "NAMESPACE_WRITE_PROTECTED"
+    assert driver.identify(0x10)[:12] == struct.pack("<3I", 1, 2, 0)
+    assert delete(driver, 1) == "SUCCESS"
+    assert driver.admin.send(0x09, nsid=2, cdw10=0x84, cdw11=0).status == 0
+    assert delete(driver, 2) == "SUCCESS"
 
 
 def test_deleting_all(started: Callable[..., Driver], tmp_path: Path) -> None:

@@ -253,7 +253,9 @@ class AdminCommands:
             raise CommandError(Status.INVALID_FIELD, location=4)
         if any(namespace.formatting for namespace in chosen):
             raise CommandError(Status.FORMAT_IN_PROGRESS, dnr=False)
-        self._controller.self_test.abort(Outcome.ABORTED_BY_NAMESPACE_REMOVAL)
+        if any(namespace.read_only for namespace in chosen):  # not among the commands that 8.19.1 lets through
+            raise CommandError(Status.NAMESPACE_WRITE_PROTECTED, location=4)
+        self._controller.self_test.abort_of(chosen, Outcome.ABORTED_BY_NAMESPACE_REMOVAL)
         self._controller.fast.settle()
         for namespace in chosen:
             inventory.delete(namespace)
@@ -301,7 +303,7 @@ class AdminCommands:
             raise CommandError(Status.NAMESPACE_WRITE_PROTECTED)
         if any(namespace.formatting for namespace in chosen):
             raise CommandError(Status.FORMAT_IN_PROGRESS, dnr=False)
-        self._controller.self_test.abort(Outcome.ABORTED_BY_FORMAT)
+        self._controller.self_test.abort_of(chosen, Outcome.ABORTED_BY_FORMAT)
         # What is under way must not be written to blocks that are erased already.
         self._controller.fast.settle()
         for namespace in chosen:
@@ -334,8 +336,6 @@ class AdminCommands:
     def _sanitize(self, command: Command, sq: SubmissionQueue) -> int:
         if self._formats:
             raise CommandError(Status.FORMAT_IN_PROGRESS, dnr=False)
-        self._controller.self_test.abort(Outcome.ABORTED_BY_SANITIZE)
-        self._controller.fast.settle()
         self._controller.sanitize.start(command)
         return 0
 

@@ -66,7 +66,7 @@ class Nvme(PciDevice):
     vendor_id, device_id, class_code, revision = 0x1234, 0x4E56, 0x010802, 0x01
     subsystem_vendor_id, subsystem_id = 0x1234, 0x4E56
 
-    bar0 = MmioBar(0, size=0x4000, is_64bit=True)
+    bar0 = MmioBar(0, size=0x4000, is_64bit=True, fill=0)  # what is reserved returns 0 (3.1)
     regs = bar0.bank(ControllerRegs)
     doorbells = bar0.bank(_Doorbells, at=DOORBELLS_AT)
     pm = Pm(no_soft_reset=False)
@@ -506,7 +506,7 @@ def _variant(base: type[Nvme], interrupts: str, stride: int) -> type[Nvme]:
         return base
     bank = doorbells(stride)
     end = DOORBELLS_AT + bank.size
-    bar = MmioBar(0, size=1 << (end - 1).bit_length(), is_64bit=True)
+    bar = MmioBar(0, size=1 << (end - 1).bit_length(), is_64bit=True, fill=0)
 
     class Variant(base):  # type: ignore[valid-type, misc]
         bar0 = bar

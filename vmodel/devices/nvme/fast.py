@@ -128,6 +128,7 @@ class FastPath:
         result, health = self._rings.result, self._host.health
         health.reads += result.reads
         health.writes += result.writes
+        health.written |= result.writes > 0
         health.bytes_read += result.read_bytes
         health.bytes_written += result.write_bytes
 

@@ -31,6 +31,8 @@ class ErrorEntry:
     location: int
     lba: int
     nsid: int
+    #: Command Specific Information.
+    information: int
 
 
 class Health:
@@ -42,6 +44,8 @@ class Health:
         #: Commands, as SMART counts them: Compare and Verify are reads, too.
         self.reads = 0
         self.writes = 0
+        #: The host has written blocks since the last sanitize operation.
+        self.written = False
         self.media_errors = 0
         self.power_cycles = 0
         self.unsafe_shutdowns = 0
@@ -67,4 +71,6 @@ class Health:
         location = 0xFFFF if error.location is None else error.location
         lba = error.lba or 0
         status = error.field(more=True)
-        self.errors.appendleft(ErrorEntry(self.error_count, sqid, command.cid, status, location, lba, command.nsid))
+        self.errors.appendleft(
+            ErrorEntry(self.error_count, sqid, command.cid, status, location, lba, command.nsid, error.information)
+        )

@@ -31,8 +31,8 @@ CONTROLLER_ID = 0
 ABORT_LIMIT = 3
 #: Granularity of the keep alive timer, in 100 ms (KAS).
 KEEP_ALIVE_GRANULARITY = 1
-#: SANICAP: crypto erase, block erase, overwrite; No-Deallocate Inhibited is clear.
-SANITIZE_CAPABILITIES = 0b111
+#: SANICAP: crypto erase, block erase, overwrite; No-Deallocate Inhibited is clear, and nothing is modified afterwards.
+SANITIZE_CAPABILITIES = 0b111 | 1 << 30
 #: An identifier that is locally administered, as no organisation stands behind the model.
 _IEEE = bytes.fromhex("000002")
 #: Most entries of a list of namespaces, and of a list of controllers.

@@ -100,14 +100,14 @@ class Inventory:
             raise CommandError(Status.INVALID_FIELD)
         size = blocks * LBA_SIZES[lba_format]
         if size > self.unallocated:
-            raise CommandError(Status.INSUFFICIENT_CAPACITY)
+            raise CommandError(Status.INSUFFICIENT_CAPACITY, information=min(size, (1 << 64) - 1))
         nsid = next((n for n in range(1, MAX_NAMESPACES + 1) if n not in self._by_id), None)
         if nsid is None:
             raise CommandError(Status.NAMESPACE_ID_UNAVAILABLE)
         try:
             made = MemoryBackend(size)
         except OSError as error:  # the host's memory is less than the machine file says
-            raise CommandError(Status.INSUFFICIENT_CAPACITY) from error
+            raise CommandError(Status.INSUFFICIENT_CAPACITY, information=size) from error
         namespace = Namespace(nsid, made, LBA_SIZES[lba_format], uuid.uuid4())
         namespace.attached = False
         self._by_id[nsid] = namespace

@@ -221,10 +221,15 @@ class IoCommands:
         return bool(command.cdw12 & _FUA) or not self._host.write_cache
 
     @staticmethod
-    def _written(namespace: Namespace, slba: int, count: int) -> None:
-        """Blocks have data again."""
+    def _mended(namespace: Namespace, slba: int, count: int) -> None:
+        """Blocks can be read again."""
         if namespace.uncorrectable:
             namespace.uncorrectable.remove(slba, count)
+
+    def _written(self, namespace: Namespace, slba: int, count: int) -> None:
+        """Blocks have data of the host's."""
+        self._host.health.written = True
+        self._mended(namespace, slba, count)
 
     def status(self, namespace: Namespace, job: Job, code: int) -> CommandError:
         """What an errno is to the guest; logs it."""
@@ -319,6 +324,7 @@ class IoCommands:
         compare.succeed()
         self._host.health.reads += 1
         self._host.health.bytes_read += job.length
+        self._host.health.written = True
         self._host.health.writes += 1
         self._host.health.bytes_written += job.length
 
@@ -352,13 +358,14 @@ class IoCommands:
             self._writable(namespace, slba, blocks)
             if blocks:
                 yield namespace, Job(Op.DISCARD, slba << namespace.lba_shift, blocks << namespace.lba_shift)
-                self._written(namespace, slba, blocks)
+                self._mended(namespace, slba, blocks)
 
     def _verify(self, command: Command) -> Steps:
         namespace, offset, length = self._target(command)
         self._readable(namespace, command.slba, command.blocks)
         yield namespace, Job(Op.VERIFY, offset, length)
         self._host.health.reads += 1
+        self._host.health.bytes_read += length
 
     def _copy(self, command: Command) -> Steps:
         namespace = self._host.namespace(command.nsid)

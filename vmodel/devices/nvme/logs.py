@@ -165,6 +165,7 @@ class Logs:
                     "location": entry.location,
                     "lba": entry.lba,
                     "nsid": entry.nsid,
+                    "command_specific": entry.information,
                 },
             )
             for entry in self._controller.health.errors

@@ -69,7 +69,7 @@ class AdminBase(Layout):
     BASE = Bits(12, 63, RW)
 
 
-# Registers of 64 bits may be accessed in two halves; nothing narrower than 32 bits is defined, and reads as all ones.
+# Registers of 64 bits may be accessed in two halves; nothing narrower than 32 bits is defined, and reads as 0.
 
 
 class ControllerRegs(RegisterBank, size=0x1000, sizes=(4, 8), misaligned=False):

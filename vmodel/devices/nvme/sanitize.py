@@ -12,6 +12,7 @@ from vmodel.devices.nvme.events import Event
 from vmodel.devices.nvme.identify import build
 from vmodel.devices.nvme.logs import SanitizeStatus
 from vmodel.devices.nvme.namespace import Namespace
+from vmodel.devices.nvme.selftest import Outcome
 from vmodel.devices.nvme.status import CommandError, Status
 from vmodel.devices.nvme.work import LARGE_PIECE, PIECE, Failure, Work, pieces
 
@@ -35,11 +36,9 @@ class State(enum.IntEnum):
     COMPLETED = 1
     IN_PROGRESS = 2
     FAILED = 3
-    #: Completed, and deallocated although that was not asked for.
-    COMPLETED_DEALLOCATED = 4
 
 
-_UNRESTRICTED, _NO_DEALLOCATE, _INVERT = 1 << 3, 1 << 9, 1 << 8
+_UNRESTRICTED, _INVERT = 1 << 3, 1 << 8
 _GLOBAL_ERASED = 1 << 8
 
 
@@ -50,7 +49,9 @@ class Sanitize:
         self._controller = controller
         self._state = State.NEVER
         self._cdw10 = 0
-        self._passes = 0
+        #: How far it came, from 0 to 1.
+        self._progress = 1.0
+        self._failure_mode = False
         self._work: Work | None = None
 
     @property
@@ -61,7 +62,7 @@ class Sanitize:
     @property
     def failed(self) -> bool:
         """They cannot either, until a sanitize operation succeeds or failure mode is left."""
-        return self._state is State.FAILED
+        return self._failure_mode
 
     def check(self) -> None:
         """CommandError, if commands that need namespaces' contents are not allowed."""
@@ -82,8 +83,7 @@ class Sanitize:
             # Only a failure in unrestricted mode can be left that way.
             if self.failed and not self._cdw10 & _UNRESTRICTED:
                 raise CommandError(Status.SANITIZE_FAILED)
-            if self.failed:
-                self._state = State.NEVER
+            self._failure_mode = False  # the log goes on saying that it has failed
             return
         if self.failed and command.cdw10 & _UNRESTRICTED and not self._cdw10 & _UNRESTRICTED:
             # After a failure in restricted mode only that mode helps.
@@ -93,8 +93,11 @@ class Sanitize:
         namespaces = self._controller.inventory.allocated
         if any(namespace.read_only for namespace in namespaces):
             raise CommandError(Status.NAMESPACE_WRITE_PROTECTED)
+        # Only an operation that starts ends a self-test (8.11).
+        self._controller.self_test.abort(Outcome.ABORTED_BY_SANITIZE)
+        self._controller.fast.settle()
         self._controller.events.forget(Event.SANITIZE_COMPLETED)
-        self._cdw10, self._state = command.cdw10, State.IN_PROGRESS
+        self._cdw10, self._state, self._failure_mode = command.cdw10, State.IN_PROGRESS, False
         total = sum(namespace.backend.size for namespace in namespaces)
         if action is Action.OVERWRITE:
             jobs = self._overwrites(namespaces, command)
@@ -130,31 +133,38 @@ class Sanitize:
             self._work.resume()
 
     def _ended(self, failure: Failure | None) -> None:
+        assert self._work is not None
+        self._progress = self._work.progress if failure else 1.0
         self._work = None
         if failure is not None:
             self._controller.log.warning("%s: sanitize failed: errno %d", self._controller.name, failure.code)
-            self._state = State.FAILED
-        elif self._cdw10 & 7 != Action.OVERWRITE and self._cdw10 & _NO_DEALLOCATE:
-            self._state = State.COMPLETED_DEALLOCATED
+            self._state, self._failure_mode = State.FAILED, True
         else:
             self._state = State.COMPLETED
-        self._passes = self._passes_of(self._cdw10) if self._cdw10 & 7 == Action.OVERWRITE else 0
-        if failure is None:
+            self._controller.health.written = False
             for namespace in self._controller.inventory.allocated:
                 namespace.uncorrectable.clear()
         self._controller.fast.changed()
         self._controller.events.report(Event.SANITIZE_COMPLETED)
 
+    @property
+    def _passes(self) -> int:
+        """Passes of an overwrite that are complete; 0 with other operations."""
+        if self._cdw10 & 7 != Action.OVERWRITE:
+            return 0
+        progress = self._progress if self._work is None else self._work.progress
+        return int(progress * self._passes_of(self._cdw10))
+
     def log(self) -> bytes:
         """The sanitize status page."""
         progress = int(self._work.progress * 65535) if self._work is not None else 65535
-        erased = _GLOBAL_ERASED if self._state in (State.COMPLETED, State.COMPLETED_DEALLOCATED) else 0
+        erased = self._state is State.COMPLETED and not self._controller.health.written
         unknown = 0xFFFF_FFFF  # no time is reported
         return build(
             SanitizeStatus,
             {
                 "progress": progress,
-                "status": self._state | self._passes << 3 | erased,
+                "status": self._state | self._passes << 3 | (_GLOBAL_ERASED if erased else 0),
                 "cdw10": self._cdw10,
                 "overwrite_seconds": unknown,
                 "block_erase_seconds": unknown,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vmodel.devices.nvme.backend import Job, Op
@@ -53,6 +53,7 @@ class DeviceSelfTest:
         self._results: deque[dict[str, Any]] = deque(maxlen=_RESULTS)
         self._code: Code | None = None
         self._nsid = 0
+        self._namespaces: list[Namespace] = []
         self._work: Work | None = None
 
     def start(self, command: Command) -> None:
@@ -68,7 +69,7 @@ class DeviceSelfTest:
             return
         if self._work is not None:
             raise CommandError(Status.SELF_TEST_IN_PROGRESS, dnr=False)
-        self._code, self._nsid = code, command.nsid
+        self._code, self._nsid, self._namespaces = code, command.nsid, namespaces
         total = sum(namespace.backend.size for namespace in namespaces)
         self._work = Work(self._controller, self._reads(namespaces, code), self._ended, total=total)
         self._work.resume()
@@ -87,6 +88,11 @@ class DeviceSelfTest:
         if self._work is not None:
             self._work.cancel()
             self._end(why)
+
+    def abort_of(self, namespaces: Iterable[Namespace], why: Outcome) -> None:
+        """Ends a test that reads one of these namespaces (8.11.1)."""
+        if any(namespace in self._namespaces for namespace in namespaces):
+            self.abort(why)
 
     def reset(self) -> None:
         """A controller reset ends a short test; an extended one goes on."""
@@ -113,7 +119,7 @@ class DeviceSelfTest:
             "segment": 1 if outcome is Outcome.SEGMENT_FAILED else 0,
         }
         self._results.appendleft(fields)
-        self._code, self._work = None, None
+        self._code, self._work, self._namespaces = None, None, []
 
     def log(self) -> bytes:
         """The device self-test page."""

@@ -108,7 +108,8 @@ class CommandError(VmodelError):
     """A command ends with another status than Success.
 
     `dnr`: Do Not Retry; `result`: Dword 0 of the completion; `location`: bit << 8 | byte of the command that is to
-    blame, for the error log, or None; `lba`: the first block that failed, or None.
+    blame, for the error log, or None; `lba`: the first block that failed, or None; `information`: Command Specific
+    Information of the error log.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class CommandError(VmodelError):
         result: int = 0,
         location: int | None = None,
         lba: int | None = None,
+        information: int = 0,
     ) -> None:
         super().__init__(status.name)
         self.status = status
@@ -126,6 +128,7 @@ class CommandError(VmodelError):
         self.result = result
         self.location = location
         self.lba = lba
+        self.information = information
 
     def field(self, *, more: bool = False) -> int:
         """The 15-bit status field; `more`: the error log has more about it."""
