@@ -24,7 +24,7 @@ from vmodel.device import (
 from vmodel.pci.caps import PmRegs
 from vmodel.pci.config import HeaderRegs
 from vmodel.pci.extcaps import Acs, Aer, Ats, Dsn, Pasid, Pri
-from vmodel.regs import Reg32, RegisterBank, RegisterError
+from vmodel.regs import RO, Reg8, Reg16, Reg32, RegisterBank, RegisterError
 from vmodel.span import GiB, MiB
 
 
@@ -68,6 +68,7 @@ def declare(**attributes: Any) -> type[PciDevice]:
         (lambda: Intx(5), "pin"),
         (lambda: VendorSpecific(b""), "1 to 200"),
         (lambda: VendorSpecific(bytes(201)), "1 to 200"),
+        (lambda: VendorSpecific(HeaderRegs), "from offset 3 on"),
         (lambda: Dsn(1 << 64), "64 bits"),
         (lambda: Acs(0x20), "egress"),
         *((lambda bit=bit: Acs(1 << bit), "bits of an endpoint") for bit in (0, 1, 4, 7)),
@@ -287,12 +288,46 @@ def test_everything_at_once() -> None:
 
 
 def test_vendor_specific_capability() -> None:
-    written: list[bytes] = []
-    device = declare(vendor=VendorSpecific(b"abcd", writable=True, on_write=written.append))()
-    assert bytes(device.config.view[0x40:0x47]) == b"\x09\0\x07abcd"
-    device.backend.region_write(7, 0x44, 2, 0x5A59)
-    assert written == [b"aYZd"]
+    device = declare(vendor=VendorSpecific(b"abcd", writable=True), fixed=VendorSpecific(b"efgh"))()
+    assert bytes(device.config.view[0x40:0x47]) == b"\x09\x48\x07abcd"
+    assert bytes(device.config.view[0x48:0x4F]) == b"\x09\0\x07efgh"
+    for at in (0x44, 0x4C):
+        device.backend.region_write(7, at, 2, 0x5A59)
+    assert bytes(device.config.view[0x43:0x47]) == b"aYZd"
+    assert bytes(device.config.view[0x4B:0x4F]) == b"efgh"
     assert device.config.size == 256
+    device.close()
+
+
+class OwnCap(RegisterBank, size=12):
+    """Registers of a capability; PCI 3.0, appendix H: id, next and length come before them."""
+
+    VERSION = Reg8(3, RO, reset=2)
+    QUOTA = Reg16(4, reset=8)
+
+
+class WithOwnCap(PciDevice):
+    """A vendor-specific capability with registers and a hook."""
+
+    vendor_id, device_id, class_code = 1, 2, 3
+    cap = VendorSpecific(OwnCap)
+    seen = 0
+
+    @on_write(OwnCap.QUOTA)
+    def _quota(self, new: int) -> int:
+        self.seen = new
+        return min(new, 64)
+
+
+def test_vendor_specific_capability_with_registers() -> None:
+    device = WithOwnCap()
+    assert bytes(device.config.view[0x40:0x4C]) == b"\x09\0\x0c\x02\x08" + bytes(7)
+    device.backend.region_write(7, 0x40, 4, 0xFFFF_FFFF)
+    device.backend.region_write(7, 0x44, 4, 0x5555_1234)
+    assert bytes(device.config.view[0x40:0x4C]) == b"\x09\0\x0c\x02\x40" + bytes(7)
+    assert (device.seen, device.cap.regs.QUOTA) == (0x1234, 64)
+    device.reset(ResetKind.DEVICE)
+    assert device.cap.regs.QUOTA == 8 and device.config.view[0x42] == 12
     device.close()
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Callable
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, cast, overload
 
 from vmodel.pci.bar import Bar, MmioBar
 from vmodel.pci.irq import Irqs, IrqType, Vector
 from vmodel.regs import RO, RW, W1C, Bit, Bits, Layout, Reg8, Reg16, Reg32, Register, RegisterBank, RegisterError
 from vmodel.span import Span
 from vmodel.vfio_user.wire import Irq
+
+_R = TypeVar("_R", bound=RegisterBank)
 
 
 class ResetKind(enum.Enum):
@@ -467,33 +468,45 @@ class Msix(_MessageInterrupts):
 # ---- vendor-specific (PCI 3.0, appendix H) -------------------------------------------------------
 
 
-class VendorSpecific(Capability):
-    """Holds `data` (1 to 200 bytes) after the bytes of id, next pointer and length; read-only unless `writable`.
+class VendorSpecific(Capability, Generic[_R]):
+    """A capability of the model's own: a register bank, or plain bytes.
 
-    `on_write` gets all of the data after each write by the guest.
+    ```python
+    class CardCap(RegisterBank, size=8):
+        VERSION = Reg8(3, RO, reset=1)
+        QUOTA = Reg16(4)
+
+    cap = VendorSpecific(CardCap)             # in the model: self.cap.regs.QUOTA, @on_write(CardCap.QUOTA)
+    ```
+
+    The bank covers the whole capability: its registers begin at offset 3, after id, next pointer and length, which
+    are filled in.  Bytes follow those three, read-only unless `writable`.
     """
 
     id = 0x09
+    bank: type[_R]
+    regs: _R
 
-    def __init__(self, data: bytes, *, writable: bool = False, on_write: Callable[[bytes], None] | None = None) -> None:
-        if not 1 <= len(data) <= 200:
-            raise RegisterError(f"a vendor-specific capability holds 1 to 200 bytes, not {len(data)}")
-        self.data = data
-        self.on_write = on_write
-        names = {f"BYTE{n}": Reg8(3 + n, *(() if writable else (RO,))) for n in range(len(data))}
-        # The bank's class is made here, as its size depends on the data.
-        self.bank = type(
-            "VendorSpecificRegs",
-            (RegisterBank,),
-            {"LENGTH": Reg8(2, RO), **names},
-            size=-(-(3 + len(data)) // 4) * 4,
-        )
-        self.hooked = tuple(r for r in self.bank.registers if r.name != "LENGTH") if writable else ()
+    @overload
+    def __init__(self: VendorSpecific[RegisterBank], content: bytes, *, writable: bool = False) -> None: ...
+    @overload
+    def __init__(self, content: type[_R]) -> None: ...
+    def __init__(self, content: bytes | type[Any], *, writable: bool = False) -> None:
+        """RegisterError: more than 200 bytes, or none; registers of the bank where the first three bytes are."""
+        self.data = content if isinstance(content, bytes) else b""
+        if isinstance(content, bytes):
+            if not 1 <= len(content) <= 200:
+                raise RegisterError(f"a vendor-specific capability holds 1 to 200 bytes, not {len(content)}")
+            names = {f"BYTE{n}": Reg8(3 + n, *(() if writable else (RO,))) for n in range(len(content))}
+            # A bank made on the spot: its size is known only here.
+            size = -(-(3 + len(content)) // 4) * 4
+            content = cast(type[Any], type("VendorSpecificRegs", (RegisterBank,), names, size=size))
+        elif content.size > 203 or any(register.offset < 3 for register in content.registers):
+            raise RegisterError(
+                f"{content.__name__}: a vendor-specific capability has at most 203 bytes, registers from offset 3 on"
+            )
+        self.bank = content
 
     def fill(self) -> None:
-        self.regs.view[2] = 3 + len(self.data)
+        self.regs.view[2] = 3 + len(self.data) if self.data else self.bank.size
         self.regs.view[3 : 3 + len(self.data)] = self.data
-
-    def written(self) -> None:
-        if self.on_write:
-            self.on_write(bytes(self.regs.view[3 : 3 + len(self.data)]))

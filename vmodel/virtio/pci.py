@@ -82,7 +82,7 @@ class NotifyRegs(RegisterBank, size=4 * MAX_QUEUES, sizes=(2, 4)):
     locals().update({f"QUEUE{n}": Reg16(4 * n) for n in range(MAX_QUEUES)})
 
 
-class PciCap(VendorSpecific):
+class PciCap(VendorSpecific[RegisterBank]):
     """struct virtio_pci_cap (4.1.4): structure `part` is at `at` of BAR0; `more`: fields that follow in some parts."""
 
     def __init__(self, part: int, at: int, size: int, more: bytes = b"") -> None:
