@@ -151,7 +151,7 @@ def test_names_of_the_framework(name: str) -> None:
         declare(**{name: 5})
     bar = MmioBar(0, size=4096)
     device = declare(bar=bar, regs=bar.bank(Regs))()
-    with pytest.raises(RegisterError, match=rf"^Device.{name} is a part of the device, or PciDevice's: it cannot be"):
+    with pytest.raises(RegisterError, match=rf"^Device.{name} is a part of the device or used by PciDevice: it cannot"):
         setattr(device, name, 5)
     with pytest.raises(RegisterError, match=r"^Device.regs is a part"):
         device.regs = 5  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
-"""`PciDevice`: what a model derives from.  `devices/edu.py` is the tutorial.
+"""`PciDevice`: the base class of models.  `devices/edu.py` is the tutorial.
 
-A class declares what the hardware is: identity, BARs, banks of registers, capabilities, hooks (`declare`).  Mistakes in
-that are `RegisterError`s when the class is made.  An instance is one function; it knows nothing of sockets or QEMU, and
-a test can use it by itself.  What a model does not need, such as accesses, interrupts' eventfds and migration, is in
-`PciDevice.backend`.
+A class declares the hardware: identity, BARs, register banks, capabilities and hooks (`declare`).  A mistake in a
+declaration is a `RegisterError` when the class is made.  An instance is one PCI function; it does not depend on sockets
+or QEMU, so a test can use it by itself.  Parts that a model does not need, such as accesses, eventfds and migration,
+are in `PciDevice.backend`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 
 class Params(pydantic.BaseModel):
-    """A model's parameters, as in a machine file; unknown ones are refused."""
+    """Base of a model's parameters, which a machine file sets under `params`; unknown keys are refused."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
@@ -68,8 +68,8 @@ class PciDevice:
             self.jobs: list[Job] = []
     ```
 
-    A model overrides `setup`, `on_reset` and what else it needs; it has no `__init__`.  All methods but `after`,
-    `defer`, `post` and `close` belong to the thread that serves the device.
+    A model overrides `setup`, `on_reset` and other methods as needed; it has no `__init__`.  Only the thread that
+    serves the device may call methods, except `after`, `defer`, `post` and `close`.
     """
 
     vendor_id: ClassVar[int]
@@ -79,38 +79,38 @@ class PciDevice:
     revision: ClassVar[int] = 0
     subsystem_vendor_id: ClassVar[int] = 0
     subsystem_id: ClassVar[int] = 0
-    #: Contents of the expansion ROM, a power of two of at least 2 KiB; empty: none.
+    #: Contents of the expansion ROM: a power of two of at least 2 KiB; empty: there is no ROM.
     rom: ClassVar[bytes] = b""
-    #: Parameters; a model overrides it with a nested class of that name.
+    #: The model's parameters; a model overrides this with a nested class.
     Params: ClassVar[type[Params]] = Params
-    #: Most bytes that `save_extra` gives; nothing longer is taken from a client.
+    #: Most bytes that `save_extra` returns; a longer saved state is refused.
     max_extra: ClassVar[int] = 64 * KiB
 
-    #: What the class declares.
+    #: The parts and hooks that the class declares.
     declaration: ClassVar[Declaration]
-    #: Names that neither a subclass nor an instance may use for something else.
+    #: Names that neither a subclass nor an instance may redefine.
     _reserved: ClassVar[frozenset[str]] = frozenset()
 
-    #: Its name in the machine.
+    #: The device's name in the machine.
     name: str
     #: An instance of the model's Params.
     params: Any
     log: logging.Logger
-    #: Reads and writes the guest's memory.
+    #: Reads and writes guest memory, as the device does.
     dma: Dma
-    #: What the client shares of the guest's memory.
+    #: The guest memory that the client has mapped.
     memory: GuestMemory
     config: ConfigSpace
-    #: What experiments may interfere with; see vmodel.points.
+    #: Fault points, which experiments can arm; see vmodel.points.
     points: Points
-    #: What is behind all this: accesses, interrupts' eventfds, migration.
+    #: Accesses, eventfds of interrupts, and migration.
     backend: VfioBackend
 
     def __init_subclass__(cls) -> None:
         for name in vars(cls):
             if name in _FRAMEWORK:
                 raise RegisterError(
-                    f"{cls.__name__}.{name}: PciDevice has something else of that name; reserved are:"
+                    f"{cls.__name__}.{name}: PciDevice uses this name itself; reserved are:"
                     f" {', '.join(sorted(_FRAMEWORK))}"
                 )
         for name, instead in (("__init__", "setup()"), ("__new__", "for_params()")):
@@ -119,14 +119,14 @@ class PciDevice:
         if hasattr(cls, "vendor_id"):
             cls.declaration = Declaration.of(cls)
             cls._reserved = _FRAMEWORK | cls.declaration.names
-            # A trial run of the layout finds everything else now rather than when a machine starts.
+            # Laying out a device once finds all other mistakes now, not when a machine starts.
             VfioBackend(cls.declaration, object.__new__(cls), cls.__name__).close()
 
     @classmethod
     def for_params(cls, params: Any) -> type[Self]:
-        """For a model to override whose parameters change what is declared: this class, or a subclass of it.
+        """The class to make for these parameters, an instance of Params: this class or a subclass of it.
 
-        `params` is an instance of Params.
+        A model whose parameters change its declaration overrides this.
         """
         return cls
 
@@ -146,7 +146,7 @@ class PciDevice:
         *,
         multifunction: bool = False,
     ) -> None:
-        """`params`: an instance of the model's Params, or what makes one (pydantic.ValidationError)."""
+        """`params`: an instance of the model's Params, or a mapping with its values (pydantic.ValidationError)."""
         name = name or type(self).__name__.lower()
         made: dict[str, object] = {
             "name": name,
@@ -167,47 +167,50 @@ class PciDevice:
     def __setattr__(self, name: str, value: object) -> None:
         if name in self._reserved:
             raise RegisterError(
-                f"{type(self).__name__}.{name} is a part of the device, or PciDevice's: it cannot be replaced"
+                f"{type(self).__name__}.{name} is a part of the device or used by PciDevice: it cannot be replaced"
             )
         object.__setattr__(self, name, value)
 
     # ---- for a model to override --------------------------------------------------------------
 
     def setup(self) -> None:
-        """Makes the model's own attributes, once: registers, `params` and `dma` are there, no reset has been yet."""
+        """Makes the model's own attributes; runs once, after registers, `params` and `dma` exist, before any reset."""
 
     def on_reset(self, kind: ResetKind) -> None:
-        """A reset: registers have their reset values, timers are gone.  Also runs once, after `setup`."""
+        """Resets the model's own state: registers have their reset values, timers are cancelled.
+
+        Also runs once when the device is made, after `setup`.
+        """
 
     def on_enables(self) -> None:
-        """The Command register or the power state may have changed."""
+        """Called when the Command register or the power state may have changed."""
 
     def on_wake(self) -> None:
-        """The device's thread has been woken, and is about to run timers and deferred work."""
+        """Called on the device's thread after each wake-up, before timers and deferred work run."""
 
     def open(self) -> None:
-        """Takes hold of files and the like, just before the device is served.
+        """Opens files and other resources, just before the device is served; `close` releases them.
 
-        ConfigError, one line for the user.  What it takes hold of is given back by `close`.
+        ConfigError: one line for the user.
         """
 
     def save_extra(self) -> bytes:
-        """State that is neither in registers nor in RAM areas, for migration."""
+        """The model's state that is neither in registers nor in RAM areas, for migration; at most `max_extra` bytes."""
         return b""
 
     def restore_extra(self, data: bytes) -> None:
-        """Takes `save_extra`'s bytes back.  PeerError(EINVAL) when they are wrong."""
+        """Loads the state that `save_extra` returned.  PeerError(EINVAL): it is invalid; nothing may change then."""
         if data:
-            raise PeerError(errno.EINVAL, f"{self.name}: {len(data)} bytes of state that this model does not have")
+            raise PeerError(errno.EINVAL, f"{self.name}: {len(data)} bytes of state, but this model has none")
 
     def close(self) -> None:
-        """Gives back fds and memory; the device is of no use afterwards."""
+        """Releases fds and memory; the device must not be used afterwards."""
         self.backend.close()
 
     # ---- for a model to call ------------------------------------------------------------------
 
     def after(self, seconds: float, call: Callable[[], None]) -> Timer:
-        """Runs `call` in `seconds` on the device's thread.  A reset cancels it.
+        """Runs `call` after `seconds` on the device's thread.  A reset cancels it.  Any thread.
 
         ```python
         self.timer = self.after(0.010, self.finish)
@@ -216,27 +219,27 @@ class PciDevice:
         return self.backend.agenda.after(seconds, call)
 
     def defer(self, call: Callable[[], None], *, by: PciDevice | None = None) -> None:
-        """Runs `call` on the device's thread once the access at hand is answered.
+        """Runs `call` on the device's thread once the current access has been answered.  Any thread.
 
-        A reset of `by`, whose work it is, drops it; of this device without.
+        `by`: the device that owns this work, whose reset cancels it; None: this device.
         """
         self.backend.defer(call, (self if by is None else by).backend)
 
     def post(self, call: Callable[[], None]) -> None:
-        """As `defer`, but no reset drops it: for a thread that waits until it has run."""
+        """Like `defer`, but no reset cancels it: for a thread that waits until `call` has run."""
         self.backend.defer(call, None)
 
     def reset(self, kind: ResetKind) -> None:
-        """Brings all registers to their declared values; RAM areas keep their contents."""
+        """Sets all registers to their reset values and runs `on_reset`; RAM areas keep their contents."""
         self.backend.reset(kind)
 
     @property
     def errors(self) -> int:
-        """Exceptions that came out of the model's hooks and callbacks."""
+        """How many exceptions the model's hooks and callbacks have raised."""
         return self.backend.errors
 
 
-#: What PciDevice keeps for itself.
+#: Names that a model must not redefine.
 _FRAMEWORK = frozenset(
     [
         "after",

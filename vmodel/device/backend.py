@@ -1,6 +1,6 @@
 """`VfioBackend`: one function as the server, the client's session and its own capabilities see it.
 
-A model never needs it: `PciDevice` has what models use.  Tests and experiments find here what is behind that.
+It is for the framework, tests and experiments; models use `PciDevice` only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vmodel.vfio_user.wire import Irq, Region
 
 
 class Model(Protocol):
-    """What the backend asks of a model; `PciDevice` says what each is for."""
+    """What the backend calls on a model; `PciDevice` documents each method."""
 
     max_extra: ClassVar[int]
 
@@ -48,7 +48,7 @@ class Model(Protocol):
 
 
 class Accesses(Protocol):
-    """Who answers accesses: `Regions`, or what an experiment puts in front of it."""
+    """Answers accesses: `Regions`, or a tap of an experiment in front of it."""
 
     def read(self, key: int, region: int, offset: int, count: int) -> int | bytes: ...
     def write(self, key: int, region: int, offset: int, count: int, value: int | bytes) -> None: ...
@@ -69,39 +69,41 @@ class _TableArea:
 
 
 class VfioBackend:
-    """One function's regions, interrupts and life.  All of it belongs to the thread that serves the device, but for
-    what says otherwise."""
+    """One function's regions, interrupts and life cycle.
+
+    Only the thread that serves the device may call methods, unless a docstring says "any thread".
+    """
 
     def __init__(self, declaration: Declaration, model: Model, name: str, *, multifunction: bool = False) -> None:
-        """RegisterError when what is declared does not fit."""
+        """Lays out the function.  RegisterError: the declared parts do not fit."""
         self.declaration = declaration
         self.name = name
         self._model = model
         self.function = Function()
         self.memory = GuestMemory()
         self.dma = Dma(self.memory)
-        #: The thread that serves it.
+        #: The thread that serves the device.
         self.owner = Owner(name)
         self.irqs = Irqs(self.function.signal, self.owner)
-        #: What experiments may interfere with; see vmodel.points.
+        #: Fault points, which experiments can arm; see vmodel.points.
         self.points = Points(name)
         self.agenda = Agenda(self.function.wake, lambda error: self.failed("a callback", error))
-        #: Its thread was left behind, see Server.stop: nothing of it may be touched any more.
+        #: The device's thread did not end (Server.stop) and may still use the device: nothing else may.
         self.abandoned = False
-        #: Exceptions that came out of the model's hooks and callbacks.
+        #: How many exceptions the model's hooks and callbacks have raised.
         self.errors = 0
         self.log = limited(f"vmodel.device.{name}")
-        #: Time spent with timers and deferred work.
+        #: Nanoseconds spent with timers and deferred work.
         self.busy_ns = 0
-        #: Ends the client's connection, on the device's thread; None: there is none.
+        #: Ends the client's connection, on the device's thread; None: there is no client.
         self.hang_up: Callable[[], None] | None = None
-        #: (region, offset, bank) of each bank in a BAR, by its attribute.
+        #: (region, offset, bank) of each bank in a BAR, by the name of its attribute.
         self.banks: dict[str, tuple[int, int, RegisterBank]] = {}
-        #: What takes the place of each declared part on an instance, by its attribute.
+        #: The instance's object for each declared part, by the name of its attribute.
         self.parts: dict[str, object] = {}
-        #: The interrupt pin; None without one.
+        #: The interrupt pin; None: the function has none.
         self.pin: Intx | None = None
-        #: Who answers accesses; another while they are tapped.
+        #: `regions` answers accesses: the plain ones, or a tap in front of them.
         self.plain_regions = Regions(self.function, self.failed, self.owner)
         self.regions: Accesses = self.plain_regions
         self._stopped = False
@@ -140,7 +142,7 @@ class VfioBackend:
             if isinstance(bound, Msix):
                 self._lay_msix(bound)
         for name, pin in declared.pins.items():
-            self.pin = self.parts[name] = pin.bind(self.irqs, self._show_intx)
+            self.pin = self.parts[name] = pin.bind(self.irqs, self._set_intx_status)
         for name, slot in declared.banks.items():
             self._lay_bank(name, slot)
         for name, ram in declared.rams.items():
@@ -178,11 +180,11 @@ class VfioBackend:
     # ---- accesses ---------------------------------------------------------------------------
 
     def region_read(self, region: int, offset: int, count: int) -> int | bytes:
-        """A read as the guest makes it: an int, or bytes when count > 8.  A hook that fails reads as all ones."""
+        """Reads as the guest does: an int, or bytes when count > 8.  If a hook fails, the value is all ones."""
         return self.regions.read(access_key(region, offset, count), region, offset, count)
 
     def region_write(self, region: int, offset: int, count: int, value: int | bytes) -> None:
-        """A write as the guest makes it."""
+        """Writes as the guest does; `value` is an int or bytes."""
         if count <= 8 and not isinstance(value, int):
             value = int.from_bytes(value, "little")
         self.regions.write(access_key(region, offset, count), region, offset, count, value)
@@ -198,7 +200,7 @@ class VfioBackend:
         return infos
 
     def failed(self, what: str, error: Exception) -> None:
-        """The model has raised `error`: in the log, and counted."""
+        """Logs and counts an exception of the model; `what` names the hook or callback."""
         self.errors += 1
         if isinstance(error, GuestError | DmaFault):
             self.log.info("%s: %s: %s", self.name, what, error)
@@ -208,7 +210,7 @@ class VfioBackend:
     # ---- enables, interrupts, reset ---------------------------------------------------------
 
     def update_enables(self) -> None:
-        """Command, or the power state, has changed."""
+        """Applies the Command register and the power state: bus mastering, decoding of BARs, interrupts."""
         command, on = self.config.command, self._in_d0()
         self.dma.bus_master = bool(command.BUS_MASTER) and on and not self._stopped
         for bar in self.declaration.bars:
@@ -220,10 +222,11 @@ class VfioBackend:
         return all(c.state == 0 for c in self.config.capabilities if isinstance(c, Pm))
 
     def update_interrupts(self) -> None:
-        """Which kinds may be signalled now (PCIe 5.0).
+        """Updates which interrupt types may be signalled (PCIe 5.0).
 
-        A message is a memory write, which needs bus mastering (7.5.1.1.3); outside of D0 nothing is sent (5.3.1.4); a
-        function with MSI or MSI-X enabled does not use INTx, nor one of them beside the other (6.1.4).
+        A message is a memory write, which needs bus mastering (7.5.1.1.3).  Outside of D0 nothing is sent (5.3.1.4).  A
+        function uses only one of INTx, MSI and MSI-X: with MSI or MSI-X enabled it does not use INTx, and with both
+        enabled it signals nothing (6.1.4).
         """
         command, on = self.config.command, self._in_d0() and not self._stopped
         master = on and bool(command.BUS_MASTER)
@@ -245,17 +248,17 @@ class VfioBackend:
                 capability.regs.DEVSTA |= errors
 
     def config_written(self) -> None:
-        """The driver has written something that matters."""
+        """Updates the driver's phase (`Points`) after a config space write that exits."""
         messages = [c.enabled for c in self.config.capabilities if isinstance(c, Msi | Msix)]
         self.points.told(master=bool(self.config.command.BUS_MASTER), interrupts=any(messages) or not messages)
 
-    def _show_intx(self, level: bool) -> None:
+    def _set_intx_status(self, level: bool) -> None:
         header = self.config.header
         header.STATUS = Status.INTERRUPT.put(header.STATUS, int(level))
 
     @owned
     def reset(self, kind: ResetKind) -> None:
-        """Brings all registers to their declared values; RAM areas keep their contents."""
+        """Sets all registers to their reset values and runs `on_reset`; RAM areas keep their contents."""
         self.points.at(Point.RESET, lambda _: self._reset(kind), kind=kind.value)
 
     def _reset(self, kind: ResetKind) -> None:
@@ -273,33 +276,33 @@ class VfioBackend:
             self.failed("on_reset", error)
 
     def reset_device(self) -> None:
-        """VFIO_USER_DEVICE_RESET."""
+        """Carries out DEVICE_RESET."""
         self.reset(ResetKind.DEVICE)
 
     def irq_info(self, index: int) -> IrqInfo:
-        """DEVICE_GET_IRQ_INFO."""
+        """The answer to DEVICE_GET_IRQ_INFO."""
         return self.irqs.info(index)
 
     def set_irqs(self, request: SetIrqs) -> None:
-        """DEVICE_SET_IRQS."""
+        """Carries out DEVICE_SET_IRQS; errors as `Irqs.set`."""
         self.irqs.set(request)
 
     # ---- life -------------------------------------------------------------------------------
 
     def defer(self, call: Callable[[], None], by: VfioBackend | None) -> None:
-        """Runs `call` on the device's thread once the access at hand is answered; any thread.
+        """Runs `call` on the device's thread once the current access has been answered.  Any thread.
 
-        A reset of `by`, whose work it is, drops it; none does without.
+        `by`: the device that owns this work, whose reset cancels it; None: no reset does.
         """
         self.agenda.defer(call, None if by is None else by.agenda)
 
     def has_work(self) -> bool:
-        """Whether `run_due` is worth calling; after a wake-up it always is."""
+        """Whether `run_due` may have work; call it after every wake-up in any case."""
         return self.agenda.waiting
 
     @owned
     def run_due(self, now_ns: int) -> int | None:
-        """Runs what is due; the next deadline in monotonic ns, or None."""
+        """Runs timers and deferred work that are due; returns the next deadline in monotonic ns, or None."""
         if self._stopped:
             return None
         self._model.on_wake()
@@ -308,13 +311,13 @@ class VfioBackend:
         return deadline
 
     def client_came(self, hang_up: Callable[[], None]) -> None:
-        """A client has connected; `hang_up` ends that."""
+        """Called when a client has connected; `hang_up` ends its connection."""
         self.hang_up = hang_up
         self.region_infos = self._region_infos()
         self.points.at(Point.CONNECTION, lambda _: None)
 
     def client_gone(self) -> None:
-        """Lets go of what the client gave; registers stay."""
+        """Called when the client has disconnected: closes its eventfds; registers keep their values."""
         self.hang_up = None
         self.irqs.close()
         self.points.at(Point.UNPLUG, lambda _: None)
@@ -338,14 +341,14 @@ class VfioBackend:
         return [event for event, where in zip(self._events, self._event_registers, strict=True) if where[0] == region]
 
     def event(self, cookie: int) -> None:
-        """A doorbell's eventfd has fired: as a write of 0."""
+        """Called when the eventfd of doorbell `cookie` was signalled: writes 0 to its register."""
         self.region_write(*self._event_registers[cookie], 0)
 
     # ---- state ------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
-        """What migration saves."""
+        """The layout of the saved state, which migration uses."""
         if self._state is None:
             registers = [
                 (name, region, at, r.name, r.offset, r.width)
@@ -364,16 +367,16 @@ class VfioBackend:
 
     @property
     def max_state(self) -> int:
-        """Most bytes that a state of this device can have."""
+        """Most bytes of a saved state of this device."""
         return self.state.max_size
 
     def save(self) -> bytes:
-        """The device's state, with the model's `save_extra`."""
+        """The device's state, including the model's `save_extra`.  PeerError(EFBIG): that is too long."""
         return self.state.save(self.irqs.save() + self._model.save_extra())
 
     @owned
     def restore(self, data: bytes) -> None:
-        """Takes a state of `save` over.  PeerError(EINVAL), and nothing has changed, when it is not one."""
+        """Loads a state that `save` returned.  PeerError(EINVAL): it is invalid; nothing has changed then."""
         body, extra = self.state.split(data)
         pending = self.irqs.parse(extra[: self.irqs.saved_size])
         self._model.restore_extra(extra[self.irqs.saved_size :])
@@ -386,7 +389,7 @@ class VfioBackend:
         self.update_enables()
 
     def close(self) -> None:
-        """Gives back fds and memory; the device is of no use afterwards."""
+        """Releases fds and memory; the device must not be used afterwards."""
         self.agenda.cancel()
         self.irqs.close()
         self.dma.close()

@@ -1,4 +1,4 @@
-"""`Declaration`: what a model's class says that the hardware is, checked when the class is made."""
+"""`Declaration`: the hardware that a model's class declares, checked when the class is made."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmodel.pci.irq import Intx
 from vmodel.regs import Hook, Register, RegisterBank, RegisterError, hooks_of
 from vmodel.span import KiB, MiB, Span
 
-#: What may be declared: everything else in a class's body is the model's own.
+#: The types of parts; every other attribute of a class is the model's own.
 PARTS = (Bar, BankSlot, RamSlot, Capability, Intx)
 #: An expansion ROM has at least 2 KiB (bits of its register) and at most 16 MiB (PCIe 5.0, 7.5.1.2.4).
 _ROM_SIZES = range(2 * KiB, 16 * MiB + 1)
@@ -31,20 +31,23 @@ class Declaration:
     doc: str
     identity: Identity
     rom: bytes
-    #: By index, MSI-X's own included.
+    #: By index; includes the BAR that MSI-X makes for itself.
     bars: tuple[Bar, ...]
     banks: Mapping[str, BankSlot]
     rams: Mapping[str, RamSlot]
-    #: In the order of config space.
+    #: In the order in which config space has them.
     capabilities: Mapping[str, Capability]
-    #: The interrupt pin, under whichever name; there is at most one.
+    #: The interrupt pin; at most one.
     pins: Mapping[str, Intx]
-    #: The name of the method of each hook.
+    #: The name of each hook's method.
     hooks: Mapping[Hook, str]
 
     @classmethod
     def of(cls, model: type[Any]) -> Declaration:
-        """Collects what `model` and its bases declare; a subclass adds to it, or replaces by name.  RegisterError."""
+        """Collects the parts of `model` and its bases; a subclass adds parts or replaces them by name.
+
+        RegisterError: the declaration is wrong.
+        """
         parts, hooks = _collect(model)
         name = model.__name__
         for what, width in _WIDTHS.items():
@@ -92,7 +95,7 @@ class Declaration:
             raise RegisterError(f"{self.model}: a function has one interrupt pin, not {len(self.pins)}")
         in_bars = [slot.bank for slot in self.banks.values()]
         if len(set(in_bars)) != len(in_bars):
-            raise RegisterError(f"{self.model}: one bank class in two places: hooks could not tell them apart")
+            raise RegisterError(f"{self.model}: one bank class in two places: its hooks would be ambiguous")
         banks = {*in_bars, *self.config_banks()}
         for hook in self.hooks:
             if hook.register.bank not in banks:
@@ -102,7 +105,7 @@ class Declaration:
         taken = [n for bar in self.bars for n in range(bar.index, bar.index + bar.registers)]
         for n in taken:
             if taken.count(n) > 1:
-                raise RegisterError(f"{self.model}: BAR{n} is there twice (a 64-bit BAR takes two registers)")
+                raise RegisterError(f"{self.model}: BAR{n} is declared twice (a 64-bit BAR takes two registers)")
         for what, slot in self._slots():
             self.bar(slot.bar.index).holds(f"{self.model}.{what}", slot.span.start, slot.span.size)
         for bar in self.bars:
@@ -123,7 +126,7 @@ class Declaration:
         return [*self.banks.items(), *self.rams.items()]
 
     def _spans(self, index: int) -> Iterator[tuple[str, Span]]:
-        """What is where in a BAR."""
+        """(name, bytes) of each part in a BAR."""
         for name, slot in self._slots():
             if slot.bar.index == index:
                 yield f"{self.model}.{name}", slot.span
@@ -134,7 +137,7 @@ class Declaration:
 
     @property
     def names(self) -> frozenset[str]:
-        """The attributes that hold parts."""
+        """The names of all attributes that are parts."""
         return frozenset((*self.banks, *self.rams, *self.capabilities, *self.pins))
 
     def bar(self, index: int) -> Bar:
@@ -145,7 +148,7 @@ class Declaration:
         raise RegisterError(f"{self.model}: something is placed in BAR{index}, which {self.model} does not declare")
 
     def mappable(self, index: int) -> tuple[Span, ...]:
-        """What of a BAR the client may map."""
+        """The areas of a BAR that the client may map."""
         return tuple(slot.span for slot in self.rams.values() if slot.bar.index == index and slot.mappable)
 
     def config_banks(self) -> list[type[RegisterBank]]:
@@ -153,11 +156,11 @@ class Declaration:
         return [HeaderRegs, *(part.bank for part in self.capabilities.values())]
 
     def hooked(self, bank: type[RegisterBank], kind: str) -> set[Register]:
-        """The registers of a bank that have a hook of a kind, "read" or "write"."""
+        """The registers of a bank with a hook of this kind, "read" or "write"."""
         return {hook.register for hook in self.hooks if hook.register.bank is bank and hook.kind == kind}
 
     def describe(self) -> dict[str, Any]:
-        """All of it as plain data, for `vmodel regs`."""
+        """The declaration as plain data, for `vmodel regs`."""
         return {
             "vendor_id": self.identity.vendor_id,
             "device_id": self.identity.device_id,
@@ -191,7 +194,7 @@ class Declaration:
 
 
 def _collect(model: type[Any]) -> tuple[dict[str, Any], dict[Hook, str]]:
-    """Parts and hooks of a class and its bases: what a name means last counts, in the place that it has first."""
+    """Parts and hooks of a class and its bases.  A subclass's attribute replaces one of the same name in a base."""
     parts: dict[str, Any] = {}
     hooks: dict[Hook, str] = {}
     for base in reversed(model.__mro__):

@@ -1,7 +1,7 @@
-"""`Regions`: who answers which byte of a device's regions.
+"""`Regions`: the accesses to a device's regions that exit to Python.
 
-The shim answers what has no hook.  What it leaves to Python comes here, and only here is an access split: at the
-borders of what has a hook, in ascending order.  The rest of it is what the shim would have done by itself.
+The shim answers accesses to bytes without a hook.  All others come here, and only here an access is split: at the
+borders of hooked registers and areas, in ascending order.  Pieces without a hook have the same effect as in the shim.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Writer = Callable[[int], int | None]
 
 
 class Area(Protocol):
-    """Bytes of a region that are answered in Python; offsets count from the region's start."""
+    """Bytes of a region that Python serves; offsets are in the region."""
 
     span: Span
 
     def read(self, offset: int, count: int) -> bytes:
-        """`count` bytes, all of them inside the span."""
+        """Reads `count` bytes, all inside the span."""
 
     def write(self, offset: int, data: bytes) -> None:
-        """Takes `data`, all of it inside the span."""
+        """Writes `data`, all of it inside the span."""
 
 
 class HookedRegister:
-    """A register with a hook, at its place in a region."""
+    """A register with a hook, as an Area of its region."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class HookedRegister:
         reader: Reader | None,
         writer: Writer | None,
     ) -> None:
-        """`at`: where the bank begins in the region."""
+        """`at`: the bank's offset in the region."""
         self.span = Span.sized(at + register.offset, register.size)
         self._function, self._region = function, region
         self._bank, self._register = bank, register
@@ -57,8 +57,9 @@ class HookedRegister:
         return self._register.__get__(self._bank, type(self._bank))
 
     def read(self, offset: int, count: int) -> bytes:
+        """Reads `count` bytes of the register: those of the read hook's result."""
         assert self._reader is not None
-        # The hook sees what was stored before a read clears it.
+        # The hook gets the value from before a read-to-clear.
         value = self._reader(self._stored) & self._full
         if self._register.mask(Mode.RC):
             self._function.plain_read(self._region, offset, count)
@@ -66,22 +67,23 @@ class HookedRegister:
         return value.to_bytes(self._register.size, "little")[first : first + count]
 
     def write(self, offset: int, data: bytes) -> None:
+        """Writes bytes of the register and calls the write hook."""
         shift = 8 * (offset - self.span.start)
         self._write(int.from_bytes(data, "little") << shift, ((1 << 8 * len(data)) - 1) << shift)
 
     def _write(self, value: int, enabled: int) -> None:
-        """Bytes that are not written keep their value, WO bits are never stored."""
+        """Writes the bits in `enabled`; other bits keep their value, WO bits are never stored."""
         assert self._writer is not None
         new = self._register.written(self._stored, value, enabled)
         result = self._writer(new)
         if result is not None:
             new = result & self._full
         kept = self._register.mask(Mode.WO)
-        # The hook may have changed the register itself: what is not stored is read again.
+        # Read again, as the hook may have changed the register itself.
         self._register.__set__(self._bank, self._stored & kept | new & ~kept)
 
     def whole_read(self) -> Callable[[], int]:
-        """Reads the whole register, as drivers nearly always do: with as little in between as can be."""
+        """A function that reads the whole register, as drivers nearly always do: the fast path."""
         register, reader, full = self._register, self._reader, self._full
         if register.mask(Mode.RC) or reader is None:
             return lambda: int.from_bytes(self.read(self.span.start, register.size), "little")
@@ -89,7 +91,7 @@ class HookedRegister:
         return lambda: reader(cell[at]) & full
 
     def whole_write(self) -> Callable[[int], None]:
-        """Likewise, writes it."""
+        """A function that writes the whole register: the fast path."""
         register, writer, full = self._register, self._writer, self._full
         if register.mask(Mode.RW) != full or writer is None:
             return lambda value: self._write(value, full)
@@ -106,22 +108,22 @@ class Regions:
     """All accesses to one function that exit to Python."""
 
     def __init__(self, function: Function, failed: Callable[[str, Exception], None], owner: Owner) -> None:
-        """`failed` takes what the model's hooks raise: such a read gives all ones, as if nobody had answered."""
+        """`failed` gets exceptions of hooks; a read whose hook fails returns all ones, as a master abort does."""
         self.owner = owner
         self._function = function
         self._failed = failed
-        #: By region, ascending: what answers reads, and what takes writes.
+        #: By region, in ascending order: the areas for reads, and those for writes.
         self._readers: dict[int, list[Area]] = {}
         self._writers: dict[int, list[Area]] = {}
-        #: What a read or write of one whole register does, by the shim's key of the access.
+        #: Reads and writes of whole registers, by the shim's key of the access.
         self._whole_reads: dict[int, Callable[[], int]] = {}
         self._whole_writes: dict[int, Callable[[int], None]] = {}
-        #: What comes before reads of a region, and what follows after writes to it.
+        #: By region: what runs before its reads, and after its writes.
         self._before: dict[int, Callable[[Span], None]] = {}
         self._after: dict[int, Callable[[Span], None]] = {}
 
     def add_area(self, region: int, area: Area) -> None:
-        """Bytes that are in Python alone."""
+        """Adds an area whose bytes only Python has."""
         for areas in (self._readers, self._writers):
             insort(areas.setdefault(region, []), area, key=_start)
 
@@ -133,7 +135,7 @@ class Regions:
         readers: Mapping[Register, Reader],
         writers: Mapping[Register, Writer],
     ) -> None:
-        """The hooks of a bank that begins at `at`."""
+        """Adds the hooks of a bank at offset `at` of the region."""
         for register in bank.registers:
             reader, writer = readers.get(register), writers.get(register)
             if reader is None and writer is None:
@@ -148,16 +150,16 @@ class Regions:
                 self._whole_writes[key] = hooked.whole_write()
 
     def before_reads(self, region: int, call: Callable[[Span], None]) -> None:
-        """`call` runs before each read of a region that exits, with the bytes that it covers."""
+        """Runs `call` before each read of a region that exits; it gets the bytes to be read."""
         self._before[region] = call
 
     def after_writes(self, region: int, call: Callable[[Span], None]) -> None:
-        """`call` runs after each write to a region that exits, with the bytes that it covers."""
+        """Runs `call` after each write to a region that exits; it gets the written bytes."""
         self._after[region] = call
 
     @owned
     def read(self, key: int, region: int, offset: int, count: int) -> int | bytes:
-        """A read whose vms_key is `key`: an int, or, when count > 8, bytes."""
+        """Reads `count` bytes: an int, or bytes when count > 8.  `key` is the access's vms_key."""
         try:
             whole = self._whole_reads.get(key)
             if whole is not None:
@@ -175,7 +177,7 @@ class Regions:
 
     @owned
     def write(self, key: int, region: int, offset: int, count: int, value: int | bytes) -> None:
-        """A write whose vms_key is `key`; `value` is an int when count <= 8."""
+        """Writes `count` bytes; `value` is an int when count <= 8, else bytes.  `key` is the access's vms_key."""
         try:
             whole = self._whole_writes.get(key)
             if whole is not None:
@@ -199,7 +201,7 @@ def _start(area: Area) -> int:
 
 
 def _split(areas: list[Area] | tuple[()], offset: int, count: int) -> Iterator[tuple[int, int, Area | None]]:
-    """An access cut at the borders of areas: (offset, size, area or None), ascending."""
+    """Splits an access at the borders of areas: (offset, size, area or None), in ascending order."""
     end = offset + count
     for area in areas[bisect_left(areas, offset, key=lambda a: a.span.last) :]:
         if area.span.start >= end:

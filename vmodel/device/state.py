@@ -1,6 +1,6 @@
-"""`State`: a device's saved state, as migration carries it (VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE).
+"""`State`: a device's saved state for migration (VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE).
 
-It has a head of fixed size, then all stores in one row, then what the model adds: nothing in it has to be parsed.
+It is a header of fixed size, then the contents of all stores in order, then the model's extra bytes.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Sequence
 
 from vmodel.errors import PeerError
 
-#: Magic number, and the layout of what follows.
+#: Header: magic number, and a hash of the layout of what follows.
 _HEAD = struct.Struct("<4s32s")
 _MAGIC = b"VMS3"
 
 
 class State:
-    """All that is declared and has a value: registers, RAM areas, config space, MSI-X table, pending interrupts.
+    """The values of all declared parts: registers, RAM areas, config space, MSI-X table, pending interrupts.
 
-    Timers are not part of it: a model that has some running keeps what it needs in `save_extra`.
+    Timers are not included: a model with running timers saves what it needs in `save_extra`.
     """
 
     def __init__(self, name: str, layout: object, stores: Sequence[memoryview], max_extra: int) -> None:
-        """`layout` (for JSON) tells states of other models, or of other versions of this one, apart.
+        """`layout`, which must be valid for JSON, distinguishes states of other models and other versions of this one.
 
         `max_extra`: most bytes that the model adds.
         """
@@ -38,11 +38,11 @@ class State:
 
     @property
     def max_size(self) -> int:
-        """Most bytes that a state of this device can have."""
+        """Most bytes of a saved state of this device."""
         return _HEAD.size + self._own + self._max_extra
 
     def save(self, extra: bytes) -> bytes:
-        """The state, with the model's `extra`.  PeerError(EFBIG) when that is more than `max_extra`."""
+        """The state with the model's `extra`.  PeerError(EFBIG): `extra` is longer than `max_extra`."""
         if len(extra) > self._max_extra:
             raise PeerError(
                 errno.EFBIG, f"{self._name}: save_extra gave {len(extra)} bytes, max_extra is {self._max_extra}"
@@ -50,16 +50,16 @@ class State:
         return b"".join([self._head, *map(bytes, self._stores), extra])
 
     def split(self, data: bytes) -> tuple[memoryview, bytes]:
-        """(what `load` takes, the model's extra).  PeerError(EINVAL) when `data` is no state of this model."""
+        """Splits a state into (the part for `load`, the model's extra).  PeerError(EINVAL): not of this model."""
         if data[: _HEAD.size] != self._head:
-            raise PeerError(errno.EINVAL, f"{self._name}: the state cannot be restored: of another model, or no state")
+            raise PeerError(errno.EINVAL, f"{self._name}: the state cannot be restored: it is not of this model")
         if not self._own <= len(data) - _HEAD.size <= self._own + self._max_extra:
             raise PeerError(errno.EINVAL, f"{self._name}: the state cannot be restored: {len(data)} bytes")
         body = memoryview(data)[_HEAD.size :]
         return body[: self._own], bytes(body[self._own :])
 
     def load(self, body: memoryview) -> None:
-        """Stores what `split` gave."""
+        """Loads the first part that `split` returned into the stores."""
         at = 0
         for store in self._stores:
             store[:] = body[at : at + len(store)]

@@ -1,6 +1,6 @@
-"""An independent vfio-user client, for tests and for anyone who wants to drive a device without QEMU.
+"""An independent vfio-user client, for tests and for programs that drive a device without QEMU.
 
-It shares only `wire` with the server's side.  Errors of the server's are OSError with the errno of the reply.
+It shares only `wire` with the server's side.  An error reply is raised as OSError with its errno.
 
 ```python
 with Client.connect(path) as client:
@@ -60,7 +60,10 @@ DEFAULT_CAPABILITIES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ClientRegion:
-    """A region; `fd` is the client's to close, None when it cannot be mapped; `offset` is in that file."""
+    """A region.  `areas` may be mapped from `fd`, in which the region begins at `offset`.
+
+    The client has to close `fd`; None: the region cannot be mapped.
+    """
 
     size: int
     flags: int
@@ -69,7 +72,7 @@ class ClientRegion:
     offset: int
 
     def map(self, area: Span) -> mmap.mmap:
-        """Maps an area of `areas`, to read and write.  OSError(ENODEV) when the region cannot be mapped."""
+        """Maps an area of `areas` to read and write.  OSError(ENODEV): the region cannot be mapped."""
         if self.fd is None:
             raise OSError(errno.ENODEV, "the region cannot be mapped")
         return mmap.mmap(self.fd, area.size, offset=self.offset + area.start)
@@ -82,7 +85,7 @@ class ClientRegion:
 
 @dataclass(frozen=True)
 class IoFd:
-    """An entry of GET_REGION_IO_FDS; `fd` is the client's to close, and may be shared with other entries."""
+    """An entry of GET_REGION_IO_FDS.  The client has to close `fd`, which several entries may share."""
 
     offset: int
     size: int
@@ -99,21 +102,25 @@ class EventFd:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def wait(self, timeout: float = 5.0) -> int:
-        """How often it was signalled since; TimeoutError when not at all in time."""
+        """Waits for a signal; returns how many there were since the last call.  TimeoutError: none in `timeout` s."""
         if not select.select([self.fd], [], [], timeout)[0]:
             raise TimeoutError("the eventfd was not signalled")
         return os.eventfd_read(self.fd)
 
     def quiet(self, seconds: float = 0.05) -> bool:
-        """Whether it stays unsignalled for a while."""
+        """Whether the eventfd is not signalled for `seconds`."""
         return not select.select([self.fd], [], [], seconds)[0]
 
     def close(self) -> None:
+        """Closes the eventfd."""
         os.close(self.fd)
 
 
 class Ram:
-    """Guest memory at `address`: `view` is its bytes.  `fd` None: the server reaches it by messages only."""
+    """Guest memory of `size` bytes at `address`; `view` is its contents.
+
+    `fd` None: the server accesses it by DMA_READ and DMA_WRITE.
+    """
 
     def __init__(self, address: int, size: int, *, shared: bool) -> None:
         self.address = address
@@ -128,6 +135,7 @@ class Ram:
         self.view = memoryview(self._map)
 
     def close(self) -> None:
+        """Frees the memory and closes the fd."""
         self.view.release()
         if isinstance(self._map, mmap.mmap):
             self._map.close()
@@ -139,8 +147,8 @@ class Ram:
 class Client:
     """One connection.  `timeout` (seconds) bounds every wait.
 
-    Whoever waits for a reply also answers what the server asks meanwhile; `serve_in_background` does so at all
-    times.  Several threads may use one client.  A server that breaks the protocol: OSError(EPROTO).
+    A thread that waits for a reply also answers the server's commands meanwhile; after `serve_in_background` a thread
+    always does.  Several threads may use one client.  OSError(EPROTO): the server broke the protocol.
     """
 
     def __init__(self, sock: socket.socket, *, timeout: float = 5.0) -> None:
@@ -149,10 +157,10 @@ class Client:
         self.twin: Stream | None = None
         self.capabilities: dict[str, Any] = {}
         self.ram: list[Ram] = []
-        #: What the server asked for by DMA_READ and DMA_WRITE, as (command, address, count).
+        #: The server's DMA_READs and DMA_WRITEs, as (command, address, count).
         self.dma_log: list[tuple[Command, int, int]] = []
         self._next_id = 1
-        #: Guards the replies that have come, and who reads: one of those that wait.
+        #: Guards `_replies` and `_reader`: of the threads that wait, one reads the socket.
         self._arrived = threading.Condition()
         self._replies: dict[int, deque[Message]] = {}
         self._reader = False
@@ -172,7 +180,7 @@ class Client:
         return cls(sock, timeout=timeout)
 
     def close(self) -> None:
-        """Leaves; also frees the memory that `share` made."""
+        """Disconnects, and frees the memory that `share` made."""
         self._closing = True
         streams = [self.main] if self.twin is None else [self.main, self.twin]
         for stream in streams:
@@ -200,7 +208,7 @@ class Client:
     # ---- messages ---------------------------------------------------------------------------
 
     def message(self, command: int, payload: bytes = b"", *, flags: int = 0, id: int | None = None) -> bytes:
-        """A whole message, not sent; `id` None takes the next one."""
+        """Builds a message without sending it; `id` None: the next free one."""
         if id is None:
             id, self._next_id = self._next_id, self._next_id % 0xFFFF + 1
         size = wire.HEADER_SIZE + len(payload)
@@ -209,38 +217,38 @@ class Client:
         )
 
     def request(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Message:
-        """Sends a command and waits for its reply, answering the server's own commands meanwhile."""
+        """Sends a command and returns its reply; answers the server's own commands meanwhile.  Errors as `reply`."""
         data = self.message(command, payload)
         self.main.send(data, fds)
         return self.reply(wire.Header.parse(data).id)
 
     def post(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """Sends a command with No_reply."""
+        """Sends a command with the flag No_reply."""
         self.main.send(self.message(command, payload, flags=HeaderFlags.NO_REPLY), fds)
 
     def reply(self, id: int) -> Message:
-        """The reply to command `id`; OSError with its errno when that is an error, TimeoutError, Closed."""
+        """Waits for the reply to command `id`.  OSError with the errno of an error reply; TimeoutError; Closed."""
         message = self._await(lambda: self._replies.get(id), time.monotonic() + self.timeout).popleft()
         if not message.flags & HeaderFlags.ERROR:
             return message
         message.close()
         if message.payload or message.fds:
-            raise OSError(errno.EPROTO, "an error reply with more than a header")
+            raise OSError(errno.EPROTO, "an error reply has a payload or fds")
         raise OSError(message.error, os.strerror(message.error))
 
     def serve(self, seconds: float) -> None:
-        """Answers the server's commands for a while."""
+        """Answers the server's commands for `seconds`."""
         with suppress(TimeoutError):
             self._await(lambda: None, time.monotonic() + seconds)
 
     def serve_in_background(self) -> None:
-        """Answers the server's commands from now on, in a thread that ends with the connection."""
+        """Starts a thread that answers the server's commands until the connection ends."""
         self._start(self._serve_main)
 
-    def _await(self, look: Callable[[], _T | None], deadline: float) -> _T:
-        """Reads messages, or lets another thread do so, until `look` finds something (other than None or empty)."""
+    def _await(self, find: Callable[[], _T | None], deadline: float) -> _T:
+        """Reads messages, or waits while another thread reads, until `find` returns something true."""
         with self._arrived:
-            while not (found := look()):
+            while not (found := find()):
                 left = deadline - time.monotonic()
                 if self._reader:
                     if not self._arrived.wait(max(left, 0)) and left <= 0:
@@ -250,14 +258,14 @@ class Client:
                 self._arrived.release()
                 try:
                     message = self.main.receive(deadline)
-                    asked = self._is_command(message)
-                    if asked:
+                    is_command = self._is_command(message)
+                    if is_command:
                         self._answer(self.main, message)
                 finally:
                     self._arrived.acquire()
                     self._reader = False
                     self._arrived.notify_all()
-                if not asked:
+                if not is_command:
                     self._replies.setdefault(message.id, deque()).append(message)
             return found
 
@@ -280,7 +288,7 @@ class Client:
                 self.serve(self.timeout)
 
     def _answer(self, stream: Stream, message: Message) -> None:
-        """DMA_READ and DMA_WRITE, out of the memory that was mapped; OSError becomes an error reply."""
+        """Answers DMA_READ and DMA_WRITE from the memory that `share` made; an OSError becomes an error reply."""
         message.close()  # the server has no command that takes fds
         try:
             payload = self._dma(message)
@@ -306,7 +314,7 @@ class Client:
             raise OSError(errno.EFAULT, "no such memory")
         reply = {"address": access.address, "count": access.count, "data": b""}
         if len(access.data) != (access.count if message.command == Command.DMA_WRITE else 0):
-            raise OSError(errno.EINVAL, "a count that is not that of the data")
+            raise OSError(errno.EINVAL, "count and length of the data differ")
         if message.command == Command.DMA_READ:
             reply["data"] = bytes(ram.view[at : at + access.count])
         else:
@@ -316,7 +324,10 @@ class Client:
     # ---- the handshake ----------------------------------------------------------------------
 
     def negotiate(self, *, twin_socket: bool = False, **capabilities: Any) -> dict[str, Any]:
-        """VERSION; the server's capabilities.  `capabilities` replace the defaults; None leaves one out."""
+        """Sends VERSION; returns the server's capabilities.
+
+        `capabilities` override DEFAULT_CAPABILITIES; a value of None leaves one out.
+        """
         offered = {**DEFAULT_CAPABILITIES, **capabilities}
         offered = {key: value for key, value in offered.items() if value is not None}
         if twin_socket:
@@ -353,7 +364,7 @@ class Client:
         return _parse(wire.DeviceInfo, self.request(Command.DEVICE_GET_INFO, wire.DeviceInfo.build(request)).payload)
 
     def region_info(self, index: int) -> ClientRegion:
-        """DEVICE_GET_REGION_INFO, asked again with more room if need be."""
+        """DEVICE_GET_REGION_INFO; sent again with a larger argsz if the capabilities need more room."""
         head = wire.RegionInfoHead.sizeof()
         argsz = head
         while True:
@@ -364,7 +375,7 @@ class Client:
                 break
             reply.close()
             if argsz > head:
-                raise OSError(errno.EPROTO, "a region's capabilities grow from reply to reply")
+                raise OSError(errno.EPROTO, "the second reply needs a larger argsz than the first one named")
             argsz = info.argsz
         areas: tuple[Span, ...] = ()
         if info.flags & wire.RegionFlags.MMAP:
@@ -374,24 +385,24 @@ class Client:
         return ClientRegion(info.size, info.flags, areas, reply.fds[0] if reply.fds else None, info.offset)
 
     def region_io_fds(self, index: int, *, room: int = 4096) -> list[IoFd]:
-        """DEVICE_GET_REGION_IO_FDS; OSError(ENOBUFS) when the list is longer than `room` bytes."""
+        """DEVICE_GET_REGION_IO_FDS with argsz `room`.  OSError(ENOBUFS): the list needs more bytes."""
         request = {"argsz": room, "flags": 0, "index": index, "count": 0}
         reply = self.request(Command.DEVICE_GET_REGION_IO_FDS, wire.RegionIoFds.build(request))
         try:
             head = _parse(wire.RegionIoFds, reply.payload)
             if head.argsz > room:
-                raise OSError(errno.ENOBUFS, f"the list takes {head.argsz} bytes")
+                raise OSError(errno.ENOBUFS, f"the list needs {head.argsz} bytes")
             start, size = wire.RegionIoFds.sizeof(), wire.SubRegion.sizeof()
             entries = [_parse(wire.SubRegion, reply.payload[start + n * size :]) for n in range(head.count)]
             return [IoFd(e.offset, e.size, reply.fds[e.fd_index], e.type, e.flags, e.datamatch) for e in entries]
         except (OSError, IndexError) as error:
             reply.close()
             if isinstance(error, IndexError):
-                raise OSError(errno.EPROTO, "an entry without its fd") from error
+                raise OSError(errno.EPROTO, "an entry's fd is missing") from error
             raise
 
     def region_read(self, region: int, offset: int, count: int) -> bytes:
-        """REGION_READ."""
+        """REGION_READ of `count` bytes."""
         request = {"offset": offset, "region": region, "count": count, "data": b""}
         reply = self.request(Command.REGION_READ, wire.RegionAccess.build(request))
         data = bytes(_parse(wire.RegionAccess, reply.payload).data)
@@ -400,7 +411,7 @@ class Client:
         return data
 
     def region_write(self, region: int, offset: int, data: bytes, *, posted: bool = False) -> None:
-        """REGION_WRITE; posted: with No_reply."""
+        """REGION_WRITE; `posted`: with the flag No_reply."""
         payload = wire.RegionAccess.build({"offset": offset, "region": region, "count": len(data), "data": data})
         if posted:
             self.post(Command.REGION_WRITE, payload)
@@ -408,7 +419,10 @@ class Client:
             self.request(Command.REGION_WRITE, payload)
 
     def write_multi(self, writes: Iterable[tuple[int, int, bytes]], *, posted: bool = False) -> int | None:
-        """REGION_WRITE_MULTI of (region, offset, data); how many were done."""
+        """REGION_WRITE_MULTI of (region, offset, data) each, data of at most 8 bytes.
+
+        Returns how many writes were done; None if `posted`, which sets the flag No_reply.
+        """
         entries = [
             {"region": region, "offset": offset, "count": len(data), "data": data.ljust(8, b"\0")}
             for region, offset, data in writes
@@ -435,12 +449,12 @@ class Client:
         data: bytes = b"",
         fds: Sequence[int] = (),
     ) -> None:
-        """DEVICE_SET_IRQS."""
+        """DEVICE_SET_IRQS for vectors `start`..`start + count - 1` of type `index`; `flags` are IrqSetFlags."""
         request = {"argsz": 20 + len(data), "flags": flags, "index": index, "start": start, "count": count}
         self.request(Command.DEVICE_SET_IRQS, wire.IrqSet.build({**request, "data": data}), fds)
 
     def eventfds(self, index: int = Irq.INTX, count: int = 1) -> list[EventFd]:
-        """Gives the first vectors of a type an eventfd each."""
+        """Sets an eventfd for each of the first `count` vectors of a type; returns them."""
         events = [EventFd() for _ in range(count)]
         flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.TRIGGER
         self.set_irqs(index, flags, 0, count, fds=[event.fd for event in events])
@@ -461,18 +475,18 @@ class Client:
         offset: int = 0,
         flags: int = DmaMapFlags.READABLE | DmaMapFlags.WRITEABLE,
     ) -> None:
-        """DMA_MAP."""
+        """DMA_MAP of guest memory at `address`, from `offset` of the file `fd`; without a file if `fd` is None."""
         request = {"argsz": 32, "flags": flags, "offset": offset, "address": address, "size": size}
         self.request(Command.DMA_MAP, wire.DmaMap.build(request), () if fd is None else (fd,))
 
     def unmap_dma(self, address: int, size: int, *, everything: bool = False) -> None:
-        """DMA_UNMAP."""
+        """DMA_UNMAP; `everything`: all windows (the range must be 0, 0 then)."""
         flags = DmaUnmapFlags.ALL if everything else 0
         request = {"argsz": 24, "flags": flags, "address": address, "size": size}
         self.request(Command.DMA_UNMAP, wire.DmaUnmap.build(request))
 
     def share(self, address: int, size: int, *, by_fd: bool = True) -> Ram:
-        """Makes guest memory at `address` and maps it, by fd or for messages; freed by `close`."""
+        """Makes guest memory and maps it at `address`: with its fd, or for access by messages.  `close` frees it."""
         ram = Ram(address, size, shared=by_fd)
         self.ram.append(ram)
         self.map_dma(address, size, fd=ram.fd)
@@ -481,7 +495,7 @@ class Client:
     # ---- features, migration ----------------------------------------------------------------
 
     def feature(self, feature: int, method: int, data: bytes = b"", *, room: int = 1 << 20) -> bytes:
-        """DEVICE_FEATURE; the reply's data."""
+        """DEVICE_FEATURE with `method` of FeatureFlags; returns the reply's data.  `room`: most bytes of that."""
         request = wire.DeviceFeature.build({"argsz": 8 + room, "flags": feature | method, "data": data})
         return bytes(_parse(wire.DeviceFeature, self.request(Command.DEVICE_FEATURE, request).payload).data)
 
@@ -496,7 +510,7 @@ class Client:
         return int(_parse(wire.MigState, data).device_state)
 
     def migration_read(self, size: int = 65536) -> bytes:
-        """All of the saved state, in pieces of `size`."""
+        """Reads the whole saved state by MIG_DATA_READs of `size` bytes."""
         parts = []
         while True:
             request = wire.MigData.build({"argsz": 8 + size, "size": size, "data": b""})
@@ -506,14 +520,14 @@ class Client:
                 return b"".join(parts)
 
     def migration_write(self, data: bytes, size: int = 65536) -> None:
-        """Feeds a state in, in pieces of `size`."""
+        """Writes a state to resume from by MIG_DATA_WRITEs of `size` bytes."""
         for at in range(0, len(data), size):
             piece = data[at : at + size]
             request = wire.MigData.build({"argsz": 8 + len(piece), "size": len(piece), "data": piece})
             self.request(Command.MIG_DATA_WRITE, request)
 
     def dirty_start(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
-        """DMA_LOGGING_START over (iova, length) ranges."""
+        """DMA_LOGGING_START for (iova, length) ranges; none: all memory."""
         entries = [{"iova": iova, "length": length} for iova, length in ranges]
         start = {"page_size": PAGE, "num_ranges": len(entries), "reserved": 0, "ranges": entries}
         self.feature(Feature.DMA_LOGGING_START, FeatureFlags.SET, wire.DmaLoggingStart.build(start))
@@ -523,7 +537,7 @@ class Client:
         self.feature(Feature.DMA_LOGGING_STOP, FeatureFlags.SET)
 
     def dirty_report(self, iova: int, length: int, page_size: int = PAGE) -> set[int]:
-        """DMA_LOGGING_REPORT: numbers of the dirty pages, from `iova` on."""
+        """DMA_LOGGING_REPORT; returns the dirty pages by number, page 0 begins at `iova`."""
         report = wire.DmaLoggingReport.build({"iova": iova, "length": length, "page_size": page_size})
         data = self.feature(Feature.DMA_LOGGING_REPORT, FeatureFlags.GET, report)
         bits = int.from_bytes(data[len(report) :], "little")
@@ -538,11 +552,11 @@ def _parse(structure: Any, payload: bytes) -> Any:
 
 
 def _areas(payload: bytes, at: int) -> tuple[Span, ...]:
-    """The sparse mmap areas among a region's capabilities, which begin at `at`; empty without such a one."""
+    """The areas of the sparse mmap capability in the list that begins at `at`; empty: there is no such capability."""
     seen = set()
     while at:
         if at in seen:
-            raise OSError(errno.EPROTO, "a list of capabilities without an end")
+            raise OSError(errno.EPROTO, "the list of capabilities is a loop")
         seen.add(at)
         head = _parse(wire.CapHeader, payload[at:])
         if head.id == wire.CAP_SPARSE_MMAP:
@@ -550,6 +564,6 @@ def _areas(payload: bytes, at: int) -> tuple[Span, ...]:
             try:
                 return tuple(Span.sized(area.offset, area.size) for area in sparse.areas)
             except ValueError as error:
-                raise OSError(errno.EPROTO, "an area that is empty or wraps") from error
+                raise OSError(errno.EPROTO, "an area is empty or wraps") from error
         at = head.next
     return ()

@@ -1,19 +1,19 @@
-"""What the server does for each command: payload and fds in, payload and fds out, no I/O.
+"""The server's commands, without I/O: payload and fds of a request in, payload and fds of the reply out.
 
-DMA_MAP, DMA_UNMAP and the REGION accesses are served in the shim once the handshake is done, so they are not
-here.  A command that is wrong raises `PeerError` with the errno for its header-only error reply.  The
-specification names hardly any; where it does not, Linux's VFIO and libvfio-user decide:
+DMA_MAP, DMA_UNMAP and the REGION accesses are not here: the shim serves them once the handshake is done.  An invalid
+command raises `PeerError` with the errno of its header-only error reply.  The specification names few errnos; the
+others are those of Linux's VFIO and of libvfio-user:
 
-======= ==================================================================================================
-EINVAL  malformed: wrong size, flags, index, state or order; DMA_READ and DMA_WRITE, which are ours to send
-ENOTTY  a feature that is not there (Linux; libvfio-user says EINVAL)
-ENOTSUP a command that is none (libvfio-user says EINVAL, which would not tell it from a malformed one)
+======= =============================================================================================
+EINVAL  malformed: wrong size, flags, index, state or order; DMA_READ and DMA_WRITE, which a server sends
+ENOTTY  an unknown feature (as Linux; libvfio-user gives EINVAL)
+ENOTSUP an unknown command (libvfio-user gives EINVAL, the same as for a malformed command)
 EBUSY   DMA logging is on already
-ENOSPC  more data or fds than one side takes
-======= ==================================================================================================
+ENOSPC  more data or fds than one side accepts
+======= =============================================================================================
 
-Where the ioctl has an `argsz`, real clients send its whole buffer (SPDK does): such a request may be as long as
-its argsz, and what follows the structure means nothing.  Fds with a command that takes none are closed.
+Clients such as SPDK send the whole buffer of an ioctl that has an `argsz`.  So such a request may be as long as its
+argsz; bytes after the structure are ignored.  Fds are closed if the command takes none.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RegionInfo:
-    """A region as the client sees it; size 0: not there.  `mmap_areas` count from the region's start."""
+    """A region as the client sees it; size 0: there is no such region.  `mmap_areas` are offsets in the region."""
 
     size: int
     readable: bool = True
@@ -67,14 +67,14 @@ class RegionInfo:
 
 @dataclass(frozen=True)
 class IrqInfo:
-    """An interrupt type: how many, and IrqFlags."""
+    """An interrupt type: `count` of its vectors, and flags."""
 
     count: int
     flags: IrqFlags = IrqFlags.EVENTFD
 
 
 class IrqAction(enum.Enum):
-    """What SET_IRQS does."""
+    """The action of SET_IRQS."""
 
     MASK = enum.auto()
     UNMASK = enum.auto()
@@ -85,7 +85,8 @@ class IrqAction(enum.Enum):
 class SetIrqs:
     """A well-formed SET_IRQS for vectors `start`..`start + count - 1` of type `index`.
 
-    `data`: None, bools as bytes, or eventfds; -1 stands for "take away".  count 0: disable the whole type.
+    `data`: None (DATA_NONE), a byte for each bool, or eventfds, where -1 removes the vector's eventfd.  `count` 0
+    disables the whole type.
     """
 
     index: int
@@ -106,7 +107,7 @@ class IoEventFd:
 
 
 class DirtyLog(Protocol):
-    """Guest memory, as far as DMA logging needs it; OSError as in vmshim.h."""
+    """What DMA logging needs of guest memory; OSError as in vmshim.h."""
 
     def dirty_start(self, spans: Sequence[Span]) -> None: ...
     def dirty_stop(self) -> None: ...
@@ -118,25 +119,27 @@ class Backend(Saved, Protocol):
 
     @property
     def region_infos(self) -> Sequence[RegionInfo]:
-        """By VFIO region index."""
+        """All regions, by VFIO region index."""
 
     @property
-    def memory(self) -> DirtyLog: ...
+    def memory(self) -> DirtyLog:
+        """The guest memory that DMA logging is about."""
 
     def irq_info(self, index: int) -> IrqInfo:
-        """For index 0..4 of wire.Irq."""
+        """The interrupt type `index` of wire.Irq, 0 to 4."""
 
     def set_irqs(self, request: SetIrqs) -> None:
-        """Takes the eventfds over if it returns."""
+        """Carries out SET_IRQS; owns the eventfds if it returns.  PeerError."""
 
     def reset_device(self) -> None:
-        """DEVICE_RESET."""
+        """Carries out DEVICE_RESET."""
 
-    def io_event_fds(self, region: int) -> Sequence[IoEventFd]: ...
+    def io_event_fds(self, region: int) -> Sequence[IoEventFd]:
+        """The registers of a region that the client may write by an eventfd; the device keeps the eventfds."""
 
 
 class FdList:
-    """The fds that came with a message; what nobody takes is closed."""
+    """The fds of a message; `close` closes those that were not taken."""
 
     def __init__(self, fds: Sequence[int]) -> None:
         self._fds = list(fds)
@@ -145,19 +148,19 @@ class FdList:
         return len(self._fds)
 
     def take(self) -> tuple[int, ...]:
-        """All of them; now the caller's."""
+        """Returns all fds; the caller owns them from now on."""
         taken, self._fds = tuple(self._fds), []
         return taken
 
     def close(self) -> None:
-        """Closes what was not taken."""
+        """Closes the fds that were not taken."""
         for fd in self.take():
             os.close(fd)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A success reply; `fds` stay the device's, but for those in `temporary`, to be closed once sent."""
+    """A success reply.  `fds` stay open, except those in `temporary`, which are closed once the reply was sent."""
 
     payload: bytes = b""
     fds: tuple[int, ...] = ()
@@ -169,7 +172,7 @@ def _invalid(message: str) -> PeerError:
 
 
 def _parse(structure: Any, payload: bytes) -> Any:
-    """`payload` as `structure`; EINVAL when it is too short.  What is too long is for the caller to judge."""
+    """Parses `payload` as `structure`.  EINVAL: it is too short.  The caller checks for extra bytes."""
     try:
         return structure.parse(payload)
     except ConstructError as error:
@@ -183,7 +186,10 @@ def _parse_exactly(structure: Any, payload: bytes) -> Any:
 
 
 def _parse_query(structure: Any, payload: bytes) -> Any:
-    """A request that asks for a structure of the same form: argsz has room for it, and is not exceeded."""
+    """Parses a request that is answered by the same structure.
+
+    EINVAL: argsz is smaller than the structure, or the payload is longer than argsz.
+    """
     parsed = _parse(structure, payload)
     if parsed.argsz < structure.sizeof() or len(payload) > parsed.argsz:
         raise _invalid(f"argsz {parsed.argsz}, payload of {len(payload)} bytes")
@@ -191,7 +197,7 @@ def _parse_query(structure: Any, payload: bytes) -> Any:
 
 
 class Session:
-    """One connection's state."""
+    """The protocol state of one connection."""
 
     def __init__(self, device: Backend, limits: Limits | None = None) -> None:
         self.device = device
@@ -221,9 +227,9 @@ class Session:
         }
 
     def handle(self, command: int, payload: bytes, fds: FdList) -> Reply:
-        """Carries a command out.
+        """Carries out a command; takes the fds that it uses out of `fds`.
 
-        Raises PeerError for what is wrong with it, HandshakeError when the connection cannot go on.
+        PeerError: the command is invalid; HandshakeError: the connection has to end as well.
         """
         if self.negotiated is None:
             if command != Command.VERSION:
@@ -237,18 +243,18 @@ class Session:
         if handler is None:
             raise PeerError(errno.ENOTSUP, f"unknown command {command}")
         if len(fds) and command != Command.DEVICE_SET_IRQS:
-            fds.close()  # they mean nothing here, but do not make the command wrong
+            fds.close()  # they are ignored: the command is valid all the same
         return handler(payload, fds)
 
     def take_twin(self) -> int:
-        """Our end of the twin socket, now the caller's; -1 without one."""
+        """Returns the server's end of the twin socket, -1: there is none.  The caller owns it from now on."""
         if self._twin is None:
             return -1
         twin, self._twin = self._twin, None
         return twin.detach()
 
     def close(self) -> None:
-        """The client is gone: what the session has set up ends with it."""
+        """Ends the session after the client has disconnected: twin socket, DMA logging and migration."""
         if self._twin is not None:
             self._twin.close()
             self._twin = None
@@ -256,7 +262,7 @@ class Session:
             self.device.memory.dirty_stop()
             self._logging = False
         if self.migration.state is DeviceState.ERROR:
-            self.device.reset_device()  # the next client would not know that it has to
+            self.device.reset_device()  # the next client could not know that the device needs a reset
         self.migration.reset()
 
     # ---- VERSION ----------------------------------------------------------------------------
@@ -269,7 +275,7 @@ class Session:
             try:
                 self._twin, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
                 fds = (theirs.detach(),)
-            except OSError:  # out of fds: "the server may optionally set up a separate command channel"
+            except OSError:  # out of fds.  "The server may optionally set up a separate command channel"
                 negotiated = dataclasses.replace(negotiated, twin=False)
         try:
             text = proposal.reply(self.limits, 0 if fds else None)
@@ -321,7 +327,7 @@ class Session:
             "argsz": head + len(capabilities),
             "flags": flags,
             "index": request.index,
-            # Also when the list does not fit: QEMU checks it before it asks again.
+            # Set even if the list does not fit: QEMU checks it before it sends the request again.
             "cap_offset": head if capabilities else 0,
             "size": region.size,
             "offset": 0,
@@ -345,7 +351,7 @@ class Session:
         distinct = tuple(dict.fromkeys(event.fd for event in events))
         negotiated = self.negotiated
         if negotiated is not None and len(distinct) > negotiated.max_msg_fds:
-            raise PeerError(errno.ENOSPC, f"{len(distinct)} fds, the client takes {negotiated.max_msg_fds}")
+            raise PeerError(errno.ENOSPC, f"{len(distinct)} fds, the client accepts {negotiated.max_msg_fds}")
         for event in events:
             body += wire.SubRegion.build(
                 {
@@ -393,7 +399,7 @@ class Session:
             if len(data) != count:
                 raise _invalid(f"{len(data)} bools for {count} vectors")
         elif request.data:
-            raise _invalid("data, but not DATA_BOOL")
+            raise _invalid("data without DATA_BOOL")
         if kind is IrqSetFlags.DATA_EVENTFD:
             if len(fds) not in (0, count):
                 raise _invalid(f"{len(fds)} eventfds for {count} vectors")
@@ -430,7 +436,7 @@ class Session:
         wanted = [flag for flag in (FeatureFlags.GET, FeatureFlags.SET) if flags & flag]
         if not set(wanted) <= methods.keys():
             raise _invalid(f"feature {feature} has no such method")
-        # "The reply payload must be the same as the request payload for setting or probing a feature."
+        # "The reply payload must be the same as the request payload for setting or probing a feature": it has to fit.
         if wanted != [FeatureFlags.GET] and len(payload) > request.argsz:
             raise _invalid(f"argsz {request.argsz}, payload of {len(payload)} bytes")
         if flags & FeatureFlags.PROBE:
@@ -439,7 +445,7 @@ class Session:
             raise _invalid("GET and SET at once")
         try:
             data = methods[wanted[0]](request.data, request.argsz - _FEATURE_HEAD)
-        except OSError as error:  # of the dirty log
+        except OSError as error:  # raised by the dirty log
             raise PeerError(error.errno or errno.EINVAL, str(error)) from error
         argsz = request.argsz if wanted == [FeatureFlags.SET] else _FEATURE_HEAD + len(data)
         return Reply(wire.DeviceFeature.build({"argsz": argsz, "flags": request.flags, "data": data}))
@@ -475,11 +481,12 @@ class Session:
     def _logging_start(self, data: bytes, room: int) -> bytes:
         self.device.memory.dirty_start(self._logging_ranges(data))
         self._logging = True
-        # The page size is a hint; ours is always the smallest.
+        # The requested page size is a hint; the reply names the one in use.
         return struct.pack("<Q", PAGE) + data[8:]
 
     def _logging_stop(self, data: bytes, room: int) -> bytes:
-        # The text gives START and STOP one structure, which means nothing here; Linux takes no data.
+        # The specification gives START and STOP the same structure, Linux takes no data for STOP: both are accepted,
+        # and the ranges are ignored.
         if data:
             self._logging_ranges(data)
         self.device.memory.dirty_stop()
@@ -493,7 +500,7 @@ class Session:
             raise _invalid(f"length {request.length:#x} in pages of {page:#x}")
         if request.iova + request.length > 1 << 64:
             raise PeerError(errno.EOVERFLOW, "the range wraps")
-        # Before the log is read, which clears it.
+        # Checked before the log is read, as reading clears it.
         size = (request.length // page + 63) // 64 * 8
         if len(data) + size > min(room, self._transfer):
             raise _invalid(f"a bitmap of {size} bytes does not fit")
@@ -503,7 +510,7 @@ class Session:
 
     @property
     def _transfer(self) -> int:
-        """Most data in one reply, in bytes."""
+        """Most bytes of data in one reply."""
         peer = self.negotiated.max_data_xfer_size if self.negotiated else self.limits.max_data_xfer_size
         return min(peer, self.limits.max_data_xfer_size)
 
@@ -518,12 +525,12 @@ class Session:
         request = _parse(wire.MigData, payload)
         if len(request.data) != request.size or request.size > self.limits.max_data_xfer_size:
             raise _invalid(f"MIG_DATA_WRITE of {request.size} bytes with {len(request.data)}")
-        # argsz is "the maximum size of the reply payload", and there is none: any value will do.
+        # argsz is "the maximum size of the reply payload".  The reply has no payload, so any value is valid.
         self.migration.write(request.data)
         return Reply()
 
 
-#: The legal flags of SET_IRQS: one of each kind.
+#: The valid flags of SET_IRQS, one DATA and one ACTION flag each, and their meaning.
 _SET_IRQS = {
     int(data | flag): (data, action)
     for data in (IrqSetFlags.DATA_NONE, IrqSetFlags.DATA_BOOL, IrqSetFlags.DATA_EVENTFD)
@@ -534,7 +541,7 @@ _SET_IRQS = {
     )
 }
 
-#: Bytes of DEVICE_FEATURE, and of MIG_DATA_*, before their data.
+#: Bytes before the data in DEVICE_FEATURE and in MIG_DATA_*.
 _FEATURE_HEAD = _MIG_DATA_HEAD = 8
 _FEATURE_METHODS = int(FeatureFlags.GET | FeatureFlags.SET | FeatureFlags.PROBE)
 

@@ -1,8 +1,8 @@
 """The migration state machine of a device: sections "VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE" and following.
 
-State is a table: `ARCS` names the direct transitions and what each does; all others are the shortest path of
-those that has no saving state inside.  PRE_COPY is optional and left out: a model's registers are small, so
-there is nothing to gain from sending them while the device runs.
+The table `ARCS` has the direct transitions and their actions.  Any other transition is the shortest path of direct ones
+that does not pass through a saving state.  The optional PRE_COPY is left out: the state of a model is small, so sending
+it while the device runs would gain nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from vmodel.errors import PeerError
 from vmodel.vfio_user.wire import DeviceState
 
 S = DeviceState
-#: The "saving group": these may begin or end a path, but not lie on it.
+#: The "saving group": a path may begin or end at these states, but not pass through them.
 SAVING = frozenset({S.STOP_COPY})
 
-#: Largest state of any device, in bytes: copying it holds up the others for some 20 ms.
+#: Largest state of any device, in bytes: copying it delays other devices by about 20 ms.
 MAX_STATE = 64 << 20
 
 
@@ -28,16 +28,16 @@ class Saved(Protocol):
 
     @property
     def max_state(self) -> int:
-        """Most bytes that `save` gives; more is never taken from a client."""
+        """Most bytes of a saved state; a longer state is never accepted from a client."""
 
     def save(self) -> bytes:
-        """All of its state."""
+        """The whole state of the device."""
 
     def restore(self, data: bytes) -> None:
-        """Takes a saved state over; PeerError(EINVAL), and nothing changed, when it is not one."""
+        """Loads a saved state.  PeerError(EINVAL): it is invalid; nothing has changed then."""
 
     def quiesce(self, stopped: bool) -> None:
-        """Stops or resumes all that the device does of its own accord."""
+        """Stops or resumes everything that the device does by itself: timers, DMA, interrupts."""
 
 
 class Migration:
@@ -50,11 +50,11 @@ class Migration:
         self._sent = 0
 
     def move(self, goal: DeviceState) -> None:
-        """Goes to `goal` by the allowed arcs.
+        """Moves to state `goal` by direct transitions.
 
-        PeerError: there is no way (EINVAL), or an arc refused; the state then is where that arc begins.
-        Any other error of an arc leaves the device in ERROR, as nobody knows how far it got; only
-        DEVICE_RESET leads out of there.
+        PeerError: there is no path (EINVAL), or a transition is refused; the state stays the one before that
+        transition.  Any other exception leaves the device in ERROR, as the transition may be incomplete; only
+        DEVICE_RESET leaves ERROR.
         """
         for target in path(self.state, goal):
             try:
@@ -68,14 +68,14 @@ class Migration:
             self.state = target
 
     def reset(self) -> None:
-        """DEVICE_RESET: back to RUNNING from anywhere, ERROR included."""
+        """Returns to RUNNING from any state, even ERROR, as DEVICE_RESET does."""
         if self.state is not S.RUNNING:
             self.device.quiesce(False)
         self.state = S.RUNNING
         self._clear()
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes of the saved state; fewer at its end.  PeerError(EINVAL) unless saving."""
+        """The next `size` bytes of the saved state, fewer at its end.  PeerError(EINVAL): not in a saving state."""
         if self.state not in SAVING:
             raise PeerError(errno.EINVAL, f"MIG_DATA_READ in state {self.state.name}")
         data = bytes(self._stream[self._sent : self._sent + size])
@@ -83,7 +83,10 @@ class Migration:
         return data
 
     def write(self, data: bytes) -> None:
-        """More of a state to resume from.  PeerError: EINVAL unless RESUMING, ENOSPC over the device's own size."""
+        """Appends to the state to resume from.
+
+        PeerError: EINVAL, the device is not RESUMING; ENOSPC, the state is longer than the device's own can be.
+        """
         if self.state is not S.RESUMING:
             raise PeerError(errno.EINVAL, f"MIG_DATA_WRITE in state {self.state.name}")
         limit = min(self.device.max_state, MAX_STATE)
@@ -112,10 +115,10 @@ class Migration:
     def _end_resume(self) -> None:
         data = bytes(self._stream)
         self._clear()
-        self.device.restore(data)  # when it refuses, we stay in RESUMING, and the device as it was
+        self.device.restore(data)  # if it refuses, the state stays RESUMING and the device is unchanged
 
 
-#: The direct transitions, (from, to), and what carries each out.
+#: The direct transitions as (from, to), and the action of each.
 ARCS: dict[tuple[DeviceState, DeviceState], Callable[[Migration], None]] = {
     (S.RUNNING, S.STOP): Migration._stop,
     (S.STOP, S.RUNNING): Migration._run,
@@ -127,9 +130,9 @@ ARCS: dict[tuple[DeviceState, DeviceState], Callable[[Migration], None]] = {
 
 
 def path(start: DeviceState, goal: DeviceState) -> list[DeviceState]:
-    """The states from `start` (not included) to `goal`; empty when they are one.
+    """The states after `start`, up to and including `goal`; empty if the two are equal.
 
-    PeerError(EINVAL) where the specification allows no way; "ERROR cannot be specified as a device state".
+    PeerError(EINVAL): the specification allows no path; "ERROR cannot be specified as a device state".
     """
     if start is goal and goal is not S.ERROR:
         return []

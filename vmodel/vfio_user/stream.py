@@ -1,6 +1,6 @@
-"""Whole messages, with their fds, in and out of one socket: the client's side of section "Header".
+"""Sends and receives whole messages with their fds on a socket: the client's side of section "Header".
 
-The other end is not trusted: what it sends that is no message is OSError(EPROTO), and every wait has an end.
+The server is not trusted: OSError(EPROTO) if it sends anything but messages, and every wait is bounded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from vmodel.vfio_user import wire
 
-#: Longest message that we take, in bytes: the most that QEMU transfers at once, and room for the structures.
+#: Longest message that is accepted, in bytes: QEMU's largest transfer, and room for the structures.
 MOST_BYTES = (64 << 20) + 4096
 #: Most fds that the kernel passes in one message (SCM_MAX_FD).
 MOST_FDS = 253
@@ -30,7 +30,7 @@ class Closed(ConnectionError):
 
 @dataclass(frozen=True)
 class Message:
-    """One message as it came; its fds are the receiver's to close."""
+    """A received message.  The receiver has to close its fds."""
 
     id: int
     command: int
@@ -40,13 +40,13 @@ class Message:
     fds: tuple[int, ...] = ()
 
     def close(self) -> None:
-        """Closes its fds."""
+        """Closes the message's fds."""
         for fd in self.fds:
             os.close(fd)
 
 
 class Stream:
-    """One socket.  One thread may read while others send."""
+    """One socket.  One thread may receive while others send."""
 
     def __init__(self, sock: socket.socket, timeout: float = 5.0) -> None:
         """`timeout` (seconds) bounds a send."""
@@ -59,10 +59,10 @@ class Stream:
         self._sending = threading.Lock()
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """All of `data`; fds go with its first byte.  TimeoutError; OSError when the server has gone.
+        """Sends all of `data`, and the fds with its first byte.  TimeoutError; OSError: the server has disconnected.
 
-        While there is no room, what comes in is read and kept: otherwise two ends that both send, neither of
-        them reading, would wait for each other.
+        While the socket is full, incoming messages are read and kept.  Otherwise two ends that both send and do not
+        read would deadlock.
         """
         deadline = time.monotonic() + self.timeout
         rest = memoryview(data)
@@ -79,7 +79,7 @@ class Stream:
                 rest, fds = rest[sent:], ()
 
     def _make_room(self, deadline: float) -> None:
-        mine = self._reading.acquire(blocking=False)  # else another thread is reading, which does as well
+        mine = self._reading.acquire(blocking=False)  # else another thread is reading, with the same effect
         try:
             readable, writable = self._wait(deadline, read=mine, write=True)
             if readable and not writable and not self._fill():
@@ -89,9 +89,9 @@ class Stream:
                 self._reading.release()
 
     def receive(self, deadline: float) -> Message:
-        """The next message, before `deadline` (time.monotonic()).
+        """Waits for the next message until `deadline` (time.monotonic()).
 
-        TimeoutError (what has come of a message is kept for the next call), Closed, OSError(EPROTO).
+        TimeoutError: a part of a message that was received stays for the next call.  Closed; OSError(EPROTO).
         """
         with self._reading:
             while not self._whole:
@@ -111,9 +111,9 @@ class Stream:
         return bool(seen & ~select.POLLOUT) and read, bool(seen & ~select.POLLIN) and write
 
     def _fill(self) -> bool:
-        """One recvmsg(); False at the end of the stream.
+        """Receives once; returns False at the end of the stream.
 
-        Never more than the message at hand: so the fds that come are its own.
+        Never reads past the current message, so fds that arrive belong to it.
         """
         try:
             data, fds, _, _ = socket.recv_fds(self.sock, self._missing(), MOST_FDS, socket.MSG_DONTWAIT)
@@ -142,11 +142,11 @@ class Stream:
 
     def shutdown(self) -> None:
         """Ends the connection; a receive() under way in another thread raises Closed."""
-        with suppress(OSError):  # the server was faster
+        with suppress(OSError):  # the server has disconnected already
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Closes the socket, and the fds that nobody has fetched."""
+        """Closes the socket, and the fds of messages that were not fetched."""
         for message in self._whole:
             message.close()
         self._whole.clear()

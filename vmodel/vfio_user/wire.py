@@ -1,7 +1,7 @@
 """Messages of the vfio-user protocol, in the order of its specification.
 
-Integers are in the host's byte order, which here is little-endian; sizes are in bytes.  The structures of the
-commands that the shim serves by itself (DMA_MAP, DMA_UNMAP, REGION_*) are for the client's side.
+Integers are in the host's byte order, which here is little-endian; sizes are in bytes.  Only the client uses the
+structures of the commands that the shim serves (DMA_MAP, DMA_UNMAP, REGION_*).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ DmaMap = Struct("argsz" / Int32ul, "flags" / Int32ul, "offset" / Int64ul, "addre
 
 
 class DmaUnmapFlags(enum.IntFlag):
-    """Unused in the specification; ALL as in Linux's VFIO_DMA_UNMAP_FLAG_ALL."""
+    """Flags of DMA_UNMAP.  The specification defines none; ALL is Linux's VFIO_DMA_UNMAP_FLAG_ALL."""
 
     ALL = 2
 
@@ -219,7 +219,7 @@ class Feature(enum.IntEnum):
 
 
 class FeatureFlags(enum.IntFlag):
-    """What to do; the feature's index is in the low 16 bits."""
+    """The method of DEVICE_FEATURE; the feature's index is in the low 16 bits."""
 
     GET = 1 << 16
     SET = 1 << 17
