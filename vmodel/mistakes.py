@@ -1,4 +1,4 @@
-"""Mistakes in what a user wrote, each on one line: by pydantic, near misses, exceptions of the user's own code."""
+"""Mistakes in a user's files, one line each: pydantic's errors, misspelt keys, exceptions in the user's own code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Location = Sequence[int | str]
 
 
 def where(location: Location) -> str:
-    """The key as TOML writes it: `device[0].params.lanes`."""
+    """The key at `location`, written as `device[0].params.lanes`."""
     text = ""
     for part in location:
         if isinstance(part, int):
@@ -28,18 +28,18 @@ def where(location: Location) -> str:
 
 
 def short(value: object, limit: int = 60) -> str:
-    """A value as the user wrote it, more or less, on one line."""
+    """A value as text on one line, about as the user wrote it; cut at `limit` characters."""
     text = repr(value) if isinstance(value, str | int | float | dict | list) else str(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def one_line(text: object) -> str:
-    """A text with each run of blanks and line ends as one blank."""
+    """A text on one line: each run of spaces and line ends becomes one space."""
     return " ".join(str(text).split())
 
 
 def _schema_at(location: Location, root: type[BaseModel]) -> type[BaseModel] | None:
-    """The schema of the table that holds the key at `location`; None where no schema says."""
+    """The schema of the table that contains the key at `location`; None: there is no schema for it."""
     schema: type[BaseModel] = root
     for part in location[:-1]:
         if isinstance(part, int):
@@ -57,7 +57,7 @@ def _schema_at(location: Location, root: type[BaseModel]) -> type[BaseModel] | N
 
 
 def guess(word: str, known: Sequence[str]) -> str | None:
-    """The known word that is most like `word`; None: none is."""
+    """The known word most similar to `word`; None: none is similar."""
     return next(iter(difflib.get_close_matches(word, known, 1)), None)
 
 
@@ -71,7 +71,7 @@ def _as_example(location: Location, root: type[BaseModel]) -> str:
     return f" ({field.description})" if field.description else ""
 
 
-#: What TOML calls the types that pydantic misses.
+#: Messages for pydantic's type errors, with TOML's names of the types.
 _WANTED = {
     "string_type": "must be text in quotes",
     "dict_type": "must be a table",
@@ -83,7 +83,7 @@ _WANTED = {
 
 
 def _keys(location: Location, root: type[BaseModel]) -> set[str]:
-    """The keys of the table at `location`; none where a key is there."""
+    """The keys of the table at `location`; empty: it is not a table."""
     schema = _schema_at((*location, ""), root)
     return set() if schema is None else {field.alias or name for name, field in schema.model_fields.items()}
 
@@ -111,7 +111,7 @@ def _message(detail: Mapping[str, Any], root: type[BaseModel]) -> str:
 
 
 def explain(error: ValidationError, file: Path | str, root: type[BaseModel], prefix: str = "") -> Iterator[ConfigError]:
-    """Each mistake that pydantic found as one ConfigError."""
+    """Yields a ConfigError for each mistake that pydantic found; `root`: the schema, `prefix`: the key of its table."""
     details = error.errors(include_url=False)
     guesses = set()
     for detail in details:
@@ -120,21 +120,21 @@ def explain(error: ValidationError, file: Path | str, root: type[BaseModel], pre
     for detail in details:
         location = detail["loc"]
         if detail["type"] == "missing" and location in guesses:
-            continue  # it is there, misspelt: one mistake, one line
+            continue  # the key is there, but misspelt, which is reported already
         key, message = ".".join(part for part in (prefix, where(location)) if part), _message(detail, root)
         inner, colon, rest = one_line(detail["msg"].removeprefix("Value error, ")).partition(": ")
         if colon and detail["type"] == "value_error" and inner.partition("[")[0] in _keys(location, root):
-            # A check of the whole table says itself which of its keys it is about.
+            # A check of a whole table begins its message with the key concerned.
             key, message = f"{key}.{inner}" if key else inner, rest
         yield ConfigError(message, file=file, key=key)
 
 
 def exception_line(error: BaseException) -> str:
-    """An exception of the user's code on one line, with the line of that code."""
+    """An exception of the user's code as one line of text, with file name and line number."""
     place, trace = "", error.__traceback__
     while trace is not None:
         file = Path(trace.tb_frame.f_code.co_filename)
-        # Neither the machinery of imports nor vmodel itself is where the user has to look.
+        # Frames of importlib and of vmodel itself do not help the user.
         if file.is_file() and not file.is_relative_to(Path(__file__).parent):
             place = f" ({file.name} line {trace.tb_lineno})"
         trace = trace.tb_next

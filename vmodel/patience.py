@@ -1,4 +1,4 @@
-"""One factor by which all time-outs of guests are longer on a slow or busy machine: $VMODEL_SLOW."""
+"""$VMODEL_SLOW: a factor that makes all time-outs of guests longer, for a slow or busy machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vmodel.errors import ConfigError
 
 
 def slowness() -> float:
-    """$VMODEL_SLOW, 1 or more; 1 where it is not set.  ConfigError: it is no such number."""
+    """The factor, 1 to 1000; 1 if $VMODEL_SLOW is not set.  ConfigError: it is not such a number."""
     text = os.environ.get("VMODEL_SLOW", "") or "1"
     try:
         factor = float(text)
@@ -20,11 +20,11 @@ def slowness() -> float:
 
 
 def patience(seconds: float) -> float:
-    """How long to wait for what takes less than `seconds` on a machine at rest."""
+    """The time-out in seconds of an operation that takes less than `seconds` on an idle machine."""
     return seconds * slowness()
 
 
 def spoken(seconds: float) -> str:
-    """A time-out as messages have it: "15 s", with the factor if there is one."""
+    """A time-out as text for messages: "15 s", with the factor if it is not 1."""
     factor = slowness()
     return f"{seconds:g} s" if factor == 1 else f"{seconds:g} s x {factor:g} (VMODEL_SLOW)"

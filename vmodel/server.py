@@ -1,14 +1,13 @@
 """Serves devices over vfio-user: one socket and one thread for each PCI function.
 
-All hooks, timers and commands of a function run on its thread, one after the other.  A loop is: sleep in the
-shim until it needs Python (an *exit*), handle the exit, run what has become due.
+All hooks, timers and commands of a function run on its thread, one after the other.  The loop is: block in the shim
+until it needs Python (an *exit*), handle the exit, run timers and deferred work that are due.
 
-**Memory without a file.**  QEMU answers DMA_READ and DMA_WRITE from its main loop, which needs the lock that a
-vCPU holds while it waits for a region reply.  So a reply must never wait for such a message.  When a hook
-asks for that memory while a *write* is unanswered, the write is answered first, as a posted write would have
-been.  A *read* cannot be answered before its hook is through, so there the access fails with
-WOULD_DEADLOCK.  While the message's reply is awaited the client's requests are served, so hooks may be
-entered anew: the price of such memory, which QEMU uses only without a shared memory backend.
+**Memory without a file.**  QEMU answers DMA_READ and DMA_WRITE from its main loop, which needs the lock that a vCPU
+holds while it waits for a region reply.  So a region reply must never wait for such a message.  If a hook accesses that
+memory while a *write* is unanswered, the write is answered first, like a posted write.  A *read* cannot be answered
+before its hook returns, so there the access fails with WOULD_DEADLOCK.  While the thread waits for the message's reply
+it serves the client's requests, so hooks may be re-entered.  QEMU has such memory only without a shared memory backend.
 """
 
 from __future__ import annotations
@@ -43,20 +42,20 @@ from vmodel.vfio_user.wire import Command
 
 log = limited(__name__)
 
-#: DMA_READs, DMA_WRITEs and waits for pages of one function that may be under way inside one another.
+#: Most nested DMA_READs, DMA_WRITEs and waits for page requests of one function.
 MAX_NESTED = 8
-#: Seconds that all functions' threads get to end.
+#: Seconds that the threads of all functions have to end in a stop.
 STOP_TIMEOUT = 1.0
-#: Seconds until a thread goes on after an error of ours or of the system's.
+#: Seconds that a thread pauses after an internal or system error.
 BACKOFF = 0.1
-#: Fds that the server keeps for itself; clients share the rest.
+#: Fds that the server reserves for itself; the devices' clients share the others.
 OWN_FDS = 256
-#: Eventfds that a client may have in any case.
+#: Eventfds that a client may always have.
 _LEAST_EVENTFDS = 16
 #: Longest path of a unix socket, in bytes (sun_path without its NUL).
 MAX_SOCKET_PATH = 107
 
-_EXIT_READ = _shim.EXIT_READ  # looked up once for each access otherwise
+_EXIT_READ = _shim.EXIT_READ  # a global is faster than an attribute, and this is needed for each access
 _DMA_HEAD = struct.Struct("<QQ")  # DMA_READ, DMA_WRITE: address, count
 
 
@@ -64,11 +63,11 @@ _T = TypeVar("_T")
 
 
 class _Gone(Exception):
-    """The client has left, or its stream is broken."""
+    """The client has disconnected, or its stream is broken."""
 
 
 class Connection:
-    """One client of one function; lives on the function's thread.  It is the device's `Courier`."""
+    """One client of one function, served on the function's thread.  It is the device's `Courier`."""
 
     def __init__(self, device: VfioBackend, sock: socket.socket, limits: Limits) -> None:
         self.device = device
@@ -83,11 +82,11 @@ class Connection:
             limits.max_msg_fds,
             int(limits.message_timeout * 1000),
         )
-        sock.detach()  # it is the channel's now
+        sock.detach()  # the channel owns the fd from now on
         self._run = self.channel.run
         self._thread = threading.get_ident()
         self._peer_xfer = limits.max_data_xfer_size
-        #: Which exit is unanswered: EXIT_READ, EXIT_WRITE, EXIT_COMMAND or 0.
+        #: The exit that has not been answered yet: EXIT_READ, EXIT_WRITE, EXIT_COMMAND; 0: none.
         self._unanswered = 0
         self._posted: deque[tuple[int, int, int, int, int]] = deque()
         self._next_id = 0
@@ -97,7 +96,7 @@ class Connection:
     # ---- serving --------------------------------------------------------------------------
 
     def serve(self, stopping: threading.Event) -> None:
-        """Serves until the client leaves or `stopping` is set (and the channel shut down)."""
+        """Serves until the client disconnects, or `stopping` is set and the channel shut down."""
         with contextlib.ExitStack() as after:
             after.callback(self.device.client_gone)
             after.callback(self.session.close)
@@ -112,7 +111,7 @@ class Connection:
                 while not stopping.is_set():
                     step(self._due() if has_work() else _shim.FOREVER)
             except _Gone as gone:
-                self._log.debug("%s: client has left: %s", self.device.name, gone)
+                self._log.debug("%s: client has disconnected: %s", self.device.name, gone)
 
     def _shake_hands(self, stopping: threading.Event) -> None:
         limit = time.monotonic_ns() + int(self.limits.handshake_timeout * 1e9)
@@ -128,28 +127,28 @@ class Connection:
         self.device.dma.courier = None
 
     def close(self) -> None:
-        """Closes the socket.  After `serve`, and when no other thread can call `channel.shutdown` any more."""
+        """Closes the socket: after `serve`, once no other thread can call `channel.shutdown` any more."""
         self.channel.close()
 
     def _due(self) -> int:
-        """Runs what is due on the device; the next deadline."""
-        self.channel.complete()  # nobody waits for deferred work
+        """Runs the device's work that is due; returns the next deadline."""
+        self.channel.complete()  # the reply must not wait for deferred work
         self._unanswered = 0
         deadline = self.device.run_due(time.monotonic_ns())
         return _shim.FOREVER if deadline is None else deadline
 
     def _step(self, deadline: int) -> None:
-        """Sleeps until the shim needs Python, and handles that."""
+        """Blocks until the shim needs Python or the deadline passes, and handles the exit."""
         self._unanswered = 0
         reason = self.channel.enter(deadline)
         run = self._run
-        # What was posted comes first, also when a hook that waits for a message got us here.
+        # Posted writes come first, even if this is a nested call of a hook that waits for a message.
         while self._posted:
             self.device.regions.write(*self._posted.popleft())
         if reason == _EXIT_READ:
             self._unanswered = reason
             value = self.device.regions.read(run.key, run.region, run.offset, run.count)
-            # Reads are never nested in one another: a hook cannot wait inside a read.
+            # Reads never nest, as a read hook cannot wait for a message: `run` is still this read's.
             if value.__class__ is int:
                 run.value = value
             else:
@@ -167,7 +166,7 @@ class Connection:
         elif reason == _shim.EXIT_COMMAND:
             self._command()
         elif reason == _shim.EXIT_REPLY:
-            if run.id in self._replies:  # else: nobody waits for it any more
+            if run.id in self._replies:  # else the wait for it has timed out
                 self._replies[run.id] = (run.error, self.channel.payload())
         elif reason == _shim.EXIT_WAKE:
             self.device.run_due(time.monotonic_ns())
@@ -194,7 +193,7 @@ class Connection:
                     raise _Gone(str(error)) from error
                 return
             except Exception:
-                # A bug, ours or the model's: the client learns that it failed, the others go on.
+                # A bug in vmodel or in the model: the client gets an error, other devices are not affected.
                 self._log.exception("%s: command %d failed", self.device.name, command)
                 if not posted:
                     channel.reply_error(id, command, errno.EIO)
@@ -213,9 +212,9 @@ class Connection:
     # ---- Courier: memory without a file ---------------------------------------------------
 
     def read(self, gpa: int, size: int) -> bytes:
-        """DMA_READ, in pieces of at most the client's max_data_xfer_size."""
+        """Reads guest memory by DMA_READ, in pieces of at most the client's max_data_xfer_size."""
         if threading.get_ident() != self._thread:
-            return self._elsewhere(lambda: self.read(gpa, size), gpa, Access.READ)
+            return self._call_on_thread(lambda: self.read(gpa, size), gpa, Access.READ)
         parts = []
         for at in range(0, size, self._peer_xfer):
             count = min(self._peer_xfer, size - at)
@@ -227,21 +226,24 @@ class Connection:
         return b"".join(parts)
 
     def write(self, gpa: int, data: Buffer) -> None:
-        """DMA_WRITE, in pieces likewise."""
+        """Writes guest memory by DMA_WRITE, in pieces of at most the client's max_data_xfer_size."""
         if threading.get_ident() != self._thread:
             copy = bytes(data)
-            return self._elsewhere(lambda: self.write(gpa, copy), gpa, Access.WRITE)
+            return self._call_on_thread(lambda: self.write(gpa, copy), gpa, Access.WRITE)
         for at in range(0, len(data), self._peer_xfer):
             piece = bytes(data[at : at + self._peer_xfer])
             head = _DMA_HEAD.pack(gpa + at, len(piece))
             body = self._request(Command.DMA_WRITE, head, piece, gpa + at, Access.WRITE)
-            # The reply's count is 4 bytes in the specification's table and 8 in the request's.
+            # The specification's tables give the count 4 bytes in the reply, but 8 in the request.
             if body[:12] != head[:12] or len(body) not in (12, 16):
                 raise DmaFault(Reason.CLIENT, gpa + at, Access.WRITE)
         return None
 
     def wait(self, event: threading.Event, seconds: float) -> bool:
-        """Serves the client until `event` is set and the device woken; False as well in the hook of a read."""
+        """Serves the client until `event` is set and the device's thread woken; returns whether it was set in time.
+
+        In the hook of a read it returns False at once, as the reply must not wait.
+        """
         if threading.get_ident() != self._thread:
             return event.wait(seconds)
         if self._unanswered in (_shim.EXIT_READ, _shim.EXIT_COMMAND):
@@ -254,15 +256,15 @@ class Connection:
             deadline = time.monotonic_ns() + int(seconds * 1e9)
             while not event.is_set() and time.monotonic_ns() < deadline:
                 self._step(deadline)
-        except (_Gone, OSError) as error:  # the stream stays at its end, so the outer loop sees it too
-            self._log.debug("%s: client has left: %s", self.device.name, error)
+        except (_Gone, OSError) as error:  # the outer loop will find the end of the stream, too
+            self._log.debug("%s: client has disconnected: %s", self.device.name, error)
         finally:
             self._depth -= 1
             self._unanswered = 0
         return event.is_set()
 
-    def _elsewhere(self, call: Callable[[], _T], gpa: int, access: Access) -> _T:
-        """Runs `call` on the function's thread."""
+    def _call_on_thread(self, call: Callable[[], _T], gpa: int, access: Access) -> _T:
+        """Runs `call` on the function's thread and returns its result.  DmaFault(CLIENT): not in time."""
         done: Future[_T] = Future()
 
         def run() -> None:
@@ -278,10 +280,10 @@ class Connection:
             raise DmaFault(Reason.CLIENT, gpa, access) from None
 
     def _request(self, command: Command, head: bytes, data: bytes, gpa: int, access: Access) -> bytes:
-        """Sends a command and serves the client until it is answered; the reply's payload."""
+        """Sends a command and serves the client until it is answered; returns the reply's payload.  DmaFault."""
         if self._unanswered in (_shim.EXIT_READ, _shim.EXIT_COMMAND):
             raise DmaFault(Reason.WOULD_DEADLOCK, gpa, access)
-        if self._depth >= MAX_NESTED:  # each time it was asked, the client has written instead, and a hook asked again
+        if self._depth >= MAX_NESTED:  # instead of answering, the client has written registers whose hooks do DMA
             self._log.warning("%s: %d messages wait for the client already", self.device.name, MAX_NESTED)
             raise DmaFault(Reason.CLIENT, gpa, access)
         self.channel.complete()
@@ -300,7 +302,7 @@ class Connection:
                     raise DmaFault(Reason.CLIENT, gpa, access)
                 self._step(deadline)
         except (_Gone, OSError) as error:
-            # The stream stays at its end, so the outer loop sees it too.
+            # The outer loop will find the end of the stream, too.
             raise DmaFault(Reason.CLIENT, gpa, access) from error
         finally:
             del self._replies[id]
@@ -328,10 +330,11 @@ class Endpoint:
         self._thread = threading.Thread(target=self._main, name=f"vmodel-{device.name}", daemon=True)
 
     def start(self) -> None:
+        """Starts the thread."""
         self._thread.start()
 
     def end(self) -> None:
-        """Ends the connection, and asks the thread to end."""
+        """Ends the connection and requests the thread to end, without waiting for it."""
         self._stopping.set()
         with self._lock:
             if self._connection is not None:
@@ -339,9 +342,9 @@ class Endpoint:
         self.device.function.wake()
 
     def join(self, deadline: float) -> None:
-        """After `end`: waits for the thread until then (time.monotonic()), and removes the socket.
+        """After `end`: waits for the thread until `deadline` (time.monotonic()), and removes the socket.
 
-        One that has not, as its model does not return, is left behind, and its device with it.
+        If the thread does not end in time, because its model does not return, the device is marked `abandoned`.
         """
         if self._thread.ident is not None:
             self._thread.join(max(deadline - time.monotonic(), 0))
@@ -351,7 +354,7 @@ class Endpoint:
         else:
             self.device.owner.leave()
         self._listener.close()
-        # Not a socket that another server has put there meanwhile.
+        # Keep a socket that another server has bound there meanwhile.
         with contextlib.suppress(OSError):
             if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
@@ -362,8 +365,8 @@ class Endpoint:
         while not self._stopping.is_set():
             try:
                 self._turn()
-            except BaseException:  # a model may even raise SystemExit: nobody else serves this device
-                log.exception("%s: an error of ours, or of the system's", self.device.name)
+            except BaseException:  # even SystemExit, raised by a model, must not end the thread of this device
+                log.exception("%s: internal or system error", self.device.name)
                 self._stopping.wait(BACKOFF)
 
     def _turn(self) -> None:
@@ -378,7 +381,7 @@ class Endpoint:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError as error:  # it left again, or we are out of fds or memory: then the others go on
+        except OSError as error:  # the client has disconnected again, or fds or memory are used up
             log.warning("%s: accept: %s", self.device.name, error)
             self._stopping.wait(BACKOFF)
             return
@@ -395,14 +398,14 @@ class Endpoint:
 
 
 def place(thread: threading.Thread) -> str:
-    """Where a thread is: file, line and function, the innermost first."""
+    """Where a thread is executing: functions with file and line, the innermost first."""
     frame = sys._current_frames().get(thread.ident or 0)
     found = traceback.extract_stack(frame)[-3:] if frame is not None else []
     return ", called by ".join(f"{one.name} ({one.filename}:{one.lineno})" for one in reversed(found)) or "no function"
 
 
 def _raise_fd_limit() -> int:
-    """As many fds as the system allows us; how many that is."""
+    """Raises the process's limit of fds to the hard limit; returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
@@ -411,18 +414,18 @@ def _raise_fd_limit() -> int:
 
 
 def listen(path: Path, what: str) -> socket.socket:
-    """A listening socket at `path` for `what`; one that a dead server left behind is replaced.  ConfigError."""
+    """A listening socket at `path`; replaces the socket of a dead server.  ConfigError, whose text names `what`."""
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise ConfigError(f"socket path {path} is longer than {MAX_SOCKET_PATH} bytes: choose a shorter one")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            # Two servers that start at once must not both take the other's socket for a dead one.
+            # The lock prevents two servers that start at once from removing each other's new socket as stale.
             fcntl.flock(directory, fcntl.LOCK_EX)
             _clear_stale(path, what)
-            # The mode of the socket's own inode is what bind() makes the file with: no chmod of a path that may have
-            # become somebody else's link meanwhile.
+            # bind() creates the file with the mode of the socket's inode.  A chmod of the path could follow a link
+            # that another user has put there meanwhile.
             os.fchmod(sock.fileno(), 0o600)
             sock.bind(str(path))
             sock.listen(8)
@@ -453,7 +456,7 @@ def _clear_stale(path: Path, what: str) -> None:
             path.unlink()
             return
         except (BlockingIOError, TimeoutError):
-            pass  # its backlog is full: very much alive
+            pass  # its backlog is full, so the server is alive
     raise ConfigError(f"{what} is being served already on {path}: stop that server first, or choose another --run-dir")
 
 
@@ -467,9 +470,9 @@ class Server:
         self._stopped = threading.Event()
 
     def add(self, device: PciDevice, path: Path | str) -> None:
-        """Binds `path` for `device` and opens it.
+        """Binds a socket at `path` for `device`, and opens the device.
 
-        ConfigError: a live server has the path, it is no socket, or too long; or the device cannot be opened.
+        ConfigError: another server uses the path, it is not a socket or too long, or the device cannot be opened.
         """
         endpoint = Endpoint(device.backend, Path(path), self._limits)
         self._endpoints.append(endpoint)
@@ -482,7 +485,7 @@ class Server:
         return list(self._devices)
 
     def start(self) -> None:
-        """Clients are served from now on.  Raises the process's limit of fds, of which each device gets a share."""
+        """Starts to serve clients.  Raises the process's limit of fds, of which each device gets an equal share."""
         share = (_raise_fd_limit() - OWN_FDS) // max(len(self._endpoints), 1)
         for endpoint in self._endpoints:
             endpoint.device.irqs.max_eventfds = max(share, _LEAST_EVENTFDS)
@@ -490,14 +493,14 @@ class Server:
             endpoint.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleeps until stop() is called from elsewhere; whether it was."""
+        """Blocks until another thread calls stop(), or for `timeout` seconds; returns whether stop() was called."""
         return self._stopped.wait(timeout)
 
     def stop(self) -> None:
         """Ends all connections and threads and removes the sockets; devices keep their state.
 
-        A thread that does not end within STOP_TIMEOUT, as its model does not return, is named and left behind; its
-        device is `abandoned` then.
+        If a thread does not end within STOP_TIMEOUT, because its model does not return, the log says where it is, and
+        its device is marked `abandoned`.
         """
         for endpoint in self._endpoints:
             endpoint.end()

@@ -147,7 +147,7 @@ def test_a_subclass_extends_a_copy() -> None:
 @pytest.mark.parametrize("name", ["backend", "config", "dma", "memory", "points", "defer", "after", "errors", "log"])
 def test_names_of_the_framework(name: str) -> None:
     """They would replace what the framework has, or be overwritten by it."""
-    with pytest.raises(RegisterError, match=rf"Device.{name}: PciDevice has something else .* reserved are: after, "):
+    with pytest.raises(RegisterError, match=rf"Device.{name}: PciDevice uses this name itself; reserved are: after, "):
         declare(**{name: 5})
     bar = MmioBar(0, size=4096)
     device = declare(bar=bar, regs=bar.bank(Regs))()

@@ -23,8 +23,6 @@ PENDING = (
     "experiment/",
     "guest/",
     "iommu/",
-    "machine/",
-    "server.py",
     "testing/",
 )
 

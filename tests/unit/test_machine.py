@@ -223,7 +223,7 @@ WRONG = {
     MACHINE + device(address="0000:00:20.0"): f"device[0].address: '0000:00:20.0': {ADDRESS}",
     MACHINE + device(address="0000:00:03.8"): f"device[0].address: '0000:00:03.8': {ADDRESS}",
     MACHINE + device(address="0000:01:03.0"): "device[0].address: '0000:01:03.0': there is no bus 01: "
-    "a [[bridge]] with secondary = 1 makes it",
+    "add a [[bridge]] with secondary = 1",
     MACHINE + device(address="0001:00:03.0"): "device[0].address: '0001:00:03.0': not possible: QEMU's q35 machine has "
     'segment 0000 only, as "0000:00:03.0"',
     MACHINE + device(address="0000:00:1f.0"): "device[0].address: '0000:00:1f.0': is QEMU's own on the q35 machine"

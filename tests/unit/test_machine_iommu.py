@@ -272,13 +272,12 @@ WRONG = {
     "must be behind an upstream port",
     bridge("b", "pcie-to-pci", "0000:00:04.0", 1, "acs = true"): "bridge[0].acs: QEMU's PCIe-to-PCI bridge has no "
     "ACS: only root ports can have acs = true",
-    RP0 + edu("x", "0000:02:00.0"): "device[0].address: '0000:02:00.0': there is no bus 02: a [[bridge]] with "
-    "secondary = 2 makes it",
+    RP0 + edu("x", "0000:02:00.0"): "device[0].address: '0000:02:00.0': there is no bus 02: "
+    "add a [[bridge]] with secondary = 2",
     RP0 + edu("x", "0000:00:04.0"): "device[0].address: '0000:00:04.0' is taken by 'rp0': give each device its own",
     # [[group]]
     EDU + GROUP: "group[0].device: 'edu0' is in no group: no IOMMU covers it",
-    IOMMU + EDU + GROUP.replace("edu0", "edu1"): "group[0].device: 'edu1' is the name of no device: "
-    "did you mean 'edu0'?",
+    IOMMU + EDU + GROUP.replace("edu0", "edu1"): "group[0].device: there is no device 'edu1': did you mean 'edu0'?",
     IOMMU + EDU + GROUP.replace("paging", "page"): "group[0].domain: 'page': input should be 'identity', 'blocked' or "
     "'paging'",
     IOMMU + EDU + GROUP + GROUP: "group[1].device: 'edu0' is in one group with 'edu0': give it once",

@@ -1,4 +1,4 @@
-"""Machine files: TOML to objects, and every mistake in one line that says what would be right.
+"""Machine files: reads TOML and makes the objects; each mistake is one line that says what would be right.
 
 ```toml
 [machine]
@@ -27,7 +27,7 @@ size = "512M"
 prot = "rw"
 ```
 
-All mistakes of a file are found in one go: what is sound is checked further even where something else is wrong.
+All mistakes of a file are found in one run: a mistake in one table does not stop the checks of others.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ __all__ = ["Machine", "MachineErrors", "load", "load_model", "parse"]
 
 
 class MachineErrors(ConfigError):
-    """The mistakes of one file; str() gives a line for each."""
+    """All mistakes in one file; str() gives a line for each."""
 
     def __init__(self, errors: Sequence[ConfigError]) -> None:
         super().__init__("\n".join(map(str, errors)))
@@ -71,10 +71,10 @@ class MachineErrors(ConfigError):
 
 
 class Machine:
-    """What a machine file says, checked, with its devices and IOMMUs made."""
+    """A machine as its file describes it, with its devices and IOMMUs."""
 
     def __init__(self, raw: Mapping[str, Any], file: Path) -> None:
-        """`raw` is what TOML has made of the file.  MachineErrors."""
+        """`raw` is the file's content, parsed as TOML; `file` is for error messages.  MachineErrors."""
         check = Check(raw, file)
         if check.content is None or check.errors:
             raise MachineErrors(check.errors)
@@ -101,7 +101,7 @@ class Machine:
         for n, table in enumerate(self.content.device):
             try:
                 made = check.models[n](table.name, check.params[n], multifunction=self._shares_slot(table.name))
-            except Exception as error:  # the model's own code: whatever it raises, the file's author chose the model
+            except Exception as error:  # any exception of the model's code is a mistake in the user's choice of model
                 text = str(error) if isinstance(error, ConfigError) else exception_line(error)
                 message = f"model {table.model!r} cannot be made: {text}"
                 raise ConfigError(message, file=self.file, key=f"device[{n}].model") from error
@@ -203,9 +203,9 @@ class Machine:
     # ---- serving ---------------------------------------------------------------------------
 
     def serve(self, run_dir: Path) -> Server:
-        """A server with all devices bound, DIR/NAME.sock each, to be started; ACPI tables are there as files, too.
+        """Makes a server, not started yet, with a socket RUN_DIR/NAME.sock for each device; writes the ACPI tables.
 
-        ConfigError as in Server.add.
+        ConfigError as in Server.add, or a table cannot be written.
         """
         self._write_acpi(run_dir)
         server = Server(Limits(**self.content.limits.model_dump()))
@@ -218,7 +218,7 @@ class Machine:
         return server
 
     def socket(self, name: str, run_dir: Path) -> Path:
-        """Where a device is served.  ConfigError: the path is too long for a socket."""
+        """The path of a device's socket.  ConfigError: it is too long for a socket."""
         path = run_dir / f"{name}.sock"
         if (size := len(str(path).encode())) > MAX_SOCKET_PATH:
             message = f"{name!r}: its socket {path} has {size} bytes, at most {MAX_SOCKET_PATH} work: use --run-dir"
@@ -226,13 +226,13 @@ class Machine:
         return path
 
     def _key_of(self, name: str) -> str:
-        """Where the file names a device."""
+        """The key of a device's name in the file."""
         section = "device" if any(table.name == name for table in self.content.device) else "iommu"
         names = [table.name for table in getattr(self.content, section)]
         return f"{section}[{names.index(name)}].name"
 
     def qemu_args(self, run_dir: Path) -> list[str]:
-        """What makes QEMU this machine: shared memory, bridges, and a -device for each function."""
+        """QEMU's arguments for this machine: shared memory, bridges, a -device for each function, ACPI tables."""
         functions = self._functions
         args = memory_args(self.memory) + spare_default_devices(f.bdf for f in functions.values())
         bridges = [function for function in self.topology.functions() if function.kind.is_bridge]
@@ -242,7 +242,7 @@ class Machine:
         for name in self.devices:
             args += device_args(name, self.socket(name, run_dir), functions[name], boots.get(name))
         for signature in self.acpi_tables():
-            # QEMU's own escape of commas; its list of files is split at colons, which have none.
+            # QEMU escapes a comma as two.  It splits the list of files at colons, for which there is no escape.
             path = str(self._acpi_file(run_dir, signature))
             if ":" in path:
                 raise ConfigError(f"{path}: QEMU takes no ACPI table at a path with ':': use another --run-dir")
@@ -252,7 +252,7 @@ class Machine:
     # ---- ACPI ------------------------------------------------------------------------------
 
     def acpi_tables(self) -> dict[str, bytes]:
-        """The tables that tell a guest of the IOMMUs that it may drive: "VIOT", "DMAR"; none without such."""
+        """The ACPI tables by signature, "VIOT" or "DMAR", that describe the IOMMUs which the guest drives."""
         served = [device for device in self.devices.values() if isinstance(device, IommuDevice)]
         found = {}
         for signature, build in (("VIOT", viot_of), ("DMAR", dmar_of)):
@@ -261,7 +261,7 @@ class Machine:
         return found
 
     def remove_acpi(self, run_dir: Path) -> None:
-        """Takes the files of `serve` away again."""
+        """Removes the ACPI tables that `serve` wrote."""
         for signature in self.acpi_tables():
             self._acpi_file(run_dir, signature).unlink(missing_ok=True)
 
@@ -278,7 +278,7 @@ class Machine:
         return run_dir / f"{self.name}.{signature.lower()}"
 
     def close(self) -> None:
-        """Gives back what the devices hold; nothing when one was left behind, as it may use any of that."""
+        """Releases the devices' resources.  Does nothing if a device is abandoned, as its thread may still use them."""
         if self.left_behind:
             return
         self.system.close()
@@ -287,12 +287,12 @@ class Machine:
 
     @property
     def left_behind(self) -> bool:
-        """Whether a device's thread did not end; see Server.stop."""
+        """Whether a device is abandoned, as its thread did not end; see Server.stop."""
         return any(device.backend.abandoned for device in self.devices.values())
 
 
 def parse(text: str, file: Path) -> Machine:
-    """The machine that a file's text describes.  ConfigError, one line for each mistake."""
+    """Makes the machine that `text` describes; `file` is for messages.  ConfigError, one line for each mistake."""
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -303,7 +303,7 @@ def parse(text: str, file: Path) -> Machine:
 
 
 def _syntax(message: str, text: str) -> str:
-    """tomllib's message, its line first, with what is written there."""
+    """tomllib's message, preceded by the line number and the text of that line."""
     message = one_line(message)
     at = re.fullmatch(r"(.*) \(at (?:line ([0-9]+), column ([0-9]+)|end of document)\)", message)
     if at is None:
@@ -315,9 +315,9 @@ def _syntax(message: str, text: str) -> str:
 
 
 def load(path: Path) -> Machine:
-    """The machine that a file describes.  ConfigError, one line for each mistake."""
+    """Makes the machine that a file describes.  ConfigError, one line for each mistake."""
     try:
-        # A byte order mark, as some editors leave it, is not the user's mistake.
+        # Accept a byte order mark: some editors add one.
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1

@@ -14,7 +14,7 @@ from vmodel.span import PAGE, Span
 
 
 def viot_of(devices: Iterable[IommuDevice]) -> bytes | None:
-    """VIOT, with all ids under which a device's DMA may arrive; None without a virtio-iommu."""
+    """VIOT with all requester ids that the devices' DMA may carry; None: there is no virtio-iommu."""
     units = []
     for device in devices:
         if device.iommu.driver.kind == "virtio-iommu":
@@ -24,7 +24,7 @@ def viot_of(devices: Iterable[IommuDevice]) -> bytes | None:
 
 
 def _ranges(endpoints: Sequence[Endpoint], first: int) -> list[PciRange]:
-    """Each id once; neighbours in one range."""
+    """The endpoints' ids, each once; consecutive ids form one range."""
     ids = sorted({alias.bdf for function in _functions(endpoints) for alias in dma_aliases(function)})
     runs: list[list[Bdf]] = []
     for bdf in ids:
@@ -36,7 +36,7 @@ def _ranges(endpoints: Sequence[Endpoint], first: int) -> list[PciRange]:
 
 
 def dmar_of(devices: Iterable[IommuDevice]) -> bytes | None:
-    """DMAR; None without a VT-d unit."""
+    """DMAR; None: there is no VT-d unit."""
     served = [device for device in devices if device.iommu.driver.kind == "vt-d"]
     units = [
         Unit(
@@ -51,7 +51,7 @@ def dmar_of(devices: Iterable[IommuDevice]) -> bytes | None:
 
 
 def _namespace(device: IommuDevice) -> dict[str, Scope]:
-    """Devices of the ACPI namespace, by name."""
+    """The scopes of devices of the ACPI namespace, by name."""
     found = {}
     for name, text in device.iommu.driver.params.namespace.items():
         bdf = Bdf.parse(text)
@@ -60,7 +60,7 @@ def _namespace(device: IommuDevice) -> dict[str, Scope]:
 
 
 def _reserved(device: IommuDevice) -> list[Reserved]:
-    """What a guest must map 1:1, with the devices that it is for; in whole pages (8.4)."""
+    """The memory that a guest must map 1:1, in whole pages, each with the devices concerned (8.4)."""
     named = _namespace(device)
     found: dict[Span, list[Scope]] = {}
     for endpoint in device.covered():
@@ -82,7 +82,7 @@ def _functions(endpoints: Iterable[Endpoint]) -> list[Function]:
 
 
 def _scopes(covered: Sequence[Function]) -> list[Scope]:
-    """A bridge stands for what is behind it, if all of that is covered; else each device for itself."""
+    """Device scopes: one for a bridge if everything behind it is covered, else one for each device."""
     whole = [bridge for bridge in covered if bridge.secondary is not None and _all_below(bridge) <= set(covered)]
     listed = [
         function

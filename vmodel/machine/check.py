@@ -1,6 +1,6 @@
-"""Checks of a machine file that need more than one key.
+"""Checks of a machine file that involve more than one key.
 
-All mistakes are found in one go: what is sound is checked further even where something else is wrong.
+All mistakes are found in one run: a mistake in one table does not stop the checks of others.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ _SECTIONS = ("machine", "limits", "iommu", "bridge", "device", "group")
 
 
 class Check:
-    """Finds the mistakes of a parsed file; `errors` are in the file's order, section by section."""
+    """Finds the mistakes in a parsed file; `errors` are ordered by section, then by table."""
 
     def __init__(self, raw: Mapping[str, Any], file: Path) -> None:
         self.file = file
         self.content: MachineFile | None = None
         self.models: dict[int, type[PciDevice]] = {}
-        #: The parameters of each device, checked.
+        #: The validated parameters of each device.
         self.params: dict[int, Params] = {}
         self.drivers: dict[int, Driver] = {}
         self.topology = Topology()
         #: The function of each bridge and device, by name.
         self.functions: dict[str, Function] = {}
         self._found: list[ConfigError] = []
-        #: Keys that are wrong by themselves.
+        #: Keys whose own value is wrong.
         self._wrong: set[Location] = set()
         try:
             self.content = MachineFile.model_validate(raw)
         except ValidationError as error:
             self._wrong = {detail["loc"][:3] for detail in error.errors(include_url=False)}
             self._found += explain(error, file, MachineFile)
-        #: What is sound of each table of a section: a key that is wrong is absent.
+        #: The valid keys of each table, by section: keys whose own value is wrong are left out.
         self.sound = {section: self._sound(section, raw.get(section)) for section in _SECTIONS[2:]}
         for n, table in enumerate(self.sound["device"]):
             if "model" in table:
@@ -75,19 +75,19 @@ class Check:
 
     @property
     def errors(self) -> list[ConfigError]:
-        """In the file's order."""
+        """The mistakes, ordered by section and table."""
 
         def place(error: ConfigError) -> tuple[int, int]:
             match = re.match(r"(\w+)\[(\d+)\]", error.key)
             section = match[1] if match else error.key.partition(".")[0]
-            # Keys that no section has come first, as does what is wrong with the file as a whole.
+            # Unknown sections, and mistakes that concern the whole file, come first.
             rank = _SECTIONS.index(section) if section in _SECTIONS else -1
             return rank, int(match[2]) if match else -1
 
         return sorted(self._found, key=place)
 
     def wrong(self, section: str, n: int, key: str, message: str) -> None:
-        """Notes a mistake."""
+        """Adds a mistake: `key` of table number `n` of a section."""
         self._found.append(ConfigError(message, file=self.file, key=f"{section}[{n}].{key}"))
 
     # ---- one table -------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class Check:
             self.wrong("device", n, "model", str(error))
             return
         try:
-            # Paths in parameters count from the file, as those of models do.
+            # Paths in parameters are relative to the machine file, as paths of models are.
             self.params[n] = model.Params.model_validate(table.get("params", {}), context={"base": self.file.parent})
         except ValidationError as error:
             self._found += explain(error, self.file, model.Params, f"device[{n}].params")
@@ -127,7 +127,7 @@ class Check:
 
     def _served_iommu(self, n: int, table: Mapping[str, Any]) -> None:
         if table["kind"] not in KINDS:
-            return  # a misspelt kind is one mistake, and `_driver` names it
+            return  # an unknown kind is one mistake, which `_driver` reports
         if table["kind"] not in IOMMUS:
             text = (
                 f"no guest can drive an IOMMU of kind {table['kind']}, only {', '.join(IOMMUS)}: leave the address out"
@@ -136,7 +136,7 @@ class Check:
         elif Bdf.parse(table["address"]).bus:
             self.wrong("iommu", n, "address", f"{table['address']!r}: an IOMMU must be on bus 00")
         elif table["kind"] == "vt-d":
-            # The address of its registers is fixed (vmodel/devices/vtd): there is room for one.
+            # The address of the registers is fixed (vmodel/devices/vtd), so there can be only one unit.
             others = [t for t in self.sound["iommu"][:n] if t.get("kind") == "vt-d" and "address" in t]
             if others:
                 text = f"a guest can drive one vt-d only, and {others[0].get('name', '')!r} is one"
@@ -157,7 +157,7 @@ class Check:
             if name is not None and names.setdefault(name, here) != here:
                 self.wrong(section, n, "name", f"{name!r} is the name of {names[name]} already: give each its own")
             if name == "none":
-                self.wrong(section, n, "name", "'none' means that there is none: choose another")
+                self.wrong(section, n, "name", "'none' means no IOMMU: choose another")
         iommus = [table.get("name", "") for table in self.sound["iommu"]]
         for _, n, table in self._tables("device"):
             chosen = table.get("iommu")
@@ -169,7 +169,7 @@ class Check:
             if "device" in table and table["device"] not in members:
                 close = guess(table["device"], members)
                 hint = f": did you mean {close!r}?" if close else ""
-                self.wrong("group", n, "device", f"{table['device']!r} is the name of no device{hint}")
+                self.wrong("group", n, "device", f"there is no device {table['device']!r}{hint}")
 
     def _addresses(self) -> None:
         addresses: dict[str, tuple[str, int]] = {}
@@ -194,18 +194,16 @@ class Check:
     # ---- topology --------------------------------------------------------------------------
 
     def _lay_out(self) -> None:
-        """The functions on their buses."""
+        """Adds all functions to the topology."""
         self.topology.add_root()
         waiting = [item for item in self._tables("iommu", "bridge", "device") if "address" in item[2]]
-        # A bridge may be listed before the one that it is behind.
+        # A bridge may be listed before the bridge that it is behind.
         while waiting:
             ready = [item for item in waiting if (0, Bdf.parse(item[2]["address"]).bus) in self.topology]
             if not ready:
                 for section, n, table in waiting:
                     bus = Bdf.parse(table["address"]).bus
-                    text = (
-                        f"{table['address']!r}: there is no bus {bus:02x}: a [[bridge]] with secondary = {bus} makes it"
-                    )
+                    text = f"{table['address']!r}: there is no bus {bus:02x}: add a [[bridge]] with secondary = {bus}"
                     self.wrong(section, n, "address", text)
                 return
             waiting = [item for item in waiting if item not in ready]
@@ -246,13 +244,13 @@ class Check:
             kind = PortType.CONVENTIONAL
         if not any(isinstance(capability, Pcie) for capability in capabilities):
             kind = PortType.CONVENTIONAL
-        # An operating system that uses an IOMMU switches on what a function offers.
+        # An operating system that uses an IOMMU enables the controls that a function supports.
         offered = next((AcsFlags(c.capability) & ISOLATION for c in capabilities if isinstance(c, Acs)), None)
         aliases = quirk_aliases(model.vendor_id, model.device_id, bdf)
         return Function(bdf, kind, name=name, acs=offered, acs_offered=offered or ISOLATION, dma_aliases=aliases)
 
     def _numbering(self) -> None:
-        """The firmware numbers secondary buses in the order in which it meets the bridges."""
+        """Checks secondary bus numbers: the firmware assigns them in the order in which it finds the bridges."""
         bridges = [f for f in self.topology.functions() if f.secondary is not None]
         places = {table["name"]: n for _, n, table in self._tables("bridge")}
         for number, bridge in enumerate(bridges, 1):

@@ -1,4 +1,4 @@
-"""The class that a machine file's `model` names."""
+"""Loads the class that a machine file's `model` names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OTHER_MODELS = '"path/file.py:Class", or "package.module:Class"'
 
 
 def load_model(name: str, base: Path | None = None) -> type[PciDevice]:
-    """The class that a `model` key names; paths count from `base`.  ConfigError when there is none."""
+    """Loads the class that a `model` key names; paths are relative to `base`.  ConfigError: there is none."""
     target = BUILTIN.get(name, name)
     source, colon, class_name = target.rpartition(":")
     if not colon:
@@ -56,7 +56,7 @@ def load_served(kind: str) -> type[IommuDevice]:
 
 
 def load_source(what: str, source: str, base: Path | None = None) -> ModuleType:
-    """The module "path/file.py", counted from `base`, or "package.module".  ConfigError, which begins with `what`."""
+    """Loads the module "path/file.py", relative to `base`, or "package.module".  ConfigError: begins with `what`."""
     return _load_file(what, (base or Path()) / source) if source.endswith(".py") else _load_module(what, source)
 
 
@@ -73,7 +73,7 @@ def _load_file(what: str, path: Path) -> ModuleType:
     if "\0" in str(path) or not path.is_file():
         raise ConfigError(f"{what}: there is no file {str(path)!r}")
     path = path.resolve()
-    # Two devices of one model share its classes.
+    # A file is loaded once, so that two devices of one model have the same class.
     alias = f"vmodel_user_{path.stem}_{abs(hash(path)):x}"
     if alias in sys.modules:
         return sys.modules[alias]

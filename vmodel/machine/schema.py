@@ -1,4 +1,4 @@
-"""The tables of a machine file, and the texts that stand for numbers in them."""
+"""The tables of a machine file, and the types of their values."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _covers(value: str) -> str:
 
 
 def coverage(value: str) -> tuple[Bdf, Bdf]:
-    """First and last address of "0000", "0000:01", "0000:00:03.0" or "0000:00:03.0-0000:00:1f.7".  ValueError."""
+    """(first, last) address of "0000", "0000:01", "0000:00:03.0" or "0000:00:03.0-0000:00:1f.7".  ValueError."""
     try:
         first, dash, last = value.partition("-")
         if dash:
@@ -96,7 +96,7 @@ class MachineTable(_Strict):
 
 
 class LimitsTable(_Strict):
-    """`[limits]`: what each client may take; docs/robustness.md."""
+    """`[limits]`: time limits for each client in seconds; see docs/robustness.md."""
 
     handshake_timeout: Annotated[float, Field(gt=0, le=86400)] = Field(default=5.0, examples=["5.0"])
     message_timeout: Annotated[float, Field(gt=0, le=86400)] = Field(default=5.0, examples=["5.0"])
@@ -109,9 +109,9 @@ class DeviceTable(_Strict):
     model: str = Field(examples=['"edu"'])
     address: Address = Field(examples=['"0000:00:03.0"'])
     params: dict[str, Any] = Field(default_factory=dict, examples=["{ }"])
-    #: The name of an [[iommu]], or "none"; without it, the first that covers the address.
+    #: The name of an [[iommu]], or "none"; None: the first IOMMU that covers the address.
     iommu: str | None = Field(default=None, examples=['"iommu0"'])
-    #: Its place among what the firmware boots from, the lowest first; 0 is the kernel's that QEMU is given.
+    #: The firmware tries to boot from devices in this order, the lowest first; 0 is the kernel of QEMU's -kernel.
     bootindex: Annotated[int, Field(ge=1, le=9999)] | None = Field(default=None, examples=["1"])
 
 
@@ -137,7 +137,7 @@ class BridgeTable(_Strict):
 
 
 class CapabilitiesTable(_Strict):
-    """`capabilities` of an `[[iommu]]`: each key replaces what its kind has."""
+    """`capabilities` of an `[[iommu]]`: each key overrides the default of the IOMMU's kind."""
 
     page_sizes: Annotated[list[Number], Field(min_length=1)] | None = Field(default=None, examples=['["4K", "2M"]'])
     input_bits: int | None = Field(default=None, examples=["48"])
@@ -160,7 +160,7 @@ class CapabilitiesTable(_Strict):
     max_memory: Number | None = Field(default=None, examples=['"64M"'])
 
     def over(self, default: Capabilities) -> Capabilities:
-        """The kind's own, with these in their place.  ValueError: they do not go together."""
+        """The capabilities `default` of the kind, overridden by these.  ValueError: the combination is invalid."""
         given = {key: value for key, value in self if value is not None}
         if "page_sizes" in given:
             given["page_sizes"] = frozenset(given["page_sizes"])
@@ -178,7 +178,7 @@ class IommuTable(_Strict):
 
     name: Name = Field(examples=['"iommu0"'])
     kind: str = Field(examples=['"vt-d"'])
-    #: Where it is as a PCI function, for the guest to drive; without it, its domains are those of the file.
+    #: The PCI address at which the guest drives the IOMMU; None: the file's [[group]]s define its domains.
     address: Address | None = Field(default=None, examples=['"0000:00:02.0"'])
     covers: Annotated[list[Annotated[str, AfterValidator(_covers)]], Field(min_length=1)] = Field(
         ["0000"], examples=['["0000:00:03.0-0000:00:1e.7"]']
