@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from vmodel import _shim
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.memory import GuestMemory
-from vmodel.points import Points
 
 Buffer = bytes | bytearray | memoryview
 _T = TypeVar("_T")
@@ -63,9 +62,60 @@ class _Line:
         self.endpoint: Endpoint | None = None
         self.message_bytes = [0, 0]
         self.mended = 0
-        #: Who hears of accesses, as long as all of `makers` are of a class that tells; and all of them.
-        self.points: Points | None = None
-        self.makers: weakref.WeakSet[Dma] = weakref.WeakSet()
+        self.port = _Port(self.requester)
+
+
+class Tap(Protocol):
+    """Carries out a device's accesses, in front of `dma`, the same device's untapped Dma.  As of Dma's methods."""
+
+    def read(self, dma: Dma, iova: int, size: int) -> bytes: ...
+    def readinto(self, dma: Dma, iova: int, buffer: bytearray | memoryview) -> None: ...
+    def write(self, dma: Dma, iova: int, data: Buffer) -> None: ...
+    def gather_into(self, dma: Dma, pieces: Sequence[tuple[int, int]], buffer: memoryview) -> None: ...
+    def scatter(self, dma: Dma, pieces: Sequence[tuple[int, int]], data: memoryview) -> None: ...
+    def view(self, dma: Dma, iova: int, size: int, *, writable: bool) -> AbstractContextManager[memoryview]: ...
+    def atomic(self, dma: Dma, iova: int, op: int, size: int, operand: int, compare: int) -> int: ...
+
+
+class _Intercepted(Exception):
+    """The device is tapped: `tap` carries out the access."""
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+
+
+class _Interceptor:
+    """Stands in for a requester while its device is tapped.  So an untapped access has no check to make."""
+
+    def __init__(self, tap: Tap) -> None:
+        self._tap = tap
+
+    def read(self, iova: int, size: int, pasid: int) -> NoReturn:
+        raise _Intercepted(self._tap)
+
+    def readinto(self, iova: int, buffer: object, pasid: int) -> NoReturn:
+        raise _Intercepted(self._tap)
+
+    def write(self, iova: int, data: object, pasid: int) -> NoReturn:
+        raise _Intercepted(self._tap)
+
+    def gather(self, pieces: object, buffer: object, flags: int, pasid: int) -> NoReturn:
+        raise _Intercepted(self._tap)
+
+    def pin(self, iova: int, size: int, flags: int, pasid: int) -> NoReturn:
+        raise _Intercepted(self._tap)
+
+    def atomic(self, iova: int, op: int, size: int, operand: int, compare: int, pasid: int) -> NoReturn:
+        raise _Intercepted(self._tap)
+
+
+class _Port:
+    """What makes a device's accesses, with whichever PASID: its requester, or a tap in front of it."""
+
+    __slots__ = ("requester",)
+
+    def __init__(self, requester: _shim.Requester) -> None:
+        self.requester: _shim.Requester | _Interceptor = requester
 
 
 class Dma:
@@ -76,38 +126,42 @@ class Dma:
     it is told of each fault first, and may have mended it.
     """
 
-    # With slots the class can be replaced (`become`) without making accesses slower from then on.
-    __slots__ = ("__weakref__", "_line", "_pasid", "_requester")
+    __slots__ = ("_line", "_pasid", "_port")
 
     def __init__(self, memory: GuestMemory) -> None:
         self._line = _Line(memory)
-        self._requester = self._line.requester
+        self._port = self._line.port
         self._pasid = _shim.NO_PASID
-        self._line.makers.add(self)
 
     def with_pasid(self, pasid: int) -> Dma:
         """The same device's DMA with a PASID (0 to 2**20 - 1)."""
         if not 0 <= pasid < 1 << 20:
             raise ValueError(f"a PASID has 20 bits, {pasid:#x} more")
-        other = Dma.__new__(type(self))
-        other._line, other._requester, other._pasid = self._line, self._requester, pasid
-        self._line.makers.add(other)
+        return self._twin(self._port, pasid)
+
+    def _twin(self, port: _Port, pasid: int) -> Dma:
+        other = Dma.__new__(Dma)
+        other._line, other._port, other._pasid = self._line, port, pasid
         return other
 
-    def become(self, kind: type[Dma], points: Points | None) -> None:
-        """All of the device's accesses, with whichever PASID, are made by `kind`, which tells `points`.
+    def tap(self, tap: Tap | None) -> None:
+        """Each access of the device, with whichever PASID, goes to `tap` from now on; None: to none.  Any thread."""
+        self._line.port.requester = self._line.requester if tap is None else _Interceptor(tap)
 
-        The class is what changes, so that nothing is asked of accesses while nobody listens, and models may keep
-        what they have.
-        """
-        self._line.points = points
-        for dma in list(self._line.makers):
-            dma.__class__ = kind
+    @property
+    def untapped(self) -> Dma:
+        """The same, but for taps: there are none in front of it."""
+        return self._twin(_Port(self._line.requester), self._pasid)
 
     @property
     def requester(self) -> _shim.Requester:
         """For the IOMMU, which attaches domains to it."""
-        return self._requester
+        return self._line.requester
+
+    @property
+    def pasid(self) -> int | None:
+        """The PASID of its accesses; None: they have none."""
+        return None if self._pasid == _shim.NO_PASID else self._pasid
 
     @property
     def courier(self) -> Courier | None:
@@ -142,56 +196,75 @@ class Dma:
     @bus_master.setter
     def bus_master(self, on: bool) -> None:
         self._line.bus_master = on
-        self._requester.enable(on)
+        self._line.requester.enable(on)
 
     def read(self, iova: int, size: int) -> bytes:
         """`size` bytes from `iova` on."""
+        tap: Tap | None = None
         try:
-            return self._requester.read(iova, size, self._pasid)
+            return self._port.requester.read(iova, size, self._pasid)
+        except _Intercepted as intercepted:
+            tap = intercepted.tap
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
             if not self._mended(fault):
                 raise
+        if tap is not None:
+            return tap.read(self.untapped, iova, size)
         buffer = bytearray(size)
         self._go_on(iova, memoryview(buffer), Access.READ)
         return bytes(buffer)
 
     def readinto(self, iova: int, buffer: bytearray | memoryview) -> None:
         """Fills `buffer` (writable, contiguous) from `iova` on."""
+        tap: Tap | None = None
         try:
-            self._requester.readinto(iova, buffer, self._pasid)
+            self._port.requester.readinto(iova, buffer, self._pasid)
             return
+        except _Intercepted as intercepted:
+            tap = intercepted.tap
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
             if not self._mended(fault):
                 raise
-        self._go_on(iova, memoryview(buffer).cast("B"), Access.READ)
+        if tap is not None:
+            tap.readinto(self.untapped, iova, buffer)
+        else:
+            self._go_on(iova, memoryview(buffer).cast("B"), Access.READ)
 
     def write(self, iova: int, data: Buffer) -> None:
         """Writes all of `data` (contiguous) to `iova`."""
+        tap: Tap | None = None
         try:
-            self._requester.write(iova, data, self._pasid)
+            self._port.requester.write(iova, data, self._pasid)
             return
+        except _Intercepted as intercepted:
+            tap = intercepted.tap
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
             if not self._mended(fault):
                 raise
-        self._go_on(iova, memoryview(data).cast("B"), Access.WRITE)
+        if tap is not None:
+            tap.write(self.untapped, iova, data)
+        else:
+            self._go_on(iova, memoryview(data).cast("B"), Access.WRITE)
 
     def _go_on(self, iova: int, view: memoryview, access: Access) -> None:
         """A transfer anew, piece by piece: by message where there is no file, and after what the IOMMU mended."""
+        # By the requester itself: a tap that is armed meanwhile is for what begins later.
+        requester = self._line.requester
         done = 0
         tries = 0
         while done < len(view):
             rest = view[done:]
             try:
                 if access is Access.READ:
-                    self._requester.readinto(iova + done, rest, self._pasid)
+                    requester.readinto(iova + done, rest, self._pasid)
                 else:
-                    self._requester.write(iova + done, rest, self._pasid)
+                    requester.write(iova + done, rest, self._pasid)
                 return
             except _shim.ByMessage as piece:
                 done += piece.done
@@ -210,25 +283,21 @@ class Dma:
         # No exception stays in a variable here: in a cycle with a memoryview it would crash CPython 3.11's collector.
         courier = self._line.courier
         if courier is None:
-            raise self._told(Reason.CLIENT, iova + done, access, done, gpa)
+            raise self._reported(Reason.CLIENT, iova + done, access, done, gpa)
         try:
             if access is Access.READ:
                 view[:] = courier.read(gpa, len(view))
             else:
                 courier.write(gpa, view)
         except DmaFault as fault:
-            raise self._told(fault.reason, iova + done, access, done, gpa) from fault
+            raise self._reported(fault.reason, iova + done, access, done, gpa) from fault
         self._line.message_bytes[access is Access.WRITE] += len(view)
 
-    def _told(self, reason: Reason, iova: int, access: Access, done: int, gpa: int) -> DmaFault:
-        """A fault that was not the shim's, once the IOMMU knows of it."""
-        fault = DmaFault(reason, iova, access, done, self._pasid_or_none, gpa=gpa)
+    def _reported(self, reason: Reason, iova: int, access: Access, done: int, gpa: int) -> DmaFault:
+        """A fault that was not the shim's, reported to the IOMMU."""
+        fault = DmaFault(reason, iova, access, done, self.pasid, gpa=gpa)
         self._mended(fault, ask=False)
         return fault
-
-    @property
-    def _pasid_or_none(self) -> int | None:
-        return None if self._pasid == _shim.NO_PASID else self._pasid
 
     def gather(self, pieces: Sequence[tuple[int, int]]) -> bytes:
         """The bytes of all (iova, size) pieces, one after the other."""
@@ -238,27 +307,34 @@ class Dma:
 
     def gather_into(self, pieces: Sequence[tuple[int, int]], buffer: bytearray | memoryview) -> None:
         """Fills `buffer` from (iova, size) pieces; ValueError when their sizes do not add up to its length."""
-        view = memoryview(buffer).cast("B")
-        if sum(size for _, size in pieces) != len(view):
-            raise ValueError("the pieces and the buffer differ in size")
-        self._move_pieces(pieces, view, Access.READ)
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            if sum(size for _, size in pieces) != len(view):
+                raise ValueError("the pieces and the buffer differ in size")
+            self._move_pieces(pieces, view, Access.READ)
 
     def scatter(self, pieces: Sequence[tuple[int, int]], data: Buffer) -> None:
         """Writes `data` to (iova, size) pieces; ValueError when their sizes do not add up to its length."""
-        view = memoryview(data).cast("B")
-        if sum(size for _, size in pieces) != len(view):
-            raise ValueError("the pieces and the data differ in size")
-        self._move_pieces(pieces, view, Access.WRITE)
+        with memoryview(data) as whole, whole.cast("B") as view:
+            if sum(size for _, size in pieces) != len(view):
+                raise ValueError("the pieces and the data differ in size")
+            self._move_pieces(pieces, view, Access.WRITE)
 
     def _move_pieces(self, pieces: Sequence[tuple[int, int]], view: memoryview, access: Access) -> None:
+        tap: Tap | None = None
         try:
-            self._requester.gather(pieces, view, _shim.DMA_WRITE if access is Access.WRITE else 0, self._pasid)
+            self._port.requester.gather(pieces, view, _shim.DMA_WRITE if access is Access.WRITE else 0, self._pasid)
             return
+        except _Intercepted as intercepted:
+            tap = intercepted.tap
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
             if not self._mended(fault):
                 raise
+        if tap is not None:
+            move = tap.gather_into if access is Access.READ else tap.scatter
+            move(self.untapped, pieces, view)
+            return
         # Once more, each by itself: which of them had been moved does not matter.
         at = 0
         for iova, size in pieces:
@@ -282,7 +358,15 @@ class Dma:
         """
         access = Access.READ | Access.WRITE if writable else Access.READ
         flags = _shim.DMA_WRITE if writable else 0
-        pin = self._whole(lambda: self._requester.pin(iova, size, flags, self._pasid), iova, access)
+        tap: Tap | None = None
+        try:
+            pin = self._whole(lambda: self._port.requester.pin(iova, size, flags, self._pasid), iova, access)
+        except _Intercepted as intercepted:
+            tap = intercepted.tap
+        if tap is not None:
+            with tap.view(self.untapped, iova, size, writable=writable) as copy:
+                yield copy
+            return
         try:
             yield pin.view
         finally:
@@ -290,21 +374,26 @@ class Dma:
 
     def fetch_add(self, iova: int, size: int, operand: int) -> int:
         """PCIe FetchAdd on 4 or 8 bytes, naturally aligned; the value before."""
-        return self._atomic(iova, _shim.ATOMIC_FETCH_ADD, size, operand, 0)
+        return self.atomic(iova, _shim.ATOMIC_FETCH_ADD, size, operand, 0)
 
     def swap(self, iova: int, size: int, operand: int) -> int:
         """PCIe Swap; the value before."""
-        return self._atomic(iova, _shim.ATOMIC_SWAP, size, operand, 0)
+        return self.atomic(iova, _shim.ATOMIC_SWAP, size, operand, 0)
 
     def compare_swap(self, iova: int, size: int, expected: int, operand: int) -> int:
         """PCIe CAS: stores `operand` if the value is `expected`; the value before."""
-        return self._atomic(iova, _shim.ATOMIC_CAS, size, operand, expected)
+        return self.atomic(iova, _shim.ATOMIC_CAS, size, operand, expected)
 
-    def _atomic(self, iova: int, op: int, size: int, operand: int, compare: int) -> int:
+    def atomic(self, iova: int, op: int, size: int, operand: int, compare: int) -> int:
+        """Any of the three, by its number in the shim: _shim.ATOMIC_*."""
         mask = (1 << 8 * size) - 1
-        operands = operand & mask, compare & mask
-        access = Access.READ | Access.WRITE
-        return self._whole(lambda: self._requester.atomic(iova, op, size, *operands, self._pasid), iova, access)
+        numbers = iova, op, size, operand & mask, compare & mask
+        try:
+            call = functools.partial(self._port.requester.atomic, *numbers, self._pasid)
+            return self._whole(call, iova, Access.READ | Access.WRITE)
+        except _Intercepted as intercepted:
+            tap = intercepted.tap
+        return tap.atomic(self.untapped, *numbers)
 
     def _whole(self, call: Callable[[], _T], iova: int, access: Access) -> _T:
         """An access that cannot be made in pieces, nor by message: the protocol has none for it."""
@@ -312,7 +401,7 @@ class Dma:
             try:
                 return call()
             except _shim.ByMessage as piece:
-                raise self._told(Reason.NO_FILE, iova, access, piece.done, piece.gpa) from None
+                raise self._reported(Reason.NO_FILE, iova, access, piece.done, piece.gpa) from None
             except DmaFault as fault:
                 if not self._mended(fault, ask=n < _TRIES - 1):
                     raise
@@ -321,7 +410,7 @@ class Dma:
     @property
     def stats(self) -> DmaStats:
         """Counters; message transfers included."""
-        read_ops, read_bytes, write_ops, write_bytes, faults, hits, misses, stale = self._requester.stats()
+        read_ops, read_bytes, write_ops, write_bytes, faults, hits, misses, stale = self._line.requester.stats()
         by_read, by_write = self._line.message_bytes
         # What was mended, such as a table entry not read before, is none to whoever looks.
         refused = faults - self._line.mended

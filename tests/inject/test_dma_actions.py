@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.inject.lab import COPY, DONE, LAST, SOURCE, TARGET, Bench, Lab, armed, bench, eventually, fired
+from vmodel import _shim
+from vmodel.device.taps import tap
+from vmodel.dma import Dma
 from vmodel.errors import DmaFault, Reason
 from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.pci.extcaps import Uncorrectable
+from vmodel.points import Event, Point, Proceed
 from vmodel.vfio_user.wire import Command
 
 DATA = bytes(range(1, 17))
@@ -300,3 +307,74 @@ def test_a_device_by_itself() -> None:
         lab.backend.run_due(time.monotonic_ns())
         assert len(lab.resets) == 1
     lab.close()
+
+
+def every_access(dma: Dma) -> dict[str, Any]:
+    """What each kind of access gives, at TARGET and behind; what it reads was written by the one before."""
+    found: dict[str, Any] = {}
+    dma.write(TARGET, b"abcdefgh")
+    found["read"] = dma.read(TARGET, 8)
+    buffer = bytearray(4)
+    dma.readinto(TARGET, buffer)
+    found["readinto"] = bytes(buffer)
+    dma.scatter([(TARGET, 2), (TARGET + 4, 2)], b"wxyz")
+    found["gather"] = dma.gather([(TARGET + 4, 2), (TARGET, 2)])
+    with dma.view(TARGET, 4, writable=True) as view:
+        view[0:1] = b"!"
+    found["view"] = dma.read(TARGET, 4)
+    dma.write(TARGET, bytes(8))
+    found["atomics"] = [dma.fetch_add(TARGET, 4, 5), dma.swap(TARGET, 4, 9), dma.compare_swap(TARGET, 4, 9, 7)]
+    found["empty"] = dma.read(TARGET, 0)
+    found["end"] = dma.read(TARGET, 4)
+    return found
+
+
+def noting(seen: list[Event], event: Event, proceed: Proceed) -> bytes:
+    """A sink."""
+    seen.append(event)
+    return proceed(event)
+
+
+def test_each_kind_of_access_passes_the_tap_and_is_carried_out(lab: Bench) -> None:
+    """Before, while and after it is tapped, by a Dma that a model has kept, with a PASID or without one."""
+    device = lab.lab
+    for kept in (device.dma, device.dma.with_pasid(5)):
+        if kept.pasid is not None:
+            device.dma.requester.attach(_shim.Domain.plain(_shim.DOMAIN_IDENTITY), kept.pasid)
+        plain = every_access(kept)
+        assert plain["end"] == b"\7\0\0\0"
+        seen: list[Event] = []
+        tap(device.backend, {Point.DMA_READ, Point.DMA_WRITE}, functools.partial(noting, seen))
+        assert every_access(kept) == plain
+        expected = [Point.DMA_WRITE if letter == "W" else Point.DMA_READ for letter in "WRRWWRRRWRWRRRR"]
+        assert [(event.point, event.pasid) for event in seen] == [(point, kept.pasid) for point in expected]
+        tap(device.backend, (), None)
+        assert every_access(kept) == plain and len(seen) == len(expected)
+
+
+def test_a_delayed_access_is_carried_out_after_disarming(lab: Bench) -> None:
+    """It takes effect through the untapped path: the sink that delayed it is gone, or another one is there."""
+    device = lab.lab
+    for armed_again in (False, True):
+        late: list[Callable[[], object]] = []
+
+        def sink(event: Event, proceed: Proceed, late: list[Callable[[], object]] = late) -> bytes:
+            late.append(lambda: proceed(event))
+            return bytes(event.size or 0) if event.point.is_read else b""
+
+        device.dma.write(TARGET, bytes(4))
+        tap(device.backend, {Point.DMA_READ, Point.DMA_WRITE}, sink)
+        device.dma.write(TARGET, b"late")
+        device.dma.fetch_add(TARGET, 4, 1)
+        assert device.dma.read(TARGET, 4) == bytes(4) and lab.target(4) == bytes(4)
+        tap(device.backend, (), None)
+        seen: list[Event] = []
+        if armed_again:
+            tap(device.backend, {Point.DMA_WRITE}, functools.partial(noting, seen))
+        assert len(late) == 3
+        late[0]()
+        assert lab.target(4) == b"late"
+        late[1]()
+        assert lab.target(4) == b"mate"
+        assert late[2]() == b"mate" and seen == []
+        tap(device.backend, (), None)

@@ -1,7 +1,7 @@
-"""The intercepting paths of a device: DMA, regions and interrupts that announce what happens before it does.
+"""The taps of a device: DMA, regions and interrupts that pass each event to the sink before it happens.
 
-`tap` puts them in the place of the plain ones, or those back.  So whoever does no experiment pays nothing: a path is
-looked up as ever, and is another one while somebody listens.
+`tap` puts them in front of the plain paths, or takes them away.  A device without a tap pays nothing: it looks its
+paths up in any case.
 """
 
 from __future__ import annotations
@@ -23,112 +23,100 @@ _DMA = frozenset((Point.DMA_READ, Point.DMA_WRITE, Point.TRANSLATE))
 _ACCESSES = frozenset((Point.MMIO_READ, Point.MMIO_WRITE, Point.CONFIG_READ, Point.CONFIG_WRITE))
 
 
-class TappedDma(Dma):
-    """DMA that announces each access.  One over several pieces is several accesses."""
+class DmaTap:
+    """Passes each access of a device to its points.  An access of several pieces is several events.
 
-    __slots__ = ()
+    The untapped Dma carries an event out.  So a delayed event still works after disarming.
+    """
 
-    def read(self, iova: int, size: int) -> bytes:
+    def __init__(self, points: Points) -> None:
+        self._points = points
+
+    def read(self, dma: Dma, iova: int, size: int) -> bytes:
         if not size:
-            return super().read(iova, size)
-        return self._points(self._event(Point.DMA_READ, iova, size), self._read)
+            return dma.read(iova, size)
 
-    def readinto(self, iova: int, buffer: bytearray | memoryview) -> None:
+        def carry_out(event: Event) -> bytes:
+            self._translate(dma, event, write=False)
+            return dma.read(_address(event), event.size or 0)
+
+        return self._points(_event(dma, Point.DMA_READ, iova, size), carry_out)
+
+    def readinto(self, dma: Dma, iova: int, buffer: bytearray | memoryview) -> None:
         with memoryview(buffer) as whole, whole.cast("B") as flat:
-            flat[:] = self.read(iova, len(flat))
+            flat[:] = self.read(dma, iova, len(flat))
 
-    def write(self, iova: int, data: Buffer) -> None:
-        # A copy: what happens later must not see what the model puts into its buffer meanwhile.
+    def write(self, dma: Dma, iova: int, data: Buffer) -> None:
+        # A copy: a delayed write must not see what the model puts into its buffer meanwhile.
         copy = bytes(data)
         if not copy:
-            return super().write(iova, copy)
-        self._points(self._event(Point.DMA_WRITE, iova, len(copy), copy), self._write)
+            return dma.write(iova, copy)
+
+        def carry_out(event: Event) -> bytes:
+            self._translate(dma, event, write=True)
+            dma.write(_address(event), event.data or b"")
+            return b""
+
+        self._points(_event(dma, Point.DMA_WRITE, iova, len(copy), copy), carry_out)
         return None
 
-    def gather_into(self, pieces: Sequence[tuple[int, int]], buffer: bytearray | memoryview) -> None:
-        with memoryview(buffer) as whole, whole.cast("B") as flat:
-            if sum(size for _, size in pieces) != len(flat):
-                raise ValueError("the pieces and the buffer differ in size")
-            self._each(pieces, flat, write=False)
+    def gather_into(self, dma: Dma, pieces: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        self._each(dma, pieces, buffer, write=False)
 
-    def scatter(self, pieces: Sequence[tuple[int, int]], data: Buffer) -> None:
-        with memoryview(data) as whole, whole.cast("B") as flat:
-            if sum(size for _, size in pieces) != len(flat):
-                raise ValueError("the pieces and the data differ in size")
-            self._each(pieces, flat, write=True)
+    def scatter(self, dma: Dma, pieces: Sequence[tuple[int, int]], data: memoryview) -> None:
+        self._each(dma, pieces, data, write=True)
 
     @contextmanager
-    def view(self, iova: int, size: int, *, writable: bool = False) -> Iterator[memoryview]:
-        """A copy, written back at the end: nobody can come between memory and who looks at it."""
-        with super().view(iova, size, writable=writable):
-            copy = bytearray(self.read(iova, size))
+    def view(self, dma: Dma, iova: int, size: int, *, writable: bool) -> Iterator[memoryview]:
+        """A copy, written back at the end: nothing can come between memory itself and whoever reads it."""
+        with dma.view(iova, size, writable=writable):
+            copy = bytearray(self.read(dma, iova, size))
         with memoryview(copy) as shown:
             yield shown if writable else shown.toreadonly()
         if writable:
-            self.write(iova, copy)
+            self.write(dma, iova, copy)
 
-    def _atomic(self, iova: int, op: int, size: int, operand: int, compare: int) -> int:
-        atomic = super()._atomic
-
+    def atomic(self, dma: Dma, iova: int, op: int, size: int, operand: int, compare: int) -> int:
         def carry_out(event: Event) -> bytes:
-            TappedDma._translate(self, event, write=True)
-            return atomic(_address(event), op, size, operand, compare).to_bytes(size, "little")
+            self._translate(dma, event, write=True)
+            return dma.atomic(_address(event), op, size, operand, compare).to_bytes(size, "little")
 
-        return int.from_bytes(self._points(self._event(Point.DMA_READ, iova, size), carry_out), "little")
+        return int.from_bytes(self._points(_event(dma, Point.DMA_READ, iova, size), carry_out), "little")
 
-    # ---- events ----------------------------------------------------------------------------
-
-    @property
-    def _points(self) -> Points:
-        points = self._line.points
-        assert points is not None  # there are none only where the class is Dma
-        return points
-
-    def _event(self, point: Point, iova: int, size: int, data: bytes | None = None) -> Event:
-        event = Event(point, address=iova, size=size, data=data, pasid=self._pasid_or_none)
-        endpoint = self._line.endpoint
-        if endpoint is not None:
-            event.requester = endpoint.requester_id
-            if (group := endpoint.group) is not None:
-                domain = group.domain_of(event.pasid)
-                event.group = group.number
-                event.domain = None if domain is None else domain.name
-                event.gpa = lambda: None if domain is None else domain.iova_to_phys(iova)
-                return event
-        event.gpa = lambda: iova
-        return event
-
-    # What a rule has put off may happen when nobody listens any more, and the class is Dma again: so not by `self`.
-
-    def _read(self, event: Event) -> bytes:
-        TappedDma._translate(self, event, write=False)
-        return Dma.read(self, _address(event), event.size or 0)
-
-    def _write(self, event: Event) -> bytes:
-        TappedDma._translate(self, event, write=True)
-        Dma.write(self, _address(event), event.data or b"")
-        return b""
-
-    def _translate(self, event: Event, *, write: bool) -> None:
-        """Where there is nothing that translates, nothing can go wrong with that."""
-        points = self._line.points
-        if event.group is not None and points is not None and points.wants(Point.TRANSLATE):
-            translation = TappedDma._event(self, Point.TRANSLATE, _address(event), event.size or 0)
+    def _translate(self, dma: Dma, event: Event, *, write: bool) -> None:
+        """Announces the translation of an access, where there is an IOMMU that translates."""
+        if event.group is not None and self._points.wants(Point.TRANSLATE):
+            translation = _event(dma, Point.TRANSLATE, _address(event), event.size or 0)
             translation.write = write
-            points(translation, lambda _: b"")
+            self._points(translation, lambda _: b"")
 
-    def _each(self, pieces: Sequence[tuple[int, int]], flat: memoryview, *, write: bool) -> None:
+    def _each(self, dma: Dma, pieces: Sequence[tuple[int, int]], flat: memoryview, *, write: bool) -> None:
         at = 0
         for iova, size in pieces:
             try:
                 if write:
-                    self.write(iova, bytes(flat[at : at + size]))
+                    self.write(dma, iova, bytes(flat[at : at + size]))
                 else:
-                    flat[at : at + size] = self.read(iova, size)
+                    flat[at : at + size] = self.read(dma, iova, size)
             except DmaFault as fault:
                 fault.done += at
                 raise
             at += size
+
+
+def _event(dma: Dma, point: Point, iova: int, size: int, data: bytes | None = None) -> Event:
+    event = Event(point, address=iova, size=size, data=data, pasid=dma.pasid)
+    endpoint = dma.endpoint
+    if endpoint is not None:
+        event.requester = endpoint.requester_id
+        if (group := endpoint.group) is not None:
+            domain = group.domain_of(event.pasid)
+            event.group = group.number
+            event.domain = None if domain is None else domain.name
+            event.gpa = lambda: None if domain is None else domain.iova_to_phys(iova)
+            return event
+    event.gpa = lambda: iova
+    return event
 
 
 def _address(event: Event) -> int:
@@ -137,7 +125,7 @@ def _address(event: Event) -> int:
 
 
 class TappedRegions:
-    """Accesses by the guest, announced; none of them is left to the shim."""
+    """Passes accesses by the guest to the points; the shim carries out none of them by itself."""
 
     def __init__(self, regions: Regions, points: Points, wanted: Collection[Point]) -> None:
         self._regions = regions
@@ -175,11 +163,11 @@ class TappedRegions:
 
 
 def tap(backend: VfioBackend, wanted: Collection[Point], sink: Sink | None) -> None:
-    """`sink` gets the points `wanted` of a device from now on; any thread.  Without a sink: nobody does."""
+    """Arms the points `wanted` of a device: `sink` gets their events.  Without a sink it disarms all.  Any thread."""
     wanted = frozenset(wanted) if sink is not None else frozenset()
     points = backend.points
     points.arm(wanted, sink)
-    backend.dma.become(TappedDma if wanted & _DMA else Dma, points)
+    backend.dma.tap(DmaTap(points) if wanted & _DMA else None)
     backend.irqs.tap = functools.partial(_interrupt, points) if Point.IRQ in wanted else None
     _tap_regions(backend, wanted)
 

@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from vmodel._shim import NO_PASID
-from vmodel.dma import Dma
 from vmodel.errors import DmaFault, Reason
 from vmodel.inject.action import Action, Injection, milliseconds
 from vmodel.inject.predicate import OnePoint
@@ -235,7 +234,7 @@ class UseAfterUnmap(Action, name="use-after-unmap"):
         for name in at.event.others:
             if (device := at.engine.devices.get(name)) is not None:
                 try:
-                    Dma.write(device.dma, at.event.address or 0, repeated("ee", size))
+                    device.dma.untapped.write(at.event.address or 0, repeated("ee", size))
                 except DmaFault as fault:
                     at.result = fault.reason.name
         return data
