@@ -60,6 +60,7 @@ class _Line:
         self.bus_master = False
         self.courier: Courier | None = None
         self.endpoint: Endpoint | None = None
+        self.refused: Callable[[Reason], None] | None = None
         self.message_bytes = [0, 0]
         self.mended = 0
         self.port = _Port(self.requester)
@@ -186,7 +187,18 @@ class Dma:
         endpoint = self._line.endpoint
         mended = endpoint is not None and endpoint.faulted(fault, ask=ask)
         self._line.mended += mended
+        if not mended:
+            self.refused(fault.reason, fault.access)
         return mended
+
+    def refused(self, reason: Reason, access: Access) -> None:
+        """A request has failed for good.  A write is posted: its sender does not hear of that."""
+        if self._line.refused is not None and access & Access.READ:
+            self._line.refused(reason)
+
+    def on_refused(self, call: Callable[[Reason], None]) -> None:
+        """Calls `call` whenever a request that gets a completion fails: the config space's Status tells of it."""
+        self._line.refused = call
 
     @property
     def bus_master(self) -> bool:

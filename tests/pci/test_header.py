@@ -5,10 +5,14 @@ Each test quotes its section in own words.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+
 import pytest
 
 from tests.pci.card import Bare, Endpoint, Rig
 from tests.pci.conftest import Drive
+from vmodel.errors import Access, DmaFault, Reason
 
 ALL = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
 
@@ -209,3 +213,70 @@ def test_decoding(endpoint: Rig) -> None:
         endpoint.config_write(4, 2, command)
         assert endpoint.read((0, 0)) == (0 if command & 2 else ALL[4])
         assert endpoint.read((1, 0)) == (0 if command & 1 else ALL[4])
+
+
+# ---- errors --------------------------------------------------------------------------------------------
+
+
+def requests(card: Rig, call: Callable[[], object]) -> int:
+    """Status after the device has made a request, or tried to; the errors in it are cleared."""
+
+    def make() -> None:
+        with suppress(DmaFault):
+            call()
+
+    card.do(make)
+    status = card.config_read(6, 2)
+    card.config_write(6, 2, ALL[2])
+    assert card.config_read(6, 2) == 0x10
+    return status & ~0x10
+
+
+def test_requests_that_are_refused(endpoint: Rig) -> None:
+    """7.5.1.1.4, Received Master Abort: a requester got a completion with Unsupported Request.
+
+    A write has no completion, and with bus mastering off there is no request.
+    """
+    dma, nowhere = endpoint.device.dma, 1 << 40
+    endpoint.command(6)
+    for call in (
+        lambda: dma.read(nowhere, 8),
+        lambda: dma.readinto(nowhere, bytearray(8)),
+        lambda: dma.gather([(0x1000, 8), (nowhere, 8)]),
+        lambda: dma.fetch_add(nowhere, 8, 1),
+        lambda: dma.view(nowhere, 8).__enter__(),
+        lambda: dma.with_pasid(3).read(nowhere, 8),
+    ):
+        assert requests(endpoint, call) == 1 << 13
+    for call in (
+        lambda: dma.write(nowhere, bytes(8)),
+        lambda: dma.scatter([(nowhere, 8)], bytes(8)),
+        lambda: dma.read(0x1000, 8),
+        lambda: dma.fetch_add(0x1001, 8, 1),
+        lambda: dma.read((1 << 64) - 4, 8),
+    ):
+        assert requests(endpoint, call) == 0
+    endpoint.command(2)
+    assert requests(endpoint, lambda: dma.read(nowhere, 8)) == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "command", "status"),
+    [
+        (Reason.UNSUPPORTED_REQUEST, 0, 1 << 13),
+        (Reason.COMPLETER_ABORT, 0, 1 << 12),
+        (Reason.COMPLETION_TIMEOUT, 0, 0),
+        (Reason.POISONED, 0, 1 << 15),
+        (Reason.POISONED, 1 << 6, 1 << 15 | 1 << 8),
+        (Reason.NOT_MAPPED, 0, 1 << 13),
+    ],
+)
+def test_completions_with_errors(endpoint: Rig, reason: Reason, command: int, status: int) -> None:
+    """7.5.1.1.4: Received Target Abort by Completer Abort, Detected Parity Error by a poisoned TLP.
+
+    Master Data Parity Error besides, if Parity Error Response is set.
+    """
+    endpoint.command(command)
+    dma = endpoint.device.dma
+    assert requests(endpoint, lambda: dma.refused(reason, Access.WRITE)) == 0
+    assert requests(endpoint, lambda: dma.refused(reason, Access.READ)) == status

@@ -18,7 +18,7 @@ from vmodel.device.declare import Declaration
 from vmodel.device.regions import Regions
 from vmodel.device.state import State
 from vmodel.dma import Dma
-from vmodel.errors import DmaFault, GuestError
+from vmodel.errors import DmaFault, GuestError, Reason
 from vmodel.logs import limited
 from vmodel.memory import GuestMemory
 from vmodel.pci.bar import BankSlot
@@ -33,6 +33,18 @@ from vmodel.threads import Owner, owned
 from vmodel.timers import Agenda
 from vmodel.vfio_user.commands import IoEventFd, IrqInfo, RegionInfo, SetIrqs
 from vmodel.vfio_user.wire import Irq, Region
+
+#: No request was sent, or nothing has come back.
+_NO_COMPLETION = frozenset(
+    (
+        Reason.BUS_MASTER_OFF,
+        Reason.WRAP,
+        Reason.UNALIGNED,
+        Reason.NO_FILE,
+        Reason.WOULD_DEADLOCK,
+        Reason.COMPLETION_TIMEOUT,
+    )
+)
 
 
 class Model(Protocol):
@@ -111,6 +123,7 @@ class VfioBackend:
         self._events: list[IoEventFd] = []
         self._event_registers: list[tuple[int, int, int]] = []
         self.config = self._lay_out(multifunction)
+        self.dma.on_refused(self._refused)
         #: DEVICE_GET_REGION_INFO, by VFIO region index.
         self.region_infos = self._region_infos()
         self._state: State | None = None
@@ -246,6 +259,16 @@ class VfioBackend:
         for capability in self.config.capabilities:
             if isinstance(capability, Pcie):
                 capability.regs.DEVSTA |= errors
+
+    def _refused(self, reason: Reason) -> None:
+        """A completion has come that is none of success (PCIe 5.0, 7.5.1.1.4)."""
+        header = self.config.header
+        if reason is Reason.POISONED:
+            header.STATUS |= Status.DETECTED_PARITY.mask | (Status.PARITY.mask if self.config.command.PARITY else 0)
+        elif reason is Reason.COMPLETER_ABORT:
+            header.STATUS |= Status.RECEIVED_TARGET_ABORT.mask
+        elif reason not in _NO_COMPLETION:
+            header.STATUS |= Status.RECEIVED_MASTER_ABORT.mask
 
     def config_written(self) -> None:
         """Updates the driver's phase (`Points`) after a config space write that exits."""

@@ -91,6 +91,7 @@ class Injection:
         write = event.write if event.point is Point.TRANSLATE else event.point is Point.DMA_WRITE
         access = Access.WRITE if write else Access.READ
         self.result = reason.name
+        self.device.dma.refused(reason, access)
         return DmaFault(reason, (event.address or 0) + done, access, done, event.pasid, level=level)
 
     def ones(self) -> bytes:
