@@ -193,6 +193,27 @@ def test_reserved_registers(started: Callable[..., Driver]) -> None:
             assert access.region_read(0, offset, 4) == 0, hex(offset)
 
 
+def test_what_registers_keep(started: Callable[..., Driver]) -> None:
+    """3.1.1, 3.1.2, 3.1.6: CAP, VS and CSTS are read-only, but for NSSRO.  3.1.8: AQA 31:28, 15:12 are reserved.
+
+    3.1.9, 3.1.10: bits 11:0 of ASQ and ACQ are reserved.  3.1.5: so are bits 31:24 and 3:1 of CC.
+    """
+    driver = started(namespaces=[])
+    driver.disable()
+    for register, kept in (
+        (ControllerRegs.CAP, driver.get(ControllerRegs.CAP)),
+        (ControllerRegs.VS, 0x0001_0400),
+        (ControllerRegs.CSTS, 0),
+        (ControllerRegs.AQA, 0x0FFF_0FFF),
+        (ControllerRegs.ASQ, (1 << 64) - 4096),
+        (ControllerRegs.ACQ, (1 << 64) - 4096),
+    ):
+        driver.put(register, (1 << register.width) - 1)
+        assert driver.get(register) == kept, register
+    driver.put(ControllerRegs.CC, 0xFF00_000E)
+    assert driver.get(ControllerRegs.CC) == 0
+
+
 def test_nothing_is_taken_before_it_is_ready(driver: Driver) -> None:
     """7.6.1: commands are submitted once RDY is set; 3.1.25: doorbells of a controller that is disabled do nothing."""
     driver.disable()

@@ -71,6 +71,7 @@ class Edu(PciDevice):
     """QEMU's educational PCI device."""
 
     vendor_id, device_id, class_code, revision = 0x1234, 0x11E8, 0x00FF00, 0x10
+    subsystem_vendor_id, subsystem_id = 0x1AF4, 0x1100
 
     # Parts are declared as attributes.  On an instance, `regs` is its own bank (self.regs.ID reads a register),
     # `intx` its interrupt pin, and so on.

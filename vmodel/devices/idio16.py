@@ -36,6 +36,7 @@ class Idio16(PciDevice):
     """ACCES PCI-IDIO-16 isolated digital I/O card."""
 
     vendor_id, device_id, class_code = 0x494F, 0x0DC8, 0x110000
+    subsystem_vendor_id, subsystem_id = vendor_id, device_id
 
     bar2 = IoBar(2, size=8)
     regs = bar2.bank(Idio16Regs, at=0)

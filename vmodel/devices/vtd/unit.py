@@ -83,6 +83,7 @@ class VtdDevice(IommuDevice):
 
     # Nobody's ids: no driver is to bind.  Class: a system peripheral without a kind.
     vendor_id, device_id, class_code = 0x1234, 0x56D0, 0x088000
+    subsystem_vendor_id, subsystem_id = vendor_id, device_id
     # SeaBIOS puts the largest BAR first, and all of them as far up below the I/O APIC (0xfec0_0000) as its alignment
     # allows.  One of 256 MiB is at 0xe000_0000 whatever the others are, as long as they and the windows of bridges take
     # no more than 236 MiB; one of 16 MiB moves when there are some root ports.
