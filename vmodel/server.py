@@ -315,7 +315,7 @@ class Connection:
         return body
 
 
-class Endpoint:
+class ServedDevice:
     """A device, its socket and its thread."""
 
     def __init__(self, device: VfioBackend, path: Path, limits: Limits) -> None:
@@ -465,7 +465,7 @@ class Server:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
-        self._endpoints: list[Endpoint] = []
+        self._endpoints: list[ServedDevice] = []
         self._devices: list[PciDevice] = []
         self._stopped = threading.Event()
 
@@ -474,7 +474,7 @@ class Server:
 
         ConfigError: another server uses the path, it is not a socket or too long, or the device cannot be opened.
         """
-        endpoint = Endpoint(device.backend, Path(path), self._limits)
+        endpoint = ServedDevice(device.backend, Path(path), self._limits)
         self._endpoints.append(endpoint)
         self._devices.append(device)
         device.open()

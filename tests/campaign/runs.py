@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.campaign.files import campaign_file
 from tests.cli.commands import environ
-from vmodel.campaign.store import Row, Store
+from vmodel.campaign.store import ResultStore, Row
 from vmodel.patience import patience
 
 
@@ -24,7 +24,7 @@ def write(folder: Path, workload: str, *, seeds: int = 5, name: str = "c", **mor
 
 
 def rows(folder: Path) -> list[Row]:
-    with Store.open(folder) as store:
+    with ResultStore.open(folder) as store:
         return store.rows()
 
 

@@ -16,7 +16,7 @@ from vmodel.campaign.matrix import Run
 from vmodel.campaign.report import FORMATS
 from vmodel.campaign.rig import harness_error
 from vmodel.campaign.statistics import Rate
-from vmodel.campaign.store import Store
+from vmodel.campaign.store import ResultStore
 from vmodel.campaign.summary import Summary
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
@@ -105,10 +105,10 @@ def test_the_page_is_well_formed(finished: Path) -> None:
 
 
 @pytest.fixture
-def evil(tmp_path: Path) -> Store:
+def evil(tmp_path: Path) -> ResultStore:
     """A store in which every text is hostile."""
     name = 'a <b> & "c" \''
-    with Store.create(
+    with ResultStore.create(
         tmp_path / "e <v> il.runs", {"kind": "campaign", "name": name, "file": EVIL[:40].replace("\ud800", "")}
     ) as store:
         case = Case(machine=Path("m"), workload="w", seed=2**64 - 1)
@@ -122,10 +122,10 @@ def evil(tmp_path: Path) -> Store:
         part.mkdir()
         (part / "a b#c").touch()
         store.finish(id, part, result, "", 1.0)
-    return Store.open(tmp_path / "e <v> il.runs")
+    return ResultStore.open(tmp_path / "e <v> il.runs")
 
 
-def test_hostile_texts(evil: Store, tmp_path: Path) -> None:
+def test_hostile_texts(evil: ResultStore, tmp_path: Path) -> None:
     with evil as store:
         said = {form: make(Summary(store, tmp_path)) for form, make in FORMATS.items()}
     parser = _Tags()
@@ -149,7 +149,7 @@ def test_artefacts_are_in_the_runs_folder(tmp_path: Path) -> None:
         "e": "ok.log",
         "f": "sub/ok.log",
     }
-    with Store.create(tmp_path / "x.runs", {"kind": "campaign", "name": "x"}) as store:
+    with ResultStore.create(tmp_path / "x.runs", {"kind": "campaign", "name": "x"}) as store:
         (id,) = store.add([Run(machine="m", kernel="", workload="w", plan="p", seed=0, case=case)])
         result = harness_error(case, "status", "x").model_copy(update={"artefacts": bad})
         row = store.finish(id, store.part(id), result, "", 1.0)
@@ -162,7 +162,7 @@ def test_artefacts_are_in_the_runs_folder(tmp_path: Path) -> None:
 def test_a_role_is_said_with_its_release(tmp_path: Path) -> None:
     """The archive moved on between two runs; a third one never booted."""
     case = Case(machine=Path("m"), workload="w")
-    with Store.create(tmp_path / "x.runs", {"kind": "campaign", "name": "x"}) as store:
+    with ResultStore.create(tmp_path / "x.runs", {"kind": "campaign", "name": "x"}) as store:
         said = [("backports", "7.2.12+x"), ("backports", "7.3.4+x"), ("backports", None), ("6.12", "6.12.9+x")]
         for seed, (kernel, release) in enumerate(said):
             run = Run(machine="m", kernel=kernel, workload="w", plan="p", seed=seed, case=case)
@@ -178,7 +178,7 @@ def test_a_role_is_said_with_its_release(tmp_path: Path) -> None:
 
 
 def test_before_anything_has_ended(tmp_path: Path) -> None:
-    with Store.create(tmp_path / "x.runs", {"kind": "campaign", "name": "x"}) as store:
+    with ResultStore.create(tmp_path / "x.runs", {"kind": "campaign", "name": "x"}) as store:
         case = Case(machine=Path("m"), workload="w")
         store.add([Run(machine="m", kernel="", workload="w", plan="p", seed=0, case=case)])
         page, table, tests = (make(Summary(store, tmp_path)) for make in FORMATS.values())

@@ -11,7 +11,7 @@ from tests.cli.commands import EXAMPLE, in_terminal, serving, vmodel
 from tests.hostile import EVIL, is_clean
 from vmodel.campaign.matrix import Run
 from vmodel.campaign.rig import harness_error
-from vmodel.campaign.store import Store
+from vmodel.campaign.store import ResultStore
 from vmodel.experiment.case import Case
 from vmodel.printable import printable
 
@@ -26,7 +26,7 @@ def evil(tmp_path: Path) -> Path:
     (tmp_path / "q.toml").write_text(f"[[rule]]\npoint = {quoted}\n")
     (tmp_path / "c.toml").write_text(f"[campaign]\nname = {quoted}\n")
     case = Case(machine=tmp_path / "m.toml", workload="w", name=EVIL)
-    with Store.create(tmp_path / "x.runs", {"kind": "campaign", "name": EVIL, "file": EVIL}) as store:
+    with ResultStore.create(tmp_path / "x.runs", {"kind": "campaign", "name": EVIL, "file": EVIL}) as store:
         (id,) = store.add(
             [Run(machine=EVIL, kernel="", workload=EVIL, plan=EVIL, seed=0, case=case, rig=f"{EVIL}.py:X")]
         )

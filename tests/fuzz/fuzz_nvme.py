@@ -11,7 +11,7 @@ import atheris
 
 with atheris.instrument_imports(include=["vmodel.devices.nvme"]):
     from tests.nvme.driver import Driver, Pair, start
-    from vmodel.devices.nvme.command import Command
+    from vmodel.devices.nvme.command import NvmeCommand
 
 from tests.fuzz.harness import Input, fuzz
 
@@ -78,7 +78,7 @@ def command(source: Input, opcodes: list[int], cid: int) -> bytes:
     what, form = source.number(1), source.number(1)
     opcode = opcodes[source.number(1) % len(opcodes)] if what & 128 == 0 else source.number(1)
     raw = bytearray(
-        Command.make(
+        NvmeCommand.make(
             opcode,
             nsid=NAMESPACES[what & 7] if what & 7 < len(NAMESPACES) else source.number(4),
             dptr=data_pointer(source, sgl=bool(form & 1)),

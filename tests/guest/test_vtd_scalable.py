@@ -10,7 +10,7 @@ import pytest
 
 from tests.guest.ats_edu import AtsEdu
 from tests.guest.rng import MARK
-from vmodel.devices.vtd.regs import Mode, RootAddress
+from vmodel.devices.vtd.regs import RootAddress, TranslationTableMode
 from vmodel.devices.vtd.unit import VtdDevice
 from vmodel.guest.artifacts import find_kernel
 from vmodel.guest.running import Guest, GuestSpec
@@ -79,7 +79,7 @@ def test_scalable_mode(
             spec.qemu_args = machine.qemu_args(tmp_path)
             with Guest(spec, artifacts=artifacts) as guest:
                 got = guest.expect(rb"(?s)(.{12800})")[1]
-                assert RootAddress(unit.contexts.tables.root).TTM == Mode.SCALABLE
+                assert RootAddress(unit.contexts.tables.root).TTM == TranslationTableMode.SCALABLE
                 assert table_of(machine, "rng0") == (TableFormat.X86, 5)
                 seen = machine.devices["rng0"].seen  # type: ignore[attr-defined]
                 guest.send(b"\n")

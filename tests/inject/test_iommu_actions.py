@@ -13,8 +13,8 @@ import pytest
 from tests.inject.lab import fired
 from tests.iommu import vtd_bench as vtd
 from tests.virtio import world as viommu
-from vmodel.devices.virtio_iommu import Status
-from vmodel.devices.vtd.codes import Code
+from vmodel.devices.virtio_iommu import RequestStatus
+from vmodel.devices.vtd.codes import FaultCode
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.machine import Machine, parse
@@ -55,16 +55,18 @@ def armed(machine: Machine, *rules: str) -> Iterator[Engine]:
 
 def test_a_mapping_that_is_not_made(world: viommu.World) -> None:
     with armed(world.machine, "iommu.map nth=1 device=a do=drop") as engine:
-        assert world.map(1, IOVA, LAST, GPA) is Status.OK
+        assert world.map(1, IOVA, LAST, GPA) is RequestStatus.OK
         assert world.reaches("a", IOVA) is None
-        assert world.map(1, IOVA, LAST, GPA) is Status.OK
+        assert world.map(1, IOVA, LAST, GPA) is RequestStatus.OK
         assert world.reaches("a", IOVA) == GPA
         (record,) = fired(engine)
         assert (record["device"], record["address"], record["size"]) == ("viommu0", "0x10000", 4096)
 
 
-@pytest.mark.parametrize(("why", "status"), [("nomem", Status.NOMEM), ("inval", Status.INVAL), ("range", Status.RANGE)])
-def test_a_mapping_that_is_refused(world: viommu.World, why: str, status: Status) -> None:
+@pytest.mark.parametrize(
+    ("why", "status"), [("nomem", RequestStatus.NOMEM), ("inval", RequestStatus.INVAL), ("range", RequestStatus.RANGE)]
+)
+def test_a_mapping_that_is_refused(world: viommu.World, why: str, status: RequestStatus) -> None:
     with armed(world.machine, f"iommu.map do=fail({why})"):
         assert world.map(1, IOVA, LAST, GPA) is status
     assert world.reaches("a", IOVA) is None
@@ -73,17 +75,17 @@ def test_a_mapping_that_is_refused(world: viommu.World, why: str, status: Status
 def test_unmap(world: viommu.World) -> None:
     world.map(1, IOVA, LAST, GPA)
     with armed(world.machine, "iommu.unmap nth=1 do=fail(range)", "iommu.unmap nth=2 do=drop"):
-        assert world.unmap(1, IOVA, LAST) is Status.RANGE
-        assert world.unmap(1, IOVA, LAST) is Status.OK
+        assert world.unmap(1, IOVA, LAST) is RequestStatus.RANGE
+        assert world.unmap(1, IOVA, LAST) is RequestStatus.OK
         assert world.reaches("a", IOVA) == GPA
-        assert world.unmap(1, IOVA, LAST) is Status.OK
+        assert world.unmap(1, IOVA, LAST) is RequestStatus.OK
         assert world.reaches("a", IOVA) is None
 
 
 def test_a_late_unmap_and_a_slow_one(world: viommu.World) -> None:
     world.map(1, IOVA, LAST, GPA)
     with armed(world.machine, "iommu.unmap do=late(30)"):
-        assert world.unmap(1, IOVA, LAST) is Status.OK
+        assert world.unmap(1, IOVA, LAST) is RequestStatus.OK
         assert world.reaches("a", IOVA) == GPA
         time.sleep(0.05)
         world.settle()
@@ -116,9 +118,9 @@ def test_a_skipped_invalidation(world: viommu.World) -> None:
     world.map(1, IOVA, LAST, GPA)
     assert world.reaches("a", IOVA) == GPA
     with armed(world.machine, "invalidate device=a kind=iotlb iova=0x10000 do=drop"):
-        assert world.unmap(1, IOVA, LAST) is Status.OK
+        assert world.unmap(1, IOVA, LAST) is RequestStatus.OK
     assert world.reaches("a", IOVA) == GPA  # stale
-    assert world.map(1, IOVA, LAST, 0x90000) is Status.OK
+    assert world.map(1, IOVA, LAST, 0x90000) is RequestStatus.OK
     assert world.reaches("a", IOVA) == GPA
 
 
@@ -230,7 +232,7 @@ def test_vtd_reports_it(bench: vtd.Bench) -> None:
     """Also at the first access, when the unit has not yet read the device's entry."""
     with armed(bench.machine, "dma.read device=edu0 do=fault"):
         assert bench.refused("edu0", IOVA + 4) is Reason.NOT_MAPPED
-    assert bench.record() == (IOVA, Code.NO_READ, vtd.SID["edu0"], True)
+    assert bench.record() == (IOVA, FaultCode.NO_READ, vtd.SID["edu0"], True)
     bench.read("edu0", IOVA)
 
 

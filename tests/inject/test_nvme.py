@@ -12,8 +12,8 @@ import pytest
 from tests.inject.lab import fired
 from tests.nvme.conftest import driver, started  # noqa: F401  fixtures
 from tests.nvme.driver import Driver, Pair, prps, raised
-from vmodel.devices.nvme.command import Command
-from vmodel.devices.nvme.status import Status
+from vmodel.devices.nvme.command import NvmeCommand
+from vmodel.devices.nvme.status import NvmeStatus
 from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.vfio_user.wire import Irq
 
@@ -45,7 +45,7 @@ class Disk:
 
     def post(self, lba: int = 0) -> int:
         """A read that nobody waits for; its identifier."""
-        cid = self.pair.write(Command.make(READ, nsid=1, dptr=prps(self.driver.page), cdw10=lba))
+        cid = self.pair.write(NvmeCommand.make(READ, nsid=1, dptr=prps(self.driver.page), cdw10=lba))
         self.pair.ring()
         return cid
 
@@ -97,7 +97,7 @@ def test_wrong_status_and_id(disk: Disk) -> None:
     ):
         disk.post()
         (done,) = disk.pair.reap()
-        assert done.status == Status.UNRECOVERED_READ
+        assert done.status == NvmeStatus.UNRECOVERED_READ
         disk.post()
         (done,) = disk.pair.reap()
         assert (done.cid, done.status) == (99, 0)
@@ -136,7 +136,7 @@ def test_an_aborted_read_is_an_io_error(disk: Disk) -> None:
     disk.write(b"old!" * 128)
     page = disk.driver.page
     with armed(disk, f"dma.read iova={page:#x}+4K nth=1 do=abort"):
-        assert disk.write(b"new!" * 128) & 0x7FF == Status.DATA_TRANSFER_ERROR
+        assert disk.write(b"new!" * 128) & 0x7FF == NvmeStatus.DATA_TRANSFER_ERROR
     assert disk.read() == b"old!" * 128
 
 

@@ -50,7 +50,7 @@ from tests.iommu.vtd_bench import (
     VER,
     Bench,
 )
-from vmodel.devices.vtd.codes import Code
+from vmodel.devices.vtd.codes import FaultCode
 from vmodel.errors import ConfigError, DmaFault, PeerError, Reason
 from vmodel.iommu.domain import IdentityDomain, TableDomain
 from vmodel.machine import parse
@@ -88,7 +88,7 @@ def test_capabilities_of_the_machine_file() -> None:
     bench.on()
     bench.translate("edu0")  # four levels are not there
     bench.refused("edu0", 0)
-    assert bench.record() == (0, Code.CONTEXT_INVALID, 0x18, True)
+    assert bench.record() == (0, FaultCode.CONTEXT_INVALID, 0x18, True)
     bench.close()
 
 
@@ -144,7 +144,7 @@ def test_second_stage(bench: Bench, levels: int) -> None:
     assert group is not None and isinstance(group.domain, TableDomain)
     assert group.domain.iova_to_phys(iova + 5) == DATA + 5
     assert bench.refused("edu1", iova) is Reason.BLOCKED
-    assert bench.get(FSTS) == PPF and bench.record() == (iova, Code.CONTEXT_NOT_PRESENT, 0x20, True)
+    assert bench.get(FSTS) == PPF and bench.record() == (iova, FaultCode.CONTEXT_NOT_PRESENT, 0x20, True)
 
 
 def test_large_pages(bench: Bench) -> None:
@@ -185,10 +185,10 @@ def test_one_domain_for_two_devices(bench: Bench) -> None:
 def test_what_is_not_present_is_not_cached(bench: Bench) -> None:
     bench.on()
     bench.refused("edu0", 0x5000)
-    assert bench.record() == (0x5000, Code.ROOT_NOT_PRESENT, 0x18, True)
+    assert bench.record() == (0x5000, FaultCode.ROOT_NOT_PRESENT, 0x18, True)
     root = bench.translate("edu0")
     bench.refused("edu0", 0x5000)
-    assert bench.record(1) == (0x5000, Code.NO_READ, 0x18, True)
+    assert bench.record(1) == (0x5000, FaultCode.NO_READ, 0x18, True)
     bench.map(root, 0x5000, DATA)
     bench.read("edu0", 0x5000)
 
@@ -374,8 +374,8 @@ def test_state(bench: Bench) -> None:
     assert other.read("edu0", 0x5000) == b"move"
     assert other.unit.config.header.VENDOR_ID == 0xFFFF
     other.refused("edu0", 0x2000)
-    assert other.record(0) == (0x1000, Code.NO_READ, 0x18, True)
-    assert other.record(1) == (0x2000, Code.NO_READ, 0x18, True)
+    assert other.record(0) == (0x1000, FaultCode.NO_READ, 0x18, True)
+    assert other.record(1) == (0x2000, FaultCode.NO_READ, 0x18, True)
     other.put(GCMD, 0)
     other.refused("edu0", 2 * MiB)  # protected
     other.close()

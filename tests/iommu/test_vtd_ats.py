@@ -8,7 +8,7 @@ import pytest
 
 from tests.iommu.ats import DTE, MODEL, edu, switch
 from tests.iommu.vtd_bench import DATA, FSTS, PASIDE, PRESENT, ROOT, USER, Bench, ScalableBench
-from vmodel.devices.vtd.codes import Code
+from vmodel.devices.vtd.codes import FaultCode
 from vmodel.errors import DmaFault, Reason
 
 
@@ -114,7 +114,7 @@ def test_scalable_mode_has_to_allow_it(ats: ScalableBench) -> None:
         read(ats, 5, 0)
     ats.run()
     assert caught.value.reason is Reason.BLOCKED
-    assert ats.record() == (0x5000, Code.SM_NO_DEVICE_TLB, 0x18, True)
+    assert ats.record() == (0x5000, FaultCode.SM_NO_DEVICE_TLB, 0x18, True)
     switch(ats, False)
     ats.put(0x18, 0)
     ats.put(0x18, 1 << 31)
@@ -144,7 +144,7 @@ def test_legacy_mode_has_to_allow_it(kind: int, allowed: bool) -> None:
         assert edu(bench).dma.read(0x5000, 1) == b"\1"
     else:
         bench.refused("edu0", 0x5000)
-        assert bench.record() == (0x5000, Code.NO_DEVICE_TLB, 0x18, True)
+        assert bench.record() == (0x5000, FaultCode.NO_DEVICE_TLB, 0x18, True)
     bench.close()
 
 
@@ -161,5 +161,5 @@ def test_a_unit_without() -> None:
     assert bench.refused("edu0", 0x5000) is Reason.NOT_MAPPED
     bench.context("edu1", root | 1 << 2 | 1, 7 << 8 | 2)
     bench.refused("edu1", 0x5000)
-    assert bench.record(1) == (0x5000, Code.CONTEXT_INVALID, 0x20, True)
+    assert bench.record(1) == (0x5000, FaultCode.CONTEXT_INVALID, 0x20, True)
     bench.close()

@@ -22,7 +22,7 @@ from tests.iommu.vtd_bench import (
     TABLES,
     Bench,
 )
-from vmodel.devices.vtd.codes import Code
+from vmodel.devices.vtd.codes import FaultCode
 from vmodel.errors import DmaFault
 from vmodel.pci.caps import ResetKind
 
@@ -32,27 +32,27 @@ from vmodel.pci.caps import ResetKind
 @pytest.mark.parametrize(
     "code,root,context",
     [
-        (Code.ROOT_NOT_PRESENT, (CONTEXT, 0), (0, 0)),
-        (Code.ROOT_RESERVED, (CONTEXT | 3, 0), (0, 0)),
-        (Code.ROOT_RESERVED, (CONTEXT | 1, 1), (0, 0)),
-        (Code.ROOT_RESERVED, (CONTEXT | 1 | 1 << 60, 0), (0, 0)),
-        (Code.CONTEXT_ACCESS, (OUTSIDE | 1, 0), (0, 0)),
-        (Code.CONTEXT_NOT_PRESENT, (CONTEXT | 1, 0), (TABLES, 0x702)),
-        (Code.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 0x11, 0x702)),
-        (Code.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 1, 0x782)),
-        (Code.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 1, 1 << 32 | 0x702)),
-        (Code.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 1 | 1 << 60, 0x702)),
-        (Code.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 5, 0x702)),
-        (Code.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 13, 0x702)),
-        (Code.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 1, 0x700)),
-        (Code.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 1, 0x703)),
-        (Code.TABLE_ACCESS, (CONTEXT | 1, 0), (OUTSIDE | 1, 0x702)),
-        (Code.NO_READ, (CONTEXT | 1, 0), (TABLES | 1, 0x702)),
+        (FaultCode.ROOT_NOT_PRESENT, (CONTEXT, 0), (0, 0)),
+        (FaultCode.ROOT_RESERVED, (CONTEXT | 3, 0), (0, 0)),
+        (FaultCode.ROOT_RESERVED, (CONTEXT | 1, 1), (0, 0)),
+        (FaultCode.ROOT_RESERVED, (CONTEXT | 1 | 1 << 60, 0), (0, 0)),
+        (FaultCode.CONTEXT_ACCESS, (OUTSIDE | 1, 0), (0, 0)),
+        (FaultCode.CONTEXT_NOT_PRESENT, (CONTEXT | 1, 0), (TABLES, 0x702)),
+        (FaultCode.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 0x11, 0x702)),
+        (FaultCode.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 1, 0x782)),
+        (FaultCode.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 1, 1 << 32 | 0x702)),
+        (FaultCode.CONTEXT_RESERVED, (CONTEXT | 1, 0), (TABLES | 1 | 1 << 60, 0x702)),
+        (FaultCode.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 5, 0x702)),
+        (FaultCode.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 13, 0x702)),
+        (FaultCode.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 1, 0x700)),
+        (FaultCode.CONTEXT_INVALID, (CONTEXT | 1, 0), (TABLES | 1, 0x703)),
+        (FaultCode.TABLE_ACCESS, (CONTEXT | 1, 0), (OUTSIDE | 1, 0x702)),
+        (FaultCode.NO_READ, (CONTEXT | 1, 0), (TABLES | 1, 0x702)),
         # Software may keep things in AVAIL.
-        (Code.NO_READ, (CONTEXT | 1, 0), (TABLES | 1, 0x77A)),
+        (FaultCode.NO_READ, (CONTEXT | 1, 0), (TABLES | 1, 0x77A)),
     ],
 )
-def test_tables_of_devices(bench: Bench, code: Code, root: tuple[int, int], context: tuple[int, int]) -> None:
+def test_tables_of_devices(bench: Bench, code: FaultCode, root: tuple[int, int], context: tuple[int, int]) -> None:
     bench.words(ROOT, *root)
     bench.words(CONTEXT + 16 * SID["edu0"], *context)
     bench.on()
@@ -64,19 +64,19 @@ def test_tables_of_devices(bench: Bench, code: Code, root: tuple[int, int], cont
 def test_the_root_is_nowhere(bench: Bench, root: int) -> None:
     bench.on(root)
     bench.refused("edu0", 0x7000)
-    assert bench.record() == (0x7000, Code.ROOT_ACCESS, 0x18, True)
+    assert bench.record() == (0x7000, FaultCode.ROOT_ACCESS, 0x18, True)
 
 
 @pytest.mark.parametrize(
     "entry,write,code",
     [
-        (0, True, Code.NO_WRITE),
-        (DATA | 1, True, Code.NO_WRITE),
-        (DATA | 2, False, Code.NO_READ),
-        (DATA | 3 | 1 << 62, False, Code.TABLE_RESERVED),
+        (0, True, FaultCode.NO_WRITE),
+        (DATA | 1, True, FaultCode.NO_WRITE),
+        (DATA | 2, False, FaultCode.NO_READ),
+        (DATA | 3 | 1 << 62, False, FaultCode.TABLE_RESERVED),
     ],
 )
-def test_pages(bench: Bench, entry: int, write: bool, code: Code) -> None:
+def test_pages(bench: Bench, entry: int, write: bool, code: FaultCode) -> None:
     root = bench.translate("edu0")
     bench.words(bench.slot(root, 0x7000, 4), entry)
     bench.on()
@@ -88,7 +88,7 @@ def test_too_wide(bench: Bench) -> None:
     bench.translate("edu0", levels=3)
     bench.on()
     bench.refused("edu0", 1 << 39, write=True)
-    assert bench.record() == (1 << 39, Code.ADDRESS_TOO_WIDE, 0x18, False)
+    assert bench.record() == (1 << 39, FaultCode.ADDRESS_TOO_WIDE, 0x18, False)
 
 
 def test_no_report_is_wanted(bench: Bench) -> None:

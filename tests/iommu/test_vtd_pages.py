@@ -45,7 +45,7 @@ from tests.iommu.vtd_bench import (
     ScalableBench,
 )
 from vmodel.devices.vtd import pages
-from vmodel.devices.vtd.codes import Code
+from vmodel.devices.vtd.codes import FaultCode
 from vmodel.devices.vtd.unit import VtdDevice
 from vmodel.errors import DmaFault, Reason
 from vmodel.iommu.fault import PageResponse
@@ -189,7 +189,7 @@ def test_a_page_that_does_not_come(pri: PageBench) -> None:
             pri.result(done)
         assert caught.value.reason is Reason.NOT_MAPPED
         pri.run()
-        assert pri.record(n) == (0x5000, Code.FIRST_NOT_PRESENT, 0x18, True)
+        assert pri.record(n) == (0x5000, FaultCode.FIRST_NOT_PRESENT, 0x18, True)
 
 
 @pytest.mark.parametrize("response", [15, 7])
@@ -284,7 +284,7 @@ def test_who_may_not_ask(what: str) -> None:
     with pytest.raises(DmaFault):
         bench.result(bench.start(0x5000))
     bench.run()
-    wanted = Code.NO_PAGE_REQUESTS if what == "PRE" else Code.FIRST_NOT_PRESENT
+    wanted = FaultCode.NO_PAGE_REQUESTS if what == "PRE" else FaultCode.FIRST_NOT_PRESENT
     assert bench.record() == (0x5000, wanted, 0x18, True)
     assert bench.get(PQT, 8) == 0 and bench.get(PRS) == 0
     bench.close()

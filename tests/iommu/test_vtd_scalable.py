@@ -47,7 +47,7 @@ from tests.iommu.vtd_bench import (
     refused,
 )
 from vmodel.devices.vtd import contexts as contexts_module
-from vmodel.devices.vtd.codes import Code
+from vmodel.devices.vtd.codes import FaultCode
 from vmodel.errors import ConfigError, DmaFault, Reason
 from vmodel.iommu.domain import DomainType, IdentityDomain, TableDomain
 
@@ -146,7 +146,7 @@ def test_nested(scalable: ScalableBench) -> None:
         scalable.map(second, table, table)
     scalable.on()
     assert refused(scalable, "edu0", IOVA) is Reason.NOT_MAPPED
-    assert code(scalable) == Code.SECOND_PERMISSION
+    assert code(scalable) == FaultCode.SECOND_PERMISSION
     scalable.map(second, 0x50_0000, DATA)
     scalable.ram[DATA : DATA + 4] = b"nest"
     assert read(scalable, "edu0", IOVA) == b"nest"
@@ -187,7 +187,7 @@ def test_pasids(scalable: ScalableBench) -> None:
     assert group is not None and set(group.pasids) == {1, 63}
     assert refused(scalable, "edu0", IOVA, 2) is Reason.PASID
     page, info = scalable.get(RECORDS, 8), scalable.get(RECORDS + 8, 8)
-    assert page == IOVA and info == 3 << 62 | 2 << 40 | Code.PASID_NOT_PRESENT << 32 | 1 << 31 | 0x18
+    assert page == IOVA and info == 3 << 62 | 2 << 40 | FaultCode.PASID_NOT_PRESENT << 32 | 1 << 31 | 0x18
     scalable.put(GCMD, 0)
     assert not group.pasids
     assert refused(scalable, "edu0", IOVA, 1) is Reason.PASID
@@ -328,7 +328,7 @@ def test_context_entries(scalable: ScalableBench, descriptor: tuple[int, int], g
     scalable.queue(descriptor)
     if gone:
         assert refused(scalable, "edu0", 0x1000) is Reason.BLOCKED
-        assert code(scalable) == Code.SM_CONTEXT_NOT_PRESENT
+        assert code(scalable) == FaultCode.SM_CONTEXT_NOT_PRESENT
     else:
         read(scalable, "edu0", 0x1000)
 
@@ -497,4 +497,4 @@ def test_the_tables_of_one_device_are_not_the_others(scalable: ScalableBench) ->
     scalable.on()
     read(scalable, "edu0", 0x1000, 1)
     refused(scalable, "edu1", 0x1000, 1)
-    assert scalable.record() == (0x1000, Code.PASID_NOT_PRESENT, SM_SID["edu1"], True)
+    assert scalable.record() == (0x1000, FaultCode.PASID_NOT_PRESENT, SM_SID["edu1"], True)

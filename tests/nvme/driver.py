@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmodel.devices.nvme import Nvme
-from vmodel.devices.nvme.command import Command, Completion
-from vmodel.devices.nvme.regs import Aqa, Cap, Cc, ControllerRegs, Csts
-from vmodel.devices.nvme.status import Status
+from vmodel.devices.nvme.command import Completion, NvmeCommand
+from vmodel.devices.nvme.regs import Aqa, Cc, ControllerRegs, Csts, NvmeCap
+from vmodel.devices.nvme.status import NvmeStatus
 from vmodel.patience import patience
 from vmodel.regs import Register
 from vmodel.vfio_user.commands import IrqAction, SetIrqs
@@ -64,7 +64,7 @@ class Pair:
         self.phase = 1
         self._cid = 0
 
-    def write(self, command: Command) -> int:
+    def write(self, command: NvmeCommand) -> int:
         """Puts a command into the queue, under an identifier of its own if it has none; rings no doorbell."""
         raw = bytearray(command.build())
         if not command.cid:
@@ -106,7 +106,7 @@ class Pair:
 
     def send(self, opcode: int, **fields: Any) -> Completion:
         """One command, and its completion."""
-        cid = self.write(Command.make(opcode, **fields))
+        cid = self.write(NvmeCommand.make(opcode, **fields))
         self.ring()
         (completion,) = self.wait()
         assert completion.cid == cid and completion.sqid == self.qid
@@ -159,7 +159,7 @@ class Driver:
 
     def set_up(self) -> None:
         """Admin queues, before enabling."""
-        self.stride = 4 << Cap(self.get(ControllerRegs.CAP)).DSTRD
+        self.stride = 4 << NvmeCap(self.get(ControllerRegs.CAP)).DSTRD
         self.put(ControllerRegs.AQA, Aqa.ACQS.put(self.admin.completions - 1, self.admin.completions - 1))
         self.put(ControllerRegs.ASQ, self.admin.sq)
         self.put(ControllerRegs.ACQ, self.admin.cq)
@@ -234,7 +234,7 @@ def prps(first: int, second: int = 0) -> bytes:
 
 def name(completion: Completion) -> str:
     """The status of a completion."""
-    return Status(completion.status & 0x7FF).name
+    return NvmeStatus(completion.status & 0x7FF).name
 
 
 def start(params: Mapping[str, Any] | None = None) -> Driver:

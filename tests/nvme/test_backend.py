@@ -16,9 +16,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vmodel._shim import Function
+from vmodel._shim import FunctionRegions
 from vmodel._shim.store import Store, Workers
-from vmodel.devices.nvme.backend import Backend, FileBackend, Job, MemoryBackend, Op
+from vmodel.devices.nvme.backend import BlockBackend, FileBackend, Job, MemoryBackend, Op
 from vmodel.errors import ConfigError
 
 SIZE = 1 << 20
@@ -31,7 +31,7 @@ class Patient:
     def __init__(self, workers: Workers | None) -> None:
         self.workers = workers
 
-    def __call__(self, backend: Backend, job: Job) -> int:
+    def __call__(self, backend: BlockBackend, job: Job) -> int:
         codes: list[int] = []
         backend.submit(job, codes.append)
         if self.workers is not None:
@@ -44,7 +44,7 @@ class Patient:
 class BackendMachine(RuleBasedStateMachine):
     """Jobs of all kinds; each is done before the next."""
 
-    backend: Backend
+    backend: BlockBackend
     do: Patient
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class FileMachine(BackendMachine):
     workers = 0
 
     def make(self) -> None:
-        workers = Workers(Function(), self.workers) if self.workers else None
+        workers = Workers(FunctionRegions(), self.workers) if self.workers else None
         path = self.folder / "disk.img"
         path.unlink(missing_ok=True)
         self.backend, self.do = FileBackend(path, SIZE, workers=workers), Patient(workers)
@@ -160,7 +160,7 @@ def test_a_file_is_a_bytearray(tmp_path: Path, workers: int) -> None:
 
 @pytest.fixture
 def workers() -> Workers:
-    return Workers(Function(), 4)
+    return Workers(FunctionRegions(), 4)
 
 
 def settle(workers: Workers) -> None:
@@ -213,7 +213,7 @@ def test_compare_and_write_is_one(tmp_path: Path, workers: Workers) -> None:
 
 
 def test_a_job_that_has_not_begun_can_be_taken_back(tmp_path: Path) -> None:
-    workers = Workers(Function(), 1)
+    workers = Workers(FunctionRegions(), 1)
     backend = FileBackend(tmp_path / "disk.img", 64 << 20, workers=workers)
     codes: list[int] = []
     data = bytearray(16 << 20)
@@ -227,7 +227,7 @@ def test_a_job_that_has_not_begun_can_be_taken_back(tmp_path: Path) -> None:
 
 def test_workers_end_with_jobs_in_hand(tmp_path: Path) -> None:
     threads = len(list(Path("/proc/self/task").iterdir()))
-    workers = Workers(Function(), 2)
+    workers = Workers(FunctionRegions(), 2)
     backend = FileBackend(tmp_path / "disk.img", SIZE, workers=workers)
     for _ in range(32):
         backend.submit(Job(Op.WRITE, 0, SIZE, bytearray(SIZE), sync=True), lambda _: pytest.fail("nobody collects"))
@@ -237,7 +237,7 @@ def test_workers_end_with_jobs_in_hand(tmp_path: Path) -> None:
 
 
 def test_somebody_is_woken(tmp_path: Path) -> None:
-    function = Function()
+    function = FunctionRegions()
     workers = Workers(function, 1)
     backend = FileBackend(tmp_path / "disk.img", SIZE, workers=workers)
     woken = threading.Event()
@@ -376,16 +376,16 @@ def test_a_file_that_somebody_has_shortened(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def full() -> Iterator[Callable[[Workers | None], Backend]]:
+def full() -> Iterator[Callable[[Workers | None], BlockBackend]]:
     """A backend on a device that is always full."""
     fd = os.open("/dev/full", os.O_RDWR)
-    yield lambda workers: Backend(SIZE, Store.file(fd, SIZE), read_only=False, workers=workers)
+    yield lambda workers: BlockBackend(SIZE, Store.file(fd, SIZE), read_only=False, workers=workers)
     os.close(fd)
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_a_full_disk(full: Callable[[Workers | None], Backend], threads: int) -> None:
-    workers = Workers(Function(), threads) if threads else None
+def test_a_full_disk(full: Callable[[Workers | None], BlockBackend], threads: int) -> None:
+    workers = Workers(FunctionRegions(), threads) if threads else None
     backend, do = full(workers), Patient(workers)
     data = bytearray(4096)
     assert do(backend, Job(Op.READ, 0, 4096, data)) == 0

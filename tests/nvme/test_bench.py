@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from vmodel.cli.bench import BLOCKS, DEPTHS, Figure, percentiles, plot
-from vmodel.cli.chart import Chart, Line, draw
+from vmodel.cli.chart import Chart, Series, draw
 from vmodel.testing.nvme import Latency
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -50,7 +50,7 @@ def test_percentiles_count_commands() -> None:
 
 
 def test_lines_are_where_they_should_be() -> None:
-    text = draw("a & b", [Chart("x < y", "x", "y", [Line("one", [(1, 10), (4, 1000)]), Line("two", [(2, 100)])])])
+    text = draw("a & b", [Chart("x < y", "x", "y", [Series("one", [(1, 10), (4, 1000)]), Series("two", [(2, 100)])])])
     root = ElementTree.fromstring(text)
     places = [(float(c.get("cx", "")), float(c.get("cy", ""))) for c in root.iter(f"{SVG}circle")]
     (left, bottom), (right, top), (middle, half) = places

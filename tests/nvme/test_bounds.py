@@ -11,7 +11,7 @@ import pytest
 
 from tests.nvme.driver import Driver, Pair, name, prps
 from vmodel.devices.nvme import arbiter, fast, io
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.span import MiB
 
 WRITE, READ, WRITE_UNCORRECTABLE, COMPARE, WRITE_ZEROES = 0x01, 0x02, 0x04, 0x05, 0x08
@@ -41,7 +41,7 @@ def test_time_of_a_turn(started: Callable[..., Driver], monkeypatch: pytest.Monk
     pairs = [driver.create(qid) for qid in (1, 2)]
     for pair in pairs:
         for n in range(10):
-            pair.write(Command.make(WRITE_ZEROES, nsid=1, cdw10=n))
+            pair.write(NvmeCommand.make(WRITE_ZEROES, nsid=1, cdw10=n))
         driver.doorbell(pair.qid, 10)
     for n in range(1, 21):
         step(driver)
@@ -54,7 +54,7 @@ def test_data_of_a_turn(started: Callable[..., Driver]) -> None:
     driver = started(max_transfer="16M", namespaces=[{"memory": "16M", "lba": 4096}])
     pair = driver.create(1)
     for _ in range(30):
-        pair.write(Command.make(READ, flags=1 << 6, nsid=1, dptr=sgl(32 * MiB, 16 * MiB), cdw12=4095))
+        pair.write(NvmeCommand.make(READ, flags=1 << 6, nsid=1, dptr=sgl(32 * MiB, 16 * MiB), cdw12=4095))
     driver.doorbell(1, 30)
     step(driver)
     assert 1 <= posted(pair) <= 5
@@ -70,7 +70,7 @@ def test_data_that_workers_have(started: Callable[..., Driver], tmp_path: Path, 
     pairs = [driver.create(qid, 1024) for qid in (1, 2)]
     for pair in pairs:
         for n in range(1000):
-            pair.write(Command.make(WRITE, nsid=1, cdw10=n, cdw12=FUA, dptr=prps(driver.page)))
+            pair.write(NvmeCommand.make(WRITE, nsid=1, cdw10=n, cdw12=FUA, dptr=prps(driver.page)))
         driver.doorbell(pair.qid, 1000)
     device = driver.device
     for _ in range(20):
@@ -95,7 +95,7 @@ def test_what_is_taken_back_is_not_held(
 ) -> None:
     driver = started(fast_path=not general, namespaces=[{"path": tmp_path / "disk.img", "size": "8M"}])
     pair = driver.create(1, 512)
-    cids = [pair.write(Command.make(WRITE, nsid=1, cdw12=FUA, dptr=prps(driver.page))) for _ in range(100)]
+    cids = [pair.write(NvmeCommand.make(WRITE, nsid=1, cdw12=FUA, dptr=prps(driver.page))) for _ in range(100)]
     driver.doorbell(1, 100)
     driver.device.arbiter.run()
     if how == "abort":
@@ -114,7 +114,7 @@ def test_a_queue_of_first_fused_commands(started: Callable[..., Driver], quick: 
     driver = started(fast_path=quick, namespaces=[{"memory": "64K"}])
     pair = driver.create(1, 1024)
     for _ in range(1023):
-        pair.write(Command.make(COMPARE, flags=FIRST, nsid=1, dptr=prps(driver.page)))
+        pair.write(NvmeCommand.make(COMPARE, flags=FIRST, nsid=1, dptr=prps(driver.page)))
     driver.doorbell(1, 1023)
     step(driver)
     assert 1 <= posted(pair) <= arbiter.TURN

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.patience import patience
 from vmodel.testing.nvme import FLUSH, READ, WRITE, NvmeDriver, prps
 
@@ -82,12 +82,12 @@ def test_flushed_blocks_survive_a_kill(tmp_path: Path, forced: bool) -> None:
                         at = data + lba * 4096
                         driver.ram.view[at : at + 4096] = block(lba, version)
                         written[lba] = version
-                        command = Command.make(WRITE, nsid=1, cdw10=lba, cdw12=forced << 30, dptr=prps(at))
+                        command = NvmeCommand.make(WRITE, nsid=1, cdw10=lba, cdw12=forced << 30, dptr=prps(at))
                         driver.send(pair, command)
                         if forced:
                             flushed[lba] = version
                     if not forced:
-                        driver.send(pair, Command.make(FLUSH, nsid=1))
+                        driver.send(pair, NvmeCommand.make(FLUSH, nsid=1))
                         for lba in chosen:
                             flushed[lba] = written[lba]
             except OSError:
@@ -109,7 +109,7 @@ def check(driver: NvmeDriver, data: int, flushed: list[int], written: list[int])
     """Reads all blocks by the device."""
     pair = driver.create(2, 64)
     for lba in range(BLOCKS):
-        driver.send(pair, Command.make(READ, nsid=1, cdw10=lba, dptr=prps(data)))
+        driver.send(pair, NvmeCommand.make(READ, nsid=1, cdw10=lba, dptr=prps(data)))
         found = version_of(lba, bytes(driver.ram.view[data : data + 4096]))
         assert flushed[lba] <= found <= written[lba], f"block {lba}"
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.examples import examples
 from tests.nvme.driver import Driver, Pair, prps, start
 from vmodel._shim import Domain
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 
 #: Guest memory that commands move data to and from, and where their lists are.
 DATA, DATA_SIZE = 32 << 20, 1 << 20
@@ -68,7 +68,7 @@ class Twins:
             found.append((tails, indexes))
         return found
 
-    def submit(self, commands: list[Command], lists: list[tuple[int, bytes]]) -> list[list[tuple[int, int, int]]]:
+    def submit(self, commands: list[NvmeCommand], lists: list[tuple[int, bytes]]) -> list[list[tuple[int, int, int]]]:
         """(cid, status, result) of each command, in the order of the commands, by both controllers."""
         results = []
         for driver, pair in zip(self.drivers, self.pairs, strict=True):
@@ -185,7 +185,7 @@ def pointers(draw: st.DrawFn, n: int, size: int) -> tuple[int, bytes, list[tuple
 
 
 @st.composite
-def commands(draw: st.DrawFn, n: int) -> tuple[Command, list[tuple[int, bytes]]]:
+def commands(draw: st.DrawFn, n: int) -> tuple[NvmeCommand, list[tuple[int, bytes]]]:
     opcode = draw(st.sampled_from([READ, READ, READ, WRITE, WRITE, WRITE, 0x00, 0x04, 0x05, 0x08, 0x0C, 0x7F]))
     nsid = draw(st.sampled_from([1, 1, 1, 2, 2, 0, 3, 300, 0xFFFF_FFFF]))
     blocks = draw(st.one_of(st.integers(1, 4), st.integers(1, 40)))
@@ -196,7 +196,7 @@ def commands(draw: st.DrawFn, n: int) -> tuple[Command, list[tuple[int, bytes]]]
     if draw(st.integers(0, 7)) == 0:
         flags |= draw(st.sampled_from([1, 2, 3, 0xC0, 4]))
     bits = draw(st.sampled_from([0, 0, 0, 0, 1 << 30, 1 << 31, 1 << 26, 1 << 20, 1 << 25]))
-    command = Command.make(
+    command = NvmeCommand.make(
         opcode,
         flags=flags,
         cid=n + 1,
@@ -210,7 +210,7 @@ def commands(draw: st.DrawFn, n: int) -> tuple[Command, list[tuple[int, bytes]]]
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> list[list[tuple[Command, list[tuple[int, bytes]]]]]:
+def batches(draw: st.DrawFn) -> list[list[tuple[NvmeCommand, list[tuple[int, bytes]]]]]:
     return [[draw(commands(n)) for n in range(draw(st.integers(1, 15)))] for _ in range(draw(st.integers(1, 3)))]
 
 
@@ -220,7 +220,7 @@ def batches(draw: st.DrawFn) -> list[list[tuple[Command, list[tuple[int, bytes]]
 )
 @given(work=batches())
 def test_memory(
-    twins: Callable[[str], Twins], kind: str, work: list[list[tuple[Command, list[tuple[int, bytes]]]]]
+    twins: Callable[[str], Twins], kind: str, work: list[list[tuple[NvmeCommand, list[tuple[int, bytes]]]]]
 ) -> None:
     both = twins(kind)
     both.clear()
@@ -235,7 +235,7 @@ def test_memory(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None, max_examples=examples(40)
 )
 @given(batches())
-def test_files(twins: Callable[[str], Twins], work: list[list[tuple[Command, list[tuple[int, bytes]]]]]) -> None:
+def test_files(twins: Callable[[str], Twins], work: list[list[tuple[NvmeCommand, list[tuple[int, bytes]]]]]) -> None:
     """One command at a time: several may be carried out in any order, as workers do them."""
     both = twins("file")
     both.clear()
@@ -253,7 +253,7 @@ def counted(driver: Driver) -> Iterator[list[int]]:
     queue = driver.device.submission[1]
     original = queue.carry_out
 
-    def carry_out(command: Command) -> None:
+    def carry_out(command: NvmeCommand) -> None:
         seen.append(command.opcode)
         original(command)
 
@@ -325,7 +325,7 @@ def test_every_shape_that_is_right_is_plain(
 
 def test_counters_agree(tmp_path: Path) -> None:
     both = Twins(tmp_path, "memory")
-    batch = [Command.make(1 + n % 2, cid=n + 1, nsid=1, dptr=prps(DATA), cdw10=n, cdw12=0) for n in range(15)]
+    batch = [NvmeCommand.make(1 + n % 2, cid=n + 1, nsid=1, dptr=prps(DATA), cdw10=n, cdw12=0) for n in range(15)]
     fast, general = both.submit(batch, [])
     assert fast == general
     first, second = both.contents()
@@ -350,7 +350,7 @@ def test_shadow_doorbells(tmp_path: Path) -> None:
         for n in range(40):
             # Two commands, of which the doorbell tells only one; the shadow has both.
             for k in range(2):
-                pair.write(Command.make(WRITE, nsid=1, cdw10=2 * n + k, dptr=prps(DATA)))
+                pair.write(NvmeCommand.make(WRITE, nsid=1, cdw10=2 * n + k, dptr=prps(DATA)))
             tail(pair.tail)
             driver.doorbell(1, (pair.tail - 1) % pair.entries)
             driver.run()
@@ -360,7 +360,7 @@ def test_shadow_doorbells(tmp_path: Path) -> None:
         # A full completion queue, whose head only the shadow tells.
         for _ in range(3):
             for n in range(15):
-                pair.write(Command.make(WRITE, nsid=1, cdw10=n, dptr=prps(DATA)))
+                pair.write(NvmeCommand.make(WRITE, nsid=1, cdw10=n, dptr=prps(DATA)))
             tail(pair.tail)
             driver.doorbell(1, pair.tail)
             driver.run()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.examples import examples
 from tests.nvme.driver import CONFIGURATION, PAGE, SIZE, Driver, name, prps, start
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 
 EVENT, SET_FEATURES, KEEP_ALIVE = 0x0C, 0x09, 0x0F
 DELETE_SQ = 0x00
@@ -29,7 +29,7 @@ addresses = st.one_of(
     st.sampled_from([0, PAGE - 4, SIZE - PAGE, SIZE - 4, (1 << 64) - PAGE, (1 << 64) - 4, 0xFEE0_0000]),
 )
 commands = st.builds(
-    lambda opcode, flags, nsid, mptr, first, second, words: Command.make(
+    lambda opcode, flags, nsid, mptr, first, second, words: NvmeCommand.make(
         opcode,
         flags=flags,
         nsid=nsid,
@@ -47,7 +47,7 @@ commands = st.builds(
 )
 
 
-def ends_the_queue(command: Command) -> bool:
+def ends_the_queue(command: NvmeCommand) -> bool:
     """Whether a command may do what it says: then there is nobody to answer."""
     return command.opcode == SET_FEATURES and command.cdw10 & 0xFF == KEEP_ALIVE
 
@@ -75,9 +75,9 @@ def checked(driver: Driver) -> None:
 
 @settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(sent=st.lists(commands, max_size=12), shadow=st.booleans())
-@example(sent=[Command.make(0x05, cdw10=0x0001_0001, cdw11=1, dptr=prps((1 << 64) - PAGE))], shadow=False)
-@example(sent=[Command.make(0x7C, dptr=prps(1 << 40, 1 << 40)), Command.make(0x06, dptr=prps(0))], shadow=True)
-def test_admin_commands(sent: list[Command], shadow: bool) -> None:
+@example(sent=[NvmeCommand.make(0x05, cdw10=0x0001_0001, cdw11=1, dptr=prps((1 << 64) - PAGE))], shadow=False)
+@example(sent=[NvmeCommand.make(0x7C, dptr=prps(1 << 40, 1 << 40)), NvmeCommand.make(0x06, dptr=prps(0))], shadow=True)
+def test_admin_commands(sent: list[NvmeCommand], shadow: bool) -> None:
     with TemporaryDirectory() as folder:
         driver = machine(folder, shadow_doorbells=shadow)
         for command in sent:
@@ -96,7 +96,7 @@ def test_admin_commands(sent: list[Command], shadow: bool) -> None:
 
 @settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(sent=st.lists(commands, max_size=12), fast=st.booleans(), large=st.booleans())
-def test_io_commands(sent: list[Command], fast: bool, large: bool) -> None:
+def test_io_commands(sent: list[NvmeCommand], fast: bool, large: bool) -> None:
     with TemporaryDirectory() as folder:
         driver = machine(folder, fast_path=fast)
         if large:

@@ -13,10 +13,10 @@ import pytest
 
 from tests.nvme.driver import Driver, Pair, name, prps
 from vmodel._shim.store import Store
-from vmodel.devices.nvme.backend import Backend, FileBackend
-from vmodel.devices.nvme.command import BROADCAST, Command, Completion
+from vmodel.devices.nvme.backend import BlockBackend, FileBackend
+from vmodel.devices.nvme.command import BROADCAST, Completion, NvmeCommand
 from vmodel.devices.nvme.io import MAX_COPY, MAX_COPY_RANGE, MAX_COPY_RANGES
-from vmodel.devices.nvme.status import Status
+from vmodel.devices.nvme.status import NvmeStatus
 
 FLUSH, WRITE, READ, WRITE_UNCORRECTABLE, COMPARE, ZEROES, DSM, VERIFY, COPY = 0, 1, 2, 4, 5, 8, 9, 0x0C, 0x19
 FIRST, SECOND = 1, 2
@@ -48,7 +48,7 @@ class Disk:
         assert done.status == 0, name(done)
         return done.result
 
-    def fails(self, status: Status, *args: Any, dnr: bool = True, **fields: Any) -> Completion:
+    def fails(self, status: NvmeStatus, *args: Any, dnr: bool = True, **fields: Any) -> Completion:
         done = self.send(*args, **fields)
         assert name(done) == status.name
         assert bool(done.status & DNR) == dnr
@@ -96,22 +96,22 @@ def test_the_last_block_and_beyond(disk: Disk) -> None:
     assert disk.get(BLOCKS - 1, 1) == pattern(1)
     for opcode in (READ, WRITE, COMPARE, ZEROES, VERIFY, WRITE_UNCORRECTABLE):
         for slba, blocks in ((BLOCKS, 1), (BLOCKS - 1, 2), (2**64 - 1, 1), (2**64 - 1, 2), (1 << 32, 1)):
-            disk.fails(Status.LBA_OUT_OF_RANGE, opcode, slba, blocks)
+            disk.fails(NvmeStatus.LBA_OUT_OF_RANGE, opcode, slba, blocks)
     assert disk.get(BLOCKS - 1, 1) == pattern(1)
 
 
 def test_namespaces_that_are_not_there(disk: Disk) -> None:
     for opcode in (READ, WRITE, COMPARE, ZEROES, VERIFY, WRITE_UNCORRECTABLE, DSM, COPY, FLUSH):
-        disk.fails(Status.INVALID_NAMESPACE, opcode, nsid=0)
-        disk.fails(Status.INVALID_NAMESPACE, opcode, nsid=0xFFFF_FFFE)
-        disk.fails(Status.INVALID_FIELD, opcode, nsid=2)
+        disk.fails(NvmeStatus.INVALID_NAMESPACE, opcode, nsid=0)
+        disk.fails(NvmeStatus.INVALID_NAMESPACE, opcode, nsid=0xFFFF_FFFE)
+        disk.fails(NvmeStatus.INVALID_FIELD, opcode, nsid=2)
     for opcode in (READ, WRITE, COMPARE, ZEROES, VERIFY, WRITE_UNCORRECTABLE, DSM, COPY):
-        disk.fails(Status.INVALID_NAMESPACE, opcode, nsid=BROADCAST)
+        disk.fails(NvmeStatus.INVALID_NAMESPACE, opcode, nsid=BROADCAST)
 
 
 def test_more_than_may_be_transferred(disk: Disk) -> None:
     for opcode in (READ, WRITE, COMPARE):
-        disk.fails(Status.INVALID_FIELD, opcode, 0, 129)
+        disk.fails(NvmeStatus.INVALID_FIELD, opcode, 0, 129)
     # What moves no data has no such limit.
     for opcode in (VERIFY, ZEROES):
         disk.do(opcode, 0, 2048)
@@ -119,31 +119,33 @@ def test_more_than_may_be_transferred(disk: Disk) -> None:
 
 def test_protection_information_is_not_there(disk: Disk) -> None:
     for opcode in (READ, WRITE, COMPARE, ZEROES, VERIFY):
-        disk.fails(Status.INVALID_PROTECTION_INFORMATION, opcode, bits=1 << 29)
+        disk.fails(NvmeStatus.INVALID_PROTECTION_INFORMATION, opcode, bits=1 << 29)
 
 
 def test_opcodes_that_are_not_there(disk: Disk) -> None:
     for opcode in (0x03, 0x0D, 0x11, 0x7F, 0x80, 0xFF):
-        disk.fails(Status.INVALID_OPCODE, opcode)
+        disk.fails(NvmeStatus.INVALID_OPCODE, opcode)
 
 
 def test_pointers_that_are_wrong(disk: Disk) -> None:
     for opcode in (READ, WRITE, COMPARE):
-        disk.fails(Status.PRP_OFFSET_INVALID, opcode, dptr=prps(disk.data + 2))
-        disk.fails(Status.PRP_OFFSET_INVALID, opcode, blocks=16, dptr=prps(disk.data, disk.data + 4))
-        disk.fails(Status.INVALID_FIELD, opcode, flags=3 << 6)
-        disk.fails(Status.SGL_TYPE_INVALID, opcode, flags=1 << 6, dptr=struct.pack("<QI3xB", disk.data, 512, 0x40))
-        disk.fails(Status.DATA_SGL_LENGTH_INVALID, opcode, flags=1 << 6, dptr=struct.pack("<QI3xB", disk.data, 511, 0))
+        disk.fails(NvmeStatus.PRP_OFFSET_INVALID, opcode, dptr=prps(disk.data + 2))
+        disk.fails(NvmeStatus.PRP_OFFSET_INVALID, opcode, blocks=16, dptr=prps(disk.data, disk.data + 4))
+        disk.fails(NvmeStatus.INVALID_FIELD, opcode, flags=3 << 6)
+        disk.fails(NvmeStatus.SGL_TYPE_INVALID, opcode, flags=1 << 6, dptr=struct.pack("<QI3xB", disk.data, 512, 0x40))
+        disk.fails(
+            NvmeStatus.DATA_SGL_LENGTH_INVALID, opcode, flags=1 << 6, dptr=struct.pack("<QI3xB", disk.data, 511, 0)
+        )
 
 
 def test_memory_that_is_not_there(disk: Disk) -> None:
     disk.put(0, pattern(1))
     for opcode in (READ, WRITE, COMPARE):
-        disk.fails(Status.DATA_TRANSFER_ERROR, opcode, dptr=prps(1 << 40), dnr=False)
-        disk.fails(Status.DATA_TRANSFER_ERROR, opcode, blocks=32, dptr=prps(disk.data, 1 << 40), dnr=False)
+        disk.fails(NvmeStatus.DATA_TRANSFER_ERROR, opcode, dptr=prps(1 << 40), dnr=False)
+        disk.fails(NvmeStatus.DATA_TRANSFER_ERROR, opcode, blocks=32, dptr=prps(disk.data, 1 << 40), dnr=False)
     assert disk.get(0, 1) == pattern(1)
     faults = disk.driver.device.dma.stats.faults
-    disk.fails(Status.DATA_TRANSFER_ERROR, READ, dptr=prps(1 << 40), dnr=False)
+    disk.fails(NvmeStatus.DATA_TRANSFER_ERROR, READ, dptr=prps(1 << 40), dnr=False)
     assert disk.driver.device.dma.stats.faults == faults + 1
 
 
@@ -152,7 +154,7 @@ def test_guest_memory_that_was_cut_off(disk: Disk) -> None:
     disk.put(0, pattern(16))
     os.ftruncate(disk.driver.memory.fd, disk.other)
     for opcode in (READ, WRITE, COMPARE):
-        disk.fails(Status.DATA_TRANSFER_ERROR, opcode, blocks=16, at=disk.other - 4096, dnr=False)
+        disk.fails(NvmeStatus.DATA_TRANSFER_ERROR, opcode, blocks=16, at=disk.other - 4096, dnr=False)
     assert disk.get(1, 8) == pattern(8, 2)
 
 
@@ -161,7 +163,7 @@ def test_compare(disk: Disk) -> None:
     disk.driver.memory.write(disk.data, pattern(4))
     disk.do(COMPARE, 3, 4)
     disk.driver.memory.write(disk.data + 4 * 512 - 1, b"\xff")
-    disk.fails(Status.COMPARE_FAILURE, COMPARE, 3, 4)
+    disk.fails(NvmeStatus.COMPARE_FAILURE, COMPARE, 3, 4)
     assert disk.get(3, 4) == pattern(4)
 
 
@@ -239,13 +241,13 @@ def test_blocks_that_cannot_be_read(disk: Disk) -> None:
     disk.put(0, pattern(32))
     disk.do(WRITE_UNCORRECTABLE, 10, 4)
     for opcode in (READ, COMPARE, VERIFY):
-        disk.fails(Status.UNRECOVERED_READ, opcode, 8, 4)
-        disk.fails(Status.UNRECOVERED_READ, opcode, 13, 2)
+        disk.fails(NvmeStatus.UNRECOVERED_READ, opcode, 8, 4)
+        disk.fails(NvmeStatus.UNRECOVERED_READ, opcode, 13, 2)
     assert disk.get(0, 10) == pattern(10)
     assert disk.get(14, 4) == pattern(4, 15)
     # Writing makes them good again, one by one.
     disk.put(11, pattern(1, 99))
-    disk.fails(Status.UNRECOVERED_READ, READ, 10, 1)
+    disk.fails(NvmeStatus.UNRECOVERED_READ, READ, 10, 1)
     assert disk.get(11, 1) == pattern(1, 99)
     disk.do(ZEROES, 10, 1)
     disk.driver.memory.write(disk.other, ranges((12, 2)))
@@ -256,16 +258,16 @@ def test_blocks_that_cannot_be_read(disk: Disk) -> None:
 # ---- Compare and Write ------------------------------------------------------------------------------------
 
 
-def fused(disk: Disk, *commands: Command) -> list[Completion]:
+def fused(disk: Disk, *commands: NvmeCommand) -> list[Completion]:
     for command in commands:
         disk.pair.write(command)
     disk.pair.ring()
     return disk.pair.wait(len(commands))
 
 
-def half(disk: Disk, opcode: int, part: int, at: int, **fields: Any) -> Command:
+def half(disk: Disk, opcode: int, part: int, at: int, **fields: Any) -> NvmeCommand:
     fields = {"nsid": 1, "cdw10": 5, "cdw12": 1, "dptr": prps(at), **fields}
-    return Command.make(opcode, flags=part, **fields)
+    return NvmeCommand.make(opcode, flags=part, **fields)
 
 
 def test_compare_and_write(disk: Disk) -> None:
@@ -293,14 +295,14 @@ def test_halves_that_do_not_fit(disk: Disk) -> None:
         (compare, half(disk, READ, SECOND, disk.data)),
     ):
         assert [name(c) for c in fused(disk, first, second)] == ["INVALID_FIELD", "ABORTED_FAILED_FUSED"]
-    plain = Command.make(READ, nsid=1, dptr=prps(disk.data))
+    plain = NvmeCommand.make(READ, nsid=1, dptr=prps(disk.data))
     assert [name(c) for c in fused(disk, compare, plain)] == ["ABORTED_MISSING_FUSED", "SUCCESS"]
     assert [name(c) for c in fused(disk, compare)] == ["ABORTED_MISSING_FUSED"]
     assert [name(c) for c in fused(disk, write)] == ["ABORTED_MISSING_FUSED"]
     disk.driver.memory.write(disk.data, pattern(2))
     done = fused(disk, compare, compare, write)
     assert [name(c) for c in done] == ["ABORTED_MISSING_FUSED", "SUCCESS", "SUCCESS"]
-    disk.fails(Status.INVALID_FIELD, READ, flags=3)
+    disk.fails(NvmeStatus.INVALID_FIELD, READ, flags=3)
     out = {"cdw10": BLOCKS - 1}
     done = fused(disk, half(disk, COMPARE, FIRST, disk.data, **out), half(disk, WRITE, SECOND, disk.data, **out))
     assert [name(c) for c in done] == ["LBA_OUT_OF_RANGE", "ABORTED_FAILED_FUSED"]
@@ -362,7 +364,7 @@ def test_an_image_that_is_only_read(started: Callable[..., Driver], tmp_path: Pa
     disk = Disk(started(namespaces=[{"path": path, "read_only": True}]))
     assert disk.get(0, 128) == pattern(128)
     for opcode in (WRITE, ZEROES, WRITE_UNCORRECTABLE):
-        disk.fails(Status.NAMESPACE_WRITE_PROTECTED, opcode)
+        disk.fails(NvmeStatus.NAMESPACE_WRITE_PROTECTED, opcode)
     assert name(copy(disk, 3, (0, 1))) == "NAMESPACE_WRITE_PROTECTED"
     disk.driver.memory.write(disk.other, ranges((0, 4)))
     assert name(disk.pair.send(DSM, nsid=1, dptr=prps(disk.other), cdw11=4)) == "NAMESPACE_WRITE_PROTECTED"
@@ -388,7 +390,7 @@ def test_a_disk_that_cannot_be_read(failing: tuple[Disk, Path], caplog: pytest.L
     errors = disk.driver.device.health.media_errors
     with caplog.at_level(logging.WARNING):
         for n, opcode in enumerate((READ, COMPARE, VERIFY)):
-            disk.fails(Status.UNRECOVERED_READ, opcode, 256, 8)
+            disk.fails(NvmeStatus.UNRECOVERED_READ, opcode, 256, 8)
             assert disk.driver.device.health.media_errors == errors + n + 1
     (first, *_) = [record.getMessage() for record in caplog.records]
     assert first == "namespace 1: READ at block 256: Input/output error"
@@ -404,13 +406,13 @@ def test_a_full_disk(started: Callable[..., Driver], caplog: pytest.LogCaptureFi
     fd = os.open("/dev/full", os.O_RDWR)
     device = disk.driver.device
     (namespace,) = device.namespaces()
-    namespace.backend = Backend(1 << 20, Store.file(fd, 1 << 20), read_only=False, workers=device.fast.workers)
+    namespace.backend = BlockBackend(1 << 20, Store.file(fd, 1 << 20), read_only=False, workers=device.fast.workers)
     os.close(fd)
     device.fast.changed()
     with caplog.at_level(logging.WARNING):
-        disk.fails(Status.CAPACITY_EXCEEDED, WRITE, 5)
+        disk.fails(NvmeStatus.CAPACITY_EXCEEDED, WRITE, 5)
     assert "namespace 1: WRITE at block 5: No space left on device" in caplog.text
-    disk.fails(Status.CAPACITY_EXCEEDED, WRITE, 5, bits=1 << 30)
+    disk.fails(NvmeStatus.CAPACITY_EXCEEDED, WRITE, 5, bits=1 << 30)
     disk.do(READ, 5)
 
 
@@ -427,7 +429,9 @@ def begin(disk: Disk, count: int) -> list[int]:
     """So many writes that are under way; their identifiers."""
     cids = []
     for n in range(count):
-        command = Command.make(WRITE, nsid=1, cdw10=n * 16, cdw12=15 | 1 << 30, dptr=prps(disk.data, disk.data + 4096))
+        command = NvmeCommand.make(
+            WRITE, nsid=1, cdw10=n * 16, cdw12=15 | 1 << 30, dptr=prps(disk.data, disk.data + 4096)
+        )
         cids.append(disk.pair.write(command))
     disk.driver.doorbell(1, disk.pair.tail)
     disk.driver.device.backend.run_due(0)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.nvme.driver import PAGE, Driver, name, prps
 from vmodel.device import ResetKind
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.regs import ControllerRegs
 
 GET_LOG, SET, EVENT = 0x02, 0x09, 0x0C
@@ -146,7 +146,7 @@ def test_a_page_that_cannot_be_delivered_is_kept(driver: Driver) -> None:
 
 
 def request(driver: Driver) -> int:
-    cid = driver.admin.write(Command.make(EVENT))
+    cid = driver.admin.write(NvmeCommand.make(EVENT))
     driver.admin.ring()
     return cid
 
@@ -186,7 +186,7 @@ def test_a_warning(driver: Driver) -> None:
     request(driver)
     assert driver.admin.send(SET, cdw10=0x04, cdw11=300).status == 0
     assert not driver.admin.reap()
-    cids = [driver.admin.write(Command.make(SET, cdw10=0x0B, cdw11=2))]
+    cids = [driver.admin.write(NvmeCommand.make(SET, cdw10=0x0B, cdw11=2))]
     driver.admin.ring()
     first, second = driver.admin.wait(2)
     assert (first.result == 0x02_01_01 and second.cid == cids[0]) or second.result == 0x02_01_01

@@ -12,7 +12,7 @@ import pytest
 from tests.nvme.blocks import read, write
 from tests.nvme.driver import PAGE, Driver, name, prps
 from vmodel.device import ResetKind
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.regs import ControllerRegs
 
 COMMIT, DOWNLOAD, SELF_TEST, SANITIZE = 0x10, 0x11, 0x14, 0x84
@@ -63,10 +63,10 @@ def test_firmware_that_a_reset_activates(driver: Driver) -> None:
 
 def test_firmware_that_is_activated_at_once(driver: Driver) -> None:
     assert driver.admin.send(0x09, cdw10=0x0B, cdw11=1 << 9).status == 0
-    driver.admin.write(Command.make(EVENT))
+    driver.admin.write(NvmeCommand.make(EVENT))
     driver.admin.ring()
     assert download(driver, b"\xff\x01binary") == "SUCCESS"
-    driver.admin.write(Command.make(COMMIT, cdw10=3 << 3))
+    driver.admin.write(NvmeCommand.make(COMMIT, cdw10=3 << 3))
     driver.admin.ring()
     results = {completion.result for completion in driver.admin.wait(2)}
     assert results == {0, 0x03_01_02}
@@ -145,9 +145,9 @@ def test_erasing(started: Callable[..., Driver], tmp_path: Path, action: int) ->
     pair = driver.create(1)
     assert sanitize_log(driver) == (0xFFFF, 0, 0)
     assert write(driver, pair, 1, 127, b"x" * 512) == write(driver, pair, 2, 4095, b"x" * 512) == "SUCCESS"
-    driver.admin.write(Command.make(EVENT))
+    driver.admin.write(NvmeCommand.make(EVENT))
     driver.admin.ring()
-    driver.admin.write(Command.make(SANITIZE, cdw10=action))
+    driver.admin.write(NvmeCommand.make(SANITIZE, cdw10=action))
     driver.admin.ring()
     event = next(c for c in driver.admin.wait(2) if c.result)
     assert event.result == 0x81_01_06
@@ -201,7 +201,7 @@ def test_passes_that_are_complete(started: Callable[..., Driver]) -> None:
     assert sanitize(driver, 3 | 2 << 4) == "SUCCESS"
     driver.until(lambda: not driver.device.sanitize.in_progress)
     assert sanitize_log(driver)[1] >> 3 & 31 == 2
-    driver.admin.write(Command.make(SANITIZE, cdw10=3 | 2 << 4))
+    driver.admin.write(NvmeCommand.make(SANITIZE, cdw10=3 | 2 << 4))
     driver.doorbell(0, driver.admin.tail)
     seen = set()
     while driver.device.sanitize.in_progress or not seen:
@@ -217,15 +217,15 @@ def test_passes_that_are_complete(started: Callable[..., Driver]) -> None:
 def test_commands_while_it_is_sanitized(started: Callable[..., Driver]) -> None:
     driver = started(namespaces=[{"memory": "64M"}])
     pair = driver.create(1)
-    driver.admin.write(Command.make(SANITIZE, cdw10=3 | 1 << 4))
+    driver.admin.write(NvmeCommand.make(SANITIZE, cdw10=3 | 1 << 4))
     driver.doorbell(0, driver.admin.tail)
     driver.device.backend.run_due(0)
     assert driver.device.sanitize.in_progress
-    pair.write(Command.make(0x02, nsid=1, dptr=prps(driver.page)))
+    pair.write(NvmeCommand.make(0x02, nsid=1, dptr=prps(driver.page)))
     driver.doorbell(1, pair.tail)
-    driver.admin.write(Command.make(0x80, nsid=1))
-    driver.admin.write(Command.make(0x06, cdw10=1, dptr=prps(driver.page)))
-    driver.admin.write(Command.make(SANITIZE, cdw10=2))
+    driver.admin.write(NvmeCommand.make(0x80, nsid=1))
+    driver.admin.write(NvmeCommand.make(0x06, cdw10=1, dptr=prps(driver.page)))
+    driver.admin.write(NvmeCommand.make(SANITIZE, cdw10=2))
     driver.doorbell(0, driver.admin.tail)
     (completion,) = pair.wait()
     assert name(completion) == "SANITIZE_IN_PROGRESS"
@@ -237,7 +237,7 @@ def test_commands_while_it_is_sanitized(started: Callable[..., Driver]) -> None:
 
 def test_sanitize_goes_on_through_resets(started: Callable[..., Driver]) -> None:
     driver = started(namespaces=[{"memory": "16M"}])
-    driver.admin.write(Command.make(SANITIZE, cdw10=3 | 1 << 4, cdw11=ALL))
+    driver.admin.write(NvmeCommand.make(SANITIZE, cdw10=3 | 1 << 4, cdw11=ALL))
     driver.doorbell(0, driver.admin.tail)
     for _ in range(4):
         driver.device.backend.run_due(0)
@@ -282,7 +282,7 @@ def test_a_new_sanitize_forgets_the_event_of_the_last(driver: Driver) -> None:
         driver.admin.reap()
     assert [event.name for event in driver.device.events._events] == ["SANITIZE_COMPLETED"]
     device = driver.device
-    driver.admin.write(Command.make(SANITIZE, cdw10=2))
+    driver.admin.write(NvmeCommand.make(SANITIZE, cdw10=2))
     driver.doorbell(0, driver.admin.tail)
     device.arbiter.run()
     assert not device.events._events
@@ -343,7 +343,7 @@ def test_self_tests(started: Callable[..., Driver]) -> None:
 def test_a_self_test_under_way(started: Callable[..., Driver]) -> None:
     driver = started(namespaces=[{"memory": "8M"}])
     for code in (2, 1, 0xF):
-        driver.admin.write(Command.make(SELF_TEST, nsid=1, cdw10=code))
+        driver.admin.write(NvmeCommand.make(SELF_TEST, nsid=1, cdw10=code))
     driver.doorbell(0, driver.admin.tail)
     assert [name(done) for done in driver.admin.wait(3)] == ["SUCCESS", "SELF_TEST_IN_PROGRESS", "SUCCESS"]
     assert results(driver) == [(0x21, 1)]
@@ -353,23 +353,23 @@ def test_a_self_test_under_way(started: Callable[..., Driver]) -> None:
 
 def test_what_ends_a_self_test(started: Callable[..., Driver]) -> None:
     driver = started(namespaces=[{"memory": "8M"}])
-    for other, outcome in ((Command.make(0x80, nsid=1), 4), (Command.make(SANITIZE, cdw10=2), 9)):
-        driver.admin.write(Command.make(SELF_TEST, nsid=1, cdw10=2))
+    for other, outcome in ((NvmeCommand.make(0x80, nsid=1), 4), (NvmeCommand.make(SANITIZE, cdw10=2), 9)):
+        driver.admin.write(NvmeCommand.make(SELF_TEST, nsid=1, cdw10=2))
         driver.admin.write(other)
         driver.doorbell(0, driver.admin.tail)
         driver.admin.wait(2)
         driver.run()
         assert results(driver)[0] == (0x20 | outcome, 1)
     # 8.11: an operation that starts ends it, not a command that is refused.
-    driver.admin.write(Command.make(SELF_TEST, nsid=1, cdw10=2))
-    driver.admin.write(Command.make(SANITIZE, cdw10=7))
+    driver.admin.write(NvmeCommand.make(SELF_TEST, nsid=1, cdw10=2))
+    driver.admin.write(NvmeCommand.make(SANITIZE, cdw10=7))
     driver.doorbell(0, driver.admin.tail)
     assert [name(done) for done in driver.admin.wait(2)] == ["SUCCESS", "INVALID_FIELD"]
     driver.run()
     assert results(driver)[0] == (0x20, 1)
     # A reset ends a short test; an extended one goes on.
     for code, status in ((1, 0x12), (2, 0x20)):
-        driver.admin.write(Command.make(SELF_TEST, nsid=1, cdw10=code))
+        driver.admin.write(NvmeCommand.make(SELF_TEST, nsid=1, cdw10=code))
         driver.doorbell(0, driver.admin.tail)
         driver.device.backend.run_due(0)
         driver.put(ControllerRegs.CC, 0)
@@ -381,18 +381,20 @@ def test_what_ends_a_self_test(started: Callable[..., Driver]) -> None:
 @pytest.mark.parametrize(
     ("tested", "other", "status"),
     [
-        (1, Command.make(0x80, nsid=1), 0x24),
-        (1, Command.make(0x80, nsid=2), 0x20),
-        (1, Command.make(0x80, nsid=ALL), 0x24),
-        (ALL, Command.make(0x80, nsid=ALL), 0x24),
-        (0, Command.make(0x80, nsid=1), 0x20),
-        (1, Command.make(0x0D, nsid=2, cdw10=1), 0x20),
+        (1, NvmeCommand.make(0x80, nsid=1), 0x24),
+        (1, NvmeCommand.make(0x80, nsid=2), 0x20),
+        (1, NvmeCommand.make(0x80, nsid=ALL), 0x24),
+        (ALL, NvmeCommand.make(0x80, nsid=ALL), 0x24),
+        (0, NvmeCommand.make(0x80, nsid=1), 0x20),
+        (1, NvmeCommand.make(0x0D, nsid=2, cdw10=1), 0x20),
     ],
 )
-def test_which_self_tests_others_end(started: Callable[..., Driver], tested: int, other: Command, status: int) -> None:
+def test_which_self_tests_others_end(
+    started: Callable[..., Driver], tested: int, other: NvmeCommand, status: int
+) -> None:
     """8.11: Format NVM ends a test of the namespaces that it formats; removal one of the namespace that is removed."""
     driver = started(namespaces=[{"memory": "8M"}, {"memory": "64K"}])
-    driver.admin.write(Command.make(SELF_TEST, nsid=tested, cdw10=2))
+    driver.admin.write(NvmeCommand.make(SELF_TEST, nsid=tested, cdw10=2))
     driver.admin.write(other)
     driver.doorbell(0, driver.admin.tail)
     assert [name(done) for done in driver.admin.wait(2)] == ["SUCCESS"] * 2

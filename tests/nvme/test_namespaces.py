@@ -11,7 +11,7 @@ import pytest
 
 from tests.nvme.blocks import read, write
 from tests.nvme.driver import PAGE, Driver, name, prps
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.regs import ControllerRegs
 
 FORMAT, MANAGE, ATTACH, GET_LOG = 0x80, 0x0D, 0x15, 0x02
@@ -161,7 +161,7 @@ def test_notices(started: Callable[..., Driver]) -> None:
     assert create(driver, 128) == ("SUCCESS", 2)
     for step, nsid in steps:
         step()
-        driver.admin.write(Command.make(0x0C))
+        driver.admin.write(NvmeCommand.make(0x0C))
         driver.admin.ring()
         (completion,) = driver.admin.wait()
         assert completion.result == 0x04_00_02
@@ -217,11 +217,11 @@ def test_formatting_what_is_protected(started: Callable[..., Driver], tmp_path: 
 
 def test_commands_while_a_namespace_is_formatted(driver: Driver) -> None:
     pair = driver.create(1)
-    driver.admin.write(Command.make(FORMAT, nsid=1, cdw10=1))
+    driver.admin.write(NvmeCommand.make(FORMAT, nsid=1, cdw10=1))
     driver.doorbell(0, driver.admin.tail)
     driver.device.backend.run_due(0)  # one turn: it has begun
     assert driver.device.inventory.attached(1).formatting
-    read_it = Command.make(READ, nsid=1, dptr=prps(driver.page))
+    read_it = NvmeCommand.make(READ, nsid=1, dptr=prps(driver.page))
     pair.write(read_it)
     driver.doorbell(1, pair.tail)
     driver.device.backend.run_due(0)
@@ -235,7 +235,7 @@ def test_commands_while_a_namespace_is_formatted(driver: Driver) -> None:
 def test_format_goes_on_through_a_reset(driver: Driver) -> None:
     pair = driver.create(1)
     assert write(driver, pair, 1, 2047, b"x" * 512) == "SUCCESS"
-    driver.admin.write(Command.make(FORMAT, nsid=1))
+    driver.admin.write(NvmeCommand.make(FORMAT, nsid=1))
     driver.doorbell(0, driver.admin.tail)
     driver.device.backend.run_due(0)
     assert driver.device.inventory.attached(1).formatting

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.nvme.driver import PAGE, Driver, name, prps
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.identify import Controller
 from vmodel.devices.nvme.regs import ControllerRegs
 
@@ -148,7 +148,7 @@ def test_limits(driver: Driver) -> None:
     """
     parsed = Controller.parse(driver.identify(1))
     for _ in range(parsed.aerl + 1):
-        driver.admin.write(Command.make(0x0C))
+        driver.admin.write(NvmeCommand.make(0x0C))
     driver.admin.ring()
     assert not driver.admin.reap()
     assert name(driver.admin.send(0x0C)) == "EVENT_LIMIT_EXCEEDED"

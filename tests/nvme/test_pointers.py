@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.pointers import MAX_DESCRIPTORS, Transfer
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault
 from vmodel.memory import GuestMemory
@@ -94,7 +94,7 @@ def prps(draw: st.DrawFn, *, pages: int = 12) -> Prp:
 
 
 def transfer(dma: Dma, prp1: int, prp2: int, page: int, size: int) -> Transfer:
-    return Transfer(dma, Command.make(2, dptr=struct.pack("<QQ", prp1, prp2)), page, size, to_host=True)
+    return Transfer(dma, NvmeCommand.make(2, dptr=struct.pack("<QQ", prp1, prp2)), page, size, to_host=True)
 
 
 @given(prps())
@@ -136,7 +136,7 @@ def test_every_list_that_is_wrong(dma: Dma, shape: Prp, data: st.DataObject) -> 
         return
     with pytest.raises(CommandError) as raised:
         transfer(dma, prp1, prp2, shape.page, shape.size)
-    assert raised.value.status is Status.PRP_OFFSET_INVALID
+    assert raised.value.status is NvmeStatus.PRP_OFFSET_INVALID
 
 
 def test_a_list_that_leads_to_itself_ends(dma: Dma) -> None:
@@ -190,7 +190,7 @@ def sgls(draw: st.DrawFn) -> Sgl:
 
 
 def sgl_transfer(dma: Dma, first: bytes, size: int, *, to_host: bool) -> Transfer:
-    return Transfer(dma, Command.make(2, flags=1 << 6, dptr=first), 4096, size, to_host=to_host)
+    return Transfer(dma, NvmeCommand.make(2, flags=1 << 6, dptr=first), 4096, size, to_host=to_host)
 
 
 @given(sgls(), st.booleans())
@@ -208,7 +208,7 @@ def test_a_length_that_does_not_match(dma: Dma, shape: Sgl, to_host: bool, chang
         return
     with pytest.raises(CommandError) as raised:
         sgl_transfer(dma, first, size + change, to_host=to_host)
-    assert raised.value.status is Status.DATA_SGL_LENGTH_INVALID
+    assert raised.value.status is NvmeStatus.DATA_SGL_LENGTH_INVALID
 
 
 AT = 8 << 20
@@ -220,7 +220,7 @@ def test_other_types_and_subtypes(dma: Dma, identifier: int) -> None:
     for first in (descriptor(0, 4096, identifier), descriptor(AT, 16, LAST)):
         with pytest.raises(CommandError) as raised:
             sgl_transfer(dma, first, 4096, to_host=True)
-        assert raised.value.status is Status.SGL_TYPE_INVALID
+        assert raised.value.status is NvmeStatus.SGL_TYPE_INVALID
 
 
 @pytest.mark.parametrize("kind", [SEGMENT, LAST])
@@ -228,7 +228,7 @@ def test_other_types_and_subtypes(dma: Dma, identifier: int) -> None:
 def test_segments_of_wrong_lengths(dma: Dma, kind: int, length: int) -> None:
     with pytest.raises(CommandError) as raised:
         sgl_transfer(dma, descriptor(AT, length, kind), 4096, to_host=True)
-    assert raised.value.status is Status.INVALID_SGL_SEGMENT
+    assert raised.value.status is NvmeStatus.INVALID_SGL_SEGMENT
 
 
 @pytest.mark.parametrize("kind", [SEGMENT, LAST])
@@ -236,7 +236,7 @@ def test_a_segment_behind_the_last_one(dma: Dma, kind: int) -> None:
     dma.write(AT, descriptor(AT, 16, kind))
     with pytest.raises(CommandError) as raised:
         sgl_transfer(dma, descriptor(AT, 16, LAST), 4096, to_host=True)
-    assert raised.value.status is Status.INVALID_SGL_SEGMENT
+    assert raised.value.status is NvmeStatus.INVALID_SGL_SEGMENT
 
 
 @pytest.mark.parametrize("kind", [SEGMENT, LAST])
@@ -244,21 +244,21 @@ def test_a_segment_that_is_not_the_last_descriptor(dma: Dma, kind: int) -> None:
     dma.write(AT, descriptor(AT + 64, 16, kind) + descriptor(0, 4096, BLOCK))
     with pytest.raises(CommandError) as raised:
         sgl_transfer(dma, descriptor(AT, 32, SEGMENT), 4096, to_host=True)
-    assert raised.value.status is Status.INVALID_SGL_COUNT
+    assert raised.value.status is NvmeStatus.INVALID_SGL_COUNT
 
 
 def test_a_segment_that_leads_to_itself_ends(dma: Dma) -> None:
     dma.write(AT, descriptor(0, 0, BLOCK) + descriptor(AT, 32, SEGMENT))
     with pytest.raises(CommandError) as raised:
         sgl_transfer(dma, descriptor(AT, 32, SEGMENT), 4096, to_host=True)
-    assert raised.value.status is Status.INVALID_SGL_COUNT
+    assert raised.value.status is NvmeStatus.INVALID_SGL_COUNT
 
 
 def test_more_descriptors_than_there_may_be(dma: Dma) -> None:
     dma.write(AT, bytes(16 * MAX_DESCRIPTORS))
     with pytest.raises(CommandError) as raised:
         sgl_transfer(dma, descriptor(AT, (MAX_DESCRIPTORS + 1) * 16, LAST), 4096, to_host=True)
-    assert raised.value.status is Status.INVALID_SGL_COUNT
+    assert raised.value.status is NvmeStatus.INVALID_SGL_COUNT
 
 
 def test_a_segment_that_is_not_there(dma: Dma) -> None:
@@ -269,8 +269,8 @@ def test_a_segment_that_is_not_there(dma: Dma) -> None:
 def test_what_is_reserved(dma: Dma) -> None:
     for flags, sgl in ((3 << 6, True), (1 << 6, False), (2 << 6, False)):
         with pytest.raises(CommandError) as raised:
-            Transfer(dma, Command.make(2, flags=flags, dptr=bytes(16)), 4096, 512, to_host=True, sgl=sgl)
-        assert raised.value.status is Status.INVALID_FIELD
+            Transfer(dma, NvmeCommand.make(2, flags=flags, dptr=bytes(16)), 4096, 512, to_host=True, sgl=sgl)
+        assert raised.value.status is NvmeStatus.INVALID_FIELD
 
 
 @given(sgls())

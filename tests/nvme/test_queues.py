@@ -10,7 +10,7 @@ import pytest
 
 from tests.nvme.driver import CONFIGURATION, PAGE, Driver, Pair, name, prps, raised
 from vmodel.devices.nvme import arbiter
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.regs import ControllerRegs
 from vmodel.patience import patience
 from vmodel.regs import Register
@@ -103,7 +103,7 @@ def test_the_largest_queue(started: Callable[..., Driver]) -> None:
     driver = started(queue_entries=65536, namespaces=[{"memory": "1M"}])
     pair = driver.create(1, 65536)
     for _ in range(300):
-        pair.write(Command.make(FLUSH, nsid=1))
+        pair.write(NvmeCommand.make(FLUSH, nsid=1))
     pair.ring()
     assert len(pair.wait(300)) == 300
 
@@ -112,7 +112,7 @@ def test_one_completion_queue_of_several_submission_queues(driver: Driver) -> No
     first = driver.create(1)
     at = driver.memory.take(PAGE)
     assert create_sq(driver, 2, 1, at=at) == "SUCCESS"
-    driver.memory.write(at, Command.make(FLUSH, nsid=1, cid=77).build())
+    driver.memory.write(at, NvmeCommand.make(FLUSH, nsid=1, cid=77).build())
     driver.doorbell(2, 1)
     (completion,) = first.wait()
     assert (completion.sqid, completion.cid, completion.sq_head) == (2, 77, 1)
@@ -126,7 +126,7 @@ def test_queues_outside_memory(driver: Driver, which: str) -> None:
     assert create_cq(driver, 1, at=far if which == "cq" else driver.memory.take(PAGE)) == "SUCCESS"
     at = driver.memory.take(PAGE)
     assert create_sq(driver, 1, 1, at=far if which == "sq" else at) == "SUCCESS"
-    driver.memory.write(at, Command.make(FLUSH, nsid=1).build())
+    driver.memory.write(at, NvmeCommand.make(FLUSH, nsid=1).build())
     driver.doorbell(1, 1)
     driver.run()
     assert driver.status.CFS
@@ -139,15 +139,15 @@ def test_a_full_completion_queue_waits(driver: Driver) -> None:
     pair = Pair(driver, 1, 64, completions=4)
     assert create_cq(driver, 1, 4, at=pair.cq) == "SUCCESS"
     assert create_sq(driver, 1, 1, 64, at=pair.sq) == "SUCCESS"
-    cids = [pair.write(Command.make(FLUSH, nsid=1)) for _ in range(20)]
+    cids = [pair.write(NvmeCommand.make(FLUSH, nsid=1)) for _ in range(20)]
     pair.ring()
     assert [completion.cid for completion in pair.wait(20)] == cids
 
 
 def test_abort(driver: Driver) -> None:
-    waiting = driver.admin.write(Command.make(0x0C))
+    waiting = driver.admin.write(NvmeCommand.make(0x0C))
     driver.admin.ring()
-    abort = driver.admin.write(Command.make(ABORT, cdw10=waiting << 16))
+    abort = driver.admin.write(NvmeCommand.make(ABORT, cdw10=waiting << 16))
     driver.admin.ring()
     first, second = driver.admin.wait(2)
     assert (first.cid, name(first)) == (waiting, "ABORT_REQUESTED")
@@ -186,10 +186,10 @@ def test_coalescing(driver: Driver) -> None:
     assert driver.admin.send(0x09, cdw10=0x08, cdw11=255 << 8 | 3).status == 0
     raised(fds[0])
     for _ in range(3):
-        first.write(Command.make(FLUSH, nsid=1))
+        first.write(NvmeCommand.make(FLUSH, nsid=1))
         first.ring()
     assert raised(fds[1]) == 0
-    first.write(Command.make(FLUSH, nsid=1))
+    first.write(NvmeCommand.make(FLUSH, nsid=1))
     first.ring()
     assert raised(fds[1]) == 1
     second.send(FLUSH, nsid=1)
@@ -198,7 +198,7 @@ def test_coalescing(driver: Driver) -> None:
     driver.admin.send(0x18)
     assert raised(fds[0]) == 1
     assert driver.admin.send(0x09, cdw10=0x08, cdw11=1 << 8 | 200).status == 0
-    first.write(Command.make(FLUSH, nsid=1))
+    first.write(NvmeCommand.make(FLUSH, nsid=1))
     first.ring()
     deadline = time.monotonic() + patience(10)
     while not raised(fds[1]):
@@ -226,9 +226,9 @@ def test_weighted_arbitration(driver: Driver) -> None:
         rings[qid] = driver.memory.take(PAGE)
         assert create_sq(driver, qid, 1, 64, flags=priority << 1 | 1, at=rings[qid]) == "SUCCESS"
     for n in range(8):
-        cq.write(Command.make(FLUSH, nsid=1, cid=0x100 + n))
+        cq.write(NvmeCommand.make(FLUSH, nsid=1, cid=0x100 + n))
         for qid, at in rings.items():
-            driver.memory.write(at + 64 * n, Command.make(FLUSH, nsid=1, cid=qid << 8 | n).build())
+            driver.memory.write(at + 64 * n, NvmeCommand.make(FLUSH, nsid=1, cid=qid << 8 | n).build())
     # All three doorbells ring before the device looks.
     driver.doorbell(1, 8)
     driver.doorbell(2, 8)
@@ -246,8 +246,8 @@ def test_round_robin(driver: Driver) -> None:
     at = driver.memory.take(PAGE)
     assert create_sq(driver, 2, 1, 64, at=at) == "SUCCESS"
     for n in range(4):
-        cq.write(Command.make(FLUSH, nsid=1, cid=0x100 + n))
-        driver.memory.write(at + 64 * n, Command.make(FLUSH, nsid=1, cid=0x200 + n).build())
+        cq.write(NvmeCommand.make(FLUSH, nsid=1, cid=0x100 + n))
+        driver.memory.write(at + 64 * n, NvmeCommand.make(FLUSH, nsid=1, cid=0x200 + n).build())
     driver.doorbell(1, 4)
     driver.doorbell(2, 4)
     driver.run()
@@ -278,7 +278,7 @@ def test_an_interrupt_whose_cause_is_gone(started: Callable[..., Driver], kind: 
         """Completions while a message cannot be sent: with bus mastering off when they are to be signalled."""
         driver.device.backend.irqs.types[kind].allowed = False
         for pair in pairs:
-            pair.write(Command.make(FLUSH, nsid=1))
+            pair.write(NvmeCommand.make(FLUSH, nsid=1))
             pair.ring()
         assert messages.pending(3)
 
@@ -306,7 +306,7 @@ def test_masked_by_the_controller_and_taken_before_it_is_unmasked(started: Calla
     pair = driver.create(1, vector=2)
     driver.put(ControllerRegs.INTMS, 1 << 2)
     for taken, signalled in ((True, 0), (False, 1)):
-        pair.write(Command.make(FLUSH, nsid=1))
+        pair.write(NvmeCommand.make(FLUSH, nsid=1))
         pair.ring()
         assert raised(fds[2]) == 0
         if taken:
@@ -320,13 +320,13 @@ def test_masked_by_the_controller_and_taken_before_it_is_unmasked(started: Calla
 
 def test_more_commands_than_there_is_room_for(driver: Driver) -> None:
     """5.2, invalid doorbell value: a tail that would add more commands than there are free entries."""
-    driver.admin.write(Command.make(0x0C))
+    driver.admin.write(NvmeCommand.make(0x0C))
     driver.admin.ring()
     pair = driver.create(1, 16)
     for _ in range(10):
         assert pair.send(FLUSH, nsid=1).status == 0
-    pair.write(Command.make(FLUSH, nsid=1))
-    pair.write(Command.make(FLUSH, nsid=1))
+    pair.write(NvmeCommand.make(FLUSH, nsid=1))
+    pair.write(NvmeCommand.make(FLUSH, nsid=1))
     driver.doorbell(1, 12)
     driver.doorbell(1, 11)  # back: 15 more, where 13 entries are free
     assert len(pair.wait(2)) == 2
@@ -357,7 +357,7 @@ def test_queues_at_the_end_of_all_addresses(started: Callable[..., Driver], fast
 @pytest.mark.parametrize("which", ["iova of the queue", "iova of its completions"])
 def test_the_shim_refuses_rings_that_wrap(driver: Driver, which: str) -> None:
     pair = driver.create(1)
-    pair.write(Command.make(0x02, nsid=1, dptr=prps(driver.page)))
+    pair.write(NvmeCommand.make(0x02, nsid=1, dptr=prps(driver.page)))
     rings = driver.device.fast._rings
     queue = rings.submission(1) if "queue" in which else rings.completion(1)
     queue.iova = END - 256

@@ -14,8 +14,8 @@ from tests.examples import examples
 from tests.nvme.driver import CONFIGURATION, PAGE, Driver, raised, start
 from vmodel.device import ResetKind
 from vmodel.devices.nvme import Nvme
-from vmodel.devices.nvme.command import Command
-from vmodel.devices.nvme.regs import SUBSYSTEM_RESET, Cap, Cc, ControllerRegs, Csts
+from vmodel.devices.nvme.command import NvmeCommand
+from vmodel.devices.nvme.regs import SUBSYSTEM_RESET, Cc, ControllerRegs, Csts, NvmeCap
 from vmodel.errors import PeerError
 from vmodel.vfio_user.wire import Irq
 
@@ -23,11 +23,11 @@ ALL_ONES = 0xFFFF_FFFF
 
 
 def test_capabilities(started: Callable[..., Driver]) -> None:
-    cap = Cap(started().get(ControllerRegs.CAP))
+    cap = NvmeCap(started().get(ControllerRegs.CAP))
     assert (cap.MQES, cap.CQR, cap.AMS, cap.DSTRD, cap.NSSRS, cap.CSS) == (1023, 1, 1, 0, 0, 1)
     assert (cap.MPSMIN, cap.MPSMAX, cap.PMRS, cap.CMBS) == (0, 4, 0, 0)
     params = {"queue_entries": 64, "max_page_shift": 12, "doorbell_stride": 2, "subsystem_reset": True}
-    other = Cap(started(**params).get(ControllerRegs.CAP))
+    other = NvmeCap(started(**params).get(ControllerRegs.CAP))
     assert (other.MQES, other.MPSMAX, other.DSTRD, other.NSSRS) == (63, 0, 2, 1)
 
 
@@ -205,7 +205,7 @@ def test_resets_of_the_function(driver: Driver, kind: ResetKind) -> None:
 
 
 def test_unknown_doorbells_are_events(driver: Driver) -> None:
-    request = driver.admin.write(Command.make(0x0C))
+    request = driver.admin.write(NvmeCommand.make(0x0C))
     driver.admin.ring()
     assert not driver.admin.reap()
     driver.doorbell(9, 1)
@@ -214,7 +214,7 @@ def test_unknown_doorbells_are_events(driver: Driver) -> None:
 
 
 def test_doorbells_of_queues_that_are_there(driver: Driver) -> None:
-    request = driver.admin.write(Command.make(0x0C))
+    request = driver.admin.write(NvmeCommand.make(0x0C))
     driver.admin.ring()
     pair = driver.create(1, entries=16)
     driver.doorbell(1, 16)  # the queue has 0 to 15
@@ -251,7 +251,7 @@ def test_interrupts_by_msi_and_their_mask(started: Callable[..., Driver]) -> Non
     raised(fds[0])
     driver.put(ControllerRegs.INTMS, 0b10)
     assert driver.get(ControllerRegs.INTMS) == driver.get(ControllerRegs.INTMC) == 0b10
-    pair.write(Command.make(0x00, nsid=1))
+    pair.write(NvmeCommand.make(0x00, nsid=1))
     pair.ring()
     assert [raised(fd) for fd in fds] == [0, 0]
     driver.put(ControllerRegs.INTMC, 0b10)
@@ -266,7 +266,7 @@ def test_interrupts_by_the_pin(driver: Driver) -> None:
     assert pin is not None
     pair = driver.create(1)
     assert not pin.level
-    driver.admin.write(Command.make(0x18))
+    driver.admin.write(NvmeCommand.make(0x18))
     driver.admin.ring()
     assert pin.level, "until the driver has taken what is there"
     driver.put(ControllerRegs.INTMS, 1)
@@ -277,7 +277,7 @@ def test_interrupts_by_the_pin(driver: Driver) -> None:
     assert not pin.level
     pair.send(0x00, nsid=1)
     assert not pin.level, "this queue has no interrupts"
-    driver.admin.write(Command.make(0x18))
+    driver.admin.write(NvmeCommand.make(0x18))
     driver.admin.ring()
     assert pin.level
     driver.disable()
@@ -299,7 +299,7 @@ def test_models_of_ones_own(driver: Driver) -> None:
     assert type(Mine("m")) is Mine
     other = Mine("m", {"interrupts": "msi", "doorbell_stride": 1})
     assert isinstance(other, Mine) and other.msix is None and other.msi is not None
-    assert Cap(other.regs.CAP).DSTRD == 1
+    assert NvmeCap(other.regs.CAP).DSTRD == 1
 
 
 def test_migration_is_refused(driver: Driver) -> None:

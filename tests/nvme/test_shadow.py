@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.nvme.driver import SIZE, Driver, Pair, name, prps
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 
 CONFIG, FLUSH = 0x7C, 0x00
 
@@ -39,8 +39,8 @@ def driver(request: pytest.FixtureRequest, started: Callable[..., Driver]) -> Dr
     return started(fast_path=request.param, namespaces=[{"memory": "1M"}])
 
 
-def read(driver: Driver, block: int) -> Command:
-    return Command.make(0x02, nsid=1, cdw10=block, dptr=prps(driver.page))
+def read(driver: Driver, block: int) -> NvmeCommand:
+    return NvmeCommand.make(0x02, nsid=1, cdw10=block, dptr=prps(driver.page))
 
 
 def test_is_offered_unless_a_parameter_says_no(driver: Driver, started: Callable[..., Driver]) -> None:
@@ -108,7 +108,7 @@ def test_completion_queues(driver: Driver) -> None:
     driver.doorbell(1, (7 + 4) % 8)
     driver.run()
     # An older doorbell arrives: it is no mistake.
-    request = driver.admin.write(Command.make(0x0C))
+    request = driver.admin.write(NvmeCommand.make(0x0C))
     driver.admin.ring()
     driver.doorbell(1, 2, completion=True)
     driver.run()
@@ -190,7 +190,7 @@ class ByTheBook:
             self.rung += 1
             self.shadow.driver.doorbell(self.pair.qid, new, completion=completion)
 
-    def submit(self, *commands: Command) -> list[int]:
+    def submit(self, *commands: NvmeCommand) -> list[int]:
         cids = []
         for command in commands:
             cids.append(self.pair.write(command))
@@ -235,7 +235,7 @@ def test_the_admin_queue_by_the_book(driver: Driver) -> None:
     book = ByTheBook(shadow, driver.admin)
     for n in range(100):
         count = n % 4 + 1
-        cids = book.submit(*[Command.make(KEEP_ALIVE)] * count)
+        cids = book.submit(*[NvmeCommand.make(KEEP_ALIVE)] * count)
         assert finish(book, count) == cids
     assert book.rung < 2 * 250, "not every command and completion needs a doorbell"
 

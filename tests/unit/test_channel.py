@@ -50,7 +50,7 @@ class Rig:
     """A function with 16 plain bytes, 16 hooked ones and a hole, its channel, and the client's socket."""
 
     def __init__(self, opened: bool = True) -> None:
-        self.function = _shim.Function()
+        self.function = _shim.FunctionRegions()
         self.function.define_region(0, 4096)
         self.bank = self.function.add_bank(0, 0, 32)
         policy = _shim.Policy(32)

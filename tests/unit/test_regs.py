@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.examples import examples
-from vmodel._shim import Function
+from vmodel._shim import FunctionRegions
 from vmodel.device import MmioBar, PciDevice, on_read, on_write
 from vmodel.regs import (
     RC,
@@ -236,7 +236,7 @@ def test_raw_access_has_no_hooks() -> None:
 
 def test_banks_know_the_function(tmp_path: object) -> None:
     """The backing store outlives the objects that it came from."""
-    function = Function()
+    function = FunctionRegions()
     function.define_region(0, 4096)
     view = function.add_bank(0, 0, 16)
     del function

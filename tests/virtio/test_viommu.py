@@ -16,7 +16,7 @@ from vmodel.devices.virtio_iommu import (
     F_MMIO,
     F_PROBE,
     PROBE_SIZE,
-    Status,
+    RequestStatus,
     VirtioIommuDevice,
 )
 from vmodel.errors import Access, ConfigError, DmaFault
@@ -61,17 +61,17 @@ def test_bypass_outlives_the_driver(world: World) -> None:
 def test_the_examples_of_unmap(world: World) -> None:
     """5.13.6.6, its seven examples, a page for each byte."""
     for maps, unmap, status, left in (
-        ([], (0, 4), Status.OK, []),
-        ([(0, 9)], (0, 9), Status.OK, []),
-        ([(0, 4), (5, 9)], (0, 9), Status.OK, []),
-        ([(0, 9)], (0, 4), Status.RANGE, [0]),
-        ([(0, 4), (5, 9)], (0, 4), Status.OK, [5]),
-        ([(0, 4)], (0, 9), Status.OK, []),
-        ([(0, 4), (10, 14)], (0, 14), Status.OK, []),
+        ([], (0, 4), RequestStatus.OK, []),
+        ([(0, 9)], (0, 9), RequestStatus.OK, []),
+        ([(0, 4), (5, 9)], (0, 9), RequestStatus.OK, []),
+        ([(0, 9)], (0, 4), RequestStatus.RANGE, [0]),
+        ([(0, 4), (5, 9)], (0, 4), RequestStatus.OK, [5]),
+        ([(0, 4)], (0, 9), RequestStatus.OK, []),
+        ([(0, 4), (10, 14)], (0, 14), RequestStatus.OK, []),
     ):
         world.attach(1, A)
         for first, last in maps:
-            assert world.map(1, first * PAGE, last * PAGE + PAGE - 1, 0) is Status.OK
+            assert world.map(1, first * PAGE, last * PAGE + PAGE - 1, 0) is RequestStatus.OK
         assert world.unmap(1, unmap[0] * PAGE, unmap[1] * PAGE + PAGE - 1) is status
         domain = world.machine.system["a"].group.domain  # type: ignore[union-attr]
         assert [m.span.start // PAGE for m in domain.mappings()] == left  # type: ignore[attr-defined]
@@ -122,7 +122,7 @@ def test_what_is_to_be_written_is_not_read(world: World) -> None:
     queue.describe(1, 1 << 32, 4, 2)
     queue.offer(0)
     queue.notify()
-    assert queue.used_now() == [(0, 4)] and os.pread(answers, 4, 0) == bytes([Status.NOENT, 0, 0, 0])
+    assert queue.used_now() == [(0, 4)] and os.pread(answers, 4, 0) == bytes([RequestStatus.NOENT, 0, 0, 0])
     os.close(answers)
 
 
@@ -130,34 +130,34 @@ def test_a_reserved_region_leads_nowhere(world: World) -> None:
     """5.13.6.8.1.2: an access to it affects nobody else."""
     world.attach(1, A)
     world.map(1, 0xFED00000, 0xFEDFFFFF, 0)
-    assert world.map(1, 0xFEE00000, 0xFEEFFFFF, 0) is Status.INVAL
+    assert world.map(1, 0xFEE00000, 0xFEEFFFFF, 0) is RequestStatus.INVAL
     assert world.reaches("a", 0xFED00000) == 0
     assert world.reaches("a", 0xFEE00000) is None
 
 
 def test_map_and_unmap(world: World) -> None:
     assert world.reaches("a", 0x9000) == 0x9000  # bypass
-    assert world.attach(1, A) is Status.OK
+    assert world.attach(1, A) is RequestStatus.OK
     assert world.reaches("a", 0x9000) is None
-    assert world.map(1, 0x10000, 0x11FFF, 0x80000) is Status.OK
+    assert world.map(1, 0x10000, 0x11FFF, 0x80000) is RequestStatus.OK
     assert world.reaches("a", 0x11000) == 0x81000
     assert world.reaches("b", 0x9000) == 0x9000  # not attached
-    assert world.unmap(1, 0x10000, 0x11FFF) is Status.OK
+    assert world.unmap(1, 0x10000, 0x11FFF) is RequestStatus.OK
     assert world.reaches("a", 0x11000) is None
-    assert world.detach(1, A) is Status.OK
+    assert world.detach(1, A) is RequestStatus.OK
     assert world.reaches("a", 0x9000) == 0x9000
 
 
 def test_two_endpoints_in_one_domain(world: World) -> None:
-    assert [world.attach(1, A), world.attach(1, B)] == [Status.OK, Status.OK]
-    assert world.map(1, 0x10000, 0x10FFF, 0x80000) is Status.OK
+    assert [world.attach(1, A), world.attach(1, B)] == [RequestStatus.OK, RequestStatus.OK]
+    assert world.map(1, 0x10000, 0x10FFF, 0x80000) is RequestStatus.OK
     assert world.reaches("a", 0x10000) == world.reaches("b", 0x10000) == 0x80000
-    assert world.detach(1, A) is Status.OK
+    assert world.detach(1, A) is RequestStatus.OK
     assert world.reaches("b", 0x10000) == 0x80000
     # With the last endpoint the domain goes, and its mappings.
-    assert world.detach(1, B) is Status.OK
-    assert world.map(1, 0, PAGE - 1, 0) is Status.NOENT
-    assert world.attach(1, A) is Status.OK
+    assert world.detach(1, B) is RequestStatus.OK
+    assert world.map(1, 0, PAGE - 1, 0) is RequestStatus.NOENT
+    assert world.attach(1, A) is RequestStatus.OK
     assert world.reaches("a", 0x10000) is None
 
 
@@ -166,76 +166,76 @@ def test_an_endpoint_moves(world: World) -> None:
     world.map(1, 0x10000, 0x10FFF, 0x80000)
     world.attach(2, B)
     world.map(2, 0x10000, 0x10FFF, 0x90000)
-    assert world.attach(2, A) is Status.OK
+    assert world.attach(2, A) is RequestStatus.OK
     assert world.reaches("a", 0x10000) == 0x90000
-    assert world.map(1, 0x20000, 0x20FFF, 0) is Status.NOENT
+    assert world.map(1, 0x20000, 0x20FFF, 0) is RequestStatus.NOENT
 
 
 def test_endpoints_that_cannot_be_told_apart(world: World) -> None:
     """Behind the bridge to PCI: either's id, or the bridge's own, moves both."""
-    assert world.attach(1, LEFT) is Status.OK
+    assert world.attach(1, LEFT) is RequestStatus.OK
     world.map(1, 0x10000, 0x10FFF, 0x80000)
     assert world.reaches("right", 0x10000) == 0x80000
-    assert [world.attach(1, RIGHT), world.attach(1, BRIDGE)] == [Status.OK, Status.OK]
-    assert world.detach(1, LEFT) is Status.OK
+    assert [world.attach(1, RIGHT), world.attach(1, BRIDGE)] == [RequestStatus.OK, RequestStatus.OK]
+    assert world.detach(1, LEFT) is RequestStatus.OK
     assert world.reaches("left", 0x10000) == 0x80000  # the others are attached still
-    assert [world.detach(1, RIGHT), world.detach(1, BRIDGE)] == [Status.OK, Status.OK]
+    assert [world.detach(1, RIGHT), world.detach(1, BRIDGE)] == [RequestStatus.OK, RequestStatus.OK]
     assert world.reaches("left", 0x9000) == 0x9000
 
 
 @pytest.mark.parametrize(
     ("first", "last", "gpa", "flags", "status"),
     [
-        (0x10000, 0x10FFF, 0x1000, 0, Status.OK),  # nothing may be done there
-        (0x7000, 0x8FFF, 0, 0, Status.INVAL),  # but it is a mapping like others
-        (0x10000, 0x107FF, 0x1000, MMIO, Status.RANGE),
-        (1 << 48, (1 << 48) + 0xFFF, 0, 0, Status.RANGE),
-        ((1 << 48) - 0x1000, (1 << 48) + 0xFFF, 0, 3, Status.RANGE),
-        (0x10000, 0x10FFF, (1 << 52) - 0x1000, 3, Status.OK),
-        (0x10000, 0x11FFF, (1 << 52) - 0x1000, 3, Status.RANGE),  # past the last guest-physical address
-        (0x10000, 0x11FFF, (1 << 64) - 0x1000, 3, Status.RANGE),
+        (0x10000, 0x10FFF, 0x1000, 0, RequestStatus.OK),  # nothing may be done there
+        (0x7000, 0x8FFF, 0, 0, RequestStatus.INVAL),  # but it is a mapping like others
+        (0x10000, 0x107FF, 0x1000, MMIO, RequestStatus.RANGE),
+        (1 << 48, (1 << 48) + 0xFFF, 0, 0, RequestStatus.RANGE),
+        ((1 << 48) - 0x1000, (1 << 48) + 0xFFF, 0, 3, RequestStatus.RANGE),
+        (0x10000, 0x10FFF, (1 << 52) - 0x1000, 3, RequestStatus.OK),
+        (0x10000, 0x11FFF, (1 << 52) - 0x1000, 3, RequestStatus.RANGE),  # past the last guest-physical address
+        (0x10000, 0x11FFF, (1 << 64) - 0x1000, 3, RequestStatus.RANGE),
         # What PROBE says is reserved: the window of MSIs, 0xfee00000 to 0xfeefffff.
-        (0xFEE00000, 0xFEE00FFF, 0, 3, Status.INVAL),
-        (0xFEEFF000, 0xFEF00FFF, 0, 1, Status.INVAL),
-        (0xFED00000, 0xFEFFFFFF, 0, 0, Status.INVAL),
-        (0xFEDFF000, 0xFEDFFFFF, 0, 3, Status.OK),
-        (0xFEF00000, 0xFEF00FFF, 0, 3, Status.OK),
-        (0x10000, 0x10FFF, 0x1000, READ | WRITE | MMIO, Status.OK),
-        (0x10000, 0x10FFF, 0x1000, 8, Status.INVAL),
-        (0x10000, 0xFFFF, 0x1000, 3, Status.INVAL),
-        (0x10000, 0x107FF, 0x1000, 3, Status.RANGE),
-        (0x10800, 0x117FF, 0x1000, 3, Status.RANGE),
-        (0x10000, 0x10FFF, 0x1800, 3, Status.RANGE),
-        (1 << 48, (1 << 48) + 0xFFF, 0, 3, Status.RANGE),
-        (0x7000, 0x8FFF, 0, 3, Status.INVAL),  # overlaps
-        (0, (1 << 64) - 1, 0, 3, Status.RANGE),
+        (0xFEE00000, 0xFEE00FFF, 0, 3, RequestStatus.INVAL),
+        (0xFEEFF000, 0xFEF00FFF, 0, 1, RequestStatus.INVAL),
+        (0xFED00000, 0xFEFFFFFF, 0, 0, RequestStatus.INVAL),
+        (0xFEDFF000, 0xFEDFFFFF, 0, 3, RequestStatus.OK),
+        (0xFEF00000, 0xFEF00FFF, 0, 3, RequestStatus.OK),
+        (0x10000, 0x10FFF, 0x1000, READ | WRITE | MMIO, RequestStatus.OK),
+        (0x10000, 0x10FFF, 0x1000, 8, RequestStatus.INVAL),
+        (0x10000, 0xFFFF, 0x1000, 3, RequestStatus.INVAL),
+        (0x10000, 0x107FF, 0x1000, 3, RequestStatus.RANGE),
+        (0x10800, 0x117FF, 0x1000, 3, RequestStatus.RANGE),
+        (0x10000, 0x10FFF, 0x1800, 3, RequestStatus.RANGE),
+        (1 << 48, (1 << 48) + 0xFFF, 0, 3, RequestStatus.RANGE),
+        (0x7000, 0x8FFF, 0, 3, RequestStatus.INVAL),  # overlaps
+        (0, (1 << 64) - 1, 0, 3, RequestStatus.RANGE),
     ],
 )
-def test_map_statuses(world: World, first: int, last: int, gpa: int, flags: int, status: Status) -> None:
+def test_map_statuses(world: World, first: int, last: int, gpa: int, flags: int, status: RequestStatus) -> None:
     world.attach(1, A)
     world.map(1, 0x8000, 0x8FFF, 0)
     assert world.map(1, first, last, gpa, flags) is status
-    assert world.map(2, first, last, gpa, flags & 7) in (Status.NOENT, Status.INVAL)
+    assert world.map(2, first, last, gpa, flags & 7) in (RequestStatus.NOENT, RequestStatus.INVAL)
 
 
 @pytest.mark.parametrize(
     ("first", "last", "status", "left"),
     [
-        (0x8000, 0x9FFF, Status.OK, [0xC000]),
-        (0x8000, 0x8FFF, Status.RANGE, [0x8000, 0xC000]),  # would cut
-        (0x9000, 0xFFFF, Status.RANGE, [0x8000, 0xC000]),
-        (0x0, 0x8FFF, Status.RANGE, [0x8000, 0xC000]),
-        (0x0, 0xFFFFF, Status.OK, []),  # with holes
-        (0xA000, 0xBFFF, Status.OK, [0x8000, 0xC000]),  # nothing there
-        (0x0, (1 << 64) - 1, Status.OK, []),
-        (0x8000, 0x9FF0, Status.RANGE, [0x8000, 0xC000]),
-        (0x8010, 0x9FFF, Status.RANGE, [0x8000, 0xC000]),
-        (0x7FF0, 0xA00F, Status.OK, [0xC000]),  # its ends are outside of mappings, wherever
-        (0xA010, 0xA020, Status.OK, [0x8000, 0xC000]),
-        (0x9000, 0x8FFF, Status.INVAL, [0x8000, 0xC000]),
+        (0x8000, 0x9FFF, RequestStatus.OK, [0xC000]),
+        (0x8000, 0x8FFF, RequestStatus.RANGE, [0x8000, 0xC000]),  # would cut
+        (0x9000, 0xFFFF, RequestStatus.RANGE, [0x8000, 0xC000]),
+        (0x0, 0x8FFF, RequestStatus.RANGE, [0x8000, 0xC000]),
+        (0x0, 0xFFFFF, RequestStatus.OK, []),  # with holes
+        (0xA000, 0xBFFF, RequestStatus.OK, [0x8000, 0xC000]),  # nothing there
+        (0x0, (1 << 64) - 1, RequestStatus.OK, []),
+        (0x8000, 0x9FF0, RequestStatus.RANGE, [0x8000, 0xC000]),
+        (0x8010, 0x9FFF, RequestStatus.RANGE, [0x8000, 0xC000]),
+        (0x7FF0, 0xA00F, RequestStatus.OK, [0xC000]),  # its ends are outside of mappings, wherever
+        (0xA010, 0xA020, RequestStatus.OK, [0x8000, 0xC000]),
+        (0x9000, 0x8FFF, RequestStatus.INVAL, [0x8000, 0xC000]),
     ],
 )
-def test_unmap_statuses(world: World, first: int, last: int, status: Status, left: list[int]) -> None:
+def test_unmap_statuses(world: World, first: int, last: int, status: RequestStatus, left: list[int]) -> None:
     world.attach(1, A)
     world.map(1, 0x8000, 0x9FFF, 0)
     world.map(1, 0xC000, 0xCFFF, 0)
@@ -243,21 +243,21 @@ def test_unmap_statuses(world: World, first: int, last: int, status: Status, lef
     group = world.machine.system["a"].group
     assert group is not None
     assert [m.span.start for m in group.domain.mappings()] == left  # type: ignore[attr-defined]
-    assert world.unmap(2, first, last) is Status.NOENT
+    assert world.unmap(2, first, last) is RequestStatus.NOENT
 
 
 def test_attach_and_detach_statuses(world: World) -> None:
-    assert world.attach(1, 0x19) is Status.NOENT
-    assert world.attach(1, 0x10) is Status.NOENT  # the IOMMU itself
-    assert world.attach(0x10000, A) is Status.RANGE
-    assert world.attach(1, A, flags=2) is Status.INVAL
-    assert world.attach(1, A, reserved=b"\0\0\0\1") is Status.INVAL
-    assert world.detach(1, A) is Status.INVAL
-    assert world.detach(1, 0x19) is Status.NOENT
-    assert world.attach(1, A) is Status.OK
-    assert world.detach(2, A) is Status.INVAL
+    assert world.attach(1, 0x19) is RequestStatus.NOENT
+    assert world.attach(1, 0x10) is RequestStatus.NOENT  # the IOMMU itself
+    assert world.attach(0x10000, A) is RequestStatus.RANGE
+    assert world.attach(1, A, flags=2) is RequestStatus.INVAL
+    assert world.attach(1, A, reserved=b"\0\0\0\1") is RequestStatus.INVAL
+    assert world.detach(1, A) is RequestStatus.INVAL
+    assert world.detach(1, 0x19) is RequestStatus.NOENT
+    assert world.attach(1, A) is RequestStatus.OK
+    assert world.detach(2, A) is RequestStatus.INVAL
     assert world.reaches("a", 0x9000) is None  # attached still
-    assert world.detach(1, A, reserved=b"\1" * 8) is Status.OK  # must be ignored, other than ATTACH's
+    assert world.detach(1, A, reserved=b"\1" * 8) is RequestStatus.OK  # must be ignored, other than ATTACH's
     assert world.reaches("a", 0x9000) == 0x9000
 
 
@@ -277,14 +277,14 @@ def test_what_is_reserved_in_requests_is_ignored(world: World) -> None:
 def test_a_mapping_through_which_nothing_may_be_done(world: World) -> None:
     """5.13.6.5: a mapping is what one MAP makes; 5.13.6.6: UNMAP would split it."""
     world.attach(1, A)
-    assert world.map(1, 0x8000, 0x9FFF, 0, 0) is Status.OK
+    assert world.map(1, 0x8000, 0x9FFF, 0, 0) is RequestStatus.OK
     assert world.reaches("a", 0x8000) is None
     with pytest.raises(DmaFault, match="PERMISSION"):
         world.machine.devices["a"].dma.read(0x8000, 4)
-    assert world.map(1, 0x9000, 0x9FFF, 0, MMIO) is Status.INVAL
-    assert world.unmap(1, 0x8000, 0x8FFF) is Status.RANGE
-    assert world.unmap(1, 0x8000, 0x9FFF) is Status.OK
-    assert world.map(1, 0x9000, 0x9FFF, 0, MMIO | READ | WRITE) is Status.OK
+    assert world.map(1, 0x9000, 0x9FFF, 0, MMIO) is RequestStatus.INVAL
+    assert world.unmap(1, 0x8000, 0x8FFF) is RequestStatus.RANGE
+    assert world.unmap(1, 0x8000, 0x9FFF) is RequestStatus.OK
+    assert world.map(1, 0x9000, 0x9FFF, 0, MMIO | READ | WRITE) is RequestStatus.OK
     assert world.reaches("a", 0x9000) == 0
 
 
@@ -294,13 +294,13 @@ def test_an_endpoint_does_not_join_where_its_reserved_region_is_mapped(world: Wo
     world.machine.system["b"].reserved.append(region)
     world.attach(1, A)
     world.map(1, 0x5000, 0x5FFF, 0)
-    assert world.attach(1, B) is Status.UNSUPP
+    assert world.attach(1, B) is RequestStatus.UNSUPP
     assert world.reaches("b", 0x9000) == 0x9000  # where it was
     world.unmap(1, 0x5000, 0x5FFF)
-    assert world.attach(1, B) is Status.OK
-    assert world.map(1, 0x5000, 0x5FFF, 0) is Status.INVAL  # from now on: any of its endpoints counts
-    assert world.detach(1, B) is Status.OK
-    assert world.map(1, 0x5000, 0x5FFF, 0) is Status.OK
+    assert world.attach(1, B) is RequestStatus.OK
+    assert world.map(1, 0x5000, 0x5FFF, 0) is RequestStatus.INVAL  # from now on: any of its endpoints counts
+    assert world.detach(1, B) is RequestStatus.OK
+    assert world.map(1, 0x5000, 0x5FFF, 0) is RequestStatus.OK
 
 
 def test_unmap_and_map_need_their_feature(world: World) -> None:
@@ -322,18 +322,18 @@ def test_a_group_goes_back_to_the_domain_it_came_from(world: World) -> None:
     world.attach(2, RIGHT)  # and both with it, as they cannot be told apart
     world.map(2, 0x10000, 0x10FFF, 0x90000)
     assert world.reaches("left", 0x10000) == 0x90000
-    assert world.detach(2, RIGHT) is Status.OK
+    assert world.detach(2, RIGHT) is RequestStatus.OK
     assert world.reaches("left", 0x10000) == world.reaches("right", 0x10000) == 0x80000
 
 
 def test_bypass_domains(world: World) -> None:
-    assert world.attach(1, A, flags=1) is Status.OK
+    assert world.attach(1, A, flags=1) is RequestStatus.OK
     assert world.reaches("a", 0x9000) == 0x9000
-    assert world.map(1, 0, PAGE - 1, 0) is Status.INVAL
-    assert world.unmap(1, 0, PAGE - 1) is Status.INVAL
-    assert world.attach(1, B) is Status.INVAL  # of another kind
+    assert world.map(1, 0, PAGE - 1, 0) is RequestStatus.INVAL
+    assert world.unmap(1, 0, PAGE - 1) is RequestStatus.INVAL
+    assert world.attach(1, B) is RequestStatus.INVAL  # of another kind
     world.start(F_PROBE)
-    assert world.attach(1, A, flags=1) is Status.INVAL  # was not negotiated
+    assert world.attach(1, A, flags=1) is RequestStatus.INVAL  # was not negotiated
 
 
 def test_bypass_of_endpoints_without_a_domain(world: World) -> None:
@@ -353,10 +353,10 @@ def test_bypass_of_endpoints_without_a_domain(world: World) -> None:
 def test_mmio_needs_its_feature(world: World) -> None:
     world.start(F_MAP_UNMAP)
     world.attach(1, A)
-    assert world.map(1, 0, PAGE - 1, 0, READ | MMIO) is Status.INVAL
+    assert world.map(1, 0, PAGE - 1, 0, READ | MMIO) is RequestStatus.INVAL
     world.start(F_MAP_UNMAP | F_MMIO)
     world.attach(1, A)
-    assert world.map(1, 0, PAGE - 1, 0, READ | MMIO) is Status.OK
+    assert world.map(1, 0, PAGE - 1, 0, READ | MMIO) is RequestStatus.OK
 
 
 def test_probe(world: World) -> None:
@@ -366,10 +366,10 @@ def test_probe(world: World) -> None:
     assert struct.unpack_from("<HHB3xQQ", answer) == (1, 20, 1, 0xFEE00000, 0xFEEFFFFF)
     assert answer[24:PROBE_SIZE] == bytes(PROBE_SIZE - 24)
     answer = world.requests.ask(struct.pack("<B3xI64s", 5, 0x19, bytes(64)), PROBE_SIZE + 4)
-    assert answer[PROBE_SIZE] == Status.NOENT
+    assert answer[PROBE_SIZE] == RequestStatus.NOENT
     for room in (4, 8, PROBE_SIZE + 3):  # no room for properties: none, and the status is in the tail (5.13.6.8.2)
         answer = world.requests.ask(request, room)
-        assert answer == bytes(room - 4) + bytes([Status.INVAL, 0, 0, 0]), room
+        assert answer == bytes(room - 4) + bytes([RequestStatus.INVAL, 0, 0, 0]), room
     assert world.requests.ask(request, 3) == b""
 
 
@@ -422,7 +422,7 @@ def test_requests_that_are_none(world: World) -> None:
         assert world.requests.ask(bytes([kind]) + bytes(71), PROBE_SIZE + 4) == b""
         assert world.driver.memory.read(world.requests.data + 0x1000, PROBE_SIZE + 4) == bytes(PROBE_SIZE + 4)
     assert world.requests.ask(b"") == b""
-    assert world.requests.ask(b"\x01\0\0\0") == bytes([Status.INVAL, 0, 0, 0])  # too short
+    assert world.requests.ask(b"\x01\0\0\0") == bytes([RequestStatus.INVAL, 0, 0, 0])  # too short
     assert world.requests.ask(b"\x01\0\0\0", 3) == b""  # no room for a tail
     assert world.iommu.errors == 0
 
@@ -431,7 +431,7 @@ def test_too_many_mappings() -> None:
     text = MACHINE.replace("input_bits = 48", "input_bits = 48, max_mappings = 2")
     world = World(parse(text, Path("m.toml")))
     world.attach(1, A)
-    assert [world.map(1, n * PAGE, n * PAGE + PAGE - 1, 0) for n in range(3)] == [0, 0, Status.NOMEM]
+    assert [world.map(1, n * PAGE, n * PAGE + PAGE - 1, 0) for n in range(3)] == [0, 0, RequestStatus.NOMEM]
     world.driver.close()
     world.machine.close()
 
@@ -446,28 +446,28 @@ def test_one_iommu_is_out_of_memory_and_the_other_is_not() -> None:
     assert isinstance(other, VirtioIommuDevice)
     requests, _ = (driver := Driver(other)).start([0, 1], None)
 
-    def ask_other(kind: int, *fields: int | bytes, form: str) -> Status:
-        return Status(requests.ask(struct.pack("<B3x" + form, kind, *fields))[0])
+    def ask_other(kind: int, *fields: int | bytes, form: str) -> RequestStatus:
+        return RequestStatus(requests.ask(struct.pack("<B3x" + form, kind, *fields))[0])
 
     def map_pages(domain: int) -> int:
         """How many until NOMEM."""
         for n in range(10_000):
             status = world.map(domain, n * PAGE, n * PAGE + PAGE - 1, 0)
-            if status is Status.NOMEM:
+            if status is RequestStatus.NOMEM:
                 return n
-            assert status is Status.OK
+            assert status is RequestStatus.OK
         pytest.fail("there is no end")
 
-    assert world.attach(1, A) is Status.OK
-    assert world.attach(2, B) is Status.OK
+    assert world.attach(1, A) is RequestStatus.OK
+    assert world.attach(2, B) is RequestStatus.OK
     made = map_pages(1)
     assert made
     assert map_pages(2) == 0  # the limit is of the IOMMU, not of a domain
-    assert ask_other(1, 1, 0x38, 0, bytes(4), form="III4s") is Status.OK
+    assert ask_other(1, 1, 0x38, 0, bytes(4), form="III4s") is RequestStatus.OK
     for n in range(2 * made):
-        assert ask_other(3, 1, n * PAGE, n * PAGE + PAGE - 1, 0, READ | WRITE, form="IQQQI") is Status.OK
-    assert world.unmap(1, 0, (made // 2) * PAGE - 1) is Status.OK  # what is given back may be taken again
-    assert world.map(1, 0, PAGE - 1, 0) is Status.OK
+        assert ask_other(3, 1, n * PAGE, n * PAGE + PAGE - 1, 0, READ | WRITE, form="IQQQI") is RequestStatus.OK
+    assert world.unmap(1, 0, (made // 2) * PAGE - 1) is RequestStatus.OK  # what is given back may be taken again
+    assert world.map(1, 0, PAGE - 1, 0) is RequestStatus.OK
     driver.close()
     world.driver.close()
     world.machine.close()

@@ -7,7 +7,7 @@ import struct
 import time
 
 from tests.virtio.driver import Driver
-from vmodel.devices.virtio_iommu import Status, VirtioIommuDevice
+from vmodel.devices.virtio_iommu import RequestStatus, VirtioIommuDevice
 from vmodel.errors import DmaFault
 from vmodel.machine import Machine
 
@@ -60,21 +60,21 @@ class World:
     def start(self, features: int | None = None) -> None:
         self.requests, self.events = self.driver.start([0, 1], features)
 
-    def ask(self, kind: int, *fields: int | bytes, form: str) -> Status:
+    def ask(self, kind: int, *fields: int | bytes, form: str) -> RequestStatus:
         answer = self.requests.ask(struct.pack("<B3x" + form, kind, *fields))
         assert len(answer) == 4 and answer[1:] == bytes(3)
-        return Status(answer[0])
+        return RequestStatus(answer[0])
 
-    def attach(self, domain: int, endpoint: int, flags: int = 0, reserved: bytes = bytes(4)) -> Status:
+    def attach(self, domain: int, endpoint: int, flags: int = 0, reserved: bytes = bytes(4)) -> RequestStatus:
         return self.ask(1, domain, endpoint, flags, reserved, form="III4s")
 
-    def detach(self, domain: int, endpoint: int, reserved: bytes = bytes(8)) -> Status:
+    def detach(self, domain: int, endpoint: int, reserved: bytes = bytes(8)) -> RequestStatus:
         return self.ask(2, domain, endpoint, reserved, form="II8s")
 
-    def map(self, domain: int, first: int, last: int, gpa: int, flags: int = READ | WRITE) -> Status:
+    def map(self, domain: int, first: int, last: int, gpa: int, flags: int = READ | WRITE) -> RequestStatus:
         return self.ask(3, domain, first, last, gpa, flags, form="IQQQI")
 
-    def unmap(self, domain: int, first: int, last: int) -> Status:
+    def unmap(self, domain: int, first: int, last: int) -> RequestStatus:
         return self.ask(4, domain, first, last, bytes(4), form="IQQ4s")
 
     def reaches(self, name: str, iova: int) -> int | None:

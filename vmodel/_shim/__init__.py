@@ -40,7 +40,7 @@ from vmodel._shim.function import (
     MISALIGNED,
     REGIONS,
     SIZE_ODD,
-    Function,
+    FunctionRegions,
     FunctionStats,
     Policy,
 )
@@ -93,7 +93,7 @@ __all__ = [
     "Channel",
     "Domain",
     "Files",
-    "Function",
+    "FunctionRegions",
     "FunctionStats",
     "Mapped",
     "Memory",

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from vmodel._shim.function import Function
+from vmodel._shim.function import FunctionRegions
 from vmodel._shim.handle import check, create
 from vmodel._shim.memory import Memory
 from vmodel._vmshim import ffi, lib
@@ -41,7 +41,7 @@ class Channel:
     """One vfio-user connection; belongs to one thread, but for `shutdown`."""
 
     def __init__(
-        self, function: Function, memory: Memory, socket: int, max_xfer: int, max_fds: int, send_ms: int
+        self, function: FunctionRegions, memory: Memory, socket: int, max_xfer: int, max_fds: int, send_ms: int
     ) -> None:
         self.function = function
         self.memory = memory

@@ -46,7 +46,7 @@ class FunctionStats:
     rejected: int
 
 
-class Function:
+class FunctionRegions:
     """One PCI function's regions: backing store and who answers each byte."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from vmodel._shim.function import Function
+from vmodel._shim.function import FunctionRegions
 from vmodel._shim.handle import check, create
 from vmodel._vmshim import ffi, lib
 
@@ -79,7 +79,7 @@ class Store:
 class Workers:
     """Threads; they wake `function` when something is done.  All methods belong to the device's thread."""
 
-    def __init__(self, function: Function, threads: int) -> None:
+    def __init__(self, function: FunctionRegions, threads: int) -> None:
         self._pending: dict[int, tuple[_Filled, Callable[[int], None]]] = {}
         self.handle = create(lib.vms_workers_create, lib.vms_workers_destroy, "vms_workers", function.handle, threads)
         self._cookies = itertools.count(1)

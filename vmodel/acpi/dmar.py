@@ -78,7 +78,7 @@ class Reserved:
 
 
 @dataclass(frozen=True)
-class Unit:
+class RemappingUnit:
     """A remapping unit (DRHD): `base` is the address of its registers, `scopes` are the devices behind it.
 
     `ats`: those devices may have TLBs of their own (ATSR).
@@ -90,7 +90,7 @@ class Unit:
     ats: bool = False
 
 
-def dmar(units: Sequence[Unit], reserved: Sequence[Reserved] = (), address_width: int = 46) -> bytes:
+def dmar(units: Sequence[RemappingUnit], reserved: Sequence[Reserved] = (), address_width: int = 46) -> bytes:
     """Builds the table.  `address_width` is the host's, in bits.  Structures are ordered by type (8.1)."""
     named = list(dict.fromkeys(scope.name for unit in units for scope in unit.scopes if scope.name))
     numbers = {name: number for number, name in enumerate(named, 1)}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vmodel import machine as machines
 from vmodel.campaign.rig import GUESTS, absolute, load_rig, plain
-from vmodel.campaign.schema import MOST_RUNS, CampaignFile, MachineTable, PlanTable, WorkloadTable
+from vmodel.campaign.schema import MOST_RUNS, BootedMachineTable, CampaignFile, PlanTable, WorkloadTable
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
@@ -105,7 +105,7 @@ class Matrix:
                 text = f"{name!r} is used twice: names must differ"
                 raise ConfigError(text, file=self.file, key=f"{section}.name")
 
-    def _name_machines(self) -> Iterator[tuple[str, MachineTable, Path]]:
+    def _name_machines(self) -> Iterator[tuple[str, BootedMachineTable, Path]]:
         for n, table in enumerate(self.content.machine):
             path = self.base / table.file
             if not path.is_file():
@@ -184,7 +184,7 @@ class Matrix:
         return found
 
     def _cell(
-        self, name: str, machine: MachineTable, path: Path, kernel: str | None, workload: WorkloadTable
+        self, name: str, machine: BootedMachineTable, path: Path, kernel: str | None, workload: WorkloadTable
     ) -> Iterator[Run]:
         image = str(self.base / kernel) if kernel is not None and "/" in kernel else kernel
         case = Case(

@@ -40,7 +40,7 @@ class Reporter(Protocol):
         """A message for the user."""
 
 
-class Bar:
+class ProgressBar:
     """Reports progress on stderr; a context manager.  See Reporter."""
 
     def __init__(self, out: Console) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vmodel.campaign.matrix import digest, functions
-from vmodel.campaign.rig import GUESTS, Rig, perform
+from vmodel.campaign.rig import GUESTS, CaseRunner, perform
 from vmodel.campaign.store import Row
 from vmodel.devices import BUILTIN
 from vmodel.errors import ConfigError
@@ -76,7 +76,7 @@ def free_folder(wanted: Path) -> Path:
     raise ConfigError(f"{wanted}: exists, and 9,998 numbered ones too: name another folder with -o")
 
 
-def repeat(rig: Rig, row: Row, folder: Path, before: list[Row]) -> Result:
+def repeat(rig: CaseRunner, row: Row, folder: Path, before: list[Row]) -> Result:
     """Runs `row` again in `rig`, after the runs `before` in the same guest.  ConfigError: a mistake of the user's."""
     for other in before:
         perform(rig, other.run.case, folder / f"before-{other.id}")

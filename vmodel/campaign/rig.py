@@ -20,7 +20,7 @@ from vmodel.mistakes import exception_line, one_line
 GUESTS = "vmodel.experiment:Rig"
 
 
-class Rig(Protocol):
+class CaseRunner(Protocol):
     """Runs cases one after the other; a context manager that frees all resources on exit.
 
     `folder` exists and is empty; the files that a case writes there are the artefacts of its run.  ConfigError: the
@@ -44,18 +44,18 @@ def absolute(name: str, base: Path) -> str:
     return f"{(base / source).resolve()}:{kind}" if source.endswith(".py") else name
 
 
-def load_rig(name: str) -> Callable[[], Rig]:
+def load_rig(name: str) -> Callable[[], CaseRunner]:
     """The class that "path/file.py:Class" or "package.module:Class" names.  ConfigError: there is none, or no rig."""
     source, _, kind = name.rpartition(":")
     if not source or not kind.isidentifier():
         raise ConfigError(f'rig {name!r}: must be "path/file.py:Class" or "package.module:Class"')
-    made: Callable[[], Rig] | None = getattr(load_source(f"rig {name!r}", source), kind, None)
+    made: Callable[[], CaseRunner] | None = getattr(load_source(f"rig {name!r}", source), kind, None)
     if not isinstance(made, type) or not callable(getattr(made, "run", None)):
         raise ConfigError(f"rig {name!r}: {kind} must be a class with a method run(case, folder) -> Result")
     return made
 
 
-def perform(rig: Rig, case: Case, folder: Path) -> Result:
+def perform(rig: CaseRunner, case: Case, folder: Path) -> Result:
     """Runs a case in `rig`.  An exception of the rig is a harness error, with its traceback as an artefact.
 
     ConfigError: a mistake of the user's, as the rig reports it.

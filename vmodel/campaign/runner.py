@@ -12,7 +12,7 @@ from vmodel.campaign.cluster import Cluster
 from vmodel.campaign.executor import Answer, Executor, Task
 from vmodel.campaign.progress import Reporter
 from vmodel.campaign.rig import harness_error
-from vmodel.campaign.store import Row, Store
+from vmodel.campaign.store import ResultStore, Row
 from vmodel.campaign.worker import Processes
 
 #: How often the worker of one run may die until the run counts as a harness error.
@@ -36,7 +36,7 @@ def executor(rig: str, folder: Path, *, jobs: int = 1, scheduler: str | None = N
 class Runner:
     """Runs a store's pending runs until all have ended."""
 
-    def __init__(self, store: Store, on: Executor, reporter: Reporter) -> None:
+    def __init__(self, store: ResultStore, on: Executor, reporter: Reporter) -> None:
         self._store = store
         self._on = on
         self._reporter = reporter

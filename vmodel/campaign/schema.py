@@ -123,7 +123,7 @@ class CampaignTable(_Table):
     rig: str = Field(default=GUESTS, examples=['"lab.py:Lab"'], description="a class that runs cases instead of guests")
 
 
-class MachineTable(_Table):
+class BootedMachineTable(_Table):
     """`[[machine]]`: a machine file, and how to boot its guest."""
 
     file: str = Field(examples=['"edu.toml"'])
@@ -176,7 +176,7 @@ class CampaignFile(_Table):
     """A whole campaign file."""
 
     campaign: CampaignTable
-    machine: tuple[MachineTable, ...] = ()
+    machine: tuple[BootedMachineTable, ...] = ()
     workload: tuple[WorkloadTable, ...] = ()
     plan: tuple[PlanTable, ...] = ()
 

@@ -65,7 +65,7 @@ class Row:
         return self.result is not None and self.result.outcome in self.run.expect
 
 
-class Store:
+class ResultStore:
     """A campaign's folder; a context manager that closes it."""
 
     def __init__(self, folder: Path, database: sqlite3.Connection, lock: int | None) -> None:
@@ -242,11 +242,11 @@ class Store:
 _COLUMNS = "id, run, deaths, result, guest, started, ended"
 
 
-def find_run(path: Path) -> tuple[Store, Row]:
+def find_run(path: Path) -> tuple[ResultStore, Row]:
     """The campaign and the run that the path FOLDER/NUMBER names; the caller closes the store.  ConfigError."""
     if not path.name.isdecimal():
         raise ConfigError(f"{path}: must be a run's folder, as {path / '17' if path.is_dir() else 'edu.runs/17'}")
-    store = Store.open(path.parent)
+    store = ResultStore.open(path.parent)
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
         row = store.row(int(path.name))

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from vmodel.campaign.statistics import Rate
-from vmodel.campaign.store import Row, Store
+from vmodel.campaign.store import ResultStore, Row
 from vmodel.experiment.case import Result
 from vmodel.experiment.oracle import Effect, Outcome
 from vmodel.guest.artifacts import ROLES
@@ -40,7 +40,7 @@ class Ended:
 
 
 @dataclass
-class Fault:
+class MatrixRow:
     """A line of the matrix: one plan on one machine under one workload."""
 
     machine: str
@@ -106,7 +106,7 @@ class Signature:
 class Summary:
     """The counts and lists of a campaign's runs."""
 
-    def __init__(self, store: Store, base: Path) -> None:
+    def __init__(self, store: ResultStore, base: Path) -> None:
         """`base`: the folder that links are relative to."""
         self.folder = store.folder
         definition = store.definition
@@ -173,14 +173,14 @@ def _ended(row: Row, result: Result, kernel: str, base: Path) -> Ended:
     return Ended(row, result, kernel, links, link, f"vmodel reproduce {shlex.quote(str(row.folder))}")
 
 
-def _faults(runs: Sequence[Ended]) -> list[Fault]:
-    found: dict[tuple[str, str, str], Fault] = {}
+def _faults(runs: Sequence[Ended]) -> list[MatrixRow]:
+    found: dict[tuple[str, str, str], MatrixRow] = {}
     for run in runs:
         what = run.row.run
         plan = what.case.plan
         rules = tuple(rule.text() for rule in plan.rule) if plan is not None else ()
         place = (what.machine, what.workload, what.plan)
-        fault = found.setdefault(place, Fault(*place, rules))
+        fault = found.setdefault(place, MatrixRow(*place, rules))
         fault.runs.setdefault(run.kernel, []).append(run)
     return list(found.values())
 

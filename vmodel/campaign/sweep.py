@@ -6,7 +6,7 @@ from vmodel.campaign.matrix import ACCEPTABLE, CONTROL, Run, inputs, opened
 from vmodel.campaign.progress import Reporter
 from vmodel.campaign.rig import GUESTS
 from vmodel.campaign.runner import Runner
-from vmodel.campaign.store import Row, Store
+from vmodel.campaign.store import ResultStore, Row
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
@@ -73,11 +73,11 @@ class Sweep:
         return self._run(f"{self.where} do={self.do} nth={n}", f"nth={n}")
 
     def definition(self) -> dict[str, str]:
-        """The sweep's definition for `Store.create`."""
+        """The sweep's definition for `ResultStore.create`."""
         return {"kind": "sweep", "name": f"{self.case.machine.stem}: {self.where} do={self.do}"}
 
 
-def carry_out(sweep: Sweep, store: Store, runner: Runner, reporter: Reporter, most: int) -> int:
+def carry_out(sweep: Sweep, store: ResultStore, runner: Runner, reporter: Reporter, most: int) -> int:
     """Runs a sweep, with at most `most` events failed; returns how many events the clean run had.
 
     ConfigError: the run without a fault fails, too, or the store has another version of this sweep.
@@ -110,7 +110,7 @@ def carry_out(sweep: Sweep, store: Store, runner: Runner, reporter: Reporter, mo
     return count
 
 
-def _finish(store: Store, runner: Runner, runs: list[Run]) -> Row | None:
+def _finish(store: ResultStore, runner: Runner, runs: list[Run]) -> Row | None:
     ids = store.add(runs)
     runner.finish()
     return store.row(ids[-1]) if ids else None

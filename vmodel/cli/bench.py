@@ -21,12 +21,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from vmodel.cli.chart import Chart, Line, draw
+from vmodel.cli.chart import Chart, Series, draw
 from vmodel.cli.output import AsJson, console, show
-from vmodel.devices.nvme.command import SUBMISSION_SIZE, Command
+from vmodel.devices.nvme.command import SUBMISSION_SIZE, NvmeCommand
 from vmodel.errors import ConfigError
 from vmodel.span import PAGE, KiB, MiB
-from vmodel.testing.nvme import READ, WRITE, Latency, NvmeDriver, Pair, Stream, prps
+from vmodel.testing.nvme import READ, WRITE, CommandStream, Latency, NvmeDriver, Pair, prps
 
 app = typer.Typer(help="Measure a device without a guest.", no_args_is_help=True)
 
@@ -155,13 +155,15 @@ def _measure(path: Path, server: int, seconds: float) -> Iterator[Figure]:
         for block in BLOCKS:
             memcpy = _Memcpy(block)
             for opcode, name in ((READ, "read"), (WRITE, "write")):
-                stream = Stream(driver, pair, _commands(driver, opcode, block, buffers, lists))
+                stream = CommandStream(driver, pair, _commands(driver, opcode, block, buffers, lists))
                 stream.run(32, seconds / 10)  # warm
                 for depth in DEPTHS:
                     yield _figure(f"random {name}", block, depth, stream, server, seconds, memcpy)
 
 
-def _figure(what: str, block: int, depth: int, stream: Stream, server: int, seconds: float, memcpy: _Memcpy) -> Figure:
+def _figure(
+    what: str, block: int, depth: int, stream: CommandStream, server: int, seconds: float, memcpy: _Memcpy
+) -> Figure:
     runs, found = [], []
     for _ in range(_REPEAT):
         # Measured next to each run, as memory bandwidth varies with the load of the machine.
@@ -213,7 +215,7 @@ def _commands(driver: NvmeDriver, opcode: int, block: int, buffers: int, lists: 
     for n in range(_ENTRIES * _ROUNDS):
         slba = chance.randrange(_NAMESPACE // block) * (block // _LBA)
         slot = n % _ENTRIES
-        command = Command.make(
+        command = NvmeCommand.make(
             opcode, cid=slot, nsid=1, dptr=pointers[slot], cdw10=slba, cdw11=slba >> 32, cdw12=block // _LBA - 1
         )
         image += command.build()
@@ -227,7 +229,7 @@ def _fill(driver: NvmeDriver, pair: Pair, buffers: int, lists: int) -> None:
     driver.ram.view[buffers : buffers + block] = random.Random(0).randbytes(block)
     pointer = _pointer(driver, 0, block, buffers, lists)
     for slba in range(0, _NAMESPACE // _LBA, block // _LBA):
-        driver.send(pair, Command.make(WRITE, nsid=1, dptr=pointer, cdw10=slba, cdw12=block // _LBA - 1))
+        driver.send(pair, NvmeCommand.make(WRITE, nsid=1, dptr=pointer, cdw10=slba, cdw12=block // _LBA - 1))
 
 
 class _Memcpy:
@@ -259,9 +261,9 @@ def plot(figures: Sequence[Figure]) -> str:
     """IOPS and latencies (median, 99.9th percentile) over queue depth, as an SVG document."""
     kinds = list(dict.fromkeys((figure.what, figure.block) for figure in figures))
 
-    def lines(value: str) -> list[Line]:
+    def lines(value: str) -> list[Series]:
         return [
-            Line(
+            Series(
                 f"{what}, {block // KiB} KiB",
                 [(f.depth, getattr(f, value)) for f in figures if (f.what, f.block) == (what, block)],
             )

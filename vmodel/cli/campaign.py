@@ -16,11 +16,11 @@ from rich.table import Table
 
 from vmodel.campaign import sweep as sweeps
 from vmodel.campaign.matrix import Matrix, guest_file
-from vmodel.campaign.progress import STYLES, Bar
+from vmodel.campaign.progress import STYLES, ProgressBar
 from vmodel.campaign.rig import GUESTS, absolute, load_rig
 from vmodel.campaign.runner import Runner, executor
 from vmodel.campaign.schema import load
-from vmodel.campaign.store import Row, Store
+from vmodel.campaign.store import ResultStore, Row
 from vmodel.cli.output import console, log_to_stderr, show
 from vmodel.cli.serve import MachinePath
 from vmodel.errors import ConfigError
@@ -144,16 +144,19 @@ def sweep(
 @contextlib.contextmanager
 def at_work(
     folder: Path, definition: dict[str, str], rig: str, jobs: int, scheduler: str | None
-) -> Iterator[tuple[Store, Runner, Bar]]:
+) -> Iterator[tuple[ResultStore, Runner, ProgressBar]]:
     """Opens a campaign's folder for running; prints a summary at the end.
 
     Ctrl-C and SIGTERM end it: with exit status 130, and a line that says how to continue.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with Store.create(folder, definition) as store:
+        with ResultStore.create(folder, definition) as store:
             try:
-                with Bar(console(sys.stderr)) as bar, executor(rig, folder, jobs=jobs, scheduler=scheduler) as on:
+                with (
+                    ProgressBar(console(sys.stderr)) as bar,
+                    executor(rig, folder, jobs=jobs, scheduler=scheduler) as on,
+                ):
                     yield store, Runner(store, on, bar), bar
             except KeyboardInterrupt:
                 rows = store.rows()

@@ -13,7 +13,7 @@ _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 
 
 @dataclass(frozen=True)
-class Line:
+class Series:
     """A line of a chart; `points` are (x, y), both above 0."""
 
     name: str
@@ -27,7 +27,7 @@ class Chart:
     title: str
     x: str
     y: str
-    lines: Sequence[Line]
+    lines: Sequence[Series]
 
 
 def draw(title: str, charts: Sequence[Chart]) -> str:

@@ -24,7 +24,7 @@ from vmodel.guest.artifacts import ArtifactError
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """The result of a check.  `mend` is the command that fixes it."""
 
     name: str
@@ -42,15 +42,15 @@ def mend_shim() -> str:
     return shlex.join([sys.executable, "-m", "pip", "install", *source])
 
 
-def _shim() -> Finding:
+def _shim() -> Diagnosis:
     try:
         importlib.import_module("vmodel._vmshim")
     except ImportError as error:
-        return Finding("C shim", False, str(error), mend_shim())
-    return Finding("C shim", True, "loaded")
+        return Diagnosis("C shim", False, str(error), mend_shim())
+    return Diagnosis("C shim", True, "loaded")
 
 
-def _qemu() -> Finding:
+def _qemu() -> Diagnosis:
     name = "QEMU with vfio-user-pci"
     try:
         qemu = artifacts.find_qemu()
@@ -58,10 +58,10 @@ def _qemu() -> Finding:
         qemu = artifacts.probe_qemu(qemu.path)
     except ArtifactError as error:
         return _artifact(name, error)
-    return Finding(name, True, f"{'.'.join(map(str, qemu.version))}, {qemu.path}")
+    return Diagnosis(name, True, f"{'.'.join(map(str, qemu.version))}, {qemu.path}")
 
 
-def _kernel(short: str) -> Finding:
+def _kernel(short: str) -> Diagnosis:
     name, needed = f"guest kernel {short}", short == artifacts.KERNELS[0]
     try:
         kernel = artifacts.find_kernel(short)
@@ -69,24 +69,24 @@ def _kernel(short: str) -> Finding:
         return _artifact(name, error, needed)
     if not kernel.image.is_file() or kernel.modules is None or not kernel.modules.is_dir():
         mend = f"{artifacts.MEND} --refresh"
-        return Finding(name, False, f"{kernel.image} or its modules are missing", mend, needed)
-    return Finding(name, True, str(kernel.image))
+        return Diagnosis(name, False, f"{kernel.image} or its modules are missing", mend, needed)
+    return Diagnosis(name, True, str(kernel.image))
 
 
-def _busybox() -> Finding:
+def _busybox() -> Diagnosis:
     try:
-        return Finding("static busybox", True, str(artifacts.find_busybox()))
+        return Diagnosis("static busybox", True, str(artifacts.find_busybox()))
     except ArtifactError as error:
         return _artifact("static busybox", error)
 
 
-def _artifact(name: str, error: ArtifactError, needed: bool = True) -> Finding:
+def _artifact(name: str, error: ArtifactError, needed: bool = True) -> Diagnosis:
     # The message of an ArtifactError ends with the command that fixes it; here the command has a line of its own.
     detail, _, mend = str(error).rpartition("; ")
-    return Finding(name, False, detail or mend, mend.removeprefix("run "), needed)
+    return Diagnosis(name, False, detail or mend, mend.removeprefix("run "), needed)
 
 
-def _memory() -> Finding:
+def _memory() -> Diagnosis:
     """Guest RAM is a memfd that QEMU and vmodel both map; /dev/shm is not needed."""
     try:
         fd = os.memfd_create("vmodel-doctor")
@@ -98,21 +98,23 @@ def _memory() -> Finding:
         finally:
             os.close(fd)
     except OSError as error:
-        return Finding("shared memory", False, f"memfd: {error.strerror}", "uname -r  # Linux 3.17 or newer is needed")
-    return Finding("shared memory", shared, "memfd works" if shared else "two mappings of a memfd differ")
+        return Diagnosis(
+            "shared memory", False, f"memfd: {error.strerror}", "uname -r  # Linux 3.17 or newer is needed"
+        )
+    return Diagnosis("shared memory", shared, "memfd works" if shared else "two mappings of a memfd differ")
 
 
-def _compiler() -> Finding:
+def _compiler() -> Diagnosis:
     # The shim is built by now: a compiler is only needed to rebuild it, and to build C programs for the guest.
     found = shutil.which("cc") or shutil.which("gcc")
     if not found:
-        return Finding("C compiler", False, "no cc in PATH", "apt-get install gcc libc6-dev", needed=False)
+        return Diagnosis("C compiler", False, "no cc in PATH", "apt-get install gcc libc6-dev", needed=False)
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return Finding("C compiler", False, f"{found}, but no Python.h", "apt-get install python3-dev", needed=False)
-    return Finding("C compiler", True, found)
+        return Diagnosis("C compiler", False, f"{found}, but no Python.h", "apt-get install python3-dev", needed=False)
+    return Diagnosis("C compiler", True, found)
 
 
-def _checks() -> Iterator[Finding]:
+def _checks() -> Iterator[Diagnosis]:
     yield _shim()
     yield _qemu()
     yield from map(_kernel, artifacts.KERNELS)

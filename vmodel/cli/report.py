@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vmodel.campaign.report import FORMATS
-from vmodel.campaign.store import Store
+from vmodel.campaign.store import ResultStore
 from vmodel.campaign.summary import Summary
 from vmodel.errors import ConfigError
 from vmodel.mistakes import guess
@@ -33,7 +33,7 @@ def report(
         raise ConfigError(
             f"--format {form}: {f'did you mean {close}? ' if close else ''}Formats are {', '.join(FORMATS)}"
         )
-    with Store.open(path) as store:
+    with ResultStore.open(path) as store:
         text = FORMATS[form](Summary(store, (output or Path("report")).absolute().parent))
     if output is None:
         sys.stdout.write(text)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
-from vmodel._shim import Function
+from vmodel._shim import FunctionRegions
 from vmodel._shim import key as access_key
 from vmodel.device.declare import Declaration
 from vmodel.device.regions import Regions
@@ -23,7 +23,7 @@ from vmodel.logs import limited
 from vmodel.memory import GuestMemory
 from vmodel.pci.bar import BankSlot
 from vmodel.pci.caps import Msi, Msix, Pm, ResetKind
-from vmodel.pci.config import ConfigSpace, Status
+from vmodel.pci.config import ConfigSpace, StatusRegister
 from vmodel.pci.express import Pcie
 from vmodel.pci.irq import Intx, Irqs
 from vmodel.points import Point, Points
@@ -91,7 +91,7 @@ class VfioBackend:
         self.declaration = declaration
         self.name = name
         self._model = model
-        self.function = Function()
+        self.function = FunctionRegions()
         self.memory = GuestMemory()
         self.dma = Dma(self.memory)
         #: The thread that serves the device.
@@ -264,11 +264,13 @@ class VfioBackend:
         """A completion has come that is none of success (PCIe 5.0, 7.5.1.1.4)."""
         header = self.config.header
         if reason is Reason.POISONED:
-            header.STATUS |= Status.DETECTED_PARITY.mask | (Status.PARITY.mask if self.config.command.PARITY else 0)
+            header.STATUS |= StatusRegister.DETECTED_PARITY.mask | (
+                StatusRegister.PARITY.mask if self.config.command.PARITY else 0
+            )
         elif reason is Reason.COMPLETER_ABORT:
-            header.STATUS |= Status.RECEIVED_TARGET_ABORT.mask
+            header.STATUS |= StatusRegister.RECEIVED_TARGET_ABORT.mask
         elif reason not in _NO_COMPLETION:
-            header.STATUS |= Status.RECEIVED_MASTER_ABORT.mask
+            header.STATUS |= StatusRegister.RECEIVED_MASTER_ABORT.mask
 
     def config_written(self) -> None:
         """Updates the driver's phase (`Points`) after a config space write that exits."""
@@ -277,7 +279,7 @@ class VfioBackend:
 
     def _set_intx_status(self, level: bool) -> None:
         header = self.config.header
-        header.STATUS = Status.INTERRUPT.put(header.STATUS, int(level))
+        header.STATUS = StatusRegister.INTERRUPT.put(header.STATUS, int(level))
 
     @owned
     def reset(self, kind: ResetKind) -> None:
@@ -408,7 +410,7 @@ class VfioBackend:
         for capability in self.config.capabilities:
             capability.restored()
         if self.pin is not None:
-            self.pin.level = bool(Status(self.config.header.STATUS).INTERRUPT)
+            self.pin.level = bool(StatusRegister(self.config.header.STATUS).INTERRUPT)
         self.update_enables()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
-from vmodel._shim import Function
+from vmodel._shim import FunctionRegions
 from vmodel._shim import key as access_key
 from vmodel.regs import Mode, Register, RegisterBank
 from vmodel.span import Span
@@ -37,7 +37,7 @@ class HookedRegister:
 
     def __init__(
         self,
-        function: Function,
+        function: FunctionRegions,
         region: int,
         at: int,
         bank: RegisterBank,
@@ -107,7 +107,7 @@ class HookedRegister:
 class Regions:
     """All accesses to one function that exit to Python."""
 
-    def __init__(self, function: Function, failed: Callable[[str, Exception], None], owner: Owner) -> None:
+    def __init__(self, function: FunctionRegions, failed: Callable[[str, Exception], None], owner: Owner) -> None:
         """`failed` gets exceptions of hooks; a read whose hook fails returns all ones, as a master abort does."""
         self.owner = owner
         self._function = function

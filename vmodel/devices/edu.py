@@ -20,7 +20,7 @@ from vmodel.span import KiB, MiB
 # set COMPUTING.
 
 
-class Status(Layout):
+class EduStatus(Layout):
     """Status register."""
 
     COMPUTING = Bit(0, RO, doc="a factorial is being computed")
@@ -49,7 +49,7 @@ class EduRegs(RegisterBank, size=0x100, sizes=(4, 8), misaligned=False):
     ID = Reg32(0x00, RO, reset=0x0100_00ED, sizes=(4,), doc="version 1.0, 'edu'")
     LIVENESS = Reg32(0x04, sizes=(4,), doc="reads as the inverse of what was written")
     FACTORIAL = Reg32(0x08, sizes=(4,), doc="write n, read n! (mod 2**32) once COMPUTING is clear")
-    STATUS = Reg32(0x20, layout=Status, sizes=(4,))
+    STATUS = Reg32(0x20, layout=EduStatus, sizes=(4,))
     IRQ_STATUS = Reg32(0x24, RO, sizes=(4,), doc="the causes that have raised the interrupt")
     IRQ_RAISE = Reg32(0x60, WO, reset=0xFFFF_FFFF, sizes=(4,), doc="sets bits of IRQ_STATUS")
     IRQ_ACK = Reg32(0x64, WO, reset=0xFFFF_FFFF, sizes=(4,), doc="clears bits of IRQ_STATUS")
@@ -105,9 +105,9 @@ class Edu(PciDevice):
     # guest can read COMPUTING as set.  `self.after(0.010, call)` would run it 10 ms later, unless a reset cancels it.
     @on_write(EduRegs.FACTORIAL)
     def _factorial(self, new: int) -> int:
-        if Status(self.regs.STATUS).COMPUTING:
+        if EduStatus(self.regs.STATUS).COMPUTING:
             return self.regs.FACTORIAL  # busy: the write is ignored
-        self.regs.STATUS |= Status.COMPUTING.mask
+        self.regs.STATUS |= EduStatus.COMPUTING.mask
         self.defer(lambda: self._compute(new))
         return new
 
@@ -117,8 +117,8 @@ class Edu(PciDevice):
             result = result * n & 0xFFFF_FFFF
             n -= 1
         self.regs.FACTORIAL = result
-        self.regs.STATUS &= ~Status.COMPUTING.mask
-        if Status(self.regs.STATUS).IRQ_FACTORIAL:
+        self.regs.STATUS &= ~EduStatus.COMPUTING.mask
+        if EduStatus(self.regs.STATUS).IRQ_FACTORIAL:
             self._raise(IRQ_FACTORIAL_DONE)
 
     @on_write(EduRegs.IRQ_RAISE)

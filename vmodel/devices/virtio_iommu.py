@@ -48,7 +48,7 @@ _RESV_SIZE = 24
 _FAULT = struct.Struct("<B3xIIIQ")
 
 
-class Status(enum.IntEnum):
+class RequestStatus(enum.IntEnum):
     """Status of a request (5.13.6)."""
 
     OK = 0
@@ -89,7 +89,7 @@ class _Unknown(Exception):
 class _Refused(Exception):
     """A request that ends with a status other than OK."""
 
-    def __init__(self, status: Status) -> None:
+    def __init__(self, status: RequestStatus) -> None:
         super().__init__(status.name)
         self.status = status
 
@@ -107,7 +107,7 @@ class _Domain:
     @property
     def paging(self) -> PagingDomain:
         if not isinstance(self.domain, PagingDomain):
-            raise _Refused(Status.INVAL)  # a bypass domain has no mappings
+            raise _Refused(RequestStatus.INVAL)  # a bypass domain has no mappings
         return self.domain
 
 
@@ -268,7 +268,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if room < _TAIL:
             return b""  # the buffer has no room for the tail
         properties = bytes(min(PROBE_SIZE, room - _TAIL)) if data[:1] == bytes([_PROBE]) else b""
-        status = Status.OK
+        status = RequestStatus.OK
         try:
             found = self._carry_out(data, room)
             properties = found.ljust(len(properties), b"\0")
@@ -285,36 +285,36 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if handle is None or feature & ~self.features:
             raise _Unknown
         if len(data) < size or room < tail:
-            raise _Refused(Status.INVAL)
+            raise _Refused(RequestStatus.INVAL)
         return handle(self, data)
 
     def _endpoint(self, number: int) -> tuple[Endpoint, Group]:
         endpoint = self._endpoints.get(number)
         if endpoint is None or endpoint.group is None:
-            raise _Refused(Status.NOENT)
+            raise _Refused(RequestStatus.NOENT)
         return endpoint, endpoint.group
 
     def _attach(self, data: bytes) -> bytes:
         number, endpoint_id, flags, reserved = struct.unpack_from("<III4s", data, 4)
         if flags & ~_ATTACH_BYPASS or any(reserved):
-            raise _Refused(Status.INVAL)
+            raise _Refused(RequestStatus.INVAL)
         if number > LAST_DOMAIN:
-            raise _Refused(Status.RANGE)
+            raise _Refused(RequestStatus.RANGE)
         bypass = bool(flags & _ATTACH_BYPASS)
         if bypass and not self.features & F_BYPASS_CONFIG:
-            raise _Refused(Status.INVAL)
+            raise _Refused(RequestStatus.INVAL)
         endpoint, group = self._endpoint(endpoint_id)
         wanted = self._domains.get(number)
         if wanted is not None and wanted.bypass != bypass:
-            raise _Refused(Status.INVAL)
+            raise _Refused(RequestStatus.INVAL)
         if wanted is None:
             wanted = _Domain(self.iommu.identity if bypass else paging_domain_alloc(endpoint), bypass)
         if not bypass and any(wanted.paging.is_mapped(region.span) for region in _regions(endpoint)):
-            raise _Refused(Status.UNSUPP)  # the domain maps IOVAs that this endpoint has reserved
+            raise _Refused(RequestStatus.UNSUPP)  # the domain maps IOVAs that this endpoint has reserved
         try:
             group.attach(wanted.domain)
         except IommuError:
-            raise _Refused(Status.UNSUPP) from None
+            raise _Refused(RequestStatus.UNSUPP) from None
         self._remove_endpoint(endpoint_id)
         self._domains[number] = wanted
         wanted.endpoints.add(endpoint_id)
@@ -341,7 +341,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         number, endpoint_id = struct.unpack_from("<II", data, 4)
         _, group = self._endpoint(endpoint_id)
         if self._attached.get(endpoint_id) != number:
-            raise _Refused(Status.INVAL)
+            raise _Refused(RequestStatus.INVAL)
         self._remove_endpoint(endpoint_id)
         self._attach_group(group)  # all endpoints of a group have one domain
         return b""
@@ -349,26 +349,26 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
     def _domain(self, number: int) -> _Domain:
         domain = self._domains.get(number)
         if domain is None:
-            raise _Refused(Status.NOENT)
+            raise _Refused(RequestStatus.NOENT)
         return domain
 
     def _map(self, data: bytes) -> bytes:
         number, first, last, gpa, flags = struct.unpack_from("<IQQQI", data, 4)
         if flags >= 1 << 3 or last < first:
-            raise _Refused(Status.INVAL)
+            raise _Refused(RequestStatus.INVAL)
         if flags & MapFlags.MMIO and not self.features & F_MMIO:
-            raise _Refused(Status.INVAL)
+            raise _Refused(RequestStatus.INVAL)
         known = self._domain(number)
         domain = known.paging
         page = self.iommu.capabilities.smallest_page
         size = last - first + 1
         if (first | gpa | size) & (page - 1):
-            raise _Refused(Status.RANGE)
+            raise _Refused(RequestStatus.RANGE)
         span = Span(first, last)
         if not domain.aperture.covers(span):
-            raise _Refused(Status.RANGE)
+            raise _Refused(RequestStatus.RANGE)
         if any(reserved.overlaps(span) for reserved in known.reserved):
-            raise _Refused(Status.INVAL)
+            raise _Refused(RequestStatus.INVAL)
         access = Access(flags & (MapFlags.READ | MapFlags.WRITE))
 
         def carry_out(_: object = None) -> None:
@@ -383,22 +383,26 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             else:
                 carry_out()
         except IommuError as error:
-            refused = {errno.EEXIST: Status.INVAL, errno.ERANGE: Status.RANGE, errno.EINVAL: Status.INVAL}
-            raise _Refused(refused.get(error.errno or 0, Status.NOMEM)) from None
+            refused = {
+                errno.EEXIST: RequestStatus.INVAL,
+                errno.ERANGE: RequestStatus.RANGE,
+                errno.EINVAL: RequestStatus.INVAL,
+            }
+            raise _Refused(refused.get(error.errno or 0, RequestStatus.NOMEM)) from None
         return b""
 
     def _unmap(self, data: bytes) -> bytes:
         number, first, last = struct.unpack_from("<IQQ", data, 4)
         domain = self._domain(number).paging
         if last < first:
-            raise _Refused(Status.INVAL)
+            raise _Refused(RequestStatus.INVAL)
         try:
             if self.points.wants(Point.IOMMU_UNMAP) or self.points.wants(Point.INVALIDATE):
                 self._unmap_in_steps(number, domain, Span(first, last))
             else:
                 domain.clear(Span(first, last))
         except IommuError:
-            raise _Refused(Status.RANGE) from None
+            raise _Refused(RequestStatus.RANGE) from None
         return b""
 
     def _unmap_in_steps(self, number: int, domain: PagingDomain, span: Span) -> None:

@@ -105,7 +105,7 @@ class GuestResult:
 
 
 @dataclass
-class _Port:
+class _SerialPort:
     """One serial port: our end of it, what has come, how much of that `expect` has consumed, and a log file."""
 
     ours: socket.socket
@@ -115,7 +115,7 @@ class _Port:
     log: BinaryIO | None = None
 
     @classmethod
-    def make(cls) -> _Port:
+    def make(cls) -> _SerialPort:
         return cls(*socket.socketpair())
 
 
@@ -146,7 +146,7 @@ class Guest:
         folder = Path(self._scratch.name)
         #: QMP's unix socket.
         self.qmp = folder / "qmp.sock"
-        self._ports = {name: _Port.make() for name in ("console", "output", "status")}
+        self._ports = {name: _SerialPort.make() for name in ("console", "output", "status")}
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, name="vmodel-guest", daemon=True)
         self._process: subprocess.Popen[bytes] | None = None
@@ -216,7 +216,7 @@ class Guest:
                         self._answer(port)
                     self._call_back(name, data)
 
-    def _answer(self, port: _Port) -> None:
+    def _answer(self, port: _SerialPort) -> None:
         # The only question of the guest's: how often has it booted? It cannot know, its memory is new each time.
         boots = bytes(port.received).count(b"boot\n")
         while self.boots < boots:

@@ -28,7 +28,7 @@ class PlatformDevice:
 Source = Function | PlatformDevice
 
 
-class Params(pydantic.BaseModel):
+class KindParams(pydantic.BaseModel):
     """A kind's own parameters, as in a machine file; unknown ones are refused."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -50,7 +50,7 @@ class Driver(ABC):
     nested_formats: ClassVar[frozenset[TableFormat]] = frozenset()
     #: What such an IOMMU can do, if nothing else is said.
     default: ClassVar[Capabilities]
-    Params: ClassVar[type[Params]] = Params
+    Params: ClassVar[type[KindParams]] = KindParams
     #: Parameters that mean something only where a guest drives it.
     served_params: ClassVar[frozenset[str]] = frozenset()
 

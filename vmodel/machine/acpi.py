@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vmodel.acpi.dmar import Reserved, Scope, Unit, dmar
+from vmodel.acpi.dmar import RemappingUnit, Reserved, Scope, dmar
 from vmodel.acpi.viot import PciRange, viot
 from vmodel.devices.iommu import IommuDevice
 from vmodel.iommu.capabilities import RegionType
@@ -39,7 +39,7 @@ def dmar_of(devices: Iterable[IommuDevice]) -> bytes | None:
     """DMAR; None: there is no VT-d unit."""
     served = [device for device in devices if device.iommu.driver.kind == "vt-d"]
     units = [
-        Unit(
+        RemappingUnit(
             _own(device).segment,
             device.base,
             [*_scopes(_functions(device.covered())), *_namespace(device).values()],

@@ -30,7 +30,7 @@ class ResetKind(enum.Enum):
     DEVICE = "DEVICE_RESET"
 
 
-class Owner(Protocol):
+class CapabilityOwner(Protocol):
     """What a capability needs of its device."""
 
     irqs: Irqs
@@ -68,13 +68,13 @@ class Capability:
     read_hooked: tuple[Register, ...] = ()
     name = "?"
 
-    owner: Owner
+    owner: CapabilityOwner
     regs: RegisterBank
 
     def __set_name__(self, cls: type, name: str) -> None:
         self.name = name
 
-    def bind(self, owner: Owner, view: memoryview) -> Self:
+    def bind(self, owner: CapabilityOwner, view: memoryview) -> Self:
         """A copy of the capability for one device, with its registers in `view`."""
         bound = copy.copy(self)
         bound.owner = owner

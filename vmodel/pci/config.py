@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vmodel._shim import EXIT_ON_WRITE, Function, Policy
+from vmodel._shim import EXIT_ON_WRITE, FunctionRegions, Policy
 from vmodel.pci.bar import Bar
-from vmodel.pci.caps import Capability, Owner, ResetKind
+from vmodel.pci.caps import Capability, CapabilityOwner, ResetKind
 from vmodel.pci.extcaps import ExtendedCapability
 from vmodel.regs import RO, RW, W1C, Bit, Layout, Reg8, Reg16, Reg32, Register, RegisterBank, RegisterError
 from vmodel.span import Span
@@ -23,7 +23,7 @@ FIRST_CAPABILITY, FIRST_EXTENDED = 0x40, 0x100
 ROM_ENABLE = 1
 
 
-class Command(Layout):
+class CommandRegister(Layout):
     """Command register."""
 
     IO = Bit(0, RW)
@@ -34,7 +34,7 @@ class Command(Layout):
     INTX_DISABLE = Bit(10, RW)
 
 
-class Status(Layout):
+class StatusRegister(Layout):
     """Status register."""
 
     INTERRUPT = Bit(3)
@@ -52,8 +52,8 @@ class HeaderRegs(RegisterBank, size=0x40):
 
     VENDOR_ID = Reg16(0x00, RO)
     DEVICE_ID = Reg16(0x02, RO)
-    COMMAND = Reg16(0x04, RO, layout=Command)
-    STATUS = Reg16(0x06, RO, layout=Status)
+    COMMAND = Reg16(0x04, RO, layout=CommandRegister)
+    STATUS = Reg16(0x06, RO, layout=StatusRegister)
     REVISION = Reg8(0x08, RO)
     PROG_IF = Reg8(0x09, RO)
     SUBCLASS = Reg8(0x0A, RO)
@@ -92,8 +92,8 @@ class ConfigSpace:
 
     def __init__(
         self,
-        owner: Owner,
-        function: Function,
+        owner: CapabilityOwner,
+        function: FunctionRegions,
         identity: Identity,
         bars: Sequence[Bar],
         rom_size: int,
@@ -163,7 +163,7 @@ class ConfigSpace:
             self._bar_bits[n] = bar.header_bits() if n == bar.index else 0
         self._set_mask(0x10 + 4 * bar.index, bar.address_mask(), 4 * bar.registers)
 
-    def _place(self, owner: Owner, capability: Capability, at: int, limit: int) -> Capability:
+    def _place(self, owner: CapabilityOwner, capability: Capability, at: int, limit: int) -> Capability:
         size = capability.bank.size
         if at + size > limit:
             raise RegisterError(f"capability {capability.name} at {at:#x}+{size:#x} does not fit into config space")
@@ -179,7 +179,7 @@ class ConfigSpace:
             self._write_hooks.append((span, bound.written))
         return bound
 
-    def _lay_list(self, owner: Owner, capabilities: Sequence[Capability]) -> dict[int, Capability]:
+    def _lay_list(self, owner: CapabilityOwner, capabilities: Sequence[Capability]) -> dict[int, Capability]:
         bound = {}
         link, at = 0x34, FIRST_CAPABILITY
         for capability in capabilities:
@@ -190,7 +190,9 @@ class ConfigSpace:
             link, at = at + 1, (at + capability.bank.size + 3) & ~3
         return bound
 
-    def _lay_extended(self, owner: Owner, capabilities: Sequence[ExtendedCapability]) -> dict[int, Capability]:
+    def _lay_extended(
+        self, owner: CapabilityOwner, capabilities: Sequence[ExtendedCapability]
+    ) -> dict[int, Capability]:
         bound: dict[int, Capability] = {}
         at, link = FIRST_EXTENDED, 0
         for capability in capabilities:
@@ -215,7 +217,7 @@ class ConfigSpace:
         header.SUBSYSTEM_VENDOR, header.SUBSYSTEM = identity.subsystem_vendor_id, identity.subsystem_id
         header.HEADER_TYPE = 0x80 if identity.multifunction else 0
         header.INTERRUPT_PIN = identity.interrupt_pin
-        header.STATUS = Status.CAPABILITIES.put(0, int(bool(self.capabilities)))
+        header.STATUS = StatusRegister.CAPABILITIES.put(0, int(bool(self.capabilities)))
         for n in range(6):
             self.view[0x10 + 4 * n : 0x14 + 4 * n] = self._bar_bits.get(n, 0).to_bytes(4, "little")
         for capability in self.capabilities:
@@ -224,9 +226,9 @@ class ConfigSpace:
             self.view[at] = byte
 
     @property
-    def command(self) -> Command:
+    def command(self) -> CommandRegister:
         """The Command register."""
-        return Command(self.header.COMMAND)
+        return CommandRegister(self.header.COMMAND)
 
     def bar_address(self, index: int) -> int:
         """The address that the guest has written to a BAR."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Command, Completion
+from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Completion, NvmeCommand
 from vmodel.span import PAGE, MiB
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client, EventFd
@@ -34,7 +34,7 @@ READ, WRITE, FLUSH = 0x02, 0x01, 0x00
 class CommandFailed(OSError):
     """A command has ended with another status than Success."""
 
-    def __init__(self, command: Command, completion: Completion) -> None:
+    def __init__(self, command: NvmeCommand, completion: Completion) -> None:
         super().__init__(f"opcode {command.opcode:#x} ended with status {completion.status & 0x7FF:#x}")
         self.completion = completion
 
@@ -139,13 +139,13 @@ class NvmeDriver:
         """An I/O queue pair; its completions raise vector 1."""
         pair = self._pair(qid, entries)
         size = (entries - 1) << 16 | qid
-        self.send(self.admin, Command.make(0x05, dptr=prps(pair.cq), cdw10=size, cdw11=1 << 16 | 3))
-        self.send(self.admin, Command.make(0x01, dptr=prps(pair.sq), cdw10=size, cdw11=qid << 16 | 1))
+        self.send(self.admin, NvmeCommand.make(0x05, dptr=prps(pair.cq), cdw10=size, cdw11=1 << 16 | 3))
+        self.send(self.admin, NvmeCommand.make(0x01, dptr=prps(pair.sq), cdw10=size, cdw11=qid << 16 | 1))
         return pair
 
     # ---- commands ------------------------------------------------------------------------------
 
-    def send(self, pair: Pair, command: Command) -> Completion:
+    def send(self, pair: Pair, command: NvmeCommand) -> Completion:
         """One command, by itself.  CommandFailed."""
         self._cid = self._cid % 0xFFFE + 1
         entry = bytearray(command.build())
@@ -207,7 +207,7 @@ class Latency:
     nanoseconds: int
 
 
-class Stream:
+class CommandStream:
     """Commands out of a prepared list, so many at a time."""
 
     def __init__(self, driver: NvmeDriver, pair: Pair, commands: bytes) -> None:

@@ -51,7 +51,7 @@ class Job:
     sync: bool = False
 
 
-class Backend:
+class BlockBackend:
     """`size` bytes that outlive commands; what was never written reads as zeros.
 
     Jobs that may have to wait are done by `workers`, where there are any.
@@ -87,7 +87,7 @@ class Backend:
         """Gives back the lock; memory goes when nobody uses it any more."""
 
 
-class MemoryBackend(Backend):
+class MemoryBackend(BlockBackend):
     """Anonymous memory, taken page by page as it is written; gone with the server."""
 
     def __init__(self, size: int) -> None:
@@ -95,7 +95,7 @@ class MemoryBackend(Backend):
         super().__init__(size, store.Store.memory(size), read_only=False)
 
 
-class FileBackend(Backend):
+class FileBackend(BlockBackend):
     """A file, or a raw image that is only read; locked against other servers while it is open."""
 
     def __init__(

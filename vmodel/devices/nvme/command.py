@@ -39,7 +39,7 @@ class DataPointer(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class NvmeCommand:
     """A submission queue entry; `flags`: FUSE and PSDT as they are in byte 1."""
 
     opcode: int

@@ -9,13 +9,13 @@ import uuid
 from collections.abc import Iterable
 from typing import Self, cast
 
-from vmodel._shim import Function
+from vmodel._shim import FunctionRegions
 from vmodel.device import Intx, MmioBar, Msi, Msix, PciDevice, Pcie, Pm, ResetKind, on_write, on_write_each
 from vmodel.devices.nvme.admin import AdminCommands
 from vmodel.devices.nvme.arbiter import Arbiter
 from vmodel.devices.nvme.backend import Job, Op
-from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Command
-from vmodel.devices.nvme.events import Event, Events
+from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, NvmeCommand
+from vmodel.devices.nvme.events import AsyncEvent, Events
 from vmodel.devices.nvme.fast import FastPath
 from vmodel.devices.nvme.features import Features
 from vmodel.devices.nvme.firmware import Firmware
@@ -31,15 +31,15 @@ from vmodel.devices.nvme.regs import (
     QUEUE_PAIRS,
     SUBSYSTEM_RESET,
     Aqa,
-    Cap,
     Cc,
     ControllerRegs,
     Csts,
+    NvmeCap,
     doorbells,
 )
 from vmodel.devices.nvme.sanitize import Sanitize
 from vmodel.devices.nvme.selftest import DeviceSelfTest
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.devices.nvme.work import Failure, Work
 from vmodel.errors import DmaFault, PeerError
 from vmodel.points import Point
@@ -55,7 +55,7 @@ _READY = Csts.RDY.mask
 _WORKING = _READY | Csts.CFS.mask
 _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 #: Statuses that tell the host nothing that it did not ask for: not for the error log.
-_ASKED_FOR = (Status.ABORT_REQUESTED, Status.ABORTED_SQ_DELETION, Status.COMPARE_FAILURE)
+_ASKED_FOR = (NvmeStatus.ABORT_REQUESTED, NvmeStatus.ABORTED_SQ_DELETION, NvmeStatus.COMPARE_FAILURE)
 
 _Doorbells = doorbells(0)
 
@@ -118,7 +118,7 @@ class Nvme(PciDevice):
         self._opened = False
 
     @property
-    def function(self) -> Function:
+    def function(self) -> FunctionRegions:
         """The shim's function, to whose thread the fast path's workers report."""
         return self.backend.function
 
@@ -158,15 +158,15 @@ class Nvme(PciDevice):
 
     def _load_capabilities(self) -> None:
         params = self.params
-        cap = Cap.MQES.put(0, params.queue_entries - 1)
+        cap = NvmeCap.MQES.put(0, params.queue_entries - 1)
         for field, value in (
-            (Cap.CQR, 1),
-            (Cap.AMS, 1),
-            (Cap.TO, _TIMEOUT),
-            (Cap.DSTRD, params.doorbell_stride),
-            (Cap.NSSRS, int(params.subsystem_reset)),
-            (Cap.CSS, 1),
-            (Cap.MPSMAX, params.max_page_shift - 12),
+            (NvmeCap.CQR, 1),
+            (NvmeCap.AMS, 1),
+            (NvmeCap.TO, _TIMEOUT),
+            (NvmeCap.DSTRD, params.doorbell_stride),
+            (NvmeCap.NSSRS, int(params.subsystem_reset)),
+            (NvmeCap.CSS, 1),
+            (NvmeCap.MPSMAX, params.max_page_shift - 12),
         ):
             cap = field.put(cap, value)
         self.regs.CAP = cap
@@ -255,7 +255,7 @@ class Nvme(PciDevice):
             return f"command set {cc.CSS}"
         if cc.AMS > 1:
             return f"arbitration {cc.AMS}"
-        if cc.MPS > Cap(self.regs.CAP).MPSMAX:
+        if cc.MPS > NvmeCap(self.regs.CAP).MPSMAX:
             return f"page size {4096 << cc.MPS}"
         attributes = Aqa(self.regs.AQA)
         if not attributes.ASQS or not attributes.ACQS:
@@ -328,9 +328,9 @@ class Nvme(PciDevice):
         queue = (self.completion if n & 1 else self.submission).get(n >> 1)
         if queue is None:
             if self.enabled:
-                self.events.report(Event.INVALID_DOORBELL_REGISTER)
+                self.events.report(AsyncEvent.INVALID_DOORBELL_REGISTER)
         elif self.enabled and not queue.doorbell(new):
-            self.events.report(Event.INVALID_DOORBELL_VALUE)
+            self.events.report(AsyncEvent.INVALID_DOORBELL_VALUE)
         elif n & 1:
             self._taken(self.completion[n >> 1])
 
@@ -402,7 +402,7 @@ class Nvme(PciDevice):
         """(completions, seconds) that may gather before the vector is raised; (1, 0) when each counts."""
         return self.features.coalescing(vector)
 
-    def failed(self, sq: SubmissionQueue, command: Command, error: CommandError) -> bool:
+    def failed(self, sq: SubmissionQueue, command: NvmeCommand, error: CommandError) -> bool:
         """A command has failed; whether the error log has more about it."""
         if error.status in _ASKED_FOR:
             return False
@@ -428,7 +428,7 @@ class Nvme(PciDevice):
         namespace = self.inventory.attached(nsid)
         self.sanitize.check()
         if namespace.formatting:
-            raise CommandError(Status.FORMAT_IN_PROGRESS, dnr=False)
+            raise CommandError(NvmeStatus.FORMAT_IN_PROGRESS, dnr=False)
         return namespace
 
     def namespaces(self) -> Iterable[Namespace]:
@@ -438,9 +438,9 @@ class Nvme(PciDevice):
     def namespace_changed(self, nsid: int) -> None:
         """A namespace has come, gone, or is another."""
         self.admin.logs.changed.add(nsid)
-        self.notice(Event.NAMESPACE_CHANGED)
+        self.notice(AsyncEvent.NAMESPACE_CHANGED)
 
-    def notice(self, event: Event) -> None:
+    def notice(self, event: AsyncEvent) -> None:
         """Reports an event that the host may have asked not to be told of."""
         if self.features.notices(event):
             self.events.report(event)
@@ -495,7 +495,7 @@ class Nvme(PciDevice):
 
     def _expired(self) -> None:
         """The error log tells why it has failed, once a reset lets the host read it."""
-        self.health.record(Status.KEEP_ALIVE_EXPIRED)
+        self.health.record(NvmeStatus.KEEP_ALIVE_EXPIRED)
         self._fail(f"no Keep Alive for {self._keep_alive_ms} ms")
 
 

@@ -6,7 +6,7 @@ import enum
 from collections import deque
 
 from vmodel.devices.nvme.queue import Later
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 
 #: Asynchronous Event Requests that may be outstanding (AERL + 1).
 LIMIT = 4
@@ -14,7 +14,7 @@ LIMIT = 4
 _WAITING = 32
 
 
-class Event(enum.Enum):
+class AsyncEvent(enum.Enum):
     """(type, information, log page), the fields of the completion's Dword 0."""
 
     INVALID_DOORBELL_REGISTER = (0, 0x00, 0x01)
@@ -50,7 +50,7 @@ class Events:
 
     def __init__(self) -> None:
         self._requests: deque[Later] = deque()
-        self._events: deque[Event] = deque()
+        self._events: deque[AsyncEvent] = deque()
         self._masked: set[int] = set()
 
     def clear(self) -> None:
@@ -62,7 +62,7 @@ class Events:
     def request(self) -> Later:
         """A request has come: it is completed when there is an event.  CommandError: there are too many."""
         if len(self._requests) >= LIMIT:
-            raise CommandError(Status.EVENT_LIMIT_EXCEEDED)
+            raise CommandError(NvmeStatus.EVENT_LIMIT_EXCEEDED)
         later = Later(lambda: self._forget(later))
         self._requests.append(later)
         self._deliver()
@@ -72,20 +72,20 @@ class Events:
         self._requests.remove(later)
         return True
 
-    def report(self, event: Event) -> None:
+    def report(self, event: AsyncEvent) -> None:
         """Something has happened.  The same event that waits already is one."""
         if event not in self._events and len(self._events) < _WAITING:
             self._events.append(event)
             self._deliver()
 
-    def forget(self, event: Event) -> None:
+    def forget(self, event: AsyncEvent) -> None:
         """An event that nobody has heard of yet is not worth it any more."""
         if event in self._events:
             self._events.remove(event)
 
     def read(self, log_page: int) -> None:
         """The host has read a log page and wants further events of its kinds."""
-        unmasked = {event.type for event in Event if event.log_page == log_page}
+        unmasked = {event.type for event in AsyncEvent if event.log_page == log_page}
         # What has happened before that is in the page just read.
         self._events = deque(e for e in self._events if not (e.log_page == log_page and e.type in self._masked))
         self._masked -= unmasked

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vmodel._shim import Function
+from vmodel._shim import FunctionRegions
 from vmodel._shim.nvme import BUSY, EMPTY, FULL, OTHER, READ, SYNC, WRITE, Rings
 from vmodel._shim.store import Workers
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.health import Health
 from vmodel.devices.nvme.status import CommandError
 from vmodel.dma import Dma
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vmodel.devices.nvme.arbiter import Arbiter
-    from vmodel.devices.nvme.io import Namespace
+    from vmodel.devices.nvme.io import IoNamespace
     from vmodel.devices.nvme.queue import CompletionQueue, SubmissionQueue
 
 __all__ = ["BUSY", "EMPTY", "FULL", "OTHER", "FastPath"]
@@ -36,7 +36,7 @@ class FastHost(Protocol):
     """The controller as the fast path sees it."""
 
     @property
-    def function(self) -> Function:
+    def function(self) -> FunctionRegions:
         """The shim's function, to which workers report."""
 
     arbiter: Arbiter
@@ -49,10 +49,10 @@ class FastHost(Protocol):
     def write_cache(self) -> bool:
         """As with IoHost."""
 
-    def namespace(self, nsid: int) -> Namespace:
+    def namespace(self, nsid: int) -> IoNamespace:
         """As with IoHost."""
 
-    def namespaces(self) -> Iterable[Namespace]:
+    def namespaces(self) -> Iterable[IoNamespace]:
         """As with IoHost."""
 
 
@@ -174,7 +174,7 @@ class FastPath:
             if stop == EMPTY:
                 return
             # It has failed: once more the general way, which knows what that means.
-            self._submission[result.sq].carry_out(Command.parse(self._rings.command()))
+            self._submission[result.sq].carry_out(NvmeCommand.parse(self._rings.command()))
 
     def settle(self) -> None:
         """Waits for all that workers have in hand, and ends it."""

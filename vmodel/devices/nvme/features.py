@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vmodel.devices.nvme.command import BROADCAST, Command
-from vmodel.devices.nvme.events import Event
+from vmodel.devices.nvme.command import BROADCAST, NvmeCommand
+from vmodel.devices.nvme.events import AsyncEvent
 from vmodel.devices.nvme.health import TEMPERATURE, WARNING_TEMPERATURE
 from vmodel.devices.nvme.namespace import Protection
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 
 if TYPE_CHECKING:
     from vmodel.devices.nvme.controller import Nvme
@@ -50,7 +50,7 @@ class Select(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class Feature:
+class NvmeFeature:
     """A row of the table; `bits`: those of Dword 11 that have a meaning, others must be 0."""
 
     bits: int = 0
@@ -60,22 +60,22 @@ class Feature:
 
 
 _TABLE = {
-    FeatureId.ARBITRATION: Feature(0xFFFF_FF07, default=7, saveable=True),
-    FeatureId.POWER_MANAGEMENT: Feature(0xFF),
-    FeatureId.TEMPERATURE_THRESHOLD: Feature(0x3F_FFFF, saveable=True),
-    FeatureId.ERROR_RECOVERY: Feature(0x1_FFFF, per_namespace=True),
-    FeatureId.VOLATILE_WRITE_CACHE: Feature(1, default=1, saveable=True),
-    FeatureId.NUMBER_OF_QUEUES: Feature(0xFFFF_FFFF),
-    FeatureId.INTERRUPT_COALESCING: Feature(0xFFFF, saveable=True),
-    FeatureId.INTERRUPT_VECTOR: Feature(0x1_FFFF),
-    FeatureId.WRITE_ATOMICITY: Feature(1),
-    FeatureId.ASYNCHRONOUS_EVENTS: Feature(0xFFFF_FFFF),
-    FeatureId.TIMESTAMP: Feature(),
-    FeatureId.KEEP_ALIVE: Feature(0xFFFF_FFFF),
-    FeatureId.SANITIZE: Feature(1),
-    FeatureId.SOFTWARE_PROGRESS: Feature(0xFF, saveable=True),
-    FeatureId.HOST_IDENTIFIER: Feature(1),
-    FeatureId.WRITE_PROTECTION: Feature(7, per_namespace=True),
+    FeatureId.ARBITRATION: NvmeFeature(0xFFFF_FF07, default=7, saveable=True),
+    FeatureId.POWER_MANAGEMENT: NvmeFeature(0xFF),
+    FeatureId.TEMPERATURE_THRESHOLD: NvmeFeature(0x3F_FFFF, saveable=True),
+    FeatureId.ERROR_RECOVERY: NvmeFeature(0x1_FFFF, per_namespace=True),
+    FeatureId.VOLATILE_WRITE_CACHE: NvmeFeature(1, default=1, saveable=True),
+    FeatureId.NUMBER_OF_QUEUES: NvmeFeature(0xFFFF_FFFF),
+    FeatureId.INTERRUPT_COALESCING: NvmeFeature(0xFFFF, saveable=True),
+    FeatureId.INTERRUPT_VECTOR: NvmeFeature(0x1_FFFF),
+    FeatureId.WRITE_ATOMICITY: NvmeFeature(1),
+    FeatureId.ASYNCHRONOUS_EVENTS: NvmeFeature(0xFFFF_FFFF),
+    FeatureId.TIMESTAMP: NvmeFeature(),
+    FeatureId.KEEP_ALIVE: NvmeFeature(0xFFFF_FFFF),
+    FeatureId.SANITIZE: NvmeFeature(1),
+    FeatureId.SOFTWARE_PROGRESS: NvmeFeature(0xFF, saveable=True),
+    FeatureId.HOST_IDENTIFIER: NvmeFeature(1),
+    FeatureId.WRITE_PROTECTION: NvmeFeature(7, per_namespace=True),
 }
 
 #: Host Identifier: 128 bits.
@@ -101,7 +101,7 @@ class Features:
         self._clock = 0.0
         self._clock_origin = 0
         self._host_identifier = bytes(16)
-        self._setters: dict[FeatureId, Callable[[Command, bytes], int | None]] = {
+        self._setters: dict[FeatureId, Callable[[NvmeCommand, bytes], int | None]] = {
             FeatureId.POWER_MANAGEMENT: self._set_power,
             FeatureId.ERROR_RECOVERY: self._set_recovery,
             FeatureId.NUMBER_OF_QUEUES: self._set_queues,
@@ -156,14 +156,14 @@ class Features:
         under = self.value(FeatureId.TEMPERATURE_THRESHOLD, _UNDER << 4)
         return not under < TEMPERATURE < over
 
-    def notices(self, event: Event) -> bool:
+    def notices(self, event: AsyncEvent) -> bool:
         """Whether the host wants a notice."""
-        bit = {Event.NAMESPACE_CHANGED: 8, Event.FIRMWARE_ACTIVATION: 9}[event]
+        bit = {AsyncEvent.NAMESPACE_CHANGED: 8, AsyncEvent.FIRMWARE_ACTIVATION: 9}[event]
         return bool(self.value(FeatureId.ASYNCHRONOUS_EVENTS) >> bit & 1)
 
     # ---- the commands ----------------------------------------------------------------------
 
-    def data_size(self, command: Command) -> int:
+    def data_size(self, command: NvmeCommand) -> int:
         """Bytes that the command transfers."""
         feature = command.cdw10 & 0xFF
         if feature == FeatureId.TIMESTAMP:
@@ -172,13 +172,13 @@ class Features:
             return 16 if command.cdw11 & _EXTENDED else 8
         return 0
 
-    def get(self, command: Command) -> tuple[int, bytes]:
+    def get(self, command: NvmeCommand) -> tuple[int, bytes]:
         """Get Features: Dword 0 of the completion, and what is transferred.  CommandError."""
         row, key = self._find(command)
         feature, index = key
         select = command.cdw10 >> 8 & 7
         if select > Select.SUPPORTED:
-            raise CommandError(Status.INVALID_FIELD, location=41)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=41)
         if select == Select.SUPPORTED:
             # Bit 0: can be saved, 1: of a namespace, 2: can be changed.
             return int(row.saveable) | row.per_namespace << 1 | 1 << 2, b""
@@ -196,18 +196,18 @@ class Features:
             return self._controller.inventory.attached(index).protection, b""
         return self.value(feature, index), b""
 
-    def set(self, command: Command, data: bytes) -> int:
+    def set(self, command: NvmeCommand, data: bytes) -> int:
         """Set Features: Dword 0 of the completion.  CommandError."""
         row, key = self._find(command)
         feature, _ = key
         save = bool(command.cdw10 >> 31)
         if save and not row.saveable:
-            raise CommandError(Status.FEATURE_NOT_SAVEABLE, location=43 | 7 << 8)
+            raise CommandError(NvmeStatus.FEATURE_NOT_SAVEABLE, location=43 | 7 << 8)
         if not row.per_namespace and command.nsid not in (0, BROADCAST):
             self._controller.inventory.check(command.nsid)
-            raise CommandError(Status.FEATURE_NOT_NAMESPACE_SPECIFIC, location=4)
+            raise CommandError(NvmeStatus.FEATURE_NOT_NAMESPACE_SPECIFIC, location=4)
         if command.cdw11 & ~row.bits:
-            raise CommandError(Status.INVALID_FIELD, location=44)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
         setter = self._setters.get(feature)
         result = setter(command, data) if setter else None
         keys = self._keys(key, command)
@@ -225,22 +225,22 @@ class Features:
         """An event, if the temperature is past a threshold and the host wants to know."""
         wanted = self.value(FeatureId.ASYNCHRONOUS_EVENTS) & _TEMPERATURE_EVENT
         if wanted and self.temperature_warning:
-            self._controller.events.report(Event.TEMPERATURE)
+            self._controller.events.report(AsyncEvent.TEMPERATURE)
 
     # ---- keys and defaults -----------------------------------------------------------------
 
-    def _find(self, command: Command) -> tuple[Feature, _Key]:
+    def _find(self, command: NvmeCommand) -> tuple[NvmeFeature, _Key]:
         """The table's row, and the key of the value that a command is about."""
         try:
             feature = FeatureId(command.cdw10 & 0xFF)
         except ValueError:
-            raise CommandError(Status.INVALID_FIELD, location=40) from None
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=40) from None
         row = _TABLE[feature]
         index = 0
         if feature is FeatureId.INTERRUPT_VECTOR:
             index = command.cdw11 & 0xFFFF
             if index >= self._controller.vectors:
-                raise CommandError(Status.INVALID_FIELD, location=44)
+                raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
         elif feature is FeatureId.TEMPERATURE_THRESHOLD:
             index = self._sensor(command)
         elif row.per_namespace:
@@ -248,18 +248,18 @@ class Features:
             if index != BROADCAST or feature is FeatureId.WRITE_PROTECTION:
                 self._controller.inventory.attached(index)
             elif command.opcode != 0x09:  # only a set is of all at once
-                raise CommandError(Status.INVALID_NAMESPACE, location=4)
+                raise CommandError(NvmeStatus.INVALID_NAMESPACE, location=4)
         return row, (feature, index)
 
-    def _sensor(self, command: Command) -> int:
+    def _sensor(self, command: NvmeCommand) -> int:
         """THSEL << 4 | TMPSEL; the model has the composite temperature and sensor 1."""
         sensor, kind = command.cdw11 >> 16 & 15, command.cdw11 >> 20 & 3
         writes = command.opcode == 0x09
         if kind > _UNDER or not (sensor <= 1 or (sensor == _ALL_SENSORS and writes)):
-            raise CommandError(Status.INVALID_FIELD, location=46)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=46)
         return kind << 4 | sensor
 
-    def _keys(self, key: _Key, command: Command) -> list[_Key]:
+    def _keys(self, key: _Key, command: NvmeCommand) -> list[_Key]:
         """All values that a set changes."""
         feature, index = key
         if feature is FeatureId.TEMPERATURE_THRESHOLD and index & 15 == _ALL_SENSORS:
@@ -281,30 +281,30 @@ class Features:
 
     # ---- what setting one does -------------------------------------------------------------
 
-    def _set_power(self, command: Command, data: bytes) -> None:
+    def _set_power(self, command: NvmeCommand, data: bytes) -> None:
         if command.cdw11 & 0x1F:  # there is power state 0 only
-            raise CommandError(Status.INVALID_FIELD, location=44)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
 
-    def _set_recovery(self, command: Command, data: bytes) -> None:
+    def _set_recovery(self, command: NvmeCommand, data: bytes) -> None:
         if command.cdw11 & 1 << 16:  # NSFEAT: no error for blocks that are deallocated
-            raise CommandError(Status.INVALID_FIELD, location=46)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=46)
 
     def _queues(self) -> int:
         count = self._controller.params.queues - 1
         return count << 16 | count
 
-    def _set_queues(self, command: Command, data: bytes) -> int:
+    def _set_queues(self, command: NvmeCommand, data: bytes) -> int:
         if self._controller.has_io_queues:
-            raise CommandError(Status.COMMAND_SEQUENCE)
+            raise CommandError(NvmeStatus.COMMAND_SEQUENCE)
         if command.cdw11 & 0xFFFF == 0xFFFF or command.cdw11 >> 16 == 0xFFFF:
-            raise CommandError(Status.INVALID_FIELD, location=44)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
         return self._queues()
 
-    def _set_events(self, command: Command, data: bytes) -> None:
+    def _set_events(self, command: NvmeCommand, data: bytes) -> None:
         if command.cdw11 & ~(_SMART_EVENTS | _NOTICES):
-            raise CommandError(Status.INVALID_FIELD, location=44)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
 
-    def _set_timestamp(self, command: Command, data: bytes) -> None:
+    def _set_timestamp(self, command: NvmeCommand, data: bytes) -> None:
         self._clock = int.from_bytes(data[:6], "little") - time.monotonic() * 1000
         self._clock_origin = 1
 
@@ -312,21 +312,21 @@ class Features:
         now = int(time.monotonic() * 1000 + self._clock) & 0xFFFF_FFFF_FFFF
         return now.to_bytes(6, "little") + struct.pack("<BB", self._clock_origin << 1, 0)
 
-    def _set_keep_alive(self, command: Command, data: bytes) -> None:
+    def _set_keep_alive(self, command: NvmeCommand, data: bytes) -> None:
         self._controller.keep_alive(command.cdw11)
 
-    def _set_host_identifier(self, command: Command, data: bytes) -> None:
+    def _set_host_identifier(self, command: NvmeCommand, data: bytes) -> None:
         if not command.cdw11 & _EXTENDED:
             data = data.ljust(16, b"\0")
         if self._host_identifier != bytes(16) and data != self._host_identifier:
-            raise CommandError(Status.COMMAND_SEQUENCE)
+            raise CommandError(NvmeStatus.COMMAND_SEQUENCE)
         self._host_identifier = data
 
-    def _set_protection(self, command: Command, data: bytes) -> None:
+    def _set_protection(self, command: NvmeCommand, data: bytes) -> None:
         namespace = self._controller.inventory.attached(command.nsid)
         wanted = command.cdw11 & 7
         if wanted > Protection.UNTIL_POWER_CYCLE:
-            raise CommandError(Status.INVALID_FIELD, location=44)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
         if namespace.protection is Protection.UNTIL_POWER_CYCLE and wanted != namespace.protection:
-            raise CommandError(Status.FEATURE_NOT_CHANGEABLE, location=44)
+            raise CommandError(NvmeStatus.FEATURE_NOT_CHANGEABLE, location=44)
         namespace.protection = Protection(wanted)

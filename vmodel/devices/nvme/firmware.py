@@ -10,7 +10,7 @@ import enum
 import hashlib
 
 from vmodel.devices.nvme.extents import Extents
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.span import MiB
 
 #: Slots, all of which can be written.
@@ -19,7 +19,7 @@ SLOTS = 3
 MAX_IMAGE, GRANULARITY = 16 * MiB, 1
 
 
-class Action(enum.IntEnum):
+class CommitAction(enum.IntEnum):
     """Commit Action."""
 
     REPLACE = 0
@@ -58,9 +58,9 @@ class Firmware:
     def download(self, offset: int, size: int) -> None:
         """Checks a part of `size` bytes at `offset` before it is transferred.  CommandError."""
         if (offset | size) % (GRANULARITY << 12) or offset + size > MAX_IMAGE:
-            raise CommandError(Status.INVALID_FIELD, location=40)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
         if offset and self._parts.first_in(offset, size) is not None:
-            raise CommandError(Status.OVERLAPPING_RANGE)
+            raise CommandError(NvmeStatus.OVERLAPPING_RANGE)
 
     def store(self, offset: int, data: bytes) -> None:
         """A part that `download` found good; their order does not matter.  A second first part begins a new image."""
@@ -76,23 +76,23 @@ class Firmware:
 
         Whether another image runs from now on.
         """
-        if action > Action.ACTIVATE_NOW:
-            raise CommandError(Status.INVALID_FIELD, location=40)
+        if action > CommitAction.ACTIVATE_NOW:
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
         if slot > SLOTS:
-            raise CommandError(Status.INVALID_FIRMWARE_SLOT, location=40)
+            raise CommandError(NvmeStatus.INVALID_FIRMWARE_SLOT, location=40)
         downloaded = bool(self._parts)
         if not slot:
             free = [n for n in range(1, SLOTS + 1) if n not in self.slots]
             slot = (free or [n for n in self.slots if n != self.active])[0]
-        if action in (Action.REPLACE, Action.REPLACE_ACTIVATE_AT_RESET) or (
-            action == Action.ACTIVATE_NOW and downloaded
+        if action in (CommitAction.REPLACE, CommitAction.REPLACE_ACTIVATE_AT_RESET) or (
+            action == CommitAction.ACTIVATE_NOW and downloaded
         ):
             self.slots[slot] = self._take()
         elif slot not in self.slots:
-            raise CommandError(Status.INVALID_FIRMWARE_SLOT, location=40)
-        if action in (Action.REPLACE_ACTIVATE_AT_RESET, Action.ACTIVATE_AT_RESET):
+            raise CommandError(NvmeStatus.INVALID_FIRMWARE_SLOT, location=40)
+        if action in (CommitAction.REPLACE_ACTIVATE_AT_RESET, CommitAction.ACTIVATE_AT_RESET):
             self.pending = slot
-        if action == Action.ACTIVATE_NOW:
+        if action == CommitAction.ACTIVATE_NOW:
             self.active, self.pending = slot, 0
             return True
         return False
@@ -102,7 +102,7 @@ class Firmware:
         image, spans = bytes(self._image), list(self._parts)
         self._forget()
         if spans != [(0, len(image))]:
-            raise CommandError(Status.INVALID_FIRMWARE_IMAGE)
+            raise CommandError(NvmeStatus.INVALID_FIRMWARE_IMAGE)
         name = image[:8].rstrip(b"\0 ")
         if name and all(0x20 < byte < 0x7F for byte in name):
             return name.decode("ascii")

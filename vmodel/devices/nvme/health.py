@@ -6,8 +6,8 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from vmodel.devices.nvme.command import Command
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.command import NvmeCommand
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 
 #: Entries that the error log keeps (ELPE + 1).
 ERROR_ENTRIES = 64
@@ -15,7 +15,7 @@ ERROR_ENTRIES = 64
 TEMPERATURE, WARNING_TEMPERATURE, CRITICAL_TEMPERATURE = 303, 343, 353
 
 #: Errors of the medium; those that Write Uncorrectable asks for are among them.
-_MEDIA = (Status.WRITE_FAULT, Status.UNRECOVERED_READ)
+_MEDIA = (NvmeStatus.WRITE_FAULT, NvmeStatus.UNRECOVERED_READ)
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Health:
         """Whole hours since the device was made."""
         return int((time.monotonic() - self._since) / 3600)
 
-    def record(self, status: Status) -> None:
+    def record(self, status: NvmeStatus) -> None:
         """Something has failed that no command is to blame for."""
         nothing = 0xFFFF
-        self.failed(nothing, Command.make(0, cid=nothing), CommandError(status))
+        self.failed(nothing, NvmeCommand.make(0, cid=nothing), CommandError(status))
 
-    def failed(self, sqid: int, command: Command, error: CommandError) -> None:
+    def failed(self, sqid: int, command: NvmeCommand, error: CommandError) -> None:
         """A command has ended with an error that the log is to hold."""
         self.error_count += 1
         self.media_errors += error.status in _MEDIA

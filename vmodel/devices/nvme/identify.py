@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from construct import Array, Bytes, BytesInteger, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct
 
-from vmodel.devices.nvme.command import BROADCAST, Command
+from vmodel.devices.nvme.command import BROADCAST, NvmeCommand
 from vmodel.devices.nvme.events import LIMIT as EVENT_LIMIT
 from vmodel.devices.nvme.firmware import GRANULARITY, SLOTS
 from vmodel.devices.nvme.health import CRITICAL_TEMPERATURE, ERROR_ENTRIES, WARNING_TEMPERATURE
@@ -18,7 +18,7 @@ from vmodel.devices.nvme.io import ATOMIC_COMPARE_WRITE, MAX_COPY, MAX_COPY_RANG
 from vmodel.devices.nvme.namespace import Namespace
 from vmodel.devices.nvme.params import LBA_SIZES, MAX_NAMESPACES
 from vmodel.devices.nvme.regs import VERSION
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.span import PAGE
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ class Identify:
 
     def __init__(self, controller: Nvme) -> None:
         self._controller = controller
-        self._pages: dict[int, Callable[[Command], bytes]] = {
+        self._pages: dict[int, Callable[[NvmeCommand], bytes]] = {
             0x00: self._namespace,
             0x01: self._identify_controller,
             0x02: self._active_list,
@@ -258,20 +258,20 @@ class Identify:
             0x1C: self._command_sets,
         }
 
-    def page(self, command: Command) -> bytes:
+    def page(self, command: NvmeCommand) -> bytes:
         """4096 bytes.  CommandError."""
         cns = command.cdw10 & 0xFF
         build_page = self._pages.get(cns)
         if build_page is None:
-            raise CommandError(Status.INVALID_FIELD, location=40)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
         # Those of an I/O command set: there is NVM, 0.
         if cns in _OF_A_COMMAND_SET and command.cdw11 >> 24:
-            raise CommandError(Status.INVALID_FIELD, location=47)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=47)
         return build_page(command)
 
     # ---- the controller --------------------------------------------------------------------
 
-    def _identify_controller(self, command: Command) -> bytes:
+    def _identify_controller(self, command: NvmeCommand) -> bytes:
         controller, params = self._controller, self._controller.params
         return build(
             Controller,
@@ -324,49 +324,49 @@ class Identify:
             },
         )
 
-    def _nvm_controller(self, command: Command) -> bytes:
+    def _nvm_controller(self, command: NvmeCommand) -> bytes:
         """Without limits beyond MDTS."""
         return bytes(SIZE)
 
-    def _controllers(self, command: Command) -> bytes:
+    def _controllers(self, command: NvmeCommand) -> bytes:
         first = command.cdw10 >> 16
         return controller_list([CONTROLLER_ID] if first <= CONTROLLER_ID else [])
 
-    def _primary(self, command: Command) -> bytes:
+    def _primary(self, command: NvmeCommand) -> bytes:
         """Primary controller capabilities (figure 252): this is one, and it shares no resources with others."""
         return struct.pack("<H", CONTROLLER_ID).ljust(SIZE, b"\0")
 
-    def _secondary(self, command: Command) -> bytes:
+    def _secondary(self, command: NvmeCommand) -> bytes:
         """The secondary controller list (figure 253): empty."""
         return bytes(SIZE)
 
-    def _command_sets(self, command: Command) -> bytes:
+    def _command_sets(self, command: NvmeCommand) -> bytes:
         """Combinations of I/O command sets (technical proposal 4056): one, of NVM alone."""
         if command.cdw10 >> 16 not in (CONTROLLER_ID, 0xFFFF):
-            raise CommandError(Status.INVALID_FIELD, location=42)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=42)
         return struct.pack("<Q", 1).ljust(SIZE, b"\0")
 
     # ---- namespaces ------------------------------------------------------------------------
 
-    def _active_list(self, command: Command) -> bytes:
+    def _active_list(self, command: NvmeCommand) -> bytes:
         return self._list(command, self._controller.inventory.active)
 
-    def _allocated_list(self, command: Command) -> bytes:
+    def _allocated_list(self, command: NvmeCommand) -> bytes:
         return self._list(command, self._controller.inventory.allocated)
 
     @staticmethod
-    def _list(command: Command, namespaces: Sequence[Namespace]) -> bytes:
+    def _list(command: NvmeCommand, namespaces: Sequence[Namespace]) -> bytes:
         if command.nsid >= BROADCAST - 1:
-            raise CommandError(Status.INVALID_NAMESPACE, location=4)
+            raise CommandError(NvmeStatus.INVALID_NAMESPACE, location=4)
         return id_list(namespace.nsid for namespace in namespaces if namespace.nsid > command.nsid)
 
-    def _namespace(self, command: Command) -> bytes:
+    def _namespace(self, command: NvmeCommand) -> bytes:
         if command.nsid == BROADCAST:  # what all have in common
             return build(NamespaceData, _FORMATS)
         namespace = self._controller.inventory.find(command.nsid)
         return self._describe(namespace if namespace is not None and namespace.attached else None)
 
-    def _allocated_namespace(self, command: Command) -> bytes:
+    def _allocated_namespace(self, command: NvmeCommand) -> bytes:
         return self._describe(self._controller.inventory.find(command.nsid))
 
     @staticmethod
@@ -393,21 +393,21 @@ class Identify:
             },
         )
 
-    def _descriptors(self, command: Command) -> bytes:
+    def _descriptors(self, command: NvmeCommand) -> bytes:
         return descriptors(self._controller.inventory.attached(command.nsid).uuid)
 
-    def _nvm_namespace(self, command: Command) -> bytes:
+    def _nvm_namespace(self, command: NvmeCommand) -> bytes:
         """No protection information, so nothing to say."""
         self._controller.inventory.attached(command.nsid)
         return bytes(SIZE)
 
-    def _nvm_allocated(self, command: Command) -> bytes:
+    def _nvm_allocated(self, command: NvmeCommand) -> bytes:
         """As `_nvm_namespace`, of one that need not be attached."""
         if self._controller.inventory.find(command.nsid) is None:
-            raise CommandError(Status.INVALID_FIELD, location=4)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=4)
         return bytes(SIZE)
 
-    def _independent(self, command: Command) -> bytes:
+    def _independent(self, command: NvmeCommand) -> bytes:
         """What namespaces of all command sets have (NVMe 2.0, figure 280)."""
         namespace = self._controller.inventory.find(command.nsid)
         if namespace is None or not namespace.attached:
@@ -415,9 +415,9 @@ class Identify:
         ready = 1
         return struct.pack("<8xB5xB", int(namespace.read_only), ready).ljust(SIZE, b"\0")
 
-    def _namespace_controllers(self, command: Command) -> bytes:
+    def _namespace_controllers(self, command: NvmeCommand) -> bytes:
         if command.nsid == BROADCAST:
-            raise CommandError(Status.INVALID_FIELD, location=4)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=4)
         namespace = self._controller.inventory.find(command.nsid)
         first = command.cdw10 >> 16
         attached = namespace is not None and namespace.attached and first <= CONTROLLER_ID

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from vmodel._shim.store import Workers
-from vmodel.devices.nvme.backend import Backend, FileBackend, MemoryBackend
+from vmodel.devices.nvme.backend import BlockBackend, FileBackend, MemoryBackend
 from vmodel.devices.nvme.command import BROADCAST
 from vmodel.devices.nvme.namespace import Namespace
 from vmodel.devices.nvme.params import LBA_SIZES, MAX_NAMESPACES, NamespaceParams
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.errors import ConfigError
 
 _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 
 
-def backend(params: NamespaceParams, workers: Workers) -> Backend:
+def backend(params: NamespaceParams, workers: Workers) -> BlockBackend:
     """What is behind a namespace of a machine file.  ConfigError."""
     if params.memory is not None:
         try:
@@ -73,7 +73,7 @@ class Inventory:
     def check(self, nsid: int) -> None:
         """CommandError unless `nsid` is one that a namespace can have."""
         if not 1 <= nsid <= MAX_NAMESPACES:
-            raise CommandError(Status.INVALID_NAMESPACE, location=4)
+            raise CommandError(NvmeStatus.INVALID_NAMESPACE, location=4)
 
     def find(self, nsid: int) -> Namespace | None:
         """A namespace, attached or not.  CommandError: none can have that id."""
@@ -85,7 +85,7 @@ class Inventory:
         namespace = self.find(nsid)
         if namespace is None or not namespace.attached:
             # An id that is valid and not active (6.1.4).
-            raise CommandError(Status.INVALID_FIELD, location=4)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=4)
         return namespace
 
     def chosen(self, nsid: int) -> list[Namespace]:
@@ -95,19 +95,19 @@ class Inventory:
     def create(self, blocks: int, lba_format: int) -> Namespace:
         """A new namespace, not attached, in memory.  CommandError."""
         if lba_format >= len(LBA_SIZES):
-            raise CommandError(Status.INVALID_FORMAT)
+            raise CommandError(NvmeStatus.INVALID_FORMAT)
         if not blocks:
-            raise CommandError(Status.INVALID_FIELD)
+            raise CommandError(NvmeStatus.INVALID_FIELD)
         size = blocks * LBA_SIZES[lba_format]
         if size > self.unallocated:
-            raise CommandError(Status.INSUFFICIENT_CAPACITY, information=min(size, (1 << 64) - 1))
+            raise CommandError(NvmeStatus.INSUFFICIENT_CAPACITY, information=min(size, (1 << 64) - 1))
         nsid = next((n for n in range(1, MAX_NAMESPACES + 1) if n not in self._by_id), None)
         if nsid is None:
-            raise CommandError(Status.NAMESPACE_ID_UNAVAILABLE)
+            raise CommandError(NvmeStatus.NAMESPACE_ID_UNAVAILABLE)
         try:
             made = MemoryBackend(size)
         except OSError as error:  # the host's memory is less than the machine file says
-            raise CommandError(Status.INSUFFICIENT_CAPACITY, information=size) from error
+            raise CommandError(NvmeStatus.INSUFFICIENT_CAPACITY, information=size) from error
         namespace = Namespace(nsid, made, LBA_SIZES[lba_format], uuid.uuid4())
         namespace.attached = False
         self._by_id[nsid] = namespace

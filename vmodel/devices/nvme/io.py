@@ -8,13 +8,13 @@ import struct
 from collections.abc import Callable, Generator, Iterable
 from typing import Protocol
 
-from vmodel.devices.nvme.backend import Backend, Job, Op
-from vmodel.devices.nvme.command import BROADCAST, Command
+from vmodel.devices.nvme.backend import BlockBackend, Job, Op
+from vmodel.devices.nvme.command import BROADCAST, NvmeCommand
 from vmodel.devices.nvme.extents import Extents
 from vmodel.devices.nvme.health import Health
 from vmodel.devices.nvme.pointers import Transfer
 from vmodel.devices.nvme.queue import Host, Later, SubmissionQueue
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 
 #: Most blocks that Compare and Write handles as one: all that a command can have.
 ATOMIC_COMPARE_WRITE = 65536
@@ -34,11 +34,11 @@ _LEAST_DATA, _LEAST = 1 << 16, 1 << 20
 _SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Namespace(Protocol):
+class IoNamespace(Protocol):
     """A namespace as I/O commands see it; `blocks` of 1 << `lba_shift` bytes."""
 
     nsid: int
-    backend: Backend
+    backend: BlockBackend
     lba_shift: int
     blocks: int
     #: Blocks that Write Uncorrectable has marked.
@@ -61,15 +61,15 @@ class IoHost(Host, Protocol):
     def write_cache(self) -> bool:
         """Feature Volatile Write Cache: off, each write is on disk when it is complete."""
 
-    def namespace(self, nsid: int) -> Namespace:
+    def namespace(self, nsid: int) -> IoNamespace:
         """An attached namespace that can be used.  CommandError: it is not valid, not active, not ready."""
 
-    def namespaces(self) -> Iterable[Namespace]:
+    def namespaces(self) -> Iterable[IoNamespace]:
         """All attached namespaces."""
 
 
 #: A command: yields what a namespace's backend is to do, one after the other; CommandError is thrown in when it fails.
-Steps = Generator[tuple[Namespace, Job], None, None]
+Steps = Generator[tuple[IoNamespace, Job], None, None]
 
 
 class _Course:
@@ -80,7 +80,7 @@ class _Course:
         self._steps = steps
         self.later = Later(self.drop)
         #: What it waits for, with its number and what it counts.
-        self._job: tuple[Namespace, Job, int, int] | None = None
+        self._job: tuple[IoNamespace, Job, int, int] | None = None
         self._codes: list[int] = []
         self._cancelled = False
 
@@ -135,7 +135,7 @@ class IoCommands:
         self._host = host
         #: Those that wait for workers.
         self.waiting: set[_Course] = set()
-        self._table: dict[int, Callable[[Command], Steps]] = {
+        self._table: dict[int, Callable[[NvmeCommand], Steps]] = {
             0x00: self._flush,
             0x01: self._write,
             0x02: self._read,
@@ -168,11 +168,11 @@ class IoCommands:
         """All that are supported, for the log of command effects."""
         return set(self._table)
 
-    def execute(self, command: Command, sq: SubmissionQueue) -> int | Later:
+    def execute(self, command: NvmeCommand, sq: SubmissionQueue) -> int | Later:
         """One command.  CommandError, DmaFault."""
         handler = self._table.get(command.opcode)
         if handler is None:
-            raise CommandError(Status.INVALID_OPCODE, location=0)
+            raise CommandError(NvmeStatus.INVALID_OPCODE, location=0)
         course = _Course(self, handler(command))
         course.go()
         return course.later
@@ -180,73 +180,73 @@ class IoCommands:
     # ---- what commands have in common ----------------------------------------------------------
 
     @staticmethod
-    def _check_blocks(namespace: Namespace, slba: int, count: int) -> None:
+    def _check_blocks(namespace: IoNamespace, slba: int, count: int) -> None:
         if slba + count > namespace.blocks:
-            raise CommandError(Status.LBA_OUT_OF_RANGE, location=40, lba=slba)
+            raise CommandError(NvmeStatus.LBA_OUT_OF_RANGE, location=40, lba=slba)
 
-    def _target(self, command: Command) -> tuple[Namespace, int, int]:
+    def _target(self, command: NvmeCommand) -> tuple[IoNamespace, int, int]:
         """The namespace of a command and (offset, length) in bytes of the blocks that it names."""
         namespace = self._host.namespace(command.nsid)
         self._check_blocks(namespace, command.slba, command.blocks)
         if command.cdw12 & _PRINFO:
             # No namespace is formatted with protection information.
-            raise CommandError(Status.INVALID_PROTECTION_INFORMATION, location=2 << 8 | 51)
+            raise CommandError(NvmeStatus.INVALID_PROTECTION_INFORMATION, location=2 << 8 | 51)
         return namespace, command.slba << namespace.lba_shift, command.blocks << namespace.lba_shift
 
-    def _transfer(self, command: Command, size: int, *, to_host: bool) -> Transfer:
+    def _transfer(self, command: NvmeCommand, size: int, *, to_host: bool) -> Transfer:
         if size > self._host.max_transfer:
-            raise CommandError(Status.INVALID_FIELD, location=48)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=48)
         return Transfer(self._host.dma, command, self._host.page_size, size, to_host=to_host)
 
     @staticmethod
-    def _not_protected(namespace: Namespace) -> None:
+    def _not_protected(namespace: IoNamespace) -> None:
         if namespace.read_only:
-            raise CommandError(Status.NAMESPACE_WRITE_PROTECTED)
+            raise CommandError(NvmeStatus.NAMESPACE_WRITE_PROTECTED)
 
     @classmethod
-    def _writable(cls, namespace: Namespace, slba: int, count: int) -> None:
+    def _writable(cls, namespace: IoNamespace, slba: int, count: int) -> None:
         cls._not_protected(namespace)
         bad = namespace.uncorrectable
         if len(bad) >= MAX_UNCORRECTABLE and bad.would_split(slba, count):
-            raise CommandError(Status.WRITE_FAULT, lba=slba)
+            raise CommandError(NvmeStatus.WRITE_FAULT, lba=slba)
 
     @staticmethod
-    def _readable(namespace: Namespace, slba: int, count: int) -> None:
+    def _readable(namespace: IoNamespace, slba: int, count: int) -> None:
         bad = namespace.uncorrectable.first_in(slba, count)
         if bad is not None:
-            raise CommandError(Status.UNRECOVERED_READ, lba=bad)
+            raise CommandError(NvmeStatus.UNRECOVERED_READ, lba=bad)
 
-    def _durable(self, command: Command) -> bool:
+    def _durable(self, command: NvmeCommand) -> bool:
         """Whether what a command writes must be on disk when it is complete."""
         return bool(command.cdw12 & _FUA) or not self._host.write_cache
 
     @staticmethod
-    def _mended(namespace: Namespace, slba: int, count: int) -> None:
+    def _mended(namespace: IoNamespace, slba: int, count: int) -> None:
         """Blocks can be read again."""
         if namespace.uncorrectable:
             namespace.uncorrectable.remove(slba, count)
 
-    def _written(self, namespace: Namespace, slba: int, count: int) -> None:
+    def _written(self, namespace: IoNamespace, slba: int, count: int) -> None:
         """Blocks have data of the host's."""
         self._host.health.written = True
         self._mended(namespace, slba, count)
 
-    def status(self, namespace: Namespace, job: Job, code: int) -> CommandError:
+    def status(self, namespace: IoNamespace, job: Job, code: int) -> CommandError:
         """What an errno is to the guest; logs it."""
         lba = job.offset >> namespace.lba_shift
         if code == errno.EBADMSG:
-            return CommandError(Status.COMPARE_FAILURE, lba=lba)
+            return CommandError(NvmeStatus.COMPARE_FAILURE, lba=lba)
         self._host.log.warning("namespace %d: %s at block %d: %s", namespace.nsid, job.op.name, lba, os.strerror(code))
         if code in _SPACE:
-            return CommandError(Status.CAPACITY_EXCEEDED, lba=lba)
+            return CommandError(NvmeStatus.CAPACITY_EXCEEDED, lba=lba)
         if code in (errno.EROFS, errno.EPERM, errno.EBADF):
-            return CommandError(Status.NAMESPACE_WRITE_PROTECTED, lba=lba)
+            return CommandError(NvmeStatus.NAMESPACE_WRITE_PROTECTED, lba=lba)
         reading = job.op in (Op.READ, Op.VERIFY, Op.COMPARE)
-        return CommandError(Status.UNRECOVERED_READ if reading else Status.WRITE_FAULT, lba=lba)
+        return CommandError(NvmeStatus.UNRECOVERED_READ if reading else NvmeStatus.WRITE_FAULT, lba=lba)
 
     # ---- the commands --------------------------------------------------------------------------
 
-    def _read(self, command: Command) -> Steps:
+    def _read(self, command: NvmeCommand) -> Steps:
         namespace, offset, length = self._target(command)
         transfer = self._transfer(command, length, to_host=True)
         self._readable(namespace, command.slba, command.blocks)
@@ -261,7 +261,7 @@ class IoCommands:
         self._host.health.reads += 1
         self._host.health.bytes_read += length
 
-    def _write(self, command: Command) -> Steps:
+    def _write(self, command: NvmeCommand) -> Steps:
         namespace, offset, length = self._target(command)
         transfer = self._transfer(command, length, to_host=False)
         self._writable(namespace, command.slba, command.blocks)
@@ -274,12 +274,12 @@ class IoCommands:
         self._host.health.writes += 1
         self._host.health.bytes_written += length
 
-    def _flush(self, command: Command) -> Steps:
+    def _flush(self, command: NvmeCommand) -> Steps:
         everything = command.nsid == BROADCAST
         for namespace in list(self._host.namespaces()) if everything else [self._host.namespace(command.nsid)]:
             yield namespace, Job(Op.SYNC)
 
-    def _compare(self, command: Command) -> Steps:
+    def _compare(self, command: NvmeCommand) -> Steps:
         namespace, offset, length = self._target(command)
         transfer = self._transfer(command, length, to_host=False)
         self._readable(namespace, command.slba, command.blocks)
@@ -287,12 +287,12 @@ class IoCommands:
         self._host.health.reads += 1
         self._host.health.bytes_read += length
 
-    def execute_fused(self, first: Command, second: Command, sq: SubmissionQueue) -> tuple[Later, Later]:
+    def execute_fused(self, first: NvmeCommand, second: NvmeCommand, sq: SubmissionQueue) -> tuple[Later, Later]:
         """Compare and Write (6.2): nothing comes between both.  CommandError, DmaFault."""
         if (first.opcode, second.opcode) != (0x05, 0x01):
-            raise CommandError(Status.INVALID_FIELD, location=0)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=0)
         if (first.nsid, first.slba, first.blocks) != (second.nsid, second.slba, second.blocks):
-            raise CommandError(Status.INVALID_FIELD, location=40)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
         namespace, offset, length = self._target(first)
         self._target(second)
         expected, data = (self._transfer(c, length, to_host=False) for c in (first, second))
@@ -312,15 +312,15 @@ class IoCommands:
         write.go()
         return compare, write.later
 
-    def _compare_and_write(self, namespace: Namespace, job: Job, compare: Later) -> Steps:
+    def _compare_and_write(self, namespace: IoNamespace, job: Job, compare: Later) -> Steps:
         try:
             yield namespace, job
         except CommandError as error:
-            if error.status is not Status.COMPARE_FAILURE:
+            if error.status is not NvmeStatus.COMPARE_FAILURE:
                 compare.succeed()
                 raise
             compare.fail(error)
-            raise CommandError(Status.ABORTED_FAILED_FUSED) from error
+            raise CommandError(NvmeStatus.ABORTED_FAILED_FUSED) from error
         compare.succeed()
         self._host.health.reads += 1
         self._host.health.bytes_read += job.length
@@ -328,24 +328,24 @@ class IoCommands:
         self._host.health.writes += 1
         self._host.health.bytes_written += job.length
 
-    def _write_uncorrectable(self, command: Command) -> Steps:
+    def _write_uncorrectable(self, command: NvmeCommand) -> Steps:
         namespace, _, _ = self._target(command)
         self._not_protected(namespace)
         bad = namespace.uncorrectable
         if len(bad) >= MAX_UNCORRECTABLE and not bad.would_join(command.slba, command.blocks):
-            raise CommandError(Status.WRITE_FAULT, lba=command.slba)
+            raise CommandError(NvmeStatus.WRITE_FAULT, lba=command.slba)
         bad.add(command.slba, command.blocks)
         return
         yield
 
-    def _write_zeroes(self, command: Command) -> Steps:
+    def _write_zeroes(self, command: NvmeCommand) -> Steps:
         namespace, offset, length = self._target(command)
         self._writable(namespace, command.slba, command.blocks)
         op = Op.DISCARD if command.cdw12 & _DEALLOCATE else Op.ZERO
         yield namespace, Job(op, offset, length, sync=self._durable(command))
         self._written(namespace, command.slba, command.blocks)
 
-    def _dataset_management(self, command: Command) -> Steps:
+    def _dataset_management(self, command: NvmeCommand) -> Steps:
         namespace = self._host.namespace(command.nsid)
         size = ((command.cdw10 & 0xFF) + 1) * _RANGE.size
         raw = Transfer(self._host.dma, command, self._host.page_size, size, to_host=False).from_guest()
@@ -360,29 +360,29 @@ class IoCommands:
                 yield namespace, Job(Op.DISCARD, slba << namespace.lba_shift, blocks << namespace.lba_shift)
                 self._mended(namespace, slba, blocks)
 
-    def _verify(self, command: Command) -> Steps:
+    def _verify(self, command: NvmeCommand) -> Steps:
         namespace, offset, length = self._target(command)
         self._readable(namespace, command.slba, command.blocks)
         yield namespace, Job(Op.VERIFY, offset, length)
         self._host.health.reads += 1
         self._host.health.bytes_read += length
 
-    def _copy(self, command: Command) -> Steps:
+    def _copy(self, command: NvmeCommand) -> Steps:
         namespace = self._host.namespace(command.nsid)
         shift = namespace.lba_shift
         if command.cdw12 >> 8 & 15:  # a descriptor format that is not 0
-            raise CommandError(Status.INVALID_FIELD, location=49)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=49)
         if command.cdw12 & (_PRINFO | _PRINFO_READ):
-            raise CommandError(Status.INVALID_PROTECTION_INFORMATION, location=48)
+            raise CommandError(NvmeStatus.INVALID_PROTECTION_INFORMATION, location=48)
         count = (command.cdw12 & 0xFF) + 1
         if count > MAX_COPY_RANGES:
-            raise CommandError(Status.COMMAND_SIZE_LIMIT_EXCEEDED, location=48)
+            raise CommandError(NvmeStatus.COMMAND_SIZE_LIMIT_EXCEEDED, location=48)
         size = count * _SOURCE.size
         raw = Transfer(self._host.dma, command, self._host.page_size, size, to_host=False).from_guest()
         sources = [(slba, blocks + 1) for slba, blocks, *_ in _SOURCE.iter_unpack(raw)]
         total = sum(blocks for _, blocks in sources)
         if total > MAX_COPY or any(blocks > MAX_COPY_RANGE for _, blocks in sources):
-            raise CommandError(Status.COMMAND_SIZE_LIMIT_EXCEEDED, location=48)
+            raise CommandError(NvmeStatus.COMMAND_SIZE_LIMIT_EXCEEDED, location=48)
         self._check_blocks(namespace, command.slba, total)
         target = command.slba
         for n, (slba, blocks) in enumerate(sources):

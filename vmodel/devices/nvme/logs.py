@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from construct import Array, Bytes, BytesInteger, Const, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct
 
-from vmodel.devices.nvme.command import BROADCAST, Command
+from vmodel.devices.nvme.command import BROADCAST, NvmeCommand
 from vmodel.devices.nvme.health import ERROR_ENTRIES, TEMPERATURE
 from vmodel.devices.nvme.identify import LIST_ENTRIES, build, id_list
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 
 if TYPE_CHECKING:
     from vmodel.devices.nvme.controller import Nvme
@@ -118,7 +118,7 @@ class Logs:
         self._controller = controller
         #: Namespaces that have changed since the host read page 4.
         self.changed: set[int] = set()
-        self._pages: dict[int, Callable[[Command], bytes]] = {
+        self._pages: dict[int, Callable[[NvmeCommand], bytes]] = {
             0x01: self._errors,
             0x02: self._smart,
             0x03: self._firmware,
@@ -128,7 +128,7 @@ class Logs:
             0x81: self._sanitize,
         }
 
-    def page(self, command: Command) -> tuple[bytes, int, Callable[[], None]]:
+    def page(self, command: NvmeCommand) -> tuple[bytes, int, Callable[[], None]]:
         """What there is of the part that Get Log Page asks for, that part's size, what to call once it is transferred.
 
         CommandError.
@@ -138,12 +138,12 @@ class Logs:
         offset = command.cdw13 << 32 | command.cdw12
         build_page = self._pages.get(identifier)
         if build_page is None:
-            raise CommandError(Status.INVALID_LOG_PAGE, location=40)
+            raise CommandError(NvmeStatus.INVALID_LOG_PAGE, location=40)
         if offset & 3:
-            raise CommandError(Status.INVALID_FIELD, location=48)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=48)
         whole = build_page(command)
         if offset > len(whole):
-            raise CommandError(Status.INVALID_FIELD, location=48)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=48)
         return whole[offset : offset + size], size, lambda: self._read(identifier, retain)
 
     def _read(self, identifier: int, retain: bool) -> None:
@@ -153,7 +153,7 @@ class Logs:
                 self.changed.clear()
             self._controller.events.read(identifier)
 
-    def _errors(self, command: Command) -> bytes:
+    def _errors(self, command: NvmeCommand) -> bytes:
         entries = [
             build(
                 ErrorInformation,
@@ -172,11 +172,11 @@ class Logs:
         ]
         return b"".join(entries).ljust(64 * ERROR_ENTRIES, b"\0")
 
-    def _smart(self, command: Command) -> bytes:
+    def _smart(self, command: NvmeCommand) -> bytes:
         # Of the whole controller only: LPA says so.
         if command.nsid not in (0, BROADCAST):
             self._controller.inventory.check(command.nsid)
-            raise CommandError(Status.INVALID_FIELD, location=4)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=4)
         health, features = self._controller.health, self._controller.features
         fields = {
             "critical_warning": features.temperature_warning << 1,
@@ -197,7 +197,7 @@ class Logs:
         }
         return build(Smart, fields)
 
-    def _firmware(self, command: Command) -> bytes:
+    def _firmware(self, command: NvmeCommand) -> bytes:
         firmware = self._controller.firmware
         slots = [
             firmware.slots.get(slot, "").encode().ljust(8, b"\0" if slot not in firmware.slots else b" ")
@@ -205,12 +205,12 @@ class Logs:
         ]
         return build(FirmwareSlots, {"active": firmware.pending << 4 | firmware.active, "revisions": slots})
 
-    def _changed_namespaces(self, command: Command) -> bytes:
+    def _changed_namespaces(self, command: NvmeCommand) -> bytes:
         return id_list(self.changed if len(self.changed) <= _CHANGED else [BROADCAST])
 
-    def _effects(self, command: Command) -> bytes:
+    def _effects(self, command: NvmeCommand) -> bytes:
         if command.cdw14 >> 24:  # a command set other than NVM
-            raise CommandError(Status.INVALID_FIELD, location=59)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=59)
         admin = self._controller.admin.effects
         io = {n: SUPPORTED | (BLOCKS if n in _WRITING else 0) for n in self._controller.io.opcodes}
         return build(
@@ -221,8 +221,8 @@ class Logs:
             },
         )
 
-    def _self_test(self, command: Command) -> bytes:
+    def _self_test(self, command: NvmeCommand) -> bytes:
         return self._controller.self_test.log()
 
-    def _sanitize(self, command: Command) -> bytes:
+    def _sanitize(self, command: NvmeCommand) -> bytes:
         return self._controller.sanitize.log()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import uuid
 
-from vmodel.devices.nvme.backend import Backend
+from vmodel.devices.nvme.backend import BlockBackend
 from vmodel.devices.nvme.extents import Extents
 from vmodel.devices.nvme.params import LBA_SIZES
 
@@ -24,7 +24,7 @@ class Namespace:
     `blocks` is its size in logical blocks of 1 << `lba_shift` bytes; size and capacity are one.
     """
 
-    def __init__(self, nsid: int, backend: Backend, lba_size: int, identity: uuid.UUID) -> None:
+    def __init__(self, nsid: int, backend: BlockBackend, lba_size: int, identity: uuid.UUID) -> None:
         self.nsid = nsid
         self.backend = backend
         self.uuid = identity

@@ -9,8 +9,8 @@ import enum
 import struct
 from collections.abc import Iterator
 
-from vmodel.devices.nvme.command import Command, DataPointer
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.command import DataPointer, NvmeCommand
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.dma import Buffer, Dma
 
 #: (address, bytes); address None: the bytes go nowhere (bit bucket).
@@ -37,7 +37,7 @@ class Sgl(enum.IntEnum):
 def prp_pieces(dma: Dma, prp1: int, prp2: int, size: int, page: int) -> list[Piece]:
     """Where `size` bytes are by PRP Entry 1 and 2; `page`: the controller's page size.  CommandError, DmaFault."""
     if prp1 & 3:
-        raise CommandError(Status.PRP_OFFSET_INVALID, location=24)
+        raise CommandError(NvmeStatus.PRP_OFFSET_INVALID, location=24)
     if not size:
         return []
     first = min(size, page - prp1 % page)
@@ -50,7 +50,7 @@ def prp_pieces(dma: Dma, prp1: int, prp2: int, size: int, page: int) -> list[Pie
             left -= count
     elif left:
         if prp2 % page:
-            raise CommandError(Status.PRP_OFFSET_INVALID, location=32)
+            raise CommandError(NvmeStatus.PRP_OFFSET_INVALID, location=32)
         _append(pieces, prp2, left)
     return pieces
 
@@ -67,7 +67,7 @@ def _append(pieces: list[Piece], address: int, size: int) -> None:
 def _prp_list(dma: Dma, at: int, left: int, page: int) -> Iterator[int]:
     """The entries of a list for `left` bytes."""
     if at & 7:
-        raise CommandError(Status.PRP_OFFSET_INVALID, location=32)
+        raise CommandError(NvmeStatus.PRP_OFFSET_INVALID, location=32)
     wanted = -(-left // page)
     while wanted:
         room = (page - at % page) // 8
@@ -77,7 +77,7 @@ def _prp_list(dma: Dma, at: int, left: int, page: int) -> Iterator[int]:
         chained = count == room and wanted > room
         for entry in entries:
             if entry % page:
-                raise CommandError(Status.PRP_OFFSET_INVALID, location=32)
+                raise CommandError(NvmeStatus.PRP_OFFSET_INVALID, location=32)
         yield from entries[:-1] if chained else entries
         wanted -= count - chained
         at = entries[-1]
@@ -94,12 +94,12 @@ def sgl_pieces(dma: Dma, descriptor: bytes, size: int, *, to_host: bool) -> list
         if kind is Sgl.BIT_BUCKET and not to_host:
             continue
         if length > left:
-            raise CommandError(Status.DATA_SGL_LENGTH_INVALID, location=24)
+            raise CommandError(NvmeStatus.DATA_SGL_LENGTH_INVALID, location=24)
         if length:
             pieces.append((None if kind is Sgl.BIT_BUCKET else address, length))
             left -= length
     if left:
-        raise CommandError(Status.DATA_SGL_LENGTH_INVALID, location=24)
+        raise CommandError(NvmeStatus.DATA_SGL_LENGTH_INVALID, location=24)
     return pieces
 
 
@@ -107,7 +107,7 @@ def _parse(descriptor: bytes) -> tuple[Sgl, int, int]:
     address, length, identifier = _DESCRIPTOR.unpack(descriptor)
     # Subtype 0 is an address; others are offsets or transports' own.  Keyed blocks are of fabrics only.
     if identifier & 15 or identifier >> 4 > Sgl.LAST_SEGMENT:
-        raise CommandError(Status.SGL_TYPE_INVALID, location=24)
+        raise CommandError(NvmeStatus.SGL_TYPE_INVALID, location=24)
     return Sgl(identifier >> 4), address, length
 
 
@@ -117,16 +117,16 @@ def _descriptors(dma: Dma, descriptor: bytes) -> Iterator[tuple[Sgl, int, int]]:
     kind, address, length = _parse(descriptor)
     while kind in (Sgl.SEGMENT, Sgl.LAST_SEGMENT):
         if not length or length % DESCRIPTOR_SIZE:
-            raise CommandError(Status.INVALID_SGL_SEGMENT, location=24)
+            raise CommandError(NvmeStatus.INVALID_SGL_SEGMENT, location=24)
         is_last, behind = kind is Sgl.LAST_SEGMENT, address + length
         if behind > 1 << 64:
             # There is no memory behind the last address, and not what is at 0.
-            raise CommandError(Status.DATA_TRANSFER_ERROR)
+            raise CommandError(NvmeStatus.DATA_TRANSFER_ERROR)
         while address < behind:
             count = min(_FETCH, (behind - address) // DESCRIPTOR_SIZE)
             budget -= count
             if budget < 0:
-                raise CommandError(Status.INVALID_SGL_COUNT, location=24)
+                raise CommandError(NvmeStatus.INVALID_SGL_COUNT, location=24)
             raw = dma.read(address, count * DESCRIPTOR_SIZE)
             address += len(raw)
             for at in range(0, len(raw), DESCRIPTOR_SIZE):
@@ -134,9 +134,9 @@ def _descriptors(dma: Dma, descriptor: bytes) -> Iterator[tuple[Sgl, int, int]]:
                 if kind in (Sgl.DATA_BLOCK, Sgl.BIT_BUCKET):
                     yield kind, where, length
                 elif is_last:
-                    raise CommandError(Status.INVALID_SGL_SEGMENT, location=24)
+                    raise CommandError(NvmeStatus.INVALID_SGL_SEGMENT, location=24)
                 elif address < behind or at + DESCRIPTOR_SIZE < len(raw):
-                    raise CommandError(Status.INVALID_SGL_COUNT, location=24)
+                    raise CommandError(NvmeStatus.INVALID_SGL_COUNT, location=24)
         if kind in (Sgl.DATA_BLOCK, Sgl.BIT_BUCKET):
             return
         address = where
@@ -150,7 +150,7 @@ class Transfer:
     """
 
     def __init__(
-        self, dma: Dma, command: Command, page_size: int, size: int, *, to_host: bool, sgl: bool = True
+        self, dma: Dma, command: NvmeCommand, page_size: int, size: int, *, to_host: bool, sgl: bool = True
     ) -> None:
         """`sgl` False: the command must use PRPs, as admin commands do on PCIe."""
         self._dma = dma
@@ -158,7 +158,7 @@ class Transfer:
         if command.psdt is DataPointer.PRP:
             self.pieces = prp_pieces(dma, command.prp1, command.prp2, size, page_size)
         elif command.psdt is DataPointer.RESERVED or not sgl:
-            raise CommandError(Status.INVALID_FIELD, location=6 << 8 | 1)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=6 << 8 | 1)
         else:
             self.pieces = sgl_pieces(dma, command.dptr, size, to_host=to_host)
 

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Command, Completion, Fuse
+from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Completion, Fuse, NvmeCommand
 from vmodel.devices.nvme.fast import BUSY, FULL, OTHER, FastPath
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault
 from vmodel.points import Event, Point, Points
@@ -32,10 +32,10 @@ _OF_BLOCKS = frozenset((0x01, 0x02, 0x04, 0x05, 0x08, 0x0C))
 class CommandSet(Protocol):
     """A table of commands: that of the admin queue, or that of the others."""
 
-    def execute(self, command: Command, sq: SubmissionQueue) -> int | Later:
+    def execute(self, command: NvmeCommand, sq: SubmissionQueue) -> int | Later:
         """Carries a command out: Dword 0 of the completion, or Later.  CommandError, DmaFault."""
 
-    def execute_fused(self, first: Command, second: Command, sq: SubmissionQueue) -> tuple[Later, Later]:
+    def execute_fused(self, first: NvmeCommand, second: NvmeCommand, sq: SubmissionQueue) -> tuple[Later, Later]:
         """Carries a fused operation out.  CommandError: neither of both."""
 
 
@@ -62,7 +62,7 @@ class Host(Protocol):
     def coalesced(self, vector: int) -> tuple[int, float]:
         """(completions, seconds) that may gather before the vector is raised; (1, 0) when each counts."""
 
-    def failed(self, sq: SubmissionQueue, command: Command, error: CommandError) -> bool:
+    def failed(self, sq: SubmissionQueue, command: NvmeCommand, error: CommandError) -> bool:
         """A command has failed; whether the error log has more about it."""
 
     def fatal(self, what: str, fault: DmaFault) -> None:
@@ -85,7 +85,7 @@ class Later:
         self.abort = abort
         self._outcome: tuple[Exception | None, int] | None = None
         self._queue: SubmissionQueue | None = None
-        self._command: Command | None = None
+        self._command: NvmeCommand | None = None
 
     def succeed(self, result: int = 0) -> None:
         """Completes it; `result`: Dword 0."""
@@ -95,7 +95,7 @@ class Later:
         """Completes it with another status: a CommandError's, or what a DmaFault or a bug comes to."""
         self._end(error, error.result if isinstance(error, CommandError) else 0)
 
-    def begin(self, queue: SubmissionQueue, command: Command) -> None:
+    def begin(self, queue: SubmissionQueue, command: NvmeCommand) -> None:
         """It is under way; completes it at once if that is what it already is."""
         self._queue, self._command = queue, command
         if self._outcome is not None:
@@ -403,7 +403,7 @@ class SubmissionQueue:
                 self.carry_out(command)
         return done
 
-    def _fetch(self) -> Command | None:
+    def _fetch(self) -> NvmeCommand | None:
         ring = self._ring
         if ring.head == ring.tail:
             self._poll()
@@ -415,47 +415,47 @@ class SubmissionQueue:
             self._host.fatal(f"submission queue {self.qid}", fault)
             return None
         ring.head = (ring.head + 1) % self.entries
-        return Command.parse(entry)
+        return NvmeCommand.parse(entry)
 
-    def _fused(self, first: Command) -> int:
+    def _fused(self, first: NvmeCommand) -> int:
         """A fused operation; how many commands were taken besides the first."""
         self._host.fast.changed()
         # Both have to be there with one doorbell (4.12).
         second = self._fetch()
         if second is None:
-            self.end(first, CommandError(Status.ABORTED_MISSING_FUSED))
+            self.end(first, CommandError(NvmeStatus.ABORTED_MISSING_FUSED))
             return 0
         if second.flags & 3 != Fuse.SECOND:
             # It has its own turn: a queue may be full of first commands.
             self._ring.head = (self._ring.head - 1) % self.entries
-            self.end(first, CommandError(Status.ABORTED_MISSING_FUSED))
+            self.end(first, CommandError(NvmeStatus.ABORTED_MISSING_FUSED))
             return 0
         try:
             self._check_cid(first)
             self._check_cid(second)
             if first.cid == second.cid:
-                raise CommandError(Status.CID_CONFLICT)
+                raise CommandError(NvmeStatus.CID_CONFLICT)
             later = self._commands.execute_fused(first, second, self)
         except Exception as error:
             self.end(first, error)
-            self.end(second, CommandError(Status.ABORTED_FAILED_FUSED))
+            self.end(second, CommandError(NvmeStatus.ABORTED_FAILED_FUSED))
         else:
             later[0].begin(self, first)
             later[1].begin(self, second)
         return 1
 
-    def _check_cid(self, command: Command) -> None:
+    def _check_cid(self, command: NvmeCommand) -> None:
         if command.cid in self.in_flight:
-            raise CommandError(Status.CID_CONFLICT)
+            raise CommandError(NvmeStatus.CID_CONFLICT)
 
-    def carry_out(self, command: Command) -> None:
+    def carry_out(self, command: NvmeCommand) -> None:
         """Carries a command out the general way."""
         self._host.fast.changed()
         try:
             if command.flags & 3 == Fuse.SECOND:
-                raise CommandError(Status.ABORTED_MISSING_FUSED)
+                raise CommandError(NvmeStatus.ABORTED_MISSING_FUSED)
             if command.flags & 3 == Fuse.RESERVED or command.flags >> 6 == 3:
-                raise CommandError(Status.INVALID_FIELD, location=1)
+                raise CommandError(NvmeStatus.INVALID_FIELD, location=1)
             self._check_cid(command)
             outcome = self._commands.execute(command, self)
         except Exception as error:
@@ -472,11 +472,11 @@ class SubmissionQueue:
             return error
         if isinstance(error, DmaFault):
             self._host.log.info("submission queue %d: %s", self.qid, error)
-            return CommandError(Status.DATA_TRANSFER_ERROR, dnr=False)
+            return CommandError(NvmeStatus.DATA_TRANSFER_ERROR, dnr=False)
         self._host.log.error("submission queue %d: a command failed", self.qid, exc_info=error)
-        return CommandError(Status.INTERNAL_ERROR)
+        return CommandError(NvmeStatus.INTERNAL_ERROR)
 
-    def end(self, command: Command, error: Exception | None, result: int = 0) -> None:
+    def end(self, command: NvmeCommand, error: Exception | None, result: int = 0) -> None:
         """Posts a command's completion."""
         if self._closed:
             return
@@ -491,7 +491,7 @@ class SubmissionQueue:
         else:
             self.cq.post(self, command.cid, status, result)
 
-    def _announce(self, command: Command, status: int, result: int) -> None:
+    def _announce(self, command: NvmeCommand, status: int, result: int) -> None:
         """Posts a completion if nobody who listens has it otherwise; one that comes late may find the queue gone."""
 
         def post(event: Event) -> None:
@@ -511,21 +511,21 @@ class SubmissionQueue:
             length=result,
         )
 
-    def abort(self, cid: int, status: Status = Status.ABORT_REQUESTED) -> bool:
+    def abort(self, cid: int, status: NvmeStatus = NvmeStatus.ABORT_REQUESTED) -> bool:
         """Aborts a command that is under way, which then is complete; False: it is not, or cannot be any more."""
         later = self.in_flight.get(cid)
         if later is not None and later.abort is not None and later.abort():
             later.fail(CommandError(status))
             return True
         if self._host.fast.abort(self.qid, cid):
-            self.end(Command.make(0, cid=cid), CommandError(status))
+            self.end(NvmeCommand.make(0, cid=cid), CommandError(status))
             return True
         return False
 
     def drain(self) -> None:
         """Completes or aborts all that is under way, as before the queue is deleted (5.6)."""
         for cid in list(self.in_flight):
-            self.abort(cid, Status.ABORTED_SQ_DELETION)
+            self.abort(cid, NvmeStatus.ABORTED_SQ_DELETION)
         self._host.fast.settle()
 
     def close(self) -> None:

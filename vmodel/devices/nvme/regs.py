@@ -17,7 +17,7 @@ QUEUE_PAIRS = 65
 MAX_STRIDE = 6
 
 
-class Cap(Layout):
+class NvmeCap(Layout):
     """Controller Capabilities."""
 
     MQES = Bits(0, 15, doc="largest queue, in entries, less 1")
@@ -75,7 +75,7 @@ class AdminBase(Layout):
 class ControllerRegs(RegisterBank, size=0x1000, sizes=(4, 8), misaligned=False):
     """Controller registers, at the start of BAR0."""
 
-    CAP = Reg64(0x00, RO, layout=Cap)
+    CAP = Reg64(0x00, RO, layout=NvmeCap)
     VS = Reg32(0x08, RO, reset=VERSION, doc="version: 1.4.0")
     INTMS = Reg32(0x0C, doc="write 1 to mask vectors 0-31; not with MSI-X")
     INTMC = Reg32(0x10, doc="write 1 to unmask; both read as the mask")

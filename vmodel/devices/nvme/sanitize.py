@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vmodel.devices.nvme.backend import Job, Op
-from vmodel.devices.nvme.command import Command
-from vmodel.devices.nvme.events import Event
+from vmodel.devices.nvme.command import NvmeCommand
+from vmodel.devices.nvme.events import AsyncEvent
 from vmodel.devices.nvme.identify import build
 from vmodel.devices.nvme.logs import SanitizeStatus
 from vmodel.devices.nvme.namespace import Namespace
-from vmodel.devices.nvme.selftest import Outcome
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.selftest import SelftestResult
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.devices.nvme.work import LARGE_PIECE, PIECE, Failure, Work, pieces
 
 if TYPE_CHECKING:
     from vmodel.devices.nvme.controller import Nvme
 
 
-class Action(enum.IntEnum):
+class SanitizeAction(enum.IntEnum):
     """SANACT."""
 
     EXIT_FAILURE_MODE = 1
@@ -29,7 +29,7 @@ class Action(enum.IntEnum):
     CRYPTO_ERASE = 4
 
 
-class State(enum.IntEnum):
+class SanitizeState(enum.IntEnum):
     """Status of the most recent sanitize operation."""
 
     NEVER = 0
@@ -47,7 +47,7 @@ class Sanitize:
 
     def __init__(self, controller: Nvme) -> None:
         self._controller = controller
-        self._state = State.NEVER
+        self._state = SanitizeState.NEVER
         self._cdw10 = 0
         #: How far it came, from 0 to 1.
         self._progress = 1.0
@@ -57,7 +57,7 @@ class Sanitize:
     @property
     def in_progress(self) -> bool:
         """Namespaces cannot be accessed."""
-        return self._state is State.IN_PROGRESS
+        return self._state is SanitizeState.IN_PROGRESS
 
     @property
     def failed(self) -> bool:
@@ -67,39 +67,39 @@ class Sanitize:
     def check(self) -> None:
         """CommandError, if commands that need namespaces' contents are not allowed."""
         if self.in_progress:
-            raise CommandError(Status.SANITIZE_IN_PROGRESS, dnr=False)
+            raise CommandError(NvmeStatus.SANITIZE_IN_PROGRESS, dnr=False)
         if self.failed:
-            raise CommandError(Status.SANITIZE_FAILED)
+            raise CommandError(NvmeStatus.SANITIZE_FAILED)
 
-    def start(self, command: Command) -> None:
+    def start(self, command: NvmeCommand) -> None:
         """The Sanitize command; it completes when the operation has begun.  CommandError."""
         if self.in_progress:
-            raise CommandError(Status.SANITIZE_IN_PROGRESS, dnr=False)
+            raise CommandError(NvmeStatus.SANITIZE_IN_PROGRESS, dnr=False)
         try:
-            action = Action(command.cdw10 & 7)
+            action = SanitizeAction(command.cdw10 & 7)
         except ValueError:
-            raise CommandError(Status.INVALID_FIELD, location=40) from None
-        if action is Action.EXIT_FAILURE_MODE:
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=40) from None
+        if action is SanitizeAction.EXIT_FAILURE_MODE:
             # Only a failure in unrestricted mode can be left that way.
             if self.failed and not self._cdw10 & _UNRESTRICTED:
-                raise CommandError(Status.SANITIZE_FAILED)
+                raise CommandError(NvmeStatus.SANITIZE_FAILED)
             self._failure_mode = False  # the log goes on saying that it has failed
             return
         if self.failed and command.cdw10 & _UNRESTRICTED and not self._cdw10 & _UNRESTRICTED:
             # After a failure in restricted mode only that mode helps.
-            raise CommandError(Status.SANITIZE_FAILED)
+            raise CommandError(NvmeStatus.SANITIZE_FAILED)
         if self._controller.firmware.pending:
-            raise CommandError(Status.FIRMWARE_NEEDS_CONTROLLER_RESET, dnr=False)
+            raise CommandError(NvmeStatus.FIRMWARE_NEEDS_CONTROLLER_RESET, dnr=False)
         namespaces = self._controller.inventory.allocated
         if any(namespace.read_only for namespace in namespaces):
-            raise CommandError(Status.NAMESPACE_WRITE_PROTECTED)
+            raise CommandError(NvmeStatus.NAMESPACE_WRITE_PROTECTED)
         # Only an operation that starts ends a self-test (8.11).
-        self._controller.self_test.abort(Outcome.ABORTED_BY_SANITIZE)
+        self._controller.self_test.abort(SelftestResult.ABORTED_BY_SANITIZE)
         self._controller.fast.settle()
-        self._controller.events.forget(Event.SANITIZE_COMPLETED)
-        self._cdw10, self._state, self._failure_mode = command.cdw10, State.IN_PROGRESS, False
+        self._controller.events.forget(AsyncEvent.SANITIZE_COMPLETED)
+        self._cdw10, self._state, self._failure_mode = command.cdw10, SanitizeState.IN_PROGRESS, False
         total = sum(namespace.backend.size for namespace in namespaces)
-        if action is Action.OVERWRITE:
+        if action is SanitizeAction.OVERWRITE:
             jobs = self._overwrites(namespaces, command)
             total *= self._passes_of(command.cdw10)
         else:
@@ -111,7 +111,7 @@ class Sanitize:
         self._work = Work(self._controller, jobs, self._ended, total=total)
         self._work.resume()
 
-    def _overwrites(self, namespaces: list[Namespace], command: Command) -> Iterator[tuple[Namespace, Job]]:
+    def _overwrites(self, namespaces: list[Namespace], command: NvmeCommand) -> Iterator[tuple[Namespace, Job]]:
         passes, pattern = self._passes_of(command.cdw10), command.cdw11
         for n in range(passes):
             # With OIPBP each pass has the inverse of the one before, and the last one the pattern itself.
@@ -138,19 +138,19 @@ class Sanitize:
         self._work = None
         if failure is not None:
             self._controller.log.warning("%s: sanitize failed: errno %d", self._controller.name, failure.code)
-            self._state, self._failure_mode = State.FAILED, True
+            self._state, self._failure_mode = SanitizeState.FAILED, True
         else:
-            self._state = State.COMPLETED
+            self._state = SanitizeState.COMPLETED
             self._controller.health.written = False
             for namespace in self._controller.inventory.allocated:
                 namespace.uncorrectable.clear()
         self._controller.fast.changed()
-        self._controller.events.report(Event.SANITIZE_COMPLETED)
+        self._controller.events.report(AsyncEvent.SANITIZE_COMPLETED)
 
     @property
     def _passes(self) -> int:
         """Passes of an overwrite that are complete; 0 with other operations."""
-        if self._cdw10 & 7 != Action.OVERWRITE:
+        if self._cdw10 & 7 != SanitizeAction.OVERWRITE:
             return 0
         progress = self._progress if self._work is None else self._work.progress
         return int(progress * self._passes_of(self._cdw10))
@@ -158,7 +158,7 @@ class Sanitize:
     def log(self) -> bytes:
         """The sanitize status page."""
         progress = int(self._work.progress * 65535) if self._work is not None else 65535
-        erased = self._state is State.COMPLETED and not self._controller.health.written
+        erased = self._state is SanitizeState.COMPLETED and not self._controller.health.written
         unknown = 0xFFFF_FFFF  # no time is reported
         return build(
             SanitizeStatus,

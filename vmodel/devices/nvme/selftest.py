@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vmodel.devices.nvme.backend import Job, Op
-from vmodel.devices.nvme.command import Command
+from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.identify import build
 from vmodel.devices.nvme.logs import SelfTest, SelfTestResult
 from vmodel.devices.nvme.namespace import Namespace
-from vmodel.devices.nvme.status import CommandError, Status
+from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.devices.nvme.work import PIECE, Failure, Work, pieces
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _RESULTS = 20
 
 
-class Code(enum.IntEnum):
+class SelftestCode(enum.IntEnum):
     """STC."""
 
     SHORT = 0x1
@@ -32,7 +32,7 @@ class Code(enum.IntEnum):
     ABORT = 0xF
 
 
-class Outcome(enum.IntEnum):
+class SelftestResult(enum.IntEnum):
     """How a test has ended."""
 
     PASSED = 0x0
@@ -51,63 +51,63 @@ class DeviceSelfTest:
     def __init__(self, controller: Nvme) -> None:
         self._controller = controller
         self._results: deque[dict[str, Any]] = deque(maxlen=_RESULTS)
-        self._code: Code | None = None
+        self._code: SelftestCode | None = None
         self._nsid = 0
         self._namespaces: list[Namespace] = []
         self._work: Work | None = None
 
-    def start(self, command: Command) -> None:
+    def start(self, command: NvmeCommand) -> None:
         """The Device Self-test command; it completes when the test has begun.  CommandError."""
         try:
-            code = Code(command.cdw10 & 15)
+            code = SelftestCode(command.cdw10 & 15)
         except ValueError:
-            raise CommandError(Status.INVALID_FIELD, location=40) from None
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=40) from None
         # 0: the controller alone, FFFFFFFFh: with all active namespaces.
         namespaces = self._controller.inventory.chosen(command.nsid) if command.nsid else []
-        if code is Code.ABORT:
-            self.abort(Outcome.ABORTED_BY_COMMAND)
+        if code is SelftestCode.ABORT:
+            self.abort(SelftestResult.ABORTED_BY_COMMAND)
             return
         if self._work is not None:
-            raise CommandError(Status.SELF_TEST_IN_PROGRESS, dnr=False)
+            raise CommandError(NvmeStatus.SELF_TEST_IN_PROGRESS, dnr=False)
         self._code, self._nsid, self._namespaces = code, command.nsid, namespaces
         total = sum(namespace.backend.size for namespace in namespaces)
         self._work = Work(self._controller, self._reads(namespaces, code), self._ended, total=total)
         self._work.resume()
 
     @staticmethod
-    def _reads(namespaces: list[Namespace], code: Code) -> Iterator[tuple[Namespace, Job]]:
+    def _reads(namespaces: list[Namespace], code: SelftestCode) -> Iterator[tuple[Namespace, Job]]:
         for namespace in namespaces:
             size = namespace.backend.size
             piece = min(PIECE, size)
             ends = ((0, piece), (size - piece, piece))
-            for offset, length in pieces(size, PIECE) if code is Code.EXTENDED else ends:
+            for offset, length in pieces(size, PIECE) if code is SelftestCode.EXTENDED else ends:
                 yield namespace, Job(Op.VERIFY, offset, length)
 
-    def abort(self, why: Outcome) -> None:
+    def abort(self, why: SelftestResult) -> None:
         """Ends a test, if there is one."""
         if self._work is not None:
             self._work.cancel()
             self._end(why)
 
-    def abort_of(self, namespaces: Iterable[Namespace], why: Outcome) -> None:
+    def abort_of(self, namespaces: Iterable[Namespace], why: SelftestResult) -> None:
         """Ends a test that reads one of these namespaces (8.11.1)."""
         if any(namespace in self._namespaces for namespace in namespaces):
             self.abort(why)
 
     def reset(self) -> None:
         """A controller reset ends a short test; an extended one goes on."""
-        if self._code is Code.SHORT:
-            self.abort(Outcome.ABORTED_BY_RESET)
+        if self._code is SelftestCode.SHORT:
+            self.abort(SelftestResult.ABORTED_BY_RESET)
         elif self._work is not None:
             self._work.resume()
 
     def _ended(self, failure: Failure | None) -> None:
         if failure is None:
-            self._end(Outcome.PASSED)
+            self._end(SelftestResult.PASSED)
         else:
-            self._end(Outcome.SEGMENT_FAILED, nsid=failure.namespace.nsid, lba=failure.lba)
+            self._end(SelftestResult.SEGMENT_FAILED, nsid=failure.namespace.nsid, lba=failure.lba)
 
-    def _end(self, outcome: Outcome, *, nsid: int | None = None, lba: int | None = None) -> None:
+    def _end(self, outcome: SelftestResult, *, nsid: int | None = None, lba: int | None = None) -> None:
         assert self._code is not None
         fields: dict[str, Any] = {
             "status": self._code << 4 | outcome,
@@ -116,7 +116,7 @@ class DeviceSelfTest:
             "lba": lba or 0,
             # What is valid: bit 0 the namespace, 1 the block.
             "valid": (1 if nsid or self._nsid else 0) | (2 if lba is not None else 0),
-            "segment": 1 if outcome is Outcome.SEGMENT_FAILED else 0,
+            "segment": 1 if outcome is SelftestResult.SEGMENT_FAILED else 0,
         }
         self._results.appendleft(fields)
         self._code, self._work, self._namespaces = None, None, []
@@ -124,7 +124,7 @@ class DeviceSelfTest:
     def log(self) -> bytes:
         """The device self-test page."""
         results = [SelfTestResult.parse(build(SelfTestResult, fields)) for fields in self._results]
-        unused = SelfTestResult.parse(build(SelfTestResult, {"status": Outcome.UNUSED}))
+        unused = SelfTestResult.parse(build(SelfTestResult, {"status": SelftestResult.UNUSED}))
         progress = min(int(self._work.progress * 100), 99) if self._work is not None else 0
         return build(
             SelfTest,

@@ -9,7 +9,7 @@ from vmodel.errors import VmodelError
 _DNR, _MORE = 1 << 14, 1 << 13
 
 
-class Status(enum.IntEnum):
+class NvmeStatus(enum.IntEnum):
     """Status Code Type (bits 10:8) and Status Code (bits 7:0)."""
 
     # Generic command status
@@ -114,7 +114,7 @@ class CommandError(VmodelError):
 
     def __init__(
         self,
-        status: Status,
+        status: NvmeStatus,
         *,
         dnr: bool = True,
         result: int = 0,

@@ -8,7 +8,7 @@ from vmodel.errors import Access, Reason
 from vmodel.iommu.fault import FaultRecord
 
 
-class Code(enum.IntEnum):
+class FaultCode(enum.IntEnum):
     """What a fault record says."""
 
     ROOT_NOT_PRESENT = 0x1
@@ -70,46 +70,49 @@ class Stage(enum.IntEnum):
 
 
 _LEGACY = {
-    Reason.INPUT_WIDTH: Code.ADDRESS_TOO_WIDE,
-    Reason.OUTPUT_WIDTH: Code.TABLE_RESERVED,
-    Reason.RESERVED_BITS: Code.TABLE_RESERVED,
-    Reason.TABLE_ACCESS: Code.TABLE_ACCESS,
-    Reason.TABLE_CHANGING: Code.TABLE_ACCESS,
+    Reason.INPUT_WIDTH: FaultCode.ADDRESS_TOO_WIDE,
+    Reason.OUTPUT_WIDTH: FaultCode.TABLE_RESERVED,
+    Reason.RESERVED_BITS: FaultCode.TABLE_RESERVED,
+    Reason.TABLE_ACCESS: FaultCode.TABLE_ACCESS,
+    Reason.TABLE_CHANGING: FaultCode.TABLE_ACCESS,
 }
 _FIRST = {
-    Reason.INPUT_WIDTH: Code.NOT_CANONICAL,
-    Reason.OUTPUT_WIDTH: Code.FIRST_RESERVED,
-    Reason.RESERVED_BITS: Code.FIRST_RESERVED,
-    Reason.TABLE_ACCESS: Code.FIRST_ACCESS,
-    Reason.TABLE_CHANGING: Code.FIRST_ACCESS,
-    Reason.NOT_MAPPED: Code.FIRST_NOT_PRESENT,
+    Reason.INPUT_WIDTH: FaultCode.NOT_CANONICAL,
+    Reason.OUTPUT_WIDTH: FaultCode.FIRST_RESERVED,
+    Reason.RESERVED_BITS: FaultCode.FIRST_RESERVED,
+    Reason.TABLE_ACCESS: FaultCode.FIRST_ACCESS,
+    Reason.TABLE_CHANGING: FaultCode.FIRST_ACCESS,
+    Reason.NOT_MAPPED: FaultCode.FIRST_NOT_PRESENT,
 }
 _SECOND = {
-    Reason.INPUT_WIDTH: Code.SM_TOO_WIDE,
-    Reason.OUTPUT_WIDTH: Code.SECOND_RESERVED,
-    Reason.RESERVED_BITS: Code.SECOND_RESERVED,
-    Reason.TABLE_ACCESS: Code.SECOND_ACCESS,
-    Reason.TABLE_CHANGING: Code.SECOND_ACCESS,
+    Reason.INPUT_WIDTH: FaultCode.SM_TOO_WIDE,
+    Reason.OUTPUT_WIDTH: FaultCode.SECOND_RESERVED,
+    Reason.RESERVED_BITS: FaultCode.SECOND_RESERVED,
+    Reason.TABLE_ACCESS: FaultCode.SECOND_ACCESS,
+    Reason.TABLE_CHANGING: FaultCode.SECOND_ACCESS,
     # A guess: the text speaks of permissions only, and an entry without any is not present.
-    Reason.NOT_MAPPED: Code.SECOND_PERMISSION,
+    Reason.NOT_MAPPED: FaultCode.SECOND_PERMISSION,
 }
 #: Of an address that the first stage gave, or of one of its entries.
-_NESTED = {**_SECOND, Reason.INPUT_WIDTH: Code.SECOND_TOO_WIDE, Reason.PERMISSION: Code.SECOND_PERMISSION}
+_NESTED = {**_SECOND, Reason.INPUT_WIDTH: FaultCode.SECOND_TOO_WIDE, Reason.PERMISSION: FaultCode.SECOND_PERMISSION}
 
 
-def walk_code(record: FaultRecord, stage: Stage, scalable: bool) -> Code | None:
+def walk_code(record: FaultRecord, stage: Stage, scalable: bool) -> FaultCode | None:
     """What a failed walk is; None: what happens after translation, which is not the unit's to report."""
     # After translation there are permissions, too: those of memory itself have no level.
     if record.reason in (Reason.NOT_MAPPED, Reason.PERMISSION) and not record.level:
         return None
     write = Access.WRITE in record.access
     if not scalable:
-        known, denied = _LEGACY, Code.NO_WRITE if write else Code.NO_READ
+        known, denied = _LEGACY, FaultCode.NO_WRITE if write else FaultCode.NO_READ
     elif stage is Stage.SECOND or record.stage == 2:
-        known, denied = _SECOND if stage is Stage.SECOND else _NESTED, Code.SM_NO_WRITE if write else Code.SM_NO_READ
+        known, denied = (
+            _SECOND if stage is Stage.SECOND else _NESTED,
+            FaultCode.SM_NO_WRITE if write else FaultCode.SM_NO_READ,
+        )
     else:
         # What is present may be read, but for U/S.
-        known, denied = _FIRST, Code.SM_NO_WRITE if write else Code.PRIVILEGE
+        known, denied = _FIRST, FaultCode.SM_NO_WRITE if write else FaultCode.PRIVILEGE
     if record.reason in known:
         return known[record.reason]
     return denied if record.reason in (Reason.NOT_MAPPED, Reason.PERMISSION) else None

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from vmodel.devices.vtd.codes import Code, Stage, walk_code
-from vmodel.devices.vtd.regs import Cap, Ecap
+from vmodel.devices.vtd.codes import FaultCode, Stage, walk_code
+from vmodel.devices.vtd.regs import Ecap, VtdCap
 from vmodel.devices.vtd.tables import Directory, Entry, Refused, Tables
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, IommuError, Reason
@@ -39,7 +39,7 @@ _ALL = Span(0, (1 << 64) - 1)
 
 
 @dataclass(frozen=True)
-class Context:
+class CachedContext:
     """A cached entry, and the domain that it leads to."""
 
     entry: Entry
@@ -67,7 +67,7 @@ class Contexts:
         self._points = points
         self.iommu = iommu
         self._covered = covered
-        self.cap, self.ecap = Cap(cap), Ecap(ecap)
+        self.cap, self.ecap = VtdCap(cap), Ecap(ecap)
         #: GSTS.TES.
         self.enabled = False
         #: What is not translated goes through it: identity, less protected memory.
@@ -77,9 +77,9 @@ class Contexts:
         #: Scalable mode's context cache.
         self.directories: dict[int, Directory] = {}
         #: The PASID cache; in legacy mode (no PASID) the context cache.
-        self.entries: dict[Key, Context] = {}
+        self.entries: dict[Key, CachedContext] = {}
         #: What requests go through, by the PASID that they carry.
-        self._shown: dict[Key, Context] = {}
+        self._shown: dict[Key, CachedContext] = {}
         #: Why there is nothing that they could go through, and why a page request was not passed on.
         self._why: dict[Key, Refused] = {}
         self._unasked: dict[Key, Refused] = {}
@@ -143,32 +143,32 @@ class Contexts:
                 return False
             except IommuError:
                 self._shown.pop(key, None)
-                code = Code.PASID_INVALID if self.tables.scalable else Code.CONTEXT_INVALID
+                code = FaultCode.PASID_INVALID if self.tables.scalable else FaultCode.CONTEXT_INVALID
                 _note(self._why, key, Refused(code))
                 return False
             return True
 
-    def _look_up(self, endpoint: Endpoint, source: int, asked: int | None) -> Context:
+    def _look_up(self, endpoint: Endpoint, source: int, asked: int | None) -> CachedContext:
         """By way of the caches."""
         with_tlb = self._has_tlb(endpoint)
         if not self.tables.scalable:
             if asked is not None:
-                raise Refused(Code.PASID_IN_LEGACY)
+                raise Refused(FaultCode.PASID_IN_LEGACY)
             context = self.entries.get((source, None)) or self._read(endpoint, self.tables.legacy(source), source)
             if with_tlb and not context.entry.device_tlb:
-                raise Refused(Code.NO_DEVICE_TLB, context.entry.quiet)
+                raise Refused(FaultCode.NO_DEVICE_TLB, context.entry.quiet)
             return context
         directory = self.directories.get(source)
         if directory is None:
             directory = self.directories[source] = self.tables.directory(source)
         if with_tlb and not directory.device_tlb:
-            raise Refused(Code.SM_NO_DEVICE_TLB, directory.quiet)
+            raise Refused(FaultCode.SM_NO_DEVICE_TLB, directory.quiet)
         pasid = directory.pasid_of(asked)
         return self.entries.get((source, pasid)) or self._read(endpoint, self.tables.entry(directory, pasid), source)
 
-    def _read(self, endpoint: Endpoint, entry: Entry, source: int) -> Context:
+    def _read(self, endpoint: Endpoint, entry: Entry, source: int) -> CachedContext:
         known = next((context.domain for context in self.entries.values() if context.entry == entry), None)
-        context = Context(entry, known or self._domain(endpoint, entry))
+        context = CachedContext(entry, known or self._domain(endpoint, entry))
         if len(self.entries) >= _MOST:
             oldest = next(iter(self.entries))
             self._drop(lambda source, entry: (source, entry.pasid) == oldest)
@@ -404,12 +404,12 @@ class Contexts:
             directory = self.directories.get(source)
             if directory is None or not directory.page_requests:
                 quiet = directory is not None and directory.quiet
-                code = Code.NO_PAGE_REQUESTS if self.tables.scalable else Code.PAGE_REQUEST_IN_LEGACY
+                code = FaultCode.NO_PAGE_REQUESTS if self.tables.scalable else FaultCode.PAGE_REQUEST_IN_LEGACY
                 _note(self._unasked, (source, pasid), Refused(code, quiet))
                 return False
             return True
 
-    def code_of(self, record: FaultRecord) -> Code | None:
+    def code_of(self, record: FaultRecord) -> FaultCode | None:
         """How the unit reports a failed access; None: not at all."""
         key = record.requester_id, record.pasid
         with self._lock:

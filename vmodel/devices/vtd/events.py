@@ -1,4 +1,4 @@
-"""`Event`: an interrupt of the unit's own, for faults, invalidations or page requests (5.1.6, 7.3)."""
+"""`EventRegisters`: an interrupt of the unit's own, for faults, invalidations or page requests (5.1.6, 7.3)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from vmodel.devices.vtd.regs import EventControl, VtdRegs
 
 
-class Event:
+class EventRegisters:
     """One set of control, data and address registers, whose names begin with `prefix`.
 
     `pending`: whether its cause is there still; `send` gets address, data and the name of the device that had a part

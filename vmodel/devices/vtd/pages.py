@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vmodel.device import PciDevice
-from vmodel.devices.vtd.events import Event
+from vmodel.devices.vtd.events import EventRegisters
 from vmodel.devices.vtd.regs import PageAddress, PageOffset, PageStatus, VtdRegs
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault
@@ -28,7 +28,7 @@ _DESCRIPTOR = struct.Struct("<4Q")
 _INDICES = 512
 
 
-class _Request(Layout):
+class _PageRequestWord(Layout):
     """Page request descriptor (7.4.1.1), first word."""
 
     TYPE = Bits(0, 7)
@@ -73,7 +73,9 @@ def _nothing() -> None:
 class PageRequests:
     """The page request queue of a unit; `defer` runs something on the unit's thread."""
 
-    def __init__(self, regs: VtdRegs, dma: Dma, event: Event, defer: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self, regs: VtdRegs, dma: Dma, event: EventRegisters, defer: Callable[[Callable[[], None]], None]
+    ) -> None:
         self._regs = regs
         self._dma = dma
         self._event = event
@@ -148,11 +150,11 @@ class PageRequests:
 
 def _descriptor(key: Key, request: PageRequest) -> tuple[int, int, int, int]:
     source, pasid, index = key
-    first, second = _Request.TYPE.put(0, 1), _Page.LPIG.mask
+    first, second = _PageRequestWord.TYPE.put(0, 1), _Page.LPIG.mask
     for field_, value in (
-        (_Request.PP, int(pasid is not None)),
-        (_Request.RID, source & 0xFFFF),
-        (_Request.PASID, pasid or 0),
+        (_PageRequestWord.PP, int(pasid is not None)),
+        (_PageRequestWord.RID, source & 0xFFFF),
+        (_PageRequestWord.PASID, pasid or 0),
     ):
         first = field_.put(first, value)
     for field_, value in (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vmodel.devices.vtd.contexts import Contexts
-from vmodel.devices.vtd.regs import MOST_ADDRESS_MASK, Mode, RootAddress
+from vmodel.devices.vtd.regs import MOST_ADDRESS_MASK, RootAddress, TranslationTableMode
 from vmodel.iommu.fault import PageResponse
 from vmodel.regs import Bit, Bits, Layout
 from vmodel.span import PAGE, Span
@@ -68,7 +68,7 @@ class _Nothing(Layout):
     """A word that has to be 0."""
 
 
-class _Context(Layout):
+class _ContextInvalidate(Layout):
     """Context-cache invalidate, first word (6.5.2.1)."""
 
     TYPE = Bits(0, 3)
@@ -216,9 +216,9 @@ class Unit(Protocol):
 def check_mode(root: int, wide: bool) -> None:
     """Whether descriptors of this width go with the translation mode in RTADDR.  QueueStopped."""
     mode = RootAddress(root).TTM
-    if mode not in list(Mode):
+    if mode not in list(TranslationTableMode):
         raise QueueStopped(QueueFault.MODE)
-    if mode == Mode.SCALABLE and not wide:
+    if mode == TranslationTableMode.SCALABLE and not wide:
         raise QueueStopped(QueueFault.WIDTH)
 
 
@@ -256,15 +256,15 @@ def _pages(page: int, address_mask: int) -> Span:
 
 def carry_out(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
     """One descriptor of two or four words.  QueueStopped."""
-    kind = _Context.TYPE.of(words[0]) | _Context.TYPE_HIGH.of(words[0]) << 4
+    kind = _ContextInvalidate.TYPE.of(words[0]) | _ContextInvalidate.TYPE_HIGH.of(words[0]) << 4
     if kind not in _KINDS or (kind in _SCALABLE and not contexts.ecap.SMTS) or (kind == 9 and not contexts.ecap.PRS):
         raise QueueStopped(QueueFault.TYPE)
     _KINDS[kind](contexts, words, unit)
 
 
 def _context(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
-    _check(words, _Context)
-    asked = _Context(words[0])
+    _check(words, _ContextInvalidate)
+    asked = _ContextInvalidate(words[0])
     if not invalidate_contexts(contexts, asked.G, asked.DID, asked.SID, asked.FM):
         raise QueueStopped(QueueFault.RESERVED)
 

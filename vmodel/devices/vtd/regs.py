@@ -18,7 +18,7 @@ MOST_ADDRESS_MASK = 18
 PROTECTED_BITS = 21
 
 
-class Cap(Layout):
+class VtdCap(Layout):
     """Capability register (11.4.2)."""
 
     ND = Bits(0, 2, doc="domain-ids of 4 + 2 ND bits")
@@ -72,7 +72,7 @@ class Global(Layout):
     TRANSLATION = Bit(31)
 
 
-class Mode(enum.IntEnum):
+class TranslationTableMode(enum.IntEnum):
     """RTADDR.TTM."""
 
     LEGACY = 0
@@ -160,7 +160,7 @@ class CompletionStatus(Layout):
     IWC = Bit(0, W1C)
 
 
-class QueueError(Layout):
+class QueueErrorRecord(Layout):
     """Invalidation queue error record (11.4.9.9)."""
 
     IQEI = Bits(0, 3)
@@ -209,7 +209,7 @@ class VtdRegs(RegisterBank, size=0x200):
     """Registers of the unit, at the start of BAR0."""
 
     VER = Reg32(0x00, RO, reset=0x10, doc="version 1.0")
-    CAP = Reg64(0x08, RO, layout=Cap)
+    CAP = Reg64(0x08, RO, layout=VtdCap)
     ECAP = Reg64(0x10, RO, layout=Ecap)
     GCMD = Reg32(0x18, WO, layout=Global)
     GSTS = Reg32(0x1C, RO, layout=Global)
@@ -233,7 +233,7 @@ class VtdRegs(RegisterBank, size=0x200):
     IEDATA = Reg32(0xA4)
     IEADDR = Reg32(0xA8, RO, layout=MessageAddress)
     IEUADDR = Reg32(0xAC)
-    IQER = Reg64(0xB0, RO, layout=QueueError)
+    IQER = Reg64(0xB0, RO, layout=QueueErrorRecord)
     PQH = Reg64(0xC0, RO, layout=PageOffset)
     PQT = Reg64(0xC8, RO, layout=PageOffset)
     PQA = Reg64(0xD0, RO, layout=PageAddress)
@@ -299,21 +299,21 @@ def capability(can: Capabilities, kind: IntelVtd.Params) -> int:
     bits = widest(can, kind)
     value = 0
     for field, number in (
-        (Cap.ND, 6),
-        (Cap.PLMR, 1),
-        (Cap.PHMR, 1),
-        (Cap.SAGAW, 0b0010 | (bits > 39) << 2 | (bits > 48) << 3),
-        (Cap.MGAW, bits - 1),
-        (Cap.ZLR, 1),
-        (Cap.FRO, RECORDS_AT // 16),
-        (Cap.SLLPS, (2 * MiB in can.page_sizes) | (GiB in can.page_sizes) << 1),
-        (Cap.PSI, 1),
-        (Cap.NFR, record_count(can) - 1),
-        (Cap.MAMV, MOST_ADDRESS_MASK),
-        (Cap.DWD, 1),
-        (Cap.DRD, 1),
-        (Cap.FS1GP, int(kind.scalable)),
-        (Cap.FS5LP, int(kind.scalable and bits == 57)),
+        (VtdCap.ND, 6),
+        (VtdCap.PLMR, 1),
+        (VtdCap.PHMR, 1),
+        (VtdCap.SAGAW, 0b0010 | (bits > 39) << 2 | (bits > 48) << 3),
+        (VtdCap.MGAW, bits - 1),
+        (VtdCap.ZLR, 1),
+        (VtdCap.FRO, RECORDS_AT // 16),
+        (VtdCap.SLLPS, (2 * MiB in can.page_sizes) | (GiB in can.page_sizes) << 1),
+        (VtdCap.PSI, 1),
+        (VtdCap.NFR, record_count(can) - 1),
+        (VtdCap.MAMV, MOST_ADDRESS_MASK),
+        (VtdCap.DWD, 1),
+        (VtdCap.DRD, 1),
+        (VtdCap.FS1GP, int(kind.scalable)),
+        (VtdCap.FS5LP, int(kind.scalable and bits == 57)),
     ):
         value = field.put(value, number)
     return value

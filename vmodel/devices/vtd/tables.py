@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from vmodel.devices.vtd.codes import Code, Stage
-from vmodel.devices.vtd.regs import Cap, Ecap, Mode, RootAddress
+from vmodel.devices.vtd.codes import FaultCode, Stage
+from vmodel.devices.vtd.regs import Ecap, RootAddress, TranslationTableMode, VtdCap
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault
 from vmodel.regs import Bit, Bits, Layout
@@ -73,7 +73,7 @@ class _Pasid(Layout):
     SECOND = Bits(12, 63)
 
 
-class _Domain(Layout):
+class _DomainWord(Layout):
     """Its second word."""
 
     DID = Bits(0, 15)
@@ -102,7 +102,7 @@ Words = tuple[tuple[int, int], ...]
 class Refused(Exception):
     """An entry does not let a request through.  `quiet`: FPD says not to report it."""
 
-    def __init__(self, code: Code, quiet: bool = False) -> None:
+    def __init__(self, code: FaultCode, quiet: bool = False) -> None:
         super().__init__(code.name)
         self.code = code
         self.quiet = quiet
@@ -129,12 +129,12 @@ class Directory:
         """Which entry is for requests with this PASID, or without one.  Refused."""
         if asked is None:
             if self.rid_pasid >= self.pasids:
-                raise Refused(Code.RID_PASID, self.quiet)
+                raise Refused(FaultCode.RID_PASID, self.quiet)
             return self.rid_pasid
         if not self.enabled:
-            raise Refused(Code.PASID_OFF, self.quiet)
+            raise Refused(FaultCode.PASID_OFF, self.quiet)
         if asked >= self.pasids:
-            raise Refused(Code.PASID_TOO_LARGE, self.quiet)
+            raise Refused(FaultCode.PASID_TOO_LARGE, self.quiet)
         return asked
 
 
@@ -163,7 +163,7 @@ class Entry:
 class Tables:
     """Reads entries.  What it raises is Refused; nothing is kept here."""
 
-    def __init__(self, dma: Dma, cap: Cap, ecap: Ecap, output_bits: int) -> None:
+    def __init__(self, dma: Dma, cap: VtdCap, ecap: Ecap, output_bits: int) -> None:
         self._dma = dma
         self._cap, self._ecap = cap, ecap
         self._output_bits = output_bits
@@ -173,16 +173,16 @@ class Tables:
     @property
     def scalable(self) -> bool:
         """Whether requests, and what becomes of them, are those of scalable mode."""
-        return RootAddress(self.root).TTM != Mode.LEGACY
+        return RootAddress(self.root).TTM != TranslationTableMode.LEGACY
 
-    def _read(self, at: int, count: int, code: Code, quiet: bool = False) -> Words:
+    def _read(self, at: int, count: int, code: FaultCode, quiet: bool = False) -> Words:
         try:
             data = self._dma.read(at, 8 * count)
         except DmaFault:
             raise Refused(code, quiet) from None
         return tuple((at + 8 * n, word) for n, (word,) in enumerate(struct.iter_unpack("<Q", data)))
 
-    def _check(self, words: Words, known: tuple[int, ...], code: Code, quiet: bool = False) -> None:
+    def _check(self, words: Words, known: tuple[int, ...], code: FaultCode, quiet: bool = False) -> None:
         """Reserved bits are those that are not in `known`; addresses have only so many bits."""
         for n, (_, word) in enumerate(words):
             mask = known[n] if n < len(known) else 0
@@ -193,18 +193,18 @@ class Tables:
 
     def legacy(self, source: int) -> Entry:
         """A device's context entry."""
-        root = self._read((self.root & _ADDRESS) + 16 * (source >> 8 & 0xFF), 2, Code.ROOT_ACCESS)
+        root = self._read((self.root & _ADDRESS) + 16 * (source >> 8 & 0xFF), 2, FaultCode.ROOT_ACCESS)
         if not _Pointer(root[0][1]).P:
-            raise Refused(Code.ROOT_NOT_PRESENT)
-        self._check(root, (_mask(_Pointer),), Code.ROOT_RESERVED)
-        words = self._read((root[0][1] & _ADDRESS) + 16 * (source & 0xFF), 2, Code.CONTEXT_ACCESS)
+            raise Refused(FaultCode.ROOT_NOT_PRESENT)
+        self._check(root, (_mask(_Pointer),), FaultCode.ROOT_RESERVED)
+        words = self._read((root[0][1] & _ADDRESS) + 16 * (source & 0xFF), 2, FaultCode.CONTEXT_ACCESS)
         entry, domain = _Legacy(words[0][1]), _LegacyDomain(words[1][1])
         quiet = bool(entry.FPD)
         if not entry.P:
-            raise Refused(Code.CONTEXT_NOT_PRESENT, quiet)
-        self._check(words, (_mask(_Legacy), _mask(_LegacyDomain)), Code.CONTEXT_RESERVED, quiet)
+            raise Refused(FaultCode.CONTEXT_NOT_PRESENT, quiet)
+        self._check(words, (_mask(_Legacy), _mask(_LegacyDomain)), FaultCode.CONTEXT_RESERVED, quiet)
         if entry.TT not in _LEGACY_STAGES or (entry.TT == 1 and not self._ecap.DT) or not self._has_levels(domain.AW):
-            raise Refused(Code.CONTEXT_INVALID, quiet)
+            raise Refused(FaultCode.CONTEXT_INVALID, quiet)
         return Entry(
             _LEGACY_STAGES[entry.TT],
             domain.DID,
@@ -222,25 +222,25 @@ class Tables:
 
     def directory(self, source: int) -> Directory:
         """A device's scalable-mode context entry."""
-        if RootAddress(self.root).TTM != Mode.SCALABLE:
-            raise Refused(Code.MODE)
+        if RootAddress(self.root).TTM != TranslationTableMode.SCALABLE:
+            raise Refused(FaultCode.MODE)
         # Devices 0 to 15 of a bus have one table, the others another.
         half = (source >> 8 & 0xFF) * 2 + (source >> 7 & 1)
-        root = self._read((self.root & _ADDRESS) + 8 * half, 1, Code.SM_ROOT_ACCESS)
+        root = self._read((self.root & _ADDRESS) + 8 * half, 1, FaultCode.SM_ROOT_ACCESS)
         if not _Pointer(root[0][1]).P:
-            raise Refused(Code.SM_ROOT_NOT_PRESENT)
-        self._check(root, (_mask(_Pointer),), Code.SM_ROOT_RESERVED)
-        words = self._read((root[0][1] & _ADDRESS) + 32 * (source & 0x7F), 4, Code.SM_CONTEXT_ACCESS)
+            raise Refused(FaultCode.SM_ROOT_NOT_PRESENT)
+        self._check(root, (_mask(_Pointer),), FaultCode.SM_ROOT_RESERVED)
+        words = self._read((root[0][1] & _ADDRESS) + 32 * (source & 0x7F), 4, FaultCode.SM_CONTEXT_ACCESS)
         entry, request = _Context(words[0][1]), _Request(words[1][1])
         quiet = bool(entry.FPD)
         if not entry.P:
-            raise Refused(Code.SM_CONTEXT_NOT_PRESENT, quiet)
+            raise Refused(FaultCode.SM_CONTEXT_NOT_PRESENT, quiet)
         unknown = (
             (0 if self._ecap.DT else _Context.DTE.mask)
             | (0 if self._ecap.PASID else _Context.PASIDE.mask)
             | (0 if self._ecap.PRS else _Context.PRE.mask)
         )
-        self._check(words, (_mask(_Context) & ~unknown, _mask(_Request)), Code.SM_CONTEXT_RESERVED, quiet)
+        self._check(words, (_mask(_Context) & ~unknown, _mask(_Request)), FaultCode.SM_CONTEXT_RESERVED, quiet)
         return Directory(
             words[0][1] & _ADDRESS,
             # 64 entries for each of 2**(PDTS + 7) of the directory.
@@ -255,25 +255,25 @@ class Tables:
 
     def entry(self, directory: Directory, pasid: int) -> Entry:
         """The entry of a PASID that the directory has."""
-        above = self._read(directory.table + 8 * (pasid >> 6), 1, Code.DIRECTORY_ACCESS, directory.quiet)
+        above = self._read(directory.table + 8 * (pasid >> 6), 1, FaultCode.DIRECTORY_ACCESS, directory.quiet)
         quiet = directory.quiet or bool(_Directory(above[0][1]).FPD)
         if not _Directory(above[0][1]).P:
-            raise Refused(Code.DIRECTORY_NOT_PRESENT, quiet)
-        self._check(above, (_mask(_Directory),), Code.DIRECTORY_RESERVED, quiet)
-        words = self._read((above[0][1] & _ADDRESS) + 64 * (pasid & 0x3F), 8, Code.PASID_ACCESS, quiet)
-        low, domain, first = _Pasid(words[0][1]), _Domain(words[1][1]), _First(words[2][1])
+            raise Refused(FaultCode.DIRECTORY_NOT_PRESENT, quiet)
+        self._check(above, (_mask(_Directory),), FaultCode.DIRECTORY_RESERVED, quiet)
+        words = self._read((above[0][1] & _ADDRESS) + 64 * (pasid & 0x3F), 8, FaultCode.PASID_ACCESS, quiet)
+        low, domain, first = _Pasid(words[0][1]), _DomainWord(words[1][1]), _First(words[2][1])
         quiet = quiet or bool(low.FPD)
         if not low.P:
-            raise Refused(Code.PASID_NOT_PRESENT, quiet)
+            raise Refused(FaultCode.PASID_NOT_PRESENT, quiet)
         unknown = (
             0 if self._ecap.SSADS else _Pasid.SSADE.mask,
-            (0 if self._ecap.SMPWCS else _Domain.PWSNP.mask) | (0 if self._ecap.SC else _Domain.PGSNP.mask),
+            (0 if self._ecap.SMPWCS else _DomainWord.PWSNP.mask) | (0 if self._ecap.SC else _DomainWord.PGSNP.mask),
             0,
         )
-        known = tuple(_mask(t) & ~u for t, u in zip((_Pasid, _Domain, _First), unknown, strict=True))
-        self._check(words, known, Code.PASID_RESERVED, quiet)
+        known = tuple(_mask(t) & ~u for t, u in zip((_Pasid, _DomainWord, _First), unknown, strict=True))
+        self._check(words, known, FaultCode.PASID_RESERVED, quiet)
         if not self._can(low.PGTT, low.AW, first.FSPM):
-            raise Refused(Code.PASID_INVALID, quiet)
+            raise Refused(FaultCode.PASID_INVALID, quiet)
         # What does not matter for a stage is left out: software may keep anything there.
         stage = Stage(low.PGTT)
         by_first, by_second = stage in (Stage.FIRST, Stage.NESTED), stage in (Stage.SECOND, Stage.NESTED)

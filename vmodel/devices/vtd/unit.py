@@ -26,9 +26,9 @@ from functools import cached_property
 
 from vmodel.device import MmioBar, PciDevice, ResetKind, on_read, on_write
 from vmodel.devices.iommu import IommuDevice
-from vmodel.devices.vtd.codes import Code
+from vmodel.devices.vtd.codes import FaultCode
 from vmodel.devices.vtd.contexts import Contexts
-from vmodel.devices.vtd.events import Event
+from vmodel.devices.vtd.events import EventRegisters
 from vmodel.devices.vtd.pages import PageRequests
 from vmodel.devices.vtd.queue import (
     QueueFault,
@@ -123,7 +123,7 @@ class VtdDevice(IommuDevice):
 
     def on_reset(self, kind: ResetKind) -> None:
         self._misplaced = self._told = False
-        self._arrived: deque[tuple[FaultRecord, Code]] = deque()
+        self._arrived: deque[tuple[FaultRecord, FaultCode]] = deque()
         self._next_record = 0
         if self.contexts is not None:
             self.regs.CAP, self.regs.ECAP = self._cap, self._ecap
@@ -429,16 +429,16 @@ class VtdDevice(IommuDevice):
     # ---- interrupts -------------------------------------------------------------------------
 
     @cached_property
-    def _fault_event(self) -> Event:
-        return Event(self.regs, "FE", self._status, self._send)
+    def _fault_event(self) -> EventRegisters:
+        return EventRegisters(self.regs, "FE", self._status, self._send)
 
     @cached_property
-    def _completion_event(self) -> Event:
-        return Event(self.regs, "IE", lambda: self.regs.ICS, self._send)
+    def _completion_event(self) -> EventRegisters:
+        return EventRegisters(self.regs, "IE", lambda: self.regs.ICS, self._send)
 
     @cached_property
-    def _page_event(self) -> Event:
-        return Event(self.regs, "PE", lambda: self.regs.PRS, self._send)
+    def _page_event(self) -> EventRegisters:
+        return EventRegisters(self.regs, "PE", lambda: self.regs.PRS, self._send)
 
     def _send(self, address: int, data: int, culprit: str = "") -> None:
         """An interrupt message: 4 bytes written to `address`.

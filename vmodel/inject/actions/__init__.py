@@ -3,8 +3,8 @@
 from vmodel.inject.actions.access import (
     Abort,
     Corrupt,
-    Fault,
     Flip,
+    IommuFault,
     Overrun,
     Partial,
     Poison,
@@ -14,14 +14,14 @@ from vmodel.inject.actions.access import (
     UseAfterUnmap,
 )
 from vmodel.inject.actions.command import Complete, Fail
-from vmodel.inject.actions.interrupt import Spurious, Storm, Vector
-from vmodel.inject.actions.life import Aer, Disconnect, NoBar, Unplug
+from vmodel.inject.actions.interrupt import OtherVector, Spurious, Storm
+from vmodel.inject.actions.life import AerError, Disconnect, NoBar, Unplug
 from vmodel.inject.actions.ordering import Delay, Drop, Duplicate, Late, Reorder
 from vmodel.inject.actions.register import Cut, Hide, Ones, Stuck, Value
 
 __all__ = [
     "Abort",
-    "Aer",
+    "AerError",
     "Complete",
     "Corrupt",
     "Cut",
@@ -30,12 +30,13 @@ __all__ = [
     "Drop",
     "Duplicate",
     "Fail",
-    "Fault",
     "Flip",
     "Hide",
+    "IommuFault",
     "Late",
     "NoBar",
     "Ones",
+    "OtherVector",
     "Overrun",
     "Partial",
     "Poison",
@@ -49,5 +50,4 @@ __all__ = [
     "Unplug",
     "UseAfterUnmap",
     "Value",
-    "Vector",
 ]

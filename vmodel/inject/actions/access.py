@@ -49,7 +49,7 @@ class Abort(Action, name="abort"):
         raise at.fault(reason, done)
 
 
-class Fault(Action, name="fault"):
+class IommuFault(Action, name="fault"):
     """The IOMMU refuses the access, and hears of it: "translation" (not mapped) or "permission"."""
 
     kind: Literal["translation", "permission"] = "translation"

@@ -15,7 +15,7 @@ from vmodel.pci.caps import Msi, Msix
 from vmodel.points import Point
 
 
-class Vector(Action, name="vector"):
+class OtherVector(Action, name="vector"):
     """Another vector is raised instead."""
 
     vector: Number

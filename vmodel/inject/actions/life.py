@@ -50,7 +50,7 @@ class Unplug(Action, name="unplug"):
         return data
 
 
-class Aer(Action, name="aer"):
+class AerError(Action, name="aer"):
     """The device's AER capability notes an error; what happens, happens."""
 
     error: Literal[

@@ -7,8 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, field_validator
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
-from vmodel.iommu.driver import Driver, PlatformDevice, Source, bdf_text, pci_id, topmost
-from vmodel.iommu.driver import Params as BaseParams
+from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
 from vmodel.iommu.pgtable import TableFormat
 from vmodel.pci.topology import Bdf
 from vmodel.span import KiB
@@ -27,7 +26,7 @@ class AmdVi(Driver):
         page_sizes=frozenset(4 * KiB << n for n in range(36)), fault_queue_depth=512, reserved=(X86_MSI,)
     )
 
-    class Params(BaseParams):
+    class Params(KindParams):
         """Parameters of AMD-Vi."""
 
         aliases: dict[_Address, _Address] = Field(

@@ -7,8 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
-from vmodel.iommu.driver import Driver, PlatformDevice, Source, bdf_text, pci_id, topmost
-from vmodel.iommu.driver import Params as BaseParams
+from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
 from vmodel.iommu.pgtable import TableFormat
 from vmodel.pci.topology import Bdf
 
@@ -22,7 +21,7 @@ class IntelVtd(Driver):
     served_params = frozenset(("scalable", "ats"))
     default = Capabilities(input_bits=48, fault_queue_depth=8, reserved=(X86_MSI,))
 
-    class Params(BaseParams):
+    class Params(KindParams):
         """Parameters of VT-d."""
 
         namespace: dict[Annotated[str, Field(pattern=r"^[!-~]{1,255}$")], Annotated[str, AfterValidator(bdf_text)]] = (

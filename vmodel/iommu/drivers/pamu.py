@@ -7,8 +7,7 @@ from collections.abc import Hashable
 from pydantic import Field
 
 from vmodel.iommu.capabilities import Capabilities
-from vmodel.iommu.driver import Driver, PlatformDevice, Source
-from vmodel.iommu.driver import Params as BaseParams
+from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source
 from vmodel.span import KiB, Span
 
 
@@ -31,7 +30,7 @@ class Pamu(Driver):
         strict=True,
     )
 
-    class Params(BaseParams):
+    class Params(KindParams):
         """Parameters of PAMU."""
 
         partitioned: bool = Field(default=True, description="PCI controllers tell their functions apart")

@@ -7,8 +7,7 @@ from collections.abc import Hashable
 from pydantic import Field
 
 from vmodel.iommu.capabilities import Capabilities
-from vmodel.iommu.driver import Driver, PlatformDevice, Source, topmost
-from vmodel.iommu.driver import Params as BaseParams
+from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, topmost
 from vmodel.span import KiB, MiB
 
 
@@ -31,7 +30,7 @@ class PowerPe(Driver):
         strict=True,
     )
 
-    class Params(BaseParams):
+    class Params(KindParams):
         """Parameters of POWER PEs."""
 
         without_pe: list[int] = Field(default_factory=list, description="segments whose host bridge has no PEs")

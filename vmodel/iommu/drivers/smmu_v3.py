@@ -5,12 +5,11 @@ from __future__ import annotations
 from pydantic import Field
 
 from vmodel.iommu.capabilities import ARM_MSI, Capabilities
-from vmodel.iommu.driver import Driver, PlatformDevice, Source, topmost
-from vmodel.iommu.driver import Params as BaseParams
+from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, topmost
 from vmodel.iommu.pgtable import TableFormat
 
 
-class StreamMap(BaseParams):
+class StreamMap(KindParams):
     """An id mapping of the IORT: requester ids of one segment to stream ids."""
 
     segment: int = Field(default=0, ge=0, lt=1 << 16)
@@ -29,7 +28,7 @@ class SmmuV3(Driver):
         input_bits=48, output_bits=48, enforce_snoop=False, stall=True, fault_queue_depth=128, reserved=(ARM_MSI,)
     )
 
-    class Params(BaseParams):
+    class Params(KindParams):
         """Parameters of SMMUv3."""
 
         streams: list[StreamMap] | None = Field(

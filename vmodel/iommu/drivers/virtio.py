@@ -5,8 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
-from vmodel.iommu.driver import Driver, PlatformDevice, Source, topmost
-from vmodel.iommu.driver import Params as BaseParams
+from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, topmost
 from vmodel.span import KiB
 
 
@@ -25,7 +24,7 @@ class VirtioIommu(Driver):
         reserved=(X86_MSI,),
     )
 
-    class Params(BaseParams):
+    class Params(KindParams):
         """Parameters of virtio-iommu."""
 
         first_endpoint: int = Field(
