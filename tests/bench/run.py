@@ -1,6 +1,6 @@
 """scripts/bench: the table of targets with what this machine measures, as ratios to a bare ping-pong.
 
-Everything runs pinned to one CPU; each figure is the median of several repetitions, and the yardstick is measured anew
+Everything runs pinned to one CPU; each figure is the median of several repetitions, and the yardstick is measured again
 before and after.  See docs/performance.md.
 """
 

@@ -330,7 +330,7 @@ def test_main_in_process(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_probe_of_a_live_socket_is_no_client(tmp_path: Path) -> None:
-    """A socket that is no server's, but that somebody listens on, is left alone too."""
+    """A socket of another program that listens on it is not replaced either."""
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(tmp_path / "edu0.sock"))
         other.listen(1)

@@ -91,7 +91,7 @@ def one_input(data: bytes) -> None:
             for _ in range(4):
                 world.iommu.backend.run_due(1 << 62)
     world.requests.used_now()
-    # Whatever it was, a reset mends it.
+    # A reset repairs the queue from any state.
     world.start(offered)
     assert world.ask(2, 77, 0x18, bytes(8), form="II8s") is not None
     driver.put(0x14, 1, 0)

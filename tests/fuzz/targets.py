@@ -99,7 +99,7 @@ def targets(names: Sequence[str] = ()) -> list[Target]:
 
 
 def build(target: Target) -> Path:
-    """The program of a C target, made anew only if clang or a source has changed."""
+    """The program of a C target, rebuilt only if clang or a source has changed."""
     clang = find_clang()
     sources = sorted((ROOT / "c_shim").glob("*.c"))
     version = subprocess.run([clang, "--version"], capture_output=True, text=True, check=True).stdout
@@ -193,7 +193,7 @@ def long_corpus(target: Target) -> Path:
 
 
 def merge(target: Target) -> tuple[int, int]:
-    """Makes the repository's corpus anew of it and of what long runs found: (files before, files after).
+    """Rebuilds the repository's corpus from itself and the findings of long runs: (files before, files after).
 
     It has the fewest inputs that reach all that is reached, however often each: a few dozen small files.
     """

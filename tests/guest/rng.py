@@ -1,4 +1,4 @@
-"""A virtio-rng whose numbers can be told from others: for tests of DMA that a stock driver sets up by the DMA API."""
+"""A virtio-rng with recognisable numbers: for tests of DMA that a stock driver sets up by the DMA API."""
 
 from __future__ import annotations
 

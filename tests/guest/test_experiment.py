@@ -92,7 +92,7 @@ def test_a_hang(edu: Callable[..., Result]) -> None:
 
 
 def test_a_crash(edu: Callable[..., Result], artifacts: Path) -> None:
-    """The workload has the kernel panic: QEMU and the console tell of it."""
+    """The workload has the kernel panic: QEMU and the console report it."""
     crash = edu("mmio.read register=ID nth=1 do=ones", workload="./edu_check || echo c > /proc/sysrq-trigger")
     assert crash.outcome is Outcome.CRASH and crash.time_to_detect is not None
     assert {finding.oracle for finding in crash.evidence} >= {"console", "qmp"}

@@ -80,7 +80,7 @@ def test_status(command: list[str] | str, status: int) -> None:
 
 
 def test_static_program(tmp_path: Path) -> None:
-    """A C program built here; it dies of a signal, of which the shell's status tells."""
+    """A C program built here; it dies of a signal, which the shell's status reports."""
     (tmp_path / "prog.c").write_text(
         '#include <stdio.h>\n#include <stdlib.h>\nint main(void) { puts("built here"); fflush(stdout); abort(); }\n'
     )
@@ -112,7 +112,7 @@ def test_timeout_ends_qemu_and_keeps_the_logs(tmp_path: Path) -> None:
 
 
 def test_talking_reboot_and_qmp() -> None:
-    """stdin, expect, console streaming, a warm reboot, QMP: with one guest that is told what to do."""
+    """stdin, expect, console streaming, a warm reboot, QMP: with one interactive guest."""
     streamed = bytearray()
     came = threading.Event()
 

@@ -166,7 +166,7 @@ def test_warm_reboot(kind: str | None, kernel: str, tmp_path: Path, artifacts: P
             f"{FIO} --name=v --filename={rig.block(DATA, 2)} --bs=4k --size=16M --iodepth=16 --loops=100 >log 2>&1 &"
         )
         # The load ends first: Linux takes the virtio-iommu away before the disk, and a CPU that waits for an answer of
-        # the IOMMU's then waits for ever (see docs/drivers-under-faults.md; QEMU's devices show the same).
+        # the IOMMU's then waits forever (see docs/drivers-under-faults.md; QEMU's devices show the same).
         rig.shell.start("sleep 1; kill $!; wait $!; reboot -f")
         rig.booted()
         disk = rig.block(DATA, 1)
@@ -321,7 +321,7 @@ def test_flush_compare_write_zeroes_and_deallocate(admin: Nvme) -> None:
 
 
 def test_write_uncorrectable(admin: Nvme) -> None:
-    """Reads, compares and verifies fail until the blocks are written anew."""
+    """Reads, compares and verifies fail until the blocks are written again."""
     admin("write-uncor", BLOCKS, 1)
     for command in ("read", "compare"):
         admin.fails(command, f"{BLOCKS} -z 4096 -d ones", "Unrecovered Read Error", 1)
@@ -354,7 +354,7 @@ def test_firmware(admin: Nvme) -> None:
 
 
 def test_subsystem_reset(admin: Nvme) -> None:
-    """Where a parameter offers it; the driver hears of it by the controller reset that follows (docs/nvme.md)."""
+    """Where a parameter offers it; the driver notices it by the controller reset that follows (docs/nvme.md)."""
     admin.shell.fails(f"nvme subsystem-reset /dev/{admin.rig.controller(DATA)}")
     admin.write(64, "random")
     admin("subsystem-reset")

@@ -152,7 +152,7 @@ def test_doorbells(disk: Disk) -> None:
     with armed(disk, "doorbell queue=1 kind=submission nth=1 do=drop", "doorbell queue=1 nth=3 do=late(20)"):
         disk.post()
         assert disk.pair.reap() == []
-        disk.post()  # its doorbell tells of both
+        disk.post()  # its doorbell covers both
         assert len(disk.pair.wait(2)) == 2
 
 

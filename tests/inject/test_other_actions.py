@@ -200,7 +200,7 @@ def test_the_client_goes(tmp_path: Path) -> None:
 
 
 def test_phase(tmp_path: Path) -> None:
-    """Told by bus mastering and MSI, and by resets."""
+    """Derived from bus mastering and MSI, and from resets."""
     with bench(tmp_path, enabled=False) as lab:
         phases = []
         with armed(

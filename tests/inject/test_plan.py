@@ -1,4 +1,4 @@
-"""Plans: TOML and Python say the same; what is wrong is told in one line."""
+"""Plans: TOML and Python are equivalent; each mistake is one line."""
 
 from __future__ import annotations
 

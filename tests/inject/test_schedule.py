@@ -72,7 +72,7 @@ def test_window(lab: Bench) -> None:
 
 
 def test_between(lab: Bench) -> None:
-    """Counted anew each time it opens; the two events themselves are outside."""
+    """Counting restarts each time it opens; the two events themselves are outside."""
     with armed(lab, "mmio.read nth=2 between=irq..reset do=ones"):
         assert [lab.get(PLAIN) == ONES for _ in range(3)] == [False, False, False]
         for _ in range(2):

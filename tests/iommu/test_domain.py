@@ -1,4 +1,4 @@
-"""Domains of each type: what they are allocated for, what they refuse, when IOTLBs forget, what was written."""
+"""Domains of each type: their allocation, what they refuse, invalidation of IOTLBs, dirty tracking."""
 
 from __future__ import annotations
 
@@ -395,7 +395,7 @@ def test_deferred_by_time() -> None:
         time.sleep(0.005)
     assert 0.14 < took < patience(5)
     assert (domain.flushes, readable(dma)) == (1, list(range(1, 8)))
-    domain.unmap(IOVA + PAGE, PAGE)  # the timer starts anew
+    domain.unmap(IOVA + PAGE, PAGE)  # the timer starts again
     assert domain.waiting
     domain.flush()
     assert (domain.flushes, readable(dma)) == (2, list(range(2, 8)))
@@ -460,7 +460,7 @@ def test_dirty(one: tuple[World, Endpoint, Dma]) -> None:
     dma.fetch_add(IOVA + 9 * PAGE, 8, 1)
     assert dirty(clear=False) == 1 << 2 | 1 << 3 | 1 << 9 | 1 << 63
     assert dirty(Span.sized(IOVA + 2 * PAGE, 2 * PAGE)) == 0b11  # only this range is cleared
-    domain.set_dirty_tracking(True)  # on already: nothing is forgotten
+    domain.set_dirty_tracking(True)  # on already: the log is kept
     assert dirty(page=8 * PAGE) == 1 << 1 | 1 << 7
     assert dirty() == 0
     dma.write(IOVA, b"again")
@@ -495,7 +495,7 @@ def test_sva(one: tuple[World, Endpoint, Dma]) -> None:
     assert (process.read(IOVA, 4), domain.iova_to_phys(IOVA + 3)) == (b"here", GPA + 3)
     fault = fault_of(process, IOVA + PAGE)
     assert (fault.reason, fault.level, fault.pasid) == (Reason.NOT_MAPPED, 1, 5)
-    assert fault_of(dma, RAM).reason is Reason.NO_WINDOW  # without the PASID it is identity, as ever
+    assert fault_of(dma, RAM).reason is Reason.NO_WINDOW  # without the PASID it is still identity
     world.put(slots[-1], 0)
     assert process.read(IOVA, 4) == b"here"  # an IOTLB may have it
     domain.flush(Span.sized(IOVA + PAGE, PAGE))

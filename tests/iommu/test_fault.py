@@ -1,4 +1,4 @@
-"""Faults: what devices, queues, handlers and the log are told of them; and pages that come when they are asked for."""
+"""Faults: their reports to devices, queues, handlers and the log; and page requests."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_page_comes(device: Device) -> None:
 
 
 def test_page_comes_with_too_little(device: Device) -> None:
-    """Read-only: a write is asked about again, and cannot be mended."""
+    """Read-only: a write sends a page request again, which cannot resolve it."""
     device.domain.map(IOVA, GPA, PAGE, R)
     device.answer(PageResponse.INVALID)
     assert fails(device.dma.write, IOVA, b"x").reason is Reason.PERMISSION
@@ -246,7 +246,7 @@ def test_page_comes_with_too_little(device: Device) -> None:
 
 @pytest.mark.parametrize("response", [PageResponse.INVALID, PageResponse.FAILURE])
 def test_page_does_not_come(device: Device, response: PageResponse) -> None:
-    """After a FAILURE the device is not asked about any more (PCIe 10.4.1), until it is enabled anew."""
+    """After a FAILURE the device sends no page requests (PCIe 10.4.1) until they are enabled again."""
     device.answer(response)
     for _ in range(2):
         assert fails(device.dma.read, IOVA, 4).reason is Reason.NOT_MAPPED
@@ -333,7 +333,7 @@ def test_every_access_goes_on(device: Device, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_handler_that_always_says_success(device: Device, kind: str) -> None:
-    """It is believed some times, not for ever; the fault is told and recorded once."""
+    """It is retried a bounded number of times; the fault is reported and recorded once."""
     asked: list[PageRequest] = []
 
     def liar(request: PageRequest) -> PageResponse:
@@ -348,7 +348,7 @@ def test_a_handler_that_always_says_success(device: Device, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["read", "readinto", "write", "gather", "scatter"])
 def test_how_far_it_came(device: Device, kind: str) -> None:
-    """The third page does not come: `done` counts from the beginning, over all that was mended before."""
+    """The third page does not come: `done` counts from the beginning, over all pages resolved before."""
     device.answer()
     meet = device.domain.page_handler
     assert meet is not None

@@ -423,7 +423,7 @@ def test_removal(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
 
 
 def test_removal_under_an_owner(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
-    """Whoever holds a group whose devices are gone can still let go of it."""
+    """The owner of a group whose devices are gone can still release it."""
     group = group_of(pair[0])
     group.claim_dma_owner("vm")
     domain = mapped(pair[0], OLD)

@@ -1,4 +1,4 @@
-"""Which devices share a group, for each kind of IOMMU, in each order of hot-plug; and what people are told."""
+"""Which devices share a group, for each kind of IOMMU, in each order of hot-plug; and the reasons that are printed."""
 
 from __future__ import annotations
 

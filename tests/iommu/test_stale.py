@@ -236,7 +236,7 @@ def made(report: bool) -> Machine:
 
 @pytest.mark.parametrize("report", [True, False])
 def test_dma_fq(report: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """What is unmapped and not flushed yet gets through, and is told of."""
+    """An access to an unmapped, not yet flushed page gets through and is reported."""
     machine = made(report)
     dma, group = machine.devices["edu0"].dma, machine.system["edu0"].group
     assert group is not None and isinstance(group.domain, PagingDomain)

@@ -80,7 +80,7 @@ def test_what_reaches_a_devices_tlb(ats: ScalableBench, pasid: int, descriptor: 
     ats.queue(descriptor)
     assert ats.get(FSTS) == 0
     assert read(ats, 5, pasid) == (b"new" if gone else bytes(3))
-    # So a driver that forgets it is found out.
+    # So a driver that omits it is detected.
     assert edu(ats).dma.stats.stale == (0 if gone else 1)
 
 

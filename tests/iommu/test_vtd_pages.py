@@ -194,7 +194,7 @@ def test_a_page_that_does_not_come(pri: PageBench) -> None:
 
 @pytest.mark.parametrize("response", [15, 7])
 def test_failure(pri: PageBench, response: int) -> None:
-    """The device asks no more until it is told that it may (PCIe 10.4.1)."""
+    """The device sends no requests until they are enabled again (PCIe 10.4.1)."""
     done = pri.start(0x5000)
     pri.respond(0, response)
     with pytest.raises(DmaFault):
@@ -213,7 +213,7 @@ def test_failure(pri: PageBench, response: int) -> None:
 
 
 def test_success_without_a_page(pri: PageBench) -> None:
-    """A device does not ask for ever."""
+    """The number of a device's page requests is bounded."""
     done = pri.start(0x5000)
     for n in range(8):
         if done.done():
@@ -226,7 +226,7 @@ def test_success_without_a_page(pri: PageBench) -> None:
 
 
 def test_the_queue_is_full(pri: PageBench) -> None:
-    """The device is told to try again, and gives up; nothing comes until PRO is cleared."""
+    """The device gets a retry response, and gives up; nothing comes until PRO is cleared."""
     pri.put(PQT, 0xFE0, 8)
     done = pri.start(0x5000)
     with pytest.raises(DmaFault):

@@ -333,7 +333,7 @@ def test_context_entries(scalable: ScalableBench, descriptor: tuple[int, int], g
         read(scalable, "edu0", 0x1000)
 
 
-# ---- a guest that forgets ----------------------------------------------------------------------------
+# ---- a guest that omits invalidations ------------------------------------------------------------------
 
 
 def test_forgotten_invalidations(caplog: pytest.LogCaptureFixture) -> None:
@@ -359,7 +359,7 @@ def test_forgotten_invalidations(caplog: pytest.LogCaptureFixture) -> None:
         read(bench, "edu0", 0x1000, 1)
         assert dma.stats.stale == 2
         bench.first("edu0", 1)
-        bench.queue(context(1))  # does not bring the entry anew
+        bench.queue(context(1))  # does not fetch the entry again
         bench.words(bench.pasid_tables["edu0"] + 64, 0)
         read(bench, "edu0", 0x1000, 1)
         assert dma.stats.stale == 3

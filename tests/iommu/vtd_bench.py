@@ -115,7 +115,7 @@ class Bench:
         self.unit.backend.region_write(0, at, size, value)
 
     def run(self) -> None:
-        """What has been put off, on all threads."""
+        """Runs the deferred work of all threads."""
         for _ in range(4):
             for device in self.machine.devices.values():
                 device.backend.run_due(0)

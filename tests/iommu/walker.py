@@ -23,7 +23,7 @@ from vmodel.span import Span
 
 NOTHING = Access(0)
 BOTH = Access.READ | Access.WRITE
-#: How often a walk begins anew when an entry has changed under it.
+#: How often a walk restarts when an entry has changed under it.
 TRIES = 64
 
 

@@ -182,7 +182,7 @@ def test_write_protection(driver: Driver) -> None:
 
 
 def test_keep_alive_for_ever_holds_no_memory(driver: Driver) -> None:
-    """A timer of 49 days that each command starts anew."""
+    """A timer of 49 days that each command restarts."""
     for _ in range(3000):
         assert put(driver, FeatureId.KEEP_ALIVE, 0xFFFF_FFFF) == "SUCCESS"
     assert len(driver.device.backend.agenda) < 200

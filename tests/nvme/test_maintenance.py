@@ -82,7 +82,7 @@ def test_firmware_in_parts(driver: Driver) -> None:
     assert download(driver, b"3.0") == "SUCCESS"
     assert commit(driver, 3, 0) == "SUCCESS"
     assert slots(driver) == (1, [b"1.0", b"", b"3.0"] + [b""] * 4)
-    for image in (b"broken", b"4.0"):  # the second begins anew, without the part behind the first
+    for image in (b"broken", b"4.0"):  # the second starts over, without the part behind the first
         assert download(driver, image) == "SUCCESS"
         if image == b"broken":
             assert download(driver, b"x", 2 * PAGE) == "SUCCESS"

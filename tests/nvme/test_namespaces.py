@@ -62,7 +62,7 @@ def test_a_life(started: Callable[..., Driver]) -> None:
 
 
 def test_names_of_namespaces(started: Callable[..., Driver]) -> None:
-    """What a machine file has keeps its name from run to run; what is made anew has another."""
+    """A namespace of the machine file keeps its identifiers from run to run; one that the guest creates gets new ones."""
     first = started(serial="A", capacity="64K", namespaces=[{"memory": "64K"}])
     again = started(serial="A", capacity="64K", namespaces=[{"memory": "64K"}])
     assert first.identify(3, 1) == again.identify(3, 1)
@@ -144,7 +144,7 @@ def test_deleting_all(started: Callable[..., Driver], tmp_path: Path) -> None:
     assert write(driver, pair, 2, 0, b"kept" * 128) == "SUCCESS"
     assert delete(driver, ALL) == "SUCCESS"
     assert driver.identify(0x10) == bytes(PAGE)
-    # Memory is there to be used anew; the file is the host's, and stays as it is.
+    # Memory can be used again; the file is the host's and stays as it is.
     assert driver.device.inventory.unallocated == 64 * 1024
     assert path.read_bytes()[:512] == b"kept" * 128
 

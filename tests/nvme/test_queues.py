@@ -194,7 +194,7 @@ def test_coalescing(driver: Driver) -> None:
     assert raised(fds[1]) == 1
     second.send(FLUSH, nsid=1)
     assert raised(fds[2]) == 1
-    # The admin queue's vector is never put off.
+    # The admin queue's vector is never coalesced.
     driver.admin.send(0x18)
     assert raised(fds[0]) == 1
     assert driver.admin.send(0x09, cdw10=0x08, cdw11=1 << 8 | 200).status == 0

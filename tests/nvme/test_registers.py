@@ -67,7 +67,7 @@ def test_what_cannot_be_enabled(driver: Driver, configuration: int, why: str) ->
     driver.disable()
     driver.put(ControllerRegs.CC, configuration | 1)
     assert driver.status.CFS and not driver.status.RDY, why
-    driver.doorbell(0, 1)  # nothing hears it
+    driver.doorbell(0, 1)  # it has no effect
     driver.run()
     driver.put(ControllerRegs.CC, 0)
     assert not driver.status.CFS

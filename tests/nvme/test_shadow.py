@@ -15,7 +15,7 @@ CONFIG, FLUSH = 0x7C, 0x00
 
 
 class Shadow:
-    """The driver's two pages: doorbells, and for each of them up to where nobody has to be told."""
+    """The driver's two pages: shadow doorbells, and their EventIdx values, up to which no doorbell is needed."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
@@ -75,7 +75,7 @@ def test_one_doorbell_for_what_is_there(driver: Driver, before: bool) -> None:
 
 
 def test_a_late_doorbell(driver: Driver) -> None:
-    """One that says less than the shadow has told brings no command back."""
+    """A doorbell with an older value than the shadow's does not repeat commands."""
     pair = driver.create(1)
     shadow = Shadow(driver)
     for n in range(8):
@@ -102,7 +102,7 @@ def test_completion_queues(driver: Driver) -> None:
     assert pair.head == 0 and len(peek(pair)) == 7
     for n in range(4):
         pair.write(read(driver, n))
-    # The driver has taken four, and tells it in memory only.
+    # The driver has taken four, and reports it in memory only.
     shadow.put(pair, 4, completion=True)
     shadow.put(pair, (7 + 4) % 8)
     driver.doorbell(1, (7 + 4) % 8)
@@ -257,7 +257,7 @@ def test_the_admin_queue_of_drivers_that_always_ring(driver: Driver) -> None:
 
 @pytest.mark.parametrize("entries", [2, 4, 64])
 def test_io_queues_by_the_book(driver: Driver, entries: int) -> None:
-    """A completion queue that is full over and over: each entry that is taken is heard of."""
+    """A completion queue that is full over and over: each entry that the driver takes is noticed."""
     pair = Pair(driver, 1, 64, completions=entries)
     shadow = Shadow(driver)
     for opcode, at, size, more in ((0x05, pair.cq, entries, 0), (0x01, pair.sq, 64, 1 << 16)):

@@ -68,7 +68,7 @@ def fake_deb(tmp_path: Path, members: list[tuple[str, bytes | str, int]], status
 
 
 class Archive:
-    """Debian's archive as apt tells of it: by suite, the kernel that each package of a role depends on."""
+    """Debian's archive as apt prints it: by suite, the kernel that each package of a role depends on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         self.suites: dict[str, dict[str, str]] = {}

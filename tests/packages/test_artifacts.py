@@ -359,7 +359,7 @@ def fake_clang(tmp_path: Path, says: str, builds: bool = True) -> Path:
 
 
 def test_unpacking_clang(tmp_path: Path) -> None:
-    """It is told where its own headers, libraries and linker are, but not when it starts itself again."""
+    """Options name its own headers, libraries and linker, but not when it starts itself again."""
     deb, folder = fake_clang(tmp_path, "echo Debian clang version 19.1.7"), tmp_path / "clang"
     folder.mkdir()
     assert debian.unpack_clang([deb], folder) == "19.1.7"
@@ -419,7 +419,7 @@ def test_progress_lines() -> None:
 
 
 def test_the_fetcher_needs_no_shim(cache: Path) -> None:
-    """It mends hosts on which the compiled part does not load."""
+    """It repairs hosts on which the compiled part does not load."""
     whole_cache(cache)
     code = (
         "import sys; sys.modules['vmodel._vmshim'] = None; import vmodel.guest.get_qemu as m; m.main(['--print']);"

@@ -183,7 +183,7 @@ def test_events_that_are_dealt_with(card: Rig, kind: int) -> None:
 
 @MESSAGES
 def test_pending_is_the_functions_not_the_clients(card: Rig, kind: int) -> None:
-    """6.1.4: pending until sent.  VFIO clients take all eventfds away and give them anew while a driver starts."""
+    """6.1.4: pending until sent.  VFIO clients take all eventfds away and set them again while a driver starts."""
     enabled(card, kind, MEMORY)
     card.fire(kind, 1)
     card.client.set_irqs(card.KINDS[kind], IrqSetFlags.DATA_NONE | IrqSetFlags.TRIGGER, 0, 0)

@@ -216,7 +216,7 @@ class Writer(Client):
 
 
 def test_messages_do_not_nest_without_end(pair: tuple[Toy, Toy, Path]) -> None:
-    """Each hook that waits for a message serves the client meanwhile, and so may be entered anew."""
+    """Each hook that waits for a message serves the client meanwhile, and so may be re-entered."""
     folder = pair[2]
     client = Writer.connect(folder / "a.sock")
     client.negotiate()

@@ -231,7 +231,7 @@ def test_a_client_that_stops_reading_does_not_hold_up_stop(tmp_path: Path) -> No
                 client.main.sock.send(data)
         except BlockingIOError:
             pass
-        server.stop()  # would hang for ever if the send could not be interrupted
+        server.stop()  # would hang forever if the send could not be interrupted
     toy.close()
 
 

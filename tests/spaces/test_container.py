@@ -406,7 +406,7 @@ def test_dirty_over_all_domains(world: World) -> None:
     vtd.dma.write(IOVA + PAGE, b"x")
     smmu.dma.write(IOVA + 70 * PAGE - 1, b"xy")
     smmu.dma.read(IOVA + 5 * PAGE, 8)
-    container.set_dirty_tracking(True)  # it is on already: nothing is forgotten
+    container.set_dirty_tracking(True)  # it is on already: the log is kept
     assert dirty(container, Span.sized(IOVA, 64 * PAGE)) == {1}
     assert dirty(container) == {69, 70} and dirty(container) == set()
     for span, page in ((Span.sized(IOVA, PAGE), 3), (Span.sized(IOVA + 1, PAGE), PAGE), (Span.sized(IOVA, 100), PAGE)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Runs of pytest in this process forget what they are the first to import: classes would be there twice.
+# Runs of pytest in this process drop the modules that they import first: classes would exist twice.
 import vmodel.devices.edu
 import vmodel.experiment
 import vmodel.inject

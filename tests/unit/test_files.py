@@ -78,7 +78,7 @@ def clients() -> tuple[GuestMemory, GuestMemory]:
 
 @pytest.mark.parametrize("order", ["range(pages - 1, 0, -2)", "range(1, pages, 2)"], ids=["downwards", "upwards"])
 def test_a_truncated_file_takes_two_areas_of_the_kernel(order: str) -> None:
-    """vm.max_map_count (65,530) is the whole process's: a page that is mended must not take one each."""
+    """vm.max_map_count (65,530) is the whole process's: the repair of a page must not take one each."""
     done = run(
         f"""
 pages = 140_000
@@ -102,7 +102,7 @@ print(len(open("/proc/self/maps").readlines()) - before)
 
 @pytest.mark.skipif(KILLED == 99, reason="ASan itself ends the process where it gets no memory")
 def test_no_area_left_is_no_crash() -> None:
-    """Where another part of the process has taken all of them, the mapping as a whole is mended."""
+    """Where another part of the process has taken all of them, the mapping as a whole is replaced by zeros."""
     done = run(
         """
 fd = memfd(64 * PAGE)

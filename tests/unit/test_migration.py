@@ -396,7 +396,7 @@ def test_the_stream_is_read_to_its_end(session: Session, device: Device) -> None
             break
     assert read == device.state
     assert call(session, Command.MIG_DATA_READ, mig(size=5)).payload == struct.pack("<II", 8, 0)
-    # A new session of data transfer begins anew.
+    # A new session of data transfer starts at the beginning.
     put(session, 2, state(S.STOP))
     put(session, 2, state(S.STOP_COPY))
     assert call(session, Command.MIG_DATA_READ, mig(size=64)).payload[8:] == device.state

@@ -22,7 +22,7 @@ def agenda() -> Agenda:
 
 
 def test_a_timer_that_is_set_anew_for_ever_holds_little() -> None:
-    """As a keep alive timer of 49 days that each command starts anew."""
+    """As a keep alive timer of 49 days that each command restarts."""
     mine = agenda()
     kept = [mine.after(HOUR, lambda: None) for _ in range(10)]
     timer = mine.after(HOUR, lambda: None)

@@ -1,4 +1,4 @@
-"""However much the driver asks for, the device answers its client meanwhile, and stops when it is told to."""
+"""However much the driver asks for, the device keeps answering its client, and stops on request."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_doorbell_s_work_is_bounded(driver: Driver) -> None:
 
 @pytest.mark.parametrize("reset", [lambda d: d.put(0x14, 1, 0), lambda d: d.device.reset(ResetKind.DEVICE)])
 def test_a_reset_ends_what_was_left(driver: Driver, reset: Callable[[Driver], None]) -> None:
-    """2.4.1: no queue is touched after a reset, until the driver has set it up anew."""
+    """2.4.1: no queue is touched after a reset, until the driver has set it up again."""
     (queue,) = driver.start([0], INDIRECT_DESC)
     long_table(queue, queue.data + 0x2000, 199)
     for _ in range(256):
@@ -186,7 +186,7 @@ class FarDriver(Driver):
 
 
 class SecondCpu:
-    """Makes requests available for ever, as fast as they are answered."""
+    """Makes requests available without end, as fast as they are answered."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue

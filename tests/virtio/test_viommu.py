@@ -319,7 +319,7 @@ def test_a_group_goes_back_to_the_domain_it_came_from(world: World) -> None:
     """5.13.6.4.2: after DETACH nothing of that domain may be reached."""
     world.attach(1, LEFT)
     world.map(1, 0x10000, 0x10FFF, 0x80000)
-    world.attach(2, RIGHT)  # and both with it, as they cannot be told apart
+    world.attach(2, RIGHT)  # and both with it, as they cannot be distinguished
     world.map(2, 0x10000, 0x10FFF, 0x90000)
     assert world.reaches("left", 0x10000) == 0x90000
     assert world.detach(2, RIGHT) is RequestStatus.OK

@@ -1,4 +1,4 @@
-"""virtio-iommu tells its driver of faults (5.13.6.9), as far as there are buffers."""
+"""virtio-iommu reports faults to its driver (5.13.6.9), as far as there are buffers."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_faults_while_the_device_is_busy_are_bounded(world: World) -> None:
 
 
 def test_faults_after_a_reset_are_told_again(world: World) -> None:
-    """The reset drops what was put off, and the next fault is put off anew."""
+    """The reset drops the deferred work, and the next fault defers its own."""
     world.attach(1, A)
     world.reaches("a", 0x5000)
     world.iommu.reset(ResetKind.DEVICE)
     world.iommu.config.write(4, b"\x06\x00")
     world.start()
     offer_events(world.events, 1)
-    assert world.events.used_now() == []  # the old one's is forgotten
+    assert world.events.used_now() == []  # the old one's is dropped
     world.attach(1, A)
     world.reaches("a", 0x5000)
     world.settle()

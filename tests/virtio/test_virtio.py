@@ -257,7 +257,7 @@ def test_indirect_and_event_index(driver: Driver) -> None:
     assert memory.u16(queue.used + 4 + 8 * queue.size) == 1
     assert driver.device.isr.STATUS == 1
     driver.device.isr.STATUS = 0
-    # The driver wants to hear of the fourth answer only.
+    # The driver wants an interrupt for the fourth answer only.
     memory.write(queue.available + 4 + 2 * queue.size, struct.pack("<H", 3))
     for n in range(2, 6):
         queue.offer(3)
@@ -558,7 +558,7 @@ def test_the_window_in_config_space(driver: Driver) -> None:
     window(0x14, 1)
     device.config.write(at + 16, bytes([ACKNOWLEDGE]))
     assert driver.status == ACKNOWLEDGE
-    # A read of the data is a read of the BAR, each time; setting the window, as it is or anew, is no access.
+    # A read of the data is a read of the BAR, each time; setting the window, to the same or another place, is no access.
     assert device.backend.region_read(7, at + 16, 1) == ACKNOWLEDGE
     driver.put(0x14, 1, ACKNOWLEDGE | DRIVER)
     assert device.backend.region_read(7, at + 16, 4) == ACKNOWLEDGE | DRIVER

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  * Guest memory and DMA: windows of files that shrink, domains, IOTLBs, pins and dirty logs, in any order.
  *
- * An access moves what it says it has moved, an IOTLB that is told of every change never leads to a stale place, and at
+ * An access moves what it says it has moved, an IOTLB that gets every invalidation has no stale translation, and at
  * the end no mapping of a file is left. */
 #include "fuzz.h"
 
