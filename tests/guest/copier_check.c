@@ -97,7 +97,7 @@ static void open_device(void)
 {
     char path[256], target[256] = "";
 
-    /* Without interrupt remapping VFIO wants to be told that the guest trusts the device. */
+    /* Without interrupt remapping VFIO requires this statement that the guest trusts the device. */
     write_file("Y", "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts");
     write_file("vfio-pci", "/sys/bus/pci/devices/%s/driver_override", device);
     write_file(device, "/sys/bus/pci/drivers_probe");

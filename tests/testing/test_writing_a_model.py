@@ -221,7 +221,7 @@ def test_the_timer(page: Any, fake_driver: Make) -> None:
 
 
 class Alone:
-    """A copier with memory, and a descriptor that it has been told of, but has not seen to."""
+    """A copier with memory, and a queued descriptor that it has not processed yet."""
 
     def __init__(self, page: Any, memory: FakeMemory, *, go: bool = True) -> None:
         self.regs, self.memory = page.Regs, memory
