@@ -62,7 +62,7 @@ def test_a_life(started: Callable[..., Driver]) -> None:
 
 
 def test_names_of_namespaces(started: Callable[..., Driver]) -> None:
-    """A namespace of the machine file keeps its identifiers from run to run; one that the guest creates gets new ones."""
+    """A machine file's namespace keeps its identifiers from run to run; one that a guest creates gets new ones."""
     first = started(serial="A", capacity="64K", namespaces=[{"memory": "64K"}])
     again = started(serial="A", capacity="64K", namespaces=[{"memory": "64K"}])
     assert first.identify(3, 1) == again.identify(3, 1)

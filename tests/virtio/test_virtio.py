@@ -558,7 +558,7 @@ def test_the_window_in_config_space(driver: Driver) -> None:
     window(0x14, 1)
     device.config.write(at + 16, bytes([ACKNOWLEDGE]))
     assert driver.status == ACKNOWLEDGE
-    # A read of the data is a read of the BAR, each time; setting the window, to the same or another place, is no access.
+    # A read of the data is a read of the BAR, each time; setting the window, even to the same place, is no access.
     assert device.backend.region_read(7, at + 16, 1) == ACKNOWLEDGE
     driver.put(0x14, 1, ACKNOWLEDGE | DRIVER)
     assert device.backend.region_read(7, at + 16, 4) == ACKNOWLEDGE | DRIVER
