@@ -126,9 +126,7 @@ def test_no_group_no_domain(world: World) -> None:
     refused(errno.ENODEV, dma_domain_alloc, endpoint)
     refused(errno.ENODEV, sva_domain_alloc, endpoint, world.memory, table)
     refused(errno.ENODEV, walked_domain_alloc, endpoint, world.memory, table)
-    assert can_attach(IdentityDomain(), endpoint) == (
-        "00:03.0 is behind no IOMMU that could isolate it: no IOMMU covers it"
-    )
+    assert can_attach(IdentityDomain(), endpoint) == ("no IOMMU isolates 00:03.0: no IOMMU covers it")
 
 
 # ---- map and unmap ---------------------------------------------------------------------------------
@@ -237,7 +235,7 @@ ALL = AllocFlags.NEST_PARENT | AllocFlags.DIRTY_TRACKING | AllocFlags.PASID | Al
         ({"input_bits": 39}, "aperture: its 0x0..0xffffffffffff is more than second's"),
         ({"aperture": Span(PAGE, (1 << 48) - 1)}, "aperture: its 0x0..0xffffffffffff is more than second's"),
         ({"output_bits": 46}, "output width: its 52 bits are more than second's"),
-        ({"coherent": False}, "coherency: second's walks do not see the CPU's caches"),
+        ({"coherent": False}, "coherency: second's walks do not snoop the CPU's caches"),
         ({"enforce_snoop": False}, "snoop: second cannot make DMA snoop"),
         ({"dirty_tracking": False}, "dirty tracking: second has none"),
         ({"nesting": False}, "nesting: second has none"),
@@ -303,7 +301,7 @@ def test_can_attach_pasid(one: tuple[World, Endpoint, Dma]) -> None:
         ({"pasid_bits": 0}, "second has no PASIDs"),
         ({"pasid_bits": 2}, "PASID 4 is not from 1 to 3"),
         ({"page_requests": False}, "page requests: second has none"),
-        ({"coherent": False}, "coherency: second's walks do not see the CPU's caches"),
+        ({"coherent": False}, "coherency: second's walks do not snoop the CPU's caches"),
     ],
 )
 def test_can_attach_sva(lack: dict[str, Any], reason: str) -> None:

@@ -279,7 +279,7 @@ def test_direct_region_must_stay(world: World) -> None:
     mark(world)
     endpoint, dma = world.device("00:03.0", reserved=regions((0x1000, 0x1FFF, DIRECT)))
     group = group_of(endpoint)
-    text = "00:03.0 has a direct-mapped region, which must not go"
+    text = "00:03.0 has a direct-mapped region, which must stay mapped"
     refused(errno.EINVAL, text, group.claim_dma_owner, "vm")
     refused(errno.EINVAL, text, group.attach, group.iommu.blocked)
     refused(errno.EINVAL, text, group.set_default, group.iommu.blocked)
@@ -317,12 +317,12 @@ def test_ownership(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
     group.attach(mapped(pair[0], OLD))
     group.release_dma_owner("vm")  # the first of two
     assert (group.owner, dma.read(IOVA, 1)) == ("vm", b"O")
-    refused(errno.EBUSY, "a domain is attached still", group.release_dma_owner, "vm")
+    refused(errno.EBUSY, "a domain is still attached", group.release_dma_owner, "vm")
     assert (group.owner, dma.read(IOVA, 1)) == ("vm", b"O")
     group.detach()
     assert fault_of(dma) is Reason.BLOCKED  # an owner's group never falls back to the kernel's domain
     group.attach_pasid(mapped(pair[0], OLD), 1)
-    refused(errno.EBUSY, "a domain is attached still", group.release_dma_owner, "vm")
+    refused(errno.EBUSY, "a domain is still attached", group.release_dma_owner, "vm")
     group.detach_pasid(1)
     group.release_dma_owner("vm")
     assert (group.owner, dma.read(IOVA, 1)) == (None, b"I")
@@ -331,17 +331,17 @@ def test_ownership(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
 
 def test_viability(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
     group = group_of(pair[0])
-    pair[0].use("vm")
-    pair[1].use("e1000")
+    pair[0].bind("vm")
+    pair[1].bind("e1000")
     assert not group.viable("vm")
     refused(errno.EPERM, "not viable: in use by others: 00:03.1 (e1000)", group.claim_dma_owner, "vm")
     assert (group.owner, world.dmas["00:03.0"].read(IOVA, 1)) == (None, b"I")
-    pair[1].unuse()
+    pair[1].unbind()
     assert group.viable("vm")
     group.claim_dma_owner("vm")
-    refused(errno.EBUSY, "is owned by vm", pair[1].use, "e1000")
-    refused(errno.EBUSY, "is in use by vm", pair[0].use, "e1000")
-    pair[1].use("vm")
+    refused(errno.EBUSY, "is owned by vm", pair[1].bind, "e1000")
+    refused(errno.EBUSY, "is in use by vm", pair[0].bind, "e1000")
+    pair[1].bind("vm")
     assert pair[1].driver == "vm"
 
 
@@ -349,14 +349,14 @@ def test_no_claim_under_a_domain(world: World, pair: tuple[Endpoint, Endpoint]) 
     """Somebody who does not own the group uses it (Linux: EBUSY), and drivers must not trust the kernel's domain."""
     group = group_of(pair[0])
     group.attach(mapped(pair[0], OLD))
-    refused(errno.EBUSY, "a domain is attached already", group.claim_dma_owner, "vm")
-    refused(errno.EBUSY, "not the kernel's", pair[1].use, "e1000")
+    refused(errno.EBUSY, "a domain is already attached", group.claim_dma_owner, "vm")
+    refused(errno.EBUSY, "not the kernel's", pair[1].bind, "e1000")
     group.detach()
     group.attach_pasid(mapped(pair[0], OLD), 1)
-    refused(errno.EBUSY, "a domain is attached already", group.claim_dma_owner, "vm")
+    refused(errno.EBUSY, "a domain is already attached", group.claim_dma_owner, "vm")
     group.detach_pasid(1)
-    pair[1].use("e1000")
-    pair[1].unuse()
+    pair[1].bind("e1000")
+    pair[1].unbind()
     group.claim_dma_owner("vm")
 
 
@@ -372,7 +372,7 @@ def test_hot_add_takes_over_the_domains(world: World, pair: tuple[Endpoint, Endp
     assert late.group is group
     assert (dma.read(IOVA, 1), dma.with_pasid(9).read(IOVA, 1)) == (b"O", b"N")
     assert fault_of(dma, OLD) is Reason.NOT_MAPPED
-    refused(errno.EBUSY, "is owned by vm", late.use, "e1000")
+    refused(errno.EBUSY, "is owned by vm", late.bind, "e1000")
 
 
 def test_hot_add_into_a_blocked_group(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
@@ -418,8 +418,8 @@ def test_removal(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
     world.system.remove(pair[1])
     assert (world.system.groups, domain.users, other.users, group.pasids) == ([], 0, 0, {})
     assert [fault_of(dma) for dma in dmas] == [Reason.BLOCKED] * 2
-    refused(errno.ENODEV, "has no devices any more", group.attach, domain)
-    refused(errno.ENODEV, "has no devices any more", group.claim_dma_owner, "vm")
+    refused(errno.ENODEV, "has no devices left", group.attach, domain)
+    refused(errno.ENODEV, "has no devices left", group.claim_dma_owner, "vm")
 
 
 def test_removal_under_an_owner(world: World, pair: tuple[Endpoint, Endpoint]) -> None:

@@ -325,7 +325,7 @@ def test_coverage() -> None:
     assert PlatformDevice("gpu") not in Coverage.platform("uart", "dma")
     assert Function(Bdf(1, 255, 31, 7)) in Coverage.segment(1)
     for first, last in ((Bdf(0, 2, 0, 0), Bdf(0, 1, 0, 0)), (Bdf(0, 1, 0, 0), Bdf(1, 2, 0, 0))):
-        with pytest.raises(ValueError, match="no range of one segment"):
+        with pytest.raises(ValueError, match="not a range of one segment"):
             Coverage.pci(first, last)
 
 
@@ -472,7 +472,7 @@ def test_smmu_streams(make: Callable[..., World]) -> None:
         world.plug(PlatformDevice(name))
     assert groups(world) == expect("00:03.0 00:04.0", "00:03.7 mmc", "-00:05.0", "-dma")
     assert endpoint_of(world, "00:04.0").why == "same requester id as 00:03.0: stream 0x100"
-    assert endpoint_of(world, "dma").why == "no isolation: no stream id of 16 bits stands for it"
+    assert endpoint_of(world, "dma").why == "no isolation: it has no stream id of 16 bits"
 
 
 def test_virtio_endpoints(make: Callable[..., World]) -> None:
@@ -484,7 +484,7 @@ def test_virtio_endpoints(make: Callable[..., World]) -> None:
         world.plug(PlatformDevice(name))
     assert device.requester_id == 0x1018
     assert groups(world) == expect("00:03.0 net0", "net1", "-net2")
-    assert endpoint_of(world, "net2").why == "no isolation: VIOT gives it no endpoint id"
+    assert endpoint_of(world, "net2").why == "no isolation: VIOT assigns no endpoint id to it"
 
 
 def test_power(make: Callable[..., World]) -> None:
@@ -511,7 +511,7 @@ def test_power(make: Callable[..., World]) -> None:
     )
     assert endpoint_of(world, "03:01.0").why == "bus 0000:02 is one PE"
     assert endpoint_of(world, "0001:01:00.0").why == "the host bridge of segment 0001 has no PEs"
-    assert vas.why == "no isolation: it is behind no host bridge"
+    assert vas.why == "no isolation: it is not behind a host bridge"
 
 
 def test_power_and_a_neighbour_outside(make: Callable[..., World]) -> None:
@@ -533,7 +533,7 @@ def test_pamu(make: Callable[..., World]) -> None:
         world.plug(PlatformDevice(name))
     assert groups(world) == expect("00:01.0 00:04.0", "00:02.0 00:02.1", "dma0 dma1", "fman", "-00:03.0", "-sec")
     assert endpoint_of(world, "00:04.0").why == "same requester id as 00:01.0: LIODN 10"
-    assert endpoint_of(world, "00:03.0").why == "no isolation: no LIODN is given to it"
+    assert endpoint_of(world, "00:03.0").why == "no isolation: it has no LIODN"
 
 
 def test_pamu_with_one_liodn_for_a_controller(make: Callable[..., World]) -> None:

@@ -164,11 +164,11 @@ def test_whose_group_it_is(world: World) -> None:
     with refused(errno.EINVAL):
         other.remove_group(device.group)
     container.remove_group(device.group)
-    sibling.endpoint.use("e1000e")
+    sibling.endpoint.bind("e1000e")
     with refused(errno.EPERM):
         container.add_group(device.group)
     assert device.group.owner is None
-    sibling.endpoint.unuse()
+    sibling.endpoint.unbind()
     container.add_group(device.group)
 
 

@@ -335,7 +335,7 @@ def test_bind(world: World, context: Context) -> None:
         bound.destroy()
     other.destroy()
     assert device.group.owner is None and device.reads(0) == 0
-    sibling.endpoint.use("e1000e")
+    sibling.endpoint.bind("e1000e")
     with refused(errno.EPERM):
         Bound(context, device.endpoint)
     direct = world.add(iommu, 1, reserved=[ReservedRegion(Span.sized(0, PAGE), RegionType.DIRECT)])

@@ -284,7 +284,7 @@ WRONG = {
     IOMMU + EDU + GROUP.replace("paging", "identity") + mapping(): 'group[0].mapping: a domain "identity" has no '
     'mappings: only "paging" has',
     IOMMU + EDU + GROUP + mapping(iova='"0x800"'): "group[0].mapping[0]: map of 0x1000 bytes at iova 0x800 to gpa 0x0: "
-    f"not whole pages, or nothing is asked for {APERTURE}",
+    f"not whole pages, or no access {APERTURE}",
     IOMMU + EDU + GROUP + mapping() + mapping(gpa='"8K"'): "group[0].mapping[1]: map of 0x1000 bytes at iova 0x1000 to "
     f"gpa 0x2000: overlaps a mapping {APERTURE}",
     IOMMU + EDU + GROUP + mapping(iova='"1024T"'): "group[0].mapping[0]: map of 0x1000 bytes at iova 0x4000000000000 "

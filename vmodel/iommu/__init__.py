@@ -1,7 +1,7 @@
 """IOMMUs, groups, domains, address spaces and faults, as Linux's iommu core, VFIO type1 and iommufd have them.
 
-What a user imports is here, but for the kinds of IOMMU (`vmodel.iommu.drivers.KINDS`) and the two ways to drive domains
-as VMMs do, `vmodel.iommu.container` (VFIO type1) and `vmodel.iommu.iommufd`.
+Users import from here, except for the kinds of IOMMU (`vmodel.iommu.drivers.KINDS`) and the two interfaces that VMMs
+use, `vmodel.iommu.container` (VFIO type1) and `vmodel.iommu.iommufd`.
 """
 
 from vmodel.iommu.allocate import (

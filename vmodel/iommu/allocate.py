@@ -1,4 +1,4 @@
-"""Domains for a device: which kinds its IOMMU can do, by Linux's rules and errno values."""
+"""Allocates domains for a device, with the checks and errno values of Linux."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _iommu_of(endpoint: Endpoint) -> Iommu:
 def paging_domain_alloc(endpoint: Endpoint, flags: AllocFlags = AllocFlags.NONE) -> PagingDomain:
     """A user-managed domain for a device (Linux iommu_paging_domain_alloc_flags).
 
-    IommuError: ENODEV the device has no group; EOPNOTSUPP its IOMMU cannot do what `flags` ask.
+    IommuError: ENODEV the device has no group; EOPNOTSUPP its IOMMU does not support one of `flags`.
     """
     iommu = _iommu_of(endpoint)
     can = iommu.capabilities
@@ -32,22 +32,25 @@ def paging_domain_alloc(endpoint: Endpoint, flags: AllocFlags = AllocFlags.NONE)
         (AllocFlags.ENFORCE_SNOOP, can.enforce_snoop),
     ):
         if flag in flags and not ability:
-            raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} cannot do {flag.name}")
+            raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} does not support {flag.name}")
     return PagingDomain(DomainType.UNMANAGED, iommu, flags)
 
 
 def dma_domain_alloc(endpoint: Endpoint) -> PagingDomain:
-    """A kernel-managed domain for a device: deferred unless its IOMMU is strict.  IommuError(ENODEV)."""
+    """A kernel-managed domain for a device; its IOTLB flushes are deferred unless the IOMMU is strict.
+
+    IommuError(ENODEV): the device has no group.
+    """
     iommu = _iommu_of(endpoint)
     flags = AllocFlags.DIRTY_TRACKING if iommu.capabilities.dirty_tracking else AllocFlags.NONE
     return PagingDomain(DomainType.DMA if iommu.capabilities.strict else DomainType.DMA_FQ, iommu, flags)
 
 
 def nested_domain_alloc(endpoint: Endpoint, parent: PagingDomain, memory: GuestMemory, table: Table) -> TableDomain:
-    """A user's stage 1 over `parent`; tables are read from `memory`, where the parent leads.
+    """A user's stage 1 over `parent`; table addresses are translated by `parent` and read from `memory`.
 
-    IommuError: ENODEV no group; EOPNOTSUPP no nesting, or not in this format; EINVAL `parent` was not allocated for it,
-    or the table cannot be.
+    IommuError: ENODEV the device has no group; EOPNOTSUPP no nesting, or not with this format; EINVAL `parent` was not
+    allocated with NEST_PARENT, or `table` is invalid.
     """
     iommu = _iommu_of(endpoint)
     if not iommu.capabilities.nesting or table.format not in iommu.driver.nested_formats:
@@ -58,10 +61,10 @@ def nested_domain_alloc(endpoint: Endpoint, parent: PagingDomain, memory: GuestM
 
 
 def sva_domain_alloc(endpoint: Endpoint, memory: GuestMemory, table: Table) -> TableDomain:
-    """A process's page table, for a PASID (Linux iommu_sva_bind_device).
+    """A domain that walks a process's page table, for a PASID (Linux iommu_sva_bind_device).
 
-    IommuError: ENODEV no group; EOPNOTSUPP no PASIDs, no page requests, not coherent, or not in this format; EINVAL the
-    table cannot be.
+    IommuError: ENODEV the device has no group; EOPNOTSUPP its IOMMU has no PASIDs, no page requests, no coherent walks,
+    or does not walk this format; EINVAL `table` is invalid.
     """
     iommu = _iommu_of(endpoint)
     can = iommu.capabilities
@@ -78,10 +81,10 @@ def sva_domain_alloc(endpoint: Endpoint, memory: GuestMemory, table: Table) -> T
 def walked_domain_alloc(
     endpoint: Endpoint, memory: GuestMemory, table: Table, parent: TableDomain | None = None
 ) -> TableDomain:
-    """A domain by tables that the guest keeps for this device: what an emulated IOMMU's registers point to.
+    """A domain that walks the guest's own tables, which the registers of an emulated IOMMU point to.
 
-    With `parent` a stage 1 over that.  IommuError: ENODEV no group; EOPNOTSUPP its IOMMU does not walk this format
-    there; EINVAL the table cannot be.
+    With `parent`, the tables are stage 1 over it.  IommuError: ENODEV the device has no group; EOPNOTSUPP its IOMMU
+    does not walk this format at this stage; EINVAL `table` is invalid.
     """
     iommu = _iommu_of(endpoint)
     if table.format not in (iommu.driver.formats if parent is None else iommu.driver.nested_formats):

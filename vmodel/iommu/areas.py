@@ -1,4 +1,4 @@
-"""What an address space maps, area by area, whichever domains it fills with it."""
+"""The mappings of an address space, independent of the domains that they are mapped in."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from vmodel.span import PAGE, Span
 
 
 class Areas:
-    """Mappings in ascending order that do not overlap."""
+    """A sorted set of mappings that do not overlap."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._by_start: dict[int, Mapping] = {}
 
     def add(self, area: Mapping) -> None:
-        """Adds an area that overlaps none."""
+        """Adds a mapping; the caller has checked that it overlaps no other."""
         self._starts.insert(bisect_left(self._starts, area.span.start), area.span.start)
         self._by_start[area.span.start] = area
 
     def remove(self, area: Mapping) -> None:
-        """Removes an area that is there."""
+        """Removes a mapping of the set.  KeyError: it is not in the set."""
         del self._starts[bisect_left(self._starts, area.span.start)]
         del self._by_start[area.span.start]
 
     def over(self, span: Span) -> Iterator[Mapping]:
-        """The areas that share an address with `span`, ascending."""
+        """The mappings that overlap `span`, ascending."""
         at = bisect_left(self._starts, span.start)
         if at and self._by_start[self._starts[at - 1]].span.last >= span.start:
             at -= 1
@@ -40,7 +40,7 @@ class Areas:
             yield self._by_start[start]
 
     def overlaps(self, span: Span) -> bool:
-        """Whether any area shares an address with `span`."""
+        """Whether any mapping overlaps `span`."""
         return next(self.over(span), None) is not None
 
     def __iter__(self) -> Iterator[Mapping]:
@@ -51,7 +51,7 @@ class Areas:
 
 
 def fill(domain: PagingDomain, areas: Iterable[Mapping]) -> None:
-    """Maps all areas, or none: IommuError as PagingDomain.map."""
+    """Maps all areas in a domain, or none.  IommuError as PagingDomain.map."""
     done: list[Mapping] = []
     try:
         for area in areas:
@@ -64,7 +64,7 @@ def fill(domain: PagingDomain, areas: Iterable[Mapping]) -> None:
 
 
 def map_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapping]) -> None:
-    """Maps areas in all domains, or in none: IommuError as PagingDomain.map."""
+    """Maps all areas in all domains, or nothing.  IommuError as PagingDomain.map."""
     done: list[PagingDomain] = []
     try:
         for domain in domains:
@@ -76,7 +76,7 @@ def map_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapping]) -> Non
 
 
 def unmap_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapping]) -> None:
-    """Unmaps areas that are in all domains, with one flush for each domain."""
+    """Unmaps areas from all domains, which must have them, with one IOTLB flush for each domain."""
     for domain in domains:
         with domain.gather() as gather:
             for area in areas:
@@ -84,12 +84,15 @@ def unmap_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapping]) -> N
 
 
 def off_limits(regions: Iterable[ReservedRegion]) -> list[Span]:
-    """Where a user may not map.  Only relaxable regions go when a user comes; the kernel keeps SW_MSI for doorbells."""
+    """The spans that a user may not map: all reserved regions except relaxable ones.
+
+    (The kernel uses SW_MSI regions for interrupt doorbells.)
+    """
     return [region.span for region in regions if region.type is not RegionType.DIRECT_RELAXABLE]
 
 
 def holes(usable: Iterable[Span], taken: Iterable[Span]) -> list[Span]:
-    """What is left of `usable` (ascending) without `taken`."""
+    """The parts of `usable` that are not in `taken`, ascending."""
     left = sorted(usable)
     for cut in sorted(taken):
         kept: list[Span] = []
@@ -106,13 +109,16 @@ def holes(usable: Iterable[Span], taken: Iterable[Span]) -> list[Span]:
 
 
 def common(one: Iterable[Span], other: Iterable[Span]) -> list[Span]:
-    """Addresses that are in a span of each."""
+    """The intersection of two sets of spans, ascending."""
     other = list(other)
     return sorted(Span(max(a.start, b.start), min(a.last, b.last)) for a in one for b in other if a.overlaps(b))
 
 
 def merged_dirty(domains: Iterable[PagingDomain], span: Span, page_size: int, clear: bool) -> bytes:
-    """One bitmap of what any of the domains has seen written."""
+    """The union of the domains' dirty bitmaps for `span`, in the form of PagingDomain.read_dirty.
+
+    IommuError(EINVAL): `span` is not made of whole pages of `page_size`.
+    """
     if page_size < PAGE or page_size & (page_size - 1) or (span.start | span.size) & (page_size - 1):
         raise IommuError(errno.EINVAL, f"dirty report of {span}: not whole pages of {page_size:#x}")
     total, size = 0, (span.size // page_size + 63) // 64 * 8

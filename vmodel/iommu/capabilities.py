@@ -1,4 +1,4 @@
-"""What an IOMMU can do, and the parts of its address space that are not for mappings."""
+"""Capabilities of an IOMMU, and the reserved regions of its address space."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vmodel.span import GiB, KiB, MiB, Span
 class RegionType(enum.Enum):
     """Kinds of reserved regions (Linux enum iommu_resv_type)."""
 
-    #: Mapped 1:1 for as long as the device is there; it cannot be given to a user.
+    #: Always mapped 1:1; a device with such a region cannot be assigned to a user.
     DIRECT = "direct"
-    #: Mapped 1:1 by the kernel; a user who takes the device over does without.
+    #: Mapped 1:1 for the kernel's driver; not mapped when a user owns the device.
     DIRECT_RELAXABLE = "direct-relaxable"
-    #: Never to be mapped.
+    #: Must not be mapped.
     RESERVED = "reserved"
     #: Writes to it are interrupts, and are not translated.
     MSI = "msi"
-    #: Where software places the mapping of its interrupt doorbell.
+    #: The kernel maps the doorbell of the interrupt controller here.
     SW_MSI = "sw-msi"
 
 
 @dataclass(frozen=True)
 class ReservedRegion:
-    """IOVAs of a device that are not free."""
+    """IOVAs of a device that cannot be used for ordinary mappings."""
 
     span: Span
     type: RegionType
@@ -35,20 +35,20 @@ class ReservedRegion:
 
 #: The interrupt window of x86.
 X86_MSI = ReservedRegion(Span(0xFEE0_0000, 0xFEEF_FFFF), RegionType.MSI)
-#: Where Linux puts doorbells on Arm.
+#: The region in which Linux maps interrupt doorbells on Arm.
 ARM_MSI = ReservedRegion(Span(0x0800_0000, 0x080F_FFFF), RegionType.SW_MSI)
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an IOMMU can do.
+    """Capabilities of an IOMMU.
 
-    `page_sizes` in bytes; `input_bits`, `output_bits` widths of IOVA and GPA; `aperture` the IOVAs that a paging domain
-    may use, None: all of `input_bits`; `coherent`: its walks see the CPU's caches; `enforce_snoop`: it can make DMA
-    snoop; `pasid_bits` 0: no PASID; `stall`: a faulting access can wait without PRI; `fault_queue_depth` in records;
-    `strict`: unmapped means gone, else unmaps of kernel domains are flushed together, after `flush_unmaps` of them or
-    `flush_ms` milliseconds; `max_mappings` that one domain may have; `max_memory` in
-    bytes, for the mappings of all its domains together.
+    `page_sizes` in bytes; `input_bits` and `output_bits`: widths of IOVA and GPA; `aperture`: the IOVAs that a paging
+    domain may use, None for all of `input_bits`; `coherent`: table walks snoop the CPU's caches; `enforce_snoop`: DMA
+    can be forced to snoop; `pasid_bits`: 0 for no PASIDs; `stall`: a faulting access can wait without PRI;
+    `fault_queue_depth` in records; `strict`: each unmap of a kernel domain flushes the IOTLB at once, else after
+    `flush_unmaps` unmaps or `flush_ms` milliseconds; `max_mappings`: limit of one domain; `max_memory`: limit in bytes
+    for the mappings of all its domains together.
     """
 
     page_sizes: frozenset[int] = frozenset((4 * KiB, 2 * MiB, GiB))
@@ -92,12 +92,12 @@ class Capabilities:
 
     @property
     def smallest_page(self) -> int:
-        """In bytes."""
+        """The smallest page size, in bytes."""
         return min(self.page_sizes)
 
     @property
     def usable(self) -> Span:
-        """The IOVAs of paging domains."""
+        """The IOVAs that paging domains may use."""
         return self.aperture or Span(0, (1 << self.input_bits) - 1)
 
     @property

@@ -1,9 +1,10 @@
-"""`Container`: an address space as VFIO type 1 has it (Linux drivers/vfio/vfio_iommu_type1.c, type1v2 rules).
+"""`Container`: an address space of VFIO type 1 (Linux drivers/vfio/vfio_iommu_type1.c, type1v2 rules).
 
-Several groups, of any bus, share one map; behind it is a domain for each kind of IOMMU that they need.
+Several groups, of any bus, share one set of mappings, in one domain for each kind of IOMMU among them.
 
-A container without a group has no IOMMU, and all that needs one is EINVAL, as in Linux (drivers/vfio/container.c).
-Adding the first group is VFIO_GROUP_SET_CONTAINER and VFIO_SET_IOMMU in one.  When the last group goes, the IOMMU goes.
+A container without a group has no IOMMU, and operations that need one are EINVAL, as in Linux
+(drivers/vfio/container.c).  Adding the first group is VFIO_GROUP_SET_CONTAINER and VFIO_SET_IOMMU in one; removing the
+last group removes the IOMMU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vmodel.iommu.domain import AllocFlags, Mapping, PagingDomain
 from vmodel.iommu.group import Group, shares_tables
 from vmodel.span import PAGE, Span
 
-#: Mappings that one container may have (the module's dma_entry_limit).
+#: The default limit of mappings in one container (parameter dma_entry_limit of the Linux module).
 DMA_LIMIT = 65535
 _EVERYTHING = Span(0, (1 << 64) - 1)
 
@@ -27,7 +28,7 @@ _numbers = itertools.count(1)
 
 
 class Container:
-    """Groups, and what all of them see."""
+    """Groups with a common set of mappings.  `dma_limit`: the most mappings."""
 
     def __init__(self, name: str = "", dma_limit: int = DMA_LIMIT) -> None:
         self.name = name or f"container{next(_numbers)}"
@@ -35,7 +36,7 @@ class Container:
         self._groups: dict[Group, PagingDomain] = {}
         self._areas = Areas()
         self._tracking = False
-        #: Domains without a group any more, for what they saw written since tracking began.
+        #: Domains whose groups have been removed, kept for the writes that they logged since tracking began.
         self._gone: list[PagingDomain] = []
 
     def __str__(self) -> str:
@@ -45,28 +46,29 @@ class Container:
 
     @property
     def groups(self) -> list[Group]:
-        """In the order in which they came."""
+        """The groups, in the order in which they were added."""
         return list(self._groups)
 
     @property
     def domains(self) -> list[PagingDomain]:
-        """Each once."""
+        """The domains of the groups, each once."""
         return list(dict.fromkeys(self._groups.values()))
 
     def add_group(self, group: Group) -> None:
-        """Claims a group and shows it the map: through a domain that fits it, or a new one with all mappings in it.
+        """Claims a group, and attaches it to a domain that fits it, or to a new one with all mappings.
 
-        IommuError: EINVAL it is here already, a mapping is where it has a reserved region or beyond its aperture, or it
-        has no address or page size in common with the others; EBUSY, EPERM as Group.claim_dma_owner; EOPNOTSUPP writes
-        are being tracked, and it cannot; else as PagingDomain.map of what there is.  Then nothing has changed.
+        IommuError: EINVAL the group is already in the container, a mapping overlaps one of its reserved regions or is
+        beyond its aperture, or it has no address or page size in common with the others; EBUSY, EPERM as
+        Group.claim_dma_owner; EOPNOTSUPP writes are being tracked, and its IOMMU cannot; else as PagingDomain.map of
+        the existing mappings.  On an error nothing changes.
         """
         if group in self._groups:
-            raise IommuError(errno.EINVAL, f"{group} is in {self.name} already")
+            raise IommuError(errno.EINVAL, f"{group} is already in {self.name}")
         group.claim_dma_owner(self)
         try:
             self._check(group)
             domain = next((d for d in self.domains if shares_tables(d, group)), None)
-            if domain is None:  # not `or`: a domain without mappings is false
+            if domain is None:  # `or` would be wrong: a domain without mappings is falsy
                 domain = self._fresh(group)
             group.attach(domain)
         except IommuError:
@@ -101,7 +103,10 @@ class Container:
         return domain
 
     def remove_group(self, group: Group) -> None:
-        """Gives a group back; with the last one all mappings go.  IommuError(EINVAL): it is not here."""
+        """Releases a group; removing the last group removes all mappings.
+
+        IommuError(EINVAL): the group is not in this container.
+        """
         if group not in self._groups:
             raise IommuError(errno.EINVAL, f"{group} is not in {self.name}")
         group.detach()
@@ -114,11 +119,11 @@ class Container:
             self._tracking = False
             self._gone.clear()
 
-    # ---- what it can do --------------------------------------------------------------------
+    # ---- capabilities ----------------------------------------------------------------------
 
     @property
     def page_sizes(self) -> frozenset[int]:
-        """Those that all domains have.  IommuError(EINVAL): there is no group."""
+        """The page sizes, in bytes, that all domains support.  IommuError(EINVAL): there is no group."""
         self._set_up()
         return frozenset.intersection(*(domain.page_sizes for domain in self.domains))
 
@@ -129,8 +134,10 @@ class Container:
 
     @property
     def iova_ranges(self) -> list[Span]:
-        """IOVAs that may be mapped: in every aperture, and in no reserved region.  IommuError(EINVAL): there is no
-        group."""
+        """The IOVAs that may be mapped: in every aperture, and in no reserved region.
+
+        IommuError(EINVAL): there is no group.
+        """
         self._set_up()
         return holes(self._apertures(), [span for group in self._groups for span in off_limits(group.reserved_regions)])
 
@@ -142,18 +149,18 @@ class Container:
 
     @property
     def dma_avail(self) -> int:
-        """How many mappings may come still.  IommuError(EINVAL): there is no group."""
+        """How many more mappings the limit allows.  IommuError(EINVAL): there is no group."""
         self._set_up()
         return self.dma_limit - len(self._areas)
 
     def mappings(self) -> list[Mapping]:
-        """Ascending, as they were made."""
+        """All mappings, ascending, each as it was made."""
         return list(self._areas)
 
     # ---- the map ---------------------------------------------------------------------------
 
     def map(self, iova: int, gpa: int, size: int, access: Access = Access.READ | Access.WRITE) -> None:
-        """VFIO_IOMMU_MAP_DMA, with guest memory in place of a process's.
+        """VFIO_IOMMU_MAP_DMA, with a GPA instead of a process's address.
 
         IommuError: EINVAL no group, not whole pages, no access, or outside of `iova_ranges`; EOVERFLOW wraps; EEXIST
         overlaps; ENOSPC too many; ERANGE the GPA is beyond an IOMMU's output width.
@@ -165,7 +172,7 @@ class Container:
         if self._areas.overlaps(span):
             raise IommuError(errno.EEXIST, f"{self.name}: {span} overlaps a mapping")
         if self.dma_avail <= 0:
-            raise IommuError(errno.ENOSPC, f"{self.name} has {self.dma_limit} mappings, which is all it may")
+            raise IommuError(errno.ENOSPC, f"{self.name} has reached its limit of {self.dma_limit} mappings")
         if not any(valid.covers(span) for valid in self.iova_ranges):
             raise IommuError(errno.EINVAL, f"{self.name}: {span} is not in the valid IOVA ranges")
         area = Mapping(span, gpa, access)
@@ -173,7 +180,7 @@ class Container:
         self._areas.add(area)
 
     def _set_up(self) -> None:
-        """VFIO_SET_IOMMU is past."""
+        """IommuError(EINVAL): VFIO_SET_IOMMU has not been done."""
         if not self._groups:
             raise IommuError(errno.EINVAL, f"{self.name} has no group, so no IOMMU: add one first (VFIO_SET_IOMMU)")
 
@@ -187,10 +194,10 @@ class Container:
         return Span.sized(iova, size)
 
     def unmap(self, iova: int, size: int) -> int:
-        """VFIO_IOMMU_UNMAP_DMA: removes all mappings in the range; bytes removed, 0 when there are none.
+        """VFIO_IOMMU_UNMAP_DMA: removes all mappings in the range; returns the bytes removed, 0 if there are none.
 
-        IommuError: EINVAL no group, not whole pages, or a mapping would be cut; EOVERFLOW wraps.  Then nothing has
-        changed.
+        IommuError: EINVAL no group, not whole pages, or a mapping is only partly in the range; EOVERFLOW wraps.  On an
+        error nothing changes.
         """
         self._set_up()
         span = self._checked(iova, size)
@@ -201,7 +208,7 @@ class Container:
         return self._remove(found)
 
     def unmap_all(self) -> int:
-        """VFIO_DMA_UNMAP_FLAG_ALL; bytes removed.  IommuError(EINVAL): there is no group."""
+        """VFIO_DMA_UNMAP_FLAG_ALL; returns the bytes removed.  IommuError(EINVAL): there is no group."""
         self._set_up()
         return self._remove(list(self._areas))
 
@@ -216,11 +223,11 @@ class Container:
     def set_dirty_tracking(self, on: bool) -> None:
         """VFIO_IOMMU_DIRTY_PAGES, start and stop, on all domains.
 
-        IommuError: EINVAL no group; EOPNOTSUPP one of them cannot.
+        IommuError: EINVAL no group; EOPNOTSUPP one domain does not support it.
         """
         self._set_up()
         if on and not all(domain.tracks for domain in self.domains):
-            raise IommuError(errno.EOPNOTSUPP, f"{self.name}: an IOMMU of it cannot track writes")
+            raise IommuError(errno.EOPNOTSUPP, f"{self.name}: one of its IOMMUs cannot track writes")
         for domain in self.domains:
             if domain.tracks:
                 domain.set_dirty_tracking(on)
@@ -229,7 +236,7 @@ class Container:
         self._tracking = on
 
     def read_dirty(self, span: Span, page_size: int = PAGE) -> bytes:
-        """Reads and clears: what members, also those that have left, have written to, as PagingDomain.read_dirty.
+        """Reads and clears the pages that groups, also removed ones, have written to, as PagingDomain.read_dirty.
 
         IommuError(EINVAL): tracking is off, or `span` is not made of whole pages.
         """

@@ -1,4 +1,4 @@
-"""`Context`: what one open /dev/iommu holds, and `Object`, what it holds (Linux drivers/iommu/iommufd/main.c)."""
+"""`Context`, one open /dev/iommu, and `Object`, the base of its objects (Linux drivers/iommu/iommufd/main.c)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _contexts = itertools.count(1)
 
 
 class Object:
-    """Something with an id, which cannot go while it is used."""
+    """An object with an id, which cannot be destroyed while `users` is not 0."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -24,15 +24,15 @@ class Object:
         self.users = 0
 
     def release(self) -> None:
-        """What goes with the object."""
+        """Called when the object is destroyed: a subclass releases its resources here."""
 
     def check(self, context: Context | None = None) -> None:
-        """IommuError(ENOENT): it is gone, or of another context than `context`."""
+        """IommuError(ENOENT): the object has been destroyed, or is not of `context` (by default its own)."""
         if (context or self.context).find(self.id) is not self:
             raise IommuError(errno.ENOENT, f"{context or self.context} has no {self}")
 
     def destroy(self) -> None:
-        """IOMMU_DESTROY.  IommuError: EBUSY it is in use; ENOENT it is gone."""
+        """IOMMU_DESTROY.  IommuError: EBUSY it is in use; ENOENT it has been destroyed."""
         self.context.destroy(self.id)
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class Object:
 
 
 class Context:
-    """One open /dev/iommu; owner of the groups of the devices that are bound to it."""
+    """One open /dev/iommu; it owns the groups of the devices that are bound to it."""
 
     def __init__(self) -> None:
         self._objects: dict[int, Object] = {}
@@ -48,17 +48,17 @@ class Context:
         self._number = next(_contexts)
         #: The devices bound to it.
         self.devices: list[Device] = []
-        #: What the devices of a group are attached to together.
+        #: The HWPT of each group, and of each PASID of a group.
         self.attached: dict[tuple[Group, int | None], Hwpt] = {}
 
     def register(self, item: Object) -> int:
-        """Gives an object its id."""
+        """Adds an object; returns its id."""
         number = next(self._ids)
         self._objects[number] = item
         return number
 
     def find(self, number: int) -> Object | None:
-        """The object with an id, if there is one."""
+        """The object with an id, or None."""
         return self._objects.get(number)
 
     def __getitem__(self, number: int) -> Object:
@@ -68,15 +68,15 @@ class Context:
         return item
 
     def destroy(self, number: int) -> None:
-        """IOMMU_DESTROY.  IommuError: EBUSY it is in use; ENOENT there is none."""
+        """IOMMU_DESTROY.  IommuError: EBUSY it is in use; ENOENT there is no such object."""
         item = self[number]
         if item.users:
             raise IommuError(errno.EBUSY, f"{item} is in use")
         item.release()
         del self._objects[number]
 
-    def forget(self, item: Object) -> None:
-        """Takes an id back from an object that could not be made."""
+    def unregister(self, item: Object) -> None:
+        """Removes an object whose creation failed."""
         del self._objects[item.id]
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Domains: what an IOVA means.  Linux: struct iommu_domain and the functions around it (drivers/iommu/iommu.c)."""
+"""Domains: translations from IOVA to GPA.  Linux: struct iommu_domain and its functions (drivers/iommu/iommu.c)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _numbers = itertools.count(1)
 
 
 class DomainType(enum.Enum):
-    """Types of domains (Linux IOMMU_DOMAIN_*); the values are what sysfs prints of a group."""
+    """Types of domains (Linux IOMMU_DOMAIN_*); the values are those of a group's `type` in sysfs."""
 
     BLOCKED = "blocked"
     IDENTITY = "identity"
     #: Kernel-managed.
     DMA = "DMA"
-    #: Kernel-managed; IOTLBs are flushed now and then instead of at each unmap.
+    #: Kernel-managed; IOTLB flushes are deferred and batched instead of done at each unmap.
     DMA_FQ = "DMA-FQ"
     #: User-managed.
     UNMANAGED = "unmanaged"
@@ -43,7 +43,7 @@ class DomainType(enum.Enum):
 
     @property
     def is_paging(self) -> bool:
-        """Whether it has map and unmap."""
+        """Whether such domains have map and unmap."""
         return self in (DomainType.DMA, DomainType.DMA_FQ, DomainType.UNMANAGED)
 
 
@@ -53,9 +53,9 @@ class AllocFlags(enum.IntFlag):
     NONE = 0
     #: May be the stage 2 of nested domains.
     NEST_PARENT = 1
-    #: Its writes can be tracked.
+    #: Writes through it can be tracked.
     DIRTY_TRACKING = 2
-    #: May be attached to PASIDs as well.
+    #: May be attached to PASIDs, too.
     PASID = 8
     #: DMA through it always snoops.
     ENFORCE_SNOOP = 1 << 16
@@ -63,7 +63,7 @@ class AllocFlags(enum.IntFlag):
 
 @dataclass(frozen=True)
 class Mapping:
-    """IOVAs `span` lead to `gpa` and on; `access` says what may be done."""
+    """The IOVAs `span` map to GPAs from `gpa` on, with the permissions `access`."""
 
     span: Span
     gpa: int
@@ -71,20 +71,20 @@ class Mapping:
 
 
 class Domain:
-    """Base of all domains.  `users` counts the groups (and PASIDs of groups) that are attached."""
+    """The base of all domains.  `users` counts the groups (and PASIDs of groups) that are attached."""
 
     def __init__(self, kind: DomainType, shim: _shim.Domain, made_for: Iommu | None, name: str = "") -> None:
         self.type = kind
         self.shim = shim
-        #: The IOMMU that it was allocated for; None: fits all.
+        #: The IOMMU that it was allocated for; None: it fits all.
         self.made_for = made_for
         self.name = name or f"{kind.value}{next(_numbers)}"
         self.users = 0
-        #: Asked when an access finds no page; None: the access fails.
+        #: Answers page requests when an access finds no page; None: the access fails.
         self.page_handler: PageHandler | None = None
 
     def iova_to_phys(self, iova: int) -> int | None:
-        """The GPA that `iova` leads to, by mapping or table and past all IOTLBs; None: nowhere.  Sets no flags."""
+        """The GPA of `iova` by mappings or tables, ignoring IOTLBs; None: not mapped.  Sets no flags in tables."""
         try:
             start, _, gpa, _, _ = self.shim.walk(iova, 0)
         except DmaFault:
@@ -96,24 +96,24 @@ class Domain:
 
 
 class BlockedDomain(Domain):
-    """Lets nothing through."""
+    """Blocks all DMA."""
 
     def __init__(self) -> None:
         super().__init__(DomainType.BLOCKED, _shim.Domain.plain(_shim.DOMAIN_BLOCKED), None, "blocked")
 
 
 class IdentityDomain(Domain):
-    """IOVA = GPA, for all of memory."""
+    """Maps each IOVA to the same GPA."""
 
     def __init__(self) -> None:
         super().__init__(DomainType.IDENTITY, _shim.Domain.plain(_shim.DOMAIN_IDENTITY), None, "identity")
 
 
 class PagingDomain(Domain):
-    """Mappings that software makes and removes.
+    """A domain whose mappings are made and removed by `map` and `unmap`.
 
-    Its limits are those of the IOMMU it was made for.  `deferred`: unmapped ranges stay in IOTLBs until `flush`, which
-    comes by itself after `flush_unmaps` unmaps or `flush_ms`.
+    Its limits are those of the IOMMU that it was made for.  If `deferred`, unmapped ranges stay in IOTLBs until
+    `flush`, which happens automatically after `flush_unmaps` unmaps or `flush_ms` milliseconds (see Capabilities).
     """
 
     def __init__(self, kind: DomainType, made_for: Iommu, flags: AllocFlags, name: str = "") -> None:
@@ -132,7 +132,7 @@ class PagingDomain(Domain):
         )
         super().__init__(kind, shim, made_for, name)
         self.deferred = kind is DomainType.DMA_FQ
-        #: How often IOTLBs were flushed.
+        #: How often the IOTLBs were flushed for this domain.
         self.flushes = 0
         #: Whether writes are being tracked.
         self.tracking = False
@@ -146,7 +146,7 @@ class PagingDomain(Domain):
 
     @property
     def coherent(self) -> bool:
-        """Whether walks of its tables see the CPU's caches."""
+        """Whether walks of its tables snoop the CPU's caches."""
         return self.made_for is not None and self.made_for.capabilities.coherent
 
     @property
@@ -161,15 +161,15 @@ class PagingDomain(Domain):
 
     @property
     def nests(self) -> bool:
-        """Whether it can be the stage 2 of others."""
+        """Whether it can be the stage 2 of nested domains."""
         return bool(self.flags & AllocFlags.NEST_PARENT)
 
     def map(self, iova: int, gpa: int, size: int, access: Access = Access.READ | Access.WRITE) -> None:
         """Maps `size` bytes.
 
         IommuError: EINVAL not whole pages of the smallest size, or no access; ERANGE outside of the aperture or beyond
-        the output width; EEXIST something there is mapped; ENOSPC too many mappings; ENOMEM no
-        memory is left of what the IOMMU's mappings may take.
+        the output width; EEXIST overlaps a mapping; ENOSPC too many mappings; ENOMEM `max_memory` of the IOMMU is used
+        up.
         """
         try:
             rc = self._map(iova, gpa, size, access)
@@ -179,19 +179,20 @@ class PagingDomain(Domain):
             raise _why(-rc, f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}")
 
     def map_inaccessible(self, iova: int, gpa: int, size: int) -> None:
-        """As `map`, but nothing may be done there; its `access` is empty."""
+        """As `map`, but without any permission: the mapping exists, and each access to it faults."""
         self.map(iova, gpa, size, _NO_ACCESS)
 
     def is_mapped(self, span: Span) -> bool:
-        """Whether anything of `span` is."""
+        """Whether any part of `span` is mapped."""
         first = self.shim.first(span.start)
         return first is not None and first[0] <= span.last
 
     def unmap(self, iova: int, size: int) -> int:
-        """Unmaps `size` bytes; how many were (Linux iommu_unmap).
+        """Unmaps up to `size` bytes; returns the number of bytes unmapped (Linux iommu_unmap).
 
-        It ends at the first hole, and before a page that it would have to cut: what is one page (the largest that
-        alignment allows) goes in one piece or not at all.  IommuError(EINVAL): not whole pages of the smallest size.
+        It stops at the first hole, and before a page that is only partly in the range: a page (of the largest size
+        that alignment allows) is unmapped as a whole or not at all.  IommuError(EINVAL): not whole pages of the
+        smallest size.
         """
         if self.deferred:
             return self._unmap_later(iova, size)
@@ -210,9 +211,10 @@ class PagingDomain(Domain):
         return rc << 12
 
     def clear(self, span: Span, *, flush: bool = True) -> int:
-        """Unmaps every mapping in `span`, holes or not; how many bytes were.  Without `flush` they stay in IOTLBs.
+        """Unmaps every mapping in `span`, which may have holes; returns the number of bytes unmapped.
 
-        IommuError(ERANGE): a mapping reaches out of it; nothing is gone.
+        Without `flush` the ranges stay in IOTLBs.  IommuError(ERANGE): a mapping is only partly in `span`; nothing is
+        unmapped.
         """
         try:
             return self.shim.clear(span.start, span.last, 0 if flush else _shim.UNMAP_DEFER)
@@ -235,12 +237,12 @@ class PagingDomain(Domain):
 
     @property
     def waiting(self) -> list[Span]:
-        """What was unmapped and may be in IOTLBs still."""
+        """The ranges that were unmapped and may still be in IOTLBs."""
         with self._lock:
             return list(self._waiting)
 
     def flush(self) -> None:
-        """Takes all of this domain out of the IOTLBs; returns when no access by an old mapping is under way."""
+        """Flushes this domain from all IOTLBs; returns when no access through an old mapping is under way."""
         with self._lock:
             self._waiting.clear()
             timer, self._timer = self._timer, None
@@ -250,13 +252,13 @@ class PagingDomain(Domain):
         self.shim.flush(0, (1 << 64) - 1)
 
     def flush_span(self, span: Span) -> None:
-        """Likewise only `span` (IOVA)."""
+        """As `flush`, for `span` (IOVA) only."""
         self.flushes += 1
         self.shim.flush(span.start, span.last)
 
     @contextlib.contextmanager
     def gather(self) -> Iterator[Gather]:
-        """Unmaps of the `with` block share one flush, at its end (Linux struct iommu_iotlb_gather)."""
+        """Collects the unmaps of a `with` block for one flush at its end (Linux struct iommu_iotlb_gather)."""
         gathered = Gather(self)
         try:
             yield gathered
@@ -264,7 +266,7 @@ class PagingDomain(Domain):
             gathered.sync()
 
     def mappings(self) -> Iterator[Mapping]:
-        """All mappings, ascending, as they were made, less what was unmapped."""
+        """All mappings, ascending, each as it was made, minus the parts that were unmapped."""
         for start, last, gpa, prot, _ in self.shim.list():
             yield Mapping(Span(start, last), gpa, Access(prot))
 
@@ -274,7 +276,10 @@ class PagingDomain(Domain):
     # ---- dirty tracking --------------------------------------------------------------------
 
     def set_dirty_tracking(self, on: bool) -> None:
-        """Starts with an empty log, or stops and forgets it.  IommuError(EOPNOTSUPP): not allocated for it."""
+        """Starts tracking with an empty log, or stops and discards the log.
+
+        IommuError(EOPNOTSUPP): the domain was allocated without DIRTY_TRACKING.
+        """
         if not self.tracks:
             raise IommuError(errno.EOPNOTSUPP, f"{self.name} was allocated without dirty tracking")
         if on and not self.tracking:
@@ -284,10 +289,10 @@ class PagingDomain(Domain):
         self.tracking = on
 
     def read_dirty(self, span: Span, page_size: int = PAGE, *, clear: bool = True) -> bytes:
-        """Which pages of `span` (IOVA) DMA has written to since the log was last cleared there.
+        """The pages of `span` (IOVA) that DMA has written to since they were last cleared; `clear` clears them.
 
-        A little-endian bitmap, one bit for each `page_size`, padded to 8 bytes.  IommuError(EINVAL): tracking is off,
-        or `span` is not made of whole pages.
+        The result is a little-endian bitmap, one bit for each `page_size` bytes, padded to a multiple of 8 bytes.
+        IommuError(EINVAL): tracking is off, or `span` is not made of whole pages.
         """
         try:
             return self.shim.dirty_report(span.start, span.size, page_size, not clear)
@@ -296,7 +301,7 @@ class PagingDomain(Domain):
 
 
 class Gather:
-    """Unmaps whose flush is still to come."""
+    """Collects unmaps for one common flush."""
 
     def __init__(self, domain: PagingDomain) -> None:
         self._domain = domain
@@ -312,7 +317,7 @@ class Gather:
         return removed
 
     def sync(self) -> None:
-        """One flush over all that was unmapped."""
+        """Flushes one range that covers all that was unmapped."""
         if self._span is not None:
             self._domain.shim.flush(self._span.start, self._span.last)
             self._domain.flushes += 1
@@ -320,10 +325,10 @@ class Gather:
 
 
 class TableDomain(Domain):
-    """Translates by tables in guest memory: nested ones (a stage 1 over `parent`) and SVA.
+    """Translates by tables in guest memory: nested domains (a stage 1 over `parent`) and SVA.
 
-    `memory` is where the IOMMU reads them.  The guest may change them at any time, and has to say so by `flush`.  A
-    `parent` that is a TableDomain has none itself.
+    The IOMMU reads the tables from `memory`.  The guest may change them at any time; the new entries are used for
+    certain after `flush`.  A `parent` that is a TableDomain must not have a parent itself.
     """
 
     def __init__(
@@ -352,23 +357,23 @@ class TableDomain(Domain):
         super().__init__(kind, shim, made_for)
 
     def flush(self, span: Span | None = None, *, own: bool = True) -> None:
-        """Takes what was walked, all or only `span` (IOVA), out of the IOTLBs.
+        """Flushes cached translations, all or those in `span` (IOVA), from the IOTLBs.
 
-        `own`: also out of those that are a device's own (Endpoint.has_tlb).
+        `own`: also from the TLBs of devices with ATS (Endpoint.set_ats).
         """
         whole = span or Span(0, (1 << 64) - 1)
         self.shim.flush(whole.start, whole.last, 0 if own else _shim.FLUSH_KEEP_OWN)
 
 
-#: To the shim: a mapping through which nothing may be done.
+#: The shim's flag for a mapping without any permission.
 _NO_ACCESS = Access(_shim.PROT_NONE)
 
 _WHY = {
-    errno.EINVAL: "not whole pages, or nothing is asked for",
+    errno.EINVAL: "not whole pages, or no access",
     errno.ERANGE: "outside of the aperture or beyond the output width",
     errno.EEXIST: "overlaps a mapping",
     errno.ENOSPC: "too many mappings",
-    errno.ENOMEM: "no memory is left of max_memory",
+    errno.ENOMEM: "max_memory is used up",
 }
 
 
@@ -377,9 +382,9 @@ def _why(code: int, what: str) -> IommuError:
 
 
 def _code(error: OSError | OverflowError) -> int:
-    """What does not fit into 64 bits is beyond any aperture."""
+    """The errno of an error.  An OverflowError, from a value of more than 64 bits, is ERANGE: beyond any aperture."""
     return error.errno or errno.EINVAL if isinstance(error, OSError) else errno.ERANGE
 
 
-#: Formats whose tables are a process's, so that an SVA domain may have them.
+#: Formats of CPU page tables, which SVA domains may use.
 CPU_FORMATS = frozenset((TableFormat.X86, TableFormat.ARM_S1))

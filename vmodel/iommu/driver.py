@@ -1,4 +1,4 @@
-"""Kinds of IOMMUs: what each tells devices apart by, and the tables it walks.  One file a kind in `drivers/`."""
+"""Kinds of IOMMUs: how each identifies devices, and which tables it walks.  `drivers/` has one file for each kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmodel.pci.topology import Bdf, Function, dma_aliases
 
 @dataclass(frozen=True)
 class PlatformDevice:
-    """Something that does DMA and is no PCI function."""
+    """A device that does DMA and is not a PCI function."""
 
     name: str
 
@@ -24,34 +24,34 @@ class PlatformDevice:
         return self.name
 
 
-#: What an IOMMU may cover.
+#: A source of DMA that an IOMMU may cover.
 Source = Function | PlatformDevice
 
 
 class KindParams(pydantic.BaseModel):
-    """A kind's own parameters, as in a machine file; unknown ones are refused."""
+    """The parameters of a kind in machine files; unknown keys are errors."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
 def bdf_text(value: str) -> str:
-    """For validators: a PCI address as text."""
+    """Validates a PCI address, and returns it in normal form.  ValueError."""
     return str(Bdf.parse(value))
 
 
 class Driver(ABC):
-    """A kind of IOMMU.  `params`: an instance of its Params, or what makes one (pydantic.ValidationError)."""
+    """A kind of IOMMU.  `params`: an instance of its Params, or data for one (pydantic.ValidationError)."""
 
-    #: Its name in machine files, and what it is.
+    #: The name in machine files, and the name for people.
     kind: ClassVar[str]
     title: ClassVar[str]
-    #: Formats of tables that it walks by itself, and of those that may lie over a paging domain.
+    #: Formats of tables that it walks, and of those that it walks as stage 1 over a paging domain.
     formats: ClassVar[frozenset[TableFormat]]
     nested_formats: ClassVar[frozenset[TableFormat]] = frozenset()
-    #: What such an IOMMU can do, if nothing else is said.
+    #: The default capabilities of such an IOMMU.
     default: ClassVar[Capabilities]
     Params: ClassVar[type[KindParams]] = KindParams
-    #: Parameters that mean something only where a guest drives it.
+    #: Parameters that apply only to an IOMMU that a guest drives.
     served_params: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, params: Any = None) -> None:
@@ -59,26 +59,26 @@ class Driver(ABC):
 
     @abstractmethod
     def requester_id(self, source: Source) -> int | None:
-        """The id by which the IOMMU knows a device; None: it cannot tell it from others, so there is no isolation."""
+        """The id that the IOMMU sees in a device's requests; None: it cannot identify, so not isolate it."""
 
     def why_not(self, source: Source) -> str:
-        """Why `requester_id` gives None."""
+        """The reason why `requester_id` returns None, for people."""
         return f"{self.title} has no id for it"
 
     def describe_id(self, requester_id: int) -> str:
-        """An id for people: here that of a PCI requester."""
+        """An id for people; by default as the address of a PCI requester."""
         return str(Bdf.of(requester_id >> 16, requester_id & 0xFFFF))
 
     def partition(self, source: Source) -> tuple[Hashable, str] | None:
-        """What has its group in common with all devices of an equal key, and why; None: topology decides."""
+        """(key, reason): devices with equal keys share a group.  None: topology decides."""
         return None
 
 
 def topmost(function: Function) -> Bdf:
-    """The requester id of a function's DMA as the root complex sees it: the alias nearest to the root."""
+    """The requester id that the root complex sees in a function's DMA: the alias nearest to the root."""
     return list(dma_aliases(function))[-1].bdf
 
 
 def pci_id(bdf: Bdf) -> int:
-    """Segment and requester id in one number."""
+    """Segment and requester id in one number: `segment << 16 | rid`."""
     return bdf.segment << 16 | bdf.rid

@@ -1,4 +1,4 @@
-"""`Endpoint`: a device as the IOMMUs see it, its faults included."""
+"""`Endpoint`: a device as the IOMMUs see it, and the handling of its faults."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from vmodel.span import Span
 
 _failures = limited(f"{__name__}.failures")
 
-#: Reasons that a page request may mend: the others will be the same at the next try.
+#: Reasons that a page request may fix.  Any other fault would occur again at the next try.
 _ASKABLE = frozenset((Reason.NOT_MAPPED, Reason.PERMISSION, Reason.ACCESS_FLAG))
 
 
 class Endpoint:
     """A device as the IOMMUs see it.
 
-    Attributes: `name`; `source`, the function or platform device; `iommu` that covers it, or None; `requester_id`;
-    `group`, or None, and `why`; `reserved` regions; `driver`, who uses it, None: nobody.
+    Attributes: `name`; `source`, the function or platform device; `iommu`, which covers it, or None; `requester_id`;
+    `group` or None, and the reason `why`; `reserved` regions; `driver`, the driver that is bound, or None.
     """
 
     def __init__(
@@ -59,27 +59,33 @@ class Endpoint:
 
     @property
     def needs_direct(self) -> bool:
-        """Whether a region of it must stay mapped 1:1, come what may."""
+        """Whether it has a region that must always be mapped 1:1 (RegionType.DIRECT)."""
         return any(region.type is RegionType.DIRECT for region in self.reserved)
 
-    def show(self, domain: Domain | None, pasid: int | None = None) -> None:
-        """Its accesses go through `domain` from now on; None: nothing is between it and memory, or no such PASID."""
+    def attach(self, domain: Domain | None, pasid: int | None = None) -> None:
+        """Attaches `domain`: accesses, or those with `pasid`, go through it from now on.
+
+        None: without `pasid`, accesses are not translated; with `pasid`, the PASID has no domain, so they fault.
+        """
         if self._requester is not None:
             shim = None if domain is None else domain.shim
             self._requester.attach(shim, _shim.NO_PASID if pasid is None else pasid)
 
-    def has_tlb(self, on: bool) -> None:
-        """Whether it keeps translations itself (PCIe ATS), until `forget`."""
+    def set_ats(self, on: bool) -> None:
+        """Turns PCIe ATS on or off: with it, the device caches translations itself until `invalidate`."""
         if self._requester is not None:
             self._requester.own_tlb(on)
 
-    def forget(self, span: Span, pasid: int | None = None) -> None:
-        """Takes IOVAs of what it keeps, whoever's TLB that is."""
+    def invalidate(self, span: Span, pasid: int | None = None) -> None:
+        """Invalidates the cached translations of `span` (IOVA) for this device, in the IOTLB and in its own TLB."""
         if self._requester is not None:
             self._requester.flush(span.start, span.last, _shim.NO_PASID if pasid is None else pasid)
 
     def chosen_by(self, memory: GuestMemory, words: Sequence[tuple[int, int]], pasid: int | None = None) -> None:
-        """What it has been shown was chosen by these (GPA, word) of `memory`: if they change, its use is stale."""
+        """Names the table entries that selected the attached domain, as (GPA, value) of 8-byte words in `memory`.
+
+        If a word has another value at an access, the access is a stale use (StaleUse).
+        """
         if self._requester is not None:
             self._requester.chosen_by(memory.shim, words, _shim.NO_PASID if pasid is None else pasid)
 
@@ -88,8 +94,11 @@ class Endpoint:
             for note in notes:
                 iommu.stale(StaleUse(iommu.name, self.name, self.requester_id or 0, note))
 
-    def use(self, driver: object) -> None:
-        """A driver binds.  IommuError(EBUSY): another has it, or its group is owned or attached by somebody else."""
+    def bind(self, driver: object) -> None:
+        """Binds a driver.
+
+        IommuError(EBUSY): another driver is bound, or the group has another owner or a domain of a user's.
+        """
         if self.driver is not None and self.driver != driver:
             raise IommuError(errno.EBUSY, f"{self.name} is in use by {self.driver}")
         group = self.group
@@ -99,19 +108,19 @@ class Endpoint:
             raise IommuError(errno.EBUSY, f"{self.name}: {group} has a domain that is not the kernel's")
         self.driver = driver
 
-    def unuse(self) -> None:
-        """Its driver unbinds."""
+    def unbind(self) -> None:
+        """Unbinds the driver."""
         self.driver = None
 
     # ---- faults ----------------------------------------------------------------------------
 
     def faulted(self, fault: DmaFault, *, ask: bool = True) -> bool:
-        """An access has failed: asks for the page (with `ask`) where that is possible; else records it.
+        """Handles a failed access: with `ask`, makes a page request if possible; else records the fault.
 
-        The result says whether to try again.
+        Returns whether the access is to be tried again.
         """
         iommu, group = self.iommu, self.group
-        if iommu is None or group is None or fault.reason is Reason.BUS_MASTER_OFF:  # it never got there
+        if iommu is None or group is None or fault.reason is Reason.BUS_MASTER_OFF:  # the access reached no IOMMU
             return False
         if ask and iommu.resolver is not None and iommu.resolver(self, fault):
             return True
@@ -148,11 +157,11 @@ class Endpoint:
             _failures.exception("%s: the page handler failed", self.name)
             response = PageResponse.FAILURE
         if response is PageResponse.FAILURE:
-            self._pri_failed = True  # as PCIe 10.4.1 has it: no more requests until it is enabled anew
+            self._pri_failed = True  # PCIe 10.4.1: no more requests until they are enabled again
         return response is PageResponse.SUCCESS
 
     def enable_page_requests(self) -> None:
-        """After a FAILURE: requests are asked about again."""
+        """Enables page requests again after a FAILURE."""
         self._pri_failed = False
 
     def __repr__(self) -> str:

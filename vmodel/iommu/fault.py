@@ -1,4 +1,4 @@
-"""What an IOMMU records of accesses that failed, and what it asks for before one fails."""
+"""Fault records, which an IOMMU keeps of failed accesses, and page requests, which it makes before an access fails."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vmodel.errors import Access, Reason
 class FaultRecord:
     """One failed access.
 
-    `time_ns` is CLOCK_MONOTONIC; `requester` the name of the endpoint, `requester_id` what the IOMMU saw; `domain` and
-    `group` what the access went through; `level` and `stage` as in DmaFault.
+    `time_ns` is CLOCK_MONOTONIC; `requester` the name of the endpoint, `requester_id` the id that the IOMMU saw;
+    `domain` (its type) and `group` are those of the access; `level` and `stage` as in DmaFault.
     """
 
     time_ns: int
@@ -44,7 +44,10 @@ class FaultRecord:
 
 
 class FaultQueue:
-    """Records in order of time, at most `depth`; what comes when it is full is lost, and `overflow` says so."""
+    """A queue of at most `depth` records, oldest first; a record that arrives when it is full is lost, see `overflow`.
+
+    ValueError: `depth` is less than 1.
+    """
 
     def __init__(self, depth: int) -> None:
         if depth < 1:
@@ -52,13 +55,13 @@ class FaultQueue:
         self.depth = depth
         #: Set when a record is lost; stays so until `clear_overflow`.
         self.overflow = False
-        #: All records that came, and those of them that were lost.
+        #: The number of all records, and of those that were lost.
         self.total = self.lost = 0
         self._records: deque[FaultRecord] = deque()
         self._lock = threading.Lock()
 
     def put(self, record: FaultRecord) -> bool:
-        """Adds a record; whether there was room."""
+        """Adds a record; False: the queue is full, and the record is lost."""
         with self._lock:
             self.total += 1
             if len(self._records) >= self.depth:
@@ -69,19 +72,19 @@ class FaultQueue:
             return True
 
     def peek(self) -> list[FaultRecord]:
-        """All records, which stay."""
+        """All records; the queue keeps them."""
         with self._lock:
             return list(self._records)
 
     def drain(self) -> list[FaultRecord]:
-        """All records, which leave."""
+        """All records; the queue is empty afterwards."""
         with self._lock:
             records = list(self._records)
             self._records.clear()
             return records
 
     def clear_overflow(self) -> None:
-        """As a driver does once it has emptied the queue."""
+        """Clears `overflow`, as a driver does after it has emptied the queue."""
         with self._lock:
             self.overflow = False
 
@@ -92,11 +95,11 @@ class FaultQueue:
 class PageResponse(enum.IntEnum):
     """Answers to a page request (PCIe 10.4.2.2)."""
 
-    #: The page is there now: the device tries again.
+    #: The page is mapped now: the device tries again.
     SUCCESS = 0
-    #: There is no such page, or not for this access: the access fails.
+    #: There is no such page, or it does not permit this access: the access fails.
     INVALID = 1
-    #: Something broke: the access fails, and further requests of this device are not asked about.
+    #: An error occurred: the access fails, and the device makes no further page requests until they are enabled again.
     FAILURE = 15
 
 
@@ -104,7 +107,8 @@ class PageResponse(enum.IntEnum):
 class PageRequest:
     """An access waits for the page at `iova` (PCIe 10.4; Linux struct iommu_fault_page_request).
 
-    `requester` is the endpoint's name; `pasid` None without one; `group_index` tells apart what is under way.
+    `requester` is the endpoint's name; `pasid` is None for an access without one; `group_index` identifies the request
+    among those of the device.
     """
 
     requester: str
@@ -114,5 +118,5 @@ class PageRequest:
     group_index: int
 
 
-#: Answers a page request, on the thread whose access waits.
+#: Answers a page request, on the thread whose access is waiting.
 PageHandler = Callable[[PageRequest], PageResponse]

@@ -1,6 +1,6 @@
-"""Groups: devices that the IOMMU cannot tell apart, or that reach each other behind its back.
+"""Groups: devices that the IOMMU cannot distinguish, or that can reach each other without passing it.
 
-A group is what domains are attached to and what has an owner.  Linux: drivers/iommu/iommu.c (struct iommu_group).
+Domains are attached to groups, and owners own groups.  Linux: drivers/iommu/iommu.c (struct iommu_group).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> str | None:
-    """Why `domain` does not fit a device; None: it does.  With `pasid`: for accesses with that PASID."""
+    """The reason why `domain` cannot be attached to a device; None: it can.  With `pasid`: for that PASID."""
     iommu = endpoint.iommu
     if iommu is None or endpoint.group is None:
-        return f"{endpoint.name} is behind no IOMMU that could isolate it: {endpoint.why}"
+        return f"no IOMMU isolates {endpoint.name}: {endpoint.why}"
     can = iommu.capabilities
     if pasid is not None:
         if not can.pasid_bits:
@@ -33,7 +33,7 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
     elif domain.type is DomainType.SVA:
         return "an SVA domain is for a PASID"
     if domain.type is DomainType.BLOCKED and endpoint.needs_direct:
-        return f"{endpoint.name} has a direct-mapped region, which must not go"
+        return f"{endpoint.name} has a direct-mapped region, which must stay mapped"
     if domain.made_for is None:
         return None  # identity and blocked
     if domain.made_for.driver.kind != iommu.driver.kind:
@@ -45,7 +45,7 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
         (domain.page_sizes <= can.page_sizes, "page sizes: it has some that {} lacks"),
         (can.usable.covers(domain.aperture), "aperture: its {domain.aperture} is more than {}'s"),
         (domain.output_bits <= can.output_bits, "output width: its {domain.output_bits} bits are more than {}'s"),
-        (can.coherent or not domain.coherent, "coherency: {}'s walks do not see the CPU's caches"),
+        (can.coherent or not domain.coherent, "coherency: {}'s walks do not snoop the CPU's caches"),
         (can.enforce_snoop or not domain.enforces_snoop, "snoop: {} cannot make DMA snoop"),
         (can.dirty_tracking or not domain.tracks, "dirty tracking: {} has none"),
         (can.nesting or not domain.nests, "nesting: {} has none"),
@@ -54,7 +54,7 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
 
 
 def shares_tables(domain: PagingDomain, group: Group) -> bool:
-    """Whether the group's IOMMU would have made the very same tables: one kind, equal capabilities."""
+    """Whether a group can share a domain's tables: its IOMMU is of the same kind, with equal capabilities."""
     made_for = domain.made_for
     return (
         made_for is not None
@@ -66,28 +66,28 @@ def shares_tables(domain: PagingDomain, group: Group) -> bool:
 def _can_walk(domain: TableDomain, iommu: Iommu, endpoint: Endpoint) -> str | None:
     can, table = iommu.capabilities, domain.table
     if table.format not in (iommu.driver.formats if domain.parent is None else iommu.driver.nested_formats):
-        return f"format: {iommu.name} does not walk {table.format.name} tables there"
+        return f"format: {iommu.name} does not walk {table.format.name} tables at this stage"
     if domain.type is DomainType.SVA:
         if not can.can_wait:
             return f"page requests: {iommu.name} has none"
         if not can.coherent:
-            return f"coherency: {iommu.name}'s walks do not see the CPU's caches"
+            return f"coherency: {iommu.name}'s walks do not snoop the CPU's caches"
     return None if domain.parent is None else can_attach(domain.parent, endpoint)
 
 
 class Group:
-    """Devices that share a domain and an owner.  `number` is for people and unique over the machine, never a key."""
+    """Devices that share a domain and an owner.  `number` is unique in the machine, and for people only."""
 
     def __init__(self, iommu: Iommu, number: int, default: Domain, lock: threading.RLock) -> None:
         self.iommu = iommu
         self.number = number
         self.name = ""
         self.endpoints: list[Endpoint] = []
-        #: What is attached when nobody asks for more: the kernel's.
+        #: The kernel's domain, attached unless a user attaches another one.
         self.default_domain = default
         self.domain = default
         self.pasids: dict[int, Domain] = {}
-        #: Who has claimed it, if anybody, and how often.
+        #: The owner that has claimed it, or None; `_claims` counts its claims.
         self.owner: object | None = None
         self._claims = 0
         self._lock = lock
@@ -97,20 +97,20 @@ class Group:
 
     def _check(self, domain: Domain, pasid: int | None = None) -> None:
         if not self.endpoints:
-            raise IommuError(errno.ENODEV, f"group {self.number} has no devices any more")
+            raise IommuError(errno.ENODEV, f"group {self.number} has no devices left")
         for endpoint in self.endpoints:
             if (why := can_attach(domain, endpoint, pasid)) is not None:
                 raise IommuError(errno.EINVAL, f"group {self.number}, {endpoint.name}: {why}")
 
-    def _show(self, domain: Domain | None, pasid: int | None = None) -> None:
-        """All members go over.  For each an access sees either the old domain or the new one, never nothing."""
+    def _attach_all(self, domain: Domain | None, pasid: int | None = None) -> None:
+        """Attaches all members.  Each access of a member sees either the old domain or the new one, never none."""
         old = self.domain_of(pasid)
         try:
             for endpoint in self.endpoints:
-                endpoint.show(domain, pasid)
-        except OSError:  # out of memory: those that went over come back
+                endpoint.attach(domain, pasid)
+        except OSError:  # out of memory: members that were attached already go back
             for endpoint in self.endpoints:
-                endpoint.show(old, pasid)
+                endpoint.attach(old, pasid)
             raise
         if domain is not None:
             domain.users += 1
@@ -118,28 +118,29 @@ class Group:
             old.users -= 1
 
     def _switch(self, domain: Domain) -> None:
-        self._show(domain)
+        self._attach_all(domain)
         self.domain = domain
 
     def attach(self, domain: Domain) -> None:
-        """Attaches a domain in place of the one there is.
+        """Attaches a domain in place of the current one.
 
-        IommuError: EINVAL with can_attach's reason, for the first member that it does not fit; ENODEV all members are
-        gone.  Then nothing has changed.
+        IommuError: EINVAL the domain does not fit a member, with can_attach's reason; ENODEV the group has no members
+        left.  On an error nothing changes.
         """
         with self._lock:
             self._check(domain)
             self._switch(domain)
 
     def detach(self) -> None:
-        """Back to the default domain, or with an owner to blocked (Linux iommu_detach_group)."""
+        """Attaches the default domain, or with an owner the blocked one (Linux iommu_detach_group)."""
         with self._lock:
             self._switch(self.iommu.blocked if self.owner is not None else self.default_domain)
 
     def set_default(self, domain: Domain) -> None:
-        """Another default domain; it is attached at once unless somebody owns the group.
+        """Sets the default domain, which is attached at once unless the group has an owner.
 
-        Direct-mapped regions of the members are mapped in it.  IommuError as `attach`; EEXIST: something else is there.
+        Direct-mapped regions of the members are mapped in it.  IommuError as `attach`; EEXIST: such a region overlaps a
+        different mapping.
         """
         with self._lock:
             self._check(domain)
@@ -150,9 +151,9 @@ class Group:
             self.default_domain = domain
 
     def attach_pasid(self, domain: Domain, pasid: int) -> None:
-        """Accesses with `pasid` go through `domain`.
+        """Attaches `domain` to a PASID: accesses with `pasid` go through it.
 
-        IommuError: EINVAL as `attach`; EOPNOTSUPP no PASIDs here; EBUSY the PASID has a domain.
+        IommuError: EINVAL as `attach`; EOPNOTSUPP the IOMMU has no PASIDs; EBUSY the PASID already has a domain.
         """
         with self._lock:
             if not self.iommu.capabilities.pasid_bits:
@@ -160,39 +161,39 @@ class Group:
             if pasid in self.pasids:
                 raise IommuError(errno.EBUSY, f"group {self.number}: PASID {pasid} has {self.pasids[pasid].name}")
             self._check(domain, pasid)
-            self._show_pasid(domain, pasid)
+            self._set_pasid(domain, pasid)
 
     def replace_pasid(self, domain: Domain, pasid: int) -> None:
-        """As attach_pasid, in place of the domain that the PASID has.  IommuError(EINVAL): it has none."""
+        """As attach_pasid, in place of the PASID's current domain.  IommuError(EINVAL): it has none."""
         with self._lock:
             if pasid not in self.pasids:
                 raise IommuError(errno.EINVAL, f"group {self.number}: PASID {pasid} has no domain")
             self._check(domain, pasid)
-            self._show_pasid(domain, pasid)
+            self._set_pasid(domain, pasid)
 
-    def _show_pasid(self, domain: Domain | None, pasid: int) -> None:
-        self._show(domain, pasid)
+    def _set_pasid(self, domain: Domain | None, pasid: int) -> None:
+        self._attach_all(domain, pasid)
         self.pasids.pop(pasid, None)
         if domain is not None:
             self.pasids[pasid] = domain
 
     def detach_pasid(self, pasid: int) -> None:
-        """Accesses with `pasid` fail from now on.  IommuError(EINVAL): it has no domain."""
+        """Detaches a PASID: accesses with `pasid` fail from now on.  IommuError(EINVAL): it has no domain."""
         with self._lock:
             if pasid not in self.pasids:
                 raise IommuError(errno.EINVAL, f"group {self.number}: PASID {pasid} has no domain")
-            self._show_pasid(None, pasid)
+            self._set_pasid(None, pasid)
 
     def domain_of(self, pasid: int | None = None) -> Domain | None:
-        """What accesses go through; None: a PASID without a domain."""
+        """The domain of accesses without a PASID, or with `pasid`; None: the PASID has no domain."""
         return self.domain if pasid is None else self.pasids.get(pasid)
 
     # ---- members ---------------------------------------------------------------------------
 
     def join(self, endpoint: Endpoint) -> None:
-        """A device comes, hot-plugged perhaps: it has the group's domains before its first DMA.
+        """Adds a device, maybe hot-plugged; it has the group's domains before its first DMA.
 
-        IommuError(EINVAL): a domain in use does not fit it; then it stays out, blocked.
+        IommuError(EINVAL): an attached domain does not fit it.  The device is then blocked, and no member.
         """
         with self._lock:
             endpoint.group = self
@@ -205,28 +206,31 @@ class Group:
             except IommuError:
                 self.endpoints.remove(endpoint)
                 endpoint.group = None
-                endpoint.show(self.iommu.blocked)
+                endpoint.attach(self.iommu.blocked)
                 raise
-            endpoint.show(self.domain)
+            endpoint.attach(self.domain)
             for pasid, domain in self.pasids.items():
-                endpoint.show(domain, pasid)
+                endpoint.attach(domain, pasid)
 
     def leave(self, endpoint: Endpoint) -> None:
-        """A device goes: it is detached from everything, and its accesses are blocked."""
+        """Removes a device: it is detached from all domains, and its accesses are blocked."""
         with self._lock:
-            endpoint.show(self.iommu.blocked)
+            endpoint.attach(self.iommu.blocked)
             for pasid in self.pasids:
-                endpoint.show(None, pasid)
+                endpoint.attach(None, pasid)
             self.endpoints.remove(endpoint)
             endpoint.group = None
-            if not self.endpoints and self.owner is None:  # an owner detaches and releases by itself
+            if not self.endpoints and self.owner is None:  # an owner must detach and release itself
                 self._switch(self.iommu.blocked)
                 for pasid in list(self.pasids):
-                    self._show_pasid(None, pasid)
+                    self._set_pasid(None, pasid)
 
     @property
     def reserved_regions(self) -> list[ReservedRegion]:
-        """Those of all members, ascending; what overlaps is one where it is alike (iommu_insert_resv_region)."""
+        """The reserved regions of all members, ascending.
+
+        Overlapping regions of the same type and access are merged (Linux iommu_insert_resv_region).
+        """
         found = {region for endpoint in self.endpoints for region in endpoint.reserved}
         merged: list[ReservedRegion] = []
         for region in sorted(found, key=lambda r: (r.type.value, int(r.access), r.span)):
@@ -243,18 +247,18 @@ class Group:
 
     @property
     def in_use(self) -> bool:
-        """Whether something else than the kernel's default is attached."""
+        """Whether a domain other than the kernel's default is attached."""
         return self.domain is not self.default_domain or bool(self.pasids)
 
     def viable(self, owner: object) -> bool:
-        """Whether all members are `owner`'s, or nobody's (whom then nobody else can take)."""
+        """Whether each member is bound to `owner` or to no driver."""
         return all(endpoint.driver is None or endpoint.driver == owner for endpoint in self.endpoints)
 
     def claim_dma_owner(self, owner: object) -> None:
-        """Takes the group over: blocked until its owner attaches a domain (Linux iommu_group_claim_dma_owner).
+        """Claims the group: it is blocked until the owner attaches a domain (Linux iommu_group_claim_dma_owner).
 
-        The same owner may claim again.  IommuError: EPERM another has it, or it is not viable; EBUSY somebody else has
-        attached a domain; EINVAL a member has a region that must stay mapped 1:1.
+        The same owner may claim it again.  IommuError: EPERM it has another owner, or is not viable; EBUSY a domain
+        other than the default is attached; EINVAL a member has a region that must stay mapped 1:1.
         """
         with self._lock:
             if self.owner is not None and self.owner != owner:
@@ -265,20 +269,23 @@ class Group:
             if self.owner is None:
                 self._check(self.iommu.blocked)
                 if self.in_use:
-                    raise IommuError(errno.EBUSY, f"group {self.number}: a domain is attached already")
+                    raise IommuError(errno.EBUSY, f"group {self.number}: a domain is already attached")
             self._claims += 1
             if self.owner is None:
                 self.owner = owner
                 self._switch(self.iommu.blocked)
 
     def release_dma_owner(self, owner: object) -> None:
-        """Gives it back.  IommuError: EINVAL it is not the owner; EBUSY a domain of its is attached still."""
+        """Takes back one claim; the last one restores the default domain.
+
+        IommuError: EINVAL `owner` is not the owner; EBUSY a domain of the owner's is still attached.
+        """
         with self._lock:
             if self.owner is None or self.owner != owner:
                 raise IommuError(errno.EINVAL, f"group {self.number} is not owned by {owner}")
             if self._claims == 1:
                 if self.domain is not self.iommu.blocked or self.pasids:
-                    raise IommuError(errno.EBUSY, f"group {self.number}: a domain is attached still")
+                    raise IommuError(errno.EBUSY, f"group {self.number}: a domain is still attached")
                 self.owner = None
                 self._switch(self.default_domain)
             self._claims -= 1
@@ -291,7 +298,7 @@ class Group:
 
 
 def _map_direct(domain: Domain, endpoint: Endpoint) -> None:
-    """Regions that must work before, and without, a driver (Linux iommu_create_device_direct_mappings)."""
+    """Maps the regions that a device uses without its driver (Linux iommu_create_device_direct_mappings)."""
     if not isinstance(domain, PagingDomain):
         return
     page = min(domain.page_sizes)
@@ -300,7 +307,7 @@ def _map_direct(domain: Domain, endpoint: Endpoint) -> None:
             continue
         span = Span(region.span.start // page * page, region.span.last // page * page + page - 1)
         at = span.start
-        # A sibling may have it as well, or a part of it.
+        # Another member may have mapped the region, or a part of it, before.
         for there in [m for m in domain.mappings() if m.span.overlaps(span)]:
             if there.span.start != there.gpa:
                 text = f"{endpoint.name} must have {span} mapped 1:1, but {there.span} is mapped to {there.gpa:#x}"

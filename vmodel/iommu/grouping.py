@@ -1,4 +1,4 @@
-"""Which group a device belongs to, and why: Linux's pci_device_group, with the reason kept."""
+"""Finds the group of a device, as Linux's pci_device_group does, together with the reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Grouping:
-    """`group` to join, None: a new one; `why` for people; `isolated` False: there can be no group."""
+    """The result of `find_group`.
+
+    `group`: the group to join, None for a new one; `why`: the reason, for people; `isolated` False: the device cannot
+    be in any group.
+    """
 
     group: Group | None
     why: str
@@ -25,20 +29,20 @@ class Grouping:
 
 
 def find_group(system: System, endpoint: Endpoint) -> Grouping:
-    """Where a device that an IOMMU covers belongs, given the devices that are there already."""
+    """The group of a device that an IOMMU covers, given the endpoints that the system already has."""
     assert endpoint.iommu is not None
     if endpoint.requester_id is None:
         return Grouping(None, f"no isolation: {endpoint.iommu.driver.why_not(endpoint.source)}", False)
     found: dict[Group, str] = {}
     for other, why in _not_apart(system, endpoint):
         if other.iommu is not endpoint.iommu:
-            # To share a group with what another IOMMU translates, or none, would undo that one's isolation.
+            # Sharing a group with a device behind another IOMMU, or behind none, would undo the isolation.
             return Grouping(None, f"no isolation: {why}, which {_whose(other)}", False)
         if other.group is None:
             return Grouping(None, f"no isolation: {why}, which has no group", False)
         found.setdefault(other.group, why)
     if len(found) > 1:
-        # They were apart when they were made, and may have different owners by now.
+        # The groups were separate when they were made, and may have different owners by now: they cannot be merged.
         numbers = " and ".join(str(group.number) for group in found)
         return Grouping(None, f"no isolation: it belongs to groups {numbers}: {'; '.join(found.values())}", False)
     return next((Grouping(group, why) for group, why in found.items()), Grouping(None, _alone(endpoint)))
@@ -66,14 +70,14 @@ def _bridges(function: Function) -> bool:
 
 
 def _not_apart(system: System, endpoint: Endpoint) -> Iterator[tuple[Endpoint, str]]:
-    """Devices from which this one cannot be kept apart, each with the reason."""
+    """The devices from which this one cannot be isolated, each with the reason."""
     assert endpoint.iommu is not None
     driver, source = endpoint.iommu.driver, endpoint.source
     part = driver.partition(source)
     for other in system.endpoints:
         is_bridge = isinstance(other.source, Function) and other.source.kind.is_bridge
         if is_bridge and (other.group is None or other.iommu is not endpoint.iommu):
-            continue  # it does no DMA of its own: it matters only where the IOMMU has a group for it
+            continue  # a bridge does no DMA of its own: it matters only if this IOMMU has a group for it
         why = ""
         if part is None and isinstance(source, Function) and isinstance(other.source, Function):
             why = _by_topology(source, other.source, system.group_mf)
@@ -87,12 +91,12 @@ def _not_apart(system: System, endpoint: Endpoint) -> Iterator[tuple[Endpoint, s
 
 
 def _anchor(function: Function) -> tuple[Function, str]:
-    """Up to where a function's requests cannot be told from those of others, or need not pass the IOMMU; and why.
+    """The highest bridge below which a function is not isolated, and why; or the function itself, without a reason.
 
-    That is the function itself, without a reason, or a bridge above it.
+    Below that bridge, requests have the same requester id, or can reach other devices without passing the IOMMU.
     """
     anchor, why = function, ""
-    for alias in dma_aliases(function):  # bridges put their own id in place of it
+    for alias in dma_aliases(function):  # a bridge may replace the requester id by its own
         if alias.by is not function:
             anchor, why = alias.by, f"its DMA carries the id of {alias.by.kind.value} {alias.by.name}, {alias.bdf}"
     for bridge in bridges_above(anchor):
@@ -103,7 +107,7 @@ def _anchor(function: Function) -> tuple[Function, str]:
 
 
 def _by_topology(function: Function, other: Function, group_mf: bool) -> str:
-    """Why two functions are not apart, or "".  It is the same for both, whichever came first."""
+    """The reason why two functions are not isolated from each other, or "".  The order of the two does not matter."""
     (anchor, why), (theirs, their_why) = _anchor(function), _anchor(other)
     if anchor is theirs:
         return f"{why or f'{other.name}: {their_why}'}, as {other.name}"

@@ -1,6 +1,6 @@
-"""`Ioas`: an address space as iommufd has it (Linux drivers/iommu/iommufd/ioas.c, io_pagetable.c).
+"""`Ioas`: an address space of iommufd (Linux drivers/iommu/iommufd/ioas.c, io_pagetable.c).
 
-errno values are those of Linux.  Guest memory takes the place of a process's, so a map names a GPA.
+errno values are those of Linux.  A mapping leads to a GPA, where Linux has an address of the process.
 """
 
 from __future__ import annotations
@@ -21,75 +21,78 @@ if TYPE_CHECKING:
 
 _LAST = (1 << 64) - 1
 _RW = Access.READ | Access.WRITE
-#: Where no IOVA is chosen (iopt_alloc_iova).
+#: Spans that are never allocated automatically (Linux iopt_alloc_iova).
 _NEVER_CHOSEN = [Span(0, PAGE - 1), Span(_LAST - PAGE + 1, _LAST)]
 
 
 class Ioas(Object):
-    """A map of IOVAs, shown to devices by the paging HWPTs that are made from it."""
+    """An address space: mappings of IOVAs, which all paging HWPTs that are allocated from it contain."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.hwpts: list[Hwpt] = []
         self._areas = Areas()
         self._allowed: list[Span] | None = None
-        #: Reserved by whom: goes when it leaves.
+        #: Reserved spans, each with its owner; `unreserve` removes those of an owner.
         self._reserved: list[tuple[Span, object]] = []
 
     # ---- addresses -------------------------------------------------------------------------
 
     @property
     def alignment(self) -> int:
-        """What IOVAs, GPAs and sizes must be multiples of: the largest of the HWPTs' smallest pages.
+        """The alignment, in bytes, of IOVAs, GPAs and sizes: the largest of the HWPTs' smallest pages.
 
-        Without a HWPT it is a page (in Linux one byte: there it is the CPU's page tables that make pages of them).
+        Without a HWPT it is 4 KiB (in Linux one byte, as the CPU's page tables divide the memory into pages there).
         """
         return max((min(hwpt.paging.page_sizes) for hwpt in self.hwpts), default=PAGE)
 
     def iova_ranges(self) -> list[Span]:
-        """IOMMU_IOAS_IOVA_RANGES: what may be mapped, given the devices that are attached."""
+        """IOMMU_IOAS_IOVA_RANGES: the IOVAs that may be mapped, given the attached devices."""
         ranges = [Span(0, _LAST)]
         for hwpt in self.hwpts:
             ranges = common(ranges, [hwpt.paging.aperture])
         return holes(ranges, [span for span, _ in self._reserved])
 
     def allow_iovas(self, spans: Iterable[Span]) -> None:
-        """IOMMU_IOAS_ALLOW_IOVAS: these stay mappable, and chosen IOVAs come from them; none: from anywhere.
+        """IOMMU_IOAS_ALLOW_IOVAS: these spans stay mappable, and IOVAs are allocated from them; none: from anywhere.
 
-        IommuError: EINVAL they overlap, or one is a single byte; EADDRINUSE one is not in `iova_ranges`.
+        IommuError: EINVAL spans overlap, or one is a single byte; EADDRINUSE one is not in `iova_ranges`.
         """
         self.check()
         wanted = sorted(spans)
         if any(a.overlaps(b) for a, b in itertools.pairwise(wanted)) or any(a.start == a.last for a in wanted):
-            raise IommuError(errno.EINVAL, f"{self}: allowed ranges that overlap, or of a single byte")
+            raise IommuError(errno.EINVAL, f"{self}: allowed ranges overlap, or one has a single byte")
         for span in wanted:
             if not any(valid.covers(span) for valid in self.iova_ranges()):
                 raise IommuError(errno.EADDRINUSE, f"{self}: {span} is reserved for a device")
         self._allowed = wanted or None
 
     def reserve(self, span: Span, owner: object) -> None:
-        """Nothing may be mapped there as long as `owner` is attached.  IommuError(EADDRINUSE): something is."""
+        """Reserves `span` until `unreserve(owner)`: it cannot be mapped.
+
+        IommuError(EADDRINUSE): it overlaps a mapping or an allowed range.
+        """
         self._check_unused(span)
         self._reserved.append((span, owner))
 
     def _check_unused(self, span: Span) -> None:
         if self._areas.overlaps(span):
-            raise IommuError(errno.EADDRINUSE, f"{self}: {span}, which is to be reserved, has a mapping")
+            raise IommuError(errno.EADDRINUSE, f"{self}: cannot reserve {span}: it has a mapping")
         if any(allowed.overlaps(span) for allowed in self._allowed or ()):
-            raise IommuError(errno.EADDRINUSE, f"{self}: {span}, which is to be reserved, is an allowed range")
+            raise IommuError(errno.EADDRINUSE, f"{self}: cannot reserve {span}: it overlaps an allowed range")
 
     def unreserve(self, owner: object) -> None:
-        """All that `owner` had reserved."""
+        """Frees all spans that `owner` has reserved."""
         self._reserved = [(span, by) for span, by in self._reserved if by is not owner]
 
-    # ---- the map ---------------------------------------------------------------------------
+    # ---- mappings --------------------------------------------------------------------------
 
     def map(self, gpa: int, size: int, access: Access = _RW, iova: int | None = None) -> int:
-        """IOMMU_IOAS_MAP, at `iova` or where there is room; the IOVA.
+        """IOMMU_IOAS_MAP, at `iova`, or at an allocated IOVA; returns the IOVA.
 
-        IommuError: EINVAL not aligned, no access, or reserved; EEXIST overlaps; EOVERFLOW wraps; ENOSPC no room, or too
-        many mappings; ERANGE the GPA is beyond an IOMMU's output width; ENOENT the IOAS is gone.  Nothing has changed
-        then.
+        IommuError: EINVAL not aligned, no access, or reserved; EEXIST overlaps; EOVERFLOW wraps; ENOSPC no free IOVAs,
+        or too many mappings; ERANGE the GPA is beyond an IOMMU's output width; ENOENT the IOAS has been destroyed.  On
+        an error nothing changes.
         """
         self._check_range("gpa", gpa, size)
         return self._insert([(gpa, size)], access, iova)
@@ -102,7 +105,7 @@ class Ioas(Object):
             raise IommuError(errno.EOVERFLOW, f"{self}: {what} {start:#x}, {size:#x} bytes: past 2**64")
 
     def _insert(self, pieces: list[tuple[int, int]], access: Access, iova: int | None) -> int:
-        """Maps pieces (gpa, size) one after the other, each as an area; the IOVA of the first."""
+        """Maps pieces (gpa, size) at consecutive IOVAs, each as a mapping of its own; returns the first IOVA."""
         if not access:
             raise IommuError(errno.EINVAL, f"{self}: a mapping without read or write access")
         for gpa, size in pieces:
@@ -132,9 +135,9 @@ class Ioas(Object):
         return iova
 
     def _choose(self, gpa: int, size: int) -> int:
-        """The first room, as aligned as the GPA is, so that big pages stay possible; never 0."""
+        """Allocates IOVAs: the first fit with the alignment of the GPA, so that large pages are possible; never 0."""
         if size >= _LAST // 2:
-            raise IommuError(errno.EOVERFLOW, f"{self}: {size:#x} bytes are more than an IOVA is chosen for")
+            raise IommuError(errno.EOVERFLOW, f"{self}: {size:#x} bytes are too many to allocate IOVAs for")
         wanted = 1 << (size - 1).bit_length()
         align = max(min(wanted, gpa & -gpa) if gpa else wanted, self.alignment)
         room = common(self.iova_ranges(), self._allowed or [Span(0, _LAST)])
@@ -142,13 +145,13 @@ class Ioas(Object):
             start = (hole.start + align - 1) & -align
             if start + size - 1 <= hole.last:
                 return start
-        raise IommuError(errno.ENOSPC, f"{self}: no room for {size:#x} bytes")
+        raise IommuError(errno.ENOSPC, f"{self}: no free IOVAs for {size:#x} bytes")
 
     def unmap(self, iova: int, size: int) -> int:
-        """IOMMU_IOAS_UNMAP; bytes removed.  IOVA 0 and 2**64 - 1 bytes: as `unmap_all`.
+        """IOMMU_IOAS_UNMAP; returns the bytes removed.  IOVA 0 and 2**64 - 1 bytes: as `unmap_all`.
 
-        IommuError: EINVAL no size; EOVERFLOW wraps; ENOENT nothing is mapped there, or a mapping reaches out of the
-        range (those before it are gone then, as in Linux), or the IOAS is gone.
+        IommuError: EINVAL no size; EOVERFLOW wraps; ENOENT nothing is mapped in the range, or a mapping is only partly
+        in it (the mappings before that one are removed, as in Linux), or the IOAS has been destroyed.
         """
         if iova == 0 and size == _LAST:
             return self.unmap_all()
@@ -169,7 +172,7 @@ class Ioas(Object):
         return removed
 
     def unmap_all(self) -> int:
-        """IOMMU_IOAS_UNMAP of everything; bytes removed, 0 when there was nothing.  IommuError(ENOENT): it is gone."""
+        """IOMMU_IOAS_UNMAP of everything; returns the bytes removed.  IommuError(ENOENT): it has been destroyed."""
         self.check()
         return self._remove(list(self._areas))
 
@@ -180,10 +183,10 @@ class Ioas(Object):
         return sum(area.span.size for area in areas)
 
     def copy(self, source: Ioas, source_iova: int, size: int, access: Access = _RW, iova: int | None = None) -> int:
-        """IOMMU_IOAS_COPY: maps here what `source` maps there, in as many areas; the IOVA.
+        """IOMMU_IOAS_COPY: copies the mappings of a range of `source`, at `iova` or allocated IOVAs; returns the IOVA.
 
-        IommuError: ENOENT the range is not wholly mapped in `source`, or that is of another context; EINVAL no size, or
-        not aligned; EOVERFLOW wraps; EPERM write access that the source has not; and as `map`.
+        IommuError: ENOENT `source` does not map the whole range, or is of another context; EINVAL no size, or not
+        aligned; EOVERFLOW wraps; EPERM `access` has WRITE and a mapping of the source does not; else as `map`.
         """
         source.check(self.context)
         self._check_range("iova", source_iova, size)
@@ -203,13 +206,16 @@ class Ioas(Object):
         return self._insert(pieces, access, iova)
 
     def mappings(self) -> list[Mapping]:
-        """Ascending, as they were made."""
+        """All mappings, ascending, each as it was made."""
         return list(self._areas)
 
     # ---- dirty tracking --------------------------------------------------------------------
 
     def set_dirty_tracking(self, on: bool) -> None:
-        """As Hwpt.set_dirty_tracking, of all HWPTs.  IommuError(EOPNOTSUPP): one cannot, and none has changed."""
+        """As Hwpt.set_dirty_tracking, for all HWPTs.
+
+        IommuError(EOPNOTSUPP): one does not support it; nothing changes.
+        """
         for hwpt in self.hwpts:
             if not hwpt.paging.tracks:
                 raise IommuError(errno.EOPNOTSUPP, f"{self}: {hwpt} was allocated without dirty tracking")
@@ -217,7 +223,10 @@ class Ioas(Object):
             hwpt.paging.set_dirty_tracking(on)
 
     def get_dirty_bitmap(self, span: Span, page_size: int = PAGE, *, clear: bool = True) -> bytes:
-        """What was written to through any HWPT, as PagingDomain.read_dirty.  IommuError(EINVAL): one does not track."""
+        """The pages written to through any HWPT, as PagingDomain.read_dirty.
+
+        IommuError(EINVAL): one HWPT does not track writes.
+        """
         for hwpt in self.hwpts:
             if not hwpt.paging.tracking:
                 raise IommuError(errno.EINVAL, f"{self}: {hwpt} does not track writes")
@@ -225,10 +234,11 @@ class Ioas(Object):
 
     # ---- HWPTs -----------------------------------------------------------------------------
 
-    def show_in(self, hwpt: Hwpt) -> None:
-        """A new paging HWPT gets all mappings.
+    def add_hwpt(self, hwpt: Hwpt) -> None:
+        """Adds a new paging HWPT, with all mappings in it.
 
-        IommuError: EADDRINUSE a mapping, or an allowed range, is beyond its aperture, or not of whole pages; as map.
+        IommuError: EADDRINUSE a mapping or an allowed range is beyond its aperture, or a mapping is not made of whole
+        pages of it; else as map.
         """
         for beyond in holes([Span(0, _LAST)], [hwpt.paging.aperture]):
             self._check_unused(beyond)
@@ -239,7 +249,7 @@ class Ioas(Object):
         self.hwpts.append(hwpt)
         self.users += 1
 
-    def hide_from(self, hwpt: Hwpt) -> None:
-        """A paging HWPT goes."""
+    def remove_hwpt(self, hwpt: Hwpt) -> None:
+        """Removes a paging HWPT."""
         self.hwpts.remove(hwpt)
         self.users -= 1

@@ -1,4 +1,4 @@
-"""`Iommu`: a kind, its capabilities, what it covers, its queue of faults."""
+"""`Iommu`: one IOMMU of a machine, and `Coverage`, the devices that it covers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _failures = limited(f"{__name__}.failures")
 
 @dataclass(frozen=True)
 class Coverage:
-    """What an IOMMU covers: PCI functions from `first` to `last` of one segment, or platform devices by name."""
+    """The devices that an IOMMU covers: the PCI functions from `first` to `last`, or platform devices by name."""
 
     first: Bdf | None = None
     last: Bdf | None = None
@@ -34,9 +34,12 @@ class Coverage:
 
     @classmethod
     def pci(cls, first: Bdf, last: Bdf) -> Coverage:
-        """All functions with addresses from `first` to `last`.  ValueError: two segments, or backwards."""
+        """All functions with addresses from `first` to `last`, inclusive.
+
+        ValueError: they are in two segments, or `first` is after `last`.
+        """
         if first.segment != last.segment or first > last:
-            raise ValueError(f"{first} to {last} is no range of one segment")
+            raise ValueError(f"{first} to {last} is not a range of one segment")
         return cls(first, last)
 
     @classmethod
@@ -46,7 +49,7 @@ class Coverage:
 
     @classmethod
     def platform(cls, *names: str) -> Coverage:
-        """Devices that are not PCI."""
+        """Platform devices, by name."""
         return cls(names=frozenset(names))
 
     def __contains__(self, source: Source) -> bool:
@@ -72,11 +75,11 @@ class Iommu:
         self.faults = FaultQueue(self.capabilities.fault_queue_depth)
         #: Memory for the mappings of all domains that are made for it.
         self.budget = _shim.Budget(self.capabilities.max_memory)
-        #: What a group without a domain is attached to, and the way round the IOMMU.
+        #: The domain of a group without another one, and the domain that bypasses translation.
         self.blocked = BlockedDomain()
         self.identity = IdentityDomain()
-        #: Asked first when an access fails, on its thread: whether it is worth another try now.  An IOMMU that a guest
-        #: drives reads its table of devices here, as hardware does at the first request of a device.
+        #: Called first when an access fails, on the access's thread; True: the access is tried again.  An IOMMU that a
+        #: guest drives reads its device table here, as hardware does at the first request of a device.
         self.resolver: Callable[[Endpoint, DmaFault], bool] | None = None
         self._handlers: list[Callable[[FaultRecord], None]] = []
         #: Whether uses of stale translations are counted and logged.
@@ -84,12 +87,12 @@ class Iommu:
         self._log_limit, self._stale_limit = RateLimit(10, 5.0), RateLimit(10, 5.0)
 
     def on_fault(self, handler: Callable[[FaultRecord], None]) -> Callable[[], None]:
-        """Calls `handler` with each record, on the thread of the access; the result takes it back."""
+        """Calls `handler` with each record, on the thread of the access.  The function that it returns removes it."""
         self._handlers.append(handler)
         return lambda: self._handlers.remove(handler)
 
     def record(self, record: FaultRecord) -> None:
-        """Puts a fault into the queue, the log (10 lines in 5 s) and before the handlers."""
+        """Adds a fault to the queue, writes it to the log (at most 10 lines in 5 s), and calls the handlers."""
         self.faults.put(record)
         passed, held = self._log_limit()
         if held:
@@ -103,7 +106,7 @@ class Iommu:
                 _failures.exception("%s: a fault handler failed", self.name)
 
     def stale(self, use: StaleUse) -> None:
-        """Puts a stale use into the log (10 lines in 5 s)."""
+        """Writes a stale use to the log (at most 10 lines in 5 s)."""
         passed, held = self._stale_limit()
         if held:
             log.warning("%s: %d more stale uses were not logged", self.name, held)

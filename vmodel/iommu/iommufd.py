@@ -1,4 +1,4 @@
-"""Address spaces as iommufd has them: `Ioas`, `Hwpt`, `Device`, `FaultObject`.
+"""The objects of iommufd: `Ioas`, `Hwpt`, `Device`, `FaultObject`.
 
 errno values are those of Linux (include/uapi/linux/iommufd.h, drivers/iommu/iommufd).
 """
@@ -30,7 +30,7 @@ _PAGING_FLAGS = AllocFlags.NEST_PARENT | AllocFlags.DIRTY_TRACKING | AllocFlags.
 
 @dataclass(frozen=True)
 class HwInfo:
-    """What IOMMU_GET_HW_INFO and IOMMU_DEVICE capabilities tell of a device's IOMMU."""
+    """A device's IOMMU, as IOMMU_GET_HW_INFO describes it; `page_sizes` in bytes."""
 
     kind: str
     coherent: bool
@@ -41,18 +41,18 @@ class HwInfo:
 
 
 class FaultObject(Object):
-    """Page requests that wait for a reply (IOMMU_FAULT_QUEUE_ALLOC); without one for `timeout` seconds they fail."""
+    """Page requests that wait for a response (IOMMU_FAULT_QUEUE_ALLOC); they fail after `timeout` seconds."""
 
     def __init__(self, context: Context, timeout: float = 5.0) -> None:
         super().__init__(context)
         self.timeout = timeout
         self._ready = threading.Condition()
-        #: By identity: devices may have equal names.
+        #: Keyed by id(): requests of different devices may be equal.
         self._unread: dict[int, PageRequest] = {}
         self._waiting: dict[int, tuple[PageRequest, PageResponse | None]] = {}
 
     def handle(self, request: PageRequest) -> PageResponse:
-        """The domain's page handler: waits for `respond`, on the thread of the access."""
+        """The domain's page handler: waits for `respond`, on the thread of the access.  INVALID after `timeout`."""
         key = id(request)
         with self._ready:
             self._unread[key] = request
@@ -64,7 +64,7 @@ class FaultObject(Object):
             return PageResponse.INVALID if response is None else response
 
     def read(self, timeout: float = 0.0) -> list[PageRequest]:
-        """Requests that nobody has read yet, after up to `timeout` seconds."""
+        """The requests that have not been read yet; waits up to `timeout` seconds for one."""
         with self._ready:
             self._ready.wait_for(lambda: bool(self._unread), timeout)
             found = list(self._unread.values())
@@ -72,21 +72,21 @@ class FaultObject(Object):
             return found
 
     def respond(self, request: PageRequest, response: PageResponse) -> None:
-        """Answers a request that was read, by SUCCESS or INVALID.
+        """Answers a request that was read, with SUCCESS or INVALID.
 
-        IommuError(EINVAL): it does not wait, or no more; another response.
+        IommuError(EINVAL): the request is not waiting, or was not read; or another response.
         """
         if response not in (PageResponse.SUCCESS, PageResponse.INVALID):
-            raise IommuError(errno.EINVAL, f"{self}: users answer SUCCESS or INVALID, not {response!r}")
+            raise IommuError(errno.EINVAL, f"{self}: a response must be SUCCESS or INVALID, not {response!r}")
         key = id(request)
         with self._ready:
             if key in self._unread or key not in self._waiting or self._waiting[key][1] is not None:
-                raise IommuError(errno.EINVAL, f"{self}: no such request waits: {request}")
+                raise IommuError(errno.EINVAL, f"{self}: no such request is waiting: {request}")
             self._waiting[key] = request, response
             self._ready.notify_all()
 
-    def give_up(self, requesters: Iterable[str], pasid: int | None) -> None:
-        """Devices are detached: what they wait for is INVALID."""
+    def cancel(self, requesters: Iterable[str], pasid: int | None) -> None:
+        """Answers INVALID to the waiting requests of devices that are being detached."""
         names = set(requesters)
         with self._ready:
             for key, (request, response) in self._waiting.items():
@@ -96,9 +96,9 @@ class FaultObject(Object):
 
 
 class Hwpt(Object):
-    """A hardware page table: a domain of an IOAS (paging), or nested in such a one.
+    """A hardware page table: a paging domain with the mappings of an IOAS, or a domain nested in such a one.
 
-    Made by `Device.hwpt_alloc`, or by `Device.attach` for an IOAS (`auto`: then it goes with its last device).
+    `Device.hwpt_alloc` makes it, or `Device.attach` for an IOAS (`auto`: its last device destroys it).
     """
 
     def __init__(
@@ -116,15 +116,15 @@ class Hwpt(Object):
         self.parent = parent
         self.fault = fault
         self.auto = auto
-        #: Whether it may be attached to PASIDs, and beside such.
+        #: Whether it may be attached to PASIDs, and to a group that has HWPTs for PASIDs.
         self.for_pasids = for_pasids
         try:
             if isinstance(parent, Ioas):
-                parent.show_in(self)
+                parent.add_hwpt(self)
             else:
                 parent.users += 1
         except IommuError:
-            context.forget(self)
+            context.unregister(self)
             raise
         if fault is not None:
             fault.users += 1
@@ -140,25 +140,26 @@ class Hwpt(Object):
 
     @property
     def ioas(self) -> Ioas:
-        """Whose mappings it shows."""
+        """The IOAS whose mappings it has."""
         return self.parent if isinstance(self.parent, Ioas) else self.parent.ioas
 
     def release(self) -> None:
         if isinstance(self.parent, Ioas):
-            self.parent.hide_from(self)
+            self.parent.remove_hwpt(self)
         else:
             self.parent.users -= 1
         if self.fault is not None:
             self.fault.users -= 1
 
     def set_dirty_tracking(self, on: bool) -> None:
-        """IOMMU_HWPT_SET_DIRTY_TRACKING.  IommuError: ENOENT nested; EOPNOTSUPP not allocated for it."""
+        """IOMMU_HWPT_SET_DIRTY_TRACKING.  IommuError: ENOENT nested; EOPNOTSUPP allocated without DIRTY_TRACKING."""
         self._own().set_dirty_tracking(on)
 
     def get_dirty_bitmap(self, span: Span, page_size: int = PAGE, *, clear: bool = True) -> bytes:
         """IOMMU_HWPT_GET_DIRTY_BITMAP, as PagingDomain.read_dirty.
 
-        IommuError: ENOENT nested; EINVAL not whole pages, or tracking is off; EOPNOTSUPP not allocated for it.
+        IommuError: ENOENT nested; EINVAL not whole pages, or tracking is off; EOPNOTSUPP allocated without
+        DIRTY_TRACKING.
         """
         domain = self._own()
         if not domain.tracks:
@@ -168,11 +169,11 @@ class Hwpt(Object):
     def _own(self) -> PagingDomain:
         self.check()
         if not isinstance(self.domain, PagingDomain):
-            raise IommuError(errno.ENOENT, f"{self} is nested: writes are tracked by its parent")
+            raise IommuError(errno.ENOENT, f"{self} is nested: its parent tracks writes")
         return self.domain
 
     def invalidate(self, span: Span | None = None) -> None:
-        """IOMMU_HWPT_INVALIDATE: the guest has changed stage 1.  IommuError(EINVAL): it is not nested."""
+        """IOMMU_HWPT_INVALIDATE: flushes stage 1, all or `span` (IOVA).  IommuError(EINVAL): it is not nested."""
         if not isinstance(self.domain, TableDomain):
             raise IommuError(errno.EINVAL, f"{self} is not nested")
         self.domain.flush(span)
@@ -182,10 +183,10 @@ class Device(Object):
     """An endpoint bound to a context (VFIO_DEVICE_BIND_IOMMUFD)."""
 
     def __init__(self, context: Context, endpoint: Endpoint) -> None:
-        """IommuError: EINVAL it is bound already; ENODEV it has no group; EBUSY, EPERM as Group.claim_dma_owner."""
+        """IommuError: EINVAL already bound; ENODEV the endpoint has no group; EBUSY, EPERM as Group.claim_dma_owner."""
         self.endpoint = endpoint
         if any(device.endpoint is endpoint for device in context.devices):
-            raise IommuError(errno.EINVAL, f"{endpoint.name} is bound to {context} already")
+            raise IommuError(errno.EINVAL, f"{endpoint.name} is already bound to {context}")
         if endpoint.group is None:
             raise IommuError(errno.ENODEV, f"{endpoint.name} has no group: {endpoint.why}")
         self.group = endpoint.group
@@ -219,17 +220,17 @@ class Device(Object):
         memory: GuestMemory | None = None,
         fault: FaultObject | None = None,
     ) -> Hwpt:
-        """IOMMU_HWPT_ALLOC: paging with an IOAS; nested with a HWPT, the guest's `table` and the `memory` it is in.
+        """IOMMU_HWPT_ALLOC: a paging HWPT over an IOAS, or over a HWPT a nested one with a guest's `table` in `memory`.
 
-        IommuError: EINVAL a table without memory, or a parent that is none, is gone, or is another kind of IOMMU's;
-        EOPNOTSUPP the IOMMU cannot, a table over an IOAS, none over a HWPT, or flags that do not go together;
-        EADDRINUSE as Ioas.show_in; ENOENT the device or the fault object is gone.
+        IommuError: EINVAL a table without memory, or a parent that was destroyed, cannot be a parent, or is for another
+        kind of IOMMU; EOPNOTSUPP not supported by the IOMMU, a table over an IOAS, no table over a HWPT, or flags that
+        exclude each other; EADDRINUSE as Ioas.add_hwpt; ENOENT the device or the fault object was destroyed.
         """
         self.check()
         if self.context.find(parent.id) is not parent:
             raise IommuError(errno.EINVAL, f"{self.context} has no {parent}")
         if (table is None) != (memory is None):
-            raise IommuError(errno.EINVAL, f"{self}: a table and the memory that it is in go together")
+            raise IommuError(errno.EINVAL, f"{self}: `table` and `memory` need each other")
         if fault is not None:
             fault.check(self.context)
             if not self.group.iommu.capabilities.can_wait:
@@ -244,7 +245,7 @@ class Device(Object):
     def _paging(self, flags: AllocFlags, table: Table | None = None, fault: FaultObject | None = None) -> PagingDomain:
         if table is not None or flags & ~_PAGING_FLAGS or (fault is not None and AllocFlags.NEST_PARENT in flags):
             raise IommuError(errno.EOPNOTSUPP, f"{self}: a paging HWPT with {flags!r}, or with table or page requests")
-        # Whoever can snoop does so always: the user has no means to make caches coherent.
+        # DMA snoops whenever the IOMMU can enforce it: users have no means to make caches coherent.
         if self.group.iommu.capabilities.enforce_snoop:
             flags |= AllocFlags.ENFORCE_SNOOP
         return paging_domain_alloc(self.endpoint, flags)
@@ -262,12 +263,13 @@ class Device(Object):
     # ---- attach ----------------------------------------------------------------------------
 
     def attach(self, target: Ioas | Hwpt, pasid: int | None = None) -> Hwpt:
-        """VFIO_DEVICE_ATTACH_IOMMUFD_PT: to a HWPT, or to one that fits of an IOAS; which it is.
+        """VFIO_DEVICE_ATTACH_IOMMUFD_PT: attaches a HWPT, or for an IOAS one that fits; returns the HWPT.
 
-        Devices of one group go together.  IommuError: EBUSY it is attached; EINVAL the domain does not fit, or its
-        group is attached to another, or a PASID and a HWPT that is not for PASIDs (as those of an IOAS are) would meet;
-        EADDRINUSE a mapping is where the device has a reserved region; EOPNOTSUPP no PASIDs, or page requests, here;
-        ENOENT the device or the target is gone, or of another context.  Nothing has changed then.
+        All devices of a group must have the same HWPT.  IommuError: EBUSY already attached; EINVAL the domain does not
+        fit, the group has another HWPT, or a HWPT without AllocFlags.PASID (as those for an IOAS) would be used
+        together with PASIDs; EADDRINUSE a mapping overlaps a reserved region of the device; EOPNOTSUPP no PASIDs or
+        page requests; ENOENT the device or the target was destroyed, or is of another context.  On an error nothing
+        changes.
         """
         self.check()
         if pasid in self._attached:
@@ -281,19 +283,19 @@ class Device(Object):
             if pasid is None:
                 self._reserve(hwpt.ioas)
             if shared is None:
-                self._show(hwpt, pasid)
+                self._attach_group(hwpt, pasid)
         except IommuError:
             if pasid is None:
                 hwpt.ioas.unreserve(self)
             self._drop_auto(hwpt)
             raise
-        self._note(hwpt, pasid)
+        self._record(hwpt, pasid)
         return hwpt
 
     def replace(self, target: Ioas | Hwpt, pasid: int | None = None) -> Hwpt:
-        """Another HWPT in place of the one there is, at once, for all devices of the group; which it is.
+        """Replaces the HWPT of all devices of the group, atomically; returns the new HWPT.
 
-        IommuError as `attach`; EINVAL it is not attached.  Then the old one stays.
+        IommuError as `attach`; EINVAL not attached.  On an error the old HWPT stays.
         """
         self.check()
         old = self._attached.get(pasid)
@@ -317,21 +319,21 @@ class Device(Object):
                 hwpt.ioas.unreserve(device)
             self._drop_auto(hwpt)
             raise
-        self._give_up(old, pasid)
+        self._cancel_requests(old, pasid)
         for device in members:
-            device._forget(pasid)
-            device._note(hwpt, pasid)
+            device._remove(pasid)
+            device._record(hwpt, pasid)
         for device in moving:
             old.ioas.unreserve(device)
         self._drop_auto(old)
         return hwpt
 
     def detach(self, pasid: int | None = None) -> None:
-        """VFIO_DEVICE_DETACH_IOMMUFD_PT.  IommuError(EINVAL): it is not attached."""
+        """VFIO_DEVICE_DETACH_IOMMUFD_PT.  IommuError(EINVAL): the device is not attached."""
         hwpt = self._attached.get(pasid)
         if hwpt is None:
             raise IommuError(errno.EINVAL, f"{self} is not attached")
-        self._forget(pasid)
+        self._remove(pasid)
         if pasid is None:
             hwpt.ioas.unreserve(self)
         if not any(d.group is self.group and pasid in d._attached for d in self.context.devices):
@@ -340,7 +342,7 @@ class Device(Object):
                 self.group.detach()
             else:
                 self.group.detach_pasid(pasid)
-            self._give_up(hwpt, pasid)
+            self._cancel_requests(hwpt, pasid)
         self._drop_auto(hwpt)
 
     def _resolve(self, target: Ioas | Hwpt, shared: Hwpt | None) -> Hwpt:
@@ -355,7 +357,7 @@ class Device(Object):
         return Hwpt(self.context, self._paging(AllocFlags.NONE), target, auto=True)
 
     def _check_fits(self, hwpt: Hwpt, pasid: int | None) -> None:
-        """What the domain does not know of: page requests, and the rule of IOMMU_HWPT_ALLOC_PASID."""
+        """Checks that need more than the domain: page requests, and the rule of IOMMU_HWPT_ALLOC_PASID."""
         if hwpt.fault is not None and not self.group.iommu.capabilities.can_wait:
             raise IommuError(errno.EOPNOTSUPP, f"{self}: {self.group.iommu.name} has no page requests for {hwpt}")
         here = {other: h for (group, other), h in self.context.attached.items() if group is self.group} | {pasid: hwpt}
@@ -368,22 +370,22 @@ class Device(Object):
         for span in off_limits(self.endpoint.reserved):
             ioas.reserve(span, self)
 
-    def _give_up(self, hwpt: Hwpt, pasid: int | None) -> None:
+    def _cancel_requests(self, hwpt: Hwpt, pasid: int | None) -> None:
         if hwpt.fault is not None:
-            hwpt.fault.give_up((endpoint.name for endpoint in self.group.endpoints), pasid)
+            hwpt.fault.cancel((endpoint.name for endpoint in self.group.endpoints), pasid)
 
-    def _show(self, hwpt: Hwpt, pasid: int | None) -> None:
+    def _attach_group(self, hwpt: Hwpt, pasid: int | None) -> None:
         if pasid is None:
             self.group.attach(hwpt.domain)
         else:
             self.group.attach_pasid(hwpt.domain, pasid)
 
-    def _note(self, hwpt: Hwpt, pasid: int | None) -> None:
+    def _record(self, hwpt: Hwpt, pasid: int | None) -> None:
         self._attached[pasid] = self.context.attached[self.group, pasid] = hwpt
         hwpt.users += 1
         self.users += 1
 
-    def _forget(self, pasid: int | None) -> None:
+    def _remove(self, pasid: int | None) -> None:
         self._attached.pop(pasid).users -= 1
         self.users -= 1
 

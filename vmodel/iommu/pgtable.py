@@ -1,4 +1,4 @@
-"""Which I/O page tables there are, and where one is: the shim walks them.
+"""Formats of I/O page tables, and the description of one table; the shim walks them.
 
 Levels count from the bottom: an entry of level 1 maps 4 KiB, of level 2 2 MiB, and so on; Arm counts the other way, its
 "level 3" is 1 here.  Every table but the top one has 512 entries of 8 bytes.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 
 class TableFormat(enum.IntEnum):
-    """Which specification a table follows; the values are the shim's `enum vms_table_format`."""
+    """The format of a table; the values are the shim's `enum vms_table_format`."""
 
     VTD_SECOND = 0
     X86 = 1
@@ -28,7 +28,7 @@ class TableFormat(enum.IntEnum):
 
 
 class TableFlag(enum.IntFlag):
-    """What a walk may do, and which optional features there are; the values are the shim's VMS_TABLE_*."""
+    """Permissions of a walk, and optional features of a format; the values are the shim's VMS_TABLE_*."""
 
     SET_ACCESSED = 1
     SET_DIRTY = 2
@@ -42,7 +42,7 @@ NO_FLAGS = TableFlag(0)
 
 
 def page_bits(level: int) -> int:
-    """log2 of what an entry of this level maps."""
+    """log2 of the bytes that an entry of this level maps."""
     return 12 + 9 * (level - 1)
 
 
@@ -65,10 +65,10 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Table:
-    """Where a guest's table is and what it looks like; the fields are the shim's `struct vms_table`.
+    """The address and shape of a guest's table; the fields are the shim's `struct vms_table`.
 
     `root`: address of the top table, on a 4 KiB boundary.  `input_bits`: width of IOVAs.  `output_bits`: width of the
-    addresses in entries.  ValueError where the shim says EINVAL.
+    addresses in entries.  ValueError: a value that the shim rejects with EINVAL.
     """
 
     format: TableFormat

@@ -1,4 +1,4 @@
-"""Uses of what an IOMMU has cached and the tables no longer say: a driver has forgotten to invalidate it."""
+"""Uses of stale translations: the tables have changed, and the driver has not invalidated the cached entry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmodel.errors import Access, Reason
 
 @dataclass(frozen=True)
 class StaleUse:
-    """One access that went by something stale, of the device `requester` of `iommu`."""
+    """One access of the device `requester` behind `iommu` that used a stale cache entry."""
 
     iommu: str
     requester: str

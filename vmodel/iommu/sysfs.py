@@ -1,4 +1,4 @@
-"""Groups as files, in the shape of Linux's /sys/kernel/iommu_groups, for tools and tests that read that."""
+"""Groups as files in the layout of Linux's /sys/kernel/iommu_groups, for tools and tests that read it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vmodel.pci.topology import Function, bridges_above
 
 
 def export(system: System, folder: Path) -> None:
-    """Writes `folder`, which must not exist or be empty: iommu_groups/N/{type,reserved_regions,devices/}, and devices/.
+    """Writes iommu_groups/N/{type,reserved_regions,name,devices/} and devices/ to `folder`, a snapshot of the system.
 
-    Files are read-only; a snapshot, which does not follow changes.  IommuError(EEXIST); OSError.
+    `folder` must not exist or be empty; the files are read-only.  IommuError(EEXIST): it is not empty.  OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -46,7 +46,7 @@ def _line(region: ReservedRegion) -> str:
 
 
 def _place(endpoint: Endpoint) -> Path:
-    """As below /sys: devices/pci0000:00/0000:00:04.0/0000:01:00.0, or devices/platform/NAME."""
+    """A device's path below /sys: devices/pci0000:00/0000:00:04.0/0000:01:00.0, or devices/platform/NAME."""
     source = endpoint.source
     if not isinstance(source, Function):
         return Path("devices", "platform", source.name.replace("/", "!"))  # as Linux's kobject names

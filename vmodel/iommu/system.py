@@ -1,4 +1,4 @@
-"""`System`: all IOMMUs of a machine, the devices that they cover, and the groups that follow."""
+"""`System`: the IOMMUs, devices and groups of a machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vmodel.pci.topology import Function, Topology
 class System:
     """The IOMMUs, endpoints and groups of one machine.
 
-    `group_mf`: all functions of a device are one group (virtual functions never are).
+    `group_mf`: all functions of a multifunction device form one group (never its virtual functions).
     """
 
     def __init__(self, topology: Topology | None = None, *, group_mf: bool = False) -> None:
@@ -36,10 +36,10 @@ class System:
         self._numbers = itertools.count()
 
     def add_iommu(self, iommu: Iommu) -> Iommu:
-        """IOMMUs come before the devices that they cover.  IommuError(EEXIST): the name is taken."""
+        """Adds an IOMMU; it must be added before the devices that it covers.  IommuError(EEXIST): the name is used."""
         with self._lock:
             if any(other.name == iommu.name for other in self.iommus):
-                raise IommuError(errno.EEXIST, f"there is an IOMMU {iommu.name!r} already")
+                raise IommuError(errno.EEXIST, f"an IOMMU {iommu.name!r} already exists")
             self.iommus.append(iommu)
         return iommu
 
@@ -53,14 +53,15 @@ class System:
         bypass: bool = False,
         reserved: Iterable[ReservedRegion] = (),
     ) -> Endpoint:
-        """A device comes, at the start or hot-plugged, and is attached to its group's domain before its first DMA.
+        """Adds a device, at the start or hot-plugged, and attaches it to its group's domain before its first DMA.
 
-        `iommu`: that one rather than the first that covers it; `bypass`: none.  Without a group it is not translated.
-        IommuError: EEXIST it is there already; EINVAL its group has a domain that does not fit it.
+        `iommu`: the IOMMU to use instead of the first that covers the device; `bypass`: use none.  DMA of a device
+        without a group is not translated.  IommuError: EEXIST the device already exists; EINVAL its group has a domain
+        that does not fit it.
         """
         with self._lock:
             if any(e.source == source for e in self.endpoints):
-                raise IommuError(errno.EEXIST, f"{source} is there already")
+                raise IommuError(errno.EEXIST, f"{source} already exists")
             if iommu is None and not bypass:
                 iommu = next((candidate for candidate in self.iommus if source in candidate), None)
             endpoint = Endpoint(name or getattr(source, "name", ""), source, iommu, requester, reserved)
@@ -73,12 +74,12 @@ class System:
                     if found.group is None:
                         self.groups.append(group)
             if endpoint.group is None:
-                endpoint.show(None)  # it may have been here before, behind an IOMMU
+                endpoint.attach(None)  # its requester may still have a domain from an earlier add()
             self.endpoints.append(endpoint)
             return endpoint
 
     def remove(self, endpoint: Endpoint) -> None:
-        """A device goes.  It is detached; its group goes with its last member.  ValueError: it is not there."""
+        """Removes and detaches a device; the last one of a group removes the group.  ValueError: it was not added."""
         with self._lock:
             self.endpoints.remove(endpoint)
             group = endpoint.group
@@ -94,7 +95,7 @@ class System:
         raise KeyError(name)
 
     def settle(self) -> Iterator[Endpoint]:
-        """Endpoints in the order in which a guest enumerates them; those that are not PCI last."""
+        """The endpoints in the order in which a guest enumerates them; platform devices last."""
         order = {function: n for n, function in enumerate(self.topology.functions())}
         yield from sorted(
             self.endpoints,
@@ -102,7 +103,7 @@ class System:
         )
 
     def close(self) -> None:
-        """Flushes what deferred domains hold back; their timers end."""
+        """Flushes all domains with deferred flushes, which ends their timers."""
         for domain in {d for g in self.groups for d in (g.domain, g.default_domain, *g.pasids.values())}:
             if isinstance(domain, PagingDomain):
                 with contextlib.suppress(IommuError):

@@ -218,7 +218,7 @@ class Contexts:
             context = self._shown.get((endpoint.requester_id or 0, pasid))
             if endpoint.requester_id != first.requester_id:
                 nothing = self.unread if pasid is None else None
-                endpoint.show(nothing if context is None else context.domain, pasid)
+                endpoint.attach(nothing if context is None else context.domain, pasid)
             if context is not None:
                 endpoint.chosen_by(self._memory, context.entry.words, pasid)
 
@@ -363,7 +363,7 @@ class Contexts:
         on = self._ats(endpoint)
         if on != (endpoint.name in self._with_tlb):
             (self._with_tlb.add if on else self._with_tlb.discard)(endpoint.name)
-            endpoint.has_tlb(on)
+            endpoint.set_ats(on)
             self._flush_device(endpoint, _ALL)
         return on
 
@@ -373,9 +373,9 @@ class Contexts:
                 self._has_tlb(endpoint)
 
     def _flush_device(self, endpoint: Endpoint, span: Span) -> None:
-        endpoint.forget(span)
+        endpoint.invalidate(span)
         for pasid in [] if endpoint.group is None else list(endpoint.group.pasids):
-            endpoint.forget(span, pasid)
+            endpoint.invalidate(span, pasid)
 
     def flush_device(self, source: int, span: Span, pasid: int | None = None, everything: bool = False) -> None:
         """Device-TLB invalidation: IOVAs of requests with a PASID, or without; `everything`: with any, or none."""
@@ -390,7 +390,7 @@ class Contexts:
                     if everything:
                         self._flush_device(endpoint, span)
                     else:
-                        endpoint.forget(span, pasid)
+                        endpoint.invalidate(span, pasid)
 
         self._invalidate(
             "device-tlb", flush, lambda: {s for s, _ in self.entries if s & 0xFFFF == source}, **_where(span)

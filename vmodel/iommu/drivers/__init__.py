@@ -1,4 +1,4 @@
-"""The kinds of IOMMUs, by the name that a machine file uses."""
+"""The kinds of IOMMUs: `KINDS` has them by their names in machine files."""
 
 from vmodel.iommu.driver import Driver
 from vmodel.iommu.drivers.amd_vi import AmdVi

@@ -16,12 +16,12 @@ _Address = Annotated[str, AfterValidator(bdf_text)]
 
 
 class AmdVi(Driver):
-    """A device table for each segment; the IVRS says under which id a device's requests come (5.2.2, alias)."""
+    """Each segment has a device table; the IVRS gives the requester id of each device's requests (5.2.2, alias)."""
 
     kind, title = "amd-vi", "AMD-Vi"
     formats = frozenset((TableFormat.AMD_V1, TableFormat.X86))
     nested_formats = frozenset((TableFormat.X86,))
-    # Version 1 tables have every power of two (2.2.3).
+    # Version 1 tables support every power of two (2.2.3).
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(36)), fault_queue_depth=512, reserved=(X86_MSI,)
     )

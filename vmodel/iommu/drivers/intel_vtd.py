@@ -13,7 +13,7 @@ from vmodel.pci.topology import Bdf
 
 
 class IntelVtd(Driver):
-    """Requests carry a source-id (3.4.1): the bus, device and function nearest to the root; DRHDs have a segment."""
+    """Requests carry a source-id (3.4.1): bus, device and function nearest to the root; a DRHD covers one segment."""
 
     kind, title = "vt-d", "Intel VT-d"
     formats = frozenset((TableFormat.VTD_SECOND, TableFormat.X86))
@@ -34,12 +34,8 @@ class IntelVtd(Driver):
         scalable: bool = Field(
             False, description="a guest may use scalable mode: PASIDs, first-stage and nested tables"
         )
-        ats: bool = Field(
-            False, description="a guest may let devices have TLBs of their own, and in scalable mode page requests"
-        )
-        report_stale: bool = Field(
-            False, description="log and count each use of what is cached and the tables no longer say"
-        )
+        ats: bool = Field(False, description="a guest may enable ATS for devices, and in scalable mode page requests")
+        report_stale: bool = Field(False, description="log and count each use of a stale translation")
 
     def requester_id(self, source: Source) -> int | None:
         if isinstance(source, PlatformDevice):

@@ -12,11 +12,11 @@ from vmodel.span import KiB, Span
 
 
 class Pamu(Driver):
-    """Devices carry a LIODN.  Newer PCI controllers give each function its own, older ones have one for all."""
+    """Devices have a LIODN.  Newer PCI controllers have one for each function, older ones one for all functions."""
 
     kind, title = "pamu", "Freescale PAMU"
     formats = frozenset()
-    # Windows of any power of two (PAACE); 36 bits of address.
+    # Windows may have any power of two as size (PAACE); addresses have 36 bits.
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(25)),
         input_bits=36,
@@ -33,7 +33,7 @@ class Pamu(Driver):
     class Params(KindParams):
         """Parameters of PAMU."""
 
-        partitioned: bool = Field(default=True, description="PCI controllers tell their functions apart")
+        partitioned: bool = Field(default=True, description="PCI controllers have a LIODN for each function")
         liodns: dict[str, int] = Field(
             default_factory=dict, description="LIODN of each platform device, PCI function, or PCI controller (segment)"
         )
@@ -46,7 +46,7 @@ class Pamu(Driver):
         return found
 
     def why_not(self, source: Source) -> str:
-        return "no LIODN is given to it"
+        return "it has no LIODN"
 
     def describe_id(self, requester_id: int) -> str:
         return f"LIODN {requester_id}"

@@ -12,10 +12,10 @@ from vmodel.span import KiB, MiB
 
 
 class PowerPe(Driver):
-    """A host bridge isolates partitionable endpoints (PEs), here one for each bus; one without PEs is a single group.
+    """A host bridge isolates partitionable endpoints (PEs), here one for each bus; without PEs it is a single group.
 
-    What bridges give their own id to is in the PE of that id's bus.
-    Its tables (TCEs) are the host's own: no guest format is walked.
+    A device whose requests carry a bridge's id is in the PE of that id's bus.  The tables (TCEs) are the host's own: no
+    guest format is walked.
     """
 
     kind, title = "power-pe", "POWER PE"
@@ -42,7 +42,7 @@ class PowerPe(Driver):
         return source.bdf.segment << 16 | bus
 
     def why_not(self, source: Source) -> str:
-        return "it is behind no host bridge"
+        return "it is not behind a host bridge"
 
     def describe_id(self, requester_id: int) -> str:
         return f"PE {requester_id >> 16:04x}:{requester_id & 0xFFFF:02x}"

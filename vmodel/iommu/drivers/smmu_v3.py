@@ -10,7 +10,7 @@ from vmodel.iommu.pgtable import TableFormat
 
 
 class StreamMap(KindParams):
-    """An id mapping of the IORT: requester ids of one segment to stream ids."""
+    """An id mapping of the IORT: from requester ids of one segment to stream ids."""
 
     segment: int = Field(default=0, ge=0, lt=1 << 16)
     first_rid: int = Field(default=0, ge=0, lt=1 << 16)
@@ -19,7 +19,7 @@ class StreamMap(KindParams):
 
 
 class SmmuV3(Driver):
-    """Each device has a stream id; stage 1, stage 2, and one over the other (3.2, 3.3)."""
+    """Each device has a stream id; tables are stage 1, stage 2, or stage 1 over stage 2 (3.2, 3.3)."""
 
     kind, title = "smmu-v3", "Arm SMMUv3"
     formats = frozenset((TableFormat.ARM_S1, TableFormat.ARM_S2))
@@ -54,7 +54,7 @@ class SmmuV3(Driver):
         return None
 
     def why_not(self, source: Source) -> str:
-        return f"no stream id of {self.params.stream_bits} bits stands for it"
+        return f"it has no stream id of {self.params.stream_bits} bits"
 
     def describe_id(self, requester_id: int) -> str:
         return f"stream {requester_id:#x}"

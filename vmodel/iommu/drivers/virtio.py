@@ -10,7 +10,7 @@ from vmodel.span import KiB
 
 
 class VirtioIommu(Driver):
-    """Devices have endpoint ids, which VIOT gives to PCI requester ids and MMIO devices; mappings come by request."""
+    """Devices have endpoint ids, which VIOT assigns to PCI requester ids and MMIO devices; requests make mappings."""
 
     kind, title = "virtio-iommu", "virtio-iommu"
     formats = frozenset()
@@ -41,7 +41,7 @@ class VirtioIommu(Driver):
         return endpoint if endpoint < 1 << 32 else None
 
     def why_not(self, source: Source) -> str:
-        return "VIOT gives it no endpoint id"
+        return "VIOT assigns no endpoint id to it"
 
     def describe_id(self, requester_id: int) -> str:
         return f"endpoint {requester_id:#x}"
