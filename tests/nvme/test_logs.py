@@ -34,14 +34,16 @@ def test_smart_counts(driver: Driver) -> None:
 
 @pytest.mark.parametrize("opcode", [0x02, 0x05, 0x0C])
 def test_what_is_read(started: Callable[..., Driver], opcode: int) -> None:
-    """5.14.1.2: Data Units Read has the blocks of Compare, Read and Verify."""
+    """5.14.1.2: Data Units Read has the blocks of Compare, Read and Verify; Host Read Commands the first two."""
     driver = started(namespaces=[{"memory": "8M"}])
     pair = driver.create(1)
     pages = [driver.memory.take(PAGE) for _ in range(256)]
     lists = driver.memory.take(PAGE)
     driver.memory.write(lists, struct.pack("<255Q", *pages[1:]))
     assert pair.send(opcode, nsid=1, dptr=prps(pages[0], lists), cdw12=2047).status == 0
-    assert int.from_bytes(driver.log(2, 512)[32:48], "little") == 3  # 2048 units of 512 bytes
+    data = driver.log(2, 512)
+    assert int.from_bytes(data[32:48], "little") == 3  # 2048 units of 512 bytes
+    assert int.from_bytes(data[64:80], "little") == (opcode != 0x0C)
 
 
 def test_shutdowns_that_are_none(driver: Driver) -> None:
@@ -60,9 +62,15 @@ def test_shutdowns_that_are_none(driver: Driver) -> None:
     assert (data[112], data[144]) == (3, 1)
 
 
-def test_smart_of_a_namespace(driver: Driver) -> None:
-    for nsid, status in ((1, "INVALID_FIELD"), (99, "INVALID_NAMESPACE"), (0, "SUCCESS")):
-        done = driver.admin.send(GET_LOG, nsid=nsid, cdw10=127 << 16 | 2, dptr=prps(driver.page))
+@pytest.mark.parametrize("page", [1, 2, 3, 4, 5, 6, 0x81])
+def test_pages_of_a_namespace(driver: Driver, page: int) -> None:
+    """5.14.1: of a page that is the controller's or the subsystem's, NSID is 0h or FFFFFFFFh, else Invalid Field.
+
+    5.15.2.2, LPA bit 0: SMART is the controller's, too.
+    """
+    assert not driver.identify(1)[261] & 1
+    for nsid, status in ((1, "INVALID_FIELD"), (99, "INVALID_FIELD"), (0, "SUCCESS"), (0xFFFF_FFFF, "SUCCESS")):
+        done = driver.admin.send(GET_LOG, nsid=nsid, cdw10=127 << 16 | page, dptr=prps(driver.page))
         assert name(done) == status
 
 

@@ -41,7 +41,7 @@ class Health:
     def __init__(self) -> None:
         self.bytes_read = 0
         self.bytes_written = 0
-        #: Commands, as SMART counts them: Compare and Verify are reads, too.
+        #: Commands, as SMART counts them: Compare is a read, Verify none.
         self.reads = 0
         self.writes = 0
         #: The host has written blocks since the last sanitize operation.

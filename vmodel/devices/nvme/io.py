@@ -364,7 +364,6 @@ class IoCommands:
         namespace, offset, length = self._target(command)
         self._readable(namespace, command.slba, command.blocks)
         yield namespace, Job(Op.VERIFY, offset, length)
-        self._host.health.reads += 1
         self._host.health.bytes_read += length
 
     def _copy(self, command: NvmeCommand) -> Steps:

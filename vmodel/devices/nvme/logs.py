@@ -141,6 +141,8 @@ class Logs:
             raise CommandError(NvmeStatus.INVALID_LOG_PAGE, location=40)
         if offset & 3:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=48)
+        if command.nsid not in (0, BROADCAST):  # none is of a namespace: LPA says so of SMART (5.14.1)
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=4)
         whole = build_page(command)
         if offset > len(whole):
             raise CommandError(NvmeStatus.INVALID_FIELD, location=48)
@@ -173,10 +175,6 @@ class Logs:
         return b"".join(entries).ljust(64 * ERROR_ENTRIES, b"\0")
 
     def _smart(self, command: NvmeCommand) -> bytes:
-        # Of the whole controller only: LPA says so.
-        if command.nsid not in (0, BROADCAST):
-            self._controller.inventory.check(command.nsid)
-            raise CommandError(NvmeStatus.INVALID_FIELD, location=4)
         health, features = self._controller.health, self._controller.features
         fields = {
             "critical_warning": features.temperature_warning << 1,
