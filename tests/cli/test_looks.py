@@ -1,4 +1,4 @@
-"""How commands look: colours, help."""
+"""How commands look: colours, several plans."""
 
 from __future__ import annotations
 
@@ -12,22 +12,6 @@ def test_no_color(tmp_path: Path) -> None:
     assert b"\x1b[32m" in in_terminal("doctor")
     shown = in_terminal("doctor", env={"NO_COLOR": "1"})
     assert b"ok" in shown and b"\x1b[" not in shown, shown
-
-
-def test_help_says_whole_sentences() -> None:
-    """In 80 columns no command's line is cut."""
-
-    def look(*path: str) -> None:
-        text = vmodel(*path, "--help", COLUMNS="80").stdout
-        assert max(map(len, text.splitlines())) <= 80, path
-        _, found, commands = text.partition("\nCommands:\n")
-        for line in commands.splitlines():
-            name, _, said = line.strip().partition(" ")
-            assert said.strip().endswith(".") and not said.endswith("..."), line
-            look(*path, name)
-        assert found or path, "there are commands"
-
-    look()
 
 
 def test_several_plans(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vmodel.cli import main
 from vmodel.patience import patience
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,4 @@ def test_the_commands_exist() -> None:
     for script in set(re.findall(r"\./(scripts/[\w-]+)", text)):
         assert (ROOT / script).stat().st_mode & 0o111, script
     for command in set(re.findall(r"`vmodel ([\w-]+)", text)):
-        done = subprocess.run(
-            [sys.executable, "-m", "vmodel", command, "--help"], capture_output=True, timeout=patience(60), check=False
-        )
-        assert done.returncode == 0, command
+        assert main([command, "--help"]) == 0, command

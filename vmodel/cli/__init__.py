@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import cast
 
 import typer
 
-from vmodel.cli.doctor import doctor, mend_shim
+from vmodel.cli.doctor import mend_shim
 from vmodel.cli.output import safely
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import ArtifactError
@@ -40,54 +41,52 @@ def _options(
     """Emulated PCI devices in Python for stock QEMU, over vfio-user."""
 
 
-def _commands() -> list[Callable[..., None]]:
-    """All commands except doctor.  ImportError: the compiled shim, which they need, is missing or broken."""
-    from vmodel.cli.acpi import acpi
-    from vmodel.cli.campaign import campaign, sweep
-    from vmodel.cli.groups import groups
-    from vmodel.cli.guest import guest
-    from vmodel.cli.inject import log
-    from vmodel.cli.inspect import devices, regs
-    from vmodel.cli.repeat import minimise, reproduce
-    from vmodel.cli.report import report
-    from vmodel.cli.run import run
-    from vmodel.cli.serve import qemu_args, serve
-
-    return [
-        serve,
-        run,
-        qemu_args,
-        guest,
-        groups,
-        acpi,
-        devices,
-        regs,
-        log,
-        sweep,
-        campaign,
-        reproduce,
-        minimise,
-        report,
-    ]
+#: Each command's module in this folder.  All but doctor need the compiled shim.
+_COMMANDS = {
+    "serve": "serve",
+    "run": "run",
+    "qemu-args": "serve",
+    "guest": "guest",
+    "groups": "groups",
+    "acpi": "acpi",
+    "devices": "inspect",
+    "regs": "inspect",
+    "log": "inject",
+    "sweep": "campaign",
+    "campaign": "campaign",
+    "reproduce": "repeat",
+    "minimise": "repeat",
+    "report": "report",
+    "doctor": "doctor",
+}
+#: Commands with subcommands: their module's `app`.
+_GROUPS = ("bench", "iommu", "plan", "inject")
+#: Set by the shell's completion, which asks for any command.
+_COMPLETE = "_VMODEL_COMPLETE"
 
 
-def _groups() -> dict[str, typer.Typer]:
-    """Commands with subcommands."""
-    from vmodel.cli import bench, inject, iommu, plan
+def _load(names: Collection[str]) -> tuple[dict[str, Callable[..., None]], dict[str, typer.Typer]]:
+    """These commands, and those with subcommands; loading only what is called makes the start a third shorter.
 
-    return {"bench": bench.app, "iommu": iommu.app, "plan": plan.app, "inject": inject.app}
+    ImportError: the compiled shim is missing or broken.
+    """
+    commands = {
+        name: getattr(import_module(f"vmodel.cli.{module}"), name.replace("-", "_"))
+        for name, module in _COMMANDS.items()
+        if name in names
+    }
+    return commands, {name: import_module(f"vmodel.cli.{name}").app for name in _GROUPS if name in names}
 
 
-def _app(commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer]) -> typer.Typer:
+def _app(commands: dict[str, Callable[..., None]], groups: dict[str, typer.Typer]) -> typer.Typer:
     app = typer.Typer(
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for command in commands:
-        app.command(name=command.__name__.replace("_", "-"))(command)
+    for name, command in commands.items():
+        app.command(name=name)(command)
     for name, group in groups.items():
         app.add_typer(group, name=name)
     return app
@@ -101,14 +100,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    everything = {*_COMMANDS, *_GROUPS}
     try:
-        commands, groups = [*_commands(), doctor], _groups()
+        one = arguments[0] in everything and _COMPLETE not in os.environ
+        commands, groups = _load(arguments[:1] if one else everything)
     except ImportError as error:
         if error.name != "vmodel._vmshim":
             raise
-        if arguments[0] != "doctor":
-            return _fail(f"the C shim cannot be loaded ({error}): {mend_shim()}", status=1)
-        commands, groups = [doctor], {}
+        return _fail(f"the C shim cannot be loaded ({error}): {mend_shim()}", status=1)
     try:
         result = _app(commands, groups)(arguments, prog_name="vmodel", standalone_mode=False)
         sys.stdout.flush()

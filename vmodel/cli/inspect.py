@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from vmodel.cli.complete import models
 from vmodel.cli.output import AsJson, console, show
 from vmodel.devices import BUILTIN
 from vmodel.machine import load_model
@@ -31,7 +32,9 @@ def _identity(model: object) -> dict[str, object]:
 
 
 def regs(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help='A built-in, or "path/file.py:Class".')],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help='A built-in, or "path/file.py:Class".', autocompletion=models)
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show a model's register map."""

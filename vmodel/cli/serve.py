@@ -19,13 +19,17 @@ import typer
 
 from vmodel import machine as machines
 from vmodel import status
+from vmodel.cli.complete import machine_files
 from vmodel.cli.output import Verbose, log_to_stderr
 from vmodel.control import Control
 from vmodel.errors import ConfigError
 from vmodel.inject import Engine, FaultPlan, live, parse_rule
 from vmodel.server import Server
 
-MachinePath = Annotated[Path, typer.Argument(metavar="MACHINE.toml", help="The machine file.", show_default=False)]
+MachinePath = Annotated[
+    Path,
+    typer.Argument(metavar="MACHINE.toml", help="The machine file.", show_default=False, autocompletion=machine_files),
+]
 RunDir = Annotated[
     Path | None,
     typer.Option(
