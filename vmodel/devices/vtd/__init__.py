@@ -1,1 +1,1 @@
-"""Intel VT-d: a remapping unit that a guest drives.  Section numbers are those of the specification, 4.1."""
+"""Intel VT-d: a remapping unit that a guest drives.  Section numbers refer to the specification, revision 4.1."""

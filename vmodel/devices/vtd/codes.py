@@ -1,4 +1,4 @@
-"""Fault reasons (7.1.3; names are ours), and which of them a failed walk is."""
+"""Fault reasons (7.1.3, the names are not the specification's), and the fault reason of a failed walk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vmodel.iommu.fault import FaultRecord
 
 
 class FaultCode(enum.IntEnum):
-    """What a fault record says."""
+    """Fault reason of a fault record (7.1.3)."""
 
     ROOT_NOT_PRESENT = 0x1
     CONTEXT_NOT_PRESENT = 0x2
@@ -24,7 +24,7 @@ class FaultCode(enum.IntEnum):
     CONTEXT_RESERVED = 0xB
     TABLE_RESERVED = 0xC
     NO_DEVICE_TLB = 0xD
-    # From here on: scalable mode's.
+    # Scalable mode:
     MODE = 0x30
     PASID_IN_LEGACY = 0x31
     PAGE_REQUEST_IN_LEGACY = 0x32
@@ -90,16 +90,16 @@ _SECOND = {
     Reason.RESERVED_BITS: FaultCode.SECOND_RESERVED,
     Reason.TABLE_ACCESS: FaultCode.SECOND_ACCESS,
     Reason.TABLE_CHANGING: FaultCode.SECOND_ACCESS,
-    # A guess: the text speaks of permissions only, and an entry without any is not present.
+    # A guess: the text mentions missing permissions only, and an entry without any permission is not present.
     Reason.NOT_MAPPED: FaultCode.SECOND_PERMISSION,
 }
-#: Of an address that the first stage gave, or of one of its entries.
+#: For nested translation: the second stage translates the first stage's result, or the address of one of its entries.
 _NESTED = {**_SECOND, Reason.INPUT_WIDTH: FaultCode.SECOND_TOO_WIDE, Reason.PERMISSION: FaultCode.SECOND_PERMISSION}
 
 
 def walk_code(record: FaultRecord, stage: Stage, scalable: bool) -> FaultCode | None:
-    """What a failed walk is; None: what happens after translation, which is not the unit's to report."""
-    # After translation there are permissions, too: those of memory itself have no level.
+    """The fault reason of a failed walk; None: the access failed after translation, which the unit does not report."""
+    # Memory itself has permissions, too: a fault of those has no level.
     if record.reason in (Reason.NOT_MAPPED, Reason.PERMISSION) and not record.level:
         return None
     write = Access.WRITE in record.access
@@ -111,7 +111,7 @@ def walk_code(record: FaultRecord, stage: Stage, scalable: bool) -> FaultCode | 
             FaultCode.SM_NO_WRITE if write else FaultCode.SM_NO_READ,
         )
     else:
-        # What is present may be read, but for U/S.
+        # A present entry allows reads; only the U/S bit can deny one.
         known, denied = _FIRST, FaultCode.SM_NO_WRITE if write else FaultCode.PRIVILEGE
     if record.reason in known:
         return known[record.reason]

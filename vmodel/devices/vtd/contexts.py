@@ -1,9 +1,9 @@
-"""The context cache and the PASID cache (6.2): which domain each request goes through, and for how long.
+"""The context cache and the PASID cache (6.2), which choose the domain of each request.
 
-A device without an entry in the caches is attached to `unread`, which lets nothing through, and its PASIDs to nothing.
-So its first access fails, `resolve` reads its entries and attaches what they say, and the access is tried again.  After
-that memory is not looked at until the guest invalidates the entries, as with CAP.CM clear: what is not present is never
-cached.
+A device without a cached entry is attached to `unread`, which blocks all requests; its PASIDs are not attached.  So its
+first access fails, `resolve` reads its entries from memory and attaches the domain that they describe, and the access
+is tried again.  After that, memory is not read until the guest invalidates the entries.  As with CAP.CM clear, entries
+that are not present are never cached.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from vmodel.memory import GuestMemory
 from vmodel.points import Point, Points
 from vmodel.span import PAGE, Span
 
-#: Source-id, and the PASID of a request or of an entry, if any.
+#: (source-id, PASID or None) of a request or of an entry.
 Key = tuple[int, int | None]
-#: Reasons for which a request without an entry fails.
+#: The reasons of a fault that is due to a missing cache entry.
 _UNREAD = frozenset((Reason.BLOCKED, Reason.PASID))
-#: How many entries are cached, and how many refusals are remembered until they are reported.
+#: Most cached entries, and most refusals that are kept until they are reported.
 _MOST = 4096
 _ALL = Span(0, (1 << 64) - 1)
 
 
 @dataclass(frozen=True)
 class CachedContext:
-    """A cached entry, and the domain that it leads to."""
+    """A cached entry, and the domain that it describes."""
 
     entry: Entry
     domain: Domain
 
 
 class Contexts:
-    """Which domain each device behind a unit goes through.  Any thread may call it."""
+    """Chooses the domain of each device behind a unit, by the guest's tables.  Any thread may call it."""
 
     def __init__(
         self,
@@ -60,9 +60,10 @@ class Contexts:
         page_handler: PageHandler | None,
         points: Points,
     ) -> None:
-        """`covered`: the devices behind the unit at any time; `memory`: where tables are read.
+        """`covered` returns the devices behind the unit; tables are read from `memory`.
 
-        `ats`: whether a device uses a TLB of its own now; `page_handler`: asked for pages, None: there are no requests.
+        `ats` returns whether a device currently uses its own TLB; `page_handler` handles page requests, None: they are
+        not supported.
         """
         self._points = points
         self.iommu = iommu
@@ -70,7 +71,7 @@ class Contexts:
         self.cap, self.ecap = VtdCap(cap), Ecap(ecap)
         #: GSTS.TES.
         self.enabled = False
-        #: What is not translated goes through it: identity, less protected memory.
+        #: The domain of requests that are not translated: identity without protected memory.
         self.plain: Domain = iommu.identity
         self.unread = BlockedDomain()
         self.unread.name = "no context entry read"
@@ -78,13 +79,13 @@ class Contexts:
         self.directories: dict[int, Directory] = {}
         #: The PASID cache; in legacy mode (no PASID) the context cache.
         self.entries: dict[Key, CachedContext] = {}
-        #: What requests go through, by the PASID that they carry.
-        self._shown: dict[Key, CachedContext] = {}
-        #: Why there is nothing that they could go through, and why a page request was not passed on.
+        #: The attached contexts, by the PASID that requests carry.
+        self._attached: dict[Key, CachedContext] = {}
+        #: Why requests have no context, and why a page request was refused.
         self._why: dict[Key, Refused] = {}
         self._unasked: dict[Key, Refused] = {}
         self._memory = memory
-        #: How the unit itself reaches memory, whatever its function's Command says: SeaBIOS leaves bus mastering off,
+        #: The unit's own DMA.  It does not depend on the function's Command register: SeaBIOS leaves bus mastering off,
         #: and the guest does not see the function.
         self.dma = Dma(memory)
         self.dma.bus_master = True
@@ -92,19 +93,19 @@ class Contexts:
         self.tables = Tables(self.dma, self.cap, self.ecap, self._output_bits)
         self._ats = ats
         self._page_handler = page_handler
-        #: Devices that had a TLB of their own when that was last looked at.
+        #: Devices that used their own TLB at the last check.
         self._with_tlb: set[str] = set()
         self._lock = threading.RLock()
 
     # ---- on and off ------------------------------------------------------------------------
 
     def enable(self, on: bool) -> None:
-        """GCMD.TE.  Either way the caches are empty afterwards."""
+        """Applies GCMD.TE; the caches are empty afterwards."""
         with self._lock:
             self.enabled = on
             self.directories.clear()
             self.entries.clear()
-            self._shown.clear()
+            self._attached.clear()
             self._why.clear()
             self._unasked.clear()
             for group in {endpoint.group for endpoint in self._covered()}:
@@ -114,7 +115,7 @@ class Contexts:
                     group.set_default(self.unread if on else self.plain)
 
     def protect(self, spans: Iterable[Span]) -> None:
-        """Protected memory (11.4.7): what is not translated does not get there, without a fault being recorded."""
+        """Sets protected memory (11.4.7): untranslated requests to it are blocked, without a fault record."""
         with self._lock:
             self.plain = _without(self.iommu, spans)
             if not self.enabled:
@@ -125,31 +126,34 @@ class Contexts:
     # ---- reading ---------------------------------------------------------------------------
 
     def resolve(self, endpoint: Endpoint, fault: DmaFault) -> bool:
-        """An access has failed: whether that was for want of an entry, and there is one now."""
+        """Reads a device's entries after a fault; returns whether the access may succeed now.
+
+        That is so if the access failed because its entries were not cached, and the entries allow it.
+        """
         source = endpoint.requester_id
         if source is None or fault.reason not in _UNREAD:
             return False
         key = source, fault.pasid
         with self._lock:
-            if not self.enabled:  # perhaps since a moment ago
+            if not self.enabled:  # it may have been disabled after the fault
                 return fault.reason is Reason.BLOCKED
-            if key in self._shown:  # another thread, or device of this source-id, was first
+            if key in self._attached:  # another thread, or another device with this source-id, was first
                 return True
             try:
-                self._shown[key] = self._look_up(endpoint, source, fault.pasid)
-                self._show(endpoint, fault.pasid)
+                self._attached[key] = self._look_up(endpoint, source, fault.pasid)
+                self._apply(endpoint, fault.pasid)
             except Refused as refused:
                 _note(self._why, key, refused)
                 return False
             except IommuError:
-                self._shown.pop(key, None)
+                self._attached.pop(key, None)
                 code = FaultCode.PASID_INVALID if self.tables.scalable else FaultCode.CONTEXT_INVALID
                 _note(self._why, key, Refused(code))
                 return False
             return True
 
     def _look_up(self, endpoint: Endpoint, source: int, asked: int | None) -> CachedContext:
-        """By way of the caches."""
+        """The context of a request, from the caches or else from memory.  Refused."""
         with_tlb = self._has_tlb(endpoint)
         if not self.tables.scalable:
             if asked is not None:
@@ -209,13 +213,13 @@ class Contexts:
 
     # ---- what is attached ------------------------------------------------------------------
 
-    def _show(self, first: Endpoint, pasid: int | None) -> None:
-        """A group has one domain to be looked at, `first`'s; its other source-ids have what their own entries say."""
+    def _apply(self, first: Endpoint, pasid: int | None) -> None:
+        """Attaches the group of `first` to its domain; other source-ids of the group get that of their own entries."""
         group = first.group
         assert group is not None
-        self._attach(group, self._shown[first.requester_id or 0, pasid].domain, pasid)
+        self._attach(group, self._attached[first.requester_id or 0, pasid].domain, pasid)
         for endpoint in group.endpoints:
-            context = self._shown.get((endpoint.requester_id or 0, pasid))
+            context = self._attached.get((endpoint.requester_id or 0, pasid))
             if endpoint.requester_id != first.requester_id:
                 nothing = self.unread if pasid is None else None
                 endpoint.attach(nothing if context is None else context.domain, pasid)
@@ -230,10 +234,10 @@ class Contexts:
         else:
             group.attach_pasid(domain, pasid)
 
-    def _hide(self, keys: set[Key]) -> None:
-        """What these requests went through is gone: they have to be looked up again."""
+    def _forget_attached(self, keys: set[Key]) -> None:
+        """Detaches these requests from their contexts, so that their entries are read again."""
         for key in keys:
-            del self._shown[key]
+            del self._attached[key]
         gone: dict[int, set[int | None]] = {}
         for source, pasid in keys:
             gone.setdefault(source, set()).add(pasid)
@@ -243,10 +247,10 @@ class Contexts:
                     self._detach(group, pasid)
 
     def _detach(self, group: Group, pasid: int | None) -> None:
-        left = next((e for e in group.endpoints if (e.requester_id or 0, pasid) in self._shown), None)
-        with contextlib.suppress(IommuError):  # blocked fits everywhere
+        left = next((e for e in group.endpoints if (e.requester_id or 0, pasid) in self._attached), None)
+        with contextlib.suppress(IommuError):  # a blocking domain can always be attached
             if left is not None:
-                self._show(left, pasid)
+                self._apply(left, pasid)
             elif pasid is None:
                 group.set_default(self.unread)
             elif pasid in group.pasids:
@@ -257,7 +261,7 @@ class Contexts:
     def _invalidate(
         self, kind: str, carry_out: Callable[[], None], sources: Callable[[], set[int]], **about: str | int | None
     ) -> None:
-        """Carries an invalidation out, as a fault point; `sources`: the devices that it concerns, by source-id."""
+        """Carries out an invalidation at a fault point; `sources` returns the source-ids that it concerns."""
         if not self._points.wants(Point.INVALIDATE):
             carry_out()
             return
@@ -270,7 +274,10 @@ class Contexts:
         return {source for (source, _), context in self.entries.items() if chosen(source, context.entry)}
 
     def forget(self, domain_id: int | None = None, source: int | None = None, mask: int = 0) -> None:
-        """Context-cache invalidation: all, those of a domain, or those of a device; `mask`: bits that do not matter."""
+        """Context-cache invalidation: of all entries, of a domain, or of a device.
+
+        `mask`: bits of `source` that are ignored.
+        """
 
         def meant(cached: int) -> bool:
             return source is None or not (cached ^ source) & 0xFFFF & ~mask
@@ -284,16 +291,16 @@ class Contexts:
                 if not self.tables.scalable:
                     self._drop(chosen)
                     return
-                # What the PASID cache has stays.
+                # The PASID cache keeps its entries.
                 gone = {cached for cached in self.directories if meant(cached)}
                 for cached in gone:
                     del self.directories[cached]
-                self._hide({key for key in self._shown if key[0] in gone})
+                self._forget_attached({key for key in self._attached if key[0] in gone})
 
         self._invalidate("context", forget, lambda: self._sources(chosen))
 
     def forget_pasids(self, domain_id: int | None = None, pasid: int | None = None) -> None:
-        """PASID-cache invalidation: all, those of a domain, or one PASID of a domain."""
+        """PASID-cache invalidation: of all entries, of a domain, or of one PASID of a domain."""
 
         def chosen(_: int, entry: Entry) -> bool:
             return entry.pasid is not None and domain_id in (None, entry.domain_id) and pasid in (None, entry.pasid)
@@ -308,13 +315,13 @@ class Contexts:
         gone = {key: context for key, context in self.entries.items() if chosen(key[0], context.entry)}
         for key in gone:
             del self.entries[key]
-        # Requests of a PASID and those without one may share an entry.
+        # Requests with a PASID and requests without one may share an entry.
         lost = {(source, context.entry.pasid) for (source, _), context in gone.items()}
-        self._hide({key for key, context in self._shown.items() if (key[0], context.entry.pasid) in lost})
+        self._forget_attached({key for key, context in self._attached.items() if (key[0], context.entry.pasid) in lost})
 
     def flush(self, domain_id: int | None = None, span: Span | None = None) -> None:
-        """IOTLB invalidation: all, those of a domain, or those of IOVAs of a domain."""
-        # 6.5.2.3: of what first-stage tables have a part in, all goes.
+        """IOTLB invalidation: of all translations, of a domain, or of IOVAs of a domain."""
+        # 6.5.2.3: translations that involve first-stage tables are invalidated completely.
         self._flush(
             lambda entry: domain_id in (None, entry.domain_id),
             lambda entry: None if entry.first_levels else span,
@@ -323,8 +330,8 @@ class Contexts:
         )
 
     def flush_pasid(self, domain_id: int, pasid: int, span: Span | None = None) -> None:
-        """PASID-based IOTLB invalidation: all of a domain's PASID, or those of IOVAs."""
-        # 6.5.2.4: the other way round.
+        """PASID-based IOTLB invalidation: of all translations of a PASID in a domain, or of IOVAs."""
+        # 6.5.2.4: here translations by second-stage tables alone are invalidated completely.
         self._flush(
             lambda entry: (entry.domain_id, entry.pasid) == (domain_id, pasid),
             lambda entry: span if entry.first_levels else None,
@@ -341,7 +348,7 @@ class Contexts:
     ) -> None:
         with self._lock:
             domains = {c.domain: what(c.entry) for c in self.entries.values() if chosen(c.entry)}
-            self._look_at_tlbs()
+            self._update_tlbs()
 
         def flush() -> None:
             for domain, part in domains.items():
@@ -359,7 +366,7 @@ class Contexts:
     # ---- devices' own TLBs -----------------------------------------------------------------
 
     def _has_tlb(self, endpoint: Endpoint) -> bool:
-        """Whether a device uses a TLB of its own; where that has changed it is empty afterwards."""
+        """Whether a device uses its own TLB; if that has changed, the TLB is empty afterwards."""
         on = self._ats(endpoint)
         if on != (endpoint.name in self._with_tlb):
             (self._with_tlb.add if on else self._with_tlb.discard)(endpoint.name)
@@ -367,7 +374,7 @@ class Contexts:
             self._flush_device(endpoint, _ALL)
         return on
 
-    def _look_at_tlbs(self) -> None:
+    def _update_tlbs(self) -> None:
         if self.ecap.DT:
             for endpoint in self._covered():
                 self._has_tlb(endpoint)
@@ -378,7 +385,7 @@ class Contexts:
             endpoint.invalidate(span, pasid)
 
     def flush_device(self, source: int, span: Span, pasid: int | None = None, everything: bool = False) -> None:
-        """Device-TLB invalidation: IOVAs of requests with a PASID, or without; `everything`: with any, or none."""
+        """Device-TLB invalidation of IOVAs: of a PASID, or without one; `everything`: of all PASIDs and without one."""
 
         def flush() -> None:
             with self._lock:
@@ -399,7 +406,7 @@ class Contexts:
     # ---- faults and page requests ----------------------------------------------------------
 
     def may_ask(self, source: int, pasid: int | None) -> bool:
-        """Whether a device's context entry lets it ask for pages; if not, that is the next fault to be reported."""
+        """Whether a device's context entry allows page requests; if not, its next fault has that reason."""
         with self._lock:
             directory = self.directories.get(source)
             if directory is None or not directory.page_requests:
@@ -410,13 +417,13 @@ class Contexts:
             return True
 
     def code_of(self, record: FaultRecord) -> FaultCode | None:
-        """How the unit reports a failed access; None: not at all."""
+        """The fault reason with which the unit reports a failed access; None: the unit does not report it."""
         key = record.requester_id, record.pasid
         with self._lock:
             if not self.enabled:
                 return None
             why = self._why.get(key) if record.reason in _UNREAD else self._unasked.pop(key, None)
-            context = self._shown.get(key)
+            context = self._attached.get(key)
         if why is not None:
             return None if why.quiet else why.code
         if context is None or context.entry.quiet or context.entry.stage is Stage.PASS_THROUGH:
@@ -439,7 +446,7 @@ def _note(refusals: dict[Key, Refused], key: Key, refused: Refused) -> None:
 
 
 def _without(iommu: Iommu, spans: Iterable[Span]) -> Domain:
-    """Identity, less `spans`."""
+    """An identity domain without `spans`."""
     holes = sorted(spans)
     if not holes:
         return iommu.identity

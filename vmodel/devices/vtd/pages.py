@@ -1,6 +1,6 @@
-"""Page requests (7.4 to 7.7): a device's access waits for a page that the guest has yet to put into its tables.
+"""Page requests (7.4 to 7.7): a device's access waits until the guest has mapped a page.
 
-The access waits on the thread of its device, which serves the client meanwhile; the queue is written on the unit's.
+The access waits on the thread of its device, which serves the client meanwhile.  The unit's thread writes the queue.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vmodel.span import PAGE
 
 log = limited(__name__)
 
-#: How long an access waits, in seconds; on PCIe there is no limit.
+#: Seconds that an access waits at most; PCIe has no limit.
 PATIENCE = 5.0
 _DESCRIPTOR = struct.Struct("<4Q")
 _INDICES = 512
@@ -38,7 +38,7 @@ class _PageRequestWord(Layout):
 
 
 class _Page(Layout):
-    """Its second word."""
+    """Page request descriptor, second word."""
 
     R = Bit(0)
     W = Bit(1)
@@ -47,20 +47,20 @@ class _Page(Layout):
     ADDR = Bits(12, 63)
 
 
-#: Requester, PASID or None, group index.
+#: (source-id, PASID or None, page request group index).
 Key = tuple[int, int | None, int]
 
 
 @dataclass
 class Waiting:
-    """An access that waits, and what becomes of it."""
+    """An access that waits for the response to its page request."""
 
     device: PciDevice
     response: PageResponse = PageResponse.INVALID
     answered: threading.Event = field(default_factory=threading.Event)
 
     def answer(self, response: PageResponse) -> None:
-        """Any thread: the access goes on."""
+        """Sets the response, and the access continues.  Any thread."""
         self.response = response
         self.answered.set()
         self.device.post(_nothing)  # wakes its thread
@@ -71,7 +71,7 @@ def _nothing() -> None:
 
 
 class PageRequests:
-    """The page request queue of a unit; `defer` runs something on the unit's thread."""
+    """The page request queue of a unit; `defer` runs a call on the unit's thread."""
 
     def __init__(
         self, regs: VtdRegs, dma: Dma, event: EventRegisters, defer: Callable[[Callable[[], None]], None]
@@ -86,11 +86,11 @@ class PageRequests:
     # ---- the device's thread ---------------------------------------------------------------
 
     def ask(self, device: PciDevice, source: int, request: PageRequest) -> PageResponse:
-        """Puts a request of a device into the queue and waits for its answer."""
+        """Puts a device's request into the queue and waits for its response, on the device's thread."""
         key = source, request.pasid, request.group_index % _INDICES
         waiting = Waiting(device)
         with self._lock:
-            if key in self._waiting:  # 512 are under way
+            if key in self._waiting:  # all 512 indexes are in use
                 return PageResponse.FAILURE
             self._waiting[key] = waiting
         self._defer(lambda: self._enqueue(key, request, waiting))
@@ -107,14 +107,14 @@ class PageRequests:
     # ---- any thread ------------------------------------------------------------------------
 
     def answer(self, source: int, pasid: int | None, index: int, response: PageResponse) -> None:
-        """A page group response (7.7.1); one that nobody waits for any more is dropped."""
+        """Delivers a page group response (7.7.1); it is dropped if its request has timed out."""
         with self._lock:
             for (rid, asked, group), waiting in self._waiting.items():
                 if (rid & 0xFFFF, asked, group) == (source, pasid, index):
                     waiting.answer(response)
 
     def cancel(self) -> None:
-        """The unit is reset: nobody will answer."""
+        """Ends all waits with INVALID, as the unit is reset."""
         with self._lock:
             for waiting in self._waiting.values():
                 waiting.answer(PageResponse.INVALID)
@@ -127,7 +127,7 @@ class PageRequests:
         tail, head = (at & PageOffset.OFFSET.mask & size - 1 for at in (regs.PQT, regs.PQH))
         following = (tail + _DESCRIPTOR.size) % size
         if PageStatus(regs.PRS).PRO or following == head:
-            # 7.4.1: the device is told to try again.
+            # 7.4.1: the unit answers with Success, so that the device tries again.
             self._raise(PageStatus.PRO.mask, waiting)
             waiting.answer(PageResponse.SUCCESS)
             return
@@ -141,7 +141,7 @@ class PageRequests:
         self._raise(PageStatus.PPR.mask, waiting)
 
     def _raise(self, mask: int, waiting: Waiting) -> None:
-        """7.6: what comes when something is pending already makes no interrupt of its own."""
+        """Sets a status bit; raises an interrupt only if none was set before (7.6)."""
         quiet = not self._regs.PRS
         self._regs.PRS |= mask
         if quiet:

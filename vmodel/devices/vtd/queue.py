@@ -1,4 +1,4 @@
-"""Invalidation descriptors of 128 and 256 bits (6.5.2): what they ask for, and what is wrong with them."""
+"""Invalidation descriptors of 128 and 256 bits (6.5.2): checks them and carries them out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmodel.span import PAGE, Span
 
 
 class QueueFault(enum.IntEnum):
-    """IQER.IQEI (11.4.9.9; names are ours)."""
+    """IQER.IQEI (11.4.9.9; the names are not the specification's)."""
 
     UNKNOWN = 0
     TAIL = 1
@@ -27,7 +27,7 @@ class QueueFault(enum.IntEnum):
 
 
 class QueueStopped(Exception):
-    """A descriptor cannot be carried out; the queue stops at it."""
+    """A descriptor is invalid: the queue stops at it."""
 
     def __init__(self, why: QueueFault) -> None:
         super().__init__(why.name)
@@ -35,7 +35,7 @@ class QueueStopped(Exception):
 
 
 class Granularity(enum.IntEnum):
-    """What is meant by G, CIRG and IIRG."""
+    """Granularity of an invalidation: G, CIRG and IIRG."""
 
     ALL = 1
     DOMAIN = 2
@@ -44,28 +44,28 @@ class Granularity(enum.IntEnum):
 
 
 class PasidGranularity(enum.IntEnum):
-    """What is meant by G of PASID-based IOTLB invalidations."""
+    """G of PASID-based IOTLB invalidations."""
 
     PASID = 2
     PAGES = 3
 
 
 class PasidCacheGranularity(enum.IntEnum):
-    """What is meant by G of PASID-cache invalidations."""
+    """G of PASID-cache invalidations."""
 
     DOMAIN = 0
     PASID = 1
     ALL = 3
 
 
-#: 6.5.2.1: bits of a function number that do not matter, by FM.
+#: By FM: the bits of the function number that are ignored (6.5.2.1).
 FUNCTION_MASKS = (0, 4, 6, 7)
-#: PCIe 10.4.2.2: what is no code is a failure.
+#: By response code; any other code is a failure (PCIe 10.4.2.2).
 _RESPONSES = {int(code): code for code in PageResponse}
 
 
 class _Nothing(Layout):
-    """A word that has to be 0."""
+    """A reserved word, which has to be 0."""
 
 
 class _ContextInvalidate(Layout):
@@ -204,17 +204,17 @@ class _PageGroupIndex(Layout):
 
 
 class Unit(Protocol):
-    """What descriptors ask for that is not the caches'."""
+    """What descriptors do besides invalidating caches."""
 
     def wait(self, address: int | None, data: int, interrupt: bool) -> None:
-        """All before is done: `data` is written to `address`, if there is one.  QueueStopped."""
+        """Carries out a wait descriptor: writes `data` to `address`, None: nowhere; may interrupt.  QueueStopped."""
 
     def answer(self, source: int, pasid: int | None, index: int, response: PageResponse) -> None:
-        """A page request is answered."""
+        """Delivers the response to a page request."""
 
 
 def check_mode(root: int, wide: bool) -> None:
-    """Whether descriptors of this width go with the translation mode in RTADDR.  QueueStopped."""
+    """Checks that RTADDR's translation mode allows descriptors of this width.  QueueStopped."""
     mode = RootAddress(root).TTM
     if mode not in list(TranslationTableMode):
         raise QueueStopped(QueueFault.MODE)
@@ -223,13 +223,13 @@ def check_mode(root: int, wide: bool) -> None:
 
 
 def invalidate_contexts(contexts: Contexts, granularity: int, domain_id: int, source: int, mask: int) -> bool:
-    """Carries a context-cache invalidation out; False: there is no such granularity."""
+    """Carries out a context-cache invalidation; returns False if there is no such granularity."""
     if granularity == Granularity.ALL:
         contexts.forget()
     elif granularity == Granularity.DOMAIN:
         contexts.forget(domain_id)
     elif granularity == Granularity.ONE:
-        # By the device alone: a domain-id that is not the cached entry's is software's mistake, and forgiven.
+        # By source-id alone: a domain-id that differs from the cached entry's is software's mistake, which is ignored.
         contexts.forget(source=source, mask=FUNCTION_MASKS[mask])
     else:
         return False
@@ -237,7 +237,7 @@ def invalidate_contexts(contexts: Contexts, granularity: int, domain_id: int, so
 
 
 def invalidate_iotlb(contexts: Contexts, granularity: int, domain_id: int, page: int, address_mask: int) -> bool:
-    """Carries an IOTLB invalidation out; False: there is no such granularity, or there are too many pages."""
+    """Carries out an IOTLB invalidation; returns False if there is no such granularity, or too many pages."""
     if granularity == Granularity.ALL:
         contexts.flush()
     elif granularity == Granularity.DOMAIN:
@@ -255,7 +255,7 @@ def _pages(page: int, address_mask: int) -> Span:
 
 
 def carry_out(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
-    """One descriptor of two or four words.  QueueStopped."""
+    """Carries out a descriptor of two or four words.  QueueStopped: it is invalid."""
     kind = _ContextInvalidate.TYPE.of(words[0]) | _ContextInvalidate.TYPE_HIGH.of(words[0]) << 4
     if kind not in _KINDS or (kind in _SCALABLE and not contexts.ecap.SMTS) or (kind == 9 and not contexts.ecap.PRS):
         raise QueueStopped(QueueFault.TYPE)
@@ -313,7 +313,10 @@ def _pasid_device_tlb(contexts: Contexts, words: Sequence[int], unit: Unit) -> N
 
 
 def _sized(page: int, several: bool) -> Span:
-    """PCIe 10.3.2: with S the size is told by the lowest bit that is clear; none is: everything."""
+    """The IOVAs of a device-TLB invalidation.
+
+    With S, the lowest clear bit of the address gives the size; if no bit is clear, it is everything (PCIe 10.3.2).
+    """
     if not several:
         return Span.sized(page * PAGE, PAGE)
     bits = 13 + (~page & page + 1).bit_length() - 1
@@ -324,7 +327,7 @@ def _sized(page: int, several: bool) -> Span:
 
 def _wait(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
     _check(words, _WaitAndDrain if contexts.ecap.PDS else _Wait, _WaitAddress)
-    # What came before is done, and page requests are in their queue: fence (FN) and drain (PD) ask for nothing more.
+    # Earlier descriptors are complete, and page requests are in their queue: fence (FN) and drain (PD) need no action.
     asked = _Wait(words[0])
     unit.wait(words[1] if asked.SW else None, asked.DATA, bool(asked.IF))
 
@@ -336,7 +339,7 @@ def _page_group(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
     unit.answer(asked.RID, pasid, group.PRGI, _RESPONSES.get(asked.RC, PageResponse.FAILURE))
 
 
-#: By type.  Device-TLB invalidations without ECAP.DT find nothing to do, as in QEMU's unit.
+#: By descriptor type.  Without ECAP.DT, device-TLB invalidations have no effect, as in QEMU's unit.
 _KINDS: dict[int, Callable[[Contexts, Sequence[int], Unit], None]] = {
     1: _context,
     2: _iotlb,

@@ -1,4 +1,4 @@
-"""The registers of a remapping unit (11.4), and what its capabilities say."""
+"""The registers of a remapping unit (11.4), and the values of its capability registers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vmodel.iommu.drivers.intel_vtd import IntelVtd
 from vmodel.regs import RO, RW, W1C, WO, Bit, Bits, Layout, Reg32, Reg64, RegisterBank
 from vmodel.span import PAGE, GiB, MiB
 
-#: Where the IOTLB registers and the fault recording registers are, and how many of these there are at most.
+#: Offsets of the IOTLB registers and of the fault recording registers, and the most of the latter.
 IOTLB_AT, RECORDS_AT, MOST_RECORDS = 0x100, 0x200, 8
-#: Page-selective invalidations are of at most 2**18 pages.
+#: A page-selective invalidation covers at most 2**18 pages.
 MOST_ADDRESS_MASK = 18
-#: Addresses of protected memory have this granule, in bits.
+#: Granularity of protected memory: 1 << PROTECTED_BITS bytes.
 PROTECTED_BITS = 21
 
 
@@ -26,19 +26,19 @@ class VtdCap(Layout):
     RWBF = Bit(4)
     PLMR = Bit(5, doc="there is a low protected memory region")
     PHMR = Bit(6)
-    CM = Bit(7, doc="what is not present may be cached, too")
+    CM = Bit(7, doc="caching mode: entries that are not present may be cached")
     SAGAW = Bits(8, 12, doc="widths of second-stage tables: bit 1 is 39 (3 levels), bit 2 48, bit 3 57")
     MGAW = Bits(16, 21, doc="widest IOVA in bits, less 1")
     ZLR = Bit(22)
-    FRO = Bits(24, 33, doc="where the fault recording registers are, in 16 bytes")
+    FRO = Bits(24, 33, doc="offset of the fault recording registers, in 16 bytes")
     SLLPS = Bits(34, 37, doc="large pages: 2 MiB, 1 GiB")
     PSI = Bit(39)
-    NFR = Bits(40, 47, doc="how many fault recording registers there are, less 1")
+    NFR = Bits(40, 47, doc="number of fault recording registers, less 1")
     MAMV = Bits(48, 53)
     DWD = Bit(54)
     DRD = Bit(55)
     FS1GP = Bit(56, doc="first-stage tables have pages of 1 GiB")
-    FS5LP = Bit(60, doc="and may have 5 levels")
+    FS5LP = Bit(60, doc="first-stage tables may have 5 levels")
 
 
 class Ecap(Layout):
@@ -50,7 +50,7 @@ class Ecap(Layout):
     IR = Bit(3)
     PT = Bit(6, doc="pass-through")
     SC = Bit(7, doc="SNP in tables")
-    IRO = Bits(8, 17, doc="where the IOTLB registers are, in 16 bytes")
+    IRO = Bits(8, 17, doc="offset of the IOTLB registers, in 16 bytes")
     NEST = Bit(26, doc="nested translation")
     PRS = Bit(29, doc="page requests")
     PSS = Bits(35, 39, doc="bits of PASIDs, less 1")
@@ -60,12 +60,12 @@ class Ecap(Layout):
     SSADS = Bit(45, doc="accessed and dirty flags in second-stage tables")
     SSTS = Bit(46, doc="second-stage tables in scalable mode")
     FSTS = Bit(47, doc="first-stage tables")
-    SMPWCS = Bit(48, doc="C, of tables that PASID table entries lead to")
+    SMPWCS = Bit(48, doc="like C, for tables that PASID table entries point to")
     RPS = Bit(49, doc="RID_PASID may be chosen")
 
 
 class Global(Layout):
-    """Global command and status (11.4.4): what is written, and what has been done."""
+    """Global command and status (11.4.4)."""
 
     QI = Bit(26, doc="queued invalidation")
     ROOT = Bit(30, doc="the root table's address has been taken over")
@@ -258,7 +258,7 @@ class FaultInfo(Layout):
 
 
 class RecordRegs(RegisterBank, size=16 * MOST_RECORDS):
-    """Fault recording registers: the page, and what happened there.  Clearing F needs no hook: FSTS looks."""
+    """Fault recording registers (11.4.8.6).  Clearing F needs no hook, as a read of FSTS checks all F bits."""
 
     PAGE0 = Reg64(0x00, RO)
     INFO0 = Reg64(0x08, RO, layout=FaultInfo)
@@ -279,7 +279,7 @@ class RecordRegs(RegisterBank, size=16 * MOST_RECORDS):
 
 
 def widest(can: Capabilities, kind: IntelVtd.Params) -> int:
-    """MGAW in bits.  ConfigError: no such unit can be."""
+    """MGAW in bits.  ConfigError: a unit cannot have these capabilities."""
     if can.input_bits <= 30:  # a table of three levels translates more
         raise ConfigError(f"input_bits {can.input_bits}: a VT-d unit that a guest drives needs at least 31")
     if PAGE not in can.page_sizes:
@@ -290,12 +290,12 @@ def widest(can: Capabilities, kind: IntelVtd.Params) -> int:
 
 
 def record_count(can: Capabilities) -> int:
-    """How many faults the registers keep."""
+    """Number of fault recording registers."""
     return min(can.fault_queue_depth, MOST_RECORDS)
 
 
 def capability(can: Capabilities, kind: IntelVtd.Params) -> int:
-    """CAP.  A width of tables is there when it is needed for MGAW, or less is.  ConfigError as `widest`."""
+    """CAP.  SAGAW has all table widths up to the one that MGAW needs.  ConfigError as `widest`."""
     bits = widest(can, kind)
     value = 0
     for field, number in (
@@ -320,7 +320,7 @@ def capability(can: Capabilities, kind: IntelVtd.Params) -> int:
 
 
 def extended_capability(can: Capabilities, kind: IntelVtd.Params) -> int:
-    """ECAP."""
+    """The value of ECAP."""
     scalable, pasids = kind.scalable, kind.scalable and can.pasid_bits > 0
     requests = kind.ats and pasids and can.page_requests
     value = 0

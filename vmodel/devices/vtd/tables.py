@@ -1,4 +1,4 @@
-"""Root, context and PASID tables in guest memory (9.1 to 9.6): what they say of a request."""
+"""Root, context and PASID tables in guest memory (9.1 to 9.6): how they translate a request."""
 
 from __future__ import annotations
 
@@ -91,16 +91,16 @@ class _First(Layout):
 
 
 _ADDRESS = (1 << 64) - (1 << 12)
-#: Translation types of legacy context entries (9.3): 1 is 0 for devices with TLBs.
+#: By translation type of a legacy context entry (9.3): type 1 is type 0 for devices with their own TLB.
 _LEGACY_STAGES = {0: Stage.SECOND, 1: Stage.SECOND, 2: Stage.PASS_THROUGH}
 #: FSPM: levels of first-stage tables.
 _FIRST_LEVELS = {0: 4, 1: 5}
-#: (GPA, word) as they were read.
+#: (GPA, value) of the words that were read.
 Words = tuple[tuple[int, int], ...]
 
 
 class Refused(Exception):
-    """An entry does not let a request through.  `quiet`: FPD says not to report it."""
+    """An entry blocks a request; `code` is the fault reason.  `quiet`: FPD is set, so the fault is not reported."""
 
     def __init__(self, code: FaultCode, quiet: bool = False) -> None:
         super().__init__(code.name)
@@ -110,10 +110,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Directory:
-    """A scalable-mode context entry: where a device's PASIDs are.
+    """A scalable-mode context entry: the PASID directory of a device.
 
-    `pasids`: how many there can be; `enabled`: requests may have one; `rid_pasid`: that of requests without;
-    `device_tlb` and `page_requests` may be used; `quiet`: FPD; `words` say all this.
+    `table`: address of the directory; `pasids`: number of PASIDs that it has; `enabled`: requests may carry a PASID;
+    `rid_pasid`: the PASID of requests without one; `device_tlb`, `page_requests`: the device may use them; `quiet`:
+    FPD; `words`: the memory that was read.
     """
 
     table: int
@@ -126,7 +127,7 @@ class Directory:
     words: Words
 
     def pasid_of(self, asked: int | None) -> int:
-        """Which entry is for requests with this PASID, or without one.  Refused."""
+        """The PASID whose entry translates requests with PASID `asked`, None: without one.  Refused."""
         if asked is None:
             if self.rid_pasid >= self.pasids:
                 raise Refused(FaultCode.RID_PASID, self.quiet)
@@ -140,11 +141,11 @@ class Directory:
 
 @dataclass(frozen=True)
 class Entry:
-    """How requests are translated, by a legacy context entry or one of a PASID table.
+    """How requests are translated: a legacy context entry, or an entry of a PASID table.
 
-    `second` is the root of second-stage tables of `second_levels`, `first` that of first-stage ones; `pasid` tags the
-    translations, None in legacy mode; `sets_flags`: SSADE; `device_tlb`: legacy mode allows one; `quiet`: FPD.  `words`
-    say all this.  Entries that translate alike are equal.
+    `second` is the root of second-stage tables with `second_levels`, `first` that of first-stage tables; `pasid` tags
+    the translations, None in legacy mode; `sets_flags`: SSADE; `device_tlb`: the device may use its own TLB (legacy
+    mode); `quiet`: FPD; `words`: the memory that was read.  Entries with the same translation are equal.
     """
 
     stage: Stage
@@ -161,18 +162,18 @@ class Entry:
 
 
 class Tables:
-    """Reads entries.  What it raises is Refused; nothing is kept here."""
+    """Reads entries from guest memory, without a cache.  All methods raise Refused."""
 
     def __init__(self, dma: Dma, cap: VtdCap, ecap: Ecap, output_bits: int) -> None:
         self._dma = dma
         self._cap, self._ecap = cap, ecap
         self._output_bits = output_bits
-        #: RTADDR, as it was when software last set it.
+        #: RTADDR's value at the last Set Root Table Pointer command.
         self.root = 0
 
     @property
     def scalable(self) -> bool:
-        """Whether requests, and what becomes of them, are those of scalable mode."""
+        """Whether the unit is in scalable mode, which decides tables and fault reasons."""
         return RootAddress(self.root).TTM != TranslationTableMode.LEGACY
 
     def _read(self, at: int, count: int, code: FaultCode, quiet: bool = False) -> Words:
@@ -183,7 +184,7 @@ class Tables:
         return tuple((at + 8 * n, word) for n, (word,) in enumerate(struct.iter_unpack("<Q", data)))
 
     def _check(self, words: Words, known: tuple[int, ...], code: FaultCode, quiet: bool = False) -> None:
-        """Reserved bits are those that are not in `known`; addresses have only so many bits."""
+        """Checks reserved bits, which are those not in `known`, and that addresses are within the output width."""
         for n, (_, word) in enumerate(words):
             mask = known[n] if n < len(known) else 0
             if word & ~mask or (mask & _ADDRESS == _ADDRESS and word >> self._output_bits):
@@ -224,7 +225,7 @@ class Tables:
         """A device's scalable-mode context entry."""
         if RootAddress(self.root).TTM != TranslationTableMode.SCALABLE:
             raise Refused(FaultCode.MODE)
-        # Devices 0 to 15 of a bus have one table, the others another.
+        # Devices 0 to 15 of a bus have one context table, 16 to 31 another.
         half = (source >> 8 & 0xFF) * 2 + (source >> 7 & 1)
         root = self._read((self.root & _ADDRESS) + 8 * half, 1, FaultCode.SM_ROOT_ACCESS)
         if not _Pointer(root[0][1]).P:
@@ -243,7 +244,7 @@ class Tables:
         self._check(words, (_mask(_Context) & ~unknown, _mask(_Request)), FaultCode.SM_CONTEXT_RESERVED, quiet)
         return Directory(
             words[0][1] & _ADDRESS,
-            # 64 entries for each of 2**(PDTS + 7) of the directory.
+            # The directory has 2**(PDTS + 7) entries, each for 64 PASIDs.
             min(1 << entry.PDTS + 7 + 6, 1 << self._ecap.PSS + 1),
             bool(entry.PASIDE),
             request.RID_PASID,
@@ -254,7 +255,7 @@ class Tables:
         )
 
     def entry(self, directory: Directory, pasid: int) -> Entry:
-        """The entry of a PASID that the directory has."""
+        """The PASID table entry of `pasid`, which is below `directory.pasids`."""
         above = self._read(directory.table + 8 * (pasid >> 6), 1, FaultCode.DIRECTORY_ACCESS, directory.quiet)
         quiet = directory.quiet or bool(_Directory(above[0][1]).FPD)
         if not _Directory(above[0][1]).P:
@@ -274,7 +275,7 @@ class Tables:
         self._check(words, known, FaultCode.PASID_RESERVED, quiet)
         if not self._can(low.PGTT, low.AW, first.FSPM):
             raise Refused(FaultCode.PASID_INVALID, quiet)
-        # What does not matter for a stage is left out: software may keep anything there.
+        # Fields that the stage does not use are set to 0, as software may have any value there.
         stage = Stage(low.PGTT)
         by_first, by_second = stage in (Stage.FIRST, Stage.NESTED), stage in (Stage.SECOND, Stage.NESTED)
         return Entry(

@@ -1,19 +1,19 @@
 """`VtdDevice`: an Intel VT-d remapping unit for stock guests.
 
-It is a PCI function whose BAR0 is the unit's register file; DMAR says where that is.  A guest that uses the unit must
-not see the function: Linux reserves the registers' addresses as "dmar0", would then find the BAR in the way, and move
-it.  So the function is gone from config space (vendor ffff) once CAP has been read, while its BAR goes on decoding, and
-is back after a reset, when the firmware looks for it again.  It needs a slot of its own: where function 0 is gone,
-a guest does not look for the others.
+It is a PCI function whose BAR0 contains the unit's registers, at the address that DMAR gives.  A guest that uses the
+unit must not see the function: Linux reserves the registers' addresses as "dmar0", would then find a conflict with the
+BAR, and move it.  So once CAP has been read the function disappears from config space (vendor id ffff), while its BAR
+stays decoded.  After a reset, when the firmware enumerates functions again, it is back.  It needs a slot of its own: a
+guest does not probe other functions of a device without function 0.
 
-Tables are read from shared memory (QEMU's memory-backend with share=on, as vmodel's own arguments have it): memory that
-only messages reach counts as unreadable.
+Tables are read from shared memory (QEMU's memory-backend with share=on, as in vmodel's own arguments).  Memory that
+only messages reach is treated as unreadable.
 
-Scalable mode, and TLBs that devices have of their own (ATS) with page requests (PRI), are there if the machine file
-says so.  A device that has ATS on keeps translations until a device-TLB invalidation.  What it cannot reach so it tries
-once more without, by the unit, which reports the fault.
+Scalable mode, and ATS with page requests (PRI), are optional parameters of the machine file.  A device with ATS enabled
+keeps translations until a device-TLB invalidation.  If it has no translation for an access, it tries again with an
+untranslated request, for which the unit reports the fault.
 
-Left out: interrupt remapping.
+Not implemented: interrupt remapping.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ from vmodel.points import Point
 from vmodel.span import PAGE, MiB, Span
 
 _STATE = struct.Struct("<QBB")
-#: Faults that wait to be recorded; the records would overflow long before.
+#: Most faults that wait to be recorded; the fault recording registers overflow long before.
 _MOST_ARRIVED = 64
-#: What FSTS keeps itself; PPF and FRI follow from the records.
+#: The stored bits of FSTS; PPF and FRI are computed from the records.
 _KEPT = FaultStatus.PFO.mask | FaultStatus.IQE.mask
 _NOBODY = 0xFFFF
 _ALL = (1 << 64) - 1
@@ -97,7 +97,7 @@ class VtdDevice(IommuDevice):
     pages: PageRequests
     _cap = _ecap = 0
     _misplaced = False
-    _told = False
+    _misplacement_logged = False
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class VtdDevice(IommuDevice):
         self.on_reset(ResetKind.DEVICE)
 
     def on_reset(self, kind: ResetKind) -> None:
-        self._misplaced = self._told = False
+        self._misplaced = self._misplacement_logged = False
         self._arrived: deque[tuple[FaultRecord, FaultCode]] = deque()
         self._next_record = 0
         if self.contexts is not None:
@@ -145,7 +145,7 @@ class VtdDevice(IommuDevice):
             raise PeerError(errno.EINVAL, f"{self.name}: {len(data)} bytes of state, not {_STATE.size}") from None
         if (contexts := self.contexts) is not None:
             self._next_record = next_record % self._record_count
-            # Nothing is cached on the other side; protected memory follows with the registers.
+            # The caches are not migrated: they start empty.  Protected memory is set once the registers are loaded.
             contexts.tables.root = self._root_of(root)
             contexts.enable(bool(enabled))
             self.defer(self._protect)
@@ -155,18 +155,18 @@ class VtdDevice(IommuDevice):
     def on_enables(self) -> None:
         address = self.config.bar_address(0)
         wrong = bool(self.config.command.MEMORY) and address != self.base
-        if wrong and not self._told:
-            self._told = True
+        if wrong and not self._misplacement_logged:
+            self._misplacement_logged = True
             self.log.error(
-                "%s: the firmware has placed the registers at %#x, DMAR says %#x: the guest does without",
+                "%s: the firmware has placed the registers at %#x, DMAR says %#x: the guest cannot use the unit",
                 self.name,
                 address,
                 self.base,
             )
         self._misplaced = wrong
 
-    # Where nothing is, QEMU answers zeros: "No supported address widths", says Linux, and goes on without the unit.
-    # Whoever reads the registers where they are instead gets all ones, which Linux takes for no unit at all.
+    # At DMAR's address QEMU then answers zeros; Linux reports "No supported address widths" and does not use the unit.
+    # A read of the misplaced registers themselves gives all ones, which Linux takes for an absent unit.
     @on_read(VtdRegs.CAP)
     def _read_cap(self, stored: int) -> int:
         if self._misplaced:
@@ -199,7 +199,7 @@ class VtdDevice(IommuDevice):
             self._set_status(Global.TRANSLATION.mask, bool(asked.TRANSLATION))
 
     def _root_of(self, value: int) -> int:
-        """RTADDR's bits that are there."""
+        """The implemented bits of a value for RTADDR."""
         scalable = RootAddress.TTM.mask if Ecap(self._ecap).SMTS else 0
         return value & (RootAddress.RTA.mask | scalable)
 
@@ -244,7 +244,7 @@ class VtdDevice(IommuDevice):
     def _protected(self) -> Iterator[Span]:
         regs = self.regs
         for start, limit in ((regs.PLMBASE, regs.PLMLIMIT), (regs.PHMBASE, regs.PHMLIMIT)):
-            if start <= limit and limit:  # a guess: neither is there a region with base above limit, nor at reset
+            if start <= limit and limit:  # a guess: base above limit, and the reset value 0, mean no region
                 yield Span(start, limit | (1 << PROTECTED_BITS) - 1)
 
     # ---- invalidation queue -----------------------------------------------------------------
@@ -287,7 +287,7 @@ class VtdDevice(IommuDevice):
                 self._raise_status(FaultStatus.IQE.mask)
 
     def wait(self, address: int | None, data: int, interrupt: bool) -> None:
-        """An invalidation wait descriptor: everything before it is done."""
+        """Carries out an invalidation wait descriptor; earlier descriptors are complete.  QueueStopped."""
         if address is not None and self.contexts is not None:
             try:
                 self.contexts.dma.write(address, data.to_bytes(4, "little"))
@@ -299,7 +299,7 @@ class VtdDevice(IommuDevice):
             self._completion_event.happen()
 
     def answer(self, source: int, pasid: int | None, index: int, response: PageResponse) -> None:
-        """A page group response descriptor."""
+        """Carries out a page group response descriptor."""
         self.pages.answer(source, pasid, index, response)
 
     @on_read(VtdRegs.IECTL)
@@ -330,7 +330,7 @@ class VtdDevice(IommuDevice):
         return self.contexts.resolve(endpoint, fault)
 
     def _ask(self, request: PageRequest) -> PageResponse:
-        """On the thread of the device, whose access waits."""
+        """Handles a page request, on the thread of the device, whose access waits."""
         assert self.contexts is not None
         endpoint, pri = self.system[request.requester], self._capability(request.requester, Pri)
         source = endpoint.requester_id
@@ -354,7 +354,7 @@ class VtdDevice(IommuDevice):
     # ---- faults -----------------------------------------------------------------------------
 
     def _on_fault(self, record: FaultRecord) -> None:
-        """On the thread of the device whose access has failed."""
+        """Queues a fault to be recorded; called on the thread of the device whose access has failed."""
         assert self.contexts is not None
         code = self.contexts.code_of(record)
         if code is not None and len(self._arrived) < _MOST_ARRIVED:
@@ -362,10 +362,10 @@ class VtdDevice(IommuDevice):
             self.defer(self._record)
 
     def _record(self) -> None:
-        if not self._arrived:  # a reset was faster
+        if not self._arrived:  # a reset has cleared it
             return
         record, code = self._arrived.popleft()
-        if FaultStatus(self.regs.FSTS).PFO:  # 7.2.1: then nothing is recorded any more
+        if FaultStatus(self.regs.FSTS).PFO:  # 7.2.1: no faults are recorded while PFO is set
             return
         cells, at = self.records.cells[64], 2 * self._next_record
         if FaultInfo(cells[at + 1]).F:
@@ -387,19 +387,19 @@ class VtdDevice(IommuDevice):
             self._fault_event.happen(record.requester)
 
     def _oldest(self) -> int | None:
-        """The first record with F set, in the order in which they came."""
+        """The index of the oldest record with F set; None: there is none."""
         for n in range(self._next_record, self._next_record + self._record_count):
             if FaultInfo(self.records.cells[64][2 * (n % self._record_count) + 1]).F:
                 return n % self._record_count
         return None
 
     def _status(self) -> int:
-        """FSTS as it reads."""
+        """The value of FSTS, with PPF and FRI."""
         stored, oldest = self.regs.FSTS, self._oldest()
         return stored if oldest is None else FaultStatus.FRI.put(stored | FaultStatus.PPF.mask, oldest)
 
     def _raise_status(self, mask: int, culprit: str = "") -> None:
-        """7.3: what comes when something is pending already makes no interrupt of its own."""
+        """Sets bits of FSTS; raises an interrupt only if no bit was set before (7.3)."""
         quiet = not self._status()
         self.regs.FSTS |= mask
         if quiet:
@@ -415,7 +415,7 @@ class VtdDevice(IommuDevice):
         self.regs.FSTS = new & _KEPT
         if stopped and not FaultStatus(new).IQE:
             self.regs.IQER = 0
-            self._run_queue()  # it goes on where it stopped
+            self._run_queue()  # the queue continues at the descriptor where it stopped
         return self.regs.FSTS
 
     @on_read(VtdRegs.FECTL)
@@ -441,11 +441,11 @@ class VtdDevice(IommuDevice):
         return EventRegisters(self.regs, "PE", lambda: self.regs.PRS, self._send)
 
     def _send(self, address: int, data: int, culprit: str = "") -> None:
-        """An interrupt message: 4 bytes written to `address`.
+        """Sends an interrupt message: writes 4 bytes to `address`.
 
-        QEMU carries a DMA_WRITE out on behalf of the function on whose socket it comes, if that has bus mastering on.
-        Ours has not (see Contexts.dma), so a device behind the unit has to do it, first of all the one that is at
-        fault: it was about to do DMA.
+        QEMU carries out a DMA_WRITE only if the function of that socket has bus mastering enabled.  This function has
+        not (see Contexts.dma), so a device behind the unit sends the message: preferably the one that caused the
+        interrupt, as it was about to do DMA.
         """
         self.points.at(Point.IRQ, lambda _: self._send_now(address, data, culprit), vector=0)
 
@@ -462,7 +462,8 @@ class VtdDevice(IommuDevice):
             return
         device, others = devices[0], devices[1:]
 
-        # Nobody waits for it here: the client may answer only once we have answered it.
+        # The unit's thread must not wait for the message: the client may answer it only after its own request is
+        # answered.
         def send() -> None:
             courier = device.dma.courier
             try:
