@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tests.inject.lab import Bench, Lab, fired
 from vmodel.errors import ConfigError
 from vmodel.inject import ACTIONS, Engine, Event, FaultPlan, Heal, Point, Rule, parse_rule
-from vmodel.inject.action import parse
+from vmodel.inject.action import Action
+from vmodel.inject.action_text import parse
 from vmodel.inject.actions import Drop, Flip, Partial
 
 TEXT = """
@@ -262,3 +263,12 @@ def test_predicates_of_dma(lab: Bench, predicate: str, hit: bool) -> None:
 def test_predicates_of_registers(lab: Bench, predicate: str, hit: bool) -> None:
     with Engine(FaultPlan(rule=(parse_rule(f"mmio.read {predicate} do=ones"),)), [lab.lab]):
         assert (lab.get(0) == 0xFFFF_FFFF) is hit
+
+
+def test_the_list_of_actions_has_all() -> None:
+    def below(kind: type[Action]) -> set[type[Action]]:
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    assert {kind for kind in below(Action) if kind.name and kind.__module__.startswith("vmodel.")} == set(
+        ACTIONS.values()
+    )

@@ -1,6 +1,7 @@
 """Faults on purpose: plans of rules, and the engine that carries them out.  docs/injection.md is the user's page."""
 
-from vmodel.inject.action import ACTIONS, Action, Injection
+from vmodel.inject.action import Action, Injection
+from vmodel.inject.actions import ACTIONS
 from vmodel.inject.engine import Engine
 from vmodel.inject.journal import Journal
 from vmodel.inject.plan import FaultPlan, Heal, PlanErrors, Rule

@@ -1,4 +1,4 @@
-"""What a rule does when it fires: `Action`, and how plans write it ("flip(bits=2)")."""
+"""What a rule does when it fires: `Action`, and the event that it is given."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from vmodel.device import PciDevice
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.inject.quantity import seconds
-from vmodel.mistakes import guess, one_line
 from vmodel.points import Event, Point, Proceed
 
 if TYPE_CHECKING:
@@ -21,11 +20,6 @@ if TYPE_CHECKING:
 
 #: What was there before, and after: bytes, numbers, words.
 Shown = bytes | int | str | None
-
-#: Actions by the name that plans use.
-ACTIONS: dict[str, type[Action]] = {}
-
-_CALL = re.compile(r"([a-z][a-z0-9_-]*)(?:\((.*)\))?", re.DOTALL)
 
 
 class Injection:
@@ -116,7 +110,6 @@ class Action(BaseModel):
         super().__init_subclass__(**kwargs)
         if name:
             cls.name = name
-            ACTIONS[name] = cls
 
     def run(self, at: Injection) -> bytes:
         """Does it, and has the event carried out or not; what a read gives, b"" elsewhere."""
@@ -154,61 +147,6 @@ class Action(BaseModel):
 
 def _shown(value: object) -> object:
     return value.value if isinstance(value, Point) else value
-
-
-def parse(value: object) -> Action:
-    """An action from "flip(2)", "flip(bits=2)", "drop", or a table { action = "flip", bits = 2 }.  ValueError."""
-    if isinstance(value, Action):
-        return value
-    if isinstance(value, dict):
-        given = {str(key): item for key, item in value.items()}
-        name = given.pop("action", None)
-        if not isinstance(name, str):
-            raise ValueError('a table must say which action, as { action = "flip", bits = 2 }')
-        kind = _kind(name)
-    else:
-        match = _CALL.fullmatch(value.strip()) if isinstance(value, str) else None
-        if match is None:
-            raise ValueError('must be an action, as "drop", "flip(2)" or "partial(bytes=8)"')
-        kind = _kind(match[1])
-        given = _arguments(kind, match[2] or "")
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        key = ".".join(map(str, detail["loc"]))
-        if detail["type"] == "extra_forbidden":
-            raise ValueError(f"{kind.name} has no {key!r}: it is {kind.usage()}") from None
-        if detail["type"] == "missing":
-            raise ValueError(f"{kind.name} needs {key!r}: it is {kind.usage()}") from None
-        text = one_line(detail["msg"].removeprefix("Value error, ")).replace("Input should", "must")
-        place = f"{kind.name}'s {key}" if key else kind.name
-        raise ValueError(f"{place}: {text[:1].lower()}{text[1:]}") from None
-
-
-def _kind(name: str) -> type[Action]:
-    name = name.replace("_", "-")
-    if name not in ACTIONS:
-        close = guess(name, list(ACTIONS))
-        hint = f"did you mean {close!r}? " if close else ""
-        raise ValueError(f"there is no action {name!r}: {hint}Actions are {', '.join(sorted(ACTIONS))}")
-    return ACTIONS[name]
-
-
-def _arguments(kind: type[Action], text: str) -> dict[str, Any]:
-    """Of "8, ms=2": by position or by name."""
-    given: dict[str, Any] = {}
-    names = list(kind.model_fields)
-    for n, part in enumerate(part for part in text.split(",") if part.strip()):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals:
-            if n >= len(names):
-                raise ValueError(f"{kind.name} takes no more than {len(names)}: it is {kind.usage()}")
-            key, value = names[n], key
-        if key in given:
-            raise ValueError(f"{kind.name} is given {key!r} twice")
-        given[key] = value.strip("\"'")
-    return given
 
 
 def milliseconds(value: object) -> float:

@@ -35,9 +35,10 @@ from pydantic import (
     model_validator,
 )
 
-import vmodel.inject.actions  # noqa: F401  it fills ACTIONS
 from vmodel.errors import ConfigError
-from vmodel.inject.action import ACTIONS, Action, parse
+from vmodel.inject.action import Action
+from vmodel.inject.action_text import parse
+from vmodel.inject.actions import ACTIONS
 from vmodel.inject.predicate import Match
 from vmodel.inject.quantity import Flag, Number, Numbers, Seconds
 from vmodel.inject.schedule import Schedule

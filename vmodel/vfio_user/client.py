@@ -147,8 +147,7 @@ class Ram:
 class Client:
     """One connection.  `timeout` (seconds) bounds every wait.
 
-    A thread that waits for a reply also answers the server's commands meanwhile; after `serve_in_background` a thread
-    always does.  Several threads may use one client.  OSError(EPROTO): the server broke the protocol.
+    A thread that waits for a reply also answers the server's commands meanwhile.  Several threads may use one client.  OSError(EPROTO): the server broke the protocol.
     """
 
     def __init__(self, sock: socket.socket, *, timeout: float = 5.0) -> None:
@@ -241,10 +240,6 @@ class Client:
         with suppress(TimeoutError):
             self._await(lambda: None, time.monotonic() + seconds)
 
-    def serve_in_background(self) -> None:
-        """Starts a thread that answers the server's commands until the connection ends."""
-        self._start(self._serve_main)
-
     def _await(self, find: Callable[[], _T | None], deadline: float) -> _T:
         """Reads messages, or waits while another thread reads, until `find` returns something true."""
         with self._arrived:
@@ -281,11 +276,6 @@ class Client:
         thread = threading.Thread(target=target, name="vmodel-client", daemon=True)
         self._threads.append(thread)
         thread.start()
-
-    def _serve_main(self) -> None:
-        with suppress(OSError):  # the connection has ended
-            while not self._closing:
-                self.serve(self.timeout)
 
     def _answer(self, stream: Stream, message: Message) -> None:
         """Answers DMA_READ and DMA_WRITE from the memory that `share` made; an OSError becomes an error reply."""

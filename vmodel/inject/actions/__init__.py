@@ -1,5 +1,6 @@
-"""All actions; importing this fills `vmodel.inject.action.ACTIONS`."""
+"""All actions; one that is not in `ACTIONS` is in no plan."""
 
+from vmodel.inject.action import Action
 from vmodel.inject.actions.access import (
     Abort,
     Corrupt,
@@ -19,35 +20,39 @@ from vmodel.inject.actions.life import AerError, Disconnect, NoBar, Unplug
 from vmodel.inject.actions.ordering import Delay, Drop, Duplicate, Late, Reorder
 from vmodel.inject.actions.register import Cut, Hide, Ones, Stuck, Value
 
-__all__ = [
-    "Abort",
-    "AerError",
-    "Complete",
-    "Corrupt",
-    "Cut",
-    "Delay",
-    "Disconnect",
-    "Drop",
-    "Duplicate",
-    "Fail",
-    "Flip",
-    "Hide",
-    "IommuFault",
-    "Late",
-    "NoBar",
-    "Ones",
-    "OtherVector",
-    "Overrun",
-    "Partial",
-    "Poison",
-    "Reorder",
-    "Spurious",
-    "Stale",
-    "Storm",
-    "Stuck",
-    "Toctou",
-    "Torn",
-    "Unplug",
-    "UseAfterUnmap",
-    "Value",
-]
+#: Actions by the name that plans use.
+ACTIONS: dict[str, type[Action]] = {
+    kind.name: kind
+    for kind in (
+        Abort,
+        AerError,
+        Complete,
+        Corrupt,
+        Cut,
+        Delay,
+        Disconnect,
+        Drop,
+        Duplicate,
+        Fail,
+        Flip,
+        Hide,
+        IommuFault,
+        Late,
+        NoBar,
+        Ones,
+        OtherVector,
+        Overrun,
+        Partial,
+        Poison,
+        Reorder,
+        Spurious,
+        Stale,
+        Storm,
+        Stuck,
+        Toctou,
+        Torn,
+        Unplug,
+        UseAfterUnmap,
+        Value,
+    )
+}
