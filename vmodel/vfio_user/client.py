@@ -147,7 +147,8 @@ class Ram:
 class Client:
     """One connection.  `timeout` (seconds) bounds every wait.
 
-    A thread that waits for a reply also answers the server's commands meanwhile.  Several threads may use one client.  OSError(EPROTO): the server broke the protocol.
+    A thread that waits for a reply also answers the server's commands meanwhile.  Several threads may use one client.
+    OSError(EPROTO): the server broke the protocol.
     """
 
     def __init__(self, sock: socket.socket, *, timeout: float = 5.0) -> None:
