@@ -111,6 +111,10 @@ def test_number_of_queues(started: Callable[..., Driver]) -> None:
 
 
 def test_vectors_by_themselves(driver: Driver) -> None:
+    """5.21.1.9: a vector that no I/O completion queue has is Invalid Field in Command."""
+    assert put(driver, FeatureId.INTERRUPT_VECTOR, 1 << 16 | 3) == "INVALID_FIELD"
+    driver.create(1, vector=3)
+    assert put(driver, FeatureId.INTERRUPT_VECTOR, 1 << 16) == "INVALID_FIELD"
     assert put(driver, FeatureId.INTERRUPT_VECTOR, 1 << 16 | 3) == "SUCCESS"
     assert get(driver, FeatureId.INTERRUPT_VECTOR, cdw11=3) == 1 << 16 | 3
     assert get(driver, FeatureId.INTERRUPT_VECTOR, cdw11=4) == 4

@@ -223,3 +223,23 @@ def test_nothing_is_taken_before_it_is_ready(driver: Driver) -> None:
     driver.enable()
     assert not driver.admin.reap()
     assert driver.identify(1)[:2] == b"\x34\x12"
+
+
+@pytest.mark.parametrize("interrupts", ["msix", "msi"])
+@pytest.mark.parametrize("stride", [0, 6])
+def test_the_function(started: Callable[..., Driver], interrupts: str, stride: int) -> None:
+    """2.1: class 010802h; MLBAR is 64-bit memory that is not prefetchable, of at least 16 KiB.
+
+    2.2 to 2.5: PCI power management, MSI or MSI-X, and PCI Express with FLR and Role-Based Error Reporting.
+    """
+    config = started(namespaces=[], interrupts=interrupts, doorbell_stride=stride).device.config
+    assert bytes(config.view[9:12]) == b"\x02\x08\x01"
+    config.write(0x10, b"\xff" * 8)
+    bar = int.from_bytes(config.view[0x10:0x18], "little")
+    assert bar & 15 == 0b0100 and not bar >> 4 & 0x3FF
+    found, at = {}, config.view[0x34]
+    while at:
+        found[config.view[at]], at = at, config.view[at + 1]
+    assert set(found) == {0x01, 0x10, 0x11 if interrupts == "msix" else 0x05}
+    capabilities = int.from_bytes(config.view[found[0x10] + 4 : found[0x10] + 8], "little")
+    assert capabilities >> 28 & 1 and capabilities >> 15 & 1

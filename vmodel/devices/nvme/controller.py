@@ -506,7 +506,7 @@ def _variant(base: type[Nvme], interrupts: str, stride: int) -> type[Nvme]:
         return base
     bank = doorbells(stride)
     end = DOORBELLS_AT + bank.size
-    bar = MmioBar(0, size=1 << (end - 1).bit_length(), is_64bit=True, fill=0)
+    bar = MmioBar(0, size=max(1 << (end - 1).bit_length(), base.bar0.size), is_64bit=True, fill=0)
 
     class Variant(base):  # type: ignore[valid-type, misc]
         bar0 = bar

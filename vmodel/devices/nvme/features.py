@@ -105,6 +105,7 @@ class Features:
             FeatureId.POWER_MANAGEMENT: self._set_power,
             FeatureId.ERROR_RECOVERY: self._set_recovery,
             FeatureId.NUMBER_OF_QUEUES: self._set_queues,
+            FeatureId.INTERRUPT_VECTOR: self._set_vector,
             FeatureId.ASYNCHRONOUS_EVENTS: self._set_events,
             FeatureId.TIMESTAMP: self._set_timestamp,
             FeatureId.KEEP_ALIVE: self._set_keep_alive,
@@ -299,6 +300,12 @@ class Features:
         if command.cdw11 & 0xFFFF == 0xFFFF or command.cdw11 >> 16 == 0xFFFF:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
         return self._queues()
+
+    def _set_vector(self, command: NvmeCommand, data: bytes) -> None:
+        """5.21.1.9: the host configures a vector that one of its I/O completion queues has."""
+        vectors = {queue.vector for qid, queue in self._controller.completion.items() if qid}
+        if command.cdw11 & 0xFFFF not in vectors:
+            raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
 
     def _set_events(self, command: NvmeCommand, data: bytes) -> None:
         if command.cdw11 & ~(_SMART_EVENTS | _NOTICES):
