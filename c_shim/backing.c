@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT
- * What kind of file a client has sent, found out without waiting for anybody.
+ * The kind of file that a client has sent, determined without a call that may block.
  *
- * A file system that a program serves (FUSE) or another machine (NFS, 9p) may never answer.  fstat() and fstatfs() then
- * wait for ever, and so does the first touch of a page, for parts of it with the lock of the whole address space: one
- * client could stop every thread.  So guest memory has to be on a file system whose pages come from the kernel, or from
- * a disk: memfd, tmpfs and hugetlbfs, told by their seals, and those of local[], told by the table of mounts. */
+ * A file system served by a program (FUSE) or another machine (NFS, 9p) may never answer.  fstat() and fstatfs() then
+ * block forever, and so does the first access to a page, at times with the address space's lock held: one client could
+ * stop every thread.  So guest memory must be on a file system whose pages come from the kernel or from a disk: memfd,
+ * tmpfs and hugetlbfs, recognised by their seals, and those of local[], recognised by the mount table. */
 #define _GNU_SOURCE
 #include "backing.h"
 
@@ -30,8 +30,8 @@ static int is_local(const char *type, size_t length)
     return 0;
 }
 
-/* Whether our table of mounts has the file on a local file system.  Its mount, or, for one of another mount namespace,
- * its disk. */
+/* Whether our mount table lists the file's mount with a local file system; for a file of another mount namespace, its
+ * disk. */
 static int mounted_locally(const struct statx *at)
 {
     FILE *mounts = fopen("/proc/self/mountinfo", "re");
@@ -63,7 +63,7 @@ int backing_of(int fd, backing *out)
     struct stat st;
     struct statfs fs;
 
-    /* What is known is enough: nobody is asked. */
+    /* DONT_SYNC: cached attributes will do, and a remote file system is not asked. */
     if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE | STATX_MNT_ID, &at) < 0)
         return -errno;
     if (!S_ISREG(at.stx_mode))

@@ -14,7 +14,7 @@ typedef struct backing {
     uint64_t page; /* page size (huge pages) */
 } backing;
 
-/* EINVAL: no regular file; EOPNOTSUPP: its file system may make us wait for ever. */
+/* EINVAL: no regular file; EOPNOTSUPP: its file system may block us forever. */
 int backing_of(int fd, backing *out);
 
 #endif

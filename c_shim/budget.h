@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * Bytes that several may take together, and no more; see budget.c. */
+ * A limit of memory in bytes, shared by several domains; see budget.c. */
 #ifndef VMS_BUDGET_H
 #define VMS_BUDGET_H
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT
  * One vfio-user connection: bytes in, replies and exits out.
  *
- * Whole messages are parsed in order from what stream.c has received.  Replies are gathered and sent before anything
- * that may sleep.  A channel belongs to the thread that calls vms_enter(); only vms_wake() and vms_chan_shutdown() may
- * come from others.
+ * Whole messages are parsed in order from the bytes that stream.c has received.  Replies are collected, and sent
+ * before any call that may block.  A channel belongs to the thread that calls vms_enter(); only vms_wake() and
+ * vms_chan_shutdown() may come from others.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -39,7 +39,7 @@ struct vms_chan {
         int posted;
         access_head head;
     } pending;
-    size_t multi_done; /* entries of the WRITE_MULTI at the head of the buffer that are through */
+    size_t multi_done; /* entries of the WRITE_MULTI at the head of the buffer that are done */
     int out_fds[CONTROL_FDS + 1];
     vms_run run;
 };
@@ -90,7 +90,7 @@ static void put_reply(vms_chan *chan, uint16_t id, uint16_t command, uint32_t er
     put(chan, b, b_len);
 }
 
-/* Answers a command that is done (error 0) or refused. */
+/* Replies to a command: success (error 0) or an error. */
 static void answer(vms_chan *chan, const header *h, int error, const void *a, size_t a_len)
 {
     if (error)
@@ -230,7 +230,7 @@ static int do_write(vms_chan *chan, const header *h, const uint8_t *body, size_t
     return 1;
 }
 
-/* REGION_WRITE_MULTI.  Resumes at chan->multi_done.  1: an exit, come back; 0: the message is through. */
+/* REGION_WRITE_MULTI.  Resumes at chan->multi_done.  1: an exit, call again; 0: the message is done. */
 static int do_multi(vms_chan *chan, const header *h, const uint8_t *body, size_t len)
 {
     uint64_t n;
@@ -328,7 +328,7 @@ static int closed(vms_chan *chan, int error)
     return 1;
 }
 
-/* Parses what is there.  1: an exit is ready; 0: more bytes are needed. */
+/* Parses the bytes received.  1: an exit is ready; 0: more bytes are needed. */
 static int parse(vms_chan *chan, stream *s)
 {
     uint32_t max_message = chan->open ? chan->max_xfer + 64 : HANDSHAKE_SIZE;
@@ -361,7 +361,7 @@ static int parse(vms_chan *chan, stream *s)
             if (chan->run.n_accesses)
                 break;
             if (type == TYPE_REPLY || s == &chan->twin)
-                return closed(chan, EPROTO); /* nobody waits for an error reply to a reply */
+                return closed(chan, EPROTO); /* a reply gets no error reply */
             answer(chan, &h, EINVAL, NULL, 0);
             s->drain = h.size;
             continue;
@@ -486,7 +486,7 @@ int vms_chan_open(vms_chan *chan, uint32_t peer_xfer, int twin)
             chan->twin.fd = -1;
             return rc;
         }
-        /* Either side sees what the other has written. */
+        /* Pairs with vms_chan_shutdown(): one of the two sees the other's store. */
         chan->twin_fd = twin;
         if (chan->stopped)
             shutdown(twin, SHUT_RDWR);
@@ -535,7 +535,7 @@ static int enter(vms_chan *chan, uint64_t deadline)
             closed(chan, chan->dead);
             return 0;
         }
-        /* A client that never pauses, or plays with an eventfd, must not hold back timers. */
+        /* A client that never pauses, or keeps signalling an eventfd, must not delay timers. */
         if (busy && deadline != UINT64_MAX && now_ns() >= deadline) {
             run->reason = VMS_EXIT_TIMEOUT;
             return 0;

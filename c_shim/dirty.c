@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT
  * The dirty log: one bit per 4 KiB page that a DMA write has touched since it was last reported.
  *
- * Bits live in chunks of 128 MiB of address space (4 KiB of bits), made when a page in them is first
- * written, so that the log of a sparse address space stays small.  A chunk that was reported as a whole goes.  A lost bit
- * would corrupt a migrated guest in silence: where there is no room for another chunk the log says from then on that all
- * is dirty, which is slow but right. */
+ * Bits live in chunks of 128 MiB of address space (4 KiB of bits), made when a page in them is first written, so that
+ * the log of a sparse address space stays small.  A chunk that was reported whole is freed.  A lost bit would
+ * silently corrupt a migrated guest: if another chunk cannot be allocated, the log reports all pages as dirty from
+ * then on, which is slow but right. */
 #include "dirty.h"
 
 #include <errno.h>
@@ -16,7 +16,7 @@
 #define CHUNK_PAGES (1u << (CHUNK_SHIFT - PAGE_SHIFT))
 #define CHUNK_WORDS (CHUNK_PAGES / 64)
 #define MAX_RANGES 65536
-#define MAX_CHUNKS 16384 /* 64 MiB of bits, 2 TiB that are dirty at a time */
+#define MAX_CHUNKS 16384 /* 64 MiB of bits: 2 TiB of dirty memory */
 
 typedef struct chunk {
     span_node span;

@@ -14,7 +14,7 @@ typedef struct dirty_log {
     pthread_mutex_t lock; /* innermost */
     span_tree ranges;     /* empty: all is logged */
     span_tree chunks;
-    int lost;             /* not all writes are in chunks: everything counts as written, until it is stopped */
+    int lost;             /* some writes are not in chunks: all pages are reported as dirty until the log is stopped */
 } dirty_log;
 
 void dirty_init(dirty_log *log);

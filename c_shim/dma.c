@@ -63,7 +63,7 @@ int dma_fail(vms_requester *requester, vms_fault *fault, enum vms_reason reason,
     return -EFAULT;
 }
 
-/* What an access goes through: 0 with *at, NULL for no translation.  Under requester->lock. */
+/* Selects the attachment of an access: 0 with *at, NULL for no translation.  Under requester->lock. */
 int dma_route(vms_requester *requester, uint32_t pasid, uint64_t iova, attachment **at, vms_fault *fault)
 {
     if (!requester->enabled)
@@ -76,13 +76,13 @@ int dma_route(vms_requester *requester, uint32_t pasid, uint64_t iova, attachmen
     return 0;
 }
 
-/* What a call returns.  Under requester->lock. */
+/* A call's return value: 1 instead of 0 if stale translations are noted.  Under requester->lock. */
 int dma_outcome(const vms_requester *requester, int rc)
 {
     return rc == 0 && requester->stale && requester->stale->count ? 1 : rc;
 }
 
-/* Where iova is: at most `want` bytes there.  Under requester->lock. */
+/* Translates iova to a place of at most `want` bytes.  Under requester->lock. */
 int dma_translate(vms_requester *requester, const attachment *at, uint64_t iova, uint64_t want, uint32_t access,
                      place *out, vms_fault *fault)
 {

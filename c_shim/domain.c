@@ -213,7 +213,7 @@ static void page_of(const vms_domain *domain, const mapping *item, uint64_t addr
     }
 }
 
-/* Takes whole pages of [at, last] out, up to a hole or a page that would be cut. */
+/* Removes whole pages of [at, last], up to a hole or a page that would be split. */
 static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t *removed)
 {
     mapping_tree *tree = &domain->mappings;
@@ -263,7 +263,7 @@ int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint3
     if (domain->kind != VMS_DOMAIN_PAGING || !size || ((iova | size) & (smallest_page(domain) - 1)) || last < iova)
         return -EINVAL;
     pthread_rwlock_wrlock(&domain->lock);
-    if (mapping_tree_remove_exact(&domain->mappings, iova, last)) /* as is usual */
+    if (mapping_tree_remove_exact(&domain->mappings, iova, last)) /* the usual case */
         removed = size;
     else
         rc = unmap_pages(domain, iova, last, &removed);
@@ -283,7 +283,7 @@ int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last, uint
     if (domain->kind != VMS_DOMAIN_PAGING || last < first)
         return -EINVAL;
     pthread_rwlock_wrlock(&domain->lock);
-    int exact = mapping_tree_remove_exact(tree, first, last); /* as is usual */
+    int exact = mapping_tree_remove_exact(tree, first, last); /* the usual case */
     if (exact)
         pages = (last - first) / 4096 + 1;
     else if ((mapping_tree_find(tree, first, &item) && item.start < first) ||
@@ -309,7 +309,7 @@ int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last, uint32_t
     pthread_mutex_lock(&domain->attach_lock);
     for (domain_listener *listener = domain->listeners; listener; listener = listener->next)
         listener->invalidate(listener, start, last, flags);
-    /* What is nested goes by other addresses. */
+    /* Nested domains have other input addresses: all of them is flushed. */
     for (vms_domain *nested = domain->nested; nested; nested = nested->next_nested)
         vms_domain_flush(nested, 0, UINT64_MAX, flags);
     pthread_mutex_unlock(&domain->attach_lock);

@@ -13,11 +13,11 @@
 
 typedef struct translation translation;
 
-/* A member of whatever caches translations of a domain. */
+/* Embedded in each object that caches translations of a domain. */
 typedef struct domain_listener {
     struct domain_listener *next; /* under domain->attach_lock */
-    /* Drops what is cached of [start, last], and returns when no access through it is under way; flags VMS_FLUSH_*.
-     * Called under domain->attach_lock (and its parent's). */
+    /* Invalidates cached translations of [start, last]; returns when no access through them is in flight; flags
+     * VMS_FLUSH_*. Called under domain->attach_lock (and its parent's). */
     void (*invalidate)(struct domain_listener *listener, uint64_t start, uint64_t last, uint32_t flags);
 } domain_listener;
 
@@ -43,12 +43,12 @@ struct vms_domain {
     vms_domain *nested, *next_nested;
 };
 
-/* What an IOTLB keeps: [start, last] leads to gpa and on. */
+/* An IOTLB's entry: [start, last] is mapped to gpa and up. */
 struct translation {
     uint64_t start, last, gpa;
-    uint32_t prot;  /* what may be done without another walk */
+    uint32_t prot;  /* VMS_PROT_* allowed without another walk */
     uint32_t level; /* of the entry; 0: a mapping */
-    vms_domain *log; /* whose dirty log has writes, NULL: none; at log_start for start */
+    vms_domain *log; /* the domain whose dirty log records writes; NULL: none; at log_start for start */
     uint64_t log_start;
 };
 
@@ -57,7 +57,7 @@ int domain_create(uint32_t kind, vms_domain **out);
 void domain_ref(vms_domain *domain);
 /* Takes a reference; listener->invalidate is set. */
 void domain_listen(vms_domain *domain, domain_listener *listener);
-/* Gives it back. */
+/* Drops the reference. */
 void domain_unlisten(vms_domain *domain, domain_listener *listener);
 /* `parent` is the stage 2 of `domain`, as long as that lives. */
 void domain_nest(vms_domain *domain, vms_domain *parent);

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT
- * Eventfds that a client has as well: signalled and read without ever waiting.
+ * Eventfds shared with a client: signalled and read without blocking.
  *
  * O_NONBLOCK is a flag of the open file description, which the client shares: it can clear it at any time, fill the
- * counter, and a write() of ours would sleep for as long as the client likes.  To ask poll() first is a race.  What the
- * kernel itself does to an eventfd (eventfd_signal(): KVM's irqfd, vhost, completions of AIO) never waits: a full
- * counter stays full.  So a signal is the completion of an empty read by AIO, which is complete when io_submit()
- * returns.  Reading has RWF_NOWAIT (Linux 5.8), which counts whatever the flags of the description are.
+ * counter, and our write() would block for as long as the client likes.  Calling poll() first is a race.  The
+ * kernel's own eventfd_signal() (KVM's irqfd, vhost, completions of AIO) never blocks: a full counter stays full.  So
+ * a signal is the completion of an empty read by AIO, which is complete when io_submit() returns.  Reading has
+ * RWF_NOWAIT (Linux 5.8), which counts whatever the flags of the description are.
  */
 #define _GNU_SOURCE
 #include "eventfd.h"
@@ -19,7 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define RING 32 /* completions that may lie there unread */
+#define RING 32 /* completions that may be unread */
 
 int eventfd_take(int fd)
 {
@@ -40,7 +40,7 @@ static int submit(signaller *s, int eventfd)
 {
     struct iocb request = {
         .aio_lio_opcode = IOCB_CMD_PREAD,
-        .aio_fildes = (uint32_t)s->source, /* empty: it ends at once */
+        .aio_fildes = (uint32_t)s->source, /* empty: the read completes at once */
         .aio_flags = IOCB_FLAG_RESFD,
         .aio_resfd = (uint32_t)eventfd,
     };
@@ -70,7 +70,7 @@ int signaller_send(signaller *s, int eventfd)
             rc = submit(s, eventfd);
         }
     } else {
-        /* No AIO here: as good as it can be, see docs/robustness.md. */
+        /* This kernel has no AIO: a write() that may block, see docs/robustness.md. */
         uint64_t one = 1;
         rc = write(eventfd, &one, sizeof one) < 0 && errno != EAGAIN ? -errno : 0;
     }

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT
- * Eventfds that a client has as well; see eventfd.c. */
+ * Eventfds shared with a client; see eventfd.c. */
 #ifndef VMS_EVENTFD_H
 #define VMS_EVENTFD_H
 
 #include <pthread.h>
 
-/* What signals of one function go through. */
+/* The AIO context for one function's signals. */
 typedef struct signaller {
     pthread_mutex_t lock;
     unsigned long aio; /* aio_context_t; 0: not yet */
@@ -16,7 +16,7 @@ void signaller_init(signaller *s);
 void signaller_destroy(signaller *s);
 /* Adds 1 to a counter, full or not; never waits.  -errno. */
 int signaller_send(signaller *s, int eventfd);
-/* Takes a counter to 0; whether it was not 0.  Never waits. */
+/* Resets a counter to 0; returns whether it was not 0.  Never blocks. */
 int eventfd_take(int fd);
 
 #endif

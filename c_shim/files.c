@@ -1,18 +1,19 @@
 /* SPDX-License-Identifier: MIT
- * Pieces of client files, mapped once each, and what happens when the client shrinks a file under us.
+ * Pieces of client files, mapped once each; and the SIGBUS handler for files that a client shrinks.
  *
- * A window maps the whole GiBs that it touches, as far as the file goes: windows side by side share a mapping, and so do
- * functions with one client, while a huge file costs no more address space than its windows.
+ * A window maps the whole GiBs that it touches, as far as the file goes: windows side by side share a mapping, and so
+ * do functions with one client, while a huge file costs no more address space than its windows.
  *
- * Touching a page past the end of a mapped file raises SIGBUS.  No check beforehand can exclude that, as the
- * client may truncate between check and use.  So the handler puts zeros of our own there, from that page to the
- * mapping's end, and lowers file->good; the copy goes on, looks at file->good afterwards and reports -EFAULT.  Neither a
- * copy nor a zero-copy view that Python holds can crash the process.  A mapping takes two areas of the kernel's (VMAs) at
- * most, however often it is mended: their number is limited for the whole process.
+ * Touching a page past the end of a mapped file raises SIGBUS.  No check beforehand can exclude that, as the client
+ * may truncate between check and use.  So the handler maps zero pages from that page to the mapping's end, and lowers
+ * file->good; the copy continues, checks file->good afterwards and reports -EFAULT.  Neither a copy nor a zero-copy
+ * view that Python holds can crash the process.  A mapping takes at most two of the kernel's areas (VMAs), however
+ * often it is repaired: the kernel limits their number for the whole process.
  *
  * Signal dispositions belong to the whole process, hence the one piece of global state in this library: the table of
- * mappings that the handler may mend.  It takes no lock.  Who faults holds a reference, so the entry that it needs does
- * not change; an entry that changes while it is looked at is another one, and its version says so.
+ * mappings that the handler may repair.  The handler takes no lock.  The thread that faults holds a reference, so its
+ * entry does not change; an entry that changes while the handler reads it belongs to another mapping, as its version
+ * shows.
  */
 #define _GNU_SOURCE
 #include "files.h"
@@ -57,7 +58,8 @@ static void lower(_Atomic uint64_t *limit, uint64_t to)
         ;
 }
 
-/* VMAs that are there to be given up: where the kernel has no more of them, not even what takes none is allowed. */
+/* VMAs in reserve: at the kernel's limit even an mmap() that needs no further VMA fails, so the handler unmaps a
+ * spare. */
 #define SPARE 64
 static uint8_t *spare;
 static _Atomic unsigned spent;
@@ -67,7 +69,7 @@ static int make_spare(void)
     spare = mmap(NULL, SPARE * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (spare == MAP_FAILED)
         return -errno;
-    for (unsigned i = 0; i < SPARE; i += 2) /* differing from its neighbours each is a VMA */
+    for (unsigned i = 0; i < SPARE; i += 2) /* pages with other protection than their neighbours are VMAs of their own */
         if (mprotect(spare + i * PAGE, PAGE, PROT_READ) < 0)
             return -errno;
     return 0;
@@ -87,8 +89,8 @@ static int put_zeros(mapped_file *file, uint8_t *base, uint64_t from, uint64_t s
            MAP_FAILED;
 }
 
-/* Whether the fault at `at` was a mapping's, and the access can go on. */
-static int mend(const uint8_t *at, int poisoned)
+/* Repairs the mapping that faulted at `at`.  0: it is none of ours, or cannot be repaired. */
+static int repair(const uint8_t *at, int poisoned)
 {
     int n = atomic_load(&used);
 
@@ -101,13 +103,14 @@ static int mend(const uint8_t *at, int poisoned)
             continue;
         uint64_t from = (uint64_t)(at - base) & ~(atomic_load(&file->page) - 1);
         if (from >= atomic_load(&file->zeros))
-            return !poisoned; /* another thread has mended it just now; of our own zeros only hardware complains */
+            return !poisoned; /* another thread has repaired it; a fault in our own zeros is a memory error */
         lower(&file->good, atomic_load(&file->first) + from);
         if (put_zeros(file, base, from, size - from)) {
             lower(&file->zeros, from);
             return 1;
         }
-        /* No commit for so much (vm.overcommit_memory 2): a page may do.  No VMA left: all of it takes none. */
+        /* vm.overcommit_memory 2 refuses so much: try one page.  No VMA is left: replacing the whole mapping takes
+         * none. */
         if (put_zeros(file, base, from, atomic_load(&file->page)))
             return 1;
         lower(&file->good, atomic_load(&file->first));
@@ -123,9 +126,9 @@ static int mend(const uint8_t *at, int poisoned)
 static void on_sigbus(int signal, siginfo_t *info, void *context)
 {
     int saved = errno;
-    /* Only a fault has an address: what kill() sends has none. */
+    /* Only a fault has an address; a signal from kill() has none. */
     int ours = (info->si_code == BUS_ADRERR || info->si_code == BUS_MCEERR_AR) &&
-               mend(info->si_addr, info->si_code == BUS_MCEERR_AR);
+               repair(info->si_addr, info->si_code == BUS_MCEERR_AR);
     errno = saved;
     if (ours)
         return;
@@ -134,7 +137,7 @@ static void on_sigbus(int signal, siginfo_t *info, void *context)
     } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
         previous.sa_handler(signal);
     } else if (info->si_code > 0 || previous.sa_handler == SIG_DFL) {
-        /* The access faults again and takes the default action; what was sent is sent again. */
+        /* The access faults again and gets the default action; a signal that was sent is raised again. */
         struct sigaction dfl = { .sa_handler = SIG_DFL };
         sigaction(SIGBUS, &dfl, NULL);
         if (info->si_code <= 0)
@@ -142,7 +145,7 @@ static void on_sigbus(int signal, siginfo_t *info, void *context)
     }
 }
 
-/* Whoever has taken the signal since is displaced, and not called: it may be calling us. */
+/* A handler installed after ours is replaced and not called: it may call ours. */
 static int install_handler(void)
 {
     struct sigaction now, ours = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK };
@@ -243,11 +246,11 @@ size_t vms_files_mapped(vms_files *files)
     return count;
 }
 
-/* A piece of a file that is wanted. */
+/* The piece of a file to map. */
 typedef struct piece {
     const backing *in;
     uint64_t first, size; /* what is mapped */
-    uint64_t end;         /* as far as the file has to be there */
+    uint64_t end;         /* the file must reach up to here */
     int writable;
 } piece;
 
@@ -258,7 +261,7 @@ static mapped_file **bucket_of(vms_files *files, dev_t dev, ino_t ino, uint64_t 
     return &files->bucket[(key ^ key >> 32) % BUCKETS];
 }
 
-/* Takes a reference to a mapping that will do; NULL: there is none.  Under files->lock. */
+/* Takes a reference to a suitable mapping; NULL: there is none.  Under files->lock. */
 static mapped_file *find(vms_files *files, const piece *want)
 {
     mapped_file *file = *bucket_of(files, want->in->dev, want->in->ino, want->first);
@@ -300,7 +303,7 @@ static int file_map(vms_files *files, int fd, const piece *want, mapped_file **o
     atomic_fetch_add(&file->version, 1);
 
     pthread_mutex_lock(&files->lock);
-    mapped_file *other = find(files, want); /* somebody was quicker */
+    mapped_file *other = find(files, want); /* another thread was faster */
     if (!other) {
         mapped_file **bucket = bucket_of(files, file->dev, file->ino, want->first);
         file->next = *bucket;
@@ -334,7 +337,7 @@ int file_get(vms_files *files, int fd, uint64_t offset, uint64_t size, uint32_t 
     int mode = fcntl(fd, F_GETFL);
     if (mode < 0)
         return -errno;
-    int rc = install_handler(); /* somebody may have taken the signal since, as Python's faulthandler does */
+    int rc = install_handler(); /* others may have installed their handler since, as Python's faulthandler does */
     if (rc == 0)
         rc = backing_of(fd, &in);
     if (rc < 0)

@@ -27,8 +27,8 @@ typedef struct mapped_file {
     unsigned refs; /* under owner->lock */
 } mapped_file;
 
-/* A mapping that covers [offset, offset+size) of fd, with one reference for the caller.  ENOSPC: it would be larger than
- * `room` bytes, or there are too many. */
+/* A mapping that covers [offset, offset+size) of fd, with one reference for the caller.  ENOSPC: it would be larger
+ * than `room` bytes, or there are too many. */
 int file_get(vms_files *files, int fd, uint64_t offset, uint64_t size, uint32_t prot, uint64_t room,
              mapped_file **out);
 void files_ref(vms_files *files);

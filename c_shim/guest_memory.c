@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * DMA windows: what the client's DMA_MAP and DMA_UNMAP leave behind. */
+ * DMA windows: created by the client's DMA_MAP, removed by DMA_UNMAP. */
 #define _GNU_SOURCE
 #include "guest_memory.h"
 
@@ -69,7 +69,7 @@ static int check_range(uint64_t gpa, uint64_t size)
 
 /* ---- what a client takes of the process's address space ---------------------------------------- */
 
-/* Bytes that another mapping may have. */
+/* The largest mapping that the limit still allows, in bytes. */
 static uint64_t room_left(vms_memory *memory)
 {
     pthread_mutex_lock(&memory->lock);
@@ -88,7 +88,7 @@ static holding **holding_of(vms_memory *memory, const mapped_file *file)
     return link;
 }
 
-/* One more window in this mapping; *fresh is used up where it is the first one.  Under memory->lock. */
+/* Counts one more window in this mapping; consumes *fresh if it is the first one.  Under memory->lock. */
 static int hold(vms_memory *memory, mapped_file *file, holding **fresh)
 {
     holding *held = *holding_of(memory, file);
@@ -108,7 +108,7 @@ static int hold(vms_memory *memory, mapped_file *file, holding **fresh)
     return 0;
 }
 
-/* One less.  Under memory->lock. */
+/* Counts one window less.  Under memory->lock. */
 static void unhold(vms_memory *memory, const mapped_file *file)
 {
     holding **link = holding_of(memory, file), *held = *link;
@@ -192,7 +192,7 @@ static void release(vms_memory *memory, uint64_t start, uint64_t last, span_node
     }
 }
 
-/* Takes the windows in [start, last] out; none of them may reach past an end. */
+/* Removes the windows in [start, last] from the tree; none of them may cross an end. */
 static uint64_t remove_span(vms_memory *memory, uint64_t start, uint64_t last, span_node **removed)
 {
     span_node *node;

@@ -25,7 +25,7 @@ typedef struct holding {
     uint64_t windows;
 } holding;
 
-/* A member of whatever caches windows. */
+/* Embedded in each object that caches windows. */
 typedef struct memory_listener {
     struct memory_listener *next; /* under memory->listeners_lock */
     /* The windows in [start, last] have been removed: drops what is cached of them, and returns when no access through
@@ -54,7 +54,7 @@ void memory_ref(vms_memory *memory);
 const window *memory_find(const vms_memory *memory, uint64_t gpa);
 /* One naturally aligned 8-byte word, as hardware that walks tables reads it; EFAULT where there is no file. */
 int memory_load64(vms_memory *memory, uint64_t gpa, uint64_t *value);
-/* Puts `desired` there if it is `expected` still.  EAGAIN: it is not; EFAULT. */
+/* Compare-and-swap of a word.  EAGAIN: it is not `expected`; EFAULT: as above. */
 int memory_cas64(vms_memory *memory, uint64_t gpa, uint64_t expected, uint64_t desired);
 
 /* listener->removed is set. */

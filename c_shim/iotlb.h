@@ -5,7 +5,7 @@
 
 #include "attachment.h"
 
-/* Single pages are found by their number; whatever is larger is kept whole, in a few entries of its own. */
+/* 4 KiB pages are indexed by page number; larger translations are kept whole, in a few entries of their own. */
 #define IOTLB_PAGES 1024
 #define IOTLB_RANGES 8
 #define PAGE ((uint64_t)4096)
@@ -61,21 +61,21 @@ static inline const translation *iotlb_find(const iotlb *tlb, const attachment *
     return NULL;
 }
 
-/* Keeps what a walk for `access` has found. */
+/* Inserts the result of a walk for `access`. */
 static inline const translation *iotlb_keep(iotlb *tlb, const attachment *at, uint64_t iova, uint32_t access,
                                             const translation *fresh)
 {
     iotlb_entry *entry = iotlb_slot(tlb, at, iova);
 
     if (fresh->last - fresh->start >= PAGE) {
-        /* Its older self, which allowed less, must not stay beside it. */
+        /* An older entry of the same range, with less permission, must not stay. */
         for (int i = 0; i < IOTLB_RANGES; i++)
             iotlb_drop(&tlb->range[i], at, fresh->start, fresh->last);
         entry = &tlb->range[tlb->victim++ % IOTLB_RANGES];
     }
     entry->at = at;
     entry->t = *fresh;
-    /* A walk for nothing in particular has set no flags: the first access has to walk again. */
+    /* A walk without an access sets no flags: the first access has to walk again. */
     if (!access)
         entry->t.prot = 0;
     return &entry->t;

@@ -10,7 +10,7 @@
 #define INNER_MIN (INNER_MAX / 2)
 #define HEIGHT_MAX 10 /* see mapping_tree.h: 2 * 31^9 * 21 mappings are 2^50, and one more level needs 2^54.9 */
 
-/* What both kinds of nodes begin with. */
+/* The header of both kinds of nodes. */
 typedef struct header {
     uint32_t n;     /* children or mappings */
     uint32_t level; /* 0: a leaf */
@@ -78,7 +78,7 @@ static unsigned place_in(const leaf *at, uint64_t address)
     return upper_bound(at->start, at->head.n, LEAF_MAX, address);
 }
 
-/* All lines of a node at once, rather than one after the other as the search comes to them. */
+/* Fetches all cache lines of a node at once instead of one by one as the search reaches them. */
 static inline void prefetch(const void *node)
 {
     for (unsigned i = 0; i < NODE_SIZE; i += 64)
@@ -160,7 +160,7 @@ int mapping_tree_from(const mapping_tree *tree, uint64_t address, mapping *out)
     return 1;
 }
 
-/* The leaf's first start is another one, or it is another's: the key that says so follows (invariant 2). */
+/* Updates the key above the leaf after its first start has changed (invariant 2). */
 static void first_changed(const mapping_tree *tree, path *p)
 {
     for (unsigned level = tree->height; level-- > 0;)
@@ -204,7 +204,7 @@ static void inner_put(inner *in, unsigned i, uint64_t key, void *child)
 }
 
 /* Moves entries between neighbours of one level until `left` has n; `key` is the first start below `right`.  Returns
- * what that is then, if `right` has any. */
+ * the new first start, if `right` has any entries. */
 static uint64_t share(void *left, void *right, unsigned n, uint64_t key)
 {
     header *a = left, *b = right;
@@ -363,7 +363,7 @@ int mapping_tree_insert(mapping_tree *tree, const mapping *item)
 
 /* ---- removal ------------------------------------------------------------------------------ */
 
-/* Gives back nodes that are in the tree no more: the pool's last ones take their places (invariant 4). */
+/* Frees nodes that have left the tree: the pool's last nodes are moved into their places (invariant 4). */
 static void release(mapping_tree *tree, void **gone, unsigned n)
 {
     while (n) {
@@ -454,7 +454,7 @@ int mapping_tree_remove_exact(mapping_tree *tree, uint64_t start, uint64_t last)
     return 1;
 }
 
-/* ---- other ends --------------------------------------------------------------------------- */
+/* ---- resize and split --------------------------------------------------------------------- */
 
 void mapping_tree_resize(mapping_tree *tree, uint64_t start, const mapping *now)
 {

@@ -54,7 +54,7 @@ void mapping_tree_remove(mapping_tree *tree, uint64_t start);
 int mapping_tree_remove_exact(mapping_tree *tree, uint64_t start, uint64_t last);
 /* Gives the mapping that starts at `start` other ends, between its neighbours. */
 void mapping_tree_resize(mapping_tree *tree, uint64_t start, const mapping *now);
-/* Puts two parts of the mapping that starts where `head` does in its place.  ENOMEM: nothing has changed. */
+/* Replaces the mapping that starts where `head` does by its two parts.  ENOMEM: nothing has changed. */
 int mapping_tree_split(mapping_tree *tree, const mapping *head, const mapping *tail);
 /* Bytes of memory that the tree takes. */
 size_t mapping_tree_bytes(const mapping_tree *tree);

@@ -60,7 +60,7 @@ static int add_extent(node_pool *pool)
     if (aligned > all)
         munmap(all, (size_t)(aligned - all));
     munmap(aligned + EXTENT, (size_t)(all + EXTENT - aligned));
-    /* Its memory comes page by page, until all of it is wanted. */
+    /* Small pages until the whole extent is in use. */
     madvise(aligned, EXTENT, MADV_NOHUGEPAGE);
     pool->extents[pool->n_extents++] = aligned;
     return 0;
@@ -81,7 +81,7 @@ int node_pool_reserve(node_pool *pool, size_t n)
     if (rc < 0)
         return rc;
     pool->ready = ready;
-    for (size_t i = before / PER_EXTENT; i < ready / PER_EXTENT; i++) { /* if these fail it is only slower */
+    for (size_t i = before / PER_EXTENT; i < ready / PER_EXTENT; i++) { /* failure only costs speed */
         madvise(pool->extents[i], EXTENT, MADV_HUGEPAGE);
         if (i * PER_EXTENT < before)
             madvise(pool->extents[i], EXTENT, MADV_COLLAPSE);
@@ -118,7 +118,7 @@ void node_pool_drop(node_pool *pool)
     }
     budget_give(pool->budget, (pool->ready - ready) * NODE_SIZE);
     pool->ready = ready;
-    /* Where it cannot be unmapped (the kernel limits areas, and a hole makes one more) address space is kept. */
+    /* munmap() may fail at the kernel's limit of VMAs, as a hole makes one more: the address space is kept then. */
     while (pool->n_extents > (ready + PER_EXTENT - 1) / PER_EXTENT &&
            munmap(pool->extents[pool->n_extents - 1], EXTENT) == 0)
         pool->n_extents--;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  * Memory for the nodes of one tree, without holes: the nodes in use are always the first ones.  Not locked.
  *
- * So that memory follows the number of nodes down as well as up, whatever the order in which they go.  Who frees a node
- * moves the last one into its place.  At any time bytes <= used * NODE_SIZE * 9/8 + POOL_SLACK. */
+ * So memory shrinks with the number of nodes, in whatever order they are freed.  The caller that frees a node moves the
+ * last one into its place.  At any time bytes <= used * NODE_SIZE * 9/8 + POOL_SLACK. */
 #ifndef VMS_NODE_POOL_H
 #define VMS_NODE_POOL_H
 
@@ -24,9 +24,9 @@ typedef struct node_pool {
 void node_pool_init(node_pool *pool, vms_budget *budget);
 /* Gives all memory back. */
 void node_pool_clear(node_pool *pool);
-/* Sees to memory for n more nodes.  -ENOMEM: the budget or the system has none. */
+/* Allocates memory for n more nodes.  -ENOMEM: the budget or the system has none. */
 int node_pool_reserve(node_pool *pool, size_t n);
-/* One of those that were reserved, with anything in it. */
+/* One of the reserved nodes, not initialised. */
 void *node_pool_take(node_pool *pool);
 /* The last one in use. */
 void *node_pool_last(const node_pool *pool);

@@ -2,13 +2,13 @@
  * The hot loop of an NVMe controller: plain Reads and Writes, from the submission queue to the completion queue.
  *
  * A command is plain when nothing about it needs a decision: no fused operation, no protection information, blocks
- * that are there, PRPs or a short SGL, a namespace without a special state.  Everything else stops the loop before the
- * command is taken, and so does a failure: Python then carries the command out from its beginning, which is the
- * same thing once more for a Read or a Write, and finds the right status.
+ * that are there, PRPs or a short SGL, a namespace without a special state.  Any other command stops the loop before
+ * it is fetched off the queue, and so does a failure: Python then executes the command from its beginning, which is
+ * harmless for a Read or a Write, and finds the right status.
  *
- * What a file cannot do without waiting goes to workers, by way of a buffer.  They never see guest memory: a Write's
- * data is fetched before, a Read's is stored when the device's thread collects it.  Section numbers are those of NVMe
- * base 1.4. */
+ * File I/O that may block goes to workers, through a buffer.  Workers never access guest memory: the device's thread
+ * fetches a Write's data beforehand, and stores a Read's data when it collects the job.  Section numbers are those of
+ * NVMe base 1.4. */
 #define _GNU_SOURCE
 #include "nvme_command.h"
 
@@ -20,12 +20,12 @@
 #define COMPLETION 16u                   /* bytes of an entry */
 #define INLINE ((uint64_t)256 * 1024)    /* a transfer from or to a file that is larger is for workers */
 #define KEPT_SIZE ((uint64_t)256 * 1024) /* of a buffer that is kept */
-#define LOCKED ((uint64_t)8 << 20)       /* bytes that are moved before the lock is let go */
-#define TURN ((uint64_t)64 << 20)        /* and before the device looks at its client again */
-#define HELD ((uint64_t)64 << 20)        /* bytes that workers have in hand: no more commands are taken then */
-#define HELD_LEAST ((uint64_t)64 * 1024) /* what a command counts there at least */
+#define LOCKED ((uint64_t)8 << 20)       /* bytes moved before the lock is released */
+#define TURN ((uint64_t)64 << 20)        /* and before the device serves its client again */
+#define HELD ((uint64_t)64 << 20)        /* limit of bytes queued at workers: no more commands are fetched beyond it */
+#define HELD_LEAST ((uint64_t)64 * 1024) /* a command counts at least this much */
 
-/* A plain command that a worker has in hand. */
+/* A plain command queued at the workers. */
 typedef struct task {
     work work; /* first: a work * is a task * */
     uint32_t sq;
@@ -84,7 +84,7 @@ static void task_free(vms_nvme *nvme, work *item)
     free(item);
 }
 
-/* Takes back what workers have not begun, and waits for the rest. */
+/* Revokes tasks that have not begun, and waits for the rest. */
 static void drop_tasks(vms_nvme *nvme)
 {
     work *item;
@@ -147,7 +147,7 @@ int vms_nvme_namespace(vms_nvme *nvme, uint32_t nsid, vms_store *store, uint32_t
 
 /* ---- moving data --------------------------------------------------------------------------------- */
 
-/* Between guest memory and `data`. */
+/* Copies between guest memory and `data`. */
 static int move(vms_nvme *nvme, const attachment *at, const vms_sg *piece, uint32_t n, uint8_t *data, int to_guest)
 {
     uint32_t flags = to_guest ? VMS_DMA_WRITE : 0;
@@ -161,7 +161,7 @@ static int move(vms_nvme *nvme, const attachment *at, const vms_sg *piece, uint3
     return rc;
 }
 
-/* Between guest memory and a file, if nothing has to be waited for.  1: done; 0: it has; -EFAULT. */
+/* Transfers between guest memory and a file without blocking.  1: done; 0: it would block; -EFAULT. */
 static int move_file(vms_nvme *nvme, const attachment *at, const plain *p)
 {
     uint32_t access = p->write ? VMS_PROT_READ : VMS_PROT_WRITE, n = 0;
@@ -190,7 +190,7 @@ static int move_file(vms_nvme *nvme, const attachment *at, const plain *p)
         if (!p->write)
             dma_wrote(nvme->requester, &found[i]);
         if (rc == 1 && !dma_still_there(&found[i]))
-            rc = -EFAULT; /* what was moved were zeros of our own: see files.c */
+            rc = -EFAULT; /* the file shrank and zeros were moved: see files.c */
     }
     if (rc == 1)
         dma_count(nvme->requester, p->write ? 0 : VMS_DMA_WRITE, p->length);
@@ -338,7 +338,7 @@ int vms_nvme_collect(vms_nvme *nvme, vms_nvme_run *run)
         if (rc == 0) {
             run->posted[qid / 64] |= (uint64_t)1 << qid % 64;
         } else {
-            requester->stats.faults = faults; /* it is counted when Python meets it again */
+            requester->stats.faults = faults; /* counted when Python repeats the command */
             run->stop = VMS_NVME_OTHER;
             run->sq = t->sq;
             memcpy(run->command, t->command, ENTRY);
@@ -374,7 +374,7 @@ uint64_t vms_nvme_held(const vms_nvme *nvme)
     return nvme->held;
 }
 
-void vms_nvme_forget(vms_nvme *nvme)
+void vms_nvme_reset(vms_nvme *nvme)
 {
     drop_tasks(nvme);
     memset(nvme->sq, 0, sizeof nvme->sq);
@@ -400,7 +400,8 @@ static int take_shadow(vms_nvme *nvme, const attachment *at, vms_nvme_sq *sq)
     return 0;
 }
 
-/* Looks at the shadow doorbell (5.7, 7.13); when there is nothing, asks for a doorbell at the next command.  0, -errno. */
+/* Reads the shadow doorbell (5.7, 7.13); if nothing is new, sets EventIdx to get a doorbell for the next command.  0,
+ * -errno. */
 static int look_at_shadow(vms_nvme *nvme, const attachment *at, vms_nvme_sq *sq)
 {
     vms_fault fault;
@@ -418,18 +419,18 @@ static int look_at_shadow(vms_nvme *nvme, const attachment *at, vms_nvme_sq *sq)
     dma_count(nvme->requester, VMS_DMA_WRITE, fault.done);
     if (rc < 0)
         return rc;
-    /* The driver writes its tail, then looks at EventIdx; we the other way round. */
+    /* The driver writes its tail, then reads EventIdx; we write EventIdx, then read the tail. */
     atomic_thread_fence(memory_order_seq_cst);
     return take_shadow(nvme, at, sq);
 }
 
-/* Whether a ring passes the end of all addresses: what is behind that is another place, at 0. */
+/* Whether a ring wraps past 2^64. */
 static int wraps(uint64_t iova, uint64_t size)
 {
     return iova + (size - 1) < iova;
 }
 
-/* Carries one command out.  1: it is in the batch, or workers have it; 0: it is Python's. */
+/* Executes one command.  1: it is in the batch, or queued at workers; 0: left to Python. */
 static int carry_out(vms_nvme *nvme, const attachment *at, vms_nvme_cq *cq, uint32_t qid, const uint8_t *entry,
                      vms_nvme_run *run)
 {
@@ -448,7 +449,7 @@ static int carry_out(vms_nvme *nvme, const attachment *at, vms_nvme_cq *cq, uint
         if (rc < 0)
             return 0;
         if (rc == 0) {
-            /* A batch has no gaps: it is taken back from its end when it cannot be posted. */
+            /* A batch has no gaps, so that a failed post can undo it from its end. */
             if (post(nvme, qid, cq, run) < 0 || !defer(nvme, at, &p, qid, entry))
                 return 0;
             cq->reserved++;
@@ -482,7 +483,7 @@ int vms_nvme_run_queue(vms_nvme *nvme, uint32_t qid, uint32_t count, vms_nvme_ru
     nvme->moved = 0;
     int noted = 0;
     for (int going = 1; going;) {
-        /* The lock is let go from time to time: whoever unmaps memory waits for it. */
+        /* The lock is released from time to time: a thread that unmaps memory waits for it. */
         pthread_mutex_lock(&requester->lock);
         uint64_t faults = requester->stats.faults;
         dma_begin(&fault, VMS_NO_PASID, 0);
@@ -506,14 +507,14 @@ int vms_nvme_run_queue(vms_nvme *nvme, uint32_t qid, uint32_t count, vms_nvme_ru
             run->taken += (uint32_t)going;
         }
         if (post(nvme, qid, cq, run) < 0) {
-            /* As if they had not begun. */
+            /* Undo: these commands count as not begun. */
             sq->head = (sq->head + sq->entries - nvme->batched) % sq->entries;
             run->taken -= nvme->batched;
             nvme->batched = 0;
             going = 0;
         }
         if (!going)
-            requester->stats.faults = faults; /* what failed is counted when Python meets it again */
+            requester->stats.faults = faults; /* the failure is counted when Python repeats the command */
         noted |= dma_outcome(requester, 0);
         pthread_mutex_unlock(&requester->lock);
     }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
- * What a submission queue entry says, when it is plain: which blocks, and where its data is in guest memory.  PRP lists
- * and SGLs are the guest's: whatever is wrong with them makes a command one for Python, which finds the status. */
+ * Decodes a plain submission queue entry: its blocks, and the guest memory of its data.  PRP lists and SGLs are
+ * untrusted: a command with a bad one is left to Python, which finds the status. */
 #define _GNU_SOURCE
 #include "nvme_command.h"
 
@@ -88,7 +88,7 @@ static int prp_list(vms_nvme *nvme, const attachment *at, plain *p, uint64_t lis
             n = sizeof entries / 8;
         if (nvme_fetch(nvme, at, list, entries, n * 8) < 0)
             return 0;
-        /* The last entry of a page leads to the next list where one entry would not do for what is left. */
+        /* The last entry of a page points to the next list if one entry is not enough for the rest. */
         int chained = n == room && wanted > room;
         for (uint64_t i = 0; i < n; i++) {
             uint64_t entry = le64(entries + 8 * i);

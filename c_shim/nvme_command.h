@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * A controller's state, and what a command says; see nvme_command.c, and nvme.c for the hot loop. */
+ * A controller's state, and decoded commands; see nvme_command.c, and nvme.c for the hot loop. */
 #ifndef VMS_NVME_COMMAND_H
 #define VMS_NVME_COMMAND_H
 
@@ -9,7 +9,7 @@
 #define ENTRY 64u    /* bytes of a submission queue entry */
 #define FETCH 32u    /* entries that are fetched at once, and completions that are posted at once */
 #define PIECES 1024u /* most pieces of a plain command, not more than IOV_MAX */
-#define KEPT 64u     /* buffers that are kept: what malloc gives anew costs a page fault for each page */
+#define KEPT 64u     /* buffers kept for reuse: a new one costs a page fault for each page */
 
 typedef struct namespace {
     vms_store *store; /* NULL: nothing is plain */
@@ -45,7 +45,7 @@ struct vms_nvme {
     } batch[FETCH];
     uint32_t batched;
     uint64_t moved; /* bytes of commands in this call of vms_nvme_run_queue */
-    uint64_t held;  /* bytes that workers have in hand */
+    uint64_t held;  /* bytes queued at workers */
     void *kept[KEPT]; /* buffers of KEPT_SIZE */
     uint32_t n_kept;
 };
@@ -54,7 +54,7 @@ struct vms_nvme {
 int nvme_fetch(vms_nvme *nvme, const attachment *at, uint64_t iova, void *buf, uint64_t len);
 /* Whether an entry is a plain command: 1 with *out filled, but for its pieces. */
 int nvme_decode(const vms_nvme *nvme, const uint8_t *entry, plain *out);
-/* Its data's pieces, in nvme->piece; 0: not plain, or its lists cannot be read.  Under requester->lock. */
+/* Fills nvme->piece with the pieces of the data; 0: not plain, or its lists cannot be read.  Under requester->lock. */
 int nvme_find_pieces(vms_nvme *nvme, const attachment *at, plain *p, const uint8_t *entry);
 
 #endif

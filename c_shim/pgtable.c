@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * Walks of I/O page tables in guest memory.  Whatever an entry holds, a walk ends: each step goes to a lower level.
+ * Walks of I/O page tables in guest memory.  A walk ends whatever an entry holds: each step goes to a lower level.
  *
  * Sources: Intel VT-d specification, chapters 3.6, 3.7 and 9; AMD I/O Virtualization Technology specification, 2.2.3;
  * Arm ARM, chapter D8 (VMSAv8-64).  tests/iommu/walker.py is the same, slow and plain: tests compare them. */
@@ -10,20 +10,20 @@
 #define BIT(n) (UINT64_C(1) << (n))
 #define MASK(hi, lo) ((UINT64_MAX >> (63 - (hi))) & (UINT64_MAX << (lo)))
 #define TOP_LEVEL 6
-/* How often a walk begins anew as an entry has changed under it. */
+/* How often a walk restarts when an entry has changed under it. */
 #define TRIES 64
 
 enum entry_kind { ABSENT, TABLE, LEAF, BAD_BITS, BAD_WIDTH };
 
-/* What an entry says. */
+/* A decoded entry. */
 typedef struct entry {
     enum entry_kind kind;
     uint64_t address;
     unsigned bits;       /* LEAF: log2 of the page's size */
     unsigned level;      /* TABLE: of the next table */
     uint32_t prot;       /* what this entry allows */
-    uint64_t accessed;   /* the entry as it has to become when it is used; as it is: nothing to do */
-    uint64_t written;    /* LEAF: and when it is written through */
+    uint64_t accessed;   /* the entry with its accessed flag set; unchanged: nothing to do */
+    uint64_t written;    /* LEAF: with its dirty flag set as well */
     int no_access_flag;  /* Arm: AF is clear and stays so */
 } entry;
 
@@ -94,7 +94,7 @@ static entry decode_amd(const vms_table *t, unsigned level, uint64_t e)
     int leaf = next == 0 || next == 7;
     if ((e & MASK(58, 52)) || (!leaf && (e & MASK(60, 59))))
         return bad(BAD_BITS);
-    if (next == 7) { /* the lowest zero of the address says the size */
+    if (next == 7) { /* the lowest zero bit of the address gives the size */
         bits = (unsigned)__builtin_ctzll(~(e | 0xFFF)) + 1;
         if (bits <= page_bits(level) || bits >= page_bits(level + 1))
             return bad(BAD_BITS);
@@ -212,7 +212,7 @@ static int refuse(const vms_domain *domain, vms_fault *fault, enum vms_reason re
     return -EFAULT;
 }
 
-/* Stage 2 would not do what is wanted of `address`, by its entry of that level. */
+/* Stage 2 refuses the access to `address`, by its entry of that level. */
 static int refuse_second(vms_fault *fault, uint64_t address, unsigned level)
 {
     fault->reason = VMS_REASON_PERMISSION;
@@ -222,7 +222,7 @@ static int refuse_second(vms_fault *fault, uint64_t address, unsigned level)
     return -EFAULT;
 }
 
-/* An address of a nested domain, by its parent. */
+/* Translates an address of a nested domain by its parent. */
 static int through_parent(vms_domain *domain, uint64_t address, uint32_t access, translation *out, vms_fault *fault)
 {
     int rc = domain_translate(domain->parent, address, access, out, fault);
@@ -233,7 +233,7 @@ static int through_parent(vms_domain *domain, uint64_t address, uint32_t access,
     return rc;
 }
 
-/* Where the entry at `address` is in memory.  quiet: stage 2 sets no flags either. */
+/* The GPA of the entry at `address`.  quiet: stage 2 sets no flags either. */
 static int entry_at(vms_domain *domain, uint64_t address, uint32_t access, int quiet, uint64_t *gpa, vms_fault *fault)
 {
     translation t;
@@ -281,7 +281,7 @@ static int walk_once(vms_domain *domain, uint64_t iova, uint32_t access, transla
 
     for (;;) {
         uint64_t index = iova >> page_bits(level);
-        /* Above the top table's bits there is nothing but sign (x86). */
+        /* Above the top table's bits there is only the sign extension (x86). */
         index &= level == t->levels ? MASK(t->input_bits - page_bits(level) - 1, 0) : 511;
         uint64_t address = table + 8 * index, gpa, raw;
         int rc = entry_at(domain, address, VMS_PROT_READ, !access, &gpa, fault);
@@ -315,7 +315,7 @@ static int walk_once(vms_domain *domain, uint64_t iova, uint32_t access, transla
         return refuse(domain, fault, VMS_REASON_PERMISSION, level);
 
     uint64_t start = iova & -BIT(e.bits);
-    /* The first write has to come here again, to set the dirty flag. */
+    /* Without the dirty flag the first write must walk again, to set it. */
     uint64_t now = used[n - 1].becomes;
     uint32_t cached = !access || now == decode(t, level, now).written ? prot : prot & ~VMS_PROT_WRITE;
     *out = (translation){ .start = start, .last = start + (BIT(e.bits) - 1), .gpa = e.address, .prot = cached,
@@ -326,7 +326,7 @@ static int walk_once(vms_domain *domain, uint64_t iova, uint32_t access, transla
         int rc = through_parent(domain, address, access, &second, fault);
         if (rc < 0)
             return rc;
-        /* What both stages have in one piece. */
+        /* The range that is contiguous in both stages. */
         uint64_t below = address - second.start, above = second.last - address;
         uint64_t low = iova - start < below ? iova - start : below;
         uint64_t high = out->last - iova < above ? out->last - iova : above;
@@ -334,7 +334,7 @@ static int walk_once(vms_domain *domain, uint64_t iova, uint32_t access, transla
         out->last = iova + high;
         out->gpa = second.gpa + (address - low - second.start);
         out->prot &= second.prot;
-        if (!out->prot) /* only when nothing was asked for */
+        if (!out->prot) /* only if access is 0 */
             return refuse_second(fault, address, second.level);
         out->log = second.log;
         out->log_start = second.log_start + (address - low - second.start);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * Pieces of guest memory that stay mapped while Python looks at them. */
+ * Pieces of guest memory that stay mapped while Python holds a view of them. */
 #define _GNU_SOURCE
 #include "dma.h"
 
@@ -9,7 +9,7 @@
 struct vms_pin {
     vms_memory *memory;
     mapped_file *file;
-    /* What is marked as dirty; NULL: the pin is not for writing. */
+    /* The pages to mark as dirty; NULL: the pin is read-only. */
     struct touched {
         uint64_t gpa, log_at; /* of a page; log_at: in the domain's log */
     } *pages;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * The requester: what its accesses go through, and the IOTLB that remembers it. */
+ * The requester: its attachments to domains, and its IOTLB. */
 #include "requester.h"
 
 #include <errno.h>

@@ -30,7 +30,7 @@ struct vms_requester {
     int own_tlb;      /* its IOTLB is a device-TLB */
 };
 
-/* What accesses with this PASID go through; NULL: no such PASID.  Under requester->lock. */
+/* The attachment of this PASID; NULL: no such PASID.  Under requester->lock. */
 static inline attachment *requester_pasid(const vms_requester *requester, uint32_t pasid)
 {
     span_node *node = span_tree_from(&requester->pasids, pasid);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * What ends a sleep: sockets, vms_wake(), watched eventfds, a deadline, a signal. */
+ * Blocking until a socket, vms_wake(), a watched eventfd, a deadline or a signal. */
 #define _GNU_SOURCE
 #include "sleep.h"
 
@@ -8,8 +8,8 @@
 #include <time.h>
 #include <unistd.h>
 
-/* A guest that waits for the effect of a doorbell goes on within microseconds, and waking up takes longer than that: after
- * a sleep as short as that, the next one begins with a busy-poll of this many nanoseconds. */
+/* A guest that waits for the effect of a doorbell goes on within microseconds, and waking up takes longer than that:
+ * after a sleep as short as that, the next one begins with a busy-poll of this many nanoseconds. */
 #define POLL_FIRST 4000u
 #define POLL_MOST 64000u
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * Compares what is cached with what guest memory, or a domain's mappings, say now. */
+ * Compares cached translations with the present tables in guest memory, or a domain's mappings. */
 #include "stale.h"
 
 #include <stdlib.h>
@@ -11,7 +11,7 @@ static void note(stale_log *log, const attachment *at, vms_stale item)
 {
     (*log->total)++;
     item.pasid = (uint32_t)at->pasid.start;
-    /* What comes when there is no room is counted only: the first ones tell more than the last. */
+    /* Without room it is only counted: the first ones are worth more than the last. */
     if (log->count < STALE_ROOM)
         log->item[(log->first + log->count++) % STALE_ROOM] = item;
 }
@@ -40,7 +40,7 @@ const translation *stale_entry(stale_log *log, const attachment *at, const trans
     vms_fault fault = { 0 };
     int rc = domain_translate(at->domain, iova, 0, &now, &fault);
     uint64_t was = t->gpa + (iova - t->start), leads = rc < 0 ? 0 : now.gpa + (iova - now.start);
-    /* What is next to it may be another story. */
+    /* The neighbouring page may be translated differently. */
     uint64_t last = rc < 0 ? iova | LAST_OF_PAGE : now.last;
 
     if (rc < 0 || leads != was || (now.prot & access) != access)

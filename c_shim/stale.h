@@ -14,16 +14,16 @@ typedef struct stale_log {
     translation clipped; /* what stale_entry() gives out */
 } stale_log;
 
-/* Words that a domain was chosen by. */
+/* The table words that a domain was chosen by. */
 struct witness {
     vms_memory *memory;
     size_t n;
     vms_word word[VMS_WORDS];
 };
 
-/* Looks at the words that `at` was chosen by. */
+/* Compares the words that `at` was chosen by with memory. */
 void stale_route(stale_log *log, const attachment *at, uint64_t iova, uint32_t access);
-/* Compares an entry with what a walk of iova gives now; what of it the answer holds for. */
+/* Compares an entry with a walk of iova; returns the part of the entry that the comparison covers. */
 const translation *stale_entry(stale_log *log, const attachment *at, const translation *t, uint64_t iova,
                                uint32_t access);
 size_t stale_take(stale_log *log, vms_stale *out, size_t room);

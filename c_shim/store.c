@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT
  * Blocks: in memory, or in a file.
  *
- * A file is reached by preadv and pwritev and never mapped, so that whoever truncates it cannot kill us.  Several
- * threads may work on one at a time.  No file system promises that a read sees all or nothing of a write, so ranges are
- * locked, in the manner of a hash table: each MiB has one of 64 locks.  Memory is used by one thread only. */
+ * A file is reached by preadv and pwritev and never mapped, so that truncating it raises no SIGBUS.  Several threads
+ * may work on one at a time.  No file system promises that reads and writes are atomic, so ranges are locked: each
+ * MiB hashes to one of 64 locks.  A store in memory is used by one thread only. */
 #define _GNU_SOURCE
 #include "store.h"
 
@@ -20,7 +20,7 @@
 
 #define PAGE ((uint64_t)4096)
 #define RANGE_SHIFT 20
-#define SLOW ((uint64_t)1000000) /* ns that a write without waiting may take */
+#define SLOW ((uint64_t)1000000) /* ns: a write that took longer and slept has blocked */
 #define PAUSE ((uint64_t)10 * 1000000000)
 #define PIECE ((uint64_t)256 * 1024) /* bytes that are looked at, or cleared, at once */
 
@@ -130,7 +130,7 @@ static void unlock(vms_store *store, uint64_t locks)
             pthread_rwlock_unlock(&store->range[i]);
 }
 
-/* In ascending order, so that no two threads wait for one another. */
+/* In ascending order, so that there is no deadlock. */
 static void lock(vms_store *store, uint64_t locks, int write)
 {
     for (int i = 0; locks; i++, locks >>= 1)
@@ -171,8 +171,8 @@ static long sleeps(void)
     return usage.ru_nvcsw;
 }
 
-/* A write where nobody says whether it would have to wait: ext4.  Whole pages seldom have to: nothing is read before, and
- * the disk comes later.  When one has nevertheless, all go to workers for a while. */
+/* A write on a file system that cannot report whether it would block (ext4).  Writes of whole pages rarely block: they
+ * need no read first, and reach the disk later.  After one that did block, all go to workers for PAUSE. */
 static ssize_t try_write(vms_store *store, uint64_t offset, uint64_t length, const struct iovec *iov, int n)
 {
     uint64_t start = clock_ns();
@@ -209,7 +209,7 @@ int store_try(vms_store *store, int write, uint64_t offset, uint64_t length, con
     unlock(store, locks);
     if (rc == -EOPNOTSUPP)
         atomic_store_explicit(&store->mute[write], 1, memory_order_relaxed);
-    /* Whoever may wait finds out what is wrong, if anything is. */
+    /* Other errors: the job is repeated by a worker, which reports them. */
     return rc == -EFAULT ? rc : rc == 1;
 }
 
@@ -253,7 +253,7 @@ static int write_all(vms_store *store, uint64_t offset, const uint8_t *data, uin
     return 0;
 }
 
-/* Reads [offset, offset+length), and compares it with `expected` if there is that. */
+/* Reads [offset, offset+length), and compares it with `expected` unless that is NULL. */
 static int look_at(vms_store *store, uint64_t offset, uint64_t length, const uint8_t *expected)
 {
     int rc = 0;

@@ -16,15 +16,15 @@ struct vms_store {
     uint64_t size;
     uint8_t *memory; /* NULL: a file */
     int fd;
-    int in_memory; /* a file system that has no disk to wait for, and so does not know RWF_NOWAIT */
-    _Atomic int mute[2]; /* reads, writes: the file system cannot say whether it would have to wait */
-    uint64_t slow_until; /* it has waited, so leave it to others till then (ns); of the thread that calls store_try() */
+    int in_memory; /* tmpfs: never blocks on a disk, and does not support RWF_NOWAIT */
+    _Atomic int mute[2]; /* reads, writes: the file system does not support RWF_NOWAIT */
+    uint64_t slow_until; /* ns: no attempt before, as a write has blocked; for the caller of store_try() only */
     pthread_rwlock_t range[STORE_RANGES]; /* files: see store.c */
 };
 
 void store_ref(vms_store *store);
-/* A file: reads or writes all of [offset, offset+length) if that takes no waiting, as far as one can know.  1: done;
- * 0: it would, or the range is being written; -EFAULT: the memory in iov is not there. */
+/* A file: reads or writes all of [offset, offset+length) if that does not block, as far as can be known.  1: done;
+ * 0: it would block, or the range is being written; -EFAULT: the memory in iov is not mapped. */
 int store_try(vms_store *store, int write, uint64_t offset, uint64_t length, const struct iovec *iov, int n);
 
 #endif

@@ -65,7 +65,7 @@ static int takes_fds(uint16_t command)
     return command == CMD_DMA_MAP || command == CMD_SET_IRQS;
 }
 
-/* The position of the message that fds belong to which came with the last `fresh` bytes of the buffer. */
+/* The position of the message that owns the fds received with the last `fresh` bytes of the buffer. */
 static uint64_t owner_of_fds(const stream *s, size_t fresh)
 {
     size_t skip = s->drain < available(s) ? (size_t)s->drain : available(s);
@@ -90,8 +90,8 @@ static uint64_t owner_of_fds(const stream *s, size_t fresh)
     return s->consumed + (owner - s->rpos);
 }
 
-/* Keeps fds for the message at `owner`.  Of others only the message at the head of the buffer, which is not all there
- * yet, has some. */
+/* Keeps fds for the message at `owner`.  The only other message with fds is the incomplete one at the head of the
+ * buffer. */
 static void hold_fds(stream *s, uint64_t owner, const int *fds, size_t n)
 {
     size_t has = 0;
@@ -103,7 +103,7 @@ static void hold_fds(stream *s, uint64_t owner, const int *fds, size_t n)
             s->held[s->n_held++] = (struct held){ owner, fds[i] };
             has++;
         } else {
-            close(fds[i]); /* the message will be refused for what it does have */
+            close(fds[i]); /* the message has too many already, and will be refused */
         }
     }
 }

@@ -2,10 +2,10 @@
  * The hot loop of virtio-iommu: plain MAP and UNMAP requests, from the available ring to the used ring.
  *
  * A request is plain when nothing about it needs a decision: one descriptor to read and one to write, a domain with
- * mappings, flags for reading and writing only.  Everything else stops the loop before the request is taken, and so
- * does a failure: Python then takes the request from its beginning and finds the right status.  Nothing that it would do
- * differently has happened by then: the answer and the used ring's element are written first, where the driver does not
- * look before the ring's index says so.  Section numbers are those of VIRTIO 1.3. */
+ * mappings, flags for reading and writing only.  Any other request stops the loop before it is taken off the
+ * ring, and so does a failure: Python then executes the request from its beginning and finds the right status.  That is
+ * safe: the answer and the used ring's element are written first, and the driver does not read them before the ring's
+ * index covers them.  Section numbers are those of VIRTIO 1.3. */
 #define _GNU_SOURCE
 #include "vmshim.h"
 
@@ -98,7 +98,7 @@ static int is_reserved(const vms_viommu_domain *in, uint64_t first, uint64_t las
     return 0;
 }
 
-/* Does it; whether it is done. */
+/* Executes a request; returns whether it succeeded. */
 static int carry_out(const vms_viommu_domain *in, const request *asked)
 {
     uint64_t first = le64toh(asked->first), last = le64toh(asked->last), gpa;
@@ -119,8 +119,8 @@ int vms_viommu_run(vms_requester *requester, vms_virtqueue *queue, const vms_vio
     uint16_t index = htole16(queue->next_used), available;
     int done = 0;
 
-    /* No part may reach past the last address, so that sums do not wrap.  Where the index cannot be written nothing may be
-     * done.  It is what the driver has seen already. */
+    /* No part may reach past the last address, so that sums do not wrap.  Where the index cannot be written nothing
+     * may be done.  It is what the driver has seen already. */
     if (!queue->size || queue->size > 32768 || queue->descriptors > -(16ull * queue->size) ||
         queue->driver > -(6 + 2ull * queue->size) || queue->device > -(6 + 8ull * queue->size) || put(requester, queue->device + 2, &index, sizeof index) < 0 ||
         get(requester, queue->driver + 2, &available, sizeof available) < 0)
@@ -154,7 +154,7 @@ int vms_viommu_run(vms_requester *requester, vms_virtqueue *queue, const vms_vio
         index = htole16(++queue->next_used);
         __atomic_thread_fence(__ATOMIC_RELEASE);
         if (put(requester, queue->device + 2, &index, sizeof index) < 0)
-            return -EFAULT; /* gone within these microseconds: the driver cannot be told any more */
+            return -EFAULT; /* unmapped within these microseconds: the request cannot be completed any more */
     }
     return done;
 }

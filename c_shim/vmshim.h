@@ -7,18 +7,18 @@
  *   files     pieces of client files (guest RAM), mapped once each, shared by all functions of a server
  *   memory    one function's DMA windows: GPA -> pointer into such a file (or "ask the client")
  *   domain    IOVA -> GPA: mappings, or tables that a guest keeps in its memory
- *   requester what issues DMA: an IOTLB, a domain (one for each PASID), bytes, dirty marks, faults
+ *   requester a source of DMA: an IOTLB, a domain (one for each PASID), copies, dirty marks, faults
  *   function  regions (BARs, ROM, config space): backing store and who answers each byte
  *   channel   one vfio-user connection: framing, fds, replies, exits
  *   store     blocks in memory or in a file
- *   workers   threads for what may have to wait
+ *   workers   threads for I/O that may block
  *   nvme      the hot loop of an NVMe controller: plain reads and writes between guest memory and stores
  *   viommu    the hot loop of virtio-iommu: plain MAP and UNMAP requests
  *
  * Rules.  Every function returns 0 or -errno (those that say so return a count); results leave
- * through trailing pointers.  Objects come in create/destroy pairs.  The library locks itself, holds
- * no global state but the process's SIGBUS disposition (see files.c), and never calls back: what it
- * cannot decide leaves vms_run() as an exit, in the manner of KVM_RUN.  All lengths and offsets from
+ * through trailing pointers.  Objects come in create/destroy pairs.  The library does its own locking, has
+ * no global state but the process's SIGBUS disposition (see files.c), and no callbacks: what it
+ * cannot decide leaves vms_enter() as an exit, as with KVM_RUN.  All lengths and offsets from
  * outside are checked here before use.
  *
  * An object lives until it is destroyed and nothing made from it is left: a requester, a channel or a pin keeps
@@ -47,7 +47,7 @@ size_t vms_files_mapped(vms_files *files);
 
 #define VMS_PROT_READ 1u
 #define VMS_PROT_WRITE 2u
-#define VMS_PROT_NONE 4u /* of a mapping, by itself: it is there, and nothing may be done */
+#define VMS_PROT_NONE 4u /* of a mapping, alone: it exists, and allows no access */
 
 typedef struct vms_memory vms_memory;
 typedef struct vms_window {
@@ -59,7 +59,7 @@ typedef struct vms_window {
 
 int vms_memory_create(vms_files *files, uint32_t max_windows, vms_memory **out);
 void vms_memory_destroy(vms_memory *memory);
-/* What its windows may take of the process: mappings of files, and their bytes of address space.  At creation: */
+/* Limits of its windows: mappings of files, and bytes of the process's address space.  The defaults: */
 #define VMS_MAX_MAPPINGS 512u
 #define VMS_MAX_BYTES 0x10000000000u /* 1 TiB */
 int vms_memory_limit(vms_memory *memory, uint32_t max_mappings, uint64_t max_bytes);
@@ -86,8 +86,8 @@ typedef struct vms_range {
 int vms_dirty_start(vms_memory *memory, const vms_range *ranges, size_t n);
 int vms_dirty_stop(vms_memory *memory);
 /* Read and clear.  One bit per page_size (a power of two >= 4096) from gpa on, `words` uint64_t long.
- * Where the log has lost count (no memory, or writes to more than 2 TiB since the last report) all bits are set in this
- * report and in the following ones, up to the log's stop.
+ * When the log has overflowed (no memory, or writes to more than 2 TiB since the last report) all bits are set in this
+ * report and in the following ones, until the log is stopped.
  * EINVAL: logging is off, bad page size, alignment, wrap, or too few words. */
 int vms_dirty_report(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t page_size,
                      uint64_t *bitmap, size_t words);
@@ -107,13 +107,13 @@ enum vms_reason {
     VMS_REASON_UNALIGNED,      /* atomics only */
     VMS_REASON_NO_FILE,        /* not a fault: [gpa, gpa+len) needs DMA_READ/DMA_WRITE messages */
     /* from here on: the IOMMU's */
-    VMS_REASON_BLOCKED,        /* the domain lets nothing through */
+    VMS_REASON_BLOCKED,        /* the domain blocks all accesses */
     VMS_REASON_PASID,          /* no domain for this PASID */
     VMS_REASON_NOT_MAPPED,     /* no mapping, or an entry that is not present */
     VMS_REASON_INPUT_WIDTH,    /* the IOVA is beyond what the domain can translate */
     VMS_REASON_OUTPUT_WIDTH,   /* an entry points beyond the width of physical addresses */
     VMS_REASON_RESERVED_BITS,  /* an entry has bits set that must be 0, or a level that cannot be */
-    VMS_REASON_TABLE_ACCESS,   /* a table is not in memory that can be read, or whose flags can be set */
+    VMS_REASON_TABLE_ACCESS,   /* a table is in no readable memory, or its flags cannot be set */
     VMS_REASON_TABLE_CHANGING, /* an entry changed each time its flags were to be set */
     VMS_REASON_ACCESS_FLAG,    /* Arm: AF is clear, and hardware does not set it */
 };
@@ -122,7 +122,7 @@ typedef struct vms_fault {
     uint32_t reason; /* enum vms_reason */
     uint32_t pasid;
     uint64_t iova; /* where it stopped */
-    uint64_t gpa;  /* where the IOVA leads, if that is known; nested: the address that stage 2 refused */
+    uint64_t gpa;  /* the IOVA's translation, if known; nested: the address that stage 2 refused */
     uint64_t len;  /* NO_FILE: how many bytes from there the window still covers (capped to the rest) */
     uint64_t done; /* bytes moved before that */
     uint32_t access; /* VMS_PROT_* that was asked for */
@@ -167,7 +167,7 @@ typedef struct vms_mapping {
 /* Bytes of memory that the mappings of several domains may take together. */
 typedef struct vms_budget vms_budget;
 int vms_budget_create(uint64_t limit, vms_budget **out);
-/* Its memory goes with the last domain that takes from it. */
+/* Its memory is freed with the last domain that uses it. */
 void vms_budget_destroy(vms_budget *budget);
 uint64_t vms_budget_taken(vms_budget *budget);
 
@@ -188,17 +188,17 @@ int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t siz
 /* Removes mappings from iova on, in whole pages (each the largest that alignment and the page sizes allow), until
  * `size` bytes are gone or there is no mapping, or a page would be cut.  Returns how many times 4 KiB are gone, or,
  * when nothing is, -errno.  EINVAL: alignment; ENOMEM, ENOSPC: no room for what is left of a mapping on both sides.
- * Without VMS_UNMAP_DEFER it returns when no IOTLB has the range any more and no access through it is under way. */
+ * Without VMS_UNMAP_DEFER it returns when no IOTLB has the range any more and no access through it is in flight. */
 #define VMS_UNMAP_DEFER 1u
 int64_t vms_domain_unmap(vms_domain *domain, uint64_t iova, uint64_t size, uint32_t flags);
 /* Removes all mappings in [first, last], holes or not, at once; flags and result as of vms_domain_unmap(), but for the
  * alignment: the ends may be anywhere outside of mappings.  ERANGE, and nothing is gone: one reaches out of it. */
 int64_t vms_domain_clear(vms_domain *domain, uint64_t first, uint64_t last, uint32_t flags);
-/* Takes [start, last] out of all IOTLBs that have it from this domain (or from one nested in it); with
- * VMS_FLUSH_KEEP_OWN not out of those that are their requester's own, see vms_requester_own_tlb(). */
+/* Invalidates [start, last] in all IOTLBs that cache this domain (or one nested in it); with VMS_FLUSH_KEEP_OWN not in
+ * those that are a device's own TLB, see vms_requester_own_tlb(). */
 #define VMS_FLUSH_KEEP_OWN 1u
 int vms_domain_flush(vms_domain *domain, uint64_t start, uint64_t last, uint32_t flags);
-/* Where iova leads, by mapping or tables, past all IOTLBs.  access 0: whatever is allowed, and no flag is set.
+/* Translates iova by mapping or tables, without IOTLBs.  access 0: any permission will do, and no flag is set.
  * EFAULT with *fault filled. */
 int vms_domain_walk(vms_domain *domain, uint64_t iova, uint32_t access, vms_mapping *out, vms_fault *fault);
 /* Paging: copies up to `room` mappings in ascending order, beginning at the first whose last >= iova. */
@@ -206,7 +206,7 @@ size_t vms_domain_list(vms_domain *domain, uint64_t iova, vms_mapping *out, size
 /* Paging: how many mappings there are, and the bytes of memory that they take: at most 57 for each and 64 KiB for all,
  * whatever was mapped and unmapped in whatever order. */
 size_t vms_domain_count(vms_domain *domain, uint64_t *bytes);
-/* For tests: EIO when what it keeps its mappings in is not as it must be.  Looks at every mapping. */
+/* For tests: EIO if an invariant of the tree of mappings does not hold.  Visits every mapping. */
 int vms_domain_check(vms_domain *domain);
 /* As vms_dirty_*, by IOVA; keep: the log is not cleared. */
 int vms_domain_dirty_start(vms_domain *domain);
@@ -234,7 +234,7 @@ int vms_requester_enable(vms_requester *requester, int on);
 int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *domain);
 /* The IOTLB is a TLB of the device's own (PCIe ATS; off at creation): see VMS_FLUSH_KEEP_OWN. */
 int vms_requester_own_tlb(vms_requester *requester, int on);
-/* Takes [start, last] of what is attached to this PASID (or VMS_NO_PASID), if anything, out of this IOTLB. */
+/* Invalidates [start, last] of the domain attached to this PASID (or VMS_NO_PASID), if any, in this IOTLB. */
 int vms_requester_flush(vms_requester *requester, uint32_t pasid, uint64_t start, uint64_t last);
 /* Moves len bytes.  0, or -EFAULT with *fault filled (reason, where, how much was done). */
 int vms_dma_rw(vms_requester *requester, uint32_t pasid, uint64_t iova, void *buf, size_t len,
@@ -263,9 +263,9 @@ typedef struct vms_dma_stats {
 void vms_dma_stats_get(vms_requester *requester, vms_dma_stats *out);
 
 /* Uses of stale translations.  While this is on (off at creation), each access that an IOTLB entry serves is compared
- * with a walk that sets no flags, page by page, and the words that its domain was chosen by with memory.  Each difference
- * is counted (vms_dma_stats) and noted, as long as there is room for it; vms_dma_* that succeed return 1 instead of 0 as
- * long as something is noted. */
+ * with a walk that sets no flags, page by page, and the words that its domain was chosen by with memory.  Each
+ * difference is counted (vms_dma_stats) and noted, as long as there is room for it; vms_dma_* that succeed return 1
+ * instead of 0 as long as something is noted. */
 int vms_requester_check_stale(vms_requester *requester, int on);
 
 enum vms_stale_kind {
@@ -277,7 +277,7 @@ typedef struct vms_stale {
     uint64_t iova, word, was, now;
     uint32_t pasid, access, was_prot, now_prot;
     uint32_t kind;
-    uint32_t reason; /* why the domain leads nowhere now, or the word cannot be read; VMS_REASON_NONE: it does, or can */
+    uint32_t reason; /* why the walk fails now, or the word cannot be read; VMS_REASON_NONE: neither */
 } vms_stale;
 /* Takes up to `room` notes, the oldest first. */
 size_t vms_requester_stale(vms_requester *requester, vms_stale *out, size_t room);
@@ -286,7 +286,7 @@ size_t vms_requester_stale(vms_requester *requester, vms_stale *out, size_t room
 typedef struct vms_word {
     uint64_t gpa, value;
 } vms_word;
-/* What is attached to this PASID (or VMS_NO_PASID) was chosen by these words of `memory`.  ENOENT: nothing is. */
+/* Records the words of `memory` by which this PASID's (or VMS_NO_PASID's) domain was chosen.  ENOENT: it has none. */
 int vms_requester_chosen_by(vms_requester *requester, uint32_t pasid, vms_memory *memory, const vms_word *words,
                             size_t n);
 
@@ -294,7 +294,7 @@ int vms_requester_chosen_by(vms_requester *requester, uint32_t pasid, vms_memory
 
 #define VMS_REGIONS 9u /* BAR0-5, ROM, config space, VGA: VFIO_PCI_*_REGION_INDEX */
 
-/* What answers an access to a byte of a bank. */
+/* Who serves an access to a byte of a bank. */
 #define VMS_EXIT_ON_READ 1u  /* Python answers reads */
 #define VMS_EXIT_ON_WRITE 2u /* Python takes writes; the shim stores nothing */
 
@@ -303,11 +303,11 @@ int vms_func_create(vms_func **out);
 void vms_func_destroy(vms_func *func);
 /* Bytes that no area covers read as `fill` and ignore writes. writable 0: writes are EPERM. */
 int vms_region_define(vms_func *func, uint32_t region, uint64_t size, uint8_t fill, int writable);
-/* Off (on at first): nobody claims accesses, as with Command.MemorySpace or .IOSpace clear and in D3hot; reads give all
- * ones, writes are dropped. */
+/* Off (initially on): the region claims no accesses, as with Command.MemorySpace or .IOSpace clear and in D3hot; reads
+ * return all ones, writes are dropped. */
 int vms_region_enable(vms_func *func, uint32_t region, int on);
 /* Any thread: all reads (VMS_EXIT_ON_READ) or writes (VMS_EXIT_ON_WRITE) of the region exit, whatever the policy of
- * their bytes; 0: as ever.  What the region's being off, or an access's size, has refused does not. */
+ * their bytes; 0: none.  Accesses refused because the region is off, or by their size, do not exit. */
 int vms_region_tap(vms_func *func, uint32_t region, uint32_t exits);
 /* A bank of registers: `size` bytes of backing store at *backing with a policy for each byte (all bytes
  * read-only and plain at first).  The memory lives as long as the function.  EEXIST: overlap. */
@@ -335,8 +335,8 @@ typedef struct vms_policy {
 int vms_bank_policy(vms_func *func, uint32_t region, uint64_t start, size_t n, const vms_policy *policy);
 /* The region's memfd with its mappable areas; ENOENT without one.  Stays the function's. */
 int vms_region_fd(vms_func *func, uint32_t region, int *fd);
-/* What the shim would do for an access it serves by itself; used by Python when it has to apply the
- * plain policy after all (for example an access that covers hooked and plain bytes). Ignores exits. */
+/* Applies the plain policy to an access, as the shim does for those it serves itself; Python uses it for
+ * accesses that cover hooked and plain bytes. Ignores exits. */
 int vms_region_read(vms_func *func, uint32_t region, uint64_t offset, uint8_t *buf, size_t n);
 int vms_region_write(vms_func *func, uint32_t region, uint64_t offset, const uint8_t *buf, size_t n);
 
@@ -360,7 +360,7 @@ enum vms_exit_reason {
     VMS_EXIT_TIMEOUT,   /* the deadline has passed */
     VMS_EXIT_WAKE,      /* vms_wake() was called */
     VMS_EXIT_EVENT,     /* a watched eventfd fired: run->id is its cookie */
-    VMS_EXIT_CLOSED,    /* the peer is gone, or its stream is broken beyond repair (run->error) */
+    VMS_EXIT_CLOSED,    /* the peer is gone, or broke the protocol beyond recovery (run->error) */
 };
 
 typedef struct vms_access {
@@ -392,8 +392,8 @@ typedef struct vms_run {
 } vms_run;
 
 typedef struct vms_chan vms_chan;
-/* Takes the socket over.  Before vms_chan_open() every message is a COMMAND exit (the handshake).  send_ms: a client that
- * has not taken what was sent by then is closed with ETIMEDOUT. */
+/* Takes ownership of the socket.  Before vms_chan_open() every message is a COMMAND exit (the handshake).  send_ms: a
+ * client that does not receive a message within that time is closed with ETIMEDOUT. */
 int vms_chan_create(vms_func *func, vms_memory *memory, int socket, uint32_t max_xfer,
                     uint32_t max_fds, uint32_t send_ms, vms_chan **out);
 void vms_chan_destroy(vms_chan *chan);
@@ -408,7 +408,7 @@ int vms_chan_open(vms_chan *chan, uint32_t peer_xfer, int twin);
 int vms_enter(vms_chan *chan, uint64_t deadline_ns);
 /* Completes a pending READ or WRITE now, as vms_enter() would, and sends all replies that wait. */
 int vms_complete(vms_chan *chan);
-/* Sends a reply; error != 0: header only.  A client that is gone is no error here: vms_enter() will say CLOSED. */
+/* Sends a reply; error != 0: header only.  A client that is gone is no error here: vms_enter() will return CLOSED. */
 int vms_reply(vms_chan *chan, uint16_t id, uint16_t command, uint32_t error, const void *payload,
               size_t len, const int *fds, size_t n_fds);
 /* Sends a command of ours (on the twin socket where there is one). */
@@ -416,12 +416,12 @@ int vms_command(vms_chan *chan, uint16_t id, uint16_t command, const void *head,
                 const void *data, size_t len);
 /* Any thread: makes the function's vms_enter() return with WAKE. */
 int vms_wake(vms_func *func);
-/* Any thread: ends the connection and every send under way, vms_enter() returns CLOSED. */
+/* Any thread: ends the connection and every send in progress; vms_enter() returns CLOSED. */
 int vms_chan_shutdown(vms_chan *chan);
 /* vms_enter() also waits for this eventfd (borrowed).  ENOSPC: more than 64. */
 int vms_watch(vms_func *func, int eventfd, uint16_t cookie);
 int vms_unwatch(vms_func *func, int eventfd);
-/* Any thread: adds 1 to a client's eventfd and never waits, full as it may be.  EINVAL: it is no eventfd. */
+/* Any thread: adds 1 to a client's eventfd; never blocks, even if its counter is full.  EINVAL: it is no eventfd. */
 int vms_signal(vms_func *func, int eventfd);
 /* Sleeps without a connection: until `listener` (or -1) is readable, a wake, a watch, or the deadline.
  * Returns an enum vms_exit_reason, COMMAND standing for the listener, or -errno. *cookie for EVENT. */
@@ -441,38 +441,38 @@ uint8_t *vms_store_memory(vms_store *store);
 enum vms_store_op {
     VMS_STORE_READ,
     VMS_STORE_WRITE,
-    VMS_STORE_COMPARE,       /* EBADMSG: it is not what `expected` says */
-    VMS_STORE_COMPARE_WRITE, /* a write if it is what `expected` says, and nothing comes in between */
+    VMS_STORE_COMPARE,       /* EBADMSG: the data differs from `expected` */
+    VMS_STORE_COMPARE_WRITE, /* a write if the data equals `expected`, as one atomic step */
     VMS_STORE_ZERO,
-    VMS_STORE_DISCARD,       /* zeros, too, and the space is given back */
-    VMS_STORE_VERIFY,        /* reads, for nothing but errors */
-    VMS_STORE_SYNC,          /* all that was written is on disk */
+    VMS_STORE_DISCARD,       /* zeros as well, and frees the space */
+    VMS_STORE_VERIFY,        /* reads only to find errors */
+    VMS_STORE_SYNC,          /* flushes all earlier writes to disk */
 };
 
 typedef struct vms_job {
     uint32_t op;   /* enum vms_store_op */
-    uint32_t sync; /* what it writes is on disk when it is done; a read: what it reads */
+    uint32_t sync; /* its data, read or written, is on disk when the job is done */
     uint64_t offset, length;
     void *data;
     const void *expected;
     uint64_t cookie; /* the caller's */
     int32_t error;   /* out: errno of a job that workers have done */
 } vms_job;
-/* Does it now, and waits if need be.  EINVAL: out of the store, no data. */
+/* Runs a job now; may block.  EINVAL: outside the store, no data. */
 int vms_store_run(vms_store *store, const vms_job *job);
 
 typedef struct vms_workers vms_workers;
 /* Up to `threads` threads, started as they are needed.  They wake `func` when something is done. */
 int vms_workers_create(vms_func *func, uint32_t threads, vms_workers **out);
-/* Waits for what has begun. */
+/* Waits for jobs that have begun. */
 void vms_workers_destroy(vms_workers *workers);
-/* The buffers stay the caller's, and must not go away before the job comes back. */
+/* The caller keeps the buffers, and must not free them before the job is collected. */
 int vms_workers_submit(vms_workers *workers, vms_store *store, const vms_job *job);
-/* Copies up to `room` jobs that are done; how many. */
+/* Copies up to `room` jobs that are done; returns how many. */
 size_t vms_workers_collect(vms_workers *workers, vms_job *out, size_t room);
-/* Takes a job back.  ENOENT: it has begun, or is done. */
+/* Revokes a job.  ENOENT: it has begun, or is done. */
 int vms_workers_revoke(vms_workers *workers, uint64_t cookie);
-/* Returns when nothing is under way any more. */
+/* Returns when no job is running any more. */
 void vms_workers_settle(vms_workers *workers);
 
 /* ---- nvme: the hot loop ----------------------------------------------------------------------- */
@@ -484,8 +484,8 @@ void vms_workers_settle(vms_workers *workers);
 typedef struct vms_nvme_sq {
     uint64_t iova;
     uint64_t shadow, event; /* shadow doorbell and EventIdx; shadow 0: none */
-    uint32_t shadow_first;  /* what the shadow was at first; until it is another, doorbells count */
-    uint32_t shadow_used;   /* 1: it has been another */
+    uint32_t shadow_first;  /* the shadow's initial value; while unchanged, doorbells count */
+    uint32_t shadow_used;   /* 1: the driver has changed it */
     uint32_t entries, head, tail;
     uint32_t cq;
 } vms_nvme_sq;
@@ -493,7 +493,7 @@ typedef struct vms_nvme_sq {
 typedef struct vms_nvme_cq {
     uint64_t iova;
     uint32_t entries, head, tail, phase;
-    uint32_t reserved; /* room for what workers have in hand */
+    uint32_t reserved; /* entries reserved for commands at workers */
     uint32_t posted;   /* since Python last set it to 0 */
 } vms_nvme_cq;
 
@@ -503,24 +503,24 @@ typedef struct vms_nvme_cq {
 
 enum vms_nvme_stop {
     VMS_NVME_EMPTY, /* nothing is left */
-    VMS_NVME_TURN,  /* as many as were asked for, or as much data as is moved at a time */
+    VMS_NVME_TURN,  /* `count` commands are done, or the limit of data per call is reached */
     VMS_NVME_FULL,  /* the completion queue has no room */
-    VMS_NVME_BUSY,  /* workers have as much data in hand as they may */
-    VMS_NVME_OTHER, /* Python's turn: what is next is not plain, or has failed and so is as if it had not begun */
+    VMS_NVME_BUSY,  /* the limit of data queued at workers is reached */
+    VMS_NVME_OTHER, /* the next command is Python's: it is not plain, or failed and counts as not begun */
 };
 
 typedef struct vms_nvme_run {
     uint32_t stop;  /* enum vms_nvme_stop */
     uint32_t taken; /* entries of the submission queue; collect: commands */
-    uint32_t deferred; /* of these: workers have them */
-    uint32_t sq;    /* collect: OTHER is `command`, of this queue */
+    uint32_t deferred; /* of these: queued at workers */
+    uint32_t sq;    /* collect, OTHER: the queue of `command` */
     uint64_t reads, writes, read_bytes, write_bytes; /* that are complete */
     uint64_t posted[2]; /* collect: completion queues that have new entries, a bit for each */
     uint8_t command[64];
 } vms_nvme_run;
 
 typedef struct vms_nvme vms_nvme;
-/* workers NULL: all that may have to wait is left to Python. */
+/* workers NULL: commands that may block are left to Python. */
 int vms_nvme_create(vms_requester *requester, vms_workers *workers, vms_nvme **out);
 void vms_nvme_destroy(vms_nvme *nvme);
 /* Rings of a queue; NULL: the number is too large.  They live as long as the controller. */
@@ -531,18 +531,17 @@ int vms_nvme_set(vms_nvme *nvme, uint32_t page_size, uint64_t max_transfer);
 /* Namespace nsid: `blocks` of 1 << shift bytes; flags VMS_NVME_*.  store NULL: nothing of it is plain. */
 int vms_nvme_namespace(vms_nvme *nvme, uint32_t nsid, vms_store *store, uint32_t shift, uint64_t blocks,
                        uint32_t flags);
-/* Carries out up to `count` plain commands of a queue and posts their completions, but for those that workers have to
- * do.  Returns 1 instead of 0 as vms_dma_* do. */
+/* Carries out up to `count` plain commands of a queue and posts their completions, except those deferred to
+ * workers.  Returns 1 instead of 0 as vms_dma_* do. */
 int vms_nvme_run_queue(vms_nvme *nvme, uint32_t qid, uint32_t count, vms_nvme_run *run);
-/* Completes what workers have done, until one has failed (OTHER). */
+/* Completes commands that workers have done, until one has failed (OTHER). */
 int vms_nvme_collect(vms_nvme *nvme, vms_nvme_run *run);
-/* Takes a command back from the workers.  ENOENT: they do not have it, or have begun. */
+/* Revokes a command at the workers.  ENOENT: it is not there, or has begun. */
 int vms_nvme_abort(vms_nvme *nvme, uint32_t qid, uint16_t cid);
-/* Bytes of the commands that workers have in hand. */
+/* Bytes of the commands at workers. */
 uint64_t vms_nvme_held(const vms_nvme *nvme);
-/* A reset: takes back what workers have not begun, and waits for the rest, which is no command of ours any more.  All
- * rings are empty. */
-void vms_nvme_forget(vms_nvme *nvme);
+/* A reset: revokes commands at workers, waits for those that have begun and drops them.  All rings are empty. */
+void vms_nvme_reset(vms_nvme *nvme);
 
 /* ---- viommu: the hot loop --------------------------------------------------------------------- */
 
@@ -559,9 +558,9 @@ typedef struct vms_viommu_domain {
     const vms_range *reserved; /* not to be mapped */
 } vms_viommu_domain;
 
-/* Carries out MAP and UNMAP requests of these domains (paging) until the end of what was there at first, at most one
- * queue, or one that is not plain: it is left in the queue.  Returns how many; *queue has moved on by them.  EFAULT: the
- * used ring was lost meanwhile. */
+/* Executes MAP and UNMAP requests of these domains (paging): those available at the start, at most one queue, up to one
+ * that is not plain, which stays in the queue.  Returns how many, and advances *queue.  EFAULT: the used ring was
+ * unmapped meanwhile. */
 int vms_viommu_run(vms_requester *requester, vms_virtqueue *queue, const vms_viommu_domain *domains, size_t n);
 
 /* CDEF-END */

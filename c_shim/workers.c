@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * Threads that do what may have to wait.
+ * Threads for I/O that may block.
  *
  * They touch a store and a buffer of the job's own, never guest memory: that is left to the device's thread, which they
  * wake.  A thread is started when there is work and none is idle. */
@@ -21,7 +21,7 @@ struct vms_workers {
     work *first, *last; /* not begun */
     unsigned limit, started, idle, running, queued;
     int stopping;
-    int woken; /* the device's thread has been told, and has not looked yet */
+    int woken; /* the device's thread was woken, and has not collected yet */
     inbox done; /* Python's */
     pthread_t thread[MAX_THREADS];
 };
@@ -67,7 +67,7 @@ void vms_workers_destroy(vms_workers *workers)
     pthread_mutex_unlock(&workers->lock);
     for (unsigned i = 0; i < workers->started; i++)
         pthread_join(workers->thread[i], NULL);
-    /* Only Python's is left: whoever else has an inbox holds a reference. */
+    /* Only Python's inbox is left: other owners of an inbox hold a reference. */
     while ((item = workers->first)) {
         workers->first = item->next;
         work_release(item);
@@ -132,7 +132,7 @@ static void *work_main(void *argument)
     return NULL;
 }
 
-/* Under the lock: sees to it that somebody will do one more piece of work. */
+/* Under the lock: ensures that a thread will do one more piece of work. */
 static int staff(vms_workers *workers)
 {
     sigset_t all, before;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * Threads that do what may have to wait; see workers.c. */
+ * Threads for I/O that may block; see workers.c. */
 #ifndef VMS_WORKERS_H
 #define VMS_WORKERS_H
 
@@ -17,11 +17,11 @@ typedef struct work {
     vms_job job;
 } work;
 
-/* Takes the work over; -errno: nobody can do it. */
+/* Queues the work; -errno: no thread can be started. */
 int workers_submit(vms_workers *workers, work *item);
 /* The oldest work in an inbox, NULL: there is none. */
 work *workers_take(vms_workers *workers, inbox *from);
-/* Takes back work that has not begun: the first of `to` that `wanted` says yes to, NULL: none. */
+/* Revokes work that has not begun: the first for `to` for which `wanted` is true; NULL: none. */
 work *workers_revoke(vms_workers *workers, const inbox *to, int (*wanted)(const work *, uint64_t), uint64_t key);
 /* Gives back the store. */
 void work_release(work *item);

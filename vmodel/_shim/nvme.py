@@ -84,6 +84,6 @@ class Rings:
         """Bytes of the commands that workers have in hand."""
         return int(lib.vms_nvme_held(self._handle))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """A reset: waits for workers, empties all rings."""
-        lib.vms_nvme_forget(self._handle)
+        lib.vms_nvme_reset(self._handle)

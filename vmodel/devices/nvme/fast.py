@@ -191,7 +191,7 @@ class FastPath:
 
     def reset(self) -> None:
         """The queues are gone.  Returns when no worker has anything of theirs any more."""
-        self._rings.forget()
+        self._rings.reset()
         self._deferred = 0
         self._waiting.clear()
         self._submission.clear()
