@@ -123,7 +123,7 @@ def test_live(tmp_path: Path) -> None:
             assert inject("remove", "rule1").returncode == 0
             assert look(tmp_path, 1) == [ID]
             where = f"the server in {tmp_path}: "
-            assert refused(inject("remove", "rule1")) == f"{where}no rule is called 'rule1': there is none"
+            assert refused(inject("remove", "rule1")) == f"{where}no rule is called 'rule1': there are no rules"
             assert refused(inject("add", "irq do=dorp")).startswith(
                 f"{where}rule 'irq do=dorp': do: 'dorp': there is no"
             )
@@ -143,7 +143,7 @@ def test_live(tmp_path: Path) -> None:
             "irq device=edu1 do=drop: device: no device is called 'edu1': did you",
         ),
         (["--fault", "irq"], "--fault 'irq': do: is missing"),
-        (["--fault", "irq do=drop name=a", "--fault", "irq do=drop name=a"], "rule[1].name: 'a' is there twice"),
+        (["--fault", "irq do=drop name=a", "--fault", "irq do=drop name=a"], "rule[1].name: 'a' is used twice"),
         (["--plan", "/no/plan.toml"], "/no/plan.toml: cannot be read: No such file or directory"),
         (["--seed", "-1"], "invalid value for '--seed'"),
     ],

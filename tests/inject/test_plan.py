@@ -71,24 +71,24 @@ def test_toml_and_python_say_the_same() -> None:
 WRONG = [
     ("sede = 1", "sede: unknown key: did you mean 'seed'?"),
     ("seed = -1", "seed: -1: input should be greater than or equal to 0"),
-    ("x = [", "is no TOML: Invalid value (at end of document)"),
+    ("x = [", "is not valid TOML: Invalid value (at end of document)"),
     ('[rule]\npoint = "irq"', "must be written [[rule]], in two brackets, as there may be several"),
     ('[[rule]]\npoint = "irq"', 'rule[0].do: is missing, as do = "drop"'),
     ('[[rule]]\ndo = "drop"', 'rule[0].point: is missing, as point = "dma.write"'),
-    ('[[rule]]\nname = "a"\npoint = "irq"\ndo = "drop"\n' * 2, "rule[1] (a).name: 'a' is there twice"),
+    ('[[rule]]\nname = "a"\npoint = "irq"\ndo = "drop"\n' * 2, "rule[1] (a).name: 'a' is used twice"),
     ("[heal]", 'heal.after: is missing, as after = "20s"'),
 ]
 #: Lines of a rule at dma.read, and what is said of them.
 WRONG_RULES = [
     ('do = "dorp"', "do: 'dorp': there is no action 'dorp': did you mean 'drop'?"),
-    ('do = "delay"', "do: 'delay': delay needs 'ms': it is delay(ms)"),
+    ('do = "delay"', "do: 'delay': delay needs 'ms': write delay(ms)"),
     ('do = "delay(5000)"', "do: 'delay(5000)': delay's ms: must be less than or equal to 4000"),
-    ('do = "flip(1, 2)"', "flip takes no more than 1: it is flip(bits=1)"),
-    ('do = "flip(bit=1)"', "flip has no 'bit': it is flip(bits=1)"),
-    ("do = { bits = 1 }", "a table must say which action, as"),
+    ('do = "flip(1, 2)"', "flip takes at most 1 arguments: write flip(bits=1)"),
+    ('do = "flip(bit=1)"', "flip has no 'bit': write flip(bits=1)"),
+    ("do = { bits = 1 }", "a table must name the action, as"),
     ("do = 3", 'do: 3: must be an action, as "drop"'),
     ('do = "ones"', "do: ones does not work at dma.read, only at mmio.read, config.read"),
-    ('do = "drop"\nlba = 3', "lba: events at dma.read have none: only those at completion"),
+    ('do = "drop"\nlba = 3', "lba: events at dma.read have no such field: only those at completion do"),
     ('do = "drop"\nnht = 3', "nht: unknown key: did you mean 'nth'?"),
     ('do = "drop"\nnth = 0', "nth: the first event is 1"),
     ('do = "drop"\nevery = 0', "every: 0: input should be greater than or equal to 1"),
@@ -101,7 +101,7 @@ WRONG_RULES = [
     ('do = "drop"\niova = "9-1"', "iova: '9-1': must be a number, \"0x1000-0x1fff\""),
     ('do = "drop"\nrequester = "0:3.0"', "requester: '0:3.0': must be a PCI address"),
 ]
-WRONG += [('[[rule]]\npoint = "dma.wrte"\ndo = "drop"', "'dma.wrte': is no point: did you mean 'dma.write'? Points")]
+WRONG += [('[[rule]]\npoint = "dma.wrte"\ndo = "drop"', "'dma.wrte': is not a point: did you mean 'dma.write'? Points")]
 WRONG += [(f'[[rule]]\nname = "n"\npoint = "dma.read"\n{text}', said) for text, said in WRONG_RULES]
 
 
@@ -121,7 +121,7 @@ def test_mistakes(text: str, said: str) -> None:
         ("", "must be a point and key=value pairs"),
         ("nth=3 do=drop", "must be a point and key=value pairs"),
         ("irq drop", "'drop': must be a point and key=value pairs"),
-        ("irq do=drop do=drop", "do is there twice"),
+        ("irq do=drop do=drop", "do is given twice"),
         ("irq do=drop nht=3", "nht: unknown key: did you mean 'nth'?"),
         ("irq nth=x do=drop", "nth: 'x': must be a number"),
         ("irq nth=3", 'do: is missing, as do = "drop"'),
@@ -143,9 +143,9 @@ def test_terse_mistakes(text: str, said: str) -> None:
         ("config.read register=PLAIN do=ones", ": register: no register is called 'PLAIN'"),
         (
             "config.read do=hide(msx)",
-            ": do: 'hide(capability=msx)': no capability is called 'msx': msi, msix, pcie, pm",
+            ": do: 'hide(capability=msx)': no capability is called 'msx': capabilities are msi, msix, pcie, pm",
         ),
-        ("connection do=no-bar(3)", ": do: 'no-bar(bar=3)': no such device has a BAR3"),
+        ("connection do=no-bar(3)", ": do: 'no-bar(bar=3)': none of these devices has a BAR3"),
         ("irq when=no.py:f do=drop", ": when: 'no.py:f': there is no file 'no.py'"),
         ("irq when=f do=drop", ": when: 'f': must be \"path/file.py:function\""),
         ("irq name=n between=irq..reset device=q do=drop", ": device: no device is called 'q'"),

@@ -261,10 +261,10 @@ WRONG = {
     MACHINE + device(more="params = { dma_mask = -1 }"): "device[0].params.dma_mask: -1: input should be greater than"
     " or equal to 0",
     MACHINE + device(model="toy.py:Toy"): "device[0].params.label: is missing",
-    MACHINE + "x = = 3\n": "line 3: 'x = = 3': is no TOML: invalid value",
-    "[machine\n": "line 1: '[machine': is no TOML: expected ']' at the end of a table declaration",
-    MACHINE + 'name = "n"\n': "line 3: 'name = \"n\"': is no TOML: cannot overwrite a value",
-    MACHINE + 'memory = """\n': 'line 3: \'memory = """\': is no TOML: unterminated string',
+    MACHINE + "x = = 3\n": "line 3: 'x = = 3': is not valid TOML: invalid value",
+    "[machine\n": "line 1: '[machine': is not valid TOML: expected ']' at the end of a table declaration",
+    MACHINE + 'name = "n"\n': "line 3: 'name = \"n\"': is not valid TOML: cannot overwrite a value",
+    MACHINE + 'memory = """\n': 'line 3: \'memory = """\': is not valid TOML: unterminated string',
     f"x = {'[' * 3000}": "is nested too deeply",
 }
 
@@ -274,7 +274,7 @@ def test_one_line_for_a_mistake(text: str, tmp_path: Path) -> None:
     (tmp_path / "toy.py").write_text(MODEL)
     said = WRONG[text]
     if said == "is nested too deeply" and (found := lines(text, tmp_path)) != [said]:
-        assert len(found) == 1 and "is no TOML" in found[0]  # newer Pythons find the end of the file instead
+        assert len(found) == 1 and "is not valid TOML" in found[0]  # newer Pythons find the end of the file instead
         return
     assert lines(text, tmp_path) == [said]
 
@@ -331,7 +331,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             load(path)
         assert str(caught.value) == f"{path}: {said}"
     (tmp_path / "latin.toml").write_bytes(b'[machine]\nname = "\xe4"\n')
-    with pytest.raises(ConfigError, match="line 2: is no UTF-8 text: save the file as UTF-8"):
+    with pytest.raises(ConfigError, match="line 2: is not UTF-8 text: save the file as UTF-8"):
         load(tmp_path / "latin.toml")
 
 

@@ -1,4 +1,4 @@
-"""Faults on purpose: plans of rules, and the engine that carries them out.  docs/injection.md is the user's page."""
+"""Fault injection: plans of rules, and the engine that applies them.  docs/injection.md is the user's page."""
 
 from vmodel.inject.action import Action, Injection
 from vmodel.inject.actions import ACTIONS

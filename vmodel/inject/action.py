@@ -1,4 +1,4 @@
-"""What a rule does when it fires: `Action`, and the event that it is given."""
+"""`Action`, the effect of a rule that fires, and `Injection`, one firing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vmodel.points import Event, Point, Proceed
 if TYPE_CHECKING:
     from vmodel.inject.engine import Engine
 
-#: What was there before, and after: bytes, numbers, words.
+#: A value before or after an injection, for the log.
 Shown = bytes | int | str | None
 
 
 class Injection:
-    """One firing of a rule: the event, and what an action may do with it."""
+    """One firing of a rule: the event, and the operations that an action may use."""
 
     def __init__(
         self,
@@ -40,15 +40,15 @@ class Injection:
         self.engine = engine
         self.rule = rule
         self.count = count
-        #: The event's number, as the rule's schedule counts.
+        #: The event's number in the count of the rule's schedule.
         self.nth = 0
-        #: As the rules before this one have left it; `origin`: as it was.
+        #: The event as changed by earlier rules; `origin` is the original event.
         self.event = event
         self.origin = origin
         self._proceed = proceed
         self._window = window
         self.random = random
-        #: What the rule remembers from event to event.
+        #: The rule's own state, kept from event to event.
         self.memory = memory
         #: For the log.
         self.before: Shown = None
@@ -57,17 +57,17 @@ class Injection:
 
     @property
     def device(self) -> PciDevice:
-        """Whose event it is."""
+        """The device of the event."""
         return self.engine.devices[self.event.device]
 
     def proceed(self, event: Event | None = None) -> bytes:
-        """Has the event, or a changed copy of it, carried out; what a read gives."""
+        """Carries out the event, or a changed copy of it; returns the data of a read."""
         return self._proceed(self.event if event is None else event)
 
     def change(self, change: Callable[[bytes], bytes]) -> bytes:
-        """Has it carried out with other data: of a read what it gives, else what is written.
+        """Carries out the event with changed data: the data that a read returns, or that is written.
 
-        `change` gets the bytes of the rule's register, or all, and returns as many.
+        `change` gets the bytes of the rule's register, or all bytes, and returns the same number of bytes.
         """
         event = self.event
         old = self.proceed() if event.point.is_read else event.data or b""
@@ -80,7 +80,7 @@ class Injection:
         return self.proceed(replace(event, data=bytes(new)))
 
     def fault(self, reason: Reason, done: int = 0, *, level: int = 0) -> DmaFault:
-        """The access ends so, `done` bytes having been moved; to be raised."""
+        """A fault for the action to raise: the access fails after `done` bytes were moved."""
         event = self.event
         write = event.write if event.point is Point.TRANSLATE else event.point is Point.DMA_WRITE
         access = Access.WRITE if write else Access.READ
@@ -89,20 +89,20 @@ class Injection:
         return DmaFault(reason, (event.address or 0) + done, access, done, event.pasid, level=level)
 
     def ones(self) -> bytes:
-        """What a read gives that nobody answers."""
+        """The data of a read without an answer: all ones."""
         return b"\xff" * (self.event.size or 0)
 
     def later(self, call: Callable[[], object], *, ms: float = 0.0, after: Point | None = None) -> None:
-        """Calls on the device's thread: in `ms`, or once something has happened to the device at `after`."""
+        """Calls `call` on the device's thread: after `ms` milliseconds, or after the device's next event at `after`."""
         self.engine.later(self, call, ms / 1000, after)
 
 
 class Action(BaseModel):
-    """Base of all actions.  A subclass says at which points it works; its docstring's first line is its help."""
+    """The base of all actions.  A subclass names the `points` at which it works."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    #: What plans call it.
+    #: The name in plans.
     name: ClassVar[str] = ""
     points: ClassVar[frozenset[Point]]
 
@@ -112,23 +112,23 @@ class Action(BaseModel):
             cls.name = name
 
     def run(self, at: Injection) -> bytes:
-        """Does it, and has the event carried out or not; what a read gives, b"" elsewhere."""
+        """Applies the action, and carries out the event or not; returns the data of a read, b"" for other events."""
         raise NotImplementedError
 
     def check(self, devices: Sequence[PciDevice]) -> None:
-        """ValueError: none of the devices that the rule is about has what this needs."""
+        """ValueError: none of `devices`, those that the rule matches, has what the action needs."""
 
     def listens(self) -> Sequence[Point]:
-        """Points that it has to hear of beside its rule's own."""
+        """The points to tap in addition to the rule's own."""
         return ()
 
     def observe(self, event: Event, memory: dict[Any, bytes], proceed: Proceed) -> bytes:
-        """Sees each event that its rule matches but does not fire at; carries it out."""
+        """Called for each event that the rule matches but does not fire at; carries it out."""
         return proceed(event)
 
     @property
     def observes(self) -> bool:
-        """Whether `observe` is worth calling."""
+        """Whether the action overrides `observe`."""
         return type(self).observe is not Action.observe
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ class Action(BaseModel):
 
     @classmethod
     def usage(cls) -> str:
-        """As "partial(bytes)", "torn(bytes, ms=1.0)"."""
+        """The action's syntax, as "partial(bytes)", "torn(bytes, ms=1.0)"."""
         parts = [
             key if field.is_required() else f"{key}={_shown(field.get_default(call_default_factory=True))}"
             for key, field in cls.model_fields.items()
@@ -150,7 +150,7 @@ def _shown(value: object) -> object:
 
 
 def milliseconds(value: object) -> float:
-    """2 (ms), "2ms", "1s".  ValueError."""
+    """A time in milliseconds: 2, "2ms", "1s".  ValueError."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", value.strip()):

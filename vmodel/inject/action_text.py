@@ -22,7 +22,7 @@ def parse(value: object) -> Action:
         given = {str(key): item for key, item in value.items()}
         name = given.pop("action", None)
         if not isinstance(name, str):
-            raise ValueError('a table must say which action, as { action = "flip", bits = 2 }')
+            raise ValueError('a table must name the action, as { action = "flip", bits = 2 }')
         kind = _kind(name)
     else:
         match = _CALL.fullmatch(value.strip()) if isinstance(value, str) else None
@@ -36,9 +36,9 @@ def parse(value: object) -> Action:
         detail = error.errors(include_url=False)[0]
         key = ".".join(map(str, detail["loc"]))
         if detail["type"] == "extra_forbidden":
-            raise ValueError(f"{kind.name} has no {key!r}: it is {kind.usage()}") from None
+            raise ValueError(f"{kind.name} has no {key!r}: write {kind.usage()}") from None
         if detail["type"] == "missing":
-            raise ValueError(f"{kind.name} needs {key!r}: it is {kind.usage()}") from None
+            raise ValueError(f"{kind.name} needs {key!r}: write {kind.usage()}") from None
         text = one_line(detail["msg"].removeprefix("Value error, ")).replace("Input should", "must")
         place = f"{kind.name}'s {key}" if key else kind.name
         raise ValueError(f"{place}: {text[:1].lower()}{text[1:]}") from None
@@ -54,14 +54,14 @@ def _kind(name: str) -> type[Action]:
 
 
 def _arguments(kind: type[Action], text: str) -> dict[str, Any]:
-    """Of "8, ms=2": by position or by name."""
+    """The arguments in "8, ms=2", by position or by name."""
     given: dict[str, Any] = {}
     names = list(kind.model_fields)
     for n, part in enumerate(part for part in text.split(",") if part.strip()):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             if n >= len(names):
-                raise ValueError(f"{kind.name} takes no more than {len(names)}: it is {kind.usage()}")
+                raise ValueError(f"{kind.name} takes at most {len(names)} arguments: write {kind.usage()}")
             key, value = names[n], key
         if key in given:
             raise ValueError(f"{kind.name} is given {key!r} twice")

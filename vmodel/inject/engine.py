@@ -1,4 +1,4 @@
-"""`Engine`: a plan at work.  It hears of events from all devices' threads, and decides for each which rules fire."""
+"""`Engine` runs a plan: it gets events on all devices' threads, and decides for each event which rules fire."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vmodel.register_map import RegisterMap
 
 log = limited(__name__)
 
-#: What waits for a point that may never be reached: more is carried out at once, the oldest first.
+#: The limit of delayed events that wait for a point, which may never be reached; beyond it the oldest are carried out.
 MOST_HELD = 10_000
 
 
 class _Live:
-    """A rule, its schedule's state and its generators."""
+    """An armed rule, with the state of its schedule and its random generators."""
 
     def __init__(self, rule: Rule, name: str, seed: str, maps: Mapping[str, RegisterMap], base: Path) -> None:
         self.rule = rule
@@ -47,16 +47,16 @@ class _Live:
 
     @property
     def points(self) -> set[Point]:
-        """Where it has to hear of events."""
+        """The points to tap for this rule."""
         return {self.rule.point, *(m.match.point for m in self.markers), *self.rule.do.listens()}
 
 
 class Engine:
-    """Rules armed on devices; a context manager that disarms them at the end.
+    """Arms a plan's rules on devices; a context manager that disarms them at the end.
 
-    Rules can come, go and pause while devices are served.  With the same seed, rules and events of a device the same
-    injections follow: each rule has generators of its own, seeded by the plan's seed and the rule's name (or, without
-    one, by what it says), so that no other rule has a part in it.
+    Rules can be added, removed and paused while devices are served.  Injections are reproducible: the same seed, rules
+    and events of a device give the same injections.  Each rule has generators of its own, seeded by the plan's seed and
+    the rule's name (or, without a name, its text), so that rules do not influence each other.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Engine:
         path: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`path`: where the log goes.  ConfigError: a rule names a device or register that is not there."""
+        """`path`: the file of the log.  ConfigError: a rule names a device or register that does not exist."""
         named = devices if isinstance(devices, Mapping) else {device.name: device for device in devices}
         self.devices: dict[str, PciDevice] = dict(named)
         self.plan = plan
@@ -102,7 +102,7 @@ class Engine:
         names = {live.name for live in self._rules}
         name = rule.name or next(f"rule{n}" for n in range(1, len(names) + 2) if f"rule{n}" not in names)
         if name in names:
-            raise ConfigError(f"{name!r} is the name of another rule already", key="name")
+            raise ConfigError(f"{name!r} is already the name of another rule", key="name")
         same = sum(keyed(live.rule) == keyed(rule) for live in self._rules)
         live = _Live(rule, name, f"{self.plan.seed}\0{keyed(rule)}\0{same}", self._maps, self.plan.base)
         try:
@@ -113,7 +113,7 @@ class Engine:
         return name
 
     def add(self, rule: Rule) -> str:
-        """Arms one more rule; its name.  ConfigError."""
+        """Arms another rule; returns its name.  ConfigError: as the constructor, or the name is used."""
         with self._lock:
             name = self._add(rule)
         self._arm()
@@ -123,23 +123,23 @@ class Engine:
         for live in self._rules:
             if live.name == name:
                 return live
-        known = ", ".join(live.name for live in self._rules) or "there is none"
-        raise ConfigError(f"no rule is called {name!r}: {known}")
+        known = ", ".join(live.name for live in self._rules)
+        raise ConfigError(f"no rule is called {name!r}: {f'rules are {known}' if known else 'there are no rules'}")
 
     def remove(self, name: str) -> None:
-        """Disarms a rule.  ConfigError: there is none of that name."""
+        """Disarms a rule.  ConfigError: there is no rule of that name."""
         with self._lock:
             self._rules.remove(self._named(name))
         self._arm()
 
     def pause(self, name: str | None, paused: bool = True) -> None:
-        """Stops a rule (None: all) from firing and counting, or lets it go on.  ConfigError."""
+        """Pauses a rule (None: all), so that it neither fires nor counts, or resumes it.  ConfigError: no such rule."""
         with self._lock:
             for live in self._rules if name is None else [self._named(name)]:
                 live.paused = paused
 
     def describe(self) -> list[dict[str, Any]]:
-        """The rules and what they have done so far, as plain data."""
+        """The rules, with their state and counts, as plain data."""
         now = self._now()
         with self._lock:
             return [
@@ -159,7 +159,7 @@ class Engine:
         return "paused" if live.paused else "armed"
 
     def _arm(self) -> None:
-        """Puts the intercepting paths where rules want them, and the plain ones elsewhere."""
+        """Taps each device at the points that its rules need, and removes the tap elsewhere."""
         with self._lock:
             rules = list(self._rules)
             self._by_point = {point: tuple(live for live in rules if point in live.points) for point in Point}
@@ -170,7 +170,7 @@ class Engine:
             tap(device.backend, wanted, self if wanted else None)
 
     def _concerns(self, live: _Live, name: str) -> bool:
-        """Whether a rule has to hear of a device.  What an IOMMU does, it does for others."""
+        """Whether a rule needs a device's events.  Events of an IOMMU concern other devices: it is always tapped."""
         predicates = (live.predicate, *live.markers)
         from_iommu = {Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE}
         return any(name in p.devices or p.match.point in from_iommu for p in predicates)
@@ -185,10 +185,10 @@ class Engine:
         return self._healed or (heal is not None and heal.after is not None and now >= heal.after)
 
     def __call__(self, event: Event, proceed: Proceed) -> bytes:
-        """An event: has it carried out as the rules that fire will have it.  It is the devices' `Sink`."""
+        """Handles an event, as the `Sink` of the devices: carries it out with the actions of the rules that fire."""
         now = self._now()
         rules = self._by_point.get(event.point, ())
-        # Predicates may take their time, and are the user's own functions: not under the lock.
+        # Without the lock: predicates may be slow, as they may call functions of the user's.
         matching = [live for live in rules if not live.paused and live.predicate(event)]
         ending = [live for live in rules if live.markers and live.markers[1](event)]
         beginning = [live for live in rules if live.markers and live.markers[0](event)]
@@ -255,16 +255,16 @@ class Engine:
         try:
             self.journal.put(record)
         except OSError as error:
-            log.error("the log of injections: %s", error)
+            log.error("cannot write the log of injections: %s", error)
 
     def goes_on(self, rule: str) -> bool:
-        """Whether what a rule has begun is to go on: it has not been removed, and nothing is healed."""
+        """Whether a repeated action of a rule is to continue: the rule still exists, and the plan is not healed."""
         return not self._is_healed(self._now()) and any(live.name == rule for live in self._rules)
 
-    # ---- what happens later ----------------------------------------------------------------
+    # ---- delayed actions -------------------------------------------------------------------
 
     def later(self, at: Injection, call: Callable[[], object], delay: float, after: Point | None) -> None:
-        """See Injection.later.  A reset of the function drops what waits for its time."""
+        """See Injection.later; `delay` in seconds.  A reset of the function cancels calls that wait for their time."""
         device = at.device
         late = Injection(self, at.rule, at.count, at.event, at.proceed, slice(None), at.random, at.memory, at.origin)
         late.nth = at.nth
@@ -292,7 +292,7 @@ class Engine:
             ready()
 
     def _release(self, event: Event, *, everything: bool) -> None:
-        """Carries out what has waited for this event."""
+        """Carries out the calls that waited for this event."""
         with self._lock:
             ready = [
                 held
@@ -311,7 +311,7 @@ class Engine:
     # ---- life ------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Disarms all, and ends the log; what is held never happens."""
+        """Disarms all rules, and closes the log.  Calls that wait for a point are discarded."""
         with self._lock:
             self._rules.clear()
             self._held.clear()
@@ -328,12 +328,12 @@ class Engine:
 
 
 def _place(live: _Live) -> tuple[int, int]:
-    """How often it has fired, and the number of the event that it fires at."""
+    """(how often the rule has fired, the number of the current event)."""
     return live.progress.fired, live.progress.seen
 
 
 def _through(chain: list[Callable[[Event, Proceed], bytes]], n: int, event: Event, proceed: Proceed) -> bytes:
-    """The first rule of the plan comes first: it may keep the event from all others."""
+    """Runs the chain from `n` on, in the order of the plan: an earlier rule may keep the event from later ones."""
     if n == len(chain):
         return proceed(event)
     return chain[n](event, lambda e: _through(chain, n + 1, e, proceed))

@@ -1,4 +1,4 @@
-"""The log of injections: JSON lines in a file, and the last ones in memory for whoever asks."""
+"""The log of injections: JSON lines in a file, and the latest records in memory."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any, BinaryIO
 
 from vmodel.files import create
 
-#: Records that are kept in memory.
+#: The number of records kept in memory.
 KEPT = 10_000
-#: Bytes of data that a record shows.
+#: The most bytes of data that a record contains.
 _SHOWN = 64
 
 
 def shown(value: bytes | int | str | None) -> Any:
-    """A record's before or after: bytes as hexadecimal digits, cut to 64 bytes."""
+    """A value for a record's "before" or "after": bytes as hexadecimal digits, truncated to 64 bytes."""
     if isinstance(value, bytes):
         return value.hex() if len(value) <= _SHOWN else f"{value[:_SHOWN].hex()}... ({len(value)} bytes)"
     return value
 
 
 class Journal:
-    """Takes records from any thread; each gets a number `n`, from 1 on."""
+    """Stores records from any thread; each gets a number `n`, from 1."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """`path`: where the lines go; the file is made with the first one, and an older one goes then."""
+        """`path`: the file; it is created with the first record, and then replaces an older file."""
         self.path = path
-        #: Hear of each record, on the thread that puts it.
+        #: Called with each record, on the thread that adds it.
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._file: BinaryIO | None = None
         self._lock = threading.Lock()
@@ -38,7 +38,7 @@ class Journal:
         self._count = 0
 
     def put(self, record: dict[str, Any]) -> None:
-        """OSError: the file cannot be written."""
+        """Adds a record.  OSError: the file cannot be written."""
         with self._lock:
             self._count += 1
             numbered = {"n": self._count, **record}
@@ -52,7 +52,7 @@ class Journal:
             listener(numbered)
 
     def since(self, n: int = 0, most: int = 1000) -> list[dict[str, Any]]:
-        """Records after number `n`, the oldest first, of those that are kept."""
+        """At most `most` of the records in memory with numbers above `n`, the oldest first."""
         with self._lock:
             return [record for record in self._last if record["n"] > n][:most]
 
@@ -60,7 +60,7 @@ class Journal:
         return self._count
 
     def close(self) -> None:
-        """Ends the file; what is kept stays."""
+        """Closes the file; the records in memory stay."""
         with self._lock:
             if self._file is not None:
                 self._file.close()

@@ -1,4 +1,4 @@
-"""What a running server's control socket does with rules, and tells of injections."""
+"""Commands of a running server's control socket for rules and injections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmodel.inject.terse import parse_rule
 
 
 def commands(engine: Engine) -> dict[str, Command]:
-    """Requests by name.  Each may raise ConfigError, whose text is for the user."""
+    """The commands by name.  Each may raise ConfigError, whose text is for the user."""
 
     def add(request: Mapping[str, Any]) -> str:
         return engine.add(parse_rule(_text(request, "rule"), "rule"))

@@ -1,4 +1,4 @@
-"""Plans: a seed and rules.  A rule is a point and a predicate, a schedule, an action, and how long it lasts.
+"""Plans: a seed and rules.  A rule has a point, a predicate, a schedule and an action.
 
 ```toml
 seed = 7
@@ -65,12 +65,12 @@ Do = Annotated[
 
 
 def _match(value: object) -> object:
-    """Of `between` and `on`: a table, or only the point's name."""
+    """An event of `between` or `on`: a table, or only the point's name."""
     return {"point": value} if isinstance(value, str) else value
 
 
 def _also_text(schema: dict[str, Any]) -> None:
-    """An event may be only its point's name, where that says enough."""
+    """Adds the short form to a JSON schema: an event as its point's name."""
     schema["anyOf"] += [{"type": "string"}, {"type": "array", "items": {"type": ["string", "object"]}}]
 
 
@@ -84,12 +84,12 @@ def _pair(value: object) -> object:
 
 
 class Rule(Match):
-    """One rule."""
+    """One rule of a plan: `Match` selects events, the schedule selects among those, and `do` is the action."""
 
     name: str = Field(default="", examples=['"torn"'], max_length=60, description="for the log; seeds its generator")
-    do: Do = Field(examples=['"drop"'], description="what happens instead")
+    do: Do = Field(examples=['"drop"'], description="the action")
 
-    nth: Numbers | None = Field(default=None, examples=["3"], description="only at these, counted from 1")
+    nth: Numbers | None = Field(default=None, examples=["3"], description="only these events, counted from 1")
     every: Annotated[Number | None, Field(ge=1)] = Field(default=None, examples=["10"])
     first: Annotated[Number | None, Field(ge=1)] = Field(default=None, examples=["5"])
     probability: float | None = Field(default=None, ge=0, le=1, examples=["0.01"])
@@ -122,7 +122,7 @@ class Rule(Match):
 
     @property
     def schedule(self) -> Schedule:
-        """When it fires."""
+        """The rule's schedule: at which of the matching events it fires."""
         return Schedule(
             self.nth or (),
             self.every,
@@ -136,25 +136,25 @@ class Rule(Match):
         )
 
     def plain(self) -> dict[str, Any]:
-        """What the rule says, as TOML or JSON would have it."""
+        """The rule as plain data, for TOML or JSON."""
         return self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
 
     def text(self) -> str:
-        """The rule on one line, in the command line's form as far as that has one."""
-        said = self.plain()
-        point = said.pop("point")
-        said.pop("name", None)
-        parts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in said.items()]
+        """The rule on one line, in the command line's form where that can express it."""
+        keys = self.plain()
+        point = keys.pop("point")
+        keys.pop("name", None)
+        parts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
         return " ".join([point, *parts])
 
 
 def keyed(rule: Rule) -> str:
-    """What seeds a rule's generators: its name, or what it says."""
+    """The text that seeds a rule's generators: its name, or its content."""
     return rule.name or json.dumps(rule.plain(), sort_keys=True)
 
 
 class Heal(BaseModel):
-    """`[heal]`: from then on no rule fires, and what was held back happens."""
+    """`[heal]`: from this time or event on no rule fires, and held events are carried out."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -174,7 +174,7 @@ class Heal(BaseModel):
 
 
 class FaultPlan(BaseModel):
-    """A whole plan."""
+    """A plan: seed, rules and an optional end (`heal`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -184,19 +184,19 @@ class FaultPlan(BaseModel):
 
     @property
     def file(self) -> Path | None:
-        """Where it was read from."""
+        """The file that it was read from, or None."""
         return self._file
 
     @property
     def base(self) -> Path:
-        """What paths in it count from."""
+        """The folder that paths in the plan are relative to."""
         return Path() if self._file is None else self._file.parent
 
     _file: Path | None = None
     _in_file: int = 0
 
     def place(self, n: int) -> tuple[Path | None, str]:
-        """Where rule `n` was written: a file and the key in it, or the line that it is."""
+        """The place of rule `n`, for errors: its file and key, or None and the text of a rule from the command line."""
         rule = self.rule[n]
         if n < self._in_file:
             return self._file, f"rule[{n}]" + (f" ({rule.name})" if rule.name else "")
@@ -207,17 +207,17 @@ class FaultPlan(BaseModel):
         names: set[str] = set()
         for n, rule in enumerate(self.rule):
             if rule.name in names:
-                raise ValueError(f"rule[{n}].name: {rule.name!r} is there twice: give each rule its own")
+                raise ValueError(f"rule[{n}].name: {rule.name!r} is used twice: names must differ")
             names |= {rule.name} - {""}
         return self
 
     def plain(self) -> dict[str, Any]:
-        """What the plan says, as TOML or JSON would have it; `FaultPlan.model_validate` takes it back."""
-        said = self.model_dump(mode="json", exclude_defaults=True, by_alias=True, exclude={"rule"})
-        return {**said, "rule": [rule.plain() for rule in self.rule]}
+        """The plan as plain data, for TOML or JSON; the inverse is `FaultPlan.model_validate`."""
+        content = self.model_dump(mode="json", exclude_defaults=True, by_alias=True, exclude={"rule"})
+        return {**content, "rule": [rule.plain() for rule in self.rule]}
 
     def extended(self, rules: Iterable[Rule], seed: int | None = None) -> FaultPlan:
-        """With more rules behind its own, and perhaps another seed.  ConfigError: two rules have one name."""
+        """A copy with `rules` after its own, and with `seed` if given.  ConfigError: two rules have the same name."""
         try:
             plan = FaultPlan(seed=self.seed if seed is None else seed, rule=(*self.rule, *rules), heal=self.heal)
         except ValidationError as error:
@@ -226,29 +226,29 @@ class FaultPlan(BaseModel):
         return plan
 
     def placed(self, file: Path | None) -> FaultPlan:
-        """As if it had been read from `file`: paths in it count from its folder."""
+        """A copy as if it had been read from `file`: paths in it are relative to that file's folder."""
         plan = self.extended(())
         plan._file, plan._in_file = file, 0 if file is None else len(self.rule)
         return plan
 
     @classmethod
     def load(cls, path: Path) -> FaultPlan:
-        """The plan of a TOML file.  PlanErrors, one line for each mistake."""
+        """Reads a plan from a TOML file.  ConfigError (PlanErrors): one line for each mistake."""
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ConfigError("is no UTF-8 text: save the file as UTF-8", file=path) from error
+            raise ConfigError("is not UTF-8 text: save the file as UTF-8", file=path) from error
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from error
         return cls.parse(text, path)
 
     @classmethod
     def parse(cls, text: str, file: Path) -> FaultPlan:
-        """The plan that a file's text describes.  PlanErrors."""
+        """Parses the text of a plan file; `file` is for errors and relative paths.  ConfigError (PlanErrors)."""
         try:
             raw = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise ConfigError(f"is no TOML: {one_line(error)}", file=file) from error
+            raise ConfigError(f"is not valid TOML: {one_line(error)}", file=file) from error
         try:
             plan = cls.model_validate(raw)
         except ValidationError as error:
@@ -258,7 +258,7 @@ class FaultPlan(BaseModel):
 
 
 class PlanErrors(ConfigError):
-    """The mistakes of one plan; str() gives a line for each: file, rule, key, and what would be right."""
+    """The mistakes of one plan; str() has a line for each: file, rule, key, and how to fix it."""
 
     def __init__(self, error: ValidationError, raw: Any, file: Path | str) -> None:
         self.errors = [_placed(one, raw) for one in explain(error, file, FaultPlan)]
@@ -266,7 +266,7 @@ class PlanErrors(ConfigError):
 
 
 def _placed(error: ConfigError, raw: Any) -> ConfigError:
-    """With the rule's name, and the key that a check of the whole rule puts before its text."""
+    """The error with the rule's name in its key.  (A validator of the whole rule puts the key before its text.)"""
     text = str(error).removeprefix(f"{error.file}: ").removeprefix(f"{error.key}: ")
     key = error.key
     prefix, bracket, rest = key.partition("]")

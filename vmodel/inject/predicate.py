@@ -1,4 +1,4 @@
-"""Which events a rule is about: its point, and what it asks of their fields."""
+"""Selects the events that a rule matches: by point, and by fields of the event."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MMIO = frozenset((Point.MMIO_READ, Point.MMIO_WRITE))
 _CONFIG = frozenset((Point.CONFIG_READ, Point.CONFIG_WRITE))
 _COMMANDS = frozenset((Point.COMPLETION, Point.DOORBELL))
 
-#: The points whose events have what a key asks about; keys that are not here: all points.
+#: The points whose events have the field of a key.  Keys that are not listed are valid at all points.
 KEYS: dict[str, frozenset[Point]] = {
     "requester": _DMA,
     "group": _DMA,
@@ -55,7 +55,7 @@ def _point(value: object) -> object:
         if value not in known:
             close = guess(value, known)
             raise ValueError(
-                f"is no point: {f'did you mean {close!r}? ' if close else ''}Points are {', '.join(known)}"
+                f"is not a point: {f'did you mean {close!r}? ' if close else ''}Points are {', '.join(known)}"
             )
         return Point(value)
     return value
@@ -72,7 +72,7 @@ def _requester(value: object) -> object:
 
 log = limited(__name__)
 
-#: A function of the user's: (event) -> bool.
+#: A user's function for `when`: (event) -> bool.
 Test = Callable[[Event], bool]
 
 
@@ -92,7 +92,7 @@ def load_test(text: str, base: Path) -> Test:
 
 @functools.lru_cache(maxsize=64)
 def _load(path: Path, changed_ns: int) -> ModuleType:
-    """Runs a plan's Python file, once for all rules that name it and for as long as it stays the same."""
+    """Executes a plan's Python file, once for all rules that name it, and again after it has changed."""
     spec = importlib.util.spec_from_file_location(f"vmodel_plan_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # as the suffix is .py
     module = importlib.util.module_from_spec(spec)
@@ -126,7 +126,7 @@ OnePoint = Annotated[
 
 
 class Match(BaseModel):
-    """A point, and what an event there has to be.  Keys that are left out match everything."""
+    """Matches events at a point, by their fields.  A key that is left out matches everything."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -141,11 +141,11 @@ class Match(BaseModel):
     direction: Literal["read", "write"] | None = Field(
         default=None, examples=['"write"'], description="of what is translated"
     )
-    iova: SpanOf | None = Field(default=None, examples=['"0x1000-0x1fff"'], description="touches one of these")
-    gpa: SpanOf | None = Field(default=None, examples=['"0x1000-0x1fff"'], description="begins at one of these")
+    iova: SpanOf | None = Field(default=None, examples=['"0x1000-0x1fff"'], description="overlaps this range")
+    gpa: SpanOf | None = Field(default=None, examples=['"0x1000-0x1fff"'], description="starts in this range")
     size: SpanOf | None = Field(default=None, examples=["16"], description="bytes, or a range of them")
     bar: Number | None = Field(default=None, examples=["0"])
-    offset: SpanOf | None = Field(default=None, examples=["0x10"], description="in the BAR or config space")
+    offset: SpanOf | None = Field(default=None, examples=["0x10"], description="offset in the BAR or config space")
     register_: str | None = Field(
         default=None, alias="register", examples=['"STATUS"'], description='name, or "bank.NAME", "capability.NAME"'
     )
@@ -157,27 +157,32 @@ class Match(BaseModel):
     )
     queue: Numbers | None = Field(default=None, examples=["1"])
     opcode: Numbers | None = Field(default=None, examples=["1"])
-    lba: SpanOf | None = Field(default=None, examples=['"0-7"'], description="touches one of these blocks")
+    lba: SpanOf | None = Field(default=None, examples=['"0-7"'], description="overlaps these blocks")
     status: Numbers | None = Field(default=None, examples=["0"], description="that the device would report")
     phase: Literal["probe", "running", "remove"] | None = Field(
-        default=None, examples=['"running"'], description="what the driver is at"
+        default=None, examples=['"running"'], description="the driver's phase"
     )
-    when: When | None = Field(default=None, examples=['"checks.py:wanted"'], description="a Python function's say")
+    when: When | None = Field(
+        default=None, examples=['"checks.py:wanted"'], description="a Python function that decides"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Match:
         for key, points in KEYS.items():
             if getattr(self, "register_" if key == "register" else key) is not None and self.point not in points:
                 known = ", ".join(point.value for point in Point if point in points)
-                raise ValueError(f"{key}: events at {self.point.value} have none: only those at {known}")
+                raise ValueError(f"{key}: events at {self.point.value} have no such field: only those at {known} do")
         return self
 
 
 class Predicate:
-    """A `Match` made ready: names looked up."""
+    """A `Match` that is ready for use: its names are resolved to devices and registers."""
 
     def __init__(self, match: Match, maps: Mapping[str, RegisterMap], base: Path) -> None:
-        """`maps`: the registers of each device; paths count from `base`.  ConfigError, keyed by what is wrong."""
+        """`maps`: the registers of each device; paths are relative to `base`.
+
+        ConfigError: a device, register or function does not exist; its key names the mistake.
+        """
         self.match = match
         self.devices = [name for name in maps if match.device is None or _named(name, match.device)]
         if match.device is not None:
@@ -186,7 +191,7 @@ class Predicate:
                     close = guess(pattern, list(maps))
                     hint = f"did you mean {close!r}?" if close else f"devices are {', '.join(maps) or 'none'}"
                     raise ConfigError(f"no device is called {pattern!r}: {hint}", key="device")
-        #: Where the register is, by device.
+        #: The register's places, by device.
         self.places: dict[str, list[Place]] = {}
         if match.register_ is not None:
             self._find_register(match.register_, maps)
@@ -209,7 +214,7 @@ class Predicate:
             raise ConfigError(f"no register is called {name!r}: {hint}", key="register")
 
     def __call__(self, event: Event) -> bool:
-        """Whether an event is one of those meant."""
+        """Whether an event matches."""
         m = self.match
         if m.point is not event.point:
             return False
@@ -241,7 +246,7 @@ class Predicate:
         try:
             return bool(test(event))
         except Exception:
-            # The user's mistake must not be the device's end.
+            # An exception of the user's function must not stop the device.
             log.exception("%r failed: the event does not match", self.match.when)
             return False
 
@@ -252,7 +257,7 @@ class Predicate:
         return gpa is not None and gpa in self.match.gpa
 
     def window(self, event: Event) -> slice | None:
-        """Which of the event's bytes are the register's; None: it does not touch it.  All, without a register."""
+        """The event's bytes that belong to the register: all without a `register`, None if it does not touch it."""
         if self.match.register_ is None:
             return slice(None)
         if event.address is None or event.size is None:

@@ -1,4 +1,4 @@
-"""The texts that stand for numbers in plans: times, counts, and spans of addresses."""
+"""Parses numbers in plans: times, counts, and spans of addresses."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ def seconds(value: object) -> float:
     else:
         raise ValueError('must be a time, as 1.5 (seconds), "1.5s", "250ms", "10us" or "2min"')
     if not 0 <= found < 1e9:
-        raise ValueError("must be a time from 0 on")
+        raise ValueError("must be at least 0 and less than 1e9 seconds")
     return found
 
 
 def span(value: object) -> Span:
-    """Numbers from a first to an inclusive last one: "0x1000-0x1fff", "0x1000+4K", [4096, 8191], or one alone."""
+    """A span of numbers, the last one inclusive: "0x1000-0x1fff", "0x1000+4K", [4096, 8191], or one number.
+
+    ValueError.
+    """
     if isinstance(value, Span):
         return value
     try:
@@ -72,7 +75,7 @@ def words(value: object) -> tuple[str, ...]:
 
 
 def flag(value: object) -> object:
-    """True and false, as a command line has them too."""
+    """Converts "true", "false" and "" (a key without value, which is true) to bool; other values are unchanged."""
     return {"true": True, "false": False, "": True}.get(value, value) if isinstance(value, str) else value
 
 

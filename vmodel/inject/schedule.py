@@ -1,4 +1,4 @@
-"""When a rule fires: which of the events that it matches."""
+"""Schedules: at which of the events that it matches a rule fires."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """All that is set must hold.  Times are in seconds since the plan was armed.
+    """The conditions for firing, which must all hold.  Times are in seconds since the plan was armed.
 
-    Events before `after`, from `until` on, or while the rule is not open (`between`) are not counted; each time it
-    opens, counting begins anew.
+    Events before `after`, from `until` on, or while the rule is closed (`between`) are not counted; each time the rule
+    opens, the count restarts.
     """
 
     nth: tuple[int, ...] = ()
@@ -21,29 +21,29 @@ class Schedule:
     probability: float | None = None
     after: float = 0.0
     until: float | None = None
-    #: Most often in all; None: no limit.
+    #: The most times that the rule fires; None: no limit.
     times: int | None = None
-    #: How long after it first fired the rule ends, in seconds; None: it does not.
+    #: Seconds from the first firing to the end of the rule; None: no end.
     duration: float | None = None
-    #: Whether it opens and closes, and is closed at first.
+    #: Whether the rule opens and closes (`between`); it is closed at first.
     gated: bool = False
 
 
 class Progress:
-    """One rule's schedule at work.  What it does follows from the seed and the times of its own events alone."""
+    """The state of one rule's schedule.  It depends only on the seed and on the times of the rule's own events."""
 
     def __init__(self, schedule: Schedule, seed: str) -> None:
         self.schedule = schedule
         self.open = not schedule.gated
-        #: Matching events that were counted, since it last opened; and in all.
+        #: Counted events: since the rule last opened, and in total.
         self.seen = self.matched = 0
-        #: How often it has fired, and when first.
+        #: How often the rule has fired, and the time of the first firing.
         self.fired = 0
         self.since: float | None = None
         self._random = stream(seed, "schedule")
 
     def over(self, now: float) -> bool:
-        """Whether it will never fire again."""
+        """Whether the rule will never fire again."""
         s = self.schedule
         if s.until is not None and now >= s.until:
             return True
@@ -54,22 +54,22 @@ class Progress:
         return s.duration is not None and self.since is not None and now >= self.since + s.duration
 
     def begin(self) -> None:
-        """The first of the two events of `between` has happened."""
+        """Opens the rule: the first event of `between` has happened."""
         if not self.open:
             self.open, self.seen = True, 0
 
     def end(self) -> None:
-        """The second has."""
+        """Closes the rule: the second event of `between` has happened."""
         self.open = False
 
     def fires(self, now: float) -> bool:
-        """A matching event at `now`: whether it is one of those."""
+        """Counts a matching event at `now`; returns whether the rule fires at it."""
         s = self.schedule
         if not self.open or now < s.after or self.over(now):
             return False
         self.seen += 1
         self.matched += 1
-        # One draw for each counted event, come what may: so what is drawn for one does not depend on the others.
+        # Draw exactly once for each counted event, so that the draw for an event depends on nothing but its number.
         drawn = s.probability is None or self._random.random() < s.probability
         if s.nth and self.seen not in s.nth:
             return False
@@ -86,5 +86,5 @@ class Progress:
 
 
 def stream(seed: str, use: str) -> random.Random:
-    """A generator of its own for each seed and use."""
+    """A random generator that depends on `seed` and `use` only."""
     return random.Random(hashlib.sha256(f"{seed}\0{use}".encode()).digest())

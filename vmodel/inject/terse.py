@@ -1,4 +1,4 @@
-"""A rule on one line, as the command line has it: `dma.write device=nvme0 nth=3 do=partial(8)`."""
+"""Parses the command line's form of a rule: `dma.write device=nvme0 nth=3 do=partial(8)`."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ _SHAPE = 'must be a point and key=value pairs, as "dma.write device=edu0 nth=3 d
 
 
 def parse_rule(text: str, what: str = "--fault") -> Rule:
-    """The rule that a line says; its keys are those of a plan's rules.  ConfigError, one line for each mistake."""
+    """The rule that a line describes; its keys are those of a plan's rules.
+
+    `what` begins the text of errors.  ConfigError: one line for each mistake.
+    """
     words = split(text)
     if not words or "=" in words[0].partition("(")[0]:
         raise ConfigError(f"{what} {text!r}: {_SHAPE}")
-    said: dict[str, Any] = {"point": words[0]}
+    raw: dict[str, Any] = {"point": words[0]}
     for word in words[1:]:
         key, equals, value = word.partition("=")
-        if key in said:
-            raise ConfigError(f"{what} {text!r}: {key} is there twice")
+        if key in raw:
+            raise ConfigError(f"{what} {text!r}: {key} is given twice")
         if not equals and key != "once":
             raise ConfigError(f"{what} {text!r}: {word!r}: {_SHAPE}")
-        said[key] = value.strip("\"'") if equals else True
+        raw[key] = value.strip("\"'") if equals else True
     try:
-        return Rule.model_validate(said)
+        return Rule.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("\n".join(str(one) for one in explain(error, f"{what} {text!r}", Rule))) from error
 
 
 def split(text: str) -> list[str]:
-    """Words between blanks that are outside of brackets."""
+    """Splits a text at blanks outside of brackets."""
     words, word, depth = [], "", 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

@@ -307,11 +307,11 @@ def _syntax(message: str, text: str) -> str:
     message = one_line(message)
     at = re.fullmatch(r"(.*) \(at (?:line ([0-9]+), column ([0-9]+)|end of document)\)", message)
     if at is None:
-        return f"is no TOML: {message}"
+        return f"is not valid TOML: {message}"
     lines = text.splitlines() or [""]
     line = int(at[2] or len(lines))
     written = lines[line - 1].strip() if line <= len(lines) else ""
-    return f"line {line}: {short(written)}: is no TOML: {at[1][0].lower()}{at[1][1:]}"
+    return f"line {line}: {short(written)}: is not valid TOML: {at[1][0].lower()}{at[1][1:]}"
 
 
 def load(path: Path) -> Machine:
@@ -321,7 +321,7 @@ def load(path: Path) -> Machine:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"line {line}: is no UTF-8 text: save the file as UTF-8", file=path) from error
+        raise ConfigError(f"line {line}: is not UTF-8 text: save the file as UTF-8", file=path) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from error
     if not text.strip():

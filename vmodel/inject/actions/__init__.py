@@ -1,4 +1,4 @@
-"""All actions; one that is not in `ACTIONS` is in no plan."""
+"""All actions; plans may use those in `ACTIONS`."""
 
 from vmodel.inject.action import Action
 from vmodel.inject.actions.access import (

@@ -1,4 +1,4 @@
-"""What may happen to an access and its data."""
+"""Actions on accesses and their data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Ms = Annotated[float, BeforeValidator(milliseconds), Field(ge=0, le=3_600_000)]
 
 
 class Abort(Action, name="abort"):
-    """The request is answered with an error: "unsupported" or "completer"; `done` bytes have been moved before that."""
+    """The request fails after `done` bytes: "unsupported" (Unsupported Request) or "completer" (Completer Abort)."""
 
     kind: Literal["unsupported", "completer"] = "unsupported"
     done: Number = 0
@@ -50,7 +50,7 @@ class Abort(Action, name="abort"):
 
 
 class IommuFault(Action, name="fault"):
-    """The IOMMU refuses the access, and hears of it: "translation" (not mapped) or "permission"."""
+    """The IOMMU blocks the access and records a fault: "translation" (not mapped) or "permission"."""
 
     kind: Literal["translation", "permission"] = "translation"
     points: ClassVar[frozenset[Point]] = DMA | {Point.TRANSLATE}
@@ -60,7 +60,7 @@ class IommuFault(Action, name="fault"):
         dma = at.device.dma
         if dma.endpoint is not None:
             try:
-                # As hardware does, the IOMMU looks first at what it has to know of the device.
+                # As hardware does, the IOMMU first reads its table entries for the device.
                 pasid = NO_PASID if fault.pasid is None else fault.pasid
                 dma.requester.translate([fault.iova], fault.access, pasid)
             except DmaFault as other:
@@ -71,7 +71,7 @@ class IommuFault(Action, name="fault"):
 
 
 class Flip(Action, name="flip"):
-    """Some bits of the data, chosen by the rule's generator, are inverted."""
+    """Inverts `bits` bits of the data, selected by the rule's random generator."""
 
     bits: Number = Field(default=1, ge=1)
     points: ClassVar[frozenset[Point]] = DATA
@@ -81,7 +81,7 @@ class Flip(Action, name="flip"):
 
 
 def flipped(data: bytes, bits: int, generator: random.Random) -> bytes:
-    """With that many different bits inverted, or all if it has fewer."""
+    """A copy of `data` with `bits` different bits inverted, or all if it has fewer."""
     new = bytearray(data)
     for bit in generator.sample(range(8 * len(data)), min(bits, 8 * len(data))):
         new[bit // 8] ^= 1 << bit % 8
@@ -89,7 +89,7 @@ def flipped(data: bytes, bits: int, generator: random.Random) -> bytes:
 
 
 class Corrupt(Action, name="corrupt"):
-    """The data is a pattern (bytes in hexadecimal), again and again."""
+    """Replaces the data by a repeated pattern (bytes in hexadecimal)."""
 
     pattern: Annotated[str, Field(pattern=r"^(0x)?([0-9a-fA-F]{2})+$")] = "deadbeef"
     points: ClassVar[frozenset[Point]] = DATA
@@ -99,17 +99,17 @@ class Corrupt(Action, name="corrupt"):
 
 
 def repeated(pattern: str, size: int) -> bytes:
-    """`size` bytes of it."""
+    """`size` bytes of the repeated pattern."""
     unit = bytes.fromhex(pattern.removeprefix("0x"))
     return (unit * (size // len(unit) + 1))[:size]
 
 
-#: Accesses that `stale` remembers the data of.
+#: The number of accesses whose data `stale` keeps.
 _REMEMBERED = 4096
 
 
 class Stale(Action, name="stale"):
-    """The data of the same access before this one, of all that the rule matches; zeros the first time."""
+    """Uses the data of the previous access to the same place (of those that the rule matches); zeros the first time."""
 
     points: ClassVar[frozenset[Point]] = DATA
 
@@ -140,7 +140,7 @@ def _place(event: Event) -> tuple[object, ...]:
 
 
 class Partial(Action, name="partial"):
-    """Only the first bytes are moved, and nobody is told: the rest stays (a write) or is zeros (a read)."""
+    """Moves only the first `size` bytes, without an error: the rest stays unchanged (write) or is zeros (read)."""
 
     size: Number
     points: ClassVar[frozenset[Point]] = DMA
@@ -154,7 +154,7 @@ class Partial(Action, name="partial"):
 
 
 class Torn(Action, name="torn"):
-    """The first bytes are moved now, the rest `ms` later: of a read, the device waits for it."""
+    """Moves the first `size` bytes now, and the rest `ms` later; a device that reads waits for the rest."""
 
     size: Number
     ms: Ms = 1.0
@@ -182,7 +182,7 @@ def _cut(event: Event, start: int, stop: int) -> Event:
 
 
 class Overrun(Action, name="overrun"):
-    """Some bytes more than asked for are written: behind the data, or, with a negative number, before it."""
+    """Writes `size` additional bytes after the data, or before it if `size` is negative."""
 
     size: int = Field(default=4, ge=-(1 << 24), le=1 << 24)
     pattern: Annotated[str, Field(pattern=r"^(0x)?([0-9a-fA-F]{2})+$")] = "ee"
@@ -200,7 +200,7 @@ class Overrun(Action, name="overrun"):
 
 
 class Toctou(Action, name="toctou"):
-    """The right data is written, and changed in memory `ms` later, or after an event: between two looks at it."""
+    """Writes the correct data, and changes it in memory `ms` later, or after an event: time of check, time of use."""
 
     ms: Ms = 1.0
     after: OnePoint | None = None
@@ -220,7 +220,7 @@ class Toctou(Action, name="toctou"):
 
 
 class UseAfterUnmap(Action, name="use-after-unmap"):
-    """The device makes the access again `ms` later; at iommu.unmap: it writes to what has just been unmapped."""
+    """Repeats the access `ms` later; at iommu.unmap, the device writes to the range that was just unmapped."""
 
     ms: Ms = 10.0
     points: ClassVar[frozenset[Point]] = DMA | {Point.IOMMU_UNMAP}
@@ -241,7 +241,7 @@ class UseAfterUnmap(Action, name="use-after-unmap"):
 
 
 class Poison(Action, name="poison"):
-    """The data of a read comes poisoned: the device has a fault, the guest all ones; AER notes it."""
+    """Poisons the data of a read: a device gets a fault, the guest all ones; AER records it."""
 
     points: ClassVar[frozenset[Point]] = frozenset((Point.DMA_READ, Point.MMIO_READ))
 
@@ -254,12 +254,12 @@ class Poison(Action, name="poison"):
 
 
 def report(at: Injection, *, uncorrectable: int = 0, correctable: int = 0) -> None:
-    """Notes errors in the device's AER capability; nothing where there is none."""
+    """Records errors in the device's AER capability, if it has one."""
     for capability in at.device.config.capabilities:
         if isinstance(capability, Aer):
             capability.report(uncorrectable=uncorrectable, correctable=correctable)
 
 
 def wait(ms: float) -> None:
-    """The device's thread does nothing for a while, and so its guest waits, too."""
+    """Blocks the device's thread for `ms` milliseconds; a guest that accesses the device waits, too."""
     time.sleep(ms / 1000)

@@ -1,4 +1,4 @@
-"""Completions that say what they should not, and requests to an IOMMU that are refused."""
+"""Actions on completions, and on requests to an IOMMU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmodel.points import Point
 
 
 class Complete(Action, name="complete"):
-    """A completion says another id, status or length than it should."""
+    """Changes the id, status or length of a completion."""
 
     id: Number | None = None
     status: Number | None = None
@@ -25,22 +25,22 @@ class Complete(Action, name="complete"):
     @model_validator(mode="after")
     def _sound(self) -> Complete:
         if self.id is None and self.status is None and self.length is None:
-            raise ValueError("must say what is wrong, as complete(status=1)")
+            raise ValueError("must name a field to change, as complete(status=1)")
         return self
 
     def run(self, at: Injection) -> bytes:
         event = at.event
-        said = {key: value for key, value in self.model_dump().items() if value is not None}
-        at.before = " ".join(f"{key}={getattr(event, key)}" for key in said)
-        at.after = " ".join(f"{key}={value}" for key, value in said.items())
-        return at.proceed(replace(event, **said))
+        fields = {key: value for key, value in self.model_dump().items() if value is not None}
+        at.before = " ".join(f"{key}={getattr(event, key)}" for key in fields)
+        at.after = " ".join(f"{key}={value}" for key, value in fields.items())
+        return at.proceed(replace(event, **fields))
 
 
 _ERRORS = {"inval": errno.EINVAL, "range": errno.ERANGE, "noent": errno.ENOENT, "nomem": errno.ENOMEM}
 
 
 class Fail(Action, name="fail"):
-    """The request is refused: "nomem", "inval", "range" or "noent"."""
+    """The request fails with ENOMEM, EINVAL, ERANGE or ENOENT."""
 
     why: Literal["nomem", "inval", "range", "noent"] = "nomem"
     points: ClassVar[frozenset[Point]] = frozenset((Point.IOMMU_MAP, Point.IOMMU_UNMAP))

@@ -1,4 +1,4 @@
-"""Interrupts that nobody meant to raise."""
+"""Actions that raise wrong or additional interrupts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmodel.points import Point
 
 
 class OtherVector(Action, name="vector"):
-    """Another vector is raised instead."""
+    """Raises another vector instead."""
 
     vector: Number
     points: ClassVar[frozenset[Point]] = frozenset((Point.IRQ,))
@@ -30,7 +30,7 @@ class OtherVector(Action, name="vector"):
 
 
 class Storm(Action, name="storm"):
-    """It is raised again and again: `count` times more, every `ms`."""
+    """Repeats the interrupt `count` times, every `ms`."""
 
     count: Number = Field(default=1000, ge=1, le=1_000_000)
     ms: Ms = Field(default=1.0, gt=0)
@@ -53,7 +53,7 @@ class Storm(Action, name="storm"):
 
 
 class Spurious(Action, name="spurious"):
-    """An interrupt for nothing, `ms` after what happens."""
+    """Raises an interrupt without a cause, `ms` after the event."""
 
     vector: Number = 0
     ms: Ms = 0.0
@@ -62,7 +62,7 @@ class Spurious(Action, name="spurious"):
     def run(self, at: Injection) -> bytes:
         data = at.proceed()
         at.after = self.vector
-        # At an IOMMU's point it is the devices concerned that raise one.
+        # At an IOMMU's point, the devices that the event concerns raise it.
         names = at.event.others or (at.event.device,)
         for device in [at.engine.devices[name] for name in names if name in at.engine.devices]:
             if self.vector >= vectors(device):
@@ -77,7 +77,7 @@ class Spurious(Action, name="spurious"):
 
 
 def vectors(device: PciDevice) -> int:
-    """How many interrupts a device may raise, of the kind that its driver uses."""
+    """The number of interrupts that a device may raise, of the kind (MSI-X, MSI, pin) that its driver has enabled."""
     for capability in device.config.capabilities:
         if isinstance(capability, Msi | Msix) and capability.enabled:
             return capability.allocated
@@ -85,7 +85,7 @@ def vectors(device: PciDevice) -> int:
 
 
 def fire(device: PciDevice, vector: int) -> None:
-    """An interrupt that the model knows nothing of: of the pin, a pulse."""
+    """Raises an interrupt without the model, and without firing rules; on the pin, a pulse."""
     for capability in device.config.capabilities:
         if isinstance(capability, Msi | Msix) and capability.enabled:
             if vector < capability.allocated:

@@ -1,4 +1,4 @@
-"""Connections, errors of the link, and what a client is told of a device."""
+"""Actions on the connection, on errors of the link, and on the regions that a client sees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmodel.vfio_user.commands import RegionInfo
 
 
 class Disconnect(Action, name="disconnect"):
-    """The device is gone, at once or `ms` later, as by surprise removal: its registers read as all ones."""
+    """Removes the device by surprise, at once or `ms` later: its registers read as all ones."""
 
     ms: Ms = 0.0
     points: ClassVar[frozenset[Point]] = frozenset(Point) - {Point.UNPLUG}
@@ -27,7 +27,7 @@ class Disconnect(Action, name="disconnect"):
         def go() -> None:
             if device.backend.hang_up is not None:
                 device.backend.hang_up()
-            # At once: what it has in hand must not get through before the connection's end is seen.
+            # Now: transfers under way must not complete before the end of the connection is noticed.
             device.memory.unmap_all()
             device.backend.irqs.close()
 
@@ -39,7 +39,7 @@ class Disconnect(Action, name="disconnect"):
 
 
 class Unplug(Action, name="unplug"):
-    """The client is asked to let the device go (the REQ interrupt), after what happens."""
+    """After the event, asks the client to release the device (the REQ interrupt)."""
 
     points: ClassVar[frozenset[Point]] = frozenset(Point) - {Point.UNPLUG}
 
@@ -51,7 +51,7 @@ class Unplug(Action, name="unplug"):
 
 
 class AerError(Action, name="aer"):
-    """The device's AER capability notes an error; what happens, happens."""
+    """Records an error in the device's AER capability; the event itself is carried out."""
 
     error: Literal[
         "completion-timeout",
@@ -69,7 +69,7 @@ class AerError(Action, name="aer"):
 
     def check(self, devices: Sequence[PciDevice]) -> None:
         if not any(isinstance(c, capability.Aer) for device in devices for c in device.config.capabilities):
-            raise ValueError("no such device has AER")
+            raise ValueError("none of these devices has AER")
 
     def run(self, at: Injection) -> bytes:
         uncorrectable = {
@@ -95,14 +95,14 @@ class AerError(Action, name="aer"):
 
 
 class NoBar(Action, name="no-bar"):
-    """The client is told that the device has no such BAR."""
+    """Hides a BAR: the client sees a region of size 0."""
 
     bar: Number
     points: ClassVar[frozenset[Point]] = frozenset((Point.CONNECTION,))
 
     def check(self, devices: Sequence[PciDevice]) -> None:
         if not any(bar.index == self.bar for device in devices for bar in device.declaration.bars):
-            raise ValueError(f"no such device has a BAR{self.bar}")
+            raise ValueError(f"none of these devices has a BAR{self.bar}")
 
     def run(self, at: Injection) -> bytes:
         backend = at.device.backend

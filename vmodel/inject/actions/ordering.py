@@ -1,4 +1,4 @@
-"""Whether, how often and when an event is carried out."""
+"""Actions that drop, repeat, delay or reorder events."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vmodel.inject.actions.access import REGION_READS, Ms
 from vmodel.inject.predicate import OnePoint
 from vmodel.points import Point
 
-#: Longest that a device may make its client wait, in ms: QEMU gives a device up that has not answered for 5 s.
+#: The longest delay of a client, in ms: QEMU gives up a device that does not answer for 5 s.
 LONGEST_WAIT = 4000.0
 
 Wait = Annotated[float, BeforeValidator(milliseconds), Field(ge=0, le=LONGEST_WAIT)]
 
-#: What nobody waits for: it may get lost, come twice, or late.
+#: Posted events: nothing waits for their completion, so they may be lost, repeated or late.
 POSTED = frozenset(
     (
         Point.DMA_WRITE,
@@ -36,7 +36,7 @@ _MAPS = frozenset((Point.IOMMU_MAP, Point.IOMMU_UNMAP))
 
 
 class Drop(Action, name="drop"):
-    """It does not happen, and nobody is told.  A read gets no answer: a device has a timeout, the guest all ones."""
+    """Drops the event without an error.  A read gets no answer: a device has a timeout, the guest reads all ones."""
 
     points: ClassVar[frozenset[Point]] = POSTED | _MAPS | REGION_READS | {Point.DMA_READ}
 
@@ -49,7 +49,7 @@ class Drop(Action, name="drop"):
 
 
 class Duplicate(Action, name="duplicate"):
-    """It happens twice, the second time at once or `ms` later; of a read, the second data counts."""
+    """Repeats the event, at once or `ms` later; a read returns the data of the second time."""
 
     ms: Ms = 0.0
     points: ClassVar[frozenset[Point]] = POSTED | REGION_READS | {Point.DMA_READ}
@@ -68,7 +68,7 @@ class Duplicate(Action, name="duplicate"):
 
 
 class Delay(Action, name="delay"):
-    """The device waits before it, and whoever waits for the device, too; all stays in order."""
+    """Blocks the device, and whoever waits for it, before the event; the order of events stays the same."""
 
     ms: Wait
     points: ClassVar[frozenset[Point]] = frozenset(Point)
@@ -79,7 +79,7 @@ class Delay(Action, name="delay"):
 
 
 class Late(Action, name="late"):
-    """It happens `ms` later, and the device goes on: what comes next overtakes it."""
+    """Delays the event by `ms` while the device continues, so that later events overtake it."""
 
     ms: Ms
     points: ClassVar[frozenset[Point]] = POSTED | {Point.IOMMU_UNMAP}
@@ -92,7 +92,7 @@ class Late(Action, name="late"):
 
 
 class Reorder(Action, name="reorder"):
-    """It happens after the next event at a point: at "irq", after the next interrupt.  By default at its own."""
+    """Holds the event until after the next event at the point `after`, by default its own point."""
 
     after: OnePoint | None = None
     points: ClassVar[frozenset[Point]] = POSTED - {Point.RESET}

@@ -1,4 +1,4 @@
-"""Registers that say what they should not, and capabilities that are not where they should be."""
+"""Actions on the values of registers, and on the list of capabilities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmodel.points import Event, Point
 
 
 class Value(Action, name="value"):
-    """Another value is read, or written."""
+    """Replaces the value that is read or written."""
 
     value: Number
     points: ClassVar[frozenset[Point]] = REGION_READS | REGION_WRITES
@@ -23,7 +23,7 @@ class Value(Action, name="value"):
 
 
 class Ones(Action, name="ones"):
-    """All ones are read, as where there is no device any more."""
+    """Reads return all ones, as from a removed device."""
 
     points: ClassVar[frozenset[Point]] = REGION_READS
 
@@ -32,7 +32,7 @@ class Ones(Action, name="ones"):
 
 
 class Stuck(Action, name="stuck"):
-    """Reads give what the rule saw first, ever after; writes have no effect."""
+    """Reads always return the first value that the rule saw; writes have no effect."""
 
     points: ClassVar[frozenset[Point]] = REGION_READS | REGION_WRITES
 
@@ -49,9 +49,9 @@ def _key(event: Event) -> tuple[object, ...]:
 
 
 class _List(Action):
-    """Changes the list of capabilities in the first 256 bytes of config space, as it is read."""
+    """Changes the list of capabilities in the first 256 bytes of config space when it is read."""
 
-    #: A capability's attribute in the model, as "msix".
+    #: The name of a capability, which is its attribute in the model, as "msix".
     capability: str
 
     points: ClassVar[frozenset[Point]] = frozenset((Point.CONFIG_READ,))
@@ -59,7 +59,7 @@ class _List(Action):
     def check(self, devices: Sequence[PciDevice]) -> None:
         known = {name for device in devices for name, _, _ in _links(device)}
         if self.capability not in known:
-            text = ", ".join(sorted(known)) or "there is none"
+            text = f"capabilities are {', '.join(sorted(known))}" if known else "there are none"
             raise ValueError(f"no capability is called {self.capability!r}: {text}")
 
     def run(self, at: Injection) -> bytes:
@@ -74,12 +74,12 @@ class _List(Action):
         return bytes(new)
 
     def _changes(self, at: Injection) -> dict[int, int]:
-        """Bytes of config space, and what they are to be."""
+        """The bytes of config space to change: offset to new value."""
         raise NotImplementedError
 
 
 def _links(device: PciDevice) -> list[tuple[str, int, int]]:
-    """(name, where it is, where the pointer to it is) of each capability in the first 256 bytes."""
+    """(name, offset, offset of the pointer to it) of each capability in the first 256 bytes."""
     found, link = [], 0x34
     for name, place, _ in device.config.places:
         if 0x40 <= place < 0x100:
@@ -89,7 +89,7 @@ def _links(device: PciDevice) -> list[tuple[str, int, int]]:
 
 
 class Hide(_List, name="hide"):
-    """A capability is left out of the list."""
+    """Removes a capability from the list."""
 
     def _changes(self, at: Injection) -> dict[int, int]:
         links = _links(at.device)
@@ -98,7 +98,7 @@ class Hide(_List, name="hide"):
 
 
 class Cut(_List, name="cut"):
-    """The list of capabilities ends before this one."""
+    """Ends the list of capabilities before this one."""
 
     def _changes(self, at: Injection) -> dict[int, int]:
         return {link: 0 for name, _, link in _links(at.device) if name == self.capability}
