@@ -468,7 +468,7 @@ int vms_workers_create(vms_func *func, uint32_t threads, vms_workers **out);
 void vms_workers_destroy(vms_workers *workers);
 /* The caller keeps the buffers, and must not free them before the job is collected. */
 int vms_workers_submit(vms_workers *workers, vms_store *store, const vms_job *job);
-/* Copies up to `room` jobs that are done; returns how many. */
+/* Copies up to `room` jobs that are done; returns how many.  Call it after each wake-up: the next one comes only then. */
 size_t vms_workers_collect(vms_workers *workers, vms_job *out, size_t room);
 /* Revokes a job.  ENOENT: it has begun, or is done. */
 int vms_workers_revoke(vms_workers *workers, uint64_t cookie);

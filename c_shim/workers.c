@@ -175,8 +175,6 @@ work *workers_take(vms_workers *workers, inbox *from)
         from->first = item->next;
         if (!from->first)
             from->last = NULL;
-    } else {
-        workers->woken = 0;
     }
     pthread_mutex_unlock(&workers->lock);
     if (item)
@@ -229,6 +227,10 @@ size_t vms_workers_collect(vms_workers *workers, vms_job *out, size_t room)
     size_t n = 0;
     work *item;
 
+    /* Whatever is delivered from now on wakes it again, whether or not this takes it. */
+    pthread_mutex_lock(&workers->lock);
+    workers->woken = 0;
+    pthread_mutex_unlock(&workers->lock);
     while (n < room && (item = workers_take(workers, &workers->done))) {
         out[n++] = item->job;
         free(item);

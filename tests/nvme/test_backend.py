@@ -257,6 +257,24 @@ def test_somebody_is_woken(tmp_path: Path) -> None:
     backend.close()
 
 
+def test_as_many_as_are_collected_at_once(tmp_path: Path) -> None:
+    """64 jobs fit into one call: the thread is woken for the next one all the same."""
+    function = FunctionRegions()
+    workers = Workers(function, 1)
+    backend = FileBackend(tmp_path / "disk.img", SIZE, workers=workers)
+    codes: list[int] = []
+    for count in (64, 1):
+        for _ in range(count):
+            backend.submit(Job(Op.SYNC), codes.append)
+        before = time.monotonic()
+        function.idle(-1, time.monotonic_ns() + 10_000_000_000)
+        assert time.monotonic() - before < 9  # it was woken
+        workers.settle()
+        workers.collect()
+    assert codes == [0] * 65
+    backend.close()
+
+
 # ---- space ----------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,20 @@ def test_data_of_a_turn(started: Callable[..., Driver]) -> None:
     assert len(pair.wait(30)) == 30
 
 
+def test_a_turn_ends_while_workers_have_enough(
+    started: Callable[..., Driver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue whose time is over goes on once workers are done, without any doorbell more."""
+    monkeypatch.setattr(arbiter, "TURN_NS", 0)
+    driver = started(max_transfer="2M", namespaces=[{"path": tmp_path / "disk.img", "size": "4M"}])
+    pair = driver.create(1)
+    for _ in range(60):  # 120 MiB; workers take 64
+        block = sgl(32 * MiB, 2 * MiB)
+        pair.write(NvmeCommand.make(WRITE, flags=1 << 6, nsid=1, dptr=block, cdw12=4095 | FUA))
+    driver.doorbell(1, 60)
+    driver.until(lambda: posted(pair) == 60)
+
+
 @pytest.mark.parametrize("general", [True, False])
 def test_data_that_workers_have(started: Callable[..., Driver], tmp_path: Path, general: bool) -> None:
     """Buffers for commands that wait for a file: so many bytes, then queues wait; all of them go on."""
@@ -157,7 +171,7 @@ def test_uncorrectable_blocks_have_a_limit(driver: Driver, monkeypatch: pytest.M
     ],
 )
 def test_transfers_of_admin_commands(driver: Driver, opcode: int, fields: dict[str, int]) -> None:
-    """5.15.2.2, MDTS: a command that transfers more than that is aborted with Invalid Field in Command."""
+    """5.15.2.2, MDTS: a command that transfers more than that is aborted with Invalid Field in NvmeCommand."""
     assert name(driver.admin.send(opcode, dptr=prps(driver.page), **fields)) == "INVALID_FIELD"
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.nvme.driver import SIZE, Driver, Pair, name, prps
+from vmodel.devices.nvme import arbiter
 from vmodel.devices.nvme.command import NvmeCommand
+from vmodel.devices.nvme.queue import SubmissionQueue
 
 CONFIG, FLUSH = 0x7C, 0x00
 
@@ -294,3 +296,25 @@ def test_entries_that_do_not_fit_a_page(
     assert driver.identify(1)[257] & 1 == offered
     done = driver.admin.send(CONFIG, dptr=prps(driver.memory.take(4096), driver.memory.take(4096)))
     assert name(done) == ("SUCCESS" if offered else "INVALID_OPCODE")
+
+
+def test_commands_that_come_while_a_turn_ends(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """7.13: until EventIdx says otherwise, a driver writes the shadow doorbell and rings none.  Whatever ends the
+    controller's turn meanwhile, it looks again."""
+    monkeypatch.setattr(arbiter, "TURN_NS", 0)
+    pair = driver.create(1)
+    shadow = Shadow(driver)
+    plain = SubmissionQueue.carry_out
+
+    def carry_out(queue: SubmissionQueue, command: NvmeCommand) -> None:
+        plain(queue, command)
+        if queue.qid and pair.tail < 10:
+            assert shadow.index(pair) != pair.tail  # so nobody rings
+            pair.write(NvmeCommand.make(FLUSH, nsid=1))
+            shadow.put(pair, pair.tail)
+
+    monkeypatch.setattr(SubmissionQueue, "carry_out", carry_out)
+    pair.write(NvmeCommand.make(FLUSH, nsid=1))
+    shadow.put(pair, 1)
+    driver.doorbell(1, 1)
+    assert len(pair.wait(10)) == 10

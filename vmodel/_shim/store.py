@@ -105,8 +105,8 @@ class Workers:
         return True
 
     def collect(self) -> None:
-        """Ends what is done."""
-        while self._pending and (n := lib.vms_workers_collect(self.handle, self._out, _ROOM)):
+        """Ends what is done.  To be called after each wake-up: the next one comes only after that."""
+        while n := lib.vms_workers_collect(self.handle, self._out, _ROOM):
             for cookie, error in [(job.cookie, job.error) for job in self._out[0:n]]:
                 filled, done = self._pending.pop(cookie)
                 filled.release()

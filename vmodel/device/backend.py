@@ -352,6 +352,8 @@ class VfioBackend:
         """Stops timers, DMA and interrupts for migration, or resumes them."""
         self._stopped = stopped
         self.update_enables()
+        if not stopped:
+            self.function.wake()  # what came meanwhile was not looked at
 
     def io_event_fds(self, region: int) -> Sequence[IoEventFd]:
         """The doorbells of a region: registers declared with `ioeventfd`."""

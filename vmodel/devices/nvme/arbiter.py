@@ -83,11 +83,11 @@ class Arbiter:
                 line, burst = chosen
                 queue = line.popleft()
                 queue.ready = False
-                taken = queue.run(min(burst, left), until)
+                taken, more = queue.run(min(burst, left), until)
                 left -= taken
                 if self.weights is not None and queue.qid and queue.priority:
                     self._credit[queue.priority - 1] -= taken
-                if taken and queue.waiting and queue.may_run and queue in queue.cq.queues:
+                if more and not queue.ready:
                     queue.ready = True
                     line.append(queue)
                 if time.monotonic_ns() >= until:

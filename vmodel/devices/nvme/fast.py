@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vmodel._shim import FunctionRegions
-from vmodel._shim.nvme import BUSY, EMPTY, FULL, OTHER, READ, SYNC, WRITE, Rings
+from vmodel._shim.nvme import BUSY, EMPTY, FULL, OTHER, READ, SYNC, TURN, WRITE, Rings
 from vmodel._shim.store import Workers
 from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.health import Health
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vmodel.devices.nvme.io import IoNamespace
     from vmodel.devices.nvme.queue import CompletionQueue, SubmissionQueue
 
-__all__ = ["BUSY", "EMPTY", "FULL", "OTHER", "FastPath"]
+__all__ = ["BUSY", "EMPTY", "FULL", "OTHER", "TURN", "FastPath"]
 
 #: Threads for files: as many commands can wait for the disk at a time.
 _THREADS = 4

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Completion, Fuse, NvmeCommand
-from vmodel.devices.nvme.fast import BUSY, FULL, OTHER, FastPath
+from vmodel.devices.nvme.fast import BUSY, FULL, OTHER, TURN, FastPath
 from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault
@@ -297,11 +297,6 @@ class SubmissionQueue:
         """There are commands that have not been taken."""
         return bool(self._ring.head != self._ring.tail)
 
-    @property
-    def may_run(self) -> bool:
-        """A command can be taken: its completion has room, and workers do not have too much already."""
-        return not self.cq.full and not (self.qid and self._host.fast.busy)
-
     def set_shadow(self, doorbell: int, event_index: int) -> None:
         """Where its shadow doorbell and EventIdx are in guest memory.  DmaFault: they are not to be reached.
 
@@ -370,15 +365,20 @@ class SubmissionQueue:
         # It asks for a doorbell at the next command, which may have come meanwhile.
         self._look()
 
-    def run(self, count: int, until: int) -> int:
-        """Carries out up to `count` commands, and begins none after `until` (monotonic ns); how many there were."""
+    def run(self, count: int, until: int) -> tuple[int, bool]:
+        """Carries out up to `count` commands, and begins none after `until` (monotonic ns).
+
+        How many there were, and whether the queue needs another turn.  It needs none when it has seen that there are no
+        more commands (a driver that goes by shadow doorbells rings for the next one), and when something else lets it
+        run again: workers that are done, or entries of the completion queue that the driver has taken.
+        """
         done, fast, cq = 0, self._host.fast, self.cq
         while done < count and not self._closed:
             if done and time.monotonic_ns() >= until:
                 break
             if self.qid and fast.busy:
                 fast.wait(self)
-                break
+                return done, False
             plain = self.qid and fast.enabled and not self._host.points.detailed
             if plain and not (cq.held and cq.full):
                 stop, taken = fast.run(self.qid, count - done)
@@ -387,21 +387,23 @@ class SubmissionQueue:
                     cq.posted()
                 if stop == BUSY or (stop == FULL and not cq.full):
                     continue  # the shadow doorbell knows of more room
-                if stop != OTHER:
+                if stop == TURN:
                     break
+                if stop != OTHER:
+                    return done, False
             if cq.full:
                 if not self.waiting:
                     self._poll()  # so that the next command has a doorbell
-                break
+                return done, False
             command = self._fetch()
             if command is None:
-                break
+                return done, False
             done += 1
             if command.flags & 3 == Fuse.FIRST:
                 done += self._fused(command)
             else:
                 self.carry_out(command)
-        return done
+        return done, not self._closed
 
     def _fetch(self) -> NvmeCommand | None:
         ring = self._ring
