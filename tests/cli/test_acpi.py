@@ -13,35 +13,6 @@ from vmodel.machine import load
 from vmodel.patience import patience
 
 EXAMPLES = ROOT / "examples"
-VIOMMU, VTD = "virtio-iommu", "vt-d"
-VTD_BASE = 0xE000_0000
-#: What SeaBIOS and Linux know of the bridges in `BRIDGED`: the bus behind each requester id.
-SECONDARY = {0x20: 1, 0x100: 2, 0x200: 3, 0x208: 4, 0x28: 5, 0x500: 6, 0x608: 7, 0x30: 8, 0x40: 9}
-BRIDGES = (
-    ("rp0", "root-port", "00:04.0"),
-    ("up", "switch-upstream", "01:00.0"),
-    ("down0", "switch-downstream", "02:00.0"),
-    ("down1", "switch-downstream", "02:01.0"),
-    ("rp1", "root-port", "00:05.0"),
-    ("to-pci", "pcie-to-pci", "05:00.0"),
-    ("below", "pci-bridge", "06:01.0"),
-    ("rp2", "root-port", "00:06.0"),
-    ("flat", "pci-bridge", "00:08.0"),
-)
-#: "out" are those that no IOMMU covers.
-DEVICES = {
-    "x": "03:00.0",
-    "out0": "04:00.0",
-    "c": "06:02.0",
-    "d": "07:03.0",
-    "out1": "08:00.0",
-    "e0": "00:07.0",
-    "e1": "00:07.1",
-    "f": "09:01.0",
-}
-OUTSIDE = {0x400, 0x800}
-
-EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.parametrize(("name", "table"), [("edu-viommu", "viot"), ("edu-vtd", "dmar")])

@@ -20,19 +20,6 @@ from vmodel.errors import DmaFault
 from vmodel.machine import Machine, parse
 from vmodel.status import MAX_MAPPINGS, commands
 
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Path]:
-    """The socket of one with two commands."""
-
-    def fails(_: object) -> None:
-        raise RuntimeError("no luck")
-
-    with Control(tmp_path, "m", {"echo": lambda request: request.get("what"), "fails": fails}) as running:
-        yield running.path
-    assert not (tmp_path / "m.control").exists()
-
-
 MACHINE = """
 [machine]
 name = "m"

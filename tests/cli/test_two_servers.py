@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.cli.commands import ELSE, ROOT, refused, serving, vmodel
-from vmodel.control import Control
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Path]:
-    """The socket of one with two commands."""
-
-    def fails(_: object) -> None:
-        raise RuntimeError("no luck")
-
-    with Control(tmp_path, "m", {"echo": lambda request: request.get("what"), "fails": fails}) as running:
-        yield running.path
-    assert not (tmp_path / "m.control").exists()
 
 
 def files(folder: Path) -> dict[str, Any]:

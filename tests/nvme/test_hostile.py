@@ -14,7 +14,6 @@ from tests.nvme.driver import CONFIGURATION, PAGE, SIZE, Driver, name, prps, sta
 from vmodel.devices.nvme.command import NvmeCommand
 
 EVENT, SET_FEATURES, KEEP_ALIVE = 0x0C, 0x09, 0x0F
-DELETE_SQ = 0x00
 
 dwords = st.one_of(
     st.integers(0, 0xFFFF_FFFF),

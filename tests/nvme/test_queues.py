@@ -18,7 +18,6 @@ from vmodel.vfio_user.wire import Irq
 
 DELETE_SQ, CREATE_SQ, DELETE_CQ, CREATE_CQ, ABORT = 0x00, 0x01, 0x04, 0x05, 0x08
 FLUSH = 0x00
-PHYSICALLY_CONTIGUOUS = 1
 
 
 def create_cq(driver: Driver, qid: int, entries: int = 16, *, flags: int = 1, vector: int = 0, at: int = PAGE) -> str:

@@ -18,11 +18,10 @@ import pytest
 from tests.unit.fuse import SilentFile
 from vmodel import _shim
 from vmodel.dma import Dma
-from vmodel.errors import Access, DmaFault, Reason
+from vmodel.errors import DmaFault, Reason
 from vmodel.memory import MAX_WINDOWS, GuestMemory
 from vmodel.span import PAGE, GiB, MiB, Span
 
-RW = Access.READ | Access.WRITE
 #: With ASan a signal that ends the process ends it with this code; see test_sanitizers.py.
 KILLED = 99 if "VMODEL_SANITIZED" in os.environ else -signal.SIGBUS
 MAPPINGS = 512
