@@ -362,7 +362,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     FileBackend(path, SIZE).close()
     assert path.stat().st_size == SIZE
     FileBackend(path).close()
-    with pytest.raises(ConfigError, match=f"has {SIZE} bytes, not 4096; leave the size out"):
+    with pytest.raises(ConfigError, match=f"has {SIZE} bytes, not 4096; leave out size"):
         FileBackend(path, 4096)
     with pytest.raises(ConfigError, match=r"cannot make .* bytes long"):
         FileBackend(tmp_path / "large.img", 1 << 62)

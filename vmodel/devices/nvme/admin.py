@@ -33,7 +33,7 @@ _CONTROLLERS = struct.Struct("<2048H")
 class _Row:
     run: Callable[[NvmeCommand, SubmissionQueue], int | Later]
     effects: int = 0
-    #: Whether it may be used while a sanitize operation is under way (figure 108).
+    #: Whether the command is allowed during a sanitize operation (figure 108).
     sanitizing: bool = False
 
 
@@ -44,7 +44,7 @@ class AdminCommands:
         self._controller = controller
         self._identify = Identify(controller)
         self.logs = Logs(controller)
-        #: Format NVM commands under way.
+        #: Format NVM commands in progress.
         self._formats: list[Work] = []
         self._table = {
             0x00: _Row(self._delete_sq, sanitizing=True),
@@ -73,16 +73,16 @@ class AdminCommands:
 
     @property
     def effects(self) -> dict[int, int]:
-        """Each opcode that is supported, with its effects."""
+        """The supported opcodes, each with its effects (figure 199)."""
         return {opcode: SUPPORTED | row.effects for opcode, row in self._table.items()}
 
     def resume(self) -> None:
-        """Goes on with what outlives a reset."""
+        """Resumes the work that survives a reset: Format NVM."""
         for work in self._formats:
             work.resume()
 
     def execute(self, command: NvmeCommand, sq: SubmissionQueue) -> int | Later:
-        """Carries a command out: Dword 0 of the completion, or Later.  CommandError, DmaFault."""
+        """Carries out a command; returns Dword 0 of the completion, or Later.  CommandError, DmaFault."""
         row = self._table.get(command.opcode)
         if row is None:
             raise CommandError(NvmeStatus.INVALID_OPCODE, location=0)
@@ -93,7 +93,7 @@ class AdminCommands:
         return row.run(command, sq)
 
     def execute_fused(self, first: NvmeCommand, second: NvmeCommand, sq: SubmissionQueue) -> tuple[Later, Later]:
-        """There is no fused admin command."""
+        """Refuses the operation, as no admin command can be fused.  CommandError."""
         raise CommandError(NvmeStatus.INVALID_FIELD, location=1)
 
     def _transfer(self, command: NvmeCommand, size: int, *, to_host: bool) -> Transfer:
@@ -102,7 +102,7 @@ class AdminCommands:
         return Transfer(controller.dma, command, controller.page_size, size, to_host=to_host, sgl=False)
 
     def _check_size(self, size: int) -> None:
-        """CommandError: that is more than one command may transfer (MDTS)."""
+        """CommandError if `size` is more than one command may transfer (MDTS)."""
         if size > self._controller.max_transfer:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
 
@@ -120,14 +120,14 @@ class AdminCommands:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
         if command.psdt or command.prp1 % controller.page_size:
             raise CommandError(NvmeStatus.PRP_OFFSET_INVALID, location=24)
-        if command.prp1 + entries * entry > 1 << 64:  # no memory is there
+        if command.prp1 + entries * entry > 1 << 64:  # the queue would extend past the last address
             raise CommandError(NvmeStatus.INVALID_FIELD, location=24)
         return qid, command.prp1, entries
 
     def _create_cq(self, command: NvmeCommand, sq: SubmissionQueue) -> int:
         controller = self._controller
         cc = Cc(controller.regs.CC)
-        # Entries of another size than 16 bytes: no queue has that size.
+        # With an entry size other than 16 bytes, no queue size is valid.
         largest = controller.params.queue_entries if cc.IOCQES == 4 else 0
         qid, iova, entries = self._queue_base(command, largest, COMPLETION_SIZE)
         if qid in controller.completion:
@@ -144,7 +144,7 @@ class AdminCommands:
         controller = self._controller
         cc = Cc(controller.regs.CC)
         cqid, priority = command.cdw11 >> 16, command.cdw11 >> 1 & 3
-        # 0 is the admin queue's, which is never one for I/O (5.4).
+        # 0 is the admin completion queue, which I/O queues must not use (5.4).
         if not 1 <= cqid <= controller.params.queues:
             raise CommandError(NvmeStatus.INVALID_QUEUE_ID, location=46)
         cq = controller.completion.get(cqid)
@@ -160,7 +160,7 @@ class AdminCommands:
         return 0
 
     def _shadow_new(self, queue: CompletionQueue | SubmissionQueue) -> None:
-        """A queue that is created after Doorbell Buffer Config has its entries there, too."""
+        """Sets the shadow doorbell of a queue that is created after Doorbell Buffer Config."""
         try:
             self._controller.shadow_queue(queue)
         except DmaFault as fault:
@@ -304,11 +304,11 @@ class AdminCommands:
         if any(namespace.formatting for namespace in chosen):
             raise CommandError(NvmeStatus.FORMAT_IN_PROGRESS, dnr=False)
         self._controller.self_test.abort_of(chosen, SelftestResult.ABORTED_BY_FORMAT)
-        # What is under way must not be written to blocks that are erased already.
+        # Commands in progress must not write to blocks that are erased already.
         self._controller.fast.settle()
         for namespace in chosen:
             namespace.formatting = True
-        # Whatever the host asks for, its blocks are erased: they read as zeros then.
+        # Blocks are erased with every Secure Erase Setting: afterwards they read as zeros.
         jobs = (
             (namespace, Job(Op.DISCARD, offset, length))
             for namespace in chosen
@@ -360,7 +360,7 @@ class AdminCommands:
         return 0
 
     def _directive(self, command: NvmeCommand) -> None:
-        """Of directives there is Identify (type 0) alone, which is always on (9.2)."""
+        """Checks the directive type: only Identify (0) is supported, and it is always enabled (9.2).  CommandError."""
         if command.cdw11 >> 8 & 0xFF:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=45)
         if command.nsid != BROADCAST:
@@ -368,7 +368,7 @@ class AdminCommands:
 
     def _directive_send(self, command: NvmeCommand, sq: SubmissionQueue) -> int:
         self._directive(command)
-        # Enable Directive: none can be switched.
+        # Enable Directive: no directive can be enabled or disabled.
         raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
 
     def _directive_receive(self, command: NvmeCommand, sq: SubmissionQueue) -> int:

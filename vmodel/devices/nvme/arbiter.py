@@ -1,4 +1,4 @@
-"""Which submission queue is served next, for how long, and when interrupts are raised (NVMe 1.4, 4.13)."""
+"""Arbitration: which submission queue is served next and for how long, and when interrupts are raised (4.13)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vmodel.devices.nvme.queue import CompletionQueue, Host, SubmissionQueue
 
-#: Commands that are taken from all queues before the device looks at its client again.
+#: Most commands of all queues in one turn; between turns the device serves its client.
 TURN = 256
-#: And the time after which no further command is taken, in ns: one may move 256 MiB.
+#: Nanoseconds after which a turn begins no further command: one command may move 256 MiB.
 TURN_NS = 10_000_000
-#: Arbitration Burst that stands for no limit.
+#: The value of Arbitration Burst that means no limit.
 NO_BURST = 7
 
 
@@ -25,41 +25,41 @@ class Arbiter:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        #: Commands that a queue may have carried out before others have their turn.
+        #: Most commands of one queue before the next queue is served.
         self.burst = TURN
-        #: Commands of the high, medium and low priority class in a round; None: round robin.
+        #: Commands of the high, medium and low priority class in each round; None: round robin.
         self.weights: tuple[int, int, int] | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all queues; round robin without a limit of the burst."""
+        """Removes all queues; returns to round robin without a burst limit."""
         self.set_burst(NO_BURST)
         self.weights = None
-        # The admin queue, then the priority classes; in round robin all are in one line.
+        # The admin queue's line, then one for each priority class; round robin uses the first line for all queues.
         self._lines: list[deque[SubmissionQueue]] = [deque() for _ in range(5)]
         self._credit = [0, 0, 0]
         self._signals: list[CompletionQueue] = []
         self._running = self._scheduled = False
 
     def set_burst(self, value: int) -> None:
-        """Arbitration Burst as in the feature: a power of two; 7: no limit."""
+        """Sets Arbitration Burst as in the feature: 1 << `value` commands, 7: no limit."""
         self.burst = TURN if value == NO_BURST else 1 << value
 
     def ring(self, queue: SubmissionQueue) -> None:
-        """A queue has, or may have, commands."""
+        """Marks a queue as ready: it has, or may have, commands."""
         if not queue.ready:
             queue.ready = True
             self._line_of(queue).append(queue)
         self._schedule()
 
     def signal(self, queue: CompletionQueue) -> None:
-        """A completion queue's interrupt is due."""
+        """Marks a completion queue's interrupt as due at the end of the turn."""
         if queue not in self._signals:
             self._signals.append(queue)
         self._schedule()
 
     def forget(self, queue: SubmissionQueue) -> None:
-        """A queue is gone."""
+        """Removes a queue that is deleted."""
         for line in self._lines:
             if queue in line:
                 line.remove(queue)
@@ -75,7 +75,7 @@ class Arbiter:
             self._host.defer(self.run)
 
     def run(self) -> None:
-        """Lets ready queues run, until there are none or others have waited for long enough."""
+        """Runs ready queues until none is left or the turn's limits are reached, then raises interrupts."""
         self._scheduled, self._running = False, True
         try:
             left, until = TURN, time.monotonic_ns() + TURN_NS
@@ -102,7 +102,7 @@ class Arbiter:
             self._schedule()
 
     def _next(self) -> tuple[deque[SubmissionQueue], int] | None:
-        """The line whose first queue is next, and what that may take."""
+        """The line whose first queue is next, and the most commands that this queue may run; None: none is ready."""
         lines = self._lines
         for line in lines[:2]:
             if line:

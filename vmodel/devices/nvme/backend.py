@@ -1,4 +1,4 @@
-"""What is behind a namespace: memory, a sparse file, or a raw image that is only read."""
+"""The storage of a namespace: memory, a sparse file, or a read-only raw image."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from vmodel.errors import ConfigError
 
 
 class Op(enum.IntEnum):
-    """What a job does with [offset, offset + length)."""
+    """The operation of a job on [offset, offset + length)."""
 
     #: Fills `data`.
     READ = store.READ
     #: Stores `data`.
     WRITE = store.WRITE
-    #: EBADMSG unless it equals `expected`.
+    #: EBADMSG unless the bytes equal `expected`.
     COMPARE = store.COMPARE
-    #: Stores `data` if it equals `expected`, else EBADMSG; nothing comes in between.
+    #: Stores `data` if the bytes equal `expected`, else EBADMSG; atomic.
     COMPARE_WRITE = store.COMPARE_WRITE
-    #: Makes it zeros; space stays reserved where it can be.
+    #: Writes zeros; keeps the space allocated if possible.
     ZERO = store.ZERO
-    #: Makes it zeros and gives the space back.
+    #: Writes zeros and frees the space.
     DISCARD = store.DISCARD
-    #: Reads all of it for nothing but errors.
+    #: Reads the bytes only to find errors.
     VERIFY = store.VERIFY
-    #: Whatever was written is on disk afterwards.
+    #: Makes all earlier writes durable.
     SYNC = store.SYNC
 
 
@@ -40,7 +40,7 @@ class Op(enum.IntEnum):
 class Job:
     """A piece of work for a backend.
 
-    `sync`: what it writes is on disk when it is done; what it reads was on disk before.
+    `sync`: written data is durable when the job is done; data is made durable before it is read.
     """
 
     op: Op
@@ -52,9 +52,9 @@ class Job:
 
 
 class BlockBackend:
-    """`size` bytes that outlive commands; what was never written reads as zeros.
+    """`size` bytes of storage; bytes that were never written read as zeros.
 
-    Jobs that may have to wait are done by `workers`, where there are any.
+    `workers`: threads for jobs that may block; None: jobs run at once on the calling thread.
     """
 
     def __init__(self, size: int, kept: store.Store, *, read_only: bool, workers: store.Workers | None = None) -> None:
@@ -64,14 +64,14 @@ class BlockBackend:
         self._workers = workers
 
     def view(self, offset: int, length: int) -> memoryview | None:
-        """The bytes themselves, where they are in memory: no job is needed to read or write them."""
+        """The bytes themselves, without a copy; None: they are not in memory, so only jobs can access them."""
         whole = self.store.view
         return None if whole is None else whole[offset : offset + length]
 
     def submit(self, job: Job, done: Callable[[int], None]) -> int | None:
-        """Does a job, now or later; `done` is called on the device's thread, with 0 or an errno.
+        """Starts a job; `done` is called with 0 or an errno on the device's thread.
 
-        A number for `revoke`; None when it is done already.
+        Returns a number for `revoke`, None: the job is done already.
         """
         what = (job.op, job.offset, job.length, job.data, job.expected, job.sync)
         if self._workers is None:
@@ -80,28 +80,28 @@ class BlockBackend:
         return self._workers.submit(self.store, what, done)
 
     def revoke(self, number: int) -> bool:
-        """Takes a job back, and `done` is not called; False: it has begun."""
+        """Cancels a job, whose `done` is not called then; returns False if the job has begun."""
         return self._workers is not None and self._workers.revoke(number)
 
     def close(self) -> None:
-        """Gives back the lock; memory goes when nobody uses it any more."""
+        """Releases the file and its lock; memory is freed with its last user."""
 
 
 class MemoryBackend(BlockBackend):
-    """Anonymous memory, taken page by page as it is written; gone with the server."""
+    """Anonymous memory, allocated on first write of each page; its contents are lost with the server."""
 
     def __init__(self, size: int) -> None:
-        """OSError(ENOMEM): there is not so much."""
+        """OSError(ENOMEM): the system cannot provide `size` bytes."""
         super().__init__(size, store.Store.memory(size), read_only=False)
 
 
 class FileBackend(BlockBackend):
-    """A file, or a raw image that is only read; locked against other servers while it is open."""
+    """A file, or a read-only raw image; it is locked against other servers while open."""
 
     def __init__(
         self, path: Path, size: int | None = None, *, read_only: bool = False, workers: store.Workers | None = None
     ) -> None:
-        """`size` None: the file's own.  Without a file one of `size` bytes is made.  ConfigError."""
+        """`size` None: the file's own size; otherwise a missing file is created with `size` bytes.  ConfigError."""
         flags = os.O_RDONLY if read_only else os.O_RDWR
         if size is not None and not read_only:
             flags |= os.O_CREAT
@@ -118,7 +118,7 @@ class FileBackend(BlockBackend):
             raise
 
     def _check(self, path: Path, size: int | None, read_only: bool) -> int:
-        """Locks the file; its size, once it has `size`."""
+        """Locks the file, extends an empty one to `size`, and returns its size.  ConfigError."""
         info = os.fstat(self._fd)
         if not stat.S_ISREG(info.st_mode):
             raise ConfigError(f"{path} must be a regular file")
@@ -136,12 +136,12 @@ class FileBackend(BlockBackend):
                 raise ConfigError(f"cannot make {path} {size} bytes long: {error.strerror}") from error
             return size
         if size is not None and found != size:
-            raise ConfigError(f"{path} has {found} bytes, not {size}; leave the size out to take it as it is")
+            raise ConfigError(f"{path} has {found} bytes, not {size}; leave out size to use the file's own")
         if not found:
             raise ConfigError(f"{path} is empty; give a size")
         return found
 
     def close(self) -> None:
-        # Explicitly: the store has a copy of the fd, and may live a little longer.
+        # Unlock explicitly: the store has a duplicate of the fd, which may be closed later.
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         os.close(self._fd)

@@ -19,7 +19,7 @@ BROADCAST = 0xFFFF_FFFF
 
 
 class Fuse(enum.IntEnum):
-    """Which part of a fused operation a command is."""
+    """FUSE: which part of a fused operation a command is."""
 
     NORMAL = 0
     FIRST = 1
@@ -28,19 +28,19 @@ class Fuse(enum.IntEnum):
 
 
 class DataPointer(enum.IntEnum):
-    """PSDT: what `dptr` and `mptr` are."""
+    """PSDT: the format of `dptr` and `mptr`."""
 
     PRP = 0
-    #: SGL; metadata is one buffer.
+    #: The data has an SGL, the metadata is one buffer.
     SGL = 1
-    #: SGL; metadata has one as well.
+    #: Data and metadata each have an SGL.
     SGL_METADATA = 2
     RESERVED = 3
 
 
 @dataclass(frozen=True, slots=True)
 class NvmeCommand:
-    """A submission queue entry; `flags`: FUSE and PSDT as they are in byte 1."""
+    """A submission queue entry; `flags` is byte 1, with FUSE and PSDT."""
 
     opcode: int
     flags: int
@@ -60,7 +60,7 @@ class NvmeCommand:
 
     @classmethod
     def parse(cls, entry: bytes) -> Self:
-        """`entry`: 64 bytes."""
+        """Parses a submission queue entry of 64 bytes."""
         return cls(*_SUBMISSION.unpack(entry))
 
     @classmethod
@@ -80,11 +80,11 @@ class NvmeCommand:
         cdw14: int = 0,
         cdw15: int = 0,
     ) -> Self:
-        """One as a driver writes it; what is not given is 0."""
+        """Makes a command as a driver does; fields that are not given are 0."""
         return cls(opcode, flags, cid, nsid, 0, 0, mptr, dptr, cdw10, cdw11, cdw12, cdw13, cdw14, cdw15)
 
     def build(self) -> bytes:
-        """The 64 bytes."""
+        """Builds the entry of 64 bytes."""
         return _SUBMISSION.pack(
             self.opcode,
             self.flags,
@@ -146,10 +146,10 @@ class Completion:
 
     @classmethod
     def parse(cls, entry: bytes) -> Self:
-        """`entry`: 16 bytes."""
+        """Parses a completion queue entry of 16 bytes."""
         result, _, sq_head, sqid, cid, status = _COMPLETION.unpack(entry)
         return cls(result, sq_head, sqid, cid, status >> 1, status & 1)
 
     def build(self) -> bytes:
-        """The 16 bytes."""
+        """Builds the entry of 16 bytes."""
         return _COMPLETION.pack(self.result, 0, self.sq_head, self.sqid, self.cid, self.status << 1 | self.phase)

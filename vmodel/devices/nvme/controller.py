@@ -48,7 +48,7 @@ from vmodel.timers import Timer
 
 #: Vectors of MSI; MSI-X has one for each completion queue.
 _MSI_VECTORS = 32
-#: Longest that becoming ready takes (CAP.TO), in 500 ms.
+#: Longest time to become ready (CAP.TO), in units of 500 ms.
 _TIMEOUT = 20
 _SHUTTING_DOWN, _SHUT_DOWN = 1, 2
 _READY = Csts.RDY.mask
@@ -77,18 +77,18 @@ class Nvme(PciDevice):
 
     Params = NvmeParams
     params: NvmeParams
-    #: What of the parameters the declaration is for.
+    #: The parameters (interrupts, doorbell stride) that this class's declaration is for.
     _declared_for = ("msix", 0)
 
     @classmethod
     def for_params(cls, params: NvmeParams) -> type[Self]:
-        """Parameters choose the kind of interrupts, and the doorbells' stride."""
+        """The class with the interrupt type and the doorbell stride that the parameters choose."""
         # mypy does not see that a class is hashable.
         return cast(type[Self], _variant(cls, params.interrupts, params.doorbell_stride))  # type: ignore[arg-type]
 
     def setup(self) -> None:
         self.serial = self.params.serial or self.name[:20]
-        # Controllers that a machine file gives one serial number are still two.
+        # The name makes it unique even if two controllers have the same serial number.
         identity = f"{self.serial} {self.name}"
         self.uuid = uuid.uuid5(_NAMES, identity)
         self.health = Health()
@@ -108,18 +108,18 @@ class Nvme(PciDevice):
         self.completion: dict[int, CompletionQueue] = {}
         self.page_size = 4096
         self._shadow: tuple[int, int] | None = None
-        #: What a shutdown waits for.
+        #: The flush that a shutdown waits for.
         self._flushing: Work | None = None
         self._was_shut_down = False
         self._keep_alive: Timer | None = None
         self._keep_alive_ms = 0
-        #: Vectors that INTMS masks, or that wait behind the mask.
+        #: The vectors that INTMS masks, and those that are pending behind the mask.
         self._masked = self._pending = 0
         self._opened = False
 
     @property
     def function(self) -> FunctionRegions:
-        """The shim's function, to whose thread the fast path's workers report."""
+        """The shim's function, which the fast path's workers wake."""
         return self.backend.function
 
     # ---- resets ----------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Nvme(PciDevice):
         self._opened = False
 
     def save_extra(self) -> bytes:
-        # Queues, commands under way and all namespaces' blocks would be part of it.
+        # The state would include queues, commands in progress and the blocks of all namespaces.
         raise PeerError(errno.ENOTSUP, f"{self.name}: an NVMe controller cannot be migrated")
 
     def restore_extra(self, data: bytes) -> None:
@@ -152,7 +152,7 @@ class Nvme(PciDevice):
                     namespace.protection = Protection.NONE
         self._controller_reset()
         self._load_capabilities()
-        # What was deferred is forgotten with the reset.
+        # The reset has dropped the deferred work of these.
         self.admin.resume()
         self.sanitize.resume()
 
@@ -183,7 +183,7 @@ class Nvme(PciDevice):
         self.fast.reset()
 
     def _controller_reset(self) -> None:
-        """7.3.2, but for the registers."""
+        """Controller Level Reset (7.3.2), without the registers."""
         self._drop_queues()
         if self._flushing is not None:
             self._flushing.cancel()
@@ -198,7 +198,7 @@ class Nvme(PciDevice):
         self.keep_alive(0)
 
     def _subsystem_reset(self) -> None:
-        """7.3.1: all of the subsystem is this controller.  The PCI function keeps what the host has configured."""
+        """NVM Subsystem Reset (7.3.1); the subsystem has only this controller.  Config space keeps its values."""
         self._controller_reset()
         self.regs.load_reset()
         self._load_capabilities()
@@ -211,7 +211,7 @@ class Nvme(PciDevice):
 
     @property
     def enabled(self) -> bool:
-        """It works on commands."""
+        """Whether the controller carries out commands: it is ready and has not failed."""
         status: int = self.regs.CSTS & _WORKING
         return status == _READY
 
@@ -224,7 +224,7 @@ class Nvme(PciDevice):
             self.regs.CC = new  # the queues look at it
             self._enable(after)
         elif after.EN:
-            # What is not to be changed while it is enabled stays as it is.
+            # These fields must not change while the controller is enabled: they keep their values.
             for field in (Cc.CSS, Cc.MPS, Cc.AMS):
                 new = field.put(new, field.of(before.value))
         if after.SHN and after.SHN != before.SHN:
@@ -243,12 +243,12 @@ class Nvme(PciDevice):
         self.submission[0] = SubmissionQueue(self, 0, self.regs.ASQ, attributes.ASQS + 1, cq)
         self.arbitrate()
         self._was_shut_down = False
-        # What was shut down while it was disabled works again.
+        # Enabling ends a shutdown.
         status = Csts.SHST.put(self.regs.CSTS, 0) if self._flushing is None else self.regs.CSTS
         self.regs.CSTS = Csts.RDY.put(status, 1)
 
     def _misuse(self, cc: Cc) -> str | None:
-        """Why it cannot be enabled; None: it can."""
+        """Why the controller cannot be enabled; None: it can."""
         if Csts(self.regs.CSTS).CFS:
             return "it has failed, and was not reset"
         if cc.CSS:
@@ -263,9 +263,9 @@ class Nvme(PciDevice):
         sizes = (attributes.ASQS + 1) * SUBMISSION_SIZE, (attributes.ACQS + 1) * COMPLETION_SIZE
         for address, size in zip((self.regs.ASQ, self.regs.ACQ), sizes, strict=True):
             if address % (4096 << cc.MPS):
-                return f"an admin queue at {address:#x}, which is no page"
+                return f"an admin queue at {address:#x}, which is not page-aligned"
             if address + size > 1 << 64:
-                return f"an admin queue at {address:#x}, which passes the end of all addresses"
+                return f"an admin queue at {address:#x}, which extends past the last address"
         return None
 
     def _disable(self) -> None:
@@ -274,7 +274,7 @@ class Nvme(PciDevice):
         self.regs.CSTS &= Csts.NSSRO.mask
 
     def _shutdown(self) -> None:
-        """7.6.2, normal or abrupt: what was written is on disk when it is complete."""
+        """Shutdown, normal or abrupt (7.6.2): once it is complete, all written data is durable."""
         if self._flushing is not None:
             return
         self.regs.CSTS = Csts.SHST.put(self.regs.CSTS, _SHUTTING_DOWN)
@@ -285,7 +285,7 @@ class Nvme(PciDevice):
     def _shut_down(self, failure: Failure | None) -> None:
         self._flushing = None
         if failure is not None:
-            self.log.warning("%s: namespace %d is not on disk", self.name, failure.namespace.nsid)
+            self.log.warning("%s: namespace %d could not be flushed", self.name, failure.namespace.nsid)
             self._fail(f"shutdown: {os.strerror(failure.code)}")
             return
         self._was_shut_down = True
@@ -294,7 +294,7 @@ class Nvme(PciDevice):
     @on_write(ControllerRegs.NSSR)
     def _reset_subsystem(self, new: int) -> int:
         if new == SUBSYSTEM_RESET and self.params.subsystem_reset:
-            # Once the write is answered: the register it is stored in is among those that are reset.
+            # Deferred, as the hooked register is among those that the reset changes.
             self.defer(self._subsystem_reset)
         return 0
 
@@ -335,7 +335,7 @@ class Nvme(PciDevice):
             self._taken(self.completion[n >> 1])
 
     def _taken(self, cq: CompletionQueue) -> None:
-        """The driver has taken completions: an interrupt that could not be sent for them yet is not due any more.
+        """Withdraws a pending interrupt whose completions the driver has taken.
 
         A pending bit is cleared when the cause is gone (PCIe 5.0, 6.1.4.5); the pin is lowered (7.5.1).
         """
@@ -360,7 +360,7 @@ class Nvme(PciDevice):
 
     @property
     def vectors(self) -> int:
-        """Interrupt vectors that a completion queue may have: as many as there are, with MSI as are enabled (5.3)."""
+        """Number of interrupt vectors for completion queues; with MSI, those that the guest has allocated (5.3)."""
         if self.msix is not None:
             return self.msix.vectors
         if self.msi is not None and self.msi.enabled:
@@ -369,11 +369,11 @@ class Nvme(PciDevice):
 
     @property
     def has_io_queues(self) -> bool:
-        """There are queues besides the admin queue."""
+        """Whether there are queues besides the admin queues."""
         return len(self.submission) > 1 or len(self.completion) > 1
 
     def interrupt(self, vector: int) -> None:
-        """Raises a vector."""
+        """Raises an interrupt vector, or the pin."""
         if self.msix is not None and self.msix.enabled:
             self.msix.fire(vector)
         elif vector < _MSI_VECTORS and self._masked >> vector & 1:
@@ -384,7 +384,7 @@ class Nvme(PciDevice):
             self._drive_pin()
 
     def _drive_pin(self) -> None:
-        """The pin's level: there are completions that the driver has not taken, and no messages (7.5.1)."""
+        """Sets the pin's level: asserted while completions wait for the driver and MSI(-X) is disabled (7.5.1)."""
         queues = self.completion.values()
         if self._messages is None and any(
             cq.interrupts and cq.pending and not self._masked >> cq.vector & 1 for cq in queues
@@ -394,23 +394,23 @@ class Nvme(PciDevice):
             self.intx.lower()
 
     def arbitrate(self) -> None:
-        """Queues are served as CC and the feature Arbitration say."""
+        """Applies CC.AMS and the feature Arbitration to the arbiter."""
         self.arbiter.weights = self.features.weights if Cc(self.regs.CC).AMS else None
         self.arbiter.set_burst(self.features.burst)
 
     def coalesced(self, vector: int) -> tuple[int, float]:
-        """(completions, seconds) that may gather before the vector is raised; (1, 0) when each counts."""
+        """(completions, seconds) to coalesce before the vector is raised; (1, 0): no coalescing."""
         return self.features.coalescing(vector)
 
     def failed(self, sq: SubmissionQueue, command: NvmeCommand, error: CommandError) -> bool:
-        """A command has failed; whether the error log has more about it."""
+        """Records a failed command; returns whether the error log has an entry for it."""
         if error.status in _ASKED_FOR:
             return False
         self.health.failed(sq.qid, command, error)
         return True
 
     def fatal(self, what: str, fault: DmaFault) -> None:
-        """A queue's own memory cannot be reached: CSTS.CFS."""
+        """Sets CSTS.CFS, as the memory of a queue cannot be accessed; `what` names it for the log."""
         self._fail(f"{what}: {fault}")
 
     def _fail(self, why: str) -> None:
@@ -424,7 +424,7 @@ class Nvme(PciDevice):
         return self.features.write_cache
 
     def namespace(self, nsid: int) -> Namespace:
-        """An attached namespace that can be used.  CommandError: it is not valid, not active, not ready."""
+        """An attached namespace that commands may access.  CommandError: its id is invalid, inactive or not ready."""
         namespace = self.inventory.attached(nsid)
         self.sanitize.check()
         if namespace.formatting:
@@ -436,12 +436,12 @@ class Nvme(PciDevice):
         return self.inventory.active
 
     def namespace_changed(self, nsid: int) -> None:
-        """A namespace has come, gone, or is another."""
+        """Reports that a namespace was attached, detached or changed."""
         self.admin.logs.changed.add(nsid)
         self.notice(AsyncEvent.NAMESPACE_CHANGED)
 
     def notice(self, event: AsyncEvent) -> None:
-        """Reports an event that the host may have asked not to be told of."""
+        """Reports an event, unless the host has disabled its notices."""
         if self.features.notices(event):
             self.events.report(event)
 
@@ -449,14 +449,14 @@ class Nvme(PciDevice):
 
     @property
     def has_shadow_doorbells(self) -> bool:
-        """Doorbell Buffer Config is offered: entries of all queues must be in one page (5.7)."""
+        """Whether Doorbell Buffer Config is supported: the entries of all queues must fit into a page (5.7)."""
         size = 2 * (self.params.queues + 1) * (4 << self.params.doorbell_stride)
         return self.params.shadow_doorbells and size <= PAGE
 
     def set_shadow(self, tails: int, indexes: int) -> None:
-        """Where the driver keeps doorbells in memory, and where it is told which of them need a write.
+        """Sets the addresses of the shadow doorbells and of the EventIdx entries.
 
-        DmaFault: the pages are not to be reached; nothing has changed then.
+        DmaFault: the pages cannot be accessed; nothing has changed then.
         """
         queues: list[SubmissionQueue | CompletionQueue] = [*self.submission.values(), *self.completion.values()]
         self._shadow = tails, indexes
@@ -470,7 +470,7 @@ class Nvme(PciDevice):
             raise
 
     def shadow_queue(self, queue: SubmissionQueue | CompletionQueue) -> None:
-        """Gives a queue its places there: entries 0 and 1 are the admin queue's."""
+        """Sets a queue's entries in the shadow doorbell buffers; entries 0 and 1 are the admin queues'."""
         if self._shadow is None:
             return
         n = 2 * queue.qid + isinstance(queue, CompletionQueue)
@@ -480,13 +480,13 @@ class Nvme(PciDevice):
     # ---- keep alive (7.12) -----------------------------------------------------------------
 
     def keep_alive(self, milliseconds: int) -> None:
-        """Sets the timer; 0: there is none.  What Keep Alive is counted in rounds it up (5.21.1.15)."""
+        """Starts the Keep Alive timer, rounded up to its granularity (5.21.1.15); 0 stops it."""
         unit = 100 * KEEP_ALIVE_GRANULARITY
         self._keep_alive_ms = -(-milliseconds // unit) * unit
         self.restart_keep_alive()
 
     def restart_keep_alive(self) -> None:
-        """The host is there."""
+        """Restarts the Keep Alive timer, after a Keep Alive command."""
         if self._keep_alive is not None:
             self._keep_alive.cancel()
             self._keep_alive = None
@@ -494,14 +494,14 @@ class Nvme(PciDevice):
             self._keep_alive = self.after(self._keep_alive_ms / 1000, self._expired)
 
     def _expired(self) -> None:
-        """The error log tells why it has failed, once a reset lets the host read it."""
+        """Fails the controller; after a reset the host can read the reason in the error log."""
         self.health.record(NvmeStatus.KEEP_ALIVE_EXPIRED)
         self._fail(f"no Keep Alive for {self._keep_alive_ms} ms")
 
 
 @functools.cache
 def _variant(base: type[Nvme], interrupts: str, stride: int) -> type[Nvme]:
-    """A class with what parameters change in its declaration."""
+    """A subclass whose declaration has this interrupt type and doorbell stride."""
     if base._declared_for == (interrupts, stride):
         return base
     bank = doorbells(stride)

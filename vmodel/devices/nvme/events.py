@@ -10,12 +10,12 @@ from vmodel.devices.nvme.status import CommandError, NvmeStatus
 
 #: Asynchronous Event Requests that may be outstanding (AERL + 1).
 LIMIT = 4
-#: Events that wait for a request; what comes when there are so many is lost, as the host has not looked for long.
+#: Most events that wait for a request; further ones are dropped.
 _WAITING = 32
 
 
 class AsyncEvent(enum.Enum):
-    """(type, information, log page), the fields of the completion's Dword 0."""
+    """An event as (type, information, log page), the fields of the completion's Dword 0."""
 
     INVALID_DOORBELL_REGISTER = (0, 0x00, 0x01)
     INVALID_DOORBELL_VALUE = (0, 0x01, 0x01)
@@ -30,12 +30,12 @@ class AsyncEvent(enum.Enum):
 
     @property
     def type(self) -> int:
-        """What is masked until the log page has been read."""
+        """The event type; after an event, its type is masked until the host has read the log page."""
         return self.value[0]
 
     @property
     def log_page(self) -> int:
-        """The page that says more."""
+        """The identifier of the log page with details."""
         return self.value[2]
 
     @property
@@ -46,7 +46,7 @@ class AsyncEvent(enum.Enum):
 
 
 class Events:
-    """Requests that wait for events, and events that wait for requests."""
+    """Asynchronous Event Requests that wait for events, and events that wait for requests."""
 
     def __init__(self) -> None:
         self._requests: deque[Later] = deque()
@@ -54,13 +54,13 @@ class Events:
         self._masked: set[int] = set()
 
     def clear(self) -> None:
-        """A controller reset: nothing waits any more."""
+        """Drops all requests and events, at a controller reset."""
         self._requests.clear()
         self._events.clear()
         self._masked.clear()
 
     def request(self) -> Later:
-        """A request has come: it is completed when there is an event.  CommandError: there are too many."""
+        """Adds a request, which is completed at the next event.  CommandError: too many are outstanding."""
         if len(self._requests) >= LIMIT:
             raise CommandError(NvmeStatus.EVENT_LIMIT_EXCEEDED)
         later = Later(lambda: self._forget(later))
@@ -73,20 +73,20 @@ class Events:
         return True
 
     def report(self, event: AsyncEvent) -> None:
-        """Something has happened.  The same event that waits already is one."""
+        """Reports an event; an equal event that is still waiting is merged with it."""
         if event not in self._events and len(self._events) < _WAITING:
             self._events.append(event)
             self._deliver()
 
     def forget(self, event: AsyncEvent) -> None:
-        """An event that nobody has heard of yet is not worth it any more."""
+        """Drops an event that was not reported to the host yet."""
         if event in self._events:
             self._events.remove(event)
 
     def read(self, log_page: int) -> None:
-        """The host has read a log page and wants further events of its kinds."""
+        """Unmasks the event types of a log page, which the host has read."""
         unmasked = {event.type for event in AsyncEvent if event.log_page == log_page}
-        # What has happened before that is in the page just read.
+        # The page that the host has just read includes these events.
         self._events = deque(e for e in self._events if not (e.log_page == log_page and e.type in self._masked))
         self._masked -= unmasked
         self._deliver()

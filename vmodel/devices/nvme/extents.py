@@ -1,4 +1,4 @@
-"""Sets of blocks, kept as spans."""
+"""Sets of blocks, stored as sorted spans."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 
 class Extents:
-    """Blocks of a namespace, for example those that Write Uncorrectable has marked."""
+    """A set of blocks, for example those that Write Uncorrectable has marked."""
 
     def __init__(self) -> None:
-        #: Ascending, neither overlapping nor adjacent: first block of each span, and the one behind its last.
+        #: The first block of each span, and the block after its last; ascending, not overlapping, not adjacent.
         self._starts: list[int] = []
         self._ends: list[int] = []
 
@@ -37,7 +37,7 @@ class Extents:
         self._ends[first:behind] = [end]
 
     def remove(self, start: int, count: int) -> None:
-        """Takes `count` (at least 1) blocks out, whether they are in it or not."""
+        """Removes `count` (at least 1) blocks; they need not be in the set."""
         end = start + count
         first, behind = bisect_left(self._ends, start + 1), bisect_left(self._starts, end)
         if first >= behind:
@@ -53,22 +53,22 @@ class Extents:
         self._ends[first:behind] = ends
 
     def would_split(self, start: int, count: int) -> bool:
-        """Whether taking these blocks out would leave one span more."""
+        """Whether removing these blocks would split a span, so that there is one more."""
         n = bisect_left(self._ends, start + 1)
         return n < len(self._starts) and self._starts[n] < start and start + count < self._ends[n]
 
     def would_join(self, start: int, count: int) -> bool:
-        """Whether adding these blocks would leave no span more."""
+        """Whether adding these blocks would extend a span, so that there is no additional one."""
         return bisect_left(self._ends, start) < bisect_left(self._starts, start + count + 1)
 
     def first_in(self, start: int, count: int) -> int | None:
-        """The lowest of `count` blocks that is in the set, None when none is."""
+        """The lowest of `count` blocks that is in the set; None: none is."""
         n = bisect_left(self._ends, start + 1)
         if n < len(self._starts) and self._starts[n] < start + count:
             return max(start, self._starts[n])
         return None
 
     def clear(self) -> None:
-        """Empties it."""
+        """Removes all blocks."""
         self._starts.clear()
         self._ends.clear()

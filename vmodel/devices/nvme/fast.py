@@ -1,7 +1,7 @@
-"""The fast path: plain Reads and Writes are carried out by the shim, without Python (see c_shim/nvme.c).
+"""The fast path: the shim carries out plain Reads and Writes without Python (see c_shim/nvme.c).
 
-The rings of all queues live in the shim; the general path of `queue` works on the same ones.  Which namespaces are
-plain is looked at anew after each command that went the general way: nothing else changes it.
+The shim has the rings of all queues; the general path in `queue` works on the same rings.  Only commands on the general
+path can change which namespaces are plain, so that is updated after each of those.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BUSY", "EMPTY", "FULL", "OTHER", "TURN", "FastPath"]
 
-#: Threads for files: as many commands can wait for the disk at a time.
+#: Worker threads: as many commands can wait for the disk at a time.
 _THREADS = 4
-#: Bytes that workers have in hand before queues wait: those of the shim's commands, and as many of Python's.
+#: Bytes of jobs given to workers above which queues wait; one limit for the shim's commands and one for Python's.
 HELD = 64 * MiB
 
 
@@ -37,7 +37,7 @@ class FastHost(Protocol):
 
     @property
     def function(self) -> FunctionRegions:
-        """The shim's function, to which workers report."""
+        """The shim's function, which workers wake."""
 
     arbiter: Arbiter
     dma: Dma
@@ -47,17 +47,17 @@ class FastHost(Protocol):
 
     @property
     def write_cache(self) -> bool:
-        """As with IoHost."""
+        """As in IoHost."""
 
     def namespace(self, nsid: int) -> IoNamespace:
-        """As with IoHost."""
+        """As in IoHost."""
 
     def namespaces(self) -> Iterable[IoNamespace]:
-        """As with IoHost."""
+        """As in IoHost."""
 
 
 class FastPath:
-    """Rings, workers, and the loop over both.  `enabled` False: every command goes the general way."""
+    """The rings, the workers, and the loop over both.  `enabled` False: all commands take the general path."""
 
     def __init__(self, host: FastHost, *, enabled: bool = True) -> None:
         self._host = host
@@ -66,40 +66,40 @@ class FastPath:
         self._rings = Rings(host.dma.requester, self.workers)
         self._known: set[int] = set()
         self._stale = True
-        #: Commands that workers have in hand.
+        #: The shim's commands that workers have.
         self._deferred = 0
-        #: Bytes of Python's commands that workers have in hand, and queues that wait until that is less.
+        #: Bytes of the jobs of Python's commands that workers have, and the queues that wait until that is less.
         self._held = 0
         self._waiting: dict[int, SubmissionQueue] = {}
         self._submission: dict[int, SubmissionQueue] = {}
         self._completion: dict[int, CompletionQueue] = {}
 
     def add_submission(self, queue: SubmissionQueue) -> Any:
-        """A queue is created: its ring, a vms_nvme_sq."""
+        """Adds a submission queue; returns its ring, a vms_nvme_sq."""
         self._submission[queue.qid] = queue
         return self._rings.submission(queue.qid)
 
     def add_completion(self, queue: CompletionQueue) -> Any:
-        """Likewise, a vms_nvme_cq."""
+        """Adds a completion queue; returns its ring, a vms_nvme_cq."""
         self._completion[queue.qid] = queue
         return self._rings.completion(queue.qid)
 
     @property
     def busy(self) -> bool:
-        """Workers have as much data in hand as they may: no command is taken from I/O queues."""
+        """Whether workers have as many jobs as they may, so that no command is taken from I/O queues."""
         return self._held >= HELD or (self._deferred > 0 and self._rings.held() >= HELD)
 
     def hold(self, size: int) -> None:
-        """Workers have a job of Python's, which counts as `size` bytes until it is released."""
+        """Counts a job of Python's that workers have as `size` bytes, until `release`."""
         self._held += size
 
     def release(self, size: int) -> None:
-        """It is done, or was taken back."""
+        """Ends the count of a job that is done or cancelled."""
         self._held -= size
         self._go_on()
 
     def wait(self, queue: SubmissionQueue) -> None:
-        """Lets a queue run when workers are not busy any more."""
+        """Rings a queue once workers are not busy any more."""
         self._waiting[queue.qid] = queue
 
     def _go_on(self) -> None:
@@ -109,11 +109,11 @@ class FastPath:
                 self._host.arbiter.ring(queue)
 
     def changed(self) -> None:
-        """A command may have changed what is plain."""
+        """Requests an update of the plain namespaces, which a command may have changed."""
         self._stale = True
 
     def run(self, qid: int, count: int) -> tuple[int, int]:
-        """Carries out up to `count` plain commands: why it has stopped, and how many there were."""
+        """Carries out up to `count` plain commands; returns (why it has stopped, how many there were)."""
         if self._stale:
             self._refresh()
         stop = self._rings.run(qid, count)
@@ -155,7 +155,7 @@ class FastPath:
             self._rings.namespace(nsid, None, 9, 0, 0)
 
     def collect(self) -> None:
-        """Ends what workers have done."""
+        """Completes the commands that workers have finished."""
         self.workers.collect()
         if self._deferred:
             self._collect()
@@ -173,24 +173,24 @@ class FastPath:
                     bits ^= lowest
             if stop == EMPTY:
                 return
-            # It has failed: once more the general way, which knows what that means.
+            # The job has failed: the general path repeats it, and reports the error.
             self._submission[result.sq].carry_out(NvmeCommand.parse(self._rings.command()))
 
     def settle(self) -> None:
-        """Waits for all that workers have in hand, and ends it."""
+        """Waits until workers have finished all jobs, and completes their commands."""
         while self._deferred or len(self.workers):
             self.workers.settle()
             self.collect()
 
     def abort(self, qid: int, cid: int) -> bool:
-        """Takes a command back from the workers; False: they do not have it, or have begun."""
+        """Cancels a command that waits for a worker; returns False if none waits, or a worker has begun it."""
         done = self._deferred > 0 and self._rings.abort(qid, cid)
         self._deferred -= done
         self._go_on()
         return done
 
     def reset(self) -> None:
-        """The queues are gone.  Returns when no worker has anything of theirs any more."""
+        """Removes all queues; returns when no worker uses their memory any more."""
         self._rings.reset()
         self._deferred = 0
         self._waiting.clear()
@@ -199,7 +199,7 @@ class FastPath:
         self._stale = True
 
     def close(self) -> None:
-        """Lets go of the namespaces."""
+        """Removes all queues and releases the namespaces."""
         self.reset()
         self._forget(self._known)
         self._known.clear()

@@ -1,4 +1,4 @@
-"""Get and Set Features (NVMe 1.4, 5.13 and 5.21): a table of what there is, and the values."""
+"""Get and Set Features (NVMe 1.4, 5.13 and 5.21): the table of supported features, and their values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class FeatureId(enum.IntEnum):
-    """Figure 275."""
+    """Feature identifiers (figure 275)."""
 
     ARBITRATION = 0x01
     POWER_MANAGEMENT = 0x02
@@ -41,7 +41,7 @@ class FeatureId(enum.IntEnum):
 
 
 class Select(enum.IntEnum):
-    """Which value Get Features is about."""
+    """SEL: the value that Get Features returns."""
 
     CURRENT = 0
     DEFAULT = 1
@@ -51,7 +51,7 @@ class Select(enum.IntEnum):
 
 @dataclass(frozen=True)
 class NvmeFeature:
-    """A row of the table; `bits`: those of Dword 11 that have a meaning, others must be 0."""
+    """A row of the table; `bits`: the defined bits of Dword 11, all others must be 0."""
 
     bits: int = 0
     default: int = 0
@@ -82,11 +82,11 @@ _TABLE = {
 _EXTENDED = 1
 _OVER, _UNDER = 0, 1
 _ALL_SENSORS, _COMPOSITE = 15, 0
-#: Asynchronous events: of a critical warning by temperature, and the notices that OAES announces.
+#: Asynchronous events that can be enabled: the critical warning by temperature, and the notices in OAES.
 _TEMPERATURE_EVENT = 1 << 1
 _SMART_EVENTS, _NOTICES = 0x1F, 0x300
 
-#: A feature's value is one for all, or of a vector, a sensor's threshold, or a namespace.
+#: The key of a value: a feature, and the vector, sensor's threshold or namespace that it is for, if any.
 _Key = tuple[FeatureId, int]
 
 
@@ -97,7 +97,7 @@ class Features:
         self._controller = controller
         self._saved: dict[_Key, int] = {}
         self._current: dict[_Key, int] = {}
-        #: Milliseconds since 1970 less time.monotonic()'s, and where they come from: 0 a reset, 1 the host.
+        #: Milliseconds since 1970 minus those of time.monotonic(), and their origin: 0 a reset, 1 the host.
         self._clock = 0.0
         self._clock_origin = 0
         self._host_identifier = bytes(16)
@@ -114,7 +114,7 @@ class Features:
         }
 
     def reset(self) -> None:
-        """A controller reset: what was saved is current."""
+        """At a controller reset: saved values become current."""
         self._current = dict(self._saved)
         self._clock, self._clock_origin = -time.monotonic() * 1000, 0
         self._host_identifier = bytes(16)
@@ -122,22 +122,22 @@ class Features:
     # ---- for the controller ----------------------------------------------------------------
 
     def value(self, feature: FeatureId, index: int = 0) -> int:
-        """Dword 11 as it was set; `index`: the vector, or the namespace."""
+        """The current value of a feature, as in Dword 11; `index`: the vector or the namespace."""
         return self._current.get((feature, index), self._default(feature, index))
 
     @property
     def burst(self) -> int:
-        """Arbitration Burst: a power of two, 7: no limit."""
+        """Arbitration Burst as a power of two; 7: no limit."""
         return self.value(FeatureId.ARBITRATION) & 7
 
     @property
     def weights(self) -> tuple[int, int, int]:
-        """Bursts of the high, medium and low priority class in a round of weighted arbitration."""
+        """Commands of the high, medium and low priority class in a round of weighted arbitration."""
         value = self.value(FeatureId.ARBITRATION)
         return (value >> 24) + 1, (value >> 16 & 0xFF) + 1, (value >> 8 & 0xFF) + 1
 
     def coalescing(self, vector: int) -> tuple[int, float]:
-        """(completions, seconds) that may gather before a vector is raised; (1, 0) when each counts."""
+        """(completions, seconds) to coalesce before a vector is raised; (1, 0): no coalescing."""
         value = self.value(FeatureId.INTERRUPT_COALESCING)
         if not vector or not value & 0xFF00 or not value & 0xFF:  # never of the admin queue's vector
             return 1, 0.0
@@ -147,25 +147,25 @@ class Features:
 
     @property
     def write_cache(self) -> bool:
-        """Whether writes may wait for a Flush."""
+        """Whether written data need not be durable before a Flush."""
         return bool(self.value(FeatureId.VOLATILE_WRITE_CACHE))
 
     @property
     def temperature_warning(self) -> bool:
-        """Whether the composite temperature is past a threshold."""
+        """Whether the composite temperature is beyond a threshold."""
         over = self.value(FeatureId.TEMPERATURE_THRESHOLD, _OVER << 4)
         under = self.value(FeatureId.TEMPERATURE_THRESHOLD, _UNDER << 4)
         return not under < TEMPERATURE < over
 
     def notices(self, event: AsyncEvent) -> bool:
-        """Whether the host wants a notice."""
+        """Whether the host has enabled an event's notices."""
         bit = {AsyncEvent.NAMESPACE_CHANGED: 8, AsyncEvent.FIRMWARE_ACTIVATION: 9}[event]
         return bool(self.value(FeatureId.ASYNCHRONOUS_EVENTS) >> bit & 1)
 
     # ---- the commands ----------------------------------------------------------------------
 
     def data_size(self, command: NvmeCommand) -> int:
-        """Bytes that the command transfers."""
+        """Bytes of data that a Set Features command transfers."""
         feature = command.cdw10 & 0xFF
         if feature == FeatureId.TIMESTAMP:
             return 8
@@ -174,7 +174,7 @@ class Features:
         return 0
 
     def get(self, command: NvmeCommand) -> tuple[int, bytes]:
-        """Get Features: Dword 0 of the completion, and what is transferred.  CommandError."""
+        """Carries out Get Features; returns (Dword 0 of the completion, data to transfer).  CommandError."""
         row, key = self._find(command)
         feature, index = key
         select = command.cdw10 >> 8 & 7
@@ -198,7 +198,7 @@ class Features:
         return self.value(feature, index), b""
 
     def set(self, command: NvmeCommand, data: bytes) -> int:
-        """Set Features: Dword 0 of the completion.  CommandError."""
+        """Carries out Set Features; returns Dword 0 of the completion.  CommandError."""
         row, key = self._find(command)
         feature, _ = key
         save = bool(command.cdw10 >> 31)
@@ -223,7 +223,7 @@ class Features:
         return result or 0
 
     def report_temperature(self) -> None:
-        """An event, if the temperature is past a threshold and the host wants to know."""
+        """Reports an event if the temperature is beyond a threshold and the host has enabled that event."""
         wanted = self.value(FeatureId.ASYNCHRONOUS_EVENTS) & _TEMPERATURE_EVENT
         if wanted and self.temperature_warning:
             self._controller.events.report(AsyncEvent.TEMPERATURE)
@@ -231,7 +231,7 @@ class Features:
     # ---- keys and defaults -----------------------------------------------------------------
 
     def _find(self, command: NvmeCommand) -> tuple[NvmeFeature, _Key]:
-        """The table's row, and the key of the value that a command is about."""
+        """The table's row and the key of the value that a command addresses.  CommandError."""
         try:
             feature = FeatureId(command.cdw10 & 0xFF)
         except ValueError:
@@ -261,7 +261,7 @@ class Features:
         return kind << 4 | sensor
 
     def _keys(self, key: _Key, command: NvmeCommand) -> list[_Key]:
-        """All values that a set changes."""
+        """The keys of all values that a Set Features command changes."""
         feature, index = key
         if feature is FeatureId.TEMPERATURE_THRESHOLD and index & 15 == _ALL_SENSORS:
             return [(feature, index & 0x30 | sensor) for sensor in (_COMPOSITE, 1)]

@@ -1,7 +1,7 @@
-"""Firmware images: downloaded, put into slots, activated (NVMe 1.4, 5.11 and 5.12).
+"""Firmware images: download, commit to slots, activation (NVMe 1.4, 5.11 and 5.12).
 
-The model's behaviour is the same with each.  An image's revision is what its first 8 bytes say, if they are printable
-ASCII, else the first 8 digits of its SHA-256.
+An image does not change the model's behaviour.  Its revision is its first 8 bytes, if they are printable ASCII, else
+the first 8 digits of its SHA-256.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vmodel.devices.nvme.extents import Extents
 from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.span import MiB
 
-#: Slots, all of which can be written.
+#: Number of slots; all can be written.
 SLOTS = 3
 #: Largest image in bytes, and the granularity of its parts (FWUG, in 4 KiB).
 MAX_IMAGE, GRANULARITY = 16 * MiB, 1
@@ -29,24 +29,24 @@ class CommitAction(enum.IntEnum):
 
 
 class Firmware:
-    """Slots and the image that is being downloaded; slots outlive resets."""
+    """The slots, which survive resets, and the image that is being downloaded."""
 
     def __init__(self, revision: str) -> None:
         #: Revisions by slot.
         self.slots = {1: revision}
         self.active = 1
-        #: The slot that a reset activates, 0: as it is.
+        #: The slot that the next reset activates; 0: no change.
         self.pending = 0
         self._image = bytearray()
         self._parts = Extents()
 
     @property
     def revision(self) -> str:
-        """Of what runs."""
+        """The revision of the active slot."""
         return self.slots[self.active]
 
     def reset(self) -> None:
-        """A controller reset: what was committed for it runs now, and a download that was not committed is lost."""
+        """At a controller reset: activates the pending slot, and discards a download that was not committed."""
         if self.pending:
             self.active, self.pending = self.pending, 0
         self._forget()
@@ -63,7 +63,7 @@ class Firmware:
             raise CommandError(NvmeStatus.OVERLAPPING_RANGE)
 
     def store(self, offset: int, data: bytes) -> None:
-        """A part that `download` found good; their order does not matter.  A second first part begins a new image."""
+        """Stores a part that `download` has checked, in any order; the part at 0 again begins a new image."""
         if self._parts.first_in(offset, len(data)) is not None:
             self._forget()
         if len(self._image) < offset + len(data):
@@ -72,9 +72,9 @@ class Firmware:
         self._parts.add(offset, len(data))
 
     def commit(self, slot: int, action: int) -> bool:
-        """Firmware Commit; slot 0: the first one that is free, or that does not run.  CommandError.
+        """Carries out Firmware Commit; slot 0: the first free one, or else one that is not active.  CommandError.
 
-        Whether another image runs from now on.
+        Returns whether the command has activated an image.
         """
         if action > CommitAction.ACTIVATE_NOW:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
@@ -98,7 +98,7 @@ class Firmware:
         return False
 
     def _take(self) -> str:
-        """The revision of the image that was downloaded.  CommandError: there is none, or it has holes."""
+        """Ends the download; returns the image's revision.  CommandError: there is no image, or a part is missing."""
         image, spans = bytes(self._image), list(self._parts)
         self._forget()
         if spans != [(0, len(image))]:

@@ -1,4 +1,4 @@
-"""What the SMART log and the error log are made of: counters, and the last commands that failed."""
+"""The data of the SMART log and the error log: counters, and the last failed commands."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vmodel.devices.nvme.status import CommandError, NvmeStatus
 
 #: Entries that the error log keeps (ELPE + 1).
 ERROR_ENTRIES = 64
-#: Temperatures in kelvin: the model has no sensor, so it is always at the first.
+#: Temperatures in kelvin.  The model has no sensor: it always reports the first.
 TEMPERATURE, WARNING_TEMPERATURE, CRITICAL_TEMPERATURE = 303, 343, 353
 
-#: Errors of the medium; those that Write Uncorrectable asks for are among them.
+#: Media errors, including those that Write Uncorrectable causes.
 _MEDIA = (NvmeStatus.WRITE_FAULT, NvmeStatus.UNRECOVERED_READ)
 
 
@@ -27,7 +27,7 @@ class ErrorEntry:
     cid: int
     #: The 15-bit status field.
     status: int
-    #: bit << 8 | byte of the command, 0xFFFF: none in particular.
+    #: bit << 8 | byte of the wrong field in the command; 0xFFFF: none in particular.
     location: int
     lba: int
     nsid: int
@@ -36,12 +36,12 @@ class ErrorEntry:
 
 
 class Health:
-    """Counters since the device was made: resets keep them."""
+    """Counters since the device was made; resets do not clear them."""
 
     def __init__(self) -> None:
         self.bytes_read = 0
         self.bytes_written = 0
-        #: Commands, as SMART counts them: Compare is a read, Verify none.
+        #: Commands as SMART counts them: Compare counts as a read, Verify does not.
         self.reads = 0
         self.writes = 0
         #: The host has written blocks since the last sanitize operation.
@@ -49,7 +49,7 @@ class Health:
         self.media_errors = 0
         self.power_cycles = 0
         self.unsafe_shutdowns = 0
-        #: How many error log entries there have been, also before the last that are kept.
+        #: Number of error log entries so far, including those that are not kept any more.
         self.error_count = 0
         self.errors: deque[ErrorEntry] = deque(maxlen=ERROR_ENTRIES)
         self._since = time.monotonic()
@@ -60,12 +60,12 @@ class Health:
         return int((time.monotonic() - self._since) / 3600)
 
     def record(self, status: NvmeStatus) -> None:
-        """Something has failed that no command is to blame for."""
+        """Adds an error log entry for a failure that no command has caused."""
         nothing = 0xFFFF
         self.failed(nothing, NvmeCommand.make(0, cid=nothing), CommandError(status))
 
     def failed(self, sqid: int, command: NvmeCommand, error: CommandError) -> None:
-        """A command has ended with an error that the log is to hold."""
+        """Adds an error log entry for a failed command."""
         self.error_count += 1
         self.media_errors += error.status in _MEDIA
         location = 0xFFFF if error.location is None else error.location

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 SIZE = 4096
 #: The controller's own identifier.
 CONTROLLER_ID = 0
-#: Abort commands that may be outstanding, less 1 (ACL): each is through at once.
+#: Most outstanding Abort commands, less 1 (ACL): each is carried out at once.
 ABORT_LIMIT = 3
 #: Granularity of the keep alive timer, in 100 ms (KAS).
 KEEP_ALIVE_GRANULARITY = 1
 #: SANICAP: crypto erase, block erase, overwrite; No-Deallocate Inhibited is clear, and nothing is modified afterwards.
 SANITIZE_CAPABILITIES = 0b111 | 1 << 30
-#: An identifier that is locally administered, as no organisation stands behind the model.
+#: A locally administered identifier, as the model has no organisation's OUI.
 _IEEE = bytes.fromhex("000002")
 #: Most entries of a list of namespaces, and of a list of controllers.
 LIST_ENTRIES, CONTROLLER_ENTRIES = 1024, 2047
@@ -183,12 +183,12 @@ assert Controller.sizeof() == NamespaceData.sizeof() == SIZE
 
 @functools.cache
 def _zero(structure: Any) -> Any:
-    """All fields of a structure with 0 in each."""
+    """The values of a structure's fields, all 0."""
     return structure.parse(bytes(structure.sizeof()))
 
 
 def build(structure: Any, fields: Mapping[str, Any]) -> bytes:
-    """A structure with these fields; the others are 0.  Names that it does not have are our own bug."""
+    """Builds a structure with these fields; the others are 0.  An unknown name is a bug in vmodel."""
     blank = _zero(structure)
     assert fields.keys() <= blank.keys(), sorted(fields.keys() - blank.keys())
     return bytes(structure.build({**blank, **fields}))
@@ -217,12 +217,12 @@ def descriptors(identity: uuid.UUID) -> bytes:
 
 
 def power_states(count: int) -> list[dict[str, Any]]:
-    """32 power state descriptors, of which `count` are there: 25 W, no latency."""
+    """32 power state descriptors, the first `count` of which are valid: 25 W, no latency."""
     blank = _zero(_PowerState)
     return [{**blank, "maximum_power": 2500 if n < count else 0} for n in range(32)]
 
 
-#: What all namespaces have in common: LBA formats, limits of Copy, blocks that read as zeros once deallocated.
+#: Fields that are equal for all namespaces: LBA formats, limits of Copy, deallocated blocks read as zeros.
 _FORMATS: dict[str, Any] = {
     "nlbaf": len(LBA_SIZES) - 1,
     "dlfeat": 1 | 1 << 3,
@@ -234,7 +234,7 @@ _FORMATS: dict[str, Any] = {
 
 
 class Identify:
-    """The Identify command: what is to be told, by Controller or Namespace Structure (CNS)."""
+    """The Identify command: builds the data structure for each Controller or Namespace Structure (CNS)."""
 
     def __init__(self, controller: Nvme) -> None:
         self._controller = controller
@@ -259,12 +259,12 @@ class Identify:
         }
 
     def page(self, command: NvmeCommand) -> bytes:
-        """4096 bytes.  CommandError."""
+        """Carries out Identify; returns 4096 bytes.  CommandError."""
         cns = command.cdw10 & 0xFF
         build_page = self._pages.get(cns)
         if build_page is None:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
-        # Those of an I/O command set: there is NVM, 0.
+        # CNS values of an I/O command set: only NVM (0) is supported.
         if cns in _OF_A_COMMAND_SET and command.cdw11 >> 24:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=47)
         return build_page(command)
@@ -325,7 +325,7 @@ class Identify:
         )
 
     def _nvm_controller(self, command: NvmeCommand) -> bytes:
-        """Without limits beyond MDTS."""
+        """Limits of I/O commands: there are none besides MDTS."""
         return bytes(SIZE)
 
     def _controllers(self, command: NvmeCommand) -> bytes:
@@ -333,7 +333,7 @@ class Identify:
         return controller_list([CONTROLLER_ID] if first <= CONTROLLER_ID else [])
 
     def _primary(self, command: NvmeCommand) -> bytes:
-        """Primary controller capabilities (figure 252): this is one, and it shares no resources with others."""
+        """Primary controller capabilities (figure 252): the controller shares no resources with secondary ones."""
         return struct.pack("<H", CONTROLLER_ID).ljust(SIZE, b"\0")
 
     def _secondary(self, command: NvmeCommand) -> bytes:
@@ -341,7 +341,7 @@ class Identify:
         return bytes(SIZE)
 
     def _command_sets(self, command: NvmeCommand) -> bytes:
-        """Combinations of I/O command sets (technical proposal 4056): one, of NVM alone."""
+        """Combinations of I/O command sets (technical proposal 4056): one, with only NVM."""
         if command.cdw10 >> 16 not in (CONTROLLER_ID, 0xFFFF):
             raise CommandError(NvmeStatus.INVALID_FIELD, location=42)
         return struct.pack("<Q", 1).ljust(SIZE, b"\0")
@@ -387,7 +387,7 @@ class Identify:
                 "ncap": namespace.blocks,
                 "nuse": namespace.blocks,
                 "flbas": namespace.lba_format,
-                # Bit 0: write protected, as it is now.
+                # Bit 0: currently write protected.
                 "nsattr": int(namespace.read_only),
                 "nvmcap": namespace.size,
             },
@@ -397,18 +397,18 @@ class Identify:
         return descriptors(self._controller.inventory.attached(command.nsid).uuid)
 
     def _nvm_namespace(self, command: NvmeCommand) -> bytes:
-        """No protection information, so nothing to say."""
+        """Command set specific data: all 0, as there is no protection information."""
         self._controller.inventory.attached(command.nsid)
         return bytes(SIZE)
 
     def _nvm_allocated(self, command: NvmeCommand) -> bytes:
-        """As `_nvm_namespace`, of one that need not be attached."""
+        """Like `_nvm_namespace`, for a namespace that need not be attached."""
         if self._controller.inventory.find(command.nsid) is None:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=4)
         return bytes(SIZE)
 
     def _independent(self, command: NvmeCommand) -> bytes:
-        """What namespaces of all command sets have (NVMe 2.0, figure 280)."""
+        """Data of a namespace that does not depend on the command set (NVMe 2.0, figure 280)."""
         namespace = self._controller.inventory.find(command.nsid)
         if namespace is None or not namespace.attached:
             return bytes(SIZE)

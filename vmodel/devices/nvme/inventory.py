@@ -1,4 +1,4 @@
-"""All namespaces of the subsystem, and the space that is left for more (NVMe 1.4, 8.12)."""
+"""All namespaces of the subsystem, and the unallocated capacity (NVMe 1.4, 8.12)."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _NAMES = uuid.UUID("6d6f6465-6c20-4e56-8d65-206e616d6573")
 
 
 def backend(params: NamespaceParams, workers: Workers) -> BlockBackend:
-    """What is behind a namespace of a machine file.  ConfigError."""
+    """Makes the storage of a namespace from its parameters.  ConfigError."""
     if params.memory is not None:
         try:
             return MemoryBackend(params.memory)
         except OSError as error:
             raise ConfigError(f"{params.memory} bytes of memory for a namespace: {error.strerror}") from error
-    assert params.path is not None  # as the parameters are checked
+    assert params.path is not None  # NamespaceParams has checked this
     return FileBackend(params.path, params.size, read_only=params.read_only, workers=workers)
 
 
 class Inventory:
-    """Namespaces by their id, which is 1 to `MAX_NAMESPACES`; they outlive resets."""
+    """The namespaces by id, 1 to `MAX_NAMESPACES`; they survive resets."""
 
     def __init__(self, identity: str, capacity: int) -> None:
-        """`identity`: what the names of namespaces come from; `capacity`: bytes of memory for those of the guest's."""
+        """Namespaces' UUIDs derive from `identity`; `capacity`: bytes of memory for namespaces that the guest makes."""
         self._identity = identity
         self._by_id: dict[int, Namespace] = {}
         self.unallocated = capacity
 
     def open(self, params: Sequence[NamespaceParams], workers: Workers) -> None:
-        """Makes the namespaces of a machine file, from id 1 on; `workers` wait for files.
+        """Makes the namespaces of a machine file, from id 1 on; `workers` carry out jobs on files.
 
-        ConfigError: a file is not to be had.
+        ConfigError: a file cannot be opened.
         """
         with ExitStack() as opened:
             for nsid, one in enumerate(params, 1):
@@ -50,33 +50,33 @@ class Inventory:
             opened.pop_all()
 
     def close(self) -> None:
-        """Gives back what the namespaces hold."""
+        """Releases the storage of all namespaces."""
         for namespace in self._by_id.values():
             namespace.backend.close()
         self._by_id.clear()
 
     @property
     def total(self) -> int:
-        """Bytes of all namespaces, and of what is left."""
+        """Bytes of all namespaces and of the unallocated capacity."""
         return sum(namespace.backend.size for namespace in self._by_id.values()) + self.unallocated
 
     @property
     def allocated(self) -> list[Namespace]:
-        """All that there are, by id."""
+        """All namespaces, by ascending id."""
         return [self._by_id[nsid] for nsid in sorted(self._by_id)]
 
     @property
     def active(self) -> list[Namespace]:
-        """Those that are attached, by id."""
+        """The attached namespaces, by ascending id."""
         return [namespace for namespace in self.allocated if namespace.attached]
 
     def check(self, nsid: int) -> None:
-        """CommandError unless `nsid` is one that a namespace can have."""
+        """CommandError if no namespace can have the id `nsid`."""
         if not 1 <= nsid <= MAX_NAMESPACES:
             raise CommandError(NvmeStatus.INVALID_NAMESPACE, location=4)
 
     def find(self, nsid: int) -> Namespace | None:
-        """A namespace, attached or not.  CommandError: none can have that id."""
+        """The namespace of that id, attached or not; None: there is none.  CommandError: the id is invalid."""
         self.check(nsid)
         return self._by_id.get(nsid)
 
@@ -89,11 +89,11 @@ class Inventory:
         return namespace
 
     def chosen(self, nsid: int) -> list[Namespace]:
-        """The attached namespace, or with FFFFFFFFh all that are.  CommandError."""
+        """The attached namespace of that id as a list; FFFFFFFFh: all attached namespaces.  CommandError."""
         return self.active if nsid == BROADCAST else [self.attached(nsid)]
 
     def create(self, blocks: int, lba_format: int) -> Namespace:
-        """A new namespace, not attached, in memory.  CommandError."""
+        """Makes a namespace in memory, not attached.  CommandError."""
         if lba_format >= len(LBA_SIZES):
             raise CommandError(NvmeStatus.INVALID_FORMAT)
         if not blocks:
@@ -106,7 +106,7 @@ class Inventory:
             raise CommandError(NvmeStatus.NAMESPACE_ID_UNAVAILABLE)
         try:
             made = MemoryBackend(size)
-        except OSError as error:  # the host's memory is less than the machine file says
+        except OSError as error:  # the host has less memory than the machine file allows
             raise CommandError(NvmeStatus.INSUFFICIENT_CAPACITY, information=size) from error
         namespace = Namespace(nsid, made, LBA_SIZES[lba_format], uuid.uuid4())
         namespace.attached = False
@@ -115,7 +115,7 @@ class Inventory:
         return namespace
 
     def delete(self, namespace: Namespace) -> None:
-        """Takes a namespace away.  Memory can be used anew; a file is closed, and stays as it is."""
+        """Deletes a namespace.  Its memory becomes unallocated capacity; a file is closed and keeps its contents."""
         del self._by_id[namespace.nsid]
         if isinstance(namespace.backend, MemoryBackend):
             self.unallocated += namespace.backend.size

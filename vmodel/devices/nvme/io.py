@@ -16,7 +16,7 @@ from vmodel.devices.nvme.pointers import Transfer
 from vmodel.devices.nvme.queue import Host, Later, SubmissionQueue
 from vmodel.devices.nvme.status import CommandError, NvmeStatus
 
-#: Most blocks that Compare and Write handles as one: all that a command can have.
+#: Most blocks of an atomic Compare and Write: as many as a command can have.
 ATOMIC_COMPARE_WRITE = 65536
 #: Limits of Copy: blocks in a source range, blocks in all, source ranges.
 MAX_COPY_RANGE, MAX_COPY, MAX_COPY_RANGES = 1 << 12, 1 << 14, 128
@@ -27,9 +27,9 @@ _SOURCE = struct.Struct("<8xQH6xIHH")  # Copy, format 0: first block, blocks (0'
 _FUA, _DEALLOCATE, _PRINFO = 1 << 30, 1 << 25, 15 << 26
 _AD = 1 << 2  # Dataset Management: deallocate
 _PRINFO_READ = 15 << 12  # Copy
-#: Spans of blocks of a namespace that Write Uncorrectable has marked; with so many, what needs one more fails.
+#: Most spans of blocks of a namespace that Write Uncorrectable has marked; a command that needs one more fails.
 MAX_UNCORRECTABLE = 16384
-#: What a job that workers have counts at least, in bytes: one that moves no data may take long.
+#: Least bytes that a worker's job counts as, with and without data: a job without data may take long.
 _LEAST_DATA, _LEAST = 1 << 16, 1 << 20
 _SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -46,7 +46,7 @@ class IoNamespace(Protocol):
 
     @property
     def read_only(self) -> bool:
-        """Writes are refused."""
+        """Whether writes are refused."""
 
 
 class IoHost(Host, Protocol):
@@ -59,33 +59,33 @@ class IoHost(Host, Protocol):
 
     @property
     def write_cache(self) -> bool:
-        """Feature Volatile Write Cache: off, each write is on disk when it is complete."""
+        """Feature Volatile Write Cache; if it is off, each write is durable when its command completes."""
 
     def namespace(self, nsid: int) -> IoNamespace:
-        """An attached namespace that can be used.  CommandError: it is not valid, not active, not ready."""
+        """An attached namespace that commands may access.  CommandError: its id is invalid, inactive or not ready."""
 
     def namespaces(self) -> Iterable[IoNamespace]:
         """All attached namespaces."""
 
 
-#: A command: yields what a namespace's backend is to do, one after the other; CommandError is thrown in when it fails.
+#: A command in steps: yields jobs for a namespace's backend one by one; a job's failure is thrown in as CommandError.
 Steps = Generator[tuple[IoNamespace, Job], None, None]
 
 
 class _Course:
-    """A command on its way through its steps."""
+    """A command in progress: runs its steps."""
 
     def __init__(self, commands: IoCommands, steps: Steps) -> None:
         self._commands = commands
         self._steps = steps
         self.later = Later(self.drop)
-        #: What it waits for, with its number and what it counts.
+        #: The job that it waits for: (namespace, job, number for `revoke`, bytes that it counts as).
         self._job: tuple[IoNamespace, Job, int, int] | None = None
         self._codes: list[int] = []
         self._cancelled = False
 
     def go(self, error: CommandError | None = None) -> None:
-        """Goes on, after a failure or not, until it has to wait or is through."""
+        """Runs further steps until one has to wait, or the command is complete; `error`: failure of the last job."""
         self._job = None
         try:
             while True:
@@ -105,7 +105,7 @@ class _Course:
 
     def _done(self, code: int) -> None:
         if self._job is None:
-            self._codes.append(code)  # it is done before `submit` is
+            self._codes.append(code)  # the job was done inside `submit`
             return
         namespace, job, _, size = self._job
         self._commands.release(self, size)
@@ -113,12 +113,12 @@ class _Course:
             self.go(self._commands.status(namespace, job, code) if code else None)
 
     def cancel(self) -> None:
-        """It takes no further step."""
+        """Stops the command: no further step is run."""
         if not self.drop():
             self._cancelled = True
 
     def drop(self) -> bool:
-        """Takes back the job that it waits for; False: that has begun."""
+        """Cancels the job that the command waits for; returns False if the job has begun."""
         if self._job is None:
             return False
         namespace, _, number, size = self._job
@@ -133,7 +133,7 @@ class IoCommands:
 
     def __init__(self, host: IoHost) -> None:
         self._host = host
-        #: Those that wait for workers.
+        #: Commands that wait for workers.
         self.waiting: set[_Course] = set()
         self._table: dict[int, Callable[[NvmeCommand], Steps]] = {
             0x00: self._flush,
@@ -148,28 +148,28 @@ class IoCommands:
         }
 
     def reset(self) -> None:
-        """The queues are gone: no command goes on."""
+        """Stops all commands, as the queues are deleted."""
         for course in list(self.waiting):
             course.cancel()
         self.waiting.clear()
 
     def hold(self, course: _Course, size: int) -> None:
-        """Workers have a job of a command, which counts as `size` bytes."""
+        """Counts a job that workers have as `size` bytes."""
         self.waiting.add(course)
         self._host.fast.hold(size)
 
     def release(self, course: _Course, size: int) -> None:
-        """They have it no more."""
+        """Ends the count of a job."""
         self.waiting.discard(course)
         self._host.fast.release(size)
 
     @property
     def opcodes(self) -> set[int]:
-        """All that are supported, for the log of command effects."""
+        """The supported opcodes, for the log of command effects."""
         return set(self._table)
 
     def execute(self, command: NvmeCommand, sq: SubmissionQueue) -> int | Later:
-        """One command.  CommandError, DmaFault."""
+        """Carries out a command; returns Later.  CommandError, DmaFault."""
         handler = self._table.get(command.opcode)
         if handler is None:
             raise CommandError(NvmeStatus.INVALID_OPCODE, location=0)
@@ -185,7 +185,7 @@ class IoCommands:
             raise CommandError(NvmeStatus.LBA_OUT_OF_RANGE, location=40, lba=slba)
 
     def _target(self, command: NvmeCommand) -> tuple[IoNamespace, int, int]:
-        """The namespace of a command and (offset, length) in bytes of the blocks that it names."""
+        """(namespace, offset, length in bytes) of the blocks that a command addresses.  CommandError."""
         namespace = self._host.namespace(command.nsid)
         self._check_blocks(namespace, command.slba, command.blocks)
         if command.cdw12 & _PRINFO:
@@ -217,7 +217,7 @@ class IoCommands:
             raise CommandError(NvmeStatus.UNRECOVERED_READ, lba=bad)
 
     def _durable(self, command: NvmeCommand) -> bool:
-        """Whether what a command writes must be on disk when it is complete."""
+        """Whether the data that a command writes must be durable when it completes."""
         return bool(command.cdw12 & _FUA) or not self._host.write_cache
 
     @staticmethod
@@ -227,12 +227,12 @@ class IoCommands:
             namespace.uncorrectable.remove(slba, count)
 
     def _written(self, namespace: IoNamespace, slba: int, count: int) -> None:
-        """Blocks have data of the host's."""
+        """Records that the host has written data to these blocks."""
         self._host.health.written = True
         self._mended(namespace, slba, count)
 
     def status(self, namespace: IoNamespace, job: Job, code: int) -> CommandError:
-        """What an errno is to the guest; logs it."""
+        """Logs the errno of a failed job; returns the error that the guest gets for it."""
         lba = job.offset >> namespace.lba_shift
         if code == errno.EBADMSG:
             return CommandError(NvmeStatus.COMPARE_FAILURE, lba=lba)
@@ -255,7 +255,7 @@ class IoCommands:
             transfer.to_guest(view)
         else:
             buffer = bytearray(length)
-            # What is read must be on the medium first.
+            # Force Unit Access: the data must be durable before it is read.
             yield namespace, Job(Op.READ, offset, length, buffer, sync=bool(command.cdw12 & _FUA))
             transfer.to_guest(buffer)
         self._host.health.reads += 1
@@ -288,7 +288,7 @@ class IoCommands:
         self._host.health.bytes_read += length
 
     def execute_fused(self, first: NvmeCommand, second: NvmeCommand, sq: SubmissionQueue) -> tuple[Later, Later]:
-        """Compare and Write (6.2): nothing comes between both.  CommandError, DmaFault."""
+        """Carries out Compare and Write as one atomic operation (6.2).  CommandError, DmaFault."""
         if (first.opcode, second.opcode) != (0x05, 0x01):
             raise CommandError(NvmeStatus.INVALID_FIELD, location=0)
         if (first.nsid, first.slba, first.blocks) != (second.nsid, second.slba, second.blocks):
@@ -308,7 +308,7 @@ class IoCommands:
         )
         compare = Later()
         write = _Course(self, self._compare_and_write(namespace, job, compare))
-        write.later.abort = None  # neither can go without the other
+        write.later.abort = None  # one half cannot be aborted without the other
         write.go()
         return compare, write.later
 
@@ -393,7 +393,7 @@ class IoCommands:
                 yield namespace, Job(Op.READ, slba << shift, len(data), data)
                 yield namespace, Job(Op.WRITE, target << shift, len(data), data, sync=self._durable(command))
             except CommandError as error:
-                # Dword 0 says which was the first range that was not copied.
+                # Dword 0 is the number of the first range that was not copied.
                 error.result = n
                 raise
             self._written(namespace, target, blocks)

@@ -1,4 +1,4 @@
-"""Get Log Page (NVMe 1.4, 5.14): each page as bytes, by its identifier."""
+"""Get Log Page (NVMe 1.4, 5.14): builds each page by its identifier."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ SanitizeStatus = Struct(
 )
 assert SanitizeStatus.sizeof() == 512
 
-#: Effects (figure 199): supported, changes blocks, namespaces' capabilities, the inventory; and to be submitted with no
-#: other command to the namespace, or to any, outstanding.  Nothing changes the controller's capabilities: CAP and what
-#: Identify says of them are the same with each firmware, whatever features are set to.
+#: Effects (figure 199): the command is supported; changes blocks, a namespace's capabilities, or the inventory; must be
+#: submitted while no other command to the namespace, or to any namespace, is outstanding.  No command changes the
+#: controller's capabilities: CAP and Identify do not depend on firmware or features.
 SUPPORTED, BLOCKS, NAMESPACE, INVENTORY, ALONE, ALL_ALONE = 1, 2, 4, 8, 1 << 16, 2 << 16
 #: I/O commands that change blocks: Write, Write Uncorrectable, Write Zeroes, Dataset Management, Copy.
 _WRITING = {0x01, 0x04, 0x08, 0x09, 0x19}
 
-#: Namespaces that the changed namespace list names; with more, its only entry is FFFFFFFFh.
+#: Most entries of the changed namespace list; with more namespaces its only entry is FFFFFFFFh.
 _CHANGED = LIST_ENTRIES
 
 
@@ -129,9 +129,9 @@ class Logs:
         }
 
     def page(self, command: NvmeCommand) -> tuple[bytes, int, Callable[[], None]]:
-        """What there is of the part that Get Log Page asks for, that part's size, what to call once it is transferred.
+        """Carries out Get Log Page: (the requested part, its requested size, what to call after the transfer).
 
-        CommandError.
+        The part is shorter than requested at the end of the page.  CommandError.
         """
         identifier, retain = command.cdw10 & 0xFF, bool(command.cdw10 & 1 << 15)
         size = ((command.cdw11 & 0xFFFF) << 16 | command.cdw10 >> 16) + 1 << 2
@@ -141,7 +141,7 @@ class Logs:
             raise CommandError(NvmeStatus.INVALID_LOG_PAGE, location=40)
         if offset & 3:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=48)
-        if command.nsid not in (0, BROADCAST):  # none is of a namespace: LPA says so of SMART (5.14.1)
+        if command.nsid not in (0, BROADCAST):  # no page has data of one namespace; for SMART, LPA says so (5.14.1)
             raise CommandError(NvmeStatus.INVALID_FIELD, location=4)
         whole = build_page(command)
         if offset > len(whole):
@@ -149,7 +149,7 @@ class Logs:
         return whole[offset : offset + size], size, lambda: self._read(identifier, retain)
 
     def _read(self, identifier: int, retain: bool) -> None:
-        """The host has a page; unless it wants to keep events back, further ones may come."""
+        """After the transfer of a page: unless the host retains events, their types are unmasked."""
         if not retain:
             if identifier == 0x04:
                 self.changed.clear()

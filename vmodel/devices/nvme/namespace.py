@@ -1,4 +1,4 @@
-"""Namespaces: what the blocks are in, their format, and their state (NVMe 1.4, 6.1)."""
+"""Namespaces: storage, LBA format and state (NVMe 1.4, 6.1)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Protection(enum.IntEnum):
 class Namespace:
     """One namespace of the subsystem, attached to the controller or not.
 
-    `blocks` is its size in logical blocks of 1 << `lba_shift` bytes; size and capacity are one.
+    `blocks` is its size in logical blocks of 1 << `lba_shift` bytes; size and capacity are equal.
     """
 
     def __init__(self, nsid: int, backend: BlockBackend, lba_size: int, identity: uuid.UUID) -> None:
@@ -32,13 +32,13 @@ class Namespace:
         self.protection = Protection.NONE
         #: Blocks that Write Uncorrectable has made unreadable, until they are written again.
         self.uncorrectable = Extents()
-        #: Its blocks are being erased by Format NVM.
+        #: Whether Format NVM is erasing its blocks.
         self.formatting = False
         self.lba_shift = 0
         self.set_format(LBA_SIZES.index(lba_size))
 
     def set_format(self, index: int) -> None:
-        """Takes an LBA format; the backend's content is not touched."""
+        """Sets the LBA format by index; the stored bytes do not change."""
         self.lba_format = index
         self.lba_shift = LBA_SIZES[index].bit_length() - 1
         self.blocks = self.backend.size >> self.lba_shift
@@ -46,15 +46,15 @@ class Namespace:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
         return self.blocks << self.lba_shift
 
     @property
     def read_only(self) -> bool:
-        """Whether writes are refused: by protection, or because nothing can be written."""
+        """Whether writes are refused: by write protection, or because the storage is read-only."""
         return self.backend.read_only or self.protection is not Protection.NONE
 
     @property
     def plain(self) -> bool:
-        """Whether a Read or Write is just that: no state has to be looked at."""
+        """Whether Reads and Writes need no check of the namespace's state."""
         return self.attached and not (self.uncorrectable or self.formatting or self.read_only)

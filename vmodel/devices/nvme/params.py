@@ -1,4 +1,4 @@
-"""What a machine file says of an NVMe controller."""
+"""The parameters of an NVMe controller in a machine file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Size = Annotated[int, BeforeValidator(_size)]
 
 
 class NamespaceParams(Params):
-    """One of `namespaces`: in memory, in a file that is made if it is not there, or of an image that stays as it is."""
+    """One of `namespaces`: in memory, in a file that is created if it does not exist, or a read-only image."""
 
     memory: Size | None = Field(default=None, examples=['"256M"'], description="size of a namespace in memory")
     path: Path | None = Field(default=None, examples=['"disk.img"'], description="file that holds the blocks")
@@ -47,9 +47,9 @@ class NamespaceParams(Params):
     @field_validator("path", mode="after")
     @classmethod
     def _from_base(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        """A relative path counts from the machine file."""
+        """Makes a relative path relative to the machine file's directory."""
         if value is not None and ("\0" in str(value) or not value.name):
-            raise ValueError("is no path of a file")
+            raise ValueError("is not the path of a file")
         base = (info.context or {}).get("base")
         return base / value if value is not None and base is not None else value
 

@@ -1,6 +1,6 @@
-"""From a command's data pointer to pieces of guest memory: PRP (NVMe 1.4, 4.3) and SGL (4.4).
+"""The guest memory of a command's data pointer: PRP (NVMe 1.4, 4.3) and SGL (4.4).
 
-Nothing here is trusted: each shape that the specification forbids has its status, and lists that run in a circle end.
+The lists are not trusted: each form that the specification forbids results in its status, and loops are bounded.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from vmodel.devices.nvme.command import DataPointer, NvmeCommand
 from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.dma import Buffer, Dma
 
-#: (address, bytes); address None: the bytes go nowhere (bit bucket).
+#: (address, bytes); address None: the bytes are discarded (bit bucket).
 Piece = tuple[int | None, int]
 
 _DESCRIPTOR = struct.Struct("<QI3xB")
 DESCRIPTOR_SIZE = _DESCRIPTOR.size
-#: Most descriptors of one command.  The specification sets no limit; without one, a segment that leads to itself
-#: and has no data in it would never end.
+#: Most descriptors of one command.  The specification sets no limit; without one, a segment without data that points
+#: to itself would be an endless loop.
 MAX_DESCRIPTORS = 16384
-#: Descriptors that are fetched at once: a segment's length is the guest's, up to 4 GiB.
+#: Descriptors that are fetched at once: the guest may set a segment's length to up to 4 GiB.
 _FETCH = 256
 
 
@@ -35,7 +35,7 @@ class Sgl(enum.IntEnum):
 
 
 def prp_pieces(dma: Dma, prp1: int, prp2: int, size: int, page: int) -> list[Piece]:
-    """Where `size` bytes are by PRP Entry 1 and 2; `page`: the controller's page size.  CommandError, DmaFault."""
+    """The memory of `size` bytes at PRP Entry 1 and 2; `page`: the controller's page size.  CommandError, DmaFault."""
     if prp1 & 3:
         raise CommandError(NvmeStatus.PRP_OFFSET_INVALID, location=24)
     if not size:
@@ -56,7 +56,7 @@ def prp_pieces(dma: Dma, prp1: int, prp2: int, size: int, page: int) -> list[Pie
 
 
 def _append(pieces: list[Piece], address: int, size: int) -> None:
-    """Adds a piece, as a part of the last one where they touch."""
+    """Adds a piece; merges it with the last one if they are adjacent."""
     before, count = pieces[-1]
     if before is not None and before + count == address:
         pieces[-1] = before, count + size
@@ -65,7 +65,7 @@ def _append(pieces: list[Piece], address: int, size: int) -> None:
 
 
 def _prp_list(dma: Dma, at: int, left: int, page: int) -> Iterator[int]:
-    """The entries of a list for `left` bytes."""
+    """The entries of a PRP list for `left` bytes."""
     if at & 7:
         raise CommandError(NvmeStatus.PRP_OFFSET_INVALID, location=32)
     wanted = -(-left // page)
@@ -73,7 +73,7 @@ def _prp_list(dma: Dma, at: int, left: int, page: int) -> Iterator[int]:
         room = (page - at % page) // 8
         count = min(room, wanted)
         entries = struct.unpack(f"<{count}Q", dma.read(at, 8 * count))
-        # The last entry of a page leads to the next list where one entry would not do for what is left.
+        # The last entry of a page points to the next list if more than one further entry is needed.
         chained = count == room and wanted > room
         for entry in entries:
             if entry % page:
@@ -84,9 +84,9 @@ def _prp_list(dma: Dma, at: int, left: int, page: int) -> Iterator[int]:
 
 
 def sgl_pieces(dma: Dma, descriptor: bytes, size: int, *, to_host: bool) -> list[Piece]:
-    """Where `size` bytes are by the SGL that begins with `descriptor`.
+    """The memory of `size` bytes at the SGL that begins with `descriptor`.
 
-    `to_host`: the data goes there; bit buckets count only then.  CommandError, DmaFault.
+    `to_host`: the direction of the data; bit buckets only count in that direction.  CommandError, DmaFault.
     """
     pieces: list[Piece] = []
     left = size
@@ -105,7 +105,7 @@ def sgl_pieces(dma: Dma, descriptor: bytes, size: int, *, to_host: bool) -> list
 
 def _parse(descriptor: bytes) -> tuple[Sgl, int, int]:
     address, length, identifier = _DESCRIPTOR.unpack(descriptor)
-    # Subtype 0 is an address; others are offsets or transports' own.  Keyed blocks are of fabrics only.
+    # Subtype 0 is an address; others are offsets or specific to a transport.  Keyed blocks exist in fabrics only.
     if identifier & 15 or identifier >> 4 > Sgl.LAST_SEGMENT:
         raise CommandError(NvmeStatus.SGL_TYPE_INVALID, location=24)
     return Sgl(identifier >> 4), address, length
@@ -120,7 +120,7 @@ def _descriptors(dma: Dma, descriptor: bytes) -> Iterator[tuple[Sgl, int, int]]:
             raise CommandError(NvmeStatus.INVALID_SGL_SEGMENT, location=24)
         is_last, behind = kind is Sgl.LAST_SEGMENT, address + length
         if behind > 1 << 64:
-            # There is no memory behind the last address, and not what is at 0.
+            # Addresses do not wrap: there is no memory above the last address.
             raise CommandError(NvmeStatus.DATA_TRANSFER_ERROR)
         while address < behind:
             count = min(_FETCH, (behind - address) // DESCRIPTOR_SIZE)
@@ -146,7 +146,7 @@ def _descriptors(dma: Dma, descriptor: bytes) -> Iterator[tuple[Sgl, int, int]]:
 class Transfer:
     """A command's data buffer of `size` bytes; each method moves all of it.
 
-    Making one reads the lists.  CommandError: they are wrong; DmaFault as with Dma.
+    The constructor reads the lists.  CommandError: they are invalid; DmaFault as in Dma.
     """
 
     def __init__(
@@ -184,5 +184,5 @@ class Transfer:
 
     def from_guest_into(self, buffer: bytearray | memoryview) -> None:
         """Fills `buffer` of `size` bytes.  DmaFault."""
-        # Without bit buckets: those of data that comes from the host were left out.
+        # There are no bit buckets here: `sgl_pieces` ignores them for data from the host.
         self._dma.gather_into([(address, count) for address, count in self.pieces if address is not None], buffer)

@@ -1,7 +1,7 @@
 """Submission and completion queues (NVMe 1.4, 4.1), with their shadow doorbells (5.7, 7.13).
 
-A doorbell only marks its queue as ready.  Once the guest's write has been answered, the `Arbiter` lets ready queues
-run, posts what is complete and raises each vector once.
+A doorbell only marks its queue as ready.  Once the guest's write has been answered, the `Arbiter` runs the ready
+queues, which post completions, and raises each vector once.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from vmodel.devices.nvme.arbiter import Arbiter
 
 _U32 = struct.Struct("<I")
-#: Write, Read, Write Uncorrectable, Compare, Write Zeroes, Verify: commands that name blocks.
+#: Commands that address blocks: Write, Read, Write Uncorrectable, Compare, Write Zeroes, Verify.
 _OF_BLOCKS = frozenset((0x01, 0x02, 0x04, 0x05, 0x08, 0x0C))
 
 
 class CommandSet(Protocol):
-    """A table of commands: that of the admin queue, or that of the others."""
+    """A table of commands: that of the admin queue, or that of I/O queues."""
 
     def execute(self, command: NvmeCommand, sq: SubmissionQueue) -> int | Later:
-        """Carries a command out: Dword 0 of the completion, or Later.  CommandError, DmaFault."""
+        """Carries out a command; returns Dword 0 of the completion, or Later.  CommandError, DmaFault."""
 
     def execute_fused(self, first: NvmeCommand, second: NvmeCommand, sq: SubmissionQueue) -> tuple[Later, Later]:
-        """Carries a fused operation out.  CommandError: neither of both."""
+        """Carries out a fused operation.  CommandError: neither command was carried out."""
 
 
 class Host(Protocol):
@@ -54,31 +54,32 @@ class Host(Protocol):
 
     @property
     def io(self) -> CommandSet:
-        """Those of the others."""
+        """The commands of I/O queues."""
 
     def interrupt(self, vector: int) -> None:
-        """Raises a vector."""
+        """Raises an interrupt vector."""
 
     def coalesced(self, vector: int) -> tuple[int, float]:
-        """(completions, seconds) that may gather before the vector is raised; (1, 0) when each counts."""
+        """(completions, seconds) to coalesce before the vector is raised; (1, 0): no coalescing."""
 
     def failed(self, sq: SubmissionQueue, command: NvmeCommand, error: CommandError) -> bool:
-        """A command has failed; whether the error log has more about it."""
+        """Records a failed command; returns whether the error log has an entry for it."""
 
     def fatal(self, what: str, fault: DmaFault) -> None:
-        """A queue's own memory cannot be reached: CSTS.CFS."""
+        """Sets CSTS.CFS, as the memory of a queue cannot be accessed; `what` names it for the log."""
 
     def defer(self, call: Callable[[], None]) -> None:
-        """As with PciDevice."""
+        """As in PciDevice."""
 
     def after(self, seconds: float, call: Callable[[], None]) -> Timer:
-        """As with PciDevice."""
+        """As in PciDevice."""
 
 
 class Later:
     """A command that is completed after its handler has returned: by a worker, or by an event.
 
-    `abort`: called when the guest wants it aborted; whether it could be, and then nothing may complete it any more.
+    `abort` is called when the guest aborts the command; it returns whether it could, and then nothing else may complete
+    the command.
     """
 
     def __init__(self, abort: Callable[[], bool] | None = None) -> None:
@@ -88,15 +89,15 @@ class Later:
         self._command: NvmeCommand | None = None
 
     def succeed(self, result: int = 0) -> None:
-        """Completes it; `result`: Dword 0."""
+        """Completes the command; `result`: Dword 0."""
         self._end(None, result)
 
     def fail(self, error: Exception) -> None:
-        """Completes it with another status: a CommandError's, or what a DmaFault or a bug comes to."""
+        """Completes the command with the status of a CommandError, or the status that another exception results in."""
         self._end(error, error.result if isinstance(error, CommandError) else 0)
 
     def begin(self, queue: SubmissionQueue, command: NvmeCommand) -> None:
-        """It is under way; completes it at once if that is what it already is."""
+        """Registers the command as in progress; if its outcome is known already, completes it at once."""
         self._queue, self._command = queue, command
         if self._outcome is not None:
             queue.end(command, *self._outcome)
@@ -108,7 +109,7 @@ class Later:
             raise ValueError("a command was completed twice")
         self._outcome = error, result
         queue, command = self._queue, self._command
-        # A queue that is gone, or its controller reset: nobody waits for it any more.
+        # If the queue was deleted or the controller reset, the completion is not posted.
         if queue is not None and command is not None and queue.in_flight.get(command.cid) is self:
             del queue.in_flight[command.cid]
             queue.end(command, error, result)
@@ -124,13 +125,13 @@ class CompletionQueue:
         self.entries = entries
         self.vector = vector
         self.interrupts = interrupts
-        # head: where the driver reads next; tail: where we write next, with `phase`.
+        # head: the entry that the driver reads next; tail: the entry that is written next, with `phase`.
         self._ring = ring = host.fast.add_completion(self)
         ring.iova, ring.entries, ring.phase = iova, entries, 1
         ring.head = ring.tail = ring.reserved = ring.posted = 0
         self.queues: list[SubmissionQueue] = []
         self._shadow = self._event_index = 0
-        #: What its shadow doorbell was at first; None: the driver has written another value since, and goes by it.
+        #: The initial value of the shadow doorbell; None: the driver has changed it since, so it is in use.
         self._shadow_first: int | None = None
         self._unsignalled = 0
         self._waiting: deque[tuple[SubmissionQueue, int, int, int]] = deque()
@@ -138,19 +139,19 @@ class CompletionQueue:
 
     @property
     def room(self) -> int:
-        """Completions that it has room for, besides those of commands that workers have."""
+        """Free entries, without those that are reserved for commands that workers have."""
         ring = self._ring
         free: int = (ring.head - ring.tail - 1) % self.entries - ring.reserved
         return max(free, 0)
 
     @property
     def held(self) -> bool:
-        """There are completions that wait for room."""
+        """Whether completions wait for free entries."""
         return bool(self._waiting)
 
     @property
     def full(self) -> bool:
-        """No more commands are taken for it."""
+        """Whether no further command may be taken, as its completion would have no entry."""
         if self._waiting or not self.room:
             self._poll()
             return bool(self._waiting) or not self.room
@@ -158,16 +159,16 @@ class CompletionQueue:
 
     @property
     def pending(self) -> bool:
-        """There are completions that the driver has not taken: the level of a pin-based interrupt."""
+        """Whether there are completions that the driver has not taken: the level of a pin-based interrupt."""
         self._poll()
         return bool(self._ring.head != self._ring.tail)
 
     def doorbell(self, value: int) -> bool:
-        """The driver has taken entries up to `value`; whether it may say so."""
+        """The driver writes its head doorbell; returns False if the value is invalid."""
         if self._shadow and value < self.entries:
             self._poll()
             if self._shadow_first is None:
-                return True  # what is in memory may be further on than a doorbell that was rung before
+                return True  # the shadow doorbell may be ahead of an earlier write of the doorbell
         return self._taken(value)
 
     def _taken(self, value: int) -> bool:
@@ -183,21 +184,21 @@ class CompletionQueue:
         return True
 
     def set_shadow(self, doorbell: int, event_index: int) -> None:
-        """Where its shadow doorbell and EventIdx are in guest memory.  DmaFault: they are not to be reached."""
+        """Sets the guest addresses of shadow doorbell and EventIdx.  DmaFault: they cannot be accessed."""
         first: int = _U32.unpack(self._host.dma.read(doorbell, 4))[0]
         self._host.dma.write(event_index, _U32.pack(self._ring.head))
         self._shadow, self._event_index, self._shadow_first = doorbell, event_index, first
 
     def forget_shadow(self) -> None:
-        """Doorbells alone count."""
+        """Stops using the shadow doorbell."""
         self._shadow = self._event_index = 0
 
     def _poll(self) -> None:
-        """Looks at the shadow doorbell, if there is one; the next entry that is taken needs a doorbell."""
+        """Reads the shadow doorbell, if there is one, and requests a doorbell write for the next change (EventIdx)."""
         if not self._shadow:
             return
         try:
-            # Ends: each round but the last has taken some of what is posted.
+            # The loop is bounded: in each round but the last the driver has taken completions.
             while True:
                 self._host.dma.write(self._event_index, _U32.pack(self._ring.head))
                 value: int = _U32.unpack(self._host.dma.read(self._shadow, 4))[0]
@@ -210,7 +211,7 @@ class CompletionQueue:
             self._host.fatal(f"the shadow doorbell of completion queue {self.qid}", fault)
 
     def post(self, sq: SubmissionQueue, cid: int, status: int, result: int = 0) -> None:
-        """Posts a completion of `sq`, as soon as there is room; `status`: the 15-bit field."""
+        """Posts a completion of `sq`, once there is a free entry; `status`: the 15-bit field."""
         if self._waiting or not self.room:
             self._waiting.append((sq, cid, status, result))
         else:
@@ -221,7 +222,7 @@ class CompletionQueue:
         entry = Completion(result, sq.head, sq.qid, cid, status, ring.phase).build()
         at = self.iova + ring.tail * COMPLETION_SIZE
         try:
-            # The driver may look at any time: the phase tag comes last.
+            # The driver may read the entry at any time, so the phase tag is written last.
             self._host.dma.write(at, entry[:12])
             self._host.dma.write(at + 12, entry[12:])
         except DmaFault as fault:
@@ -235,14 +236,14 @@ class CompletionQueue:
         self.posted()
 
     def posted(self) -> None:
-        """Completions have been posted: an interrupt is due."""
+        """Requests an interrupt, after completions have been posted."""
         self._unsignalled += self._ring.posted
         self._ring.posted = 0
         if self.interrupts:
             self._host.arbiter.signal(self)
 
     def raise_interrupt(self) -> None:
-        """Raises the vector now, or when enough completions or time have come together (5.21.1.8)."""
+        """Raises the vector now, or after the coalescing threshold or time (5.21.1.8)."""
         threshold, seconds = self._host.coalesced(self.vector)
         if self._unsignalled >= threshold:
             self._fire()
@@ -257,7 +258,7 @@ class CompletionQueue:
         self._host.interrupt(self.vector)
 
     def close(self) -> None:
-        """It is deleted."""
+        """Ends the queue, as it is deleted."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -276,14 +277,14 @@ class SubmissionQueue:
         self.entries = entries
         self.cq = cq
         self.priority = priority
-        # head: where we read next; tail: where the driver writes next.
+        # head: the entry that is read next; tail: the entry that the driver writes next.
         self._ring = ring = host.fast.add_submission(self)
         ring.iova, ring.entries, ring.cq = iova, entries, cq.qid
         ring.head = ring.tail = ring.shadow = ring.event = ring.shadow_first = ring.shadow_used = 0
-        #: Commands under way, by command identifier.
+        #: Commands in progress, by command identifier.
         self.in_flight: dict[int, Later] = {}
         self._closed = self._has_shadow = False
-        #: It stands in one of the arbiter's lines.
+        #: Whether it is in one of the arbiter's lines.
         self.ready = False
         cq.queues.append(self)
 
@@ -294,14 +295,14 @@ class SubmissionQueue:
 
     @property
     def waiting(self) -> bool:
-        """There are commands that have not been taken."""
+        """Whether there are commands that have not been taken."""
         return bool(self._ring.head != self._ring.tail)
 
     def set_shadow(self, doorbell: int, event_index: int) -> None:
-        """Where its shadow doorbell and EventIdx are in guest memory.  DmaFault: they are not to be reached.
+        """Sets the guest addresses of shadow doorbell and EventIdx.  DmaFault: they cannot be accessed.
 
-        Drivers ring the admin queue's doorbell and leave its shadow as it is (Linux, SPDK), or go by shadow and
-        EventIdx with all queues, as the specification has it.  So doorbells count until the shadow is first written.
+        For the admin queue, Linux and SPDK write the doorbell and never its shadow; the specification makes drivers use
+        shadow and EventIdx for all queues.  So doorbell writes are valid until the shadow is first written.
         """
         ring, dma = self._ring, self._host.dma
         first = _U32.unpack(dma.read(doorbell, 4))[0]
@@ -311,26 +312,26 @@ class SubmissionQueue:
         self._has_shadow = True
 
     def forget_shadow(self) -> None:
-        """Doorbells alone count."""
+        """Stops using the shadow doorbell."""
         self._has_shadow = False
         self._ring.shadow = self._ring.event = self._ring.shadow_used = 0
 
     def doorbell(self, value: int) -> bool:
-        """The driver has written entries up to `value`; whether it may say so (5.2: invalid doorbell value)."""
+        """The driver writes its tail doorbell; returns False if the value is invalid (5.2: invalid doorbell value)."""
         ring, n = self._ring, self.entries
         if value >= n:
             return False
-        # A shadow that is used may be further on than a doorbell that was rung before.
+        # A shadow doorbell in use may be ahead of this write of the doorbell.
         if not (self._has_shadow and self._by_shadow()):
             tail = ring.tail
             if (value - tail) % n > (ring.head - tail - 1) % n:
-                return False  # more than are free
+                return False  # more entries than are free
             ring.tail = value
         self._host.arbiter.ring(self)
         return True
 
     def _look(self) -> bool:
-        """Looks at the shadow doorbell; whether there are commands, or no more queue."""
+        """Reads the shadow doorbell; returns whether there are commands, or the controller has failed."""
         ring = self._ring
         try:
             value: int = _U32.unpack(self._host.dma.read(ring.shadow, 4))[0]
@@ -344,13 +345,13 @@ class SubmissionQueue:
         return bool(ring.head != ring.tail)
 
     def _by_shadow(self) -> bool:
-        """Whether the driver goes by the shadow doorbell, so that what it rings means no more than that it has rung."""
+        """Whether the driver uses the shadow doorbell, so that the value of a doorbell write is ignored."""
         if not self._ring.shadow_used:
             self._look()
         return bool(self._ring.shadow_used)
 
     def _poll(self) -> None:
-        """Looks at the shadow doorbell, if there is one; no command that is there already is missed after it."""
+        """Reads the shadow doorbell, if there is one, and sets EventIdx, so that the next command has a doorbell."""
         ring, dma = self._ring, self._host.dma
         if not ring.shadow or self._look():
             return
@@ -362,15 +363,15 @@ class SubmissionQueue:
         except DmaFault as fault:
             self._host.fatal(f"the EventIdx of submission queue {self.qid}", fault)
             return
-        # It asks for a doorbell at the next command, which may have come meanwhile.
+        # Read again: the driver may have added a command before it could see the new EventIdx.
         self._look()
 
     def run(self, count: int, until: int) -> tuple[int, bool]:
-        """Carries out up to `count` commands, and begins none after `until` (monotonic ns).
+        """Carries out up to `count` commands, none begun after `until` (monotonic ns).
 
-        How many there were, and whether the queue needs another turn.  It needs none when it has seen that there are no
-        more commands (a driver that goes by shadow doorbells rings for the next one), and when something else lets it
-        run again: workers that are done, or entries of the completion queue that the driver has taken.
+        Returns (how many there were, whether the queue needs another turn).  It needs none if it has found no more
+        commands (a driver with shadow doorbells rings for the next one), or if another event will run it again: workers
+        that are not busy any more, or entries of the completion queue that the driver takes.
         """
         done, fast, cq = 0, self._host.fast, self.cq
         while done < count and not self._closed:
@@ -386,14 +387,14 @@ class SubmissionQueue:
                     done += taken
                     cq.posted()
                 if stop == BUSY or (stop == FULL and not cq.full):
-                    continue  # the shadow doorbell knows of more room
+                    continue  # the shadow doorbell shows that there are free entries now
                 if stop == TURN:
                     break
                 if stop != OTHER:
                     return done, False
             if cq.full:
                 if not self.waiting:
-                    self._poll()  # so that the next command has a doorbell
+                    self._poll()  # sets EventIdx, so that the driver rings for its next command
                 return done, False
             command = self._fetch()
             if command is None:
@@ -420,15 +421,15 @@ class SubmissionQueue:
         return NvmeCommand.parse(entry)
 
     def _fused(self, first: NvmeCommand) -> int:
-        """A fused operation; how many commands were taken besides the first."""
+        """Carries out a fused operation; returns how many commands were taken besides the first."""
         self._host.fast.changed()
-        # Both have to be there with one doorbell (4.12).
+        # Both commands have to be submitted by one doorbell write (4.12).
         second = self._fetch()
         if second is None:
             self.end(first, CommandError(NvmeStatus.ABORTED_MISSING_FUSED))
             return 0
         if second.flags & 3 != Fuse.SECOND:
-            # It has its own turn: a queue may be full of first commands.
+            # Put it back: it may be a first command itself, and the queue may be full of those.
             self._ring.head = (self._ring.head - 1) % self.entries
             self.end(first, CommandError(NvmeStatus.ABORTED_MISSING_FUSED))
             return 0
@@ -451,7 +452,7 @@ class SubmissionQueue:
             raise CommandError(NvmeStatus.CID_CONFLICT)
 
     def carry_out(self, command: NvmeCommand) -> None:
-        """Carries a command out the general way."""
+        """Carries out a command on the general path."""
         self._host.fast.changed()
         try:
             if command.flags & 3 == Fuse.SECOND:
@@ -469,7 +470,7 @@ class SubmissionQueue:
                 self.end(command, None, outcome)
 
     def _as_status(self, error: Exception) -> CommandError:
-        """The status of what a command's handler has raised."""
+        """The status for an exception of a command's handler."""
         if isinstance(error, CommandError):
             return error
         if isinstance(error, DmaFault):
@@ -489,12 +490,12 @@ class SubmissionQueue:
             status = failure.field(more=self._host.failed(self, command, failure))
             result = failure.result
         if self._host.points.wants(Point.COMPLETION):
-            self._announce(command, status, result)
+            self._post_at_point(command, status, result)
         else:
             self.cq.post(self, command.cid, status, result)
 
-    def _announce(self, command: NvmeCommand, status: int, result: int) -> None:
-        """Posts a completion if nobody who listens has it otherwise; one that comes late may find the queue gone."""
+    def _post_at_point(self, command: NvmeCommand, status: int, result: int) -> None:
+        """Posts a completion at its fault point: a rule may change, drop or delay it, even until the queue is gone."""
 
         def post(event: Event) -> None:
             if not self._closed:
@@ -514,7 +515,7 @@ class SubmissionQueue:
         )
 
     def abort(self, cid: int, status: NvmeStatus = NvmeStatus.ABORT_REQUESTED) -> bool:
-        """Aborts a command that is under way, which then is complete; False: it is not, or cannot be any more."""
+        """Aborts a command in progress and completes it; returns False if there is none, or it cannot be aborted."""
         later = self.in_flight.get(cid)
         if later is not None and later.abort is not None and later.abort():
             later.fail(CommandError(status))
@@ -525,13 +526,13 @@ class SubmissionQueue:
         return False
 
     def drain(self) -> None:
-        """Completes or aborts all that is under way, as before the queue is deleted (5.6)."""
+        """Completes or aborts all commands in progress, before the queue is deleted (5.6)."""
         for cid in list(self.in_flight):
             self.abort(cid, NvmeStatus.ABORTED_SQ_DELETION)
         self._host.fast.settle()
 
     def close(self) -> None:
-        """It is deleted, or the controller is reset: nothing is posted for it any more."""
+        """Ends the queue, as it is deleted or the controller reset: no more completions are posted for it."""
         self._closed = True
         self.in_flight.clear()
         self.cq.queues.remove(self)

@@ -8,9 +8,9 @@ from vmodel.regs import RO, RW, W1C, Bit, Bits, Layout, Reg32, Reg64, RegisterBa
 
 #: Version 1.4.0.
 VERSION = 0x0001_0400
-#: What NSSR takes: "NVMe".
+#: The value that NSSR accepts: "NVMe".
 SUBSYSTEM_RESET = 0x4E56_4D65
-#: Where the doorbells begin, and the most queue pairs: the admin pair and 64 for I/O.
+#: Offset of the doorbells, and the most queue pairs: the admin pair and 64 for I/O.
 DOORBELLS_AT = 0x1000
 QUEUE_PAIRS = 65
 #: Largest stride: doorbells 256 bytes apart.
@@ -29,7 +29,7 @@ class NvmeCap(Layout):
     CSS = Bits(37, 44, doc="bit 0: NVM command set")
     BPS = Bit(45)
     MPSMIN = Bits(48, 51, doc="smallest page: 4096 << MPSMIN bytes")
-    MPSMAX = Bits(52, 55, doc="largest page, likewise")
+    MPSMAX = Bits(52, 55, doc="largest page: 4096 << MPSMAX bytes")
     PMRS = Bit(56)
     CMBS = Bit(57)
 
@@ -50,8 +50,8 @@ class Csts(Layout):
     """Controller Status."""
 
     RDY = Bit(0, RO, doc="ready")
-    CFS = Bit(1, RO, doc="fatal: only a reset helps")
-    SHST = Bits(2, 3, RO, doc="shutdown: 0 none, 1 under way, 2 complete")
+    CFS = Bit(1, RO, doc="fatal error: the controller needs a reset")
+    SHST = Bits(2, 3, RO, doc="shutdown: 0 none, 1 in progress, 2 complete")
     NSSRO = Bit(4, W1C, doc="there was a subsystem reset")
     PP = Bit(5, RO)
 
@@ -69,7 +69,7 @@ class AdminBase(Layout):
     BASE = Bits(12, 63, RW)
 
 
-# Registers of 64 bits may be accessed in two halves; nothing narrower than 32 bits is defined, and reads as 0.
+# Registers of 64 bits may be accessed in two halves.  Accesses of less than 32 bits are not defined, and read as 0.
 
 
 class ControllerRegs(RegisterBank, size=0x1000, sizes=(4, 8), misaligned=False):
@@ -98,5 +98,5 @@ def doorbells(stride: int) -> type[RegisterBank]:
         registers[f"SQ{qid}TDBL"] = Reg32(2 * qid * step, doc=f"tail of submission queue {qid}")
         registers[f"CQ{qid}HDBL"] = Reg32((2 * qid + 1) * step, doc=f"head of completion queue {qid}")
     text = {"__doc__": f"Doorbells, {step} bytes apart."}
-    # A bank made on the spot: where its registers are is known only here.
+    # The bank's class is made here, as the offsets of its registers depend on the stride.
     return type(f"Doorbells{step}", (RegisterBank,), {**text, **registers}, size=2 * QUEUE_PAIRS * step, sizes=(4,))

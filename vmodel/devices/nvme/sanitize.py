@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class SanitizeAction(enum.IntEnum):
-    """SANACT."""
+    """SANACT: the sanitize action."""
 
     EXIT_FAILURE_MODE = 1
     BLOCK_ERASE = 2
@@ -43,7 +43,7 @@ _GLOBAL_ERASED = 1 << 8
 
 
 class Sanitize:
-    """The operation under way, or the last one; it goes on through resets."""
+    """The operation in progress, or the last one; resets do not stop it."""
 
     def __init__(self, controller: Nvme) -> None:
         self._controller = controller
@@ -56,23 +56,23 @@ class Sanitize:
 
     @property
     def in_progress(self) -> bool:
-        """Namespaces cannot be accessed."""
+        """Whether an operation is in progress: namespaces cannot be accessed."""
         return self._state is SanitizeState.IN_PROGRESS
 
     @property
     def failed(self) -> bool:
-        """They cannot either, until a sanitize operation succeeds or failure mode is left."""
+        """Whether the last one has failed: namespaces cannot be accessed until one succeeds or failure mode is left."""
         return self._failure_mode
 
     def check(self) -> None:
-        """CommandError, if commands that need namespaces' contents are not allowed."""
+        """CommandError while commands must not access namespaces."""
         if self.in_progress:
             raise CommandError(NvmeStatus.SANITIZE_IN_PROGRESS, dnr=False)
         if self.failed:
             raise CommandError(NvmeStatus.SANITIZE_FAILED)
 
     def start(self, command: NvmeCommand) -> None:
-        """The Sanitize command; it completes when the operation has begun.  CommandError."""
+        """Carries out the Sanitize command, which completes when the operation has begun.  CommandError."""
         if self.in_progress:
             raise CommandError(NvmeStatus.SANITIZE_IN_PROGRESS, dnr=False)
         try:
@@ -80,13 +80,13 @@ class Sanitize:
         except ValueError:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=40) from None
         if action is SanitizeAction.EXIT_FAILURE_MODE:
-            # Only a failure in unrestricted mode can be left that way.
+            # Exit Failure Mode is only allowed after a failure in unrestricted mode.
             if self.failed and not self._cdw10 & _UNRESTRICTED:
                 raise CommandError(NvmeStatus.SANITIZE_FAILED)
             self._failure_mode = False  # the log goes on saying that it has failed
             return
         if self.failed and command.cdw10 & _UNRESTRICTED and not self._cdw10 & _UNRESTRICTED:
-            # After a failure in restricted mode only that mode helps.
+            # After a failure in restricted mode, only another restricted operation is allowed.
             raise CommandError(NvmeStatus.SANITIZE_FAILED)
         if self._controller.firmware.pending:
             raise CommandError(NvmeStatus.FIRMWARE_NEEDS_CONTROLLER_RESET, dnr=False)
@@ -114,7 +114,7 @@ class Sanitize:
     def _overwrites(self, namespaces: list[Namespace], command: NvmeCommand) -> Iterator[tuple[Namespace, Job]]:
         passes, pattern = self._passes_of(command.cdw10), command.cdw11
         for n in range(passes):
-            # With OIPBP each pass has the inverse of the one before, and the last one the pattern itself.
+            # With OIPBP each pass inverts the pattern of the pass before; the last pass writes the pattern itself.
             inverted = command.cdw10 & _INVERT and (passes - 1 - n) % 2
             word = (pattern ^ 0xFFFF_FFFF if inverted else pattern).to_bytes(4, "little")
             data = bytearray(word * (PIECE // 4))
@@ -124,11 +124,11 @@ class Sanitize:
 
     @staticmethod
     def _passes_of(cdw10: int) -> int:
-        """Overwrite Pass Count: 0 stands for 16."""
+        """Overwrite Pass Count; the field's value 0 means 16."""
         return cdw10 >> 4 & 15 or 16
 
     def resume(self) -> None:
-        """Goes on after a reset."""
+        """Continues after a reset."""
         if self._work is not None:
             self._work.resume()
 
@@ -149,14 +149,14 @@ class Sanitize:
 
     @property
     def _passes(self) -> int:
-        """Passes of an overwrite that are complete; 0 with other operations."""
+        """Completed passes of an overwrite; 0 for other operations."""
         if self._cdw10 & 7 != SanitizeAction.OVERWRITE:
             return 0
         progress = self._progress if self._work is None else self._work.progress
         return int(progress * self._passes_of(self._cdw10))
 
     def log(self) -> bytes:
-        """The sanitize status page."""
+        """Builds the Sanitize Status log page."""
         progress = int(self._work.progress * 65535) if self._work is not None else 65535
         erased = self._state is SanitizeState.COMPLETED and not self._controller.health.written
         unknown = 0xFFFF_FFFF  # no time is reported

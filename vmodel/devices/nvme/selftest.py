@@ -25,7 +25,7 @@ _RESULTS = 20
 
 
 class SelftestCode(enum.IntEnum):
-    """STC."""
+    """STC: the self-test code of the command."""
 
     SHORT = 0x1
     EXTENDED = 0x2
@@ -33,7 +33,7 @@ class SelftestCode(enum.IntEnum):
 
 
 class SelftestResult(enum.IntEnum):
-    """How a test has ended."""
+    """Result of a test."""
 
     PASSED = 0x0
     ABORTED_BY_COMMAND = 0x1
@@ -46,7 +46,7 @@ class SelftestResult(enum.IntEnum):
 
 
 class DeviceSelfTest:
-    """The test under way, and the results of the last 20."""
+    """The test in progress, and the results of the last 20 tests."""
 
     def __init__(self, controller: Nvme) -> None:
         self._controller = controller
@@ -57,12 +57,12 @@ class DeviceSelfTest:
         self._work: Work | None = None
 
     def start(self, command: NvmeCommand) -> None:
-        """The Device Self-test command; it completes when the test has begun.  CommandError."""
+        """Carries out the Device Self-test command, which completes when the test has begun.  CommandError."""
         try:
             code = SelftestCode(command.cdw10 & 15)
         except ValueError:
             raise CommandError(NvmeStatus.INVALID_FIELD, location=40) from None
-        # 0: the controller alone, FFFFFFFFh: with all active namespaces.
+        # 0: only the controller; FFFFFFFFh: the controller and all active namespaces.
         namespaces = self._controller.inventory.chosen(command.nsid) if command.nsid else []
         if code is SelftestCode.ABORT:
             self.abort(SelftestResult.ABORTED_BY_COMMAND)
@@ -84,7 +84,7 @@ class DeviceSelfTest:
                 yield namespace, Job(Op.VERIFY, offset, length)
 
     def abort(self, why: SelftestResult) -> None:
-        """Ends a test, if there is one."""
+        """Aborts the test in progress, if there is one."""
         if self._work is not None:
             self._work.cancel()
             self._end(why)
@@ -95,7 +95,7 @@ class DeviceSelfTest:
             self.abort(why)
 
     def reset(self) -> None:
-        """A controller reset ends a short test; an extended one goes on."""
+        """At a controller reset: aborts a short test; an extended one continues."""
         if self._code is SelftestCode.SHORT:
             self.abort(SelftestResult.ABORTED_BY_RESET)
         elif self._work is not None:
@@ -114,7 +114,7 @@ class DeviceSelfTest:
             "power_on_hours": self._controller.health.power_on_hours,
             "nsid": self._nsid if nsid is None else nsid,
             "lba": lba or 0,
-            # What is valid: bit 0 the namespace, 1 the block.
+            # Valid fields: bit 0 the namespace, bit 1 the block.
             "valid": (1 if nsid or self._nsid else 0) | (2 if lba is not None else 0),
             "segment": 1 if outcome is SelftestResult.SEGMENT_FAILED else 0,
         }
@@ -122,7 +122,7 @@ class DeviceSelfTest:
         self._code, self._work, self._namespaces = None, None, []
 
     def log(self) -> bytes:
-        """The device self-test page."""
+        """Builds the Device Self-test log page."""
         results = [SelfTestResult.parse(build(SelfTestResult, fields)) for fields in self._results]
         unused = SelfTestResult.parse(build(SelfTestResult, {"status": SelftestResult.UNUSED}))
         progress = min(int(self._work.progress * 100), 99) if self._work is not None else 0

@@ -1,4 +1,4 @@
-"""Work on whole namespaces in the background, a piece at a time: Format, Sanitize, Device Self-test."""
+"""Background work on whole namespaces, piece by piece: Format, Sanitize, Device Self-test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 from vmodel.devices.nvme.backend import Job
 from vmodel.devices.nvme.namespace import Namespace
 
-#: Bytes of a piece that moves data, and of one that only gives space back.
+#: Bytes of a piece that moves data, and of one that only frees space.
 PIECE, LARGE_PIECE = 1 << 20, 1 << 28
 
 
@@ -17,7 +17,7 @@ class _Host(Protocol):
 
 
 class Work:
-    """Jobs that are done one after the other; commands have their turn in between."""
+    """A sequence of jobs; commands are served between two jobs."""
 
     def __init__(
         self,
@@ -27,9 +27,9 @@ class Work:
         *,
         total: int = 0,
     ) -> None:
-        """`done` is called once all jobs are done, or one has failed; `total`: bytes of all, for `progress`.
+        """`done` is called once, when all jobs are done or one has failed; `total`: bytes of all, for `progress`.
 
-        Nothing happens before `resume`.
+        The work starts at the first `resume`.
         """
         self._host = host
         self._jobs = iter(jobs)
@@ -40,17 +40,17 @@ class Work:
 
     @property
     def progress(self) -> float:
-        """From 0 to 1."""
+        """The completed part, from 0 to 1."""
         return self._bytes / self._total if self._total else 0.0
 
     def resume(self) -> None:
-        """Begins, or goes on after a reset, which has forgotten what was deferred: a piece may be done twice."""
+        """Starts the work, or continues it after a reset, which drops deferred calls; a piece may be repeated."""
         self._turn += 1
         turn = self._turn
         self._host.defer(lambda: self._step(turn))
 
     def cancel(self) -> None:
-        """No further piece is begun, and `done` is not called."""
+        """Stops the work: no further piece is begun, and `done` is not called."""
         self._turn += 1
         self._done = None
 
@@ -83,7 +83,7 @@ class Work:
 
 
 class Failure:
-    """What work has failed at; `code` is an errno."""
+    """The job that has failed; `code` is an errno."""
 
     def __init__(self, namespace: Namespace, job: Job, code: int) -> None:
         self.namespace = namespace
@@ -92,10 +92,10 @@ class Failure:
 
     @property
     def lba(self) -> int:
-        """The first block of the piece."""
+        """The first block of the failed piece."""
         return self.job.offset >> self.namespace.lba_shift
 
 
 def pieces(size: int, piece: int) -> Iterable[tuple[int, int]]:
-    """(offset, length) of each piece of `size` bytes."""
+    """Splits `size` bytes into pieces: (offset, length) of each, at most `piece` bytes long."""
     return ((at, min(piece, size - at)) for at in range(0, size, piece))
