@@ -64,9 +64,9 @@ _DOCS = {
     Point.IRQ: "a device raises an interrupt",
     Point.RESET: "a function is reset",
     Point.COMPLETION: "a device completes a command",
-    Point.DOORBELL: "a driver tells a device of commands",
+    Point.DOORBELL: "a driver rings a doorbell for new commands",
     Point.CONNECTION: "a client (QEMU) connects to a device",
-    Point.UNPLUG: "a client has let go of a device: unplugged, or gone",
+    Point.UNPLUG: "a client has released a device: unplugged, or gone",
 }
 
 
