@@ -15,6 +15,8 @@ from vmodel.patience import slowness
 # HYPOTHESIS_PROFILE=thorough, tries ten times as many, and others each time.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("thorough", max_examples=1000, deadline=None, print_blob=True)
+#: For `scripts/test --quick`.
+settings.register_profile("quick", derandomize=True, deadline=None, print_blob=True, max_examples=20)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 #: Milliseconds that `work` takes on a machine at rest, of 2020 or so.

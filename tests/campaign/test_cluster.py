@@ -18,6 +18,8 @@ from vmodel.campaign.cluster import pack, unpack
 from vmodel.experiment.oracle import Outcome
 from vmodel.patience import patience
 
+pytestmark = pytest.mark.slow
+
 distributed: Any = importlib.import_module("distributed")
 
 

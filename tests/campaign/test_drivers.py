@@ -7,7 +7,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.cli.commands import vmodel
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,6 +22,8 @@ from vmodel.experiment.case import Case, Result
 from vmodel.experiment.oracle import Outcome
 from vmodel.inject import FaultPlan, parse_rule
 
+pytestmark = pytest.mark.slow
+
 
 @given(st.integers(1, 40), st.data())
 def test_ddmin(count: int, data: st.DataObject) -> None:

@@ -12,6 +12,8 @@ from tests.campaign.browser import Browser
 from tests.cli.commands import vmodel
 from vmodel.experiment.oracle import Outcome
 
+pytestmark = pytest.mark.slow
+
 SHOWN = '[...document.querySelectorAll("#run-table tbody tr")].filter(row => row.offsetParent).map(row => row.id)'
 COLUMN = '[...document.querySelectorAll("#run-table tbody tr")].map(row => row.cells[{}].textContent.trim())'
 

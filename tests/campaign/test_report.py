@@ -21,6 +21,8 @@ from vmodel.campaign.summary import Summary
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
 
+pytestmark = pytest.mark.slow
+
 #: What a guest may have printed.
 EVIL = "<script>alert(1)</script> \x00\x1b[31m ]]> \ud800 \uffff \" ' & {{ 7 * 7 }} " + "x" * 5000
 

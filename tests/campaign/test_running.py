@@ -18,6 +18,8 @@ from tests.cli.commands import environ, refused, vmodel
 from vmodel.experiment.oracle import Outcome
 from vmodel.patience import patience
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_campaign(folder: Path) -> None:
     write(folder, f"note {folder}/log copy 2")

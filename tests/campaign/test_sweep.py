@@ -5,11 +5,15 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.campaign.runs import ended, eventually, rows, running
 from tests.cli.commands import refused, vmodel
 from vmodel.campaign.sweep import fired
 from vmodel.experiment.oracle import Outcome
 from vmodel.patience import patience
+
+pytestmark = pytest.mark.slow
 
 
 def sweep(folder: Path, workload: str, *more: str) -> list[str]:

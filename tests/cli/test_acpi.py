@@ -12,6 +12,8 @@ from tests.cli.commands import ROOT, in_terminal, refused, vmodel
 from vmodel.machine import load
 from vmodel.patience import patience
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 
 

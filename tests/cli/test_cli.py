@@ -52,6 +52,7 @@ def qemu(tmp_path: Path) -> Path:
 # ---- the command line itself ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_help_lists_the_commands() -> None:
     for arguments in ([], ["--help"], ["-h"]):
         done = vmodel(*arguments)
@@ -64,6 +65,7 @@ def test_version() -> None:
     assert re.match(r"vmodel \S+", vmodel("--version").stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -85,6 +87,7 @@ def test_a_misspelt_option() -> None:
     assert re.search(r"no such option:? '?--rundir.*--run-dir", refused(vmodel("serve", "x.toml", "--rundir", "y")))
 
 
+@pytest.mark.slow
 def test_each_mistake_of_a_machine_is_a_line(tmp_path: Path) -> None:
     file = tmp_path / "m.toml"
     file.write_text('[machine]\nname = "a/b"\nmemory = "1"\n')
@@ -140,6 +143,7 @@ def test_serve(number: int, tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_dead_servers_socket_is_replaced_and_a_live_ones_is_not(tmp_path: Path) -> None:
     path = tmp_path / "edu0.sock"
     with serving(EXAMPLE, "--run-dir", tmp_path) as (first, _):
@@ -154,6 +158,7 @@ def test_a_dead_servers_socket_is_replaced_and_a_live_ones_is_not(tmp_path: Path
         assert second.poll() is None
 
 
+@pytest.mark.slow
 def test_run_dir_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said = refused(vmodel("serve", EXAMPLE, "--run-dir", tmp_path / "file"))
@@ -162,6 +167,7 @@ def test_run_dir_that_cannot_be(tmp_path: Path) -> None:
     assert re.match(r".*: device\[0\]\.name: 'edu0': its socket .* at most 107 work: use --run-dir", said)
 
 
+@pytest.mark.slow
 def test_default_run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, tmp = tmp_path / "runtime", tmp_path / "tmp"
     runtime.mkdir()
@@ -233,6 +239,7 @@ def test_run_ends_qemu_when_it_is_ended(number: int, qemu: Path, tmp_path: Path)
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_no_qemu(tmp_path: Path) -> None:
     for command in (["run", EXAMPLE], ["guest", EXAMPLE, "--", "true"]):
         done = vmodel(*command, HOME=str(tmp_path), PATH="/nonexistent")
@@ -278,6 +285,7 @@ def test_regs_of_a_file_here(tmp_path: Path) -> None:
     assert "bits [7:0] of [red]it[/red]\n" in vmodel("regs", "mine.py:D", cwd=tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_doctor(qemu: Path, tmp_path: Path) -> None:
     done = vmodel("doctor", "--json", HOME=str(tmp_path), VMODEL_QEMU=str(qemu))
     found = json.loads(done.stdout)
@@ -292,6 +300,7 @@ def test_doctor(qemu: Path, tmp_path: Path) -> None:
     assert re.search(r"^MISSING  static busybox .*\n +to fix it: scripts/get-qemu$", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_doctor_finds_an_old_qemu(qemu: Path, tmp_path: Path) -> None:
     for old, new, said in (
         ("version 11.0.0", "version 9.2.1", "is QEMU 9.2.1, older than 10.1"),
@@ -355,6 +364,7 @@ def test_groups() -> None:
     assert not any(line != line.rstrip() for line in tree)
 
 
+@pytest.mark.slow
 def test_groups_for_tools(tmp_path: Path) -> None:
     found = json.loads(vmodel("groups", GROUPS, "--json").stdout)
     members = {tuple(group["devices"]) for group in found["groups"]}
@@ -368,6 +378,7 @@ def test_groups_for_tools(tmp_path: Path) -> None:
     assert (device / "iommu_group").resolve() == tmp_path / "sys" / "iommu_groups" / "1"
 
 
+@pytest.mark.slow
 def test_groups_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("")

@@ -17,6 +17,8 @@ from tests.cli.commands import serving
 from vmodel.patience import patience
 from vmodel.vfio_user.client import Client
 
+pytestmark = pytest.mark.slow
+
 MODEL = """
 import time
 from vmodel.device import MmioBar, PciDevice, on_write

@@ -78,6 +78,7 @@ def completed(words: str, cwd: Path) -> list[str]:
     return [line for line in proposed if line]
 
 
+@pytest.mark.slow
 def test_bash_proposes_commands(tmp_path: Path) -> None:
     assert completed("vmodel re", tmp_path) == ["regs", "reproduce", "report"]
     assert {"list", "add"} <= {*completed("vmodel inject ", tmp_path)}
@@ -87,6 +88,7 @@ def test_bash_proposes_models(tmp_path: Path) -> None:
     assert completed("vmodel regs ", tmp_path) == sorted(BUILTIN)
 
 
+@pytest.mark.slow
 def test_bash_proposes_machine_files(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("")
     (tmp_path / "a.txt").write_text("")

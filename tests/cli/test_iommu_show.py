@@ -20,6 +20,8 @@ from vmodel.errors import DmaFault
 from vmodel.machine import Machine, parse
 from vmodel.status import MAX_MAPPINGS, commands
 
+pytestmark = pytest.mark.slow
+
 MACHINE = """
 [machine]
 name = "m"

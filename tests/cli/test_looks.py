@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.cli.commands import in_terminal, vmodel
+
+pytestmark = pytest.mark.slow
 
 
 def test_no_color(tmp_path: Path) -> None:

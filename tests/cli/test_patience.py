@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.commands import EXAMPLE, ROOT, environ, refused, vmodel
 from vmodel.patience import patience
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_wrong_factor_is_one_line() -> None:

@@ -15,6 +15,8 @@ from vmodel.campaign.store import ResultStore
 from vmodel.experiment.case import Case
 from vmodel.printable import printable
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def evil(tmp_path: Path) -> Path:

@@ -49,6 +49,14 @@ def test_arguments_go_to_pytest(scripts: Path) -> None:
     assert calls(scripts)[-1] == ["pytest", "", *HEAD]
 
 
+def test_quick(scripts: Path) -> None:
+    """Nothing is fetched; a selection by the user comes later, and so counts."""
+    quick = ["-m", "not guest and not slow", "--hypothesis-profile", "quick"]
+    assert calls(scripts, "--quick") == [["pytest", "", *HEAD, *quick]]
+    assert calls(scripts, "-x", "--quick", "-m", "a b") == [["pytest", "", *HEAD, *quick, "-x", "-m", "a b"]]
+    assert calls(scripts, "--quick", "--kernels", "all", status=1) == []
+
+
 @pytest.mark.parametrize("option", [["--kernels", "all"], ["--kernels=all"]])
 def test_all_kernels_are_refreshed(scripts: Path, option: list[str]) -> None:
     everything, refresh, tests = calls(scripts, "-x", *option, "-k", "a b")
@@ -64,6 +72,7 @@ def test_some_kernels(scripts: Path) -> None:
     assert calls(scripts, "-x", "--kernels", status=1) == []
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs() -> None:
     """Each of its measurements, for a moment: what they say is for people to look at."""
     done = subprocess.run(

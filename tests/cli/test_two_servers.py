@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.cli.commands import ELSE, ROOT, refused, serving, vmodel
+
+pytestmark = pytest.mark.slow
 
 
 def files(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import pytest
 from tests.fuzz.targets import Target, run, targets
 from vmodel.guest.artifacts import ArtifactError, find_clang
 
+pytestmark = pytest.mark.slow
+
 SECONDS = int(os.environ.get("VMODEL_FUZZ_SECONDS", "5"))
 
 

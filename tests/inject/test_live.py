@@ -18,6 +18,8 @@ from vmodel.errors import ConfigError
 from vmodel.patience import patience
 from vmodel.vfio_user.client import Client
 
+pytestmark = pytest.mark.slow
+
 PLAN = """
 seed = 7
 

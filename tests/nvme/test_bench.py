@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 from vmodel.cli.bench import BLOCKS, DEPTHS, Figure, percentiles, plot
 from vmodel.cli.chart import Chart, Series, draw
 from vmodel.testing.nvme import Latency
+
+pytestmark = pytest.mark.slow
 
 SVG = "{http://www.w3.org/2000/svg}"
 

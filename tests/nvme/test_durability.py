@@ -18,6 +18,8 @@ from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.patience import patience
 from vmodel.testing.nvme import FLUSH, READ, WRITE, NvmeDriver, prps
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 15
 BLOCKS = 64  # of 4096 bytes
 MACHINE = """

@@ -315,6 +315,7 @@ def test_dmar_says_which_memory_and_namespace_devices_there_are(tmp_path: Path) 
     assert structures[2][1] == bytes(3) + b"\1" + b"\\_SB.UART\0"
 
 
+@pytest.mark.slow
 def test_iasl_reads_rmrr_and_andd(tmp_path: Path) -> None:
     assert complaints(tmp_path, described(tmp_path)) == []
     text = (tmp_path / "table.dsl").read_text()
@@ -345,6 +346,7 @@ def complaints(folder: Path, table: bytes) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", ["edu-viommu", "edu-vtd", "bridged-viommu", "bridged-vtd", "two", "one of each", "ats"]
 )
@@ -367,6 +369,7 @@ def test_iasl_is_content(what: str, tmp_path: Path) -> None:
         assert [n for n in range(len(table)) if table[n] != again[n] and n not in own] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "value", "says"), [(9, 0, "Incorrect checksum"), (48, 9, "Unknown")])
 def test_iasl_would_complain(at: int, value: int, says: str, tmp_path: Path) -> None:
     table = bytearray(tables(load(EXAMPLES / "edu-viommu.toml"))["VIOT"])
