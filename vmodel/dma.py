@@ -232,8 +232,7 @@ class Dma:
         """Fills `buffer` (writable, contiguous) from `iova` on."""
         tap: Tap | None = None
         try:
-            self._port.requester.readinto(iova, buffer, self._pasid)
-            return
+            return self._port.requester.readinto(iova, buffer, self._pasid)
         except _Intercepted as intercepted:
             tap = intercepted.tap
         except _shim.ByMessage:
@@ -242,16 +241,14 @@ class Dma:
             if not self._mended(fault):
                 raise
         if tap is not None:
-            tap.readinto(self.untapped, iova, buffer)
-        else:
-            self._go_on(iova, memoryview(buffer).cast("B"), Access.READ)
+            return tap.readinto(self.untapped, iova, buffer)
+        return self._go_on(iova, memoryview(buffer).cast("B"), Access.READ)
 
     def write(self, iova: int, data: Buffer) -> None:
         """Writes all of `data` (contiguous) to `iova`."""
         tap: Tap | None = None
         try:
-            self._port.requester.write(iova, data, self._pasid)
-            return
+            return self._port.requester.write(iova, data, self._pasid)
         except _Intercepted as intercepted:
             tap = intercepted.tap
         except _shim.ByMessage:
@@ -260,9 +257,8 @@ class Dma:
             if not self._mended(fault):
                 raise
         if tap is not None:
-            tap.write(self.untapped, iova, data)
-        else:
-            self._go_on(iova, memoryview(data).cast("B"), Access.WRITE)
+            return tap.write(self.untapped, iova, data)
+        return self._go_on(iova, memoryview(data).cast("B"), Access.WRITE)
 
     def _go_on(self, iova: int, view: memoryview, access: Access) -> None:
         """A transfer anew, piece by piece: by message where there is no file, and after what the IOMMU mended."""
