@@ -1,19 +1,20 @@
 """Fault points: every place where an experiment may interfere, as a typed object.
 
-What happens at a point is an `Event`.  Whoever announces one says how it is carried out, and gets back what came of it:
+What happens at a point is an `Event`, of the class that the point has.  Its source says how it is carried out:
 
     self.points.completion(lambda e: self._post(e.id, e.status), queue=1, id=cid, status=0)
 
-At first nobody listens, and the event is carried out as it is.  Paths that must be fast do not even announce: the
-intercepting ones are put in their place when somebody wants to hear (`vmodel.device.taps`).
+Where a point is armed, a sink intercepts the event and has it carried out, changed or not, or drops it.  Otherwise it
+is carried out as it is.  Paths that must be fast have no points of their own: taps are put in front of them while they
+are armed (`vmodel.device.taps`).
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, TypeVar, cast
 
 
 class Point(enum.Enum):
@@ -43,11 +44,11 @@ class Point(enum.Enum):
 
     @property
     def doc(self) -> str:
-        """What happens there."""
+        """What happens there, in a few words."""
         return _DOCS[self]
 
 
-#: What a device may do many times without Python, if nobody asks.
+#: What a device may do many times without Python while it is not armed.
 _DETAILS = frozenset((Point.DMA_READ, Point.DMA_WRITE, Point.TRANSLATE, Point.COMPLETION))
 _READS = frozenset((Point.DMA_READ, Point.MMIO_READ, Point.CONFIG_READ))
 _DOCS = {
@@ -70,53 +71,200 @@ _DOCS = {
 }
 
 
+def _by(*keys: str) -> dict[str, tuple[str, ...]]:
+    """Metadata of a field that these keys of plans ask about, if any; without it the key has the field's name."""
+    return {"keys": keys}
+
+
 @dataclass(slots=True)
 class Event:
-    """What happens at a point.  Fields that a point has no use for are None.
+    """What happens at a point: base of a class for each family of points.
 
-    What is carried out is what the event says then: who comes between may change it, or hand on a changed copy.
+    It is carried out as its fields say then: a sink may change it, or hand on a changed copy.
     """
 
-    point: Point
+    #: Where events of this class happen.
+    points: ClassVar[frozenset[Point]] = frozenset()
+
+    point: Point = field(metadata=_by())
     #: The device that does it, or to which it is done; at the IOMMU's points the IOMMU's name.
-    device: str = ""
+    device: str = field(default="", metadata=_by())
     #: At the IOMMU's points: the devices that it concerns.
-    others: tuple[str, ...] = ()
-    #: Of DMA: the id that the IOMMU sees, the group's number, the domain's name, the PASID.
+    others: tuple[str, ...] = field(default=(), metadata=_by())
+    #: What the driver is at: see `Phase`.
+    phase: str = field(default="", metadata=_by())
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestEvent(Event):
+    """A device asks for `size` bytes at an IOVA."""
+
+    #: The IOVA.
+    address: int = field(metadata=_by("iova"))
+    size: int
+    #: The id that the IOMMU sees, the group's number, the domain's name, the PASID; None: there is none.
     requester: int | None = None
     group: int | None = None
     domain: str | None = None
     pasid: int | None = None
-    #: The IOVA, or the offset in a region.
-    address: int | None = None
-    size: int | None = None
-    #: What is written, or would be read.
-    data: bytes | None = None
-    region: int | None = None
-    vector: int | None = None
-    #: Whether a translation is for a write.
-    write: bool | None = None
-    #: What a reset is called, or what an invalidation takes away.
-    kind: str | None = None
-    #: Of a command: its queue, opcode, first block and how many, and what its completion says.  `length` is the bytes
-    #: written (virtio) or the command's result (NVMe).
-    queue: int | None = None
+    #: Where the IOVA leads, past all IOTLBs; it gives None where it leads nowhere.
+    gpa: Callable[[], int | None] = field(repr=False)
+
+
+@dataclass(slots=True, kw_only=True)
+class DmaEvent(RequestEvent):
+    """A device reads or writes guest memory."""
+
+    points = frozenset((Point.DMA_READ, Point.DMA_WRITE))
+    #: What is written; None: it is a read.
+    data: bytes | None = field(default=None, metadata=_by())
+
+
+@dataclass(slots=True, kw_only=True)
+class TranslationEvent(RequestEvent):
+    """The IOMMU translates an access."""
+
+    points = frozenset((Point.TRANSLATE,))
+    #: Whether it is for a write.
+    write: bool = field(metadata=_by("direction"))
+
+
+@dataclass(slots=True, kw_only=True)
+class AccessEvent(Event):
+    """The guest, or its client, reads or writes a region."""
+
+    #: Its VFIO index.
+    region: int = field(metadata=_by())
+    #: The offset in the region.
+    address: int = field(metadata=_by("offset", "register"))
+    size: int
+    #: What is written; None: it is a read.
+    data: bytes | None = field(default=None, metadata=_by())
+
+
+@dataclass(slots=True, kw_only=True)
+class MmioEvent(AccessEvent):
+    """The guest accesses a BAR."""
+
+    points = frozenset((Point.MMIO_READ, Point.MMIO_WRITE))
+    #: The number of the BAR.
+    region: int = field(metadata=_by("bar"))
+
+
+@dataclass(slots=True, kw_only=True)
+class ConfigEvent(AccessEvent):
+    """The guest, or its client, accesses config space."""
+
+    points = frozenset((Point.CONFIG_READ, Point.CONFIG_WRITE))
+
+
+@dataclass(slots=True, kw_only=True)
+class InterruptEvent(Event):
+    """A device raises an interrupt."""
+
+    points = frozenset((Point.IRQ,))
+    vector: int
+
+
+@dataclass(slots=True, kw_only=True)
+class ResetEvent(Event):
+    """A function is reset."""
+
+    points = frozenset((Point.RESET,))
+    #: What the reset is called.
+    kind: str
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionEvent(Event):
+    """A device completes a command."""
+
+    points = frozenset((Point.COMPLETION,))
+    queue: int
+    #: What the completion says; `length`: the bytes written (virtio) or the command's result (NVMe).
+    id: int = field(metadata=_by())
+    status: int | None = None
+    length: int = field(default=0, metadata=_by())
+    #: The command's opcode, its first block and how many; None where commands have none.
     opcode: int | None = None
     lba: int | None = None
-    blocks: int | None = None
-    id: int | None = None
-    status: int | None = None
-    length: int | None = None
-    #: What the driver is at: see `Phase`.
-    phase: str = ""
-    #: Where a DMA address leads, past all IOTLBs; None: nowhere.
-    gpa: Callable[[], int | None] | None = field(default=None, repr=False)
+    blocks: int | None = field(default=None, metadata=_by())
 
+
+@dataclass(slots=True, kw_only=True)
+class DoorbellEvent(Event):
+    """A driver tells a device of commands."""
+
+    points = frozenset((Point.DOORBELL,))
+    queue: int
+    #: Of which of the two rings it is, where there are two.
+    kind: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class MappingEvent(Event):
+    """A guest maps or unmaps `size` bytes at an IOVA."""
+
+    points = frozenset((Point.IOMMU_MAP, Point.IOMMU_UNMAP))
+    domain: str
+    #: The IOVA.
+    address: int = field(metadata=_by("iova"))
+    size: int
+
+
+@dataclass(slots=True, kw_only=True)
+class InvalidationEvent(Event):
+    """IOTLBs or context entries are invalidated."""
+
+    points = frozenset((Point.INVALIDATE,))
+    #: What is invalidated.
+    kind: str
+    #: None: not only of one domain, not only a range of IOVAs.
+    domain: str | None = None
+    address: int | None = field(default=None, metadata=_by("iova"))
+    size: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class ConnectionEvent(Event):
+    """A client connects, or has let go of the device."""
+
+    points = frozenset((Point.CONNECTION, Point.UNPLUG))
+
+
+#: The class that each point's events have.
+EVENTS: dict[Point, type[Event]] = {
+    point: kind
+    for kind in (
+        DmaEvent,
+        TranslationEvent,
+        MmioEvent,
+        ConfigEvent,
+        InterruptEvent,
+        ResetEvent,
+        CompletionEvent,
+        DoorbellEvent,
+        MappingEvent,
+        InvalidationEvent,
+        ConnectionEvent,
+    )
+    for point in kind.points
+}
+
+
+def keys_of(kind: type[Event]) -> dict[str, str]:
+    """The keys of plans that ask about a class's fields: the field of each."""
+    return {key: f.name for f in fields(kind) for key in f.metadata.get("keys", (f.name,))}
+
+
+#: What has data or a size to change.
+Transfer = DmaEvent | AccessEvent
 
 #: Carries an event out; what a read gives, b"" elsewhere.
 Proceed = Callable[[Event], bytes]
-#: Hears of an event before it is carried out, and has it carried out, or not.
+#: Intercepts an event before it is carried out, and has it carried out, or not.
 Sink = Callable[[Event, Proceed], bytes]
+_E = TypeVar("_E", bound=Event)
 
 
 class Phase(enum.Enum):
@@ -130,55 +278,77 @@ class Phase(enum.Enum):
 
 
 class Points:
-    """What one device announces."""
+    """The fault points of one device."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.phase = Phase.PROBE
-        #: Whether somebody wants to hear of each access or command: ways that do not tell of them are closed.
+        #: Whether each access or command must be an event: then fast paths that have no points are not taken.
         self.detailed = False
         self._wanted: Collection[Point] = ()
         self._sink: Sink | None = None
 
     def arm(self, wanted: Collection[Point], sink: Sink | None) -> None:
-        """`sink` hears of the points `wanted` from now on; nobody of the others."""
+        """`sink` intercepts events at the points `wanted` from now on; the other points are disarmed."""
         self._sink = None
         self._wanted = frozenset(wanted)
         self.detailed = sink is not None and not _DETAILS.isdisjoint(wanted)
         self._sink = sink
 
-    def wants(self, point: Point) -> bool:
-        """Whether somebody listens: a model that has a faster way, or much to tell, asks first."""
+    def armed(self, point: Point) -> bool:
+        """Whether a sink intercepts events there: a model asks first where it has a faster way."""
         return self._sink is not None and point in self._wanted
 
-    def __call__(self, event: Event, proceed: Proceed) -> bytes:
-        """Announces an event and has it carried out; what a read gives."""
+    def __call__(self, event: _E, proceed: Callable[[_E], bytes]) -> bytes:
+        """Has an event carried out by `proceed`, through the sink where its point is armed; what a read gives."""
         sink = self._sink
         if sink is None or event.point not in self._wanted:
             return proceed(event)
         event.device = self.device
         event.phase = self.phase.value
-        return sink(event, proceed)
+        # A sink hands on copies of the event's own class (dataclasses.replace).
+        return sink(event, cast(Proceed, proceed))
 
-    def at(self, point: Point, proceed: Callable[[Event], object], **fields: Any) -> None:
-        """Announces what gives no data; `fields` are the event's."""
+    def at(self, event: _E, proceed: Callable[[_E], object]) -> None:
+        """The same for an event that gives no data."""
 
-        def carry_out(event: Event) -> bytes:
+        def carry_out(event: _E) -> bytes:
             proceed(event)
             return b""
 
-        self(Event(point, **fields), carry_out)
+        self(event, carry_out)
 
-    def completion(self, proceed: Callable[[Event], object], **fields: Any) -> None:
+    def completion(
+        self,
+        proceed: Callable[[CompletionEvent], object],
+        *,
+        queue: int,
+        id: int,
+        status: int | None = None,
+        length: int = 0,
+        opcode: int | None = None,
+        lba: int | None = None,
+        blocks: int | None = None,
+    ) -> None:
         """A command is completed: `proceed` does so with the event's `id`, `status` and `length`."""
-        self.at(Point.COMPLETION, proceed, **fields)
+        said = CompletionEvent(
+            Point.COMPLETION,
+            queue=queue,
+            id=id,
+            status=status,
+            length=length,
+            opcode=opcode,
+            lba=lba,
+            blocks=blocks,
+        )
+        self.at(said, proceed)
 
-    def doorbell(self, proceed: Callable[[Event], object], **fields: Any) -> None:
+    def doorbell(self, proceed: Callable[[DoorbellEvent], object], *, queue: int, kind: str | None = None) -> None:
         """A doorbell has been rung: `proceed` looks at the event's `queue`."""
-        self.at(Point.DOORBELL, proceed, **fields)
+        self.at(DoorbellEvent(Point.DOORBELL, queue=queue, kind=kind), proceed)
 
-    def told(self, *, master: bool, interrupts: bool) -> None:
-        """Config space has changed: bus mastering, and whether MSI or MSI-X is on (True where there are none)."""
+    def config_changed(self, *, master: bool, interrupts: bool) -> None:
+        """Bus mastering, or whether MSI or MSI-X is on (True where there are none), may have changed."""
         if master and interrupts:
             self.phase = Phase.RUNNING
         elif master and self.phase is Phase.REMOVE:

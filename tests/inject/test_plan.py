@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import textwrap
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tests.inject.lab import Bench, Lab, fired
 from vmodel.errors import ConfigError
-from vmodel.inject import ACTIONS, Engine, Event, FaultPlan, Heal, Point, Rule, parse_rule
+from vmodel.inject import ACTIONS, Engine, Event, FaultPlan, Heal, InterruptEvent, Match, Point, Rule, parse_rule
 from vmodel.inject.action import Action
 from vmodel.inject.action_text import parse
 from vmodel.inject.actions import Drop, Flip, Partial
+from vmodel.inject.predicate import KEYS
+from vmodel.points import EVENTS, ConfigEvent, keys_of
 
 TEXT = """
 seed = 7
@@ -203,7 +208,7 @@ def test_a_function_of_the_users(lab: Bench, tmp_path: Path, caplog: pytest.LogC
         assert lab.get(4) == 0xFFFF_FFFF
     assert (tmp_path / "ran").read_text() == "x"  # once, although two rules name it
 
-    def third(event: Event) -> bool:
+    def third(event: InterruptEvent) -> bool:
         return event.vector == 3
 
     def broken(event: Event) -> bool:
@@ -272,3 +277,34 @@ def test_the_list_of_actions_has_all() -> None:
     assert {kind for kind in below(Action) if kind.name and kind.__module__.startswith("vmodel.")} == set(
         ACTIONS.values()
     )
+
+
+@pytest.mark.parametrize("point", Point)
+def test_each_point_has_a_class_of_events_whose_fields_keys_ask_about(point: Point) -> None:
+    """A key of a plan is accepted only where the point's class has a field for it; an error names those points."""
+    kind = EVENTS[point]
+    assert [other for other in set(EVENTS.values()) if point in other.points] == [kind]
+    values: dict[str, Any] = {"direction": "write", "register": "STATUS", "domain": "x", "kind": "x"}
+    asked = {key: values.get(key, 1) for key in KEYS}
+    fitting = set()
+    for key, value in asked.items():
+        try:
+            Match.model_validate({"point": point.value, key: value})
+        except ValidationError as error:
+            known = ", ".join(p.value for p in Point if p in KEYS[key])
+            assert f"{key}: events at {point.value} have none: only those at {known}" in str(error)
+        else:
+            fitting.add(key)
+    names = {field.name for field in fields(kind)}
+    assert fitting == set(keys_of(kind)) and set(keys_of(kind).values()) <= names
+    # Of the fields that have no key, nothing is asked: what is written, and what says of whom the event is.
+    unasked = {"point", "device", "others", "phase", "data", "id", "length", "blocks"}
+    if kind is ConfigEvent:
+        unasked.add("region")
+    assert names - set(keys_of(kind).values()) <= unasked
+
+
+def test_keys_are_about_fields() -> None:
+    """Each key of a rule's match asks about a field of some class, but for those about all events."""
+    about_all = {"point", "device", "phase", "when"}
+    assert {field.alias or name for name, field in Match.model_fields.items()} == set(KEYS) | about_all

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.inject.lab import PLAIN, RAISE, Bench, Lab, armed
-from vmodel.inject import Engine, Event, FaultPlan, Point, Rule, parse_rule
+from vmodel.inject import DmaEvent, Engine, FaultPlan, Point, Rule, parse_rule
 from vmodel.inject.schedule import Progress, Schedule
 
 ONES = 0xFFFF_FFFF
@@ -164,7 +164,8 @@ def injections(plan: FaultPlan, events: Sequence[tuple[int, int, float]]) -> lis
         for n, (kind, address, gap) in enumerate(events):
             now[0] += gap
             point = (Point.DMA_READ, Point.DMA_WRITE)[kind]
-            event = Event(point, "lab", address=address, size=4, data=b"abcd" if kind else None)
+            data = b"abcd" if kind else None
+            event = DmaEvent(point, "lab", address=address, size=4, data=data, gpa=lambda: None)
             before = len(made.journal)
             made(event, lambda _: b"abcd")
             for record in made.journal.since(before):

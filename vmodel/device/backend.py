@@ -26,7 +26,7 @@ from vmodel.pci.caps import Msi, Msix, Pm, ResetKind
 from vmodel.pci.config import ConfigSpace, StatusRegister
 from vmodel.pci.express import Pcie
 from vmodel.pci.irq import Intx, Irqs
-from vmodel.points import Point, Points
+from vmodel.points import ConnectionEvent, Point, Points, ResetEvent
 from vmodel.regs import Hook, RegisterBank
 from vmodel.span import Span
 from vmodel.threads import Owner, owned
@@ -275,7 +275,8 @@ class VfioBackend:
     def config_written(self) -> None:
         """Updates the driver's phase (`Points`) after a config space write that exits."""
         messages = [c.enabled for c in self.config.capabilities if isinstance(c, Msi | Msix)]
-        self.points.told(master=bool(self.config.command.BUS_MASTER), interrupts=any(messages) or not messages)
+        master = bool(self.config.command.BUS_MASTER)
+        self.points.config_changed(master=master, interrupts=any(messages) or not messages)
 
     def _set_intx_status(self, level: bool) -> None:
         header = self.config.header
@@ -284,7 +285,7 @@ class VfioBackend:
     @owned
     def reset(self, kind: ResetKind) -> None:
         """Sets all registers to their reset values and runs `on_reset`; RAM areas keep their contents."""
-        self.points.at(Point.RESET, lambda _: self._reset(kind), kind=kind.value)
+        self.points.at(ResetEvent(Point.RESET, kind=kind.value), lambda _: self._reset(kind))
 
     def _reset(self, kind: ResetKind) -> None:
         self.points.reset()
@@ -339,13 +340,13 @@ class VfioBackend:
         """Called when a client has connected; `hang_up` ends its connection."""
         self.hang_up = hang_up
         self.region_infos = self._region_infos()
-        self.points.at(Point.CONNECTION, lambda _: None)
+        self.points.at(ConnectionEvent(Point.CONNECTION), lambda _: None)
 
     def client_gone(self) -> None:
         """Called when the client has disconnected: closes its eventfds; registers keep their values."""
         self.hang_up = None
         self.irqs.close()
-        self.points.at(Point.UNPLUG, lambda _: None)
+        self.points.at(ConnectionEvent(Point.UNPLUG), lambda _: None)
 
     @owned
     def quiesce(self, stopped: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Required, TypedDict
 
 from vmodel._shim import EXIT_ON_READ, EXIT_ON_WRITE
 from vmodel._shim import key as access_key
@@ -16,11 +17,33 @@ from vmodel.device.backend import VfioBackend
 from vmodel.device.regions import Regions
 from vmodel.dma import Buffer, Dma
 from vmodel.errors import DmaFault
-from vmodel.points import Event, Point, Points, Sink
+from vmodel.points import (
+    AccessEvent,
+    ConfigEvent,
+    DmaEvent,
+    InterruptEvent,
+    MmioEvent,
+    Point,
+    Points,
+    Sink,
+    TranslationEvent,
+)
 from vmodel.vfio_user.wire import Region
 
 _DMA = frozenset((Point.DMA_READ, Point.DMA_WRITE, Point.TRANSLATE))
-_ACCESSES = frozenset((Point.MMIO_READ, Point.MMIO_WRITE, Point.CONFIG_READ, Point.CONFIG_WRITE))
+_ACCESS: dict[Point, type[AccessEvent]] = {point: kind for kind in (MmioEvent, ConfigEvent) for point in kind.points}
+
+
+class _Request(TypedDict, total=False):
+    """Fields of a RequestEvent."""
+
+    address: Required[int]
+    size: Required[int]
+    pasid: Required[int | None]
+    gpa: Required[Callable[[], int | None]]
+    requester: int | None
+    group: int
+    domain: str | None
 
 
 class DmaTap:
@@ -36,11 +59,11 @@ class DmaTap:
         if not size:
             return dma.read(iova, size)
 
-        def carry_out(event: Event) -> bytes:
+        def carry_out(event: DmaEvent) -> bytes:
             self._translate(dma, event, write=False)
-            return dma.read(_address(event), event.size or 0)
+            return dma.read(event.address, event.size)
 
-        return self._points(_event(dma, Point.DMA_READ, iova, size), carry_out)
+        return self._points(DmaEvent(Point.DMA_READ, **_request(dma, iova, size)), carry_out)
 
     def readinto(self, dma: Dma, iova: int, buffer: bytearray | memoryview) -> None:
         with memoryview(buffer) as whole, whole.cast("B") as flat:
@@ -52,12 +75,12 @@ class DmaTap:
         if not copy:
             return dma.write(iova, copy)
 
-        def carry_out(event: Event) -> bytes:
+        def carry_out(event: DmaEvent) -> bytes:
             self._translate(dma, event, write=True)
-            dma.write(_address(event), event.data or b"")
+            dma.write(event.address, event.data or b"")
             return b""
 
-        self._points(_event(dma, Point.DMA_WRITE, iova, len(copy), copy), carry_out)
+        self._points(DmaEvent(Point.DMA_WRITE, data=copy, **_request(dma, iova, len(copy))), carry_out)
         return None
 
     def gather_into(self, dma: Dma, pieces: Sequence[tuple[int, int]], buffer: memoryview) -> None:
@@ -77,18 +100,17 @@ class DmaTap:
             self.write(dma, iova, copy)
 
     def atomic(self, dma: Dma, iova: int, op: int, size: int, operand: int, compare: int) -> int:
-        def carry_out(event: Event) -> bytes:
+        def carry_out(event: DmaEvent) -> bytes:
             self._translate(dma, event, write=True)
-            return dma.atomic(_address(event), op, size, operand, compare).to_bytes(size, "little")
+            return dma.atomic(event.address, op, size, operand, compare).to_bytes(size, "little")
 
-        return int.from_bytes(self._points(_event(dma, Point.DMA_READ, iova, size), carry_out), "little")
+        return int.from_bytes(self._points(DmaEvent(Point.DMA_READ, **_request(dma, iova, size)), carry_out), "little")
 
-    def _translate(self, dma: Dma, event: Event, *, write: bool) -> None:
+    def _translate(self, dma: Dma, event: DmaEvent, *, write: bool) -> None:
         """Announces the translation of an access, where there is an IOMMU that translates."""
-        if event.group is not None and self._points.wants(Point.TRANSLATE):
-            translation = _event(dma, Point.TRANSLATE, _address(event), event.size or 0)
-            translation.write = write
-            self._points(translation, lambda _: b"")
+        if event.group is not None and self._points.armed(Point.TRANSLATE):
+            about = _request(dma, event.address, event.size)
+            self._points(TranslationEvent(Point.TRANSLATE, write=write, **about), lambda _: b"")
 
     def _each(self, dma: Dma, pieces: Sequence[tuple[int, int]], flat: memoryview, *, write: bool) -> None:
         at = 0
@@ -104,24 +126,18 @@ class DmaTap:
             at += size
 
 
-def _event(dma: Dma, point: Point, iova: int, size: int, data: bytes | None = None) -> Event:
-    event = Event(point, address=iova, size=size, data=data, pasid=dma.pasid)
+def _request(dma: Dma, iova: int, size: int) -> _Request:
+    """What an event says of an access by `dma`."""
+    about: _Request = {"address": iova, "size": size, "pasid": dma.pasid, "gpa": lambda: iova}
     endpoint = dma.endpoint
     if endpoint is not None:
-        event.requester = endpoint.requester_id
+        about["requester"] = endpoint.requester_id
         if (group := endpoint.group) is not None:
-            domain = group.domain_of(event.pasid)
-            event.group = group.number
-            event.domain = None if domain is None else domain.name
-            event.gpa = lambda: None if domain is None else domain.iova_to_phys(iova)
-            return event
-    event.gpa = lambda: iova
-    return event
-
-
-def _address(event: Event) -> int:
-    assert event.address is not None
-    return event.address
+            domain = group.domain_of(dma.pasid)
+            about["group"] = group.number
+            about["domain"] = None if domain is None else domain.name
+            about["gpa"] = lambda: None if domain is None else domain.iova_to_phys(iova)
+    return about
 
 
 class TappedRegions:
@@ -136,7 +152,7 @@ class TappedRegions:
         point = Point.CONFIG_READ if region == Region.CONFIG else Point.MMIO_READ
         if point not in self._wanted:
             return self._regions.read(key, region, offset, count)
-        data = self._points(Event(point, region=region, address=offset, size=count), self._read)
+        data = self._points(_ACCESS[point](point, region=region, address=offset, size=count), self._read)
         return int.from_bytes(data, "little") if count <= 8 else data
 
     def write(self, key: int, region: int, offset: int, count: int, value: int | bytes) -> None:
@@ -145,20 +161,18 @@ class TappedRegions:
             self._regions.write(key, region, offset, count, value)
             return
         data = value.to_bytes(count, "little") if isinstance(value, int) else value
-        self._points(Event(point, region=region, address=offset, size=count, data=data), self._write)
+        self._points(_ACCESS[point](point, region=region, address=offset, size=count, data=data), self._write)
 
-    def _read(self, event: Event) -> bytes:
-        assert event.region is not None and event.size is not None
-        key = access_key(event.region, _address(event), event.size)
-        value = self._regions.read(key, event.region, _address(event), event.size)
+    def _read(self, event: AccessEvent) -> bytes:
+        key = access_key(event.region, event.address, event.size)
+        value = self._regions.read(key, event.region, event.address, event.size)
         return value.to_bytes(event.size, "little") if isinstance(value, int) else value
 
-    def _write(self, event: Event) -> bytes:
-        assert event.region is not None and event.data is not None
-        data = event.data
-        key = access_key(event.region, _address(event), len(data))
+    def _write(self, event: AccessEvent) -> bytes:
+        data = event.data or b""
+        key = access_key(event.region, event.address, len(data))
         value = int.from_bytes(data, "little") if len(data) <= 8 else data
-        self._regions.write(key, event.region, _address(event), len(data), value)
+        self._regions.write(key, event.region, event.address, len(data), value)
         return b""
 
 
@@ -173,12 +187,12 @@ def tap(backend: VfioBackend, wanted: Collection[Point], sink: Sink | None) -> N
 
 
 def _interrupt(points: Points, carry_out: Callable[[int], None], vector: int) -> None:
-    points.at(Point.IRQ, lambda event: carry_out(event.vector or 0), vector=vector)
+    points.at(InterruptEvent(Point.IRQ, vector=vector), lambda event: carry_out(event.vector))
 
 
 def _tap_regions(backend: VfioBackend, wanted: frozenset[Point]) -> None:
     plain = backend.plain_regions
-    backend.regions = TappedRegions(plain, backend.points, wanted) if wanted & _ACCESSES else plain
+    backend.regions = TappedRegions(plain, backend.points, wanted) if wanted & _ACCESS.keys() else plain
     declared = backend.declaration
     for index in (*(bar.index for bar in declared.bars), *((Region.ROM,) if declared.rom else ()), Region.CONFIG):
         config = index == Region.CONFIG

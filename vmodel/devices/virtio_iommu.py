@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from vmodel._shim.viommu import RequestQueue
 from vmodel.device import Msix, ResetKind, on_write
@@ -25,7 +24,7 @@ from vmodel.iommu.iommu import Iommu
 from vmodel.iommu.system import System
 from vmodel.logs import RateLimit
 from vmodel.pci.topology import Function, dma_aliases
-from vmodel.points import Point
+from vmodel.points import InvalidationEvent, MappingEvent, Point
 from vmodel.regs import RO, Reg8, Reg32, Reg64, RegisterBank
 from vmodel.span import Span
 from vmodel.virtio.pci import DEVICE_CONFIG, VENDOR, VirtioDevice
@@ -233,8 +232,8 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         """Whether the shim may carry out MAP and UNMAP requests: they are negotiated, and no point of them is armed."""
         if not self.features & F_MAP_UNMAP:
             return False
-        wants = self.points.wants
-        armed = self.points.detailed or any(map(wants, (Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE)))
+        own = Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE
+        armed = self.points.detailed or any(self.points.armed(point) for point in own)
         return self.fast_path and not armed
 
     def _run_plain(self, queue: Virtqueue) -> None:
@@ -378,8 +377,8 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
                 domain.map_inaccessible(first, gpa, size)
 
         try:
-            if self.points.wants(Point.IOMMU_MAP):
-                self.points.at(Point.IOMMU_MAP, carry_out, **self._about(number, domain, span))
+            if self.points.armed(Point.IOMMU_MAP):
+                self.points.at(self._mapping(Point.IOMMU_MAP, number, domain, span), carry_out)
             else:
                 carry_out()
         except IommuError as error:
@@ -397,7 +396,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if last < first:
             raise _Refused(RequestStatus.INVAL)
         try:
-            if self.points.wants(Point.IOMMU_UNMAP) or self.points.wants(Point.INVALIDATE):
+            if self.points.armed(Point.IOMMU_UNMAP) or self.points.armed(Point.INVALIDATE):
                 self._unmap_in_steps(number, domain, Span(first, last))
             else:
                 domain.clear(Span(first, last))
@@ -407,18 +406,26 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
 
     def _unmap_in_steps(self, number: int, domain: PagingDomain, span: Span) -> None:
         """Removes the mappings, then invalidates the IOTLBs: each is a fault point of its own."""
-        about = self._about(number, domain, span)
+        event = self._mapping(Point.IOMMU_UNMAP, number, domain, span)
 
         def unmap(_: object) -> None:
             if domain.clear(span, flush=False):
-                self.points.at(Point.INVALIDATE, lambda _: domain.flush_span(span), kind="iotlb", **about)
+                gone = InvalidationEvent(
+                    Point.INVALIDATE,
+                    others=event.others,
+                    kind="iotlb",
+                    domain=domain.name,
+                    address=span.start,
+                    size=span.size,
+                )
+                self.points.at(gone, lambda _: domain.flush_span(span))
 
-        self.points.at(Point.IOMMU_UNMAP, unmap, **about)
+        self.points.at(event, unmap)
 
-    def _about(self, number: int, domain: PagingDomain, span: Span) -> dict[str, Any]:
-        """The fields of an event at a fault point."""
+    def _mapping(self, point: Point, number: int, domain: PagingDomain, span: Span) -> MappingEvent:
+        """The event of a request."""
         others = tuple(self._endpoints[n].name for n in sorted(self._domains[number].endpoints))
-        return {"others": others, "domain": domain.name, "address": span.start, "size": span.size}
+        return MappingEvent(point, others=others, domain=domain.name, address=span.start, size=span.size)
 
     def _probe(self, data: bytes) -> bytes:
         endpoint, _ = self._endpoint(struct.unpack_from("<I", data, 4)[0])

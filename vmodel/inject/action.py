@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from vmodel.device import PciDevice
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.inject.quantity import seconds
-from vmodel.points import Event, Point, Proceed
+from vmodel.points import AccessEvent, DmaEvent, Event, Point, Proceed, RequestEvent, Transfer, TranslationEvent
 
 if TYPE_CHECKING:
     from vmodel.inject.engine import Engine
@@ -60,6 +60,17 @@ class Injection:
         """The device of the event."""
         return self.engine.devices[self.event.device]
 
+    @property
+    def transfer(self) -> Transfer:
+        """The event, at points where data is moved."""
+        assert isinstance(self.event, DmaEvent | AccessEvent)
+        return self.event
+
+    @property
+    def data(self) -> bytes | None:
+        """What is written; None where nothing is."""
+        return self.event.data if isinstance(self.event, DmaEvent | AccessEvent) else None
+
     def proceed(self, event: Event | None = None) -> bytes:
         """Carries out the event, or a changed copy of it; returns the data of a read."""
         return self._proceed(self.event if event is None else event)
@@ -69,7 +80,7 @@ class Injection:
 
         `change` gets the bytes of the rule's register, or all bytes, and returns the same number of bytes.
         """
-        event = self.event
+        event = self.transfer
         old = self.proceed() if event.point.is_read else event.data or b""
         new = bytearray(old)
         changed = change(bytes(old[self._window]))
@@ -82,15 +93,16 @@ class Injection:
     def fault(self, reason: Reason, done: int = 0, *, level: int = 0) -> DmaFault:
         """A fault for the action to raise: the access fails after `done` bytes were moved."""
         event = self.event
-        write = event.write if event.point is Point.TRANSLATE else event.point is Point.DMA_WRITE
+        assert isinstance(event, RequestEvent)
+        write = event.write if isinstance(event, TranslationEvent) else event.point is Point.DMA_WRITE
         access = Access.WRITE if write else Access.READ
         self.result = reason.name
         self.device.dma.refused(reason, access)
-        return DmaFault(reason, (event.address or 0) + done, access, done, event.pasid, level=level)
+        return DmaFault(reason, event.address + done, access, done, event.pasid, level=level)
 
     def ones(self) -> bytes:
         """The data of a read without an answer: all ones."""
-        return b"\xff" * (self.event.size or 0)
+        return b"\xff" * self.transfer.size
 
     def later(self, call: Callable[[], object], *, ms: float = 0.0, after: Point | None = None) -> None:
         """Calls `call` on the device's thread: after `ms` milliseconds, or after the device's next event at `after`."""
@@ -118,7 +130,7 @@ class Action(BaseModel):
     def check(self, devices: Sequence[PciDevice]) -> None:
         """ValueError: none of `devices`, those that the rule matches, has what the action needs."""
 
-    def listens(self) -> Sequence[Point]:
+    def also_armed(self) -> Sequence[Point]:
         """The points to tap in addition to the rule's own."""
         return ()
 

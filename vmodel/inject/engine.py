@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,7 +49,7 @@ class _Live:
     @property
     def points(self) -> set[Point]:
         """The points to tap for this rule."""
-        return {self.rule.point, *(m.match.point for m in self.markers), *self.rule.do.listens()}
+        return {self.rule.point, *(m.match.point for m in self.markers), *self.rule.do.also_armed()}
 
 
 class Engine:
@@ -232,6 +233,7 @@ class Engine:
 
     def _log(self, at: Injection, now: float, live: _Live, *, late: bool = False) -> None:
         event = at.event
+        said: dict[str, Any] = {f.name: getattr(event, f.name) for f in fields(event)}
         record: dict[str, Any] = {
             "t": round(now, 6),
             "rule": at.rule,
@@ -240,15 +242,15 @@ class Engine:
             "do": str(live.rule.do),
             "point": event.point.value,
             "device": event.device,
-            "requester": None if event.requester is None else f"{event.requester:#x}",
-            "address": None if event.address is None else f"{event.address:#x}",
-            "size": event.size,
+            "requester": None if (requester := said.get("requester")) is None else f"{requester:#x}",
+            "address": None if (address := said.get("address")) is None else f"{address:#x}",
+            "size": said.get("size"),
             "before": shown(at.before),
             "after": shown(at.after),
             "result": at.result,
         }
         for key in ("vector", "queue", "id", "status", "opcode", "lba", "kind"):
-            if (value := getattr(event, key)) is not None:
+            if (value := said.get(key)) is not None:
                 record[key] = value
         if late:
             record["late"] = True

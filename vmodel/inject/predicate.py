@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,36 +18,22 @@ from vmodel.inject.quantity import Number, Numbers, SpanOf, Words
 from vmodel.logs import limited
 from vmodel.mistakes import exception_line, guess
 from vmodel.pci.topology import Bdf
-from vmodel.points import Event, Phase, Point
+from vmodel.points import EVENTS, AccessEvent, ConfigEvent, Event, Phase, Point, keys_of
 from vmodel.register_map import Place, RegisterMap
 from vmodel.vfio_user.wire import Region
 
-_DMA = frozenset((Point.DMA_READ, Point.DMA_WRITE, Point.TRANSLATE))
-_IOMMU = frozenset((Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE))
-_MMIO = frozenset((Point.MMIO_READ, Point.MMIO_WRITE))
-_CONFIG = frozenset((Point.CONFIG_READ, Point.CONFIG_WRITE))
-_COMMANDS = frozenset((Point.COMPLETION, Point.DOORBELL))
 
-#: The points whose events have the field of a key.  Keys that are not listed are valid at all points.
-KEYS: dict[str, frozenset[Point]] = {
-    "requester": _DMA,
-    "group": _DMA,
-    "domain": _DMA | _IOMMU,
-    "pasid": _DMA,
-    "direction": frozenset((Point.TRANSLATE,)),
-    "iova": _DMA | _IOMMU,
-    "gpa": _DMA,
-    "size": _DMA | _IOMMU | _MMIO | _CONFIG,
-    "bar": _MMIO,
-    "offset": _MMIO | _CONFIG,
-    "register": _MMIO | _CONFIG,
-    "vector": frozenset((Point.IRQ,)),
-    "kind": frozenset((Point.RESET, Point.INVALIDATE, Point.DOORBELL)),
-    "queue": _COMMANDS,
-    "opcode": frozenset((Point.COMPLETION,)),
-    "lba": frozenset((Point.COMPLETION,)),
-    "status": frozenset((Point.COMPLETION,)),
-}
+def _fields() -> dict[str, dict[Point, str]]:
+    """For each key: the points whose events have what it asks about, and the field."""
+    found: dict[str, dict[Point, str]] = {}
+    for point in Point:
+        for key, name in keys_of(EVENTS[point]).items():
+            found.setdefault(key, {})[point] = name
+    return found
+
+
+#: The points whose events have what a key asks about, and in which field; keys that are not here: all points.
+KEYS = _fields()
 
 
 def _point(value: object) -> object:
@@ -184,6 +171,7 @@ class Predicate:
         ConfigError: a device, register or function does not exist; its key names the mistake.
         """
         self.match = match
+        self._tests = _tests_of(match)
         self.devices = [name for name in maps if match.device is None or _named(name, match.device)]
         if match.device is not None:
             for pattern in match.device:
@@ -203,7 +191,7 @@ class Predicate:
                 raise ConfigError(f"{match.when!r}: {error}", key="when") from error
 
     def _find_register(self, name: str, maps: Mapping[str, RegisterMap]) -> None:
-        config = self.match.point in _CONFIG
+        config = self.match.point in ConfigEvent.points
         known: set[str] = set()
         for device in self.devices:
             self.places[device] = maps[device].find(name, config=config)
@@ -216,29 +204,12 @@ class Predicate:
     def __call__(self, event: Event) -> bool:
         """Whether an event matches."""
         m = self.match
-        if m.point is not event.point:
-            return False
-        if m.device is not None and not any(_named(name, m.device) for name in (event.device, *event.others)):
-            return False
         return (
-            _is(m.requester, event.requester)
-            and _is(m.group, event.group)
-            and _is(m.pasid, event.pasid)
-            and _is(m.bar, event.region)
-            and (m.domain is None or (event.domain is not None and _named(event.domain, m.domain)))
-            and (m.kind is None or (event.kind is not None and _named(event.kind, m.kind)))
-            and (m.direction is None or (m.direction == "write") is event.write)
-            and _touches(m.iova, event.address, event.size)
-            and _touches(m.offset, event.address, event.size)
-            and _touches(m.lba, event.lba, event.blocks)
-            and (m.size is None or (event.size is not None and event.size in m.size))
-            and _among(m.vector, event.vector)
-            and _among(m.queue, event.queue)
-            and _among(m.opcode, event.opcode)
-            and _among(m.status, event.status)
+            m.point is event.point
+            and (m.device is None or any(_named(name, m.device) for name in (event.device, *event.others)))
+            and all(test(event) for test in self._tests)
             and (m.phase is None or Phase(m.phase).value == event.phase)
             and (m.register_ is None or self.window(event) is not None)
-            and self._leads(event)
             and (self._test is None or self._passes(self._test, event))
         )
 
@@ -250,17 +221,11 @@ class Predicate:
             log.exception("%r failed: the event does not match", self.match.when)
             return False
 
-    def _leads(self, event: Event) -> bool:
-        if self.match.gpa is None:
-            return True
-        gpa = event.gpa() if event.gpa is not None else None
-        return gpa is not None and gpa in self.match.gpa
-
     def window(self, event: Event) -> slice | None:
         """The event's bytes that belong to the register: all without a `register`, None if it does not touch it."""
         if self.match.register_ is None:
             return slice(None)
-        if event.address is None or event.size is None:
+        if not isinstance(event, AccessEvent):
             return None
         first, last = event.address, event.address + event.size - 1
         for place in self.places.get(event.device, ()):
@@ -274,12 +239,53 @@ def _named(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _is(wanted: int | None, found: int | None) -> bool:
-    return wanted is None or wanted == found
+def _is_named(wanted: Sequence[str], found: str | None) -> bool:
+    return found is not None and _named(found, wanted)
 
 
-def _among(wanted: tuple[int, ...] | None, found: int | None) -> bool:
-    return wanted is None or found in wanted
+def _leads_to(wanted: Any, leads: Callable[[], int | None]) -> bool:
+    gpa = leads()
+    return gpa is not None and gpa in wanted
+
+
+#: How a key's value is compared with the field.
+_COMPARED: dict[str, Callable[[Any, Any], bool]] = {
+    "requester": operator.eq,
+    "group": operator.eq,
+    "domain": _is_named,
+    "pasid": operator.eq,
+    "direction": lambda wanted, write: (wanted == "write") is write,
+    "size": lambda wanted, found: found is not None and found in wanted,
+    "bar": operator.eq,
+    "vector": lambda wanted, found: found in wanted,
+    "kind": _is_named,
+    "queue": lambda wanted, found: found in wanted,
+    "opcode": lambda wanted, found: found in wanted,
+    "status": lambda wanted, found: found in wanted,
+    # Last, as it may walk tables.
+    "gpa": _leads_to,
+}
+#: Keys about a range that begins at the field: the field with its length.
+_RANGES = {"iova": "size", "offset": "size", "lba": "blocks"}
+
+
+def _tests_of(match: Match) -> list[Callable[[Event], bool]]:
+    """What the keys of a match ask of an event's fields, but for its register."""
+
+    def touches(wanted: Any, field: str, length: str) -> Callable[[Event], bool]:
+        return lambda event: _touches(wanted, getattr(event, field), getattr(event, length))
+
+    def compares(test: Callable[[Any, Any], bool], wanted: Any, field: str) -> Callable[[Event], bool]:
+        return lambda event: test(wanted, getattr(event, field))
+
+    tests = []
+    for key, length in _RANGES.items():
+        if (wanted := getattr(match, key)) is not None:
+            tests.append(touches(wanted, KEYS[key][match.point], length))
+    for key, test in _COMPARED.items():
+        if (wanted := getattr(match, key)) is not None:
+            tests.append(compares(test, wanted, KEYS[key][match.point]))
+    return tests
 
 
 def _touches(wanted: Any, start: int | None, size: int | None) -> bool:

@@ -426,8 +426,8 @@ class VirtioDevice(PciDevice):
 
 def _doorbell(index: int, register: Register) -> Any:
     def ring(self: VirtioDevice, new: int) -> int:
-        if self.points.wants(Point.DOORBELL):
-            self.points.doorbell(lambda e: self._notified(e.queue or 0), queue=index)
+        if self.points.armed(Point.DOORBELL):
+            self.points.doorbell(lambda e: self._notified(e.queue), queue=index)
         else:
             self._notified(index)
         return 0

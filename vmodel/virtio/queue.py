@@ -267,11 +267,11 @@ class Virtqueue:
             raise QueueError(f"queue {self.index}: {fault}") from fault
 
     def _complete(self, chain: Chain, written: int) -> None:
-        if self._points is None or not self._points.wants(Point.COMPLETION):
+        if self._points is None or not self._points.armed(Point.COMPLETION):
             self._push(chain.life, chain.head, written)
             return
         self._points.completion(
-            lambda e: self._push(chain.life, e.id or 0, e.length or 0),
+            lambda e: self._push(chain.life, e.id, e.length),
             queue=self.index,
             id=chain.head,
             length=written,

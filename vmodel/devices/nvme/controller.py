@@ -318,7 +318,7 @@ class Nvme(PciDevice):
 
     @on_write_each(*_Doorbells.registers)
     def _ring(self, n: int, new: int) -> None:
-        if self.points.wants(Point.DOORBELL):
+        if self.points.armed(Point.DOORBELL):
             kind = "completion" if n & 1 else "submission"
             self.points.doorbell(lambda _: self._rung(n, new), queue=n >> 1, kind=kind)
         else:

@@ -18,7 +18,7 @@ from vmodel.devices.nvme.fast import BUSY, FULL, OTHER, TURN, FastPath
 from vmodel.devices.nvme.status import CommandError, NvmeStatus
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault
-from vmodel.points import Event, Point, Points
+from vmodel.points import CompletionEvent, Point, Points
 from vmodel.timers import Timer
 
 if TYPE_CHECKING:
@@ -489,7 +489,7 @@ class SubmissionQueue:
             failure = self._as_status(error)
             status = failure.field(more=self._host.failed(self, command, failure))
             result = failure.result
-        if self._host.points.wants(Point.COMPLETION):
+        if self._host.points.armed(Point.COMPLETION):
             self._post_at_point(command, status, result)
         else:
             self.cq.post(self, command.cid, status, result)
@@ -497,10 +497,9 @@ class SubmissionQueue:
     def _post_at_point(self, command: NvmeCommand, status: int, result: int) -> None:
         """Posts a completion at its fault point: a rule may change, drop or delay it, even until the queue is gone."""
 
-        def post(event: Event) -> None:
+        def post(event: CompletionEvent) -> None:
             if not self._closed:
-                found = event.id or 0, event.status or 0, event.length or 0
-                self.cq.post(self, found[0] & 0xFFFF, found[1] & 0x7FFF, found[2] & 0xFFFF_FFFF)
+                self.cq.post(self, event.id & 0xFFFF, (event.status or 0) & 0x7FFF, event.length & 0xFFFF_FFFF)
 
         blocks = (command.slba, command.blocks) if self.qid and command.opcode in _OF_BLOCKS else (None, None)
         self._host.points.completion(

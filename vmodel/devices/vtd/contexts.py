@@ -26,7 +26,7 @@ from vmodel.iommu.group import Group
 from vmodel.iommu.iommu import Iommu
 from vmodel.iommu.pgtable import Table, TableFlag, TableFormat
 from vmodel.memory import GuestMemory
-from vmodel.points import Point, Points
+from vmodel.points import InvalidationEvent, Point, Points
 from vmodel.span import PAGE, Span
 
 #: (source-id, PASID or None) of a request or of an entry.
@@ -259,16 +259,24 @@ class Contexts:
     # ---- invalidation ----------------------------------------------------------------------
 
     def _invalidate(
-        self, kind: str, carry_out: Callable[[], None], sources: Callable[[], set[int]], **about: str | int | None
+        self,
+        kind: str,
+        carry_out: Callable[[], None],
+        sources: Callable[[], set[int]],
+        *,
+        domain: str | None = None,
+        span: Span | None = None,
     ) -> None:
         """Carries out an invalidation at a fault point; `sources` returns the source-ids that it concerns."""
-        if not self._points.wants(Point.INVALIDATE):
+        if not self._points.armed(Point.INVALIDATE):
             carry_out()
             return
         with self._lock:
             concerned = sources()
         others = tuple(endpoint.name for endpoint in self._covered() if endpoint.requester_id in concerned)
-        self._points.at(Point.INVALIDATE, lambda _: carry_out(), kind=kind, others=others, **about)
+        address, size = (None, None) if span is None else (span.start, span.size)
+        event = InvalidationEvent(Point.INVALIDATE, others=others, kind=kind, domain=domain, address=address, size=size)
+        self._points.at(event, lambda _: carry_out())
 
     def _sources(self, chosen: Callable[[int, Entry], bool]) -> set[int]:
         return {source for (source, _), context in self.entries.items() if chosen(source, context.entry)}
@@ -360,7 +368,7 @@ class Contexts:
             flush,
             lambda: self._sources(lambda _, entry: chosen(entry)),
             domain=_named(domain_id),
-            **_where(span),
+            span=_where(span),
         )
 
     # ---- devices' own TLBs -----------------------------------------------------------------
@@ -400,7 +408,7 @@ class Contexts:
                         endpoint.invalidate(span, pasid)
 
         self._invalidate(
-            "device-tlb", flush, lambda: {s for s, _ in self.entries if s & 0xFFFF == source}, **_where(span)
+            "device-tlb", flush, lambda: {s for s, _ in self.entries if s & 0xFFFF == source}, span=_where(span)
         )
 
     # ---- faults and page requests ----------------------------------------------------------
@@ -435,8 +443,8 @@ def _named(domain_id: int | None) -> str | None:
     return None if domain_id is None else f"domain-id {domain_id}"
 
 
-def _where(span: Span | None) -> dict[str, int]:
-    return {"address": 0, "size": 1 << 64} if span is None else {"address": span.start, "size": span.size}
+def _where(span: Span | None) -> Span:
+    return Span(0, 2**64 - 1) if span is None else span
 
 
 def _note(refusals: dict[Key, Refused], key: Key, refused: Refused) -> None:

@@ -66,7 +66,7 @@ from vmodel.iommu.iommu import Iommu
 from vmodel.iommu.system import System
 from vmodel.pci.caps import Capability
 from vmodel.pci.extcaps import Ats, Pri, PriSta
-from vmodel.points import Point
+from vmodel.points import InterruptEvent, Point
 from vmodel.span import PAGE, MiB, Span
 
 _STATE = struct.Struct("<QBB")
@@ -447,7 +447,7 @@ class VtdDevice(IommuDevice):
         not (see Contexts.dma), so a device behind the unit sends the message: preferably the one that caused the
         interrupt, as it was about to do DMA.
         """
-        self.points.at(Point.IRQ, lambda _: self._send_now(address, data, culprit), vector=0)
+        self.points.at(InterruptEvent(Point.IRQ, vector=0), lambda _: self._send_now(address, data, culprit))
 
     def _send_now(self, address: int, data: int, culprit: str) -> None:
         devices: list[PciDevice] = [self]

@@ -16,7 +16,7 @@ from vmodel.inject.action import Action, Injection, milliseconds
 from vmodel.inject.predicate import OnePoint
 from vmodel.inject.quantity import Number
 from vmodel.pci.extcaps import Aer, Uncorrectable
-from vmodel.points import Event, Point, Proceed
+from vmodel.points import AccessEvent, DmaEvent, Event, MappingEvent, Point, Proceed, Transfer
 
 DMA = frozenset((Point.DMA_READ, Point.DMA_WRITE))
 REGION_READS = frozenset((Point.MMIO_READ, Point.CONFIG_READ))
@@ -36,14 +36,14 @@ class Abort(Action, name="abort"):
 
     def run(self, at: Injection) -> bytes:
         reason = Reason.UNSUPPORTED_REQUEST if self.kind == "unsupported" else Reason.COMPLETER_ABORT
-        event = at.event
+        event = at.transfer
         if event.point in REGION_WRITES:
             at.result = reason.name
             return b""
         if event.point in REGION_READS:
             at.result = reason.name
             return at.ones()
-        done = min(self.done, event.size or 0)
+        done = min(self.done, event.size)
         if done:
             at.proceed(_cut(event, 0, done))
         raise at.fault(reason, done)
@@ -114,29 +114,32 @@ class Stale(Action, name="stale"):
     points: ClassVar[frozenset[Point]] = DATA
 
     def run(self, at: Injection) -> bytes:
-        old = at.memory.get(_place(at.event))
-        if not at.event.point.is_read:
-            self._remember(at.event, at.event.data or b"", at.memory)
+        event = at.transfer
+        old = at.memory.get(_place(event))
+        if not event.point.is_read:
+            self._remember(event, event.data or b"", at.memory)
             return at.change(lambda data: (old or b"").ljust(len(data), b"\0")[: len(data)])
         fresh = at.proceed()
-        self._remember(at.event, fresh, at.memory)
+        self._remember(event, fresh, at.memory)
         at.before, at.after = fresh, old or bytes(len(fresh))
         return at.after
 
     def observe(self, event: Event, memory: dict[Any, bytes], proceed: Proceed) -> bytes:
         data = proceed(event)
+        assert isinstance(event, DmaEvent | AccessEvent)
         self._remember(event, data if event.point.is_read else event.data or b"", memory)
         return data
 
-    def _remember(self, event: Event, data: bytes, memory: dict[Any, bytes]) -> None:
+    def _remember(self, event: Transfer, data: bytes, memory: dict[Any, bytes]) -> None:
         memory.pop(_place(event), None)
         memory[_place(event)] = data
         if len(memory) > _REMEMBERED:
             del memory[next(iter(memory))]
 
 
-def _place(event: Event) -> tuple[object, ...]:
-    return event.point, event.device, event.pasid, event.region, event.address, event.size
+def _place(event: Transfer) -> tuple[object, ...]:
+    within = event.pasid if isinstance(event, DmaEvent) else event.region
+    return event.point, event.device, within, event.address, event.size
 
 
 class Partial(Action, name="partial"):
@@ -146,10 +149,10 @@ class Partial(Action, name="partial"):
     points: ClassVar[frozenset[Point]] = DMA
 
     def run(self, at: Injection) -> bytes:
-        size = at.event.size or 0
+        size = at.transfer.size
         moved = min(self.size, size)
         at.before, at.after = size, moved
-        data = at.proceed(_cut(at.event, 0, moved)) if moved else b""
+        data = at.proceed(_cut(at.transfer, 0, moved)) if moved else b""
         return data.ljust(size, b"\0") if at.event.point.is_read else b""
 
 
@@ -161,7 +164,7 @@ class Torn(Action, name="torn"):
     points: ClassVar[frozenset[Point]] = DMA
 
     def run(self, at: Injection) -> bytes:
-        event, size = at.event, at.event.size or 0
+        event, size = at.transfer, at.transfer.size
         cut = min(self.size, size)
         at.before, at.after = size, cut
         head = at.proceed(_cut(event, 0, cut)) if cut else b""
@@ -175,10 +178,10 @@ class Torn(Action, name="torn"):
         return b""
 
 
-def _cut(event: Event, start: int, stop: int) -> Event:
+def _cut(event: Transfer, start: int, stop: int) -> Transfer:
     """The part of an access from byte `start` to before byte `stop`."""
     data = None if event.data is None else event.data[start:stop]
-    return replace(event, address=(event.address or 0) + start, size=stop - start, data=data)
+    return replace(event, address=event.address + start, size=stop - start, data=data)
 
 
 class Overrun(Action, name="overrun"):
@@ -189,11 +192,11 @@ class Overrun(Action, name="overrun"):
     points: ClassVar[frozenset[Point]] = frozenset((Point.DMA_WRITE,))
 
     def run(self, at: Injection) -> bytes:
-        event, data = at.event, at.event.data or b""
+        event, data = at.transfer, at.transfer.data or b""
         more = repeated(self.pattern, abs(self.size))
         at.after = more
         at.proceed()
-        address = (event.address or 0) + (len(data) if self.size > 0 else -len(more))
+        address = event.address + (len(data) if self.size > 0 else -len(more))
         if address >= 0 and more:
             at.proceed(replace(event, address=address, size=len(more), data=more))
         return b""
@@ -209,13 +212,13 @@ class Toctou(Action, name="toctou"):
 
     def run(self, at: Injection) -> bytes:
         at.proceed()
-        data = at.event.data or b""
+        data = at.transfer.data or b""
         changed = flipped(data, self.bits, at.random)
         at.before, at.after = data, changed
-        at.later(lambda: at.proceed(replace(at.event, data=changed)), ms=self.ms, after=self.after)
+        at.later(lambda: at.proceed(replace(at.transfer, data=changed)), ms=self.ms, after=self.after)
         return b""
 
-    def listens(self) -> Sequence[Point]:
+    def also_armed(self) -> Sequence[Point]:
         return () if self.after is None else (self.after,)
 
 
@@ -227,14 +230,15 @@ class UseAfterUnmap(Action, name="use-after-unmap"):
 
     def run(self, at: Injection) -> bytes:
         data = at.proceed()
-        if at.event.point is not Point.IOMMU_UNMAP:
+        event = at.event
+        if not isinstance(event, MappingEvent):
             at.later(at.proceed, ms=self.ms)
             return data
-        size = min(at.event.size or 0, 64)
-        for name in at.event.others:
+        size = min(event.size, 64)
+        for name in event.others:
             if (device := at.engine.devices.get(name)) is not None:
                 try:
-                    device.dma.untapped.write(at.event.address or 0, repeated("ee", size))
+                    device.dma.untapped.write(event.address, repeated("ee", size))
                 except DmaFault as fault:
                     at.result = fault.reason.name
         return data

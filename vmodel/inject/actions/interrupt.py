@@ -12,7 +12,7 @@ from vmodel.inject.action import Action, Injection
 from vmodel.inject.actions.access import Ms
 from vmodel.inject.quantity import Number
 from vmodel.pci.caps import Msi, Msix
-from vmodel.points import Point
+from vmodel.points import InterruptEvent, Point
 
 
 class OtherVector(Action, name="vector"):
@@ -22,11 +22,13 @@ class OtherVector(Action, name="vector"):
     points: ClassVar[frozenset[Point]] = frozenset((Point.IRQ,))
 
     def run(self, at: Injection) -> bytes:
-        at.before, at.after = at.event.vector, self.vector
+        event = at.event
+        assert isinstance(event, InterruptEvent)
+        at.before, at.after = event.vector, self.vector
         if self.vector >= vectors(at.device):
             at.result = "no such vector"
             return b""
-        return at.proceed(replace(at.event, vector=self.vector))
+        return at.proceed(replace(event, vector=self.vector))
 
 
 class Storm(Action, name="storm"):
@@ -39,7 +41,9 @@ class Storm(Action, name="storm"):
     def run(self, at: Injection) -> bytes:
         at.after = self.count
         at.proceed()
-        device, vector = at.device, at.event.vector or 0
+        device, event = at.device, at.event
+        assert isinstance(event, InterruptEvent)
+        vector = event.vector
 
         def again(left: int) -> None:
             if not at.engine.goes_on(at.rule):

@@ -41,7 +41,7 @@ class Drop(Action, name="drop"):
     points: ClassVar[frozenset[Point]] = POSTED | _MAPS | REGION_READS | {Point.DMA_READ}
 
     def run(self, at: Injection) -> bytes:
-        at.before = at.event.data
+        at.before = at.data
         if at.event.point is Point.DMA_READ:
             raise at.fault(Reason.COMPLETION_TIMEOUT)
         at.result = "dropped"
@@ -59,7 +59,7 @@ class Duplicate(Action, name="duplicate"):
         if at.event.point.is_read:
             at.after = at.proceed()
             return at.after
-        at.before = at.after = at.event.data
+        at.before = at.after = at.data
         if self.ms:
             at.later(at.proceed, ms=self.ms)
         else:
@@ -85,7 +85,7 @@ class Late(Action, name="late"):
     points: ClassVar[frozenset[Point]] = POSTED | {Point.IOMMU_UNMAP}
 
     def run(self, at: Injection) -> bytes:
-        at.before = at.event.data
+        at.before = at.data
         at.result = "later"
         at.later(at.proceed, ms=self.ms)
         return b""
@@ -98,10 +98,10 @@ class Reorder(Action, name="reorder"):
     points: ClassVar[frozenset[Point]] = POSTED - {Point.RESET}
 
     def run(self, at: Injection) -> bytes:
-        at.before = at.event.data
+        at.before = at.data
         at.result = "later"
         at.later(at.proceed, after=self.after or at.event.point)
         return b""
 
-    def listens(self) -> Sequence[Point]:
+    def also_armed(self) -> Sequence[Point]:
         return () if self.after is None else (self.after,)

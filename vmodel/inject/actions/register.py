@@ -9,7 +9,7 @@ from vmodel.device import PciDevice
 from vmodel.inject.action import Action, Injection
 from vmodel.inject.actions.access import REGION_READS, REGION_WRITES
 from vmodel.inject.quantity import Number
-from vmodel.points import Event, Point
+from vmodel.points import AccessEvent, Point, Transfer
 
 
 class Value(Action, name="value"):
@@ -38,13 +38,14 @@ class Stuck(Action, name="stuck"):
 
     def run(self, at: Injection) -> bytes:
         if not at.event.point.is_read:
-            at.before = at.event.data
+            at.before = at.data
             at.result = "dropped"
             return b""
-        return at.change(lambda data: at.memory.setdefault(_key(at.event), data))
+        return at.change(lambda data: at.memory.setdefault(_key(at.transfer), data))
 
 
-def _key(event: Event) -> tuple[object, ...]:
+def _key(event: Transfer) -> tuple[object, ...]:
+    assert isinstance(event, AccessEvent)
     return event.device, event.region, event.address, event.size
 
 
@@ -64,7 +65,7 @@ class _List(Action):
 
     def run(self, at: Injection) -> bytes:
         old = at.proceed()
-        start = at.event.address or 0
+        start = at.transfer.address
         new = bytearray(old)
         changes = {place: byte for place, byte in self._changes(at).items() if start <= place < start + len(new)}
         at.before = " ".join(f"{place:#x}={old[place - start]:#x}" for place in changes)
