@@ -268,7 +268,7 @@ _E = TypeVar("_E", bound=Event)
 
 
 class Phase(enum.Enum):
-    """What a driver is at, as told by what it does to config space."""
+    """The driver's phase, derived from its writes to config space."""
 
     #: From a reset until the driver has bus mastering, and MSI or MSI-X where there are, switched on.
     PROBE = "probe"

@@ -29,7 +29,7 @@ def write(action: str) -> str:
     return f"dma.write iova=0x2000-0x2fff do={action}"
 
 
-def test_nothing_is_changed_by_who_only_listens(lab: Bench) -> None:
+def test_rules_that_do_not_fire_change_nothing(lab: Bench) -> None:
     with armed(lab, "dma.read nth=99 do=drop", "dma.write nth=99 do=drop", "mmio.read nth=99 do=drop"):
         lab.copy(DATA)
         assert lab.target(16) == DATA and lab.done and lab.raised()
@@ -234,7 +234,7 @@ def test_use_after_unmap(lab: Bench) -> None:
         assert fired(engine)[1]["result"] == "NO_WINDOW"
 
 
-def test_what_is_put_off_happens_when_nobody_listens_any_more(lab: Bench) -> None:
+def test_delayed_events_are_carried_out_after_disarming(lab: Bench) -> None:
     for action in ("late(50)", "duplicate(50)"):
         with armed(lab, write(action)):
             lab.copy(DATA)

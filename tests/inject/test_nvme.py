@@ -63,7 +63,7 @@ def armed(disk: Disk, *rules: str) -> Iterator[Engine]:
         yield engine
 
 
-def test_who_only_listens_changes_nothing(started: Callable[..., Driver]) -> None:  # noqa: F811
+def test_rules_that_do_not_fire_change_nothing(started: Callable[..., Driver]) -> None:  # noqa: F811
     """The general way, which commands go then, has the same results as the shim's."""
 
     def run(disk: Disk) -> list[object]:

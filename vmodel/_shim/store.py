@@ -98,7 +98,7 @@ class Workers:
         return cookie
 
     def revoke(self, cookie: int) -> bool:
-        """Takes a job back, and nobody hears of it any more; False: it has begun, or is done."""
+        """Takes a job back: its `done` is not called; False: it has begun, or is done."""
         if cookie not in self._pending or lib.vms_workers_revoke(self.handle, cookie):
             return False
         self._pending.pop(cookie)[0].release()

@@ -107,7 +107,7 @@ class DmaTap:
         return int.from_bytes(self._points(DmaEvent(Point.DMA_READ, **_request(dma, iova, size)), carry_out), "little")
 
     def _translate(self, dma: Dma, event: DmaEvent, *, write: bool) -> None:
-        """Announces the translation of an access, where there is an IOMMU that translates."""
+        """Passes the translation of an access to the points, where an IOMMU translates it."""
         if event.group is not None and self._points.armed(Point.TRANSLATE):
             about = _request(dma, event.address, event.size)
             self._points(TranslationEvent(Point.TRANSLATE, write=write, **about), lambda _: b"")
