@@ -292,7 +292,7 @@ def test_each_point_has_a_class_of_events_whose_fields_keys_ask_about(point: Poi
             Match.model_validate({"point": point.value, key: value})
         except ValidationError as error:
             known = ", ".join(p.value for p in Point if p in KEYS[key])
-            assert f"{key}: events at {point.value} have none: only those at {known}" in str(error)
+            assert f"{key}: events at {point.value} have no such field: only those at {known}" in str(error)
         else:
             fitting.add(key)
     names = {field.name for field in fields(kind)}
