@@ -143,6 +143,29 @@ def test_serve(number: int, tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
+#: The signal goes to a thread that is not the main one.  So it does not interrupt a call in which the main thread
+#: blocks, as a signal does not that comes just before the call.
+TO_A_THREAD = """
+import signal, sys, threading, time
+from vmodel.cli.serve import Stop
+
+def send():
+    time.sleep(0.3)
+    signal.pthread_kill(threading.get_ident(), int(sys.argv[1]))
+
+with Stop.on_signals() as stop:
+    threading.Thread(target=send).start()
+    print(stop.wait(float(sys.argv[2])), stop.number)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_seen_that_interrupts_nothing(number: int) -> None:
+    line = [sys.executable, "-c", TO_A_THREAD, str(int(number)), str(patience(10))]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=patience(30))
+    assert (done.stdout, done.stderr) == (f"True {int(number)}\n", "")
+
+
 @pytest.mark.slow
 def test_a_dead_servers_socket_is_replaced_and_a_live_ones_is_not(tmp_path: Path) -> None:
     path = tmp_path / "edu0.sock"

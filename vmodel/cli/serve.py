@@ -59,7 +59,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.number = 0
-        # A pipe, as a signal handler must not take locks: threading.Event.set() may deadlock there.
+        # A pipe that Python's own C handler writes to.  A handler in Python would come too late: it runs between two
+        # bytecodes, so a signal that arrives just before select() blocks would only be seen after it.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
 
@@ -76,14 +77,13 @@ class Stop:
             # If the process does not end in time, this prints all stacks and exits.  It needs no lock of Python's.
             faulthandler.dump_traceback_later(_PATIENCE, exit=True, file=2)
         self.number = self.number or number
-        with contextlib.suppress(BlockingIOError):  # the pipe is full, so it is readable
-            os.write(self._writer, b"\0")
 
     @classmethod
     @contextlib.contextmanager
     def on_signals(cls) -> Iterator[Stop]:
         """Within this context, both signals only set the Stop that it yields."""
         stop = cls()
+        wakeup = signal.set_wakeup_fd(stop._writer, warn_on_full_buffer=False)  # full, it is readable as well
         before = {number: signal.signal(number, stop._came) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield stop
@@ -92,6 +92,7 @@ class Stop:
             for number, handler in before.items():
                 # After a signal the process is ending, and its exit status is set: a second Ctrl-C must not change it.
                 signal.signal(number, signal.SIG_IGN if stop.number else handler)
+            signal.set_wakeup_fd(wakeup)
             os.close(stop._reader)
             os.close(stop._writer)
 
