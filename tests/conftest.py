@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import time
 
 import pytest
@@ -38,6 +39,9 @@ def measured(load: float, cpus: int, took: float) -> float:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Once a session; processes of xdist's have it from the environment.  $VMODEL_SLOW by hand wins."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell without job control starts `scripts/test &` so, and processes of tests would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "VMODEL_SLOW" not in os.environ:
         took = sorted(work() for _ in range(5))[2]
         workers = getattr(config.option, "numprocesses", None) or 1
