@@ -48,7 +48,7 @@ class _Context(Layout):
     DIRECTORY = Bits(12, 63)
 
 
-class _Request(Layout):
+class _ContextRequest(Layout):
     """Its second word."""
 
     RID_PASID = Bits(0, 19)
@@ -232,7 +232,7 @@ class Tables:
             raise Refused(FaultCode.SM_ROOT_NOT_PRESENT)
         self._check(root, (_mask(_Pointer),), FaultCode.SM_ROOT_RESERVED)
         words = self._read((root[0][1] & _ADDRESS) + 32 * (source & 0x7F), 4, FaultCode.SM_CONTEXT_ACCESS)
-        entry, request = _Context(words[0][1]), _Request(words[1][1])
+        entry, request = _Context(words[0][1]), _ContextRequest(words[1][1])
         quiet = bool(entry.FPD)
         if not entry.P:
             raise Refused(FaultCode.SM_CONTEXT_NOT_PRESENT, quiet)
@@ -241,7 +241,7 @@ class Tables:
             | (0 if self._ecap.PASID else _Context.PASIDE.mask)
             | (0 if self._ecap.PRS else _Context.PRE.mask)
         )
-        self._check(words, (_mask(_Context) & ~unknown, _mask(_Request)), FaultCode.SM_CONTEXT_RESERVED, quiet)
+        self._check(words, (_mask(_Context) & ~unknown, _mask(_ContextRequest)), FaultCode.SM_CONTEXT_RESERVED, quiet)
         return Directory(
             words[0][1] & _ADDRESS,
             # The directory has 2**(PDTS + 7) entries, each for 64 PASIDs.
