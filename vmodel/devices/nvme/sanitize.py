@@ -38,7 +38,7 @@ class SanitizeState(enum.IntEnum):
     FAILED = 3
 
 
-_UNRESTRICTED, _INVERT = 1 << 3, 1 << 8
+_UNRESTRICTED, _INVERT, _NO_DEALLOCATE = 1 << 3, 1 << 8, 1 << 9
 _GLOBAL_ERASED = 1 << 8
 
 
@@ -103,10 +103,12 @@ class Sanitize:
             jobs = self._overwrites(namespaces, command)
             total *= self._passes_of(command.cdw10)
         else:
+            # Not every file system can write zeros quickly: then they are written as data, so in small pieces.
+            op, piece = (Op.ZERO, PIECE) if command.cdw10 & _NO_DEALLOCATE else (Op.DISCARD, LARGE_PIECE)
             jobs = (
-                (namespace, Job(Op.DISCARD, offset, length))
+                (namespace, Job(op, offset, length))
                 for namespace in namespaces
-                for offset, length in pieces(namespace.backend.size, LARGE_PIECE)
+                for offset, length in pieces(namespace.backend.size, piece)
             )
         self._work = Work(self._controller, jobs, self._ended, total=total)
         self._work.resume()
