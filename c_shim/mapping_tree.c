@@ -286,8 +286,8 @@ static void hang(mapping_tree *tree, path *p, uint64_t key, void *right)
     tree->root = root;
 }
 
-/* Drivers map upwards or downwards in sequence: at such an end a full leaf's mappings fill a neighbour before it is
- * split, so that full leaves are left behind.  Whether that made room. */
+/* Moves mappings of a full leaf into a neighbour; returns whether that made room.  Drivers map upwards or downwards in
+ * sequence: at such an end the neighbour is filled before the leaf is split, so that leaves stay full. */
 static int make_room(path *p, unsigned height, unsigned i)
 {
     leaf *l = p->at;

@@ -39,7 +39,7 @@ class Courier(Protocol):
 
 @dataclass(frozen=True)
 class DmaStats:
-    """Accesses and bytes since the device was made; `faults` that the IOMMU has mended are not counted."""
+    """Accesses and bytes since the device was created.  `faults` does not count those that the IOMMU resolved."""
 
     read_ops: int
     read_bytes: int
@@ -53,7 +53,7 @@ class DmaStats:
 
 
 class _Line:
-    """What a device's accesses have in common, with whichever PASID."""
+    """What a device's accesses have in common, with or without a PASID."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self.requester = _shim.Requester(memory.shim)
@@ -62,12 +62,12 @@ class _Line:
         self.endpoint: Endpoint | None = None
         self.refused: Callable[[Reason], None] | None = None
         self.message_bytes = [0, 0]
-        self.mended = 0
+        self.resolved = 0
         self.port = _Port(self.requester)
 
 
 class Tap(Protocol):
-    """Carries out a device's accesses, in front of `dma`, the same device's untapped Dma.  As of Dma's methods."""
+    """Intercepts a device's accesses: the methods of Dma, with the same device's untapped `dma` to carry them out."""
 
     def read(self, dma: Dma, iova: int, size: int) -> bytes: ...
     def readinto(self, dma: Dma, iova: int, buffer: bytearray | memoryview) -> None: ...
@@ -111,7 +111,7 @@ class _Interceptor:
 
 
 class _Port:
-    """What makes a device's accesses, with whichever PASID: its requester, or a tap in front of it."""
+    """Where a device's accesses begin, with or without a PASID: at its requester, or at a tap in front of it."""
 
     __slots__ = ("requester",)
 
@@ -122,9 +122,10 @@ class _Port:
 class Dma:
     """DMA by one requester, with or without a PASID.
 
-    All methods raise DmaFault; its `done` says how many bytes had been moved.  With bus mastering off each
-    access fails with Reason.BUS_MASTER_OFF, as an unsupported request does on PCIe.  Where an IOMMU covers the device,
-    it is told of each fault first, and may have mended it.
+    Addresses are IOVAs, sizes are in bytes.  All methods raise DmaFault; its `done` is the number of bytes moved before
+    the fault.  With bus mastering off each access fails with Reason.BUS_MASTER_OFF, as an unsupported request does on
+    PCIe.  Where an IOMMU covers the device, a fault is reported to it first; if it resolves the fault, the access
+    continues.
     """
 
     __slots__ = ("_line", "_pasid", "_port")
@@ -146,27 +147,27 @@ class Dma:
         return other
 
     def tap(self, tap: Tap | None) -> None:
-        """Each access of the device, with whichever PASID, goes to `tap` from now on; None: to none.  Any thread."""
+        """Passes each access of the device, with or without a PASID, to `tap`; None ends that.  Any thread."""
         self._line.port.requester = self._line.requester if tap is None else _Interceptor(tap)
 
     @property
     def untapped(self) -> Dma:
-        """The same, but for taps: there are none in front of it."""
+        """The same DMA without a tap in front of it."""
         return self._twin(_Port(self._line.requester), self._pasid)
 
     @property
     def requester(self) -> _shim.Requester:
-        """For the IOMMU, which attaches domains to it."""
+        """The shim's requester, to which the IOMMU attaches domains."""
         return self._line.requester
 
     @property
     def pasid(self) -> int | None:
-        """The PASID of its accesses; None: they have none."""
+        """The PASID of the accesses; None: they have none."""
         return None if self._pasid == _shim.NO_PASID else self._pasid
 
     @property
     def courier(self) -> Courier | None:
-        """Set by the server while a client is connected."""
+        """Carries DMA by message.  The server sets it while a client is connected."""
         return self._line.courier
 
     @courier.setter
@@ -182,27 +183,27 @@ class Dma:
     def endpoint(self, endpoint: Endpoint | None) -> None:
         self._line.endpoint = endpoint
 
-    def _mended(self, fault: DmaFault, *, ask: bool = True) -> bool:
-        """Tells the IOMMU of a fault; whether to try again."""
+    def _resolved(self, fault: DmaFault, *, ask: bool = True) -> bool:
+        """Reports a fault to the IOMMU; returns whether it resolved the fault, so that the access is to be repeated."""
         endpoint = self._line.endpoint
-        mended = endpoint is not None and endpoint.faulted(fault, ask=ask)
-        self._line.mended += mended
-        if not mended:
+        resolved = endpoint is not None and endpoint.faulted(fault, ask=ask)
+        self._line.resolved += resolved
+        if not resolved:
             self.refused(fault.reason, fault.access)
-        return mended
+        return resolved
 
     def refused(self, reason: Reason, access: Access) -> None:
-        """A request has failed for good.  A write is posted: its sender does not hear of that."""
+        """Reports that a request has failed for good.  Only reads count: a write is posted, without completion."""
         if self._line.refused is not None and access & Access.READ:
             self._line.refused(reason)
 
     def on_refused(self, call: Callable[[Reason], None]) -> None:
-        """Calls `call` whenever a request that gets a completion fails: the config space's Status tells of it."""
+        """Calls `call` whenever a request that gets a completion fails: config space's Status register records it."""
         self._line.refused = call
 
     @property
     def bus_master(self) -> bool:
-        """Command.BusMaster; the config space sets it."""
+        """Bus Master Enable of the Command register; config space sets it."""
         return self._line.bus_master
 
     @bus_master.setter
@@ -211,7 +212,7 @@ class Dma:
         self._line.requester.enable(on)
 
     def read(self, iova: int, size: int) -> bytes:
-        """`size` bytes from `iova` on."""
+        """Reads `size` bytes from `iova` on."""
         tap: Tap | None = None
         try:
             return self._port.requester.read(iova, size, self._pasid)
@@ -220,7 +221,7 @@ class Dma:
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
-            if not self._mended(fault):
+            if not self._resolved(fault):
                 raise
         if tap is not None:
             return tap.read(self.untapped, iova, size)
@@ -238,7 +239,7 @@ class Dma:
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
-            if not self._mended(fault):
+            if not self._resolved(fault):
                 raise
         if tap is not None:
             return tap.readinto(self.untapped, iova, buffer)
@@ -254,15 +255,15 @@ class Dma:
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
-            if not self._mended(fault):
+            if not self._resolved(fault):
                 raise
         if tap is not None:
             return tap.write(self.untapped, iova, data)
         return self._go_on(iova, memoryview(data).cast("B"), Access.WRITE)
 
     def _go_on(self, iova: int, view: memoryview, access: Access) -> None:
-        """A transfer anew, piece by piece: by message where there is no file, and after what the IOMMU mended."""
-        # By the requester itself: a tap that is armed meanwhile is for what begins later.
+        """Repeats a transfer in pieces: by message where there is no file, again where the IOMMU resolved a fault."""
+        # By the requester itself: a tap that is armed meanwhile applies to later accesses.
         requester = self._line.requester
         done = 0
         tries = 0
@@ -282,7 +283,7 @@ class Dma:
             except DmaFault as fault:
                 tries = 0 if fault.done else tries + 1
                 done += fault.done
-                if self._mended(fault, ask=tries < _TRIES):
+                if self._resolved(fault, ask=tries < _TRIES):
                     continue
                 fault.done = done
                 raise
@@ -304,11 +305,11 @@ class Dma:
     def _reported(self, reason: Reason, iova: int, access: Access, done: int, gpa: int) -> DmaFault:
         """A fault that was not the shim's, reported to the IOMMU."""
         fault = DmaFault(reason, iova, access, done, self.pasid, gpa=gpa)
-        self._mended(fault, ask=False)
+        self._resolved(fault, ask=False)
         return fault
 
     def gather(self, pieces: Sequence[tuple[int, int]]) -> bytes:
-        """The bytes of all (iova, size) pieces, one after the other."""
+        """Reads all (iova, size) pieces; returns their bytes in that order."""
         buffer = bytearray(sum(size for _, size in pieces))
         self.gather_into(pieces, buffer)
         return bytes(buffer)
@@ -337,13 +338,13 @@ class Dma:
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
-            if not self._mended(fault):
+            if not self._resolved(fault):
                 raise
         if tap is not None:
             move = tap.gather_into if access is Access.READ else tap.scatter
             move(self.untapped, pieces, view)
             return
-        # Once more, each by itself: which of them had been moved does not matter.
+        # Repeats all pieces one by one, those that were moved already, too.
         at = 0
         for iova, size in pieces:
             part = view[at : at + size]
@@ -359,10 +360,10 @@ class Dma:
 
     @contextmanager
     def view(self, iova: int, size: int, *, writable: bool = False) -> Iterator[memoryview]:
-        """[iova, iova+size) itself, no copy; it must lie in one piece in one window with a file.
+        """Yields the memory [iova, iova+size) itself, not a copy; it must be contiguous, in one window with a file.
 
-        Slices must not outlive the `with` block.  Memory without a file, or in two pieces, is NO_FILE or
-        NO_WINDOW: use read/write there.  Bytes of a file that the client truncates meanwhile read as zeros.
+        Slices must not outlive the `with` block.  DmaFault: NO_FILE or NO_WINDOW for memory without a file or in
+        several pieces, which needs `read` and `write`.  Bytes of a file that the client truncates meanwhile read as 0.
         """
         access = Access.READ | Access.WRITE if writable else Access.READ
         flags = _shim.DMA_WRITE if writable else 0
@@ -381,19 +382,19 @@ class Dma:
             pin.close()
 
     def fetch_add(self, iova: int, size: int, operand: int) -> int:
-        """PCIe FetchAdd on 4 or 8 bytes, naturally aligned; the value before."""
+        """Adds `operand`: PCIe FetchAdd on 4 or 8 bytes, naturally aligned.  Returns the value before."""
         return self.atomic(iova, _shim.ATOMIC_FETCH_ADD, size, operand, 0)
 
     def swap(self, iova: int, size: int, operand: int) -> int:
-        """PCIe Swap; the value before."""
+        """Stores `operand`: PCIe Swap on 4 or 8 bytes, naturally aligned.  Returns the value before."""
         return self.atomic(iova, _shim.ATOMIC_SWAP, size, operand, 0)
 
     def compare_swap(self, iova: int, size: int, expected: int, operand: int) -> int:
-        """PCIe CAS: stores `operand` if the value is `expected`; the value before."""
+        """Stores `operand` if the value is `expected`: PCIe CAS on 4 or 8 bytes.  Returns the value before."""
         return self.atomic(iova, _shim.ATOMIC_CAS, size, operand, expected)
 
     def atomic(self, iova: int, op: int, size: int, operand: int, compare: int) -> int:
-        """Any of the three, by its number in the shim: _shim.ATOMIC_*."""
+        """Carries out the atomic operation `op`, a number _shim.ATOMIC_*.  Returns the value before."""
         mask = (1 << 8 * size) - 1
         numbers = iova, op, size, operand & mask, compare & mask
         try:
@@ -404,27 +405,27 @@ class Dma:
         return tap.atomic(self.untapped, *numbers)
 
     def _whole(self, call: Callable[[], _T], iova: int, access: Access) -> _T:
-        """An access that cannot be made in pieces, nor by message: the protocol has none for it."""
+        """Carries out an access that cannot be split and for which the protocol has no message."""
         for n in range(_TRIES):
             try:
                 return call()
             except _shim.ByMessage as piece:
                 raise self._reported(Reason.NO_FILE, iova, access, piece.done, piece.gpa) from None
             except DmaFault as fault:
-                if not self._mended(fault, ask=n < _TRIES - 1):
+                if not self._resolved(fault, ask=n < _TRIES - 1):
                     raise
         raise AssertionError("unreachable")
 
     @property
     def stats(self) -> DmaStats:
-        """Counters; message transfers included."""
+        """The counters, transfers by message included."""
         read_ops, read_bytes, write_ops, write_bytes, faults, hits, misses, stale = self._line.requester.stats()
         by_read, by_write = self._line.message_bytes
-        # What was mended, such as a table entry not read before, is none to whoever looks.
-        refused = faults - self._line.mended
+        # A fault that the IOMMU resolved, such as a table entry that was not read before, is invisible to the model.
+        refused = faults - self._line.resolved
         return DmaStats(read_ops, read_bytes + by_read, write_ops, write_bytes + by_write, refused, hits, misses, stale)
 
     def close(self) -> None:
-        """Forgets the client; accesses fail from now on."""
+        """Releases the client; accesses fail from now on."""
         self.courier = None
         self.bus_master = False

@@ -39,7 +39,7 @@ class Point(enum.Enum):
 
     @property
     def is_read(self) -> bool:
-        """Whether carrying it out gives data."""
+        """Whether an event there returns data."""
         return self in _READS
 
     @property
@@ -72,15 +72,15 @@ _DOCS = {
 
 
 def _by(*keys: str) -> dict[str, tuple[str, ...]]:
-    """Metadata of a field that these keys of plans ask about, if any; without it the key has the field's name."""
+    """Metadata of a field: the keys of plans that select by it, perhaps none.  Else the key is the field's name."""
     return {"keys": keys}
 
 
 @dataclass(slots=True)
 class Event:
-    """What happens at a point: base of a class for each family of points.
+    """What happens at a point: the base of the classes of events, one for each family of points.
 
-    It is carried out as its fields say then: a sink may change it, or hand on a changed copy.
+    It is carried out with the values that its fields have then: a sink may change them, or pass on a changed copy.
     """
 
     #: Where events of this class happen.
@@ -125,7 +125,7 @@ class TranslationEvent(RequestEvent):
     """The IOMMU translates an access."""
 
     points = frozenset((Point.TRANSLATE,))
-    #: Whether it is for a write.
+    #: Whether the access is a write.
     write: bool = field(metadata=_by("direction"))
 
 
@@ -171,7 +171,7 @@ class ResetEvent(Event):
     """A function is reset."""
 
     points = frozenset((Point.RESET,))
-    #: What the reset is called.
+    #: The kind of reset, as in `ResetKind`.
     kind: str
 
 
@@ -193,11 +193,11 @@ class CompletionEvent(Event):
 
 @dataclass(slots=True, kw_only=True)
 class DoorbellEvent(Event):
-    """A driver tells a device of commands."""
+    """A driver rings a doorbell for new commands."""
 
     points = frozenset((Point.DOORBELL,))
     queue: int
-    #: Of which of the two rings it is, where there are two.
+    #: Which of the two rings it belongs to, where there are two.
     kind: str | None = None
 
 
@@ -219,7 +219,7 @@ class InvalidationEvent(Event):
     points = frozenset((Point.INVALIDATE,))
     #: What is invalidated.
     kind: str
-    #: None: not only of one domain, not only a range of IOVAs.
+    #: The domain and the range of IOVAs that it is limited to; None: no limit.
     domain: str | None = None
     address: int | None = field(default=None, metadata=_by("iova"))
     size: int | None = None
@@ -227,7 +227,7 @@ class InvalidationEvent(Event):
 
 @dataclass(slots=True, kw_only=True)
 class ConnectionEvent(Event):
-    """A client connects, or has let go of the device."""
+    """A client connects to the device, or has released it."""
 
     points = frozenset((Point.CONNECTION, Point.UNPLUG))
 
@@ -253,16 +253,16 @@ EVENTS: dict[Point, type[Event]] = {
 
 
 def keys_of(kind: type[Event]) -> dict[str, str]:
-    """The keys of plans that ask about a class's fields: the field of each."""
+    """The keys of plans that select by a class's fields, with the name of the field."""
     return {key: f.name for f in fields(kind) for key in f.metadata.get("keys", (f.name,))}
 
 
 #: What has data or a size to change.
 Transfer = DmaEvent | AccessEvent
 
-#: Carries an event out; what a read gives, b"" elsewhere.
+#: Carries an event out; returns the data of a read, else b"".
 Proceed = Callable[[Event], bytes]
-#: Intercepts an event before it is carried out, and has it carried out, or not.
+#: Intercepts an event before it is carried out, and carries it out or not; returns the data of a read, else b"".
 Sink = Callable[[Event, Proceed], bytes]
 _E = TypeVar("_E", bound=Event)
 
@@ -296,11 +296,11 @@ class Points:
         self._sink = sink
 
     def armed(self, point: Point) -> bool:
-        """Whether a sink intercepts events there: a model asks first where it has a faster way."""
+        """Whether a sink intercepts events there.  A model with a faster path for unarmed points asks first."""
         return self._sink is not None and point in self._wanted
 
     def __call__(self, event: _E, proceed: Callable[[_E], bytes]) -> bytes:
-        """Has an event carried out by `proceed`, through the sink where its point is armed; what a read gives."""
+        """Carries out an event by `proceed`, through the sink if its point is armed; returns a read's data."""
         sink = self._sink
         if sink is None or event.point not in self._wanted:
             return proceed(event)
@@ -310,7 +310,7 @@ class Points:
         return sink(event, cast(Proceed, proceed))
 
     def at(self, event: _E, proceed: Callable[[_E], object]) -> None:
-        """The same for an event that gives no data."""
+        """The same for an event that returns no data."""
 
         def carry_out(event: _E) -> bytes:
             proceed(event)
@@ -330,7 +330,7 @@ class Points:
         lba: int | None = None,
         blocks: int | None = None,
     ) -> None:
-        """A command is completed: `proceed` does so with the event's `id`, `status` and `length`."""
+        """Completes a command: `proceed` writes the completion, with the event's `id`, `status` and `length`."""
         said = CompletionEvent(
             Point.COMPLETION,
             queue=queue,
@@ -344,11 +344,11 @@ class Points:
         self.at(said, proceed)
 
     def doorbell(self, proceed: Callable[[DoorbellEvent], object], *, queue: int, kind: str | None = None) -> None:
-        """A doorbell has been rung: `proceed` looks at the event's `queue`."""
+        """Handles a doorbell: `proceed` looks at the event's `queue`."""
         self.at(DoorbellEvent(Point.DOORBELL, queue=queue, kind=kind), proceed)
 
     def config_changed(self, *, master: bool, interrupts: bool) -> None:
-        """Bus mastering, or whether MSI or MSI-X is on (True where there are none), may have changed."""
+        """Derives the driver's phase from bus mastering and from whether MSI or MSI-X is on (True: it has neither)."""
         if master and interrupts:
             self.phase = Phase.RUNNING
         elif master and self.phase is Phase.REMOVE:
@@ -357,5 +357,5 @@ class Points:
             self.phase = Phase.REMOVE
 
     def reset(self) -> None:
-        """The function was reset: the driver begins anew."""
+        """Records a reset of the function: the driver's phase is PROBE again."""
         self.phase = Phase.PROBE

@@ -122,7 +122,7 @@ def test_without_the_shim(tmp_path: Path) -> None:
     done = run("doctor", "--json")
     shim = json.loads(done.stdout)["checks"][0]
     assert (done.returncode, shim["name"], shim["ok"]) == (1, "C shim", False)
-    assert "pip install" in shim["mend"]
+    assert "pip install" in shim["fix"]
 
 
 # ---- serve ----------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_doctor(qemu: Path, tmp_path: Path) -> None:
     assert checks["C shim"]["ok"] and checks["shared memory"]["ok"]
     assert checks["QEMU with vfio-user-pci"]["detail"] == f"11.0.0, {qemu}"
     kernel = checks["guest kernel stable"]
-    assert (kernel["ok"], kernel["mend"]) == (False, "scripts/get-qemu --kernel stable")
+    assert (kernel["ok"], kernel["fix"]) == (False, "scripts/get-qemu --kernel stable")
     text = vmodel("doctor", HOME=str(tmp_path), VMODEL_QEMU=str(qemu)).stdout
     assert "ok       QEMU with vfio-user-pci  11.0.0" in text
     assert re.search(r"^MISSING  static busybox .*\n +to fix it: scripts/get-qemu$", text, re.MULTILINE)
@@ -332,7 +332,7 @@ def test_doctor_finds_an_old_qemu(qemu: Path, tmp_path: Path) -> None:
         qemu.write_text(FAKE_QEMU.replace(old, new))
         found = json.loads(vmodel("doctor", "--json", HOME=str(tmp_path), VMODEL_QEMU=str(qemu)).stdout)
         check = next(c for c in found["checks"] if c["name"].startswith("QEMU"))
-        assert (check["ok"], check["detail"], check["mend"]) == (False, f"{qemu} {said}", "scripts/get-qemu")
+        assert (check["ok"], check["detail"], check["fix"]) == (False, f"{qemu} {said}", "scripts/get-qemu")
 
 
 # ---- in a terminal --------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def report(outcome: Outcome) -> None:
     print(outcome.log[-6000:])
     if outcome.artifact:
         print(f"once more:  scripts/fuzz --input {outcome.artifact.relative_to(ROOT)} {outcome.target.name}")
-        print(f"when it is mended, keep the input as a test: tests/fuzz/crashes/{outcome.target.name}/")
+        print(f"when it is fixed, keep the input as a test: tests/fuzz/crashes/{outcome.target.name}/")
 
 
 def once(target: Target, path: str) -> int:

@@ -337,7 +337,7 @@ def test_two_iommus_and_none(run: Runs, kernel: str) -> None:
 
 
 def test_qemus_own_iommu(run: Runs, kernel: str) -> None:
-    """QEMU's intel-iommu with caching-mode passes each of 10,000 windows on: nothing of them is left behind."""
+    """QEMU's intel-iommu with caching-mode passes each of 10,000 windows on: all are removed again."""
 
     def held() -> tuple[int, int, int]:
         fds = list(Path("/proc/self/fd").iterdir())

@@ -209,7 +209,7 @@ def flush(bench: Bench, by: str, kind: int, domain_id: int = 0, page: int = 0, m
         assert bench.get(IOTLB, 8) >> 57 & 3 == kind and not bench.get(IOTLB, 8) >> 63
 
 
-def forget(bench: Bench, by: str, kind: int, domain_id: int = 0, source: int = 0, mask: int = 0) -> None:
+def invalidate(bench: Bench, by: str, kind: int, domain_id: int = 0, source: int = 0, mask: int = 0) -> None:
     if by == QUEUED:
         bench.queue((1 | kind << 4 | domain_id << 16 | source << 32 | mask << 48, 0))
         assert bench.get(IQH, 8) == bench.get(IQT, 8)
@@ -270,7 +270,7 @@ def test_contexts_are_stale_until_invalidated(
     bench.read("edu0", 0x5000)
     bench.context("edu0", 0, 0)
     bench.read("edu0", 0x5000)
-    forget(bench, by, kind, domain_id, source, mask)
+    invalidate(bench, by, kind, domain_id, source, mask)
     if gone:
         assert bench.refused("edu0", 0x5000) is Reason.BLOCKED
     else:
@@ -434,7 +434,7 @@ def test_dma_and_commands_at_once(bench: Bench) -> None:
     for thread in threads:
         thread.start()
     for n in range(300):
-        forget(bench, "registers" if n % 2 else QUEUED, 1 + n % 2, 7)
+        invalidate(bench, "registers" if n % 2 else QUEUED, 1 + n % 2, 7)
         flush(bench, "registers" if n % 2 else QUEUED, 1 + n % 3, 7, 0x5000)
         if n % 10 == 0:
             queued = bench.get(GSTS) & QIE

@@ -131,7 +131,7 @@ def test_kernel_by_path(tmp_path: Path) -> None:
     modules = tmp_path / "lib" / "modules" / RELEASE
     modules.mkdir(parents=True)
     assert artifacts.find_kernel(path).modules == modules
-    for data, text in ((b"", "no Linux bzImage"), (b"\0" * 600, "no Linux bzImage")):
+    for data, text in ((b"", "is not a Linux bzImage"), (b"\0" * 600, "is not a Linux bzImage")):
         path.write_bytes(data)
         with pytest.raises(ArtifactError, match=f"mine: {text}"):
             artifacts.find_kernel(path)
@@ -318,9 +318,9 @@ def test_unpacking_a_browser(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("says", "loader", "outcome"),
     [
-        ("echo something else", "/lib64/ld-linux-x86-64.so.2", "does not look like it"),
+        ("echo something else", "/lib64/ld-linux-x86-64.so.2", "does not look like Chromium"),
         ("exit 3", "/lib64/ld-linux-x86-64.so.2", "does not run here"),
-        ("exit 0", "/lib/ld-musl.so", "another loader"),
+        ("exit 0", "/lib/ld-musl.so", "the expected loader"),
     ],
 )
 def test_a_browser_that_does_not_run(tmp_path: Path, says: str, loader: str, outcome: str) -> None:

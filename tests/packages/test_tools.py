@@ -96,7 +96,7 @@ def test_libraries_of_libraries(tmp_path: Path) -> None:
     (tmp_path / LIBS / "own" / "libb.so.2").unlink()
     with pytest.raises(ArtifactError, match=r"^liba.so.1 needs the library libb.so.2, .*get-qemu --tools --refresh$"):
         list(program_files(tmp_path, ["fio"]))
-    with pytest.raises(ArtifactError, match=r"no tool 'gdb' for guests .there are: blockdev, e2fsck, fio, "):
+    with pytest.raises(ArtifactError, match=r"no tool 'gdb' for guests .tools are: blockdev, e2fsck, fio, "):
         list(program_files(tmp_path, ["gdb"]))
     put(tmp_path / "usr/bin/fio", b"#!")
     with pytest.raises(ArtifactError, match="fio: not an ELF file"):

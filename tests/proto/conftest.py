@@ -42,7 +42,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     threads = set(threading.enumerate())  # those of other tests may end meanwhile
     with server:
         yield Served(toy, tmp_path / "toy.sock")
-    assert not set(threading.enumerate()) - threads, "a thread was left behind"
+    assert not set(threading.enumerate()) - threads, "a thread has not ended"
     toy.close()
     assert not (tmp_path / "toy.sock").exists()
 

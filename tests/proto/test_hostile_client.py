@@ -260,7 +260,7 @@ def test_the_thread_survives_what_the_system_refuses(served: Served, toy: Toy, m
     assert left == 0
 
 
-def test_a_model_that_does_not_return_is_left_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_does_not_return_is_abandoned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     entered, over = threading.Event(), threading.Event()
 
     class Stuck(Toy):

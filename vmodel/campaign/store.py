@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from vmodel.campaign.matrix import Run
 from vmodel.campaign.rig import plain
+from vmodel.closing import Closing
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Result
 from vmodel.experiment.oracle import Outcome
@@ -65,7 +66,7 @@ class Row:
         return self.result is not None and self.result.outcome in self.run.expect
 
 
-class ResultStore:
+class ResultStore(Closing):
     """A campaign's folder; a context manager that closes it."""
 
     def __init__(self, folder: Path, database: sqlite3.Connection, lock: int | None) -> None:
@@ -123,12 +124,6 @@ class ResultStore:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # ---- definition ------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import cast
 
 import typer
 
-from vmodel.cli.doctor import mend_shim
+from vmodel.cli.doctor import shim_command
 from vmodel.cli.output import safely
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import ArtifactError
@@ -107,7 +107,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except ImportError as error:
         if error.name != "vmodel._vmshim":
             raise
-        return _fail(f"the C shim cannot be loaded ({error}): {mend_shim()}", status=1)
+        return _fail(f"the C shim cannot be loaded ({error}): {shim_command()}", status=1)
     try:
         result = _app(commands, groups)(arguments, prog_name="vmodel", standalone_mode=False)
         sys.stdout.flush()

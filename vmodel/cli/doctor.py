@@ -25,17 +25,17 @@ from vmodel.guest.artifacts import ArtifactError
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The result of a check.  `mend` is the command that fixes it."""
+    """The result of a check.  `fix` is the command that fixes it."""
 
     name: str
     ok: bool
     detail: str
-    mend: str = ""
+    fix: str = ""
     #: False: vmodel works without it, except for some commands.
     needed: bool = True
 
 
-def mend_shim() -> str:
+def shim_command() -> str:
     """The command that builds the C shim for this Python."""
     root = Path(vmodel.__file__).resolve().parents[1]
     source = ["--editable", str(root)] if (root / "setup.py").is_file() else ["--force-reinstall", "vmodel"]
@@ -46,7 +46,7 @@ def _shim() -> Diagnosis:
     try:
         importlib.import_module("vmodel._vmshim")
     except ImportError as error:
-        return Diagnosis("C shim", False, str(error), mend_shim())
+        return Diagnosis("C shim", False, str(error), shim_command())
     return Diagnosis("C shim", True, "loaded")
 
 
@@ -68,8 +68,8 @@ def _kernel(short: str) -> Diagnosis:
     except ArtifactError as error:
         return _artifact(name, error, needed)
     if not kernel.image.is_file() or kernel.modules is None or not kernel.modules.is_dir():
-        mend = f"{artifacts.MEND} --refresh"
-        return Diagnosis(name, False, f"{kernel.image} or its modules are missing", mend, needed)
+        fix = f"{artifacts.FETCH_COMMAND} --refresh"
+        return Diagnosis(name, False, f"{kernel.image} or its modules are missing", fix, needed)
     return Diagnosis(name, True, str(kernel.image))
 
 
@@ -82,8 +82,8 @@ def _busybox() -> Diagnosis:
 
 def _artifact(name: str, error: ArtifactError, needed: bool = True) -> Diagnosis:
     # The message of an ArtifactError ends with the command that fixes it; here the command has a line of its own.
-    detail, _, mend = str(error).rpartition("; ")
-    return Diagnosis(name, False, detail or mend, mend.removeprefix("run "), needed)
+    detail, _, fix = str(error).rpartition("; ")
+    return Diagnosis(name, False, detail or fix, fix.removeprefix("run "), needed)
 
 
 def _memory() -> Diagnosis:
@@ -138,7 +138,7 @@ def doctor(as_json: AsJson = False) -> None:
         state = "[green]ok     [/]" if f.ok else "[red]MISSING[/]" if f.needed else "[yellow]absent [/]"
         out.print(f"{state}  {f.name:<24} ", end="")
         out.print(f.detail, markup=False, highlight=False)
-        if not f.ok and f.mend:
+        if not f.ok and f.fix:
             optional = "" if f.needed else " (optional)"
-            out.print(f"         {'':<24} to fix it{optional}: {f.mend}", markup=False, highlight=False)
+            out.print(f"         {'':<24} to fix it{optional}: {f.fix}", markup=False, highlight=False)
     raise typer.Exit(0 if healthy else 1)

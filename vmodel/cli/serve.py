@@ -143,7 +143,7 @@ def loaded(path: Path) -> Iterator[machines.Machine]:
         yield machine
     finally:
         machine.close()
-        if machine.left_behind:
+        if machine.abandoned:
             # A thread did not end.  Normal interpreter exit would free memory that it still uses.
             sys.stdout.flush()
             os._exit(1)

@@ -56,6 +56,7 @@ class DmaTap:
         self._points = points
 
     def read(self, dma: Dma, iova: int, size: int) -> bytes:
+        """Passes a read of `size` bytes to dma.read, and its translation to translate."""
         if not size:
             return dma.read(iova, size)
 
@@ -66,10 +67,12 @@ class DmaTap:
         return self._points(DmaEvent(Point.DMA_READ, **_request(dma, iova, size)), carry_out)
 
     def readinto(self, dma: Dma, iova: int, buffer: bytearray | memoryview) -> None:
+        """As `read`; the data goes to `buffer`."""
         with memoryview(buffer) as whole, whole.cast("B") as flat:
             flat[:] = self.read(dma, iova, len(flat))
 
     def write(self, dma: Dma, iova: int, data: Buffer) -> None:
+        """Passes a write to dma.write, and its translation to translate."""
         # A copy: a delayed write must not see what the model puts into its buffer meanwhile.
         copy = bytes(data)
         if not copy:
@@ -84,14 +87,16 @@ class DmaTap:
         return None
 
     def gather_into(self, dma: Dma, pieces: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """Passes each (iova, size) piece to the points as a read of its own."""
         self._each(dma, pieces, buffer, write=False)
 
     def scatter(self, dma: Dma, pieces: Sequence[tuple[int, int]], data: memoryview) -> None:
+        """Passes each (iova, size) piece to the points as a write of its own."""
         self._each(dma, pieces, data, write=True)
 
     @contextmanager
     def view(self, dma: Dma, iova: int, size: int, *, writable: bool) -> Iterator[memoryview]:
-        """A copy, written back at the end: nothing can come between memory itself and whoever reads it."""
+        """A copy, written back at the end: accesses to memory itself could not be intercepted."""
         with dma.view(iova, size, writable=writable):
             copy = bytearray(self.read(dma, iova, size))
         with memoryview(copy) as shown:
@@ -100,6 +105,8 @@ class DmaTap:
             self.write(dma, iova, copy)
 
     def atomic(self, dma: Dma, iova: int, op: int, size: int, operand: int, compare: int) -> int:
+        """Passes an atomic operation to dma.read, as it returns the value before."""
+
         def carry_out(event: DmaEvent) -> bytes:
             self._translate(dma, event, write=True)
             return dma.atomic(event.address, op, size, operand, compare).to_bytes(size, "little")
@@ -127,7 +134,7 @@ class DmaTap:
 
 
 def _request(dma: Dma, iova: int, size: int) -> _Request:
-    """What an event says of an access by `dma`."""
+    """The fields of an event for an access by `dma`."""
     about: _Request = {"address": iova, "size": size, "pasid": dma.pasid, "gpa": lambda: iova}
     endpoint = dma.endpoint
     if endpoint is not None:
@@ -149,6 +156,7 @@ class TappedRegions:
         self._wanted = wanted
 
     def read(self, key: int, region: int, offset: int, count: int) -> int | bytes:
+        """Passes a read of `count` bytes to mmio.read or config.read, if that is armed.  See Regions.read."""
         point = Point.CONFIG_READ if region == Region.CONFIG else Point.MMIO_READ
         if point not in self._wanted:
             return self._regions.read(key, region, offset, count)
@@ -156,6 +164,7 @@ class TappedRegions:
         return int.from_bytes(data, "little") if count <= 8 else data
 
     def write(self, key: int, region: int, offset: int, count: int, value: int | bytes) -> None:
+        """Passes a write to mmio.write or config.write, if that is armed.  See Regions.write."""
         point = Point.CONFIG_WRITE if region == Region.CONFIG else Point.MMIO_WRITE
         if point not in self._wanted:
             self._regions.write(key, region, offset, count, value)

@@ -10,9 +10,9 @@ import time
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
+from vmodel.closing import Closing
 from vmodel.errors import ConfigError
 from vmodel.experiment import kernel_log
 from vmodel.experiment.case import Case, Result
@@ -39,7 +39,7 @@ def run(case: Case, folder: Path) -> Result:
         return rig.run(case, folder)
 
 
-class Rig:
+class Rig(Closing):
     """Runs cases one after the other; a context manager that ends its guest.
 
     A case runs in the guest that is there if that has booted with the same machine, kernel, modules, files and
@@ -76,14 +76,6 @@ class Rig:
         setup, self._setup = self._setup, None
         if setup is not None:
             setup.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _key(case: Case) -> Hashable:

@@ -1,19 +1,19 @@
-"""QEMU, guest kernels and busybox: where they are. `scripts/get-qemu` brings them.
+"""The places of QEMU, guest kernels and busybox.  `scripts/get-qemu` fetches them.
 
-The cache, `${XDG_CACHE_HOME:-~/.cache}/vmodel`, has one folder for each part. A part's folder appears by a rename
-when all of it is there, with its `stamp.json` written last, so a part is whole or absent:
+The cache, `${XDG_CACHE_HOME:-~/.cache}/vmodel`, has one folder for each part.  A part is prepared elsewhere, its
+`stamp.json` is written last, and the folder is renamed into the cache: so a part is complete or absent.
 
     qemu/          qemu-system-x86_64 (wrapper), root/ (from Debian's packages, with every library that it needs)
     busybox/       busybox (static)
-    iasl/          iasl (wrapper), root/ (as of qemu); for the tests only
-    tools/         root/: Debian's programs for guests, see tools.py; if asked for
-    browser/       chromium-headless-shell (wrapper), root/ (as of qemu); for the tests only
+    iasl/          iasl (wrapper), root/ (as for qemu); for the tests only
+    tools/         root/: Debian's programs for guests, see tools.py; optional
+    browser/       chromium-headless-shell (wrapper), root/ (as for qemu); for the tests only
     clang/         clang (wrapper), root/ (with headers, too), bin/: ld, addr2line; for the tests only
     kernel-stable/ boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/; the stamp has the RELEASE
-    kernel-backports/, kernel-cloud/: the same for the other roles; kernel-6.6/: for a version that was asked for
+    kernel-backports/, kernel-cloud/: the same for the other roles; kernel-6.6/: for a requested version
 
 A kernel is named by its role in Debian's archive, as releases come and go there, or by the start of its version, which
-finds any kernel here whose release begins so, whatever its folder is called.
+selects any kernel in the cache whose release begins with it, in whatever folder.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from pathlib import Path
 
 from vmodel.errors import ConfigError
 
-#: The command that mends a missing part; every error that it can mend names it.  An installed wheel has no scripts.
-MEND = (
+#: The command that fetches missing parts; errors that it fixes name it.  An installed wheel has no scripts/.
+FETCH_COMMAND = (
     "scripts/get-qemu"
     if (Path(__file__).parents[2] / "scripts" / "get-qemu").exists()
     else "python -m vmodel.guest.get_qemu"
@@ -40,21 +40,21 @@ MEND = (
 MIN_QEMU = (10, 1)
 #: Roles of kernels: Debian stable's, the newest of its backports, and stable's for virtual machines (fewer drivers).
 STABLE, NEWEST, CLOUD = ROLES = ("stable", "backports", "cloud")
-#: Kernels that everybody gets who asks for none.
+#: The kernels that are fetched by default.
 KERNELS = (STABLE, NEWEST)
 #: How a kernel may be named, other than by a path: a role, or the start of a version.
 KERNEL_NAME = re.compile(rf"{'|'.join(ROLES)}|\d+(\.\d+)+(-cloud)?")
-#: The same for people.
+#: The same as text for `--help`.
 KERNEL_HELP = "stable, backports, cloud, a version, or a vmlinuz's path."
 
 
 class ArtifactError(ConfigError):
-    """A part that a guest needs is missing, or could not be fetched; one line that says what to do."""
+    """A part that a guest needs is missing, or could not be fetched.  The text is one line, with what to do."""
 
 
 @dataclass(frozen=True)
 class Qemu:
-    """A QEMU that attaches vfio-user devices: its path, and its version such as (11, 1, 3)."""
+    """A QEMU that has vfio-user-pci: its path, and its version, such as (11, 1, 3)."""
 
     path: Path
     version: tuple[int, ...]
@@ -73,19 +73,19 @@ class Kernel:
 
     @property
     def version(self) -> tuple[int, int]:
-        """(major, minor) of its release: what differs between kernels goes by this, never by a name."""
+        """(major, minor) of its release.  Code that depends on the kernel compares this, never a name."""
         numbers = re.match(r"(\d+)\.(\d+)", self.release)
         return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """The cache folder, which need not exist. A relative XDG_CACHE_HOME is ignored, as the XDG specification says."""
+    """The cache folder, which need not exist.  A relative XDG_CACHE_HOME is ignored, as the XDG specification says."""
     base = Path(environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "vmodel"
 
 
 def parse_qemu_version(text: str) -> tuple[int, ...]:
-    """The version in the output of `qemu --version`; () where there is none."""
+    """The version in the output of `qemu --version`, such as (11, 1, 3); () where there is none."""
     found = re.search(r"version (\d+(?:\.\d+)+)", text)
     return tuple(int(part) for part in found[1].split(".")) if found else ()
 
@@ -96,22 +96,22 @@ def probe_qemu(path: Path) -> Qemu:
         said = output([str(path), "--version"])
         version = parse_qemu_version(said)
         if not version:
-            raise ArtifactError(f"{path} does not look like QEMU, it says {said[:80]!r}; run {MEND}")
+            raise ArtifactError(f"{path} does not look like QEMU, it prints {said[:80]!r}; run {FETCH_COMMAND}")
         if version < MIN_QEMU:
-            raise ArtifactError(f"{path} is QEMU {'.'.join(map(str, version))}, older than 10.1; run {MEND}")
+            raise ArtifactError(f"{path} is QEMU {'.'.join(map(str, version))}, older than 10.1; run {FETCH_COMMAND}")
         if "vfio-user-pci" not in output([str(path), "-device", "help"]):
-            raise ArtifactError(f"{path} was built without vfio-user-pci; run {MEND}")
+            raise ArtifactError(f"{path} was built without vfio-user-pci; run {FETCH_COMMAND}")
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be run ({error.strerror}); run {MEND}") from None
+        raise ArtifactError(f"{path} cannot be run ({error.strerror}); run {FETCH_COMMAND}") from None
     except subprocess.SubprocessError as error:
-        raise ArtifactError(f"{path} does not run ({error}); run {MEND}") from None
+        raise ArtifactError(f"{path} does not run ({error}); run {FETCH_COMMAND}") from None
     return Qemu(path, version)
 
 
 def find_qemu() -> Qemu:
-    """$VMODEL_QEMU, else the one in PATH if it serves, else the cache's.  ArtifactError without one.
+    """The QEMU of guests: $VMODEL_QEMU, else the one in PATH if it is suitable, else the cache's.  ArtifactError.
 
-    A $VMODEL_QEMU that does not serve is an error too: falling back would hide the mistake.
+    An unsuitable $VMODEL_QEMU is an error: another QEMU in its place would hide the user's mistake.
     """
     if chosen := os.environ.get("VMODEL_QEMU"):
         return probe_qemu(Path(chosen).absolute())
@@ -120,45 +120,45 @@ def find_qemu() -> Qemu:
         if host := host_qemu():
             return host
     except ArtifactError as error:
-        unfit = str(error).removesuffix(f"; run {MEND}")
+        unfit = str(error).removesuffix(f"; run {FETCH_COMMAND}")
     if cached := cached_qemu():
         return cached
-    raise ArtifactError(f"{unfit}; run {MEND}")
+    raise ArtifactError(f"{unfit}; run {FETCH_COMMAND}")
 
 
 def find_busybox() -> Path:
-    """A static busybox: $VMODEL_BUSYBOX, else the cache's.  ArtifactError without one."""
+    """A static busybox: $VMODEL_BUSYBOX, else the cache's.  ArtifactError: there is none."""
     if chosen := os.environ.get("VMODEL_BUSYBOX"):
         if not Path(chosen).is_file():
-            raise ArtifactError(f"VMODEL_BUSYBOX={chosen} is no file; unset it and run {MEND}")
+            raise ArtifactError(f"VMODEL_BUSYBOX={chosen} is not a file; unset it and run {FETCH_COMMAND}")
         return Path(chosen)
     part = cache_dir() / "busybox"
     if not read_stamp(part):
-        raise ArtifactError(f"no static busybox found; run {MEND}")
+        raise ArtifactError(f"no static busybox found; run {FETCH_COMMAND}")
     return part / "busybox"
 
 
 def find_iasl() -> Path:
-    """ACPICA's compiler and disassembler of ACPI tables: the one in PATH, else the cache's.  ArtifactError without."""
+    """ACPICA's compiler and disassembler of ACPI tables: the one in PATH, else the cache's.  ArtifactError."""
     part = cache_dir() / "iasl"
     if host := shutil.which("iasl"):
         return Path(host)
     if not read_stamp(part):
-        raise ArtifactError(f"no iasl found; run {MEND} --iasl")
+        raise ArtifactError(f"no iasl found; run {FETCH_COMMAND} --iasl")
     return part / "iasl"
 
 
-#: Chromium, as distributions call it.
+#: Names of Chromium in distributions.
 _BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
 def find_browser() -> Path:
-    """Chromium, for tests of pages: the one in PATH, else the cache's.  ArtifactError without."""
+    """Chromium, for tests of HTML pages: the one in PATH, else the cache's.  ArtifactError: there is none."""
     part = cache_dir() / "browser"
     if host := next(filter(None, map(shutil.which, _BROWSERS)), None):
         return Path(host)
     if not read_stamp(part):
-        raise ArtifactError(f"no Chromium found; run {MEND} --browser")
+        raise ArtifactError(f"no Chromium found; run {FETCH_COMMAND} --browser")
     return part / "chromium-headless-shell"
 
 
@@ -169,12 +169,12 @@ def find_clang() -> Path:
     if host and has_fuzzer(Path(host)):
         return Path(host)
     if not read_stamp(part):
-        raise ArtifactError(f"no clang with libFuzzer found; run {MEND} --clang")
+        raise ArtifactError(f"no clang with libFuzzer found; run {FETCH_COMMAND} --clang")
     return part / "clang"
 
 
 def has_fuzzer(clang: Path) -> bool:
-    """Whether this clang builds fuzz targets: not every distribution's has the runtimes."""
+    """Whether this clang builds fuzz targets: some distributions leave out the runtimes."""
     code = "int LLVMFuzzerTestOneInput(const char *data, long size) { return data && size < 0; }"
     with tempfile.TemporaryDirectory() as work:
         line = [str(clang), "-x", "c", "-fsanitize=fuzzer,address,undefined", "-o", f"{work}/target", "-"]
@@ -182,7 +182,7 @@ def has_fuzzer(clang: Path) -> bool:
 
 
 def find_kernels() -> dict[str, Kernel]:
-    """The cache's kernels by the names of their folders, such as "stable" or "6.6"; the oldest release first."""
+    """The cache's kernels by the names of their folders, such as "stable" or "6.6", the oldest release first."""
     found = {part.name.removeprefix("kernel-"): _cached_kernel(part) for part in cache_dir().glob("kernel-*")}
     there = [(natural(kernel.release), name, kernel) for name, kernel in found.items() if kernel]
     return {name: kernel for _, name, kernel in sorted(there, key=lambda entry: entry[:2])}
@@ -191,9 +191,9 @@ def find_kernels() -> dict[str, Kernel]:
 def find_kernel(name: str | os.PathLike[str] | None = None) -> Kernel:
     """A kernel by its role ("stable"), by the start of its version ("6.12", "6.12.107", "6.12-cloud"), or by its path.
 
-    None: stable's, or without that the oldest generic one.  Of several that a version means, the newest.
-    A path is what has a / in it, or is a Path. Modules are looked for in lib/modules/RELEASE, beside the image and one
-    folder up (where /boot/vmlinuz-* has them); a kernel without any is allowed.  ArtifactError.
+    None selects stable's, else the oldest generic kernel.  A version selects the newest kernel that it matches.
+    A Path, or a text with a / in it, is a path.  Modules are in lib/modules/RELEASE, beside the image or one folder up
+    (as for /boot/vmlinuz-*); a kernel without modules is allowed.  ArtifactError: there is no such kernel.
     """
     if isinstance(name, os.PathLike) or (name and "/" in name):
         return _kernel_at(Path(name))
@@ -209,30 +209,33 @@ def find_kernel(name: str | os.PathLike[str] | None = None) -> Kernel:
         return next(kernel for kernel in kernels.values() if kernel.release == release)
     have = ", ".join(f"{short} ({kernel.release})" for short, kernel in kernels.items()) or "none"
     wanted = f" --kernel {name}" if name and KERNEL_NAME.fullmatch(name) else ""
-    raise ArtifactError(f"no kernel{f' {name}' if name else ''} in the cache (there: {have}); run {MEND}{wanted}")
+    missing = f"no kernel{f' {name}' if name else ''} in the cache"
+    raise ArtifactError(f"{missing} (kernels there: {have}); run {FETCH_COMMAND}{wanted}")
 
 
 def kernel_release(image: Path) -> str:
-    """What `uname -r` will say, read from the header of a bzImage. Raises ArtifactError if it is none."""
-    # Documentation/arch/x86/boot.rst: "HdrS" at 0x202; the word at 0x20e plus 0x200 points at the version's text.
+    """The release (`uname -r`), from the header of a bzImage.  ArtifactError: it is not a bzImage.
+
+    Linux, Documentation/arch/x86/boot.rst: "HdrS" is at 0x202; the word at 0x20e plus 0x200 is the offset of the text.
+    """
     try:
         with image.open("rb") as file:
             head = file.read(0x8000)
     except OSError as error:
         raise ArtifactError(f"cannot read the kernel: {error.strerror}", file=image) from None
     if head[0x202:0x206] != b"HdrS":
-        raise ArtifactError("no Linux bzImage", file=image)
+        raise ArtifactError("is not a Linux bzImage", file=image)
     at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
     words = head[at : at + 256].split(b"\0")[0].decode("ascii", "replace").split()
     if not words:
-        raise ArtifactError("a bzImage without a version", file=image)
+        raise ArtifactError("is a bzImage without a version", file=image)
     return words[0]
 
 
 def pick_release(releases: Sequence[str], prefix: str) -> str | None:
     """The newest release whose version is `prefix` or starts with it at a dot: "6.1" is not "6.12".
 
-    With "-cloud" at its end it means cloud kernels only, else none of them.
+    A prefix that ends in "-cloud" selects cloud kernels only, any other prefix selects none of them.  None: no match.
     """
     version = re.escape(prefix.removesuffix("-cloud")) + r"(?!\d)"
     matching = [found for found in releases if re.match(version, found) and is_cloud(found) == is_cloud(prefix)]
@@ -240,17 +243,17 @@ def pick_release(releases: Sequence[str], prefix: str) -> str | None:
 
 
 def is_cloud(name: str) -> bool:
-    """Whether a release, or a name such as "6.12-cloud", is a cloud kernel's."""
+    """Whether a release, or a name such as "6.12-cloud", is that of a cloud kernel."""
     return "-cloud" in name
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """A sorting key under which numbers inside a text compare as numbers: 6.9 before 6.12."""
+    """A sorting key that compares numbers inside a text as numbers: 6.9 is before 6.12."""
     return [(int(number or 0), word) for number, word in re.findall(r"(\d+)|(\D+)", text)]
 
 
 def read_stamp(part: Path) -> dict[str, str]:
-    """A part's stamp, {} where the part is absent or spoilt: then it is fetched anew."""
+    """A part's stamp; {} if the part is absent or its stamp is damaged: then it is fetched again."""
     try:
         stamp = json.loads((part / "stamp.json").read_text())
     except (OSError, ValueError):
@@ -259,12 +262,13 @@ def read_stamp(part: Path) -> dict[str, str]:
 
 
 def host_qemu() -> Qemu | None:
+    """The QEMU in PATH; None: there is none.  ArtifactError: it is unsuitable, as for `probe_qemu`."""
     path = shutil.which("qemu-system-x86_64")
     return probe_qemu(Path(path)) if path else None
 
 
 def cached_qemu() -> Qemu | None:
-    # The version was probed before the stamp was written, so it need not be asked again for each guest.
+    """The cache's QEMU; None: there is none.  It is not run: it was probed before its stamp was written."""
     path = cache_dir() / "qemu" / "qemu-system-x86_64"
     version = parse_qemu_version(read_stamp(path.parent).get("version", ""))
     return Qemu(path, version) if version and path.is_file() else None
@@ -282,5 +286,5 @@ def _kernel_at(image: Path) -> Kernel:
 
 
 def output(argv: Sequence[str]) -> str:
-    """What a program prints on stdout. Raises OSError, or SubprocessError after 30 s or with a status other than 0."""
+    """A program's stdout.  OSError: it cannot be run; SubprocessError: it took 30 s, or its exit status is not 0."""
     return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=True).stdout

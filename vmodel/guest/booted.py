@@ -1,7 +1,7 @@
-"""A guest that has booted and waits for scripts: run one, look what the kernel said meanwhile, run the next.
+"""A booted guest that runs scripts, one after the other, and reports what its kernel logged meanwhile.
 
-The guest's command is a small agent of ours, a shell script.  It gets a line for each script and answers on the same
-port, between what the scripts print: an answer starts with a control character and a word that only this guest knows.
+The guest's command is an agent, a shell script.  It receives a line for each request, and answers on the same serial
+port, between the output of the scripts: an answer starts with a control character and a token unique to the guest.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from vmodel.closing import Starting
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import find_kernel
 from vmodel.guest.kernel_lines import Line, lines_of
@@ -26,19 +25,19 @@ from vmodel.guest.monitor import Monitor
 from vmodel.guest.running import Guest, GuestOff, GuestResult, GuestRunError, GuestSpec, GuestTimeout
 from vmodel.patience import patience, spoken
 
-#: Bytes of a script: a longer one is better a file.
+#: The largest script, in bytes.  A longer one has to be a file of the guest.
 MAX_SCRIPT = 24 * 1024
-#: Seconds that a guest gets after an oops, for what else it has to say.
+#: Seconds that a guest gets after an oops, to print the rest of it.
 _GRACE = 2.0
 _CRASH = re.compile(rb"Oops\b|Kernel panic|kernel BUG at|BUG: (unable to handle|kernel NULL)")
-#: In the kernel's log, before what a script makes the kernel say.
+#: Marks in the kernel's log where a script begins.
 BEGIN = "vmodel: a script begins:"
-#: A guest's panic comes by QMP, too, if the kernel has this module.
+#: With this module the kernel also reports a panic by QMP.
 PVPANIC = "pvpanic-mmio"
 
-# The console gets every message from now on, so that their times can be known here.  A hung task is reported after a
-# third of what a script may take.  The script is no child of the agent's: a child's end interrupts `read`, which then
-# forgets what it has read of a line.
+# The console gets every message, as the time of its arrival there is known.  The kernel reports a hung task after a
+# third of the script's time limit.  The script is not a child of the agent: a child's exit interrupts `read`, which
+# then loses the part of a line that it has read.
 _AGENT = r"""
 dmesg -n 8
 echo -1 > /proc/sys/kernel/hung_task_warnings
@@ -67,7 +66,7 @@ while read -r verb id limit script; do
     esac
 done 2>/dev/null
 """
-# Scripts ask the host by this.
+# Scripts send requests to the host by this program.
 _HOST = r"""#!/bin/sh
 printf '\036%s host %s %s\n' TOKEN $$ "$*" > /dev/ttyS1
 until [ -e /run/vmodel/answer.$$ ]; do sleep 0.05; done
@@ -79,22 +78,22 @@ exit $status
 
 @dataclass(frozen=True)
 class Done:
-    """How a script went.  Times are time.monotonic()'s."""
+    """The result of a script.  Times are in seconds, of time.monotonic()."""
 
-    #: 0..255; None: it did not end in its time, or the guest has ended.
+    #: Its exit status, 0 to 255; None: it did not end within its time limit, or the guest has ended.
     status: int | None
     output: bytes
     started: float
     ended: float
-    #: When each piece of its output came.
+    #: When each piece of its output arrived.
     came: tuple[float, ...] = ()
 
 
-#: What the host does for a script: arguments to an exit status.
+#: Carries out a request of a script on the host: takes its arguments, returns the exit status.
 HostCommand = Callable[[list[str]], int]
 
 
-class BootedGuest:
+class BootedGuest(Starting):
     """Boots a guest, and runs scripts in it, one after the other; a context manager.
 
     `spec.command` is not used, and `spec.timeout` is the time for the boot.
@@ -107,7 +106,7 @@ class BootedGuest:
         artifacts: Path | None = None,
         host: Mapping[str, HostCommand] | None = None,
     ) -> None:
-        """`host`: what scripts may ask for by `vmodel-host VERB ARGUMENTS`, by verb."""
+        """`host`: the requests that scripts may make by `vmodel-host VERB ARGUMENTS`, by verb."""
         self._token = secrets.token_hex(8)
         self._host = dict(host or {})
         kernel = spec.kernel or find_kernel()
@@ -126,13 +125,13 @@ class BootedGuest:
             timeout=float("inf"),
         )
         self._changed = threading.Condition()
-        #: What came on the console, piece by piece, with its time; and of the output what is no answer of the agent's.
+        #: The pieces of the console's text, with the time of each; likewise of the output, without the agent's answers.
         self._console: list[tuple[float, bytes]] = []
         self._output: list[tuple[float, bytes]] = []
         self._rest = b""
         self._answers: dict[str, str] = {}
         self._asked: list[tuple[str, list[str]]] = []
-        #: The console's last line, as far as it has come, and when it last told of a crash.
+        #: The console's last line, as far as it has arrived, and the time of the last sign of a crash.
         self._line = b""
         self._crashed = 0.0
         self._boots = 0
@@ -143,13 +142,13 @@ class BootedGuest:
     # ---- life -------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Boots it.  GuestRunError: it did not; ConfigError as in Guest.start."""
+        """Boots the guest, and waits until it takes scripts.  GuestRunError: it did not boot.  See also Guest.start."""
         self.guest.start()
         self._await(lambda: self._boots > 0, self._boot_timeout, "boot")
 
     @property
     def monitor(self) -> Monitor:
-        """QMP.  MonitorError: QEMU does not answer."""
+        """QEMU's monitor (QMP), connected at the first use.  MonitorError: QEMU does not answer."""
         if self._monitor is None:
             self._monitor = Monitor(self.guest.qmp)
         return self._monitor
@@ -160,20 +159,7 @@ class BootedGuest:
             self._monitor.close()
         self.guest.close()
 
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    # ---- what comes, on the guest's thread ----------------------------------------------------
+    # ---- callbacks, on the guest's thread -----------------------------------------------------
 
     def _on_console(self, data: bytes) -> None:
         now = time.monotonic()
@@ -194,21 +180,21 @@ class BootedGuest:
                     self._output.append((now, self._rest[:at]))
                     self._rest = self._rest[at:]
                 if not self._rest.startswith(mark[: len(self._rest)]):
-                    self._output.append((now, self._rest[:1]))  # a script's own
+                    self._output.append((now, self._rest[:1]))  # output of a script
                     self._rest = self._rest[1:]
                     continue
                 line, newline, rest = self._rest.partition(b"\n")
                 if not newline:
                     break
                 self._rest = rest
-                self._said(line[len(mark) :].decode(errors="replace"))
+                self._answered(line[len(mark) :].decode(errors="replace"))
             else:
                 if self._rest:
                     self._output.append((now, self._rest))
                     self._rest = b""
             self._changed.notify_all()
 
-    def _said(self, line: str) -> None:
+    def _answered(self, line: str) -> None:
         verb, _, rest = line.partition(" ")
         if verb == "ready":
             self._boots += 1
@@ -219,10 +205,13 @@ class BootedGuest:
             id, _, value = rest.partition(" ")
             self._answers[f"{verb} {id}"] = value
 
-    # ---- talking ----------------------------------------------------------------------------
+    # ---- requests ---------------------------------------------------------------------------
 
     def _await(self, what: Callable[[], object], timeout: float, name: str) -> None:
-        """GuestRunError: it did not come in time, or the guest has ended."""
+        """Waits until `what` is true, and serves the scripts' requests meanwhile.
+
+        GuestRunError: it did not become true in `timeout` seconds, or the guest has ended.
+        """
         deadline = time.monotonic() + patience(timeout)
         while True:
             alive = self.guest.running()
@@ -232,15 +221,15 @@ class BootedGuest:
                 asked, self._asked = self._asked, []
                 if not asked and alive:
                     if time.monotonic() >= deadline:
-                        raise GuestTimeout(f"{name}: not in {spoken(timeout)}")
+                        raise GuestTimeout(f"{name}: did not end in {spoken(timeout)}")
                     self._changed.wait(min(0.2, max(deadline - time.monotonic(), 0)))
                     if what():
                         return
             for id, words in asked:
                 self._answer(id, words)
             if not alive:
-                self.guest.wait()  # says why
-                raise GuestOff(f"{name}: the guest was off before it was done")
+                self.guest.wait()  # raises the reason
+                raise GuestOff(f"{name}: the guest powered off before it ended")
 
     def _answer(self, id: str, words: list[str]) -> None:
         verb = self._host.get(words[0]) if words else None
@@ -248,7 +237,7 @@ class BootedGuest:
         self._send(f"answer {id} {status}")
 
     def _send(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # QEMU is gone: whoever waits learns of it
+        with contextlib.suppress(OSError):  # QEMU has ended: _await() reports it
             self.guest.send(line.encode() + b"\n")
 
     def _ask(self, verb: str, timeout: float) -> str:
@@ -259,13 +248,14 @@ class BootedGuest:
         return self._answers.pop(key)
 
     def run(self, script: str, timeout: float = 60.0) -> Done:
-        """Runs a shell script, in /root; when it does not end in time it goes on, and the guest is of no more use.
+        """Runs a shell script in /root, for up to `timeout` seconds.
 
-        ConfigError: the script is too long.
+        A script that exceeds them is not ended; the guest can run no other script after it.
+        ConfigError: the script is longer than MAX_SCRIPT.
         """
         encoded = base64.b64encode(script.encode() + b"\n")
         if len(script.encode()) > MAX_SCRIPT:
-            raise ConfigError(f"a script of {len(script.encode())} bytes: at most {MAX_SCRIPT} work; make it a file")
+            raise ConfigError(f"the script has {len(script.encode())} bytes, more than {MAX_SCRIPT}: copy it as a file")
         self._number += 1
         key, first = f"done {self._number}", len(self._output)
         started = time.monotonic()
@@ -288,7 +278,7 @@ class BootedGuest:
         return Done(status, output, started, ended, tuple(at for at, _ in came))
 
     def alive(self, timeout: float = 5.0) -> bool:
-        """Whether the agent answers."""
+        """Whether the agent answers within `timeout` seconds."""
         try:
             self._ask("ping", timeout)
         except GuestRunError:
@@ -296,55 +286,55 @@ class BootedGuest:
         return True
 
     def show_blocked(self, timeout: float = 5.0) -> None:
-        """Has the kernel say on its console which tasks are blocked, and where.  GuestRunError: the guest is dead."""
+        """Makes the kernel log its blocked tasks with their stacks (SysRq w).  GuestRunError: it does not answer."""
         self._ask("blocked", timeout)
 
     def clear(self, timeout: float = 20.0) -> None:
-        """Empties the kernel's log.  GuestRunError: the guest is dead."""
+        """Empties the kernel's log.  GuestRunError: the guest does not answer."""
         self._ask("clear", timeout)
 
     def dmesg(self, timeout: float = 20.0) -> str:
-        """The kernel's log since the last call, as `dmesg -r` has it.  GuestRunError: the guest is dead."""
+        """The kernel's log since the last call, as text of `dmesg -r`.  GuestRunError: the guest does not answer."""
         try:
             return base64.b64decode(self._ask("log", timeout)).decode(errors="replace")
         except binascii.Error as error:
-            raise GuestRunError(f"the kernel's log did not arrive whole: {error}") from error
+            raise GuestRunError(f"the kernel's log did not arrive complete: {error}") from error
 
     def reset(self, timeout: float | None = None) -> None:
         """Resets the machine, and waits until it has booted again; needs `spec.allow_reboot`.
 
-        GuestRunError; MonitorError.
+        `timeout` is in seconds; by default that of the boot.  GuestRunError: it did not boot.  MonitorError.
         """
         before = self._boots
         self.monitor.execute("system_reset")
         self._await(lambda: self._boots > before, timeout or self._boot_timeout, "reset")
 
     def power_off(self) -> GuestResult:
-        """Lets the guest power off, as after a command.  GuestRunError: it does not."""
+        """Makes the guest power off, and returns its result.  GuestRunError: it does not power off."""
         self._send("off")
         deadline = time.monotonic() + patience(self._boot_timeout)
         while self.guest.running():
             with self._changed:
                 self._changed.wait(0.1)
             if time.monotonic() > deadline:
-                raise GuestTimeout(f"the guest was not off in {spoken(self._boot_timeout)}")
+                raise GuestTimeout(f"the guest did not power off in {spoken(self._boot_timeout)}")
         return self.guest.wait()
 
     # ---- the console ------------------------------------------------------------------------
 
     def mark(self) -> int:
-        """A place in the console: what comes after it."""
+        """The present end of the console, for `console` and `lines`."""
         with self._changed:
             return len(self._console)
 
     def console(self, mark: int = 0) -> str:
-        """What the console has had since then."""
+        """The console's text since `mark`."""
         with self._changed:
             data = b"".join(piece for _, piece in self._console[mark:])
         return data.decode(errors="replace").replace("\r\n", "\n")
 
     def lines(self, mark: int = 0) -> list[Line]:
-        """The kernel's lines on the console since then, with their time (of time.monotonic())."""
+        """The kernel's lines on the console since `mark`, with the time of arrival of each (time.monotonic())."""
         with self._changed:
             pieces = self._console[mark:]
         found: list[Line] = []

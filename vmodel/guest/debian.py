@@ -1,7 +1,7 @@
-"""Debian's packages: fetched by apt from a private root, checked by apt, unpacked without being installed.
+"""Debian's packages: fetched and verified by apt with a root folder of its own, and unpacked without being installed.
 
-The mirror, proxies and passwords are those that the host's apt is configured with. Package lists, sources and the
-list of installed packages (empty) are our own, so that the system is not touched and no root is needed.
+The mirror, proxies and passwords are those of the host's apt configuration.  Package lists, sources and the list of
+installed packages (empty) are separate: nothing on the host is changed, and no root is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vmodel.guest.artifacts import (
     CLOUD,
-    MEND,
+    FETCH_COMMAND,
     NEWEST,
     ROLES,
     STABLE,
@@ -35,7 +35,7 @@ from vmodel.guest.tools import LIBS, program_files, programs
 
 SUITE = "trixie"
 BACKPORTS = f"{SUITE}-backports"
-#: The packages that depend on the kernel of a role, and the suites in which theirs is, the first that has one.
+#: By role: the package that depends on its kernel, and the suites to look in, in this order.
 _ROLES = {
     STABLE: ("linux-image-amd64", (f"{SUITE}-updates", SUITE)),
     NEWEST: ("linux-image-amd64", (BACKPORTS,)),
@@ -47,22 +47,22 @@ IASL_PACKAGE = "acpica-tools"
 BROWSER_PACKAGE = "chromium-headless-shell"
 CLANG = "19"
 CLANG_PACKAGES = (f"clang-{CLANG}", f"libclang-rt-{CLANG}-dev")
-#: Of its packages, what drawing without a graphics card does not need: more than half.
+#: Files of Chromium's packages that it does not need without a graphics card, more than half of all bytes.
 _NOT_DRAWN = re.compile(r"libLLVM|libgallium|libz3|/dri/|/gconv/|/locales/|libVk|libvk_|crashpad|\.TOC$")
 KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
-#: Host settings of apt's that say how to reach the archive. None of them weakens what is checked: signatures
-#: (Allow*) and dates (Check-*) stay at apt's own defaults.
+#: The host's settings of apt that concern how to reach the archive.  None of them weakens verification: the settings
+#: for signatures (Allow*) and dates (Check-*) keep apt's defaults.
 TRANSPORT = re.compile(r"Acquire::(?:https?(?:::|\s)|Retries|ForceIPv|Proxy|Queue-)")
-#: Names under which Debian's releases appear in a sources list: a hint only, the signature decides.
+#: Names of Debian's releases in a sources list: only a hint, as apt checks the signature.
 DEBIAN_RELEASES = frozenset(
     ["bullseye", "bookworm", "trixie", "forky", "duke", "sid", "oldstable", "stable", "testing", "unstable"]
 )
-#: QEMU looks for firmware below its own binary. Started by ld.so it finds none, so it is told: Debian's three places.
+#: Debian's folders of firmware.  Started by ld.so, QEMU does not find them relative to its binary: -L names them.
 FIRMWARE = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
 
 
 class Apt:
-    """apt with a root of its own inside `work`: nothing installed, Debian's `SUITE` and its backports as sources."""
+    """apt with its own root folder in `work`: nothing is installed; its sources are Debian's SUITE and backports."""
 
     def __init__(self, work: Path, mirror: str, keyring: Path, transport: Sequence[str]) -> None:
         self.archives = work / "cache" / "archives"
@@ -81,7 +81,7 @@ class Apt:
             "Dir::Cache::archives": self.archives,
             "Dir::Etc::sourcelist": "/dev/null",
             "Dir::Etc::sourceparts": work / "sources",
-            # The host's hooks and pins are not for this root. Its netrc (passwords of mirrors) stays in force.
+            # The host's hooks and pins do not apply to this root.  Its netrc (passwords of mirrors) does.
             "Dir::Etc::main": "/dev/null",
             "Dir::Etc::parts": "/dev/null",
             "Dir::Etc::preferences": "/dev/null",
@@ -89,19 +89,19 @@ class Apt:
             "APT::Architecture": "amd64",
             "APT::Architectures": "amd64",
             "APT::Install-Recommends": "false",
-            # Without this, `apt-get update` calls an unreachable mirror a warning and succeeds.
+            # Without this, an unreachable mirror is only a warning, and `apt-get update` succeeds.
             "APT::Update::Error-Mode": "any",
             "Acquire::Languages": "none",
         }
         if os.geteuid() == 0:
-            # As root, apt downloads as the user _apt, who cannot look into root's home, where the cache is.
+            # Run by root, apt downloads as the user _apt, who cannot enter root's home, where the cache is.
             settings["APT::Sandbox::User"] = "root"
         config = work / "apt.conf"
         config.write_text("".join(f'{key} "{value}";\n' for key, value in settings.items()) + "".join(transport))
         self._environ = {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C.UTF-8"}
 
     def update(self) -> None:
-        """Fetch the package lists; apt checks their signatures."""
+        """Fetches the package lists; apt verifies their signatures.  ArtifactError: apt fails, as for all methods."""
         self._run(["apt-get", "update"])
 
     def install_files(self, packages: Sequence[str]) -> dict[str, int]:
@@ -109,7 +109,7 @@ class Apt:
         return self._uris(["apt-get", "install", *self._install(packages)])
 
     def install(self, packages: Sequence[str], tick: Callable[[], None]) -> None:
-        """Download `packages` and everything they depend on into `archives`."""
+        """Downloads `packages` and everything they depend on into `archives`; calls `tick` every 0.3 s meanwhile."""
         self._run(["apt-get", "install", "--download-only", *self._install(packages)], tick)
 
     def files(self, packages: Sequence[str]) -> dict[str, int]:
@@ -117,14 +117,14 @@ class Apt:
         return self._uris(["apt-get", "download", *packages])
 
     def download(self, packages: Sequence[str], tick: Callable[[], None]) -> None:
-        """Download `packages` alone into `archives`."""
+        """Downloads `packages` alone into `archives`; calls `tick` every 0.3 s meanwhile."""
         self._run(["apt-get", "download", *packages], tick)
 
     def kernel_packages(self, name: str) -> tuple[str, list[str]]:
-        """The kernel of a role, or the newest whose version starts with `name`: (release, its packages)."""
+        """(release, packages) of the kernel of a role, or of the newest whose version starts with `name`."""
         release = self._role_release(name) if name in ROLES else self._version_release(name)
         depends = self._run(["apt-cache", "show", "--no-all-versions", f"linux-image-{release}"])
-        # Since 6.17 or so the image package is empty and the files are in linux-{base,binary,modules}-RELEASE.
+        # Since about 6.17 the image package is empty, and the files are in linux-{base,binary,modules}-RELEASE.
         split = {name for name in re.findall(r"\blinux-[^\s,|]+", depends) if name.endswith(f"-{release}")}
         return release, sorted(split | {f"linux-image-{release}"})
 
@@ -133,9 +133,9 @@ class Apt:
         versions = package_versions(self._run(["apt-cache", "madison", package]))
         version = next((versions[suite] for suite in suites if suite in versions), None)
         if version is not None:
-            # It has one dependency of that form: the image of the release that is the newest.
-            said = self._run(["apt-cache", "show", f"{package}={version}"])
-            if releases := kernel_releases(re.findall(r"\blinux-image-[^\s,|]+", said)):
+            # It has one dependency of this form: the image of the newest release.
+            text = self._run(["apt-cache", "show", f"{package}={version}"])
+            if releases := kernel_releases(re.findall(r"\blinux-image-[^\s,|]+", text)):
                 return releases[-1]
         raise ArtifactError(f"{' and '.join(suites)} have no {package}: there is no kernel {role!r}", key="--kernel")
 
@@ -156,7 +156,7 @@ class Apt:
         return {name: int(size) for name, size in found}
 
     def _run(self, argv: Sequence[str], tick: Callable[[], None] | None = None) -> str:
-        """Run one apt program to its end, with `tick` called meanwhile; its output. Raises ArtifactError."""
+        """Runs an apt program, and calls `tick` every 0.3 s meanwhile; returns its output.  ArtifactError: it fails."""
         with self._log.open("w+") as log:
             process = subprocess.Popen(
                 argv,
@@ -165,7 +165,7 @@ class Apt:
                 stderr=subprocess.STDOUT,
                 env=self._environ,
                 cwd=self.archives,
-                start_new_session=True,  # a terminal's Ctrl-C reaches this process only, which then ends apt
+                start_new_session=True,  # Ctrl-C in a terminal reaches only this process, which then ends apt
             )
             try:
                 while process.poll() is None:
@@ -183,13 +183,13 @@ class Apt:
 
 
 def kernel_releases(packages: Sequence[str]) -> list[str]:
-    """The releases of generic and cloud kernels among package names, oldest first: not rt, unsigned or dbg."""
+    """The releases of generic and cloud kernels among package names, oldest first; without rt, unsigned and dbg."""
     found = (re.fullmatch(r"linux-image-(\d+\.\d+[^-]*(?:-cloud)?-amd64)", name) for name in packages)
     return sorted((match[1] for match in found if match), key=natural)
 
 
 def package_versions(text: str) -> dict[str, str]:
-    """Of what `apt-cache madison PACKAGE` prints: the newest version in each suite, {"trixie": "6.12.117-1"}."""
+    """The newest version in each suite, as {"trixie": "6.12.117-1"}, from the output of `apt-cache madison PACKAGE`."""
     found: dict[str, str] = {}
     for line in text.splitlines():
         _, version, source = [*(part.strip() for part in line.split("|")), "", "", ""][:3]
@@ -200,7 +200,7 @@ def package_versions(text: str) -> dict[str, str]:
 
 
 def apt_complaint(text: str) -> str:
-    """What apt says went wrong, as one line; "" where it says nothing."""
+    """The errors in apt's output, as one line; "" if it has none."""
     if re.search(r"NO_PUBKEY|EXPKEYSIG|is not signed", text):
         return "the Debian keys on this host are too old for the archive; upgrade the package debian-archive-keyring"
     errors = [line[2:].strip() for line in text.splitlines() if line.startswith("E:")]
@@ -208,10 +208,11 @@ def apt_complaint(text: str) -> str:
 
 
 def pick_mirror(rows: Sequence[str]) -> str | None:
-    """The Debian archive among lines of `apt-get indextargets`, each "ORIGIN|URI|RELEASE|COMPONENT"; None if absent.
+    """The URI of the Debian archive among lines of `apt-get indextargets`; None: it is not among them.
 
-    ORIGIN comes from a downloaded Release file. Where none was (lists emptied, as images of containers have it) the
-    field keeps its placeholder and the name of the folder has to do: a wrong guess fails apt's signature check.
+    A line is "ORIGIN|URI|RELEASE|COMPONENT".  ORIGIN is from a downloaded Release file.  Without one (images of
+    containers have no lists) the field has its placeholder, and the URI's last folder decides: apt's signature check
+    refuses a wrong guess.
     """
     candidates = []
     for row in rows:
@@ -226,7 +227,7 @@ def pick_mirror(rows: Sequence[str]) -> str | None:
 
 
 def host_mirror() -> str:
-    """The URI of the Debian archive that this host's apt uses. Raises ArtifactError."""
+    """The URI of the Debian archive that this host's apt uses.  ArtifactError: it uses none."""
     ask = [
         "apt-get",
         "indextargets",
@@ -239,35 +240,35 @@ def host_mirror() -> str:
             mirror = pick_mirror(output(argv).splitlines())
             if mirror:
                 return mirror
-    raise ArtifactError(f"apt has no Debian archive configured here; give a mirror of Debian's: {MEND} --mirror URI")
+    raise ArtifactError(f"this host's apt uses no Debian archive; name a mirror of it: {FETCH_COMMAND} --mirror URI")
 
 
 def transport() -> list[str]:
-    """The lines of the host's apt configuration that say how to reach the archive."""
+    """The lines of the host's apt configuration that concern how to reach the archive."""
     return [line for line in output(["apt-config", "dump"]).splitlines(keepends=True) if TRANSPORT.match(line)]
 
 
 def check_host() -> Path:
-    """That packages can be fetched on this host; the keyring to check them with. Raises ArtifactError."""
+    """Checks that this host can fetch packages; returns the keyring that verifies them.  ArtifactError: it cannot."""
     if platform.machine() != "x86_64":
         raise ArtifactError(f"Debian's QEMU for x86-64 does not run on {platform.machine()}; install QEMU >= 10.1")
     for tool in ("apt-get", "apt-cache", "apt-config", "dpkg-deb"):
         if not shutil.which(tool):
             raise ArtifactError(
-                f"no {tool} on this host: install QEMU >= 10.1 with the system's package manager, point VMODEL_BUSYBOX"
-                " at a static busybox, and name kernels by path"
+                f"no {tool} on this host: install QEMU >= 10.1 with the system's package manager, set VMODEL_BUSYBOX"
+                " to the path of a static busybox, and name kernels by path"
             )
     for name in KEYRINGS:
         keyring = Path("/usr/share/keyrings") / name
         if keyring.is_file():
             return keyring
-    raise ArtifactError("no keys to check Debian's packages with; install the package debian-archive-keyring")
+    raise ArtifactError("no keys to verify Debian's packages; install the package debian-archive-keyring")
 
 
 def unpack_qemu(debs: Sequence[Path], folder: Path) -> str:
-    """Unpack QEMU with its libraries into `folder`/root, write the wrapper, try it; what `--version` says.
+    """Unpacks QEMU and its libraries into `folder`/root, writes the wrapper and tests it.
 
-    ArtifactError: it does not run here, or is not what is wanted.
+    Returns the first line of `--version`.  ArtifactError: it does not run here, or is unsuitable.
     """
     wanted = ("usr/bin/qemu-system-x86_64", f"{LIBS}/", *(f"{place}/" for place in FIRMWARE))
     for deb in debs:
@@ -279,7 +280,7 @@ def unpack_qemu(debs: Sequence[Path], folder: Path) -> str:
 
 
 def unpack_iasl(debs: Sequence[Path], folder: Path) -> str:
-    """Unpack iasl with its libraries into `folder`/root, write the wrapper, try it; the version that it tells.
+    """Unpacks iasl and its libraries into `folder`/root, writes the wrapper and tests it; returns its version.
 
     ArtifactError: it does not run here.
     """
@@ -287,32 +288,32 @@ def unpack_iasl(debs: Sequence[Path], folder: Path) -> str:
     for deb in debs:
         unpack(deb, folder / "root", lambda name: name if name.startswith(wanted) else None)
     try:
-        said = output([str(_wrapper(folder, "iasl")), "-v"])
+        text = output([str(_wrapper(folder, "iasl")), "-v"])
     except (OSError, subprocess.SubprocessError) as error:
         raise ArtifactError(f"Debian's iasl does not run here: {error}") from None
-    found = re.search(r"version (\d{8})", said)
+    found = re.search(r"version (\d{8})", text)
     if not found:
-        raise ArtifactError(f"Debian's iasl does not look like iasl, it says {said[:80]!r}")
+        raise ArtifactError(f"Debian's iasl does not look like iasl, it prints {text[:80]!r}")
     return found[1]
 
 
 def unpack_browser(debs: Sequence[Path], folder: Path) -> str:
-    """Unpack Chromium with its libraries and fonts into `folder`/root, write the wrapper, try it; its version.
+    """Unpacks Chromium, its libraries and fonts into `folder`/root, writes the wrapper and tests it.
 
-    ArtifactError: it does not run here.
+    Returns its version.  ArtifactError: it does not run here.
     """
     root, home = folder / "root", "usr/lib/chromium"
     wanted = (f"{home}/", f"{LIBS}/", "usr/share/fonts/")
     for deb in debs:
         unpack(deb, root, lambda name: name if name.startswith(wanted) and not _NOT_DRAWN.search(name) else None)
     program = root / home / BROWSER_PACKAGE
-    # It starts itself again for each page, so it cannot be run by its loader as the others are: instead it names that
-    # loader, relative to the folder that it is started in.
+    # It executes itself again for each page, so the wrapper cannot run it by its loader, as it does for the others.
+    # Instead the program's header names that loader, relative to the current folder.
     host, own = b"/lib64/ld-linux-x86-64.so.2\0", b"ld-linux-x86-64.so.2"
     with program.open("r+b") as file:
         at = file.read(4096).find(host)
         if at < 0:
-            raise ArtifactError("Debian's Chromium has another loader than expected", file=program.name)
+            raise ArtifactError("Debian's Chromium does not have the expected loader", file=program.name)
         file.seek(at)
         file.write(own.ljust(len(host), b"\0"))
     fonts = '<?xml version="1.0"?><fontconfig><dir prefix="relative">usr/share/fonts</dir></fontconfig>\n'
@@ -329,19 +330,19 @@ cd "$root/{LIBS}" && exec "$root/{home}/{BROWSER_PACKAGE}" "$@"
     )
     wrapper.chmod(0o755)
     try:
-        said = output([str(wrapper), "--no-sandbox", "--version"])
+        text = output([str(wrapper), "--no-sandbox", "--version"])
     except (OSError, subprocess.SubprocessError) as error:
         raise ArtifactError(f"Debian's Chromium does not run here: {error}") from None
-    found = re.search(r"\d+(\.\d+){3}", said)
+    found = re.search(r"\d+(\.\d+){3}", text)
     if not found:
-        raise ArtifactError(f"Debian's Chromium does not look like it, it says {said[:80]!r}")
+        raise ArtifactError(f"Debian's Chromium does not look like Chromium, it prints {text[:80]!r}")
     return found[0]
 
 
 def unpack_clang(debs: Sequence[Path], folder: Path) -> str:
-    """Unpack clang with its libraries, headers and linker into `folder`/root, write the wrappers, try it; its version.
+    """Unpacks clang, its libraries, headers and linker into `folder`/root, writes the wrappers and tests it.
 
-    What it builds runs with the C library that is there. ArtifactError: it does not run here.
+    Returns its version.  Programs that it builds use the C library in `folder`.  ArtifactError: it does not run here.
     """
     home = f"usr/lib/llvm-{CLANG}"
     binutils = {"ld": "ld.bfd", "addr2line": "addr2line"}
@@ -350,7 +351,7 @@ def unpack_clang(debs: Sequence[Path], folder: Path) -> str:
     root = folder / "root"
     for deb in debs:
         unpack(deb, root, lambda name: name if name.startswith(tuple(wanted)) and "/c++/" not in name else None)
-    for name in ("lib", "lib64"):  # the linker's scripts name libraries so
+    for name in ("lib", "lib64"):  # the folders in the linker's scripts
         (root / name).symlink_to(f"usr/{name}")
     tools = folder / "bin"
     tools.mkdir()
@@ -364,7 +365,7 @@ exec {run} "$root/usr/bin/x86_64-linux-gnu-{program}" "$@"
         (tools / name).write_text(script)
         (tools / name).chmod(0o755)
     wrapper = folder / "clang"
-    # It starts itself again, by this script's name: -no-canonical-prefixes.
+    # With -no-canonical-prefixes it executes itself again by this script's name.
     wrapper.write_text(
         f"""#!/bin/sh
 # clang of Debian's packages with their own C library, headers and linker; nothing of the host's is used.
@@ -384,17 +385,17 @@ exec {run} "$root/{home}/bin/clang" "$@"
     )
     wrapper.chmod(0o755)
     try:
-        said = output([str(wrapper), "--version"])
+        text = output([str(wrapper), "--version"])
     except (OSError, subprocess.SubprocessError) as error:
         raise ArtifactError(f"Debian's clang does not run here: {error}") from None
-    found = re.search(r"version (\d+(?:\.\d+)+)", said)
+    found = re.search(r"version (\d+(?:\.\d+)+)", text)
     if not found or not has_fuzzer(wrapper):
-        raise ArtifactError(f"Debian's clang builds no fuzz targets here; it says {said[:80]!r}")
+        raise ArtifactError(f"Debian's clang builds no fuzz targets here; it prints {text[:80]!r}")
     return found[1]
 
 
 def unpack_tools(debs: Sequence[Path], folder: Path) -> None:
-    """Unpack the programs for guests into `folder`/root, with the libraries that they need and no others.
+    """Unpacks the programs for guests into `folder`/root, with the libraries that they need and no others.
 
     ArtifactError: a program or a library is not in the packages.
     """
@@ -418,7 +419,7 @@ def unpack_tools(debs: Sequence[Path], folder: Path) -> None:
 def _wrapper(folder: Path, name: str, arguments: str = "", before: str = "") -> Path:
     """A script `folder`/`name` that runs the program `name` of `folder`/root with the loader and libraries there."""
     wrapper = folder / name
-    # exec: the process that the caller started is the program itself, so a signal to its id reaches it.
+    # exec: the program replaces the script, so a signal to the process that the caller started reaches it.
     wrapper.write_text(
         f"""#!/bin/sh
 # {name} of Debian's packages with their own loader and libraries; nothing of the host's is used.
@@ -433,9 +434,9 @@ unset LD_PRELOAD LD_LIBRARY_PATH
 
 
 def unpack_kernel(debs: Sequence[Path], folder: Path, release: str) -> None:
-    """Unpack a kernel into `folder`: boot/ and lib/modules/. Raises ArtifactError if the packages have it not."""
+    """Unpacks a kernel into `folder`: boot/ and lib/modules/.  ArtifactError: the packages do not contain it."""
     modules = f"lib/modules/{release}"
-    renamed = {  # the split packages have these two beside the modules
+    renamed = {  # in the split packages these two are beside the modules
         f"{modules}/vmlinuz": f"boot/vmlinuz-{release}",
         f"{modules}/config": f"boot/config-{release}",
     }
@@ -454,13 +455,14 @@ def unpack_kernel(debs: Sequence[Path], folder: Path, release: str) -> None:
         f"{modules}/kernel",
     ):
         if not (folder / name).exists():
-            raise ArtifactError(f"the packages of kernel {release} have no {name}: their layout changed")
+            raise ArtifactError(f"the packages of kernel {release} have no {name}: their layout has changed")
 
 
 def unpack(deb: Path, folder: Path, place: Callable[[str], str | None]) -> None:
-    """Unpack the files of a package for which `place(name)` gives a path; both are relative and without "./".
+    """Unpacks a package's files to the paths in `folder` that `place(name)` returns; None leaves a file out.
 
-    Modes are reduced to 755 and 644: `dpkg-deb -x` run by root would put setuid programs into a cache folder.
+    Both paths are relative, without "./".  Modes are reduced to 755 and 644: `dpkg-deb -x` run by root would write
+    setuid programs into a cache folder.  ArtifactError: a path leads out of the folder, or the package is damaged.
     """
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -475,7 +477,7 @@ def unpack(deb: Path, folder: Path, place: Callable[[str], str | None]) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if member.issym():
                     link = member.linkname
-                    if link.startswith("/"):  # into the package's own root, wherever that lies
+                    if link.startswith("/"):  # relative to the package's root, which is `folder`
                         link = os.path.relpath(folder / link.lstrip("/"), target.parent)
                     target.symlink_to(link)
                 elif member.islnk():
@@ -486,13 +488,13 @@ def unpack(deb: Path, folder: Path, place: Callable[[str], str | None]) -> None:
                     with target.open("wb") as file:
                         shutil.copyfileobj(source, file, 1 << 20)
                     target.chmod(0o755 if member.mode & 0o111 else 0o644)
-        process.stdout.read()  # padding after the archive's end: dpkg-deb must not die of a closed pipe
+        process.stdout.read()  # padding after the archive's end: a closed pipe would kill dpkg-deb
     if process.returncode:
         raise ArtifactError(f"dpkg-deb failed with status {process.returncode}", file=deb.name)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """See to it that `process`, which leads a group of its own, is gone with its children; killed after 5 s."""
+    """Ends `process`, the leader of its group, and its children: by SIGTERM, after 5 s by SIGKILL."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         try:

@@ -1,4 +1,4 @@
-"""scripts/get-qemu: brings QEMU >= 10.1, Debian kernels and a static busybox into the cache folder."""
+"""scripts/get-qemu: fetches QEMU >= 10.1, Debian kernels and a static busybox into the cache folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from vmodel.guest.debian import (
 )
 from vmodel.guest.tools import TOOLS, find_tools
 
-#: Parts that only those get who ask for them: what finds each.
+#: Parts that are fetched on request only, and the function that finds each.
 OPTIONAL = {"iasl": find_iasl, "tools": find_tools, "browser": find_browser, "clang": find_clang}
 #: Debian's packages of parts other than kernels.
 PACKAGES = {
@@ -72,7 +72,7 @@ PACKAGES = {
 
 
 class Steps:
-    """Progress for a person: one line for each step that is done, and in a terminal a running count meanwhile."""
+    """Progress as text: one line for each completed step, and in a terminal the state of the running one."""
 
     def __init__(self, out: Callable[[str], object] | None = None, terminal: bool | None = None) -> None:
         self._out = out or sys.stderr.write
@@ -80,7 +80,7 @@ class Steps:
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[Callable[[str], None]]:
-        """Around the work; yields a function that takes the step's present state, such as "12 of 38 MB"."""
+        """A step, as a context manager; yields a function that shows the step's state, such as "12 of 38 MB"."""
         start = time.monotonic()
         state = ""
 
@@ -104,6 +104,7 @@ class Steps:
         )
 
     def note(self, text: str) -> None:
+        """Prints a line."""
         self._out(f"{text}\n")
 
 
@@ -116,12 +117,12 @@ def fetch(
     optional: Collection[str] = (),
     steps: Steps | None = None,
 ) -> None:
-    """Bring what is missing into the cache: QEMU (unless the host's serves), busybox, and `kernels` by role or version.
+    """Fetches what is missing in the cache: QEMU (unless the host's is suitable), busybox, kernels by role or version.
 
-    `optional`: which of OPTIONAL as well. `mirror` is a URI; by default the host's apt says. With `refresh`, parts that
-    are there are fetched again if the archive has other packages now, or if something of them has gone. With `dry_run`,
-    only package lists are fetched, and the steps say what else would be.
-    Where nothing is missing this downloads nothing. Two at a time wait for each other. Raises ArtifactError.
+    `optional`: more parts, of OPTIONAL.  `mirror`: a URI; by default that of the host's apt.  `refresh`: also fetches
+    parts of the cache again if the archive has other packages now, or if a file is missing.  `dry_run`: fetches package
+    lists only, and prints what else would be fetched.
+    Nothing is downloaded if nothing is missing.  A second call, in any process, waits for the first.  ArtifactError.
     """
     steps = steps or Steps()
     cache = cache_dir()
@@ -131,9 +132,9 @@ def fetch(
         raise ArtifactError("a cache folder with ':' or ';' in its path cannot hold libraries; set XDG_CACHE_HOME")
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / "lock", steps):
-        for left in cache.glob("tmp-*"):  # of a run that was killed; whoever holds the lock owns all of them
+        for left in cache.glob("tmp-*"):  # of a run that was killed; the holder of the lock owns all of them
             shutil.rmtree(left, ignore_errors=True)
-        parts = missing_parts(kernels, refresh, optional)  # once more: the run waited for may have brought them
+        parts = missing_parts(kernels, refresh, optional)  # again: another run may have fetched them meanwhile
         if parts:
             keyring = check_host()
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache, ignore_cleanup_errors=True) as work:
@@ -141,15 +142,15 @@ def fetch(
 
 
 def missing_parts(kernels: Sequence[str], refresh: bool = False, optional: Collection[str] = ()) -> list[str]:
-    """The names of the cache's folders that have to be fetched."""
+    """The names of the cache's folders that must be fetched."""
     missing = [] if read_stamp(cache_dir() / "busybox") and not refresh else ["busybox"]
     missing += [f"kernel-{name}" for name in dict.fromkeys(kernels) if refresh or not _has(find_kernel, name)]
     missing += [part for part in optional if refresh or not _has(OPTIONAL[part])]
     try:
-        serves = (None if refresh else cached_qemu()) or host_qemu()
+        suitable = (None if refresh else cached_qemu()) or host_qemu()
     except ArtifactError:
-        serves = None
-    return missing if serves else ["qemu", *missing]
+        suitable = None
+    return missing if suitable else ["qemu", *missing]
 
 
 def _has(find: Callable[..., object], *arguments: object) -> bool:
@@ -161,7 +162,7 @@ def _has(find: Callable[..., object], *arguments: object) -> bool:
 
 
 def _is_current(part: str, packages: str) -> bool:
-    """Whether a part was made of these packages, and nothing that can be seen from outside has gone since."""
+    """Whether a part was made of these packages, and its main files still exist."""
     stamp, folder = read_stamp(cache_dir() / part), cache_dir() / part
     if stamp.get("packages") != packages:
         return False
@@ -192,7 +193,7 @@ def _fetch_parts(
             found = apt.files(packages)
         what = f"{part}{f' ({releases[part]})' if part in releases else ''}"
         if _is_current(part, " ".join(found)):
-            steps.note(f"{what}: as the archive has it")
+            steps.note(f"{what}: up to date")
             continue
         steps.note(f"{what}: to be fetched, {sum(found.values()) / 1e6:.0f} MB")
         downloads += packages
@@ -250,15 +251,15 @@ def _locked(path: Path, steps: Steps) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            steps.note("waiting for another get-qemu that is at work")
+            steps.note("waiting for another get-qemu")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def paths(kernels: Sequence[str], optional: Collection[str] = ()) -> dict[str, str]:
-    """What `--print` prints: qemu, qemu-version, busybox, [iasl, tools, browser, clang,] kernel-NAME, modules-NAME.
+    """The output of `--print`: qemu, qemu-version, busybox, [iasl, tools, browser, clang,] kernel-NAME, modules-NAME.
 
-    Raises ArtifactError.
+    ArtifactError: a part is missing.
     """
     qemu = find_qemu()
     rows = {
@@ -274,29 +275,31 @@ def paths(kernels: Sequence[str], optional: Collection[str] = ()) -> dict[str, s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """scripts/get-qemu: the exit status; messages go to stderr, paths to stdout."""
+    """Runs scripts/get-qemu; returns the exit status.  Messages go to stderr, paths to stdout."""
     parser = argparse.ArgumentParser(
         prog="get-qemu",
-        description="Bring QEMU >= 10.1, Debian kernels and a static busybox into the cache folder, without touching "
-        "the system and without root. Where the host's own QEMU serves, it is used. A second run downloads nothing.",
+        description="Fetch QEMU >= 10.1, Debian kernels and a static busybox into the cache folder, without root and "
+        "without changes to the system. A suitable QEMU of the host is used instead. A second run downloads nothing.",
     )
     parser.add_argument(
         "--kernel",
         action="append",
         metavar="NAME",
-        help=f"a kernel to have: {', '.join(ROLES)}, or a version; repeatable; default {' '.join(KERNELS)}",
+        help=f"a kernel to fetch: {', '.join(ROLES)}, or a version; repeatable; default {' '.join(KERNELS)}",
     )
-    parser.add_argument("--iasl", action="store_true", help="ACPICA's iasl as well, which only the tests need")
-    parser.add_argument("--tools", action="store_true", help="programs for guests as well: nvme, fio, mkfs.ext4, ...")
-    parser.add_argument("--browser", action="store_true", help="Chromium as well, which only the tests need")
+    parser.add_argument("--iasl", action="store_true", help="also fetch ACPICA's iasl, which only tests need")
     parser.add_argument(
-        "--clang", action="store_true", help="clang for fuzz targets as well, which only the tests need"
+        "--tools", action="store_true", help="also fetch programs for guests: nvme, fio, mkfs.ext4, ..."
     )
-    parser.add_argument("--all", action="store_true", help="all that the tests need")
+    parser.add_argument("--browser", action="store_true", help="also fetch Chromium, which only tests need")
+    parser.add_argument("--clang", action="store_true", help="also fetch clang for fuzz targets, which only tests need")
+    parser.add_argument("--all", action="store_true", help="fetch everything that the tests need")
     parser.add_argument("--print", action="store_true", help="fetch nothing; print NAME=PATH for each part")
-    parser.add_argument("--mirror", metavar="URI", help="a mirror of Debian's archive; default: the one apt uses here")
-    parser.add_argument("--refresh", action="store_true", help="fetch also what is newer in the archive than here")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, and how much")
+    parser.add_argument(
+        "--mirror", metavar="URI", help="a mirror of Debian's archive; default: that of this host's apt"
+    )
+    parser.add_argument("--refresh", action="store_true", help="also fetch parts that are newer in the archive")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be fetched, and its size")
     options = parser.parse_args(argv)
     kernels: list[str] = options.kernel or list(KERNELS)
     if options.all:
@@ -304,12 +307,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     optional = [part for part in OPTIONAL if options.all or getattr(options, part)]
     for name in kernels:
         if not KERNEL_NAME.fullmatch(name):
-            parser.error(f"--kernel takes {', '.join(ROLES)}, or a version such as 6.12, not {name!r}")
+            parser.error(f"--kernel {name!r}: must be {', '.join(ROLES)}, or a version such as 6.12")
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)  # so that the temporary folder goes away on either
+    before = signal.signal(signal.SIGTERM, stop)  # so that SIGTERM, too, removes the temporary folder
     try:
         if not options.print:
             fetch(kernels, mirror=options.mirror, refresh=options.refresh, dry_run=options.dry_run, optional=optional)
@@ -326,10 +329,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"get-qemu: {error}", file=sys.stderr)
         return 1
     except (OSError, subprocess.SubprocessError, tarfile.TarError) as error:
-        print(f"get-qemu: {error}; nothing half-done was left", file=sys.stderr)
+        print(f"get-qemu: {error}; no incomplete part is in the cache", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("get-qemu: interrupted; nothing half-done was left", file=sys.stderr)
+        print("get-qemu: interrupted; no incomplete part is in the cache", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -24,14 +24,14 @@ from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import ArtifactError, Kernel
 from vmodel.guest.tools import find_tools, program_files, reading_elf
 
-#: Commands that /init needs before `busybox --install` has made the others.
+#: Commands that /init needs before `busybox --install` has created the others.
 _APPLETS = ("sh", "mount")
 
 
 class Cpio:
-    """A cpio archive in the making. Paths are the guest's; a leading slash changes nothing.
+    """Builds a cpio archive.  Paths are the guest's, with or without a leading slash.
 
-    Raises ConfigError for a path that is taken, leads upwards, or does not fit the format.
+    ConfigError, of all methods: a path is used twice, contains "..", or does not fit the format.
     """
 
     def __init__(self) -> None:
@@ -41,23 +41,23 @@ class Cpio:
         self._others: set[str] = set()
 
     def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        """A regular file with its folders."""
+        """Adds a regular file, and its folders."""
         self._add(path, stat.S_IFREG | mode, data)
 
     def folder(self, path: str) -> None:
-        """A folder; one that is there already stays."""
+        """Adds a folder, unless it exists."""
         self._parents(self._clean(path) + "/x")
 
     def link(self, path: str, target: str) -> None:
-        """A symbolic link."""
+        """Adds a symbolic link to `target`."""
         self._add(path, stat.S_IFLNK | 0o777, target.encode())
 
     def node(self, path: str, major: int, minor: int) -> None:
-        """A character device."""
+        """Adds a character device."""
         self._add(path, stat.S_IFCHR | 0o600, b"", (major, minor))
 
     def finish(self) -> bytes:
-        """The whole archive."""
+        """Ends the archive, and returns it."""
         self._entry("TRAILER!!!", 0, b"", (0, 0))
         return b"".join(self._parts)
 
@@ -65,7 +65,7 @@ class Cpio:
         name = str(PurePosixPath(path.lstrip("/")))
         # The kernel silently skips an entry whose name is longer than PATH_MAX.
         if name == "." or ".." in name.split("/") or "\0" in name or len(name.encode()) > 4095:
-            raise ConfigError(f"{path[:80]!r} is no path for a file in the guest")
+            raise ConfigError(f"{path[:80]!r} cannot be the path of a file in the guest")
         return name
 
     def _add(self, path: str, mode: int, data: bytes, device: tuple[int, int] = (0, 0)) -> None:
@@ -119,17 +119,17 @@ _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def load_module(path: Path) -> bytes:
-    """A module's ELF file, decompressed by its suffix.  ArtifactError if that cannot be done."""
+    """A module's ELF file, decompressed according to its suffix.  ArtifactError: it cannot be read or decompressed."""
     try:
         return _DECOMPRESS[path.suffix](path.read_bytes())
     except KeyError:
-        raise ArtifactError(f"compression {path.suffix} is not known", file=path) from None
+        raise ArtifactError(f"unknown compression {path.suffix}", file=path) from None
     except (OSError, EOFError, lzma.LZMAError, subprocess.SubprocessError) as error:
         raise ArtifactError(f"cannot be read: {error}", file=path) from None
 
 
 def modinfo(elf: bytes) -> Iterator[tuple[str, str]]:
-    """What a module says of itself, as (key, value): the strings of its .modinfo section.  ValueError: no such ELF."""
+    """The strings of a module's .modinfo section, as (key, value).  ValueError: it is not an ELF file."""
     with reading_elf():
         section: Any = ELFFile(io.BytesIO(elf)).get_section_by_name(".modinfo")
         data = b"" if section is None else section.data()
@@ -140,7 +140,7 @@ def modinfo(elf: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _needs(elf: bytes) -> tuple[list[str], list[str]]:
-    """The modules that must, and those that should if they exist, be loaded before this one."""
+    """The modules that must be loaded before this one, and those that should be if they exist."""
     hard: list[str] = []
     soft: list[str] = []
     for key, value in modinfo(elf):
@@ -152,10 +152,10 @@ def _needs(elf: bytes) -> tuple[list[str], list[str]]:
 
 
 def modules_in_order(kernel: Kernel, names: Iterable[str]) -> list[tuple[str, bytes]]:
-    """(name, ELF) of the modules and all they depend on, dependencies first; built-in ones are left out.
+    """(name, ELF) of modules and their dependencies, dependencies first; without modules that are built in.
 
-    What a module depends on is read from the module itself: Debian's packages have no modules.dep, and a depmod is not
-    needed so.  ArtifactError for a name that the kernel has not.
+    Dependencies are read from the modules themselves, as Debian's packages have no modules.dep.  ArtifactError: the
+    kernel has no module of this name.
     """
     return [(name, elf) for name, elf, _ in _ordered(kernel, names)]
 
@@ -190,7 +190,7 @@ def _ordered(kernel: Kernel, names: Iterable[str]) -> list[tuple[str, bytes, lis
         under_way.append(name)
         for need in hard:
             visit(need)
-        for need in soft:  # often the name of an algorithm, not of a module; and loops are allowed here
+        for need in soft:  # it may be the name of an algorithm instead of a module, and loops are allowed here
             if (need := need.replace("-", "_")) in index and need not in under_way:
                 visit(need)
         under_way.pop()
@@ -201,12 +201,12 @@ def _ordered(kernel: Kernel, names: Iterable[str]) -> list[tuple[str, bytes, lis
     return [(name, elf, hard) for name, (elf, hard) in done.items()]
 
 
-# ---- the whole ---------------------------------------------------------------------------------------
+# ---- the archive -------------------------------------------------------------------------------------
 
-# The third serial port is the harness's own: "boot" is answered with how often this guest has booted, and one of
-# "status N" and "module NAME" ends the run. The second one is the command's stdin, stdout and stderr. Kernel messages
-# mix with neither. A tty's last close waits until all is sent, so nothing is lost at poweroff.  modprobe, and not
-# insmod, as it passes on the parameters that the kernel's command line has for modules.
+# The third serial port is the harness's own: the harness answers "boot" with the number of this boot, and "status N" or
+# "module NAME" ends the run.  The second port is the command's stdin, stdout and stderr.  Kernel messages mix with
+# neither.  The last close of a tty waits until all bytes are sent, so poweroff loses none.  modprobe, unlike insmod,
+# applies the parameters for modules in the kernel's command line.
 _INIT = """#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=dumb
 /bin/busybox --install -s /bin
@@ -246,10 +246,10 @@ def build(
 ) -> bytes:
     """An initramfs that runs `command` (words, or a shell script) and powers off.
 
-    `modules` are loaded in the order given, dependencies first; `extra_modules` are there for `modprobe`.
-    `tools` are Debian's programs with their libraries; in /bin, where they come before busybox's of the same name.
-    `files`: (path on this machine, path in the guest), or a path for /root/NAME; executable ones stay so.
-    ArtifactError: busybox, a tool or a module is missing.  ConfigError: a file is missing, or its place is taken.
+    `modules` are loaded in this order, dependencies first; `modprobe` can load `extra_modules`.
+    `tools` are Debian's programs; in /bin they take precedence over busybox's applets of the same name.
+    `files`: (path on the host, path in the guest), or a path for /root/NAME.  They keep their modes.
+    ArtifactError: busybox, a tool or a module is missing.  ConfigError: a file is missing, or its path is used twice.
     """
     archive = Cpio()
     for folder in ("proc", "sys", "dev", "tmp", "root", "bin", "sbin", "usr/bin", "usr/sbin", "run", "etc"):
@@ -287,4 +287,4 @@ def _read(source: Path) -> bytes:
     try:
         return source.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot be put into the guest: {error.strerror}", file=source) from None
+        raise ConfigError(f"cannot be copied into the guest: {error.strerror}", file=source) from None

@@ -1,4 +1,4 @@
-"""The lines of a guest kernel's log, as they come on a console or by `dmesg -r`."""
+"""The lines of a guest kernel's log, from a console or from `dmesg -r`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ class Line:
     """A line of the log."""
 
     text: str
-    #: The kernel's time, as it is written there; it tells equal lines apart.
+    #: The kernel's time stamp, as text; it distinguishes equal lines.
     stamp: str = ""
-    #: 0 (emergency) to 7 (debug); None where it is not known, as on a console.
+    #: 0 (emergency) to 7 (debug); None: unknown, as on a console.
     level: int | None = None
-    #: When it came, in seconds.
+    #: The time of its arrival in seconds; None: unknown.
     at: float | None = None
-    #: "console" or "kernel log".
+    #: Its source: "console" or "kernel log".
     oracle: str = "console"
-    #: Whether a program has written it, and not the kernel.
+    #: Whether a program has written it to /dev/kmsg, and not the kernel.
     foreign: bool = False
 
 
 def lines_of(text: str, oracle: str = "console") -> list[Line]:
-    """The lines of a console or of `dmesg -r`; what has no time in front is no kernel's."""
+    """The kernel's lines in the text of a console or of `dmesg -r`: those with a time stamp."""
     found = []
     for raw in text.replace("\r", "").split("\n"):
         if match := _LINE.match(raw):
@@ -38,7 +38,10 @@ def lines_of(text: str, oracle: str = "console") -> list[Line]:
 
 
 def merged(console: Sequence[Line], log: Iterable[Line]) -> list[Line]:
-    """A console's lines, whose arrival is known, and the log's, whose level is; each once, by the kernel's time."""
+    """The lines of a console, which have a time of arrival, and of the log, which have a level: merged, each line once.
+
+    They are in the order of the kernel's time stamps.
+    """
     lines = {(line.stamp, line.text): line for line in log}
     for line in console:
         known = lines.get((line.stamp, line.text))

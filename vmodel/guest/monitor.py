@@ -1,4 +1,4 @@
-"""QMP: what a test asks of QEMU while a guest runs, and what QEMU reports."""
+"""QEMU's monitor (QMP): commands to QEMU while a guest runs, and the events that QEMU reports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from qemu.qmp import QMPClient, QMPError
 
+from vmodel.closing import Closing
 from vmodel.patience import patience, spoken
 
 _T = TypeVar("_T")
@@ -24,12 +24,12 @@ class MonitorError(Exception):
     """QEMU refused a command, did not answer, or is gone."""
 
 
-class Monitor:
+class Monitor(Closing):
     """A connection to QEMU's QMP socket; a context manager.  Its methods may be called from any thread."""
 
     def __init__(self, path: Path) -> None:
-        """`path`: where QEMU listens, or soon will."""
-        #: What QEMU has reported, oldest first: (time.monotonic() of its arrival, name, data).
+        """Connects to QEMU's socket `path`; waits up to 20 s until QEMU has created it.  MonitorError."""
+        #: The events that QEMU has reported, oldest first: (time.monotonic() of the arrival, name, data).
         self.events: list[tuple[float, str, Mapping[str, Any]]] = []
         self._arrived = threading.Condition()
         self._path = path
@@ -66,11 +66,14 @@ class Monitor:
             raise MonitorError(f"QMP: {error or type(error).__name__}") from error
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """What QEMU answers.  MonitorError: an error, or nothing in 20 s."""
+        """Executes a command; returns QEMU's answer.  MonitorError: QEMU refuses it, or does not answer in 20 s."""
         return self._call(self._client.execute(command, dict(arguments or {})))
 
     def wait(self, name: str, timeout: float = _TIMEOUT, **data: Any) -> Mapping[str, Any]:
-        """Waits for an event, or takes one that has come; its data, which has all of `data`.  MonitorError."""
+        """Waits for an event `name` whose data contains `data`, and returns its data.
+
+        An event that has arrived before counts, too: see `clear`.  MonitorError: none arrived in `timeout` seconds.
+        """
         deadline = time.monotonic() + patience(timeout)
         with self._arrived:
             while True:
@@ -80,13 +83,13 @@ class Monitor:
                 if not self._arrived.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
                     raise MonitorError(f"QEMU did not report {name} in {spoken(timeout)}")
 
-    def forget(self, name: str) -> None:
-        """Forgets the events of that name that have come: `wait` is for a new one."""
+    def clear(self, name: str) -> None:
+        """Drops the events `name` that have arrived, so that `wait` waits for a new one."""
         with self._arrived:
             self.events = [event for event in self.events if event[1] != name]
 
     def close(self) -> None:
-        """Leaves."""
+        """Closes the connection."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._leave(), self._loop).result(patience(_TIMEOUT))
@@ -101,11 +104,3 @@ class Monitor:
             await asyncio.gather(listening, return_exceptions=True)
         with contextlib.suppress(QMPError, OSError, EOFError):  # QEMU has ended first
             await self._client.disconnect()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -1,8 +1,8 @@
-"""Runs a command in a real guest: stock QEMU (TCG), a stock Debian kernel, an initramfs made on the spot.
+"""Runs a command in a real guest: stock QEMU (TCG), a stock Debian kernel, and an initramfs built for the run.
 
-The guest has three serial ports: the console; what the command prints (8-bit clean, both ways); and the harness's own,
-for the exit status. So kernel messages mix with neither. Everything is bounded in time, and the artefacts (console,
-output, QEMU's own words, its command line) are written as they come to a folder, if one is given.
+The guest has three serial ports: the console; the command's stdin, stdout and stderr (8-bit clean); and the harness's
+own, for the exit status.  So kernel messages do not mix with the other two.  Every wait has a time limit.  Artefacts
+(console, output, QEMU's messages and command line) are written to a folder while the guest runs, if one is given.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
+from vmodel.closing import Starting
 from vmodel.guest import initramfs
 from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
 from vmodel.patience import patience, spoken
 from vmodel.printable import printable
 
-#: Kernel arguments: quick to boot under TCG (the crypto self-tests alone take 0.7 s), and a panic ends the run.
+#: Kernel arguments: a quick boot under TCG (the crypto self-tests alone take 0.7 s), and a panic ends the run.
 _APPEND = (
     "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on no_timer_check tsc=reliable"
     " cryptomgr.notests"
 )
-#: Seconds that a guest gets to power off after its command has ended, or to print the rest of a panic.
+#: Seconds that a guest gets to power off after its command has ended, and to print the rest of a panic.
 _GRACE_OFF = 20.0
 _GRACE_PANIC = 1.0
 
 
 class GuestRunError(Exception):
-    """The guest did not run the command to its end; a subclass says why.  The text has the console's last lines."""
+    """The guest did not run the command to its end, for the reason of a subclass.  The text has the console's end."""
 
 
 class GuestPanic(GuestRunError):
@@ -47,7 +47,7 @@ class GuestPanic(GuestRunError):
 
 
 class GuestTimeout(GuestRunError):
-    """The time was over before the command was."""
+    """The time limit was reached before the command ended."""
 
 
 class QemuDied(GuestRunError):
@@ -55,7 +55,7 @@ class QemuDied(GuestRunError):
 
 
 class GuestOff(GuestRunError):
-    """The guest was off before its command had ended: it powered off, or rebooted without `allow_reboot`."""
+    """The guest powered off before its command ended, or rebooted without `allow_reboot`."""
 
 
 class ModuleError(GuestRunError):
@@ -64,41 +64,45 @@ class ModuleError(GuestRunError):
 
 @dataclass
 class GuestSpec:
-    """What to run.  `qemu_args` attaches devices and may replace the memory and the machine."""
+    """A guest to boot, and its command."""
 
-    #: Words, or a shell script. It starts anew when the guest reboots; $VMODEL_BOOT counts from 1.
+    #: Words, or a shell script.  It runs again after each reboot of the guest; $VMODEL_BOOT is 1 in the first boot.
     command: Sequence[str] | str
+    #: None: as of `find_kernel`.
     kernel: Kernel | None = None
-    #: Loaded before the command, with what they depend on; one that does not load ends the run (ModuleError).
+    #: Loaded before the command, with their dependencies.  A module that does not load ends the run (ModuleError).
     modules: Sequence[str] = ()
-    #: A path here (it becomes /root/NAME), or (path here, path in the guest).
+    #: A path on the host, which becomes /root/NAME, or (path on the host, path in the guest).
     files: Sequence[Path | tuple[Path, str]] = ()
-    #: More kernel arguments, and parameters of modules (MODULE.NAME=VALUE); they come last, so they win.
+    #: More kernel arguments, and parameters of modules (MODULE.NAME=VALUE).  They are last, so they take precedence.
     append: str = ""
+    #: These attach devices, and may replace memory and machine type.
     qemu_args: Sequence[str] = ("-m", "512M")
-    #: Seconds for the whole run, times $VMODEL_SLOW, as all time-outs of guests.
+    #: Seconds for the whole run; multiplied by $VMODEL_SLOW, as all time-outs of guests are.
     timeout: float = 120.0
-    #: Whether a reboot of the guest is one, or its end.
+    #: Whether the guest may reboot; otherwise a reboot ends it.
     allow_reboot: bool = False
+    #: None: as of `find_qemu`.
     qemu: Qemu | None = None
-    #: Kernel modules that are there for `modprobe`, but not loaded.
+    #: Kernel modules that `modprobe` can load in the guest.
     extra_modules: Sequence[str] = ()
-    #: Programs of Debian's that the command uses, such as "nvme": see tools.py.
+    #: Debian's programs that the command uses, such as "nvme": see tools.py.
     tools: Sequence[str] = ()
 
 
 @dataclass
 class GuestResult:
-    """How it went."""
+    """The result of a guest's run."""
 
-    #: The command's exit status, 0..255; 128 + N for signal N, as a shell has it.
+    #: The command's exit status, 0 to 255; 128 + N for signal N, as in a shell.
     status: int
-    #: What the command printed on stdout and stderr.
+    #: The command's stdout and stderr.
     output: bytes
+    #: The text of the console.
     console: str
     #: Seconds from QEMU's start to its end.
     wall: float
-    #: Whether the guest could power off; if not, a driver's shutdown hung, and QEMU was killed.
+    #: Whether the guest powered off; if not, a driver's shutdown hung, and QEMU was killed.
     powered_off: bool = True
     #: How often the guest booted: 1 if it never rebooted.
     boots: int = 1
@@ -106,7 +110,7 @@ class GuestResult:
 
 @dataclass
 class _SerialPort:
-    """One serial port: our end of it, what has come, how much of that `expect` has consumed, and a log file."""
+    """A serial port: both ends of its socket, the bytes received, how many `expect` has consumed, and a log file."""
 
     ours: socket.socket
     theirs: socket.socket
@@ -119,8 +123,8 @@ class _SerialPort:
         return cls(*socket.socketpair())
 
 
-class Guest:
-    """A guest while it runs; a context manager that ends it in any case."""
+class Guest(Starting):
+    """A running guest; a context manager that always ends it."""
 
     def __init__(
         self,
@@ -130,9 +134,9 @@ class Guest:
         on_output: Callable[[bytes], None] | None = None,
         on_console: Callable[[bytes], None] | None = None,
     ) -> None:
-        """`artifacts`: a folder for logs.  The callbacks get what comes, on a thread of the guest's.
+        """`artifacts`: a folder for logs.  The callbacks receive output and console, on the guest's own thread.
 
-        An exception in a callback ends QEMU and is raised by `wait`.
+        An exception in a callback ends QEMU, and `wait` raises it again.
         """
         self.spec = spec
         self.artifacts = artifacts
@@ -156,7 +160,7 @@ class Guest:
     # ---- life -------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Boots it.  ArtifactError: QEMU, a kernel, busybox or a module is missing; ConfigError: a file is."""
+        """Starts QEMU.  ArtifactError: QEMU, kernel, busybox or a module is missing; ConfigError: a file is missing."""
         spec, folder = self.spec, Path(self._scratch.name)
         qemu, kernel = spec.qemu or find_qemu(), spec.kernel or find_kernel()
         image = folder / "initramfs"
@@ -229,7 +233,7 @@ class Guest:
         if callback and data and self._callback_error is None:
             try:
                 callback(data)
-            except BaseException as error:  # raised again by wait(): this thread has nobody to tell
+            except BaseException as error:  # wait() raises it again, on the caller's thread
                 self._callback_error = error
                 self.kill()
 
@@ -245,13 +249,13 @@ class Guest:
         return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
-        """Ends QEMU at once."""
+        """Kills QEMU."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def close(self) -> None:
-        """Ends QEMU if it runs, removes scratch files."""
+        """Ends QEMU if it runs, and removes temporary files."""
         self.kill()
         if self._reader.ident is not None:
             self._reader.join(10)
@@ -262,47 +266,34 @@ class Guest:
                 port.log.close()
         self._scratch.cleanup()
 
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    # ---- talking to it ----------------------------------------------------------------------
+    # ---- input and output -------------------------------------------------------------------
 
     @property
     def console(self) -> str:
-        """What the kernel has said so far."""
+        """The text of the console so far."""
         with self._changed:
             return self._ports["console"].received.decode(errors="replace").replace("\r\n", "\n")
 
     @property
     def output(self) -> bytes:
-        """What the command has printed so far."""
+        """The output of the command so far."""
         with self._changed:
             return bytes(self._ports["output"].received)
 
     def send(self, data: bytes) -> None:
-        """To the command's standard input, which never ends: commands that read up to its end wait for ever."""
+        """Sends bytes to the command's stdin.  It has no end of file: a command that reads up to one never ends."""
         self._ports["output"].ours.sendall(data)
 
     def expect(self, pattern: bytes, timeout: float = 60.0, *, port: str = "output") -> re.Match[bytes]:
-        """Waits until what the command (or the "console") has printed since the last match matches `pattern`.
+        """Waits until the output (or the "console") since the last match contains `pattern`; returns the match.
 
-        GuestTimeout if it does not in `timeout` seconds; as `wait` does if the guest ends before.
+        GuestTimeout: it did not in `timeout` seconds.  If the guest ends before: as for `wait`, or GuestOff.
         """
         here, deadline = self._ports[port], time.monotonic() + patience(timeout)
         while True:
             alive = self.running()
             if not alive:
-                self._reader.join(10)  # its last words
+                self._reader.join(10)  # for its last output
             with self._changed:
                 match = re.search(pattern, bytes(here.received[here.consumed :]))
                 if match:
@@ -310,15 +301,15 @@ class Guest:
                     return match
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise GuestTimeout(f"{pattern!r} did not come on {port} in {spoken(timeout)}{self._tail()}")
+                    raise GuestTimeout(f"no {pattern!r} on {port} in {spoken(timeout)}{self._tail()}")
                 if alive:
                     self._changed.wait(min(left, 0.5))
             if not alive:
                 self.wait()
-                raise GuestOff(f"the command ended, and {pattern!r} had not come on {port}{self._tail()}")
+                raise GuestOff(f"the command ended without {pattern!r} on {port}{self._tail()}")
 
     def wait(self) -> GuestResult:
-        """Waits for the guest's end.  GuestRunError: its subclasses say what else may come."""
+        """Waits until the guest has ended.  GuestRunError: the command did not run to its end; see its subclasses."""
         if self._process is None:
             raise RuntimeError("the guest has not been started")
         deadline = self._started + patience(self.spec.timeout)
@@ -332,9 +323,8 @@ class Guest:
             if verdict is None and (verdict := self._verdict()):
                 deadline = min(deadline, now + patience(_GRACE_OFF))
             if panic is None and (panic := self._panic()):
-                deadline = min(
-                    deadline, now + patience(_GRACE_PANIC)
-                )  # it may reboot, or stand still, by its arguments
+                # By its arguments the kernel reboots after a panic, or halts.
+                deadline = min(deadline, now + patience(_GRACE_PANIC))
             if now >= deadline:
                 killed = "time"
                 self.kill()
@@ -351,11 +341,12 @@ class Guest:
             raise GuestPanic(f"{panic[0].strip()}{self._tail()}")
         if killed:
             raise GuestTimeout(f"the guest did not end in {spoken(self.spec.timeout)}{self._tail()}")
-        said = self._qemu_log.read_text(errors="replace").strip() if self._qemu_log.exists() else ""
+        messages = self._qemu_log.read_text(errors="replace").strip() if self._qemu_log.exists() else ""
         if code:
             how = f"by signal {-code}" if code < 0 else f"with status {code}"
-            raise QemuDied(f"QEMU ended {how} before the command did: {said or 'it said nothing'}{self._tail()}")
-        raise GuestOff(f"the guest was off before the command had ended{f': {said}' if said else ''}{self._tail()}")
+            raise QemuDied(f"QEMU ended {how} before the command: {messages or 'without a message'}{self._tail()}")
+        why = f": {messages}" if messages else ""
+        raise GuestOff(f"the guest powered off before the command ended{why}{self._tail()}")
 
     def _verdict(self) -> re.Match[bytes] | None:
         with self._changed:
@@ -377,13 +368,13 @@ def run_guest(
     on_output: Callable[[bytes], None] | None = None,
     on_console: Callable[[bytes], None] | None = None,
 ) -> GuestResult:
-    """Boots, runs the command, returns when the guest is off.  GuestRunError as in `Guest.wait`."""
+    """Boots a guest, runs its command, and returns when the guest has powered off.  GuestRunError: see `Guest.wait`."""
     with Guest(spec, artifacts=artifacts, on_output=on_output, on_console=on_console) as guest:
         return guest.wait()
 
 
 def writer(fd: int) -> Callable[[bytes], None]:
-    """A callback that passes what comes on to a file descriptor."""
+    """A callback that writes all data to a file descriptor."""
 
     def write(data: bytes) -> None:
         with contextlib.suppress(BrokenPipeError):

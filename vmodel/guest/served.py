@@ -1,4 +1,4 @@
-"""A machine file that is served, in a folder of its own: for guests of tests and experiments."""
+"""A served machine file, with its sockets in a temporary folder: for guests of tests and experiments."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import logging
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from vmodel import machine as machines
+from vmodel.closing import Closing
 from vmodel.errors import ConfigError
 from vmodel.guest.booted import HostCommand
 from vmodel.guest.monitor import Monitor, MonitorError
@@ -19,11 +18,11 @@ from vmodel.qemu import device_args
 log = logging.getLogger(__name__)
 
 
-class Served:
-    """A machine and its server; a context manager.  Sockets are in a short temporary folder, as their paths must be."""
+class Served(Closing):
+    """A machine and its server; a context manager.  Sockets are in a temporary folder, as their paths must be short."""
 
     def __init__(self, file: Path) -> None:
-        """Loads and serves it.  ConfigError, one line for each mistake in the file."""
+        """Loads and serves a machine file.  ConfigError: one line for each mistake in it."""
         self.machine = machines.load(file)
         self._folder = tempfile.TemporaryDirectory(prefix="vmodel-")
         self.folder = Path(self._folder.name)
@@ -36,7 +35,7 @@ class Served:
         self.server.start()
 
     def qemu_args(self, without: Collection[str] = ()) -> list[str]:
-        """What makes QEMU this machine; devices `without` can be plugged in later."""
+        """QEMU's arguments for the machine, except the devices `without`, which `plug` adds later.  ConfigError."""
         args = self.machine.qemu_args(self.folder)
         for name in without:
             self._known(name)
@@ -49,24 +48,24 @@ class Served:
             raise ConfigError(f"no device is called {name!r}: devices are {', '.join(self.machine.devices)}")
 
     def plug(self, monitor: Monitor, name: str) -> None:
-        """Hot-plugs a device; it must be behind a root port.  MonitorError: QEMU refuses."""
+        """Hot-plugs a device, which must be behind a root port.  MonitorError: QEMU refuses it."""
         self._known(name)
         function = next(f for f in self.machine.topology.functions() if f.name == name)
         made = device_args(name, self.machine.socket(name, self.folder), function)
         monitor.execute("device_add", json.loads(made[1]))
 
     def unplug(self, monitor: Monitor, name: str, timeout: float = 20.0) -> None:
-        """Hot-unplugs a device, and waits until the guest has let it go.  MonitorError: it does not in `timeout` s.
+        """Hot-unplugs a device, and waits until the guest has released it.  MonitorError: it has not in `timeout` s.
 
-        QEMU 11.1 aborts when a device with MSI-X goes: give those that are to be unplugged MSI.
+        QEMU 11.1 aborts when a device with MSI-X is unplugged: such a device needs MSI instead.
         """
         self._known(name)
-        monitor.forget("DEVICE_DELETED")
+        monitor.clear("DEVICE_DELETED")
         monitor.execute("device_del", {"id": name})
         monitor.wait("DEVICE_DELETED", timeout, device=name)
 
     def host_commands(self, monitor: Callable[[], Monitor]) -> dict[str, HostCommand]:
-        """What scripts in a guest may ask for by `vmodel-host plug NAME` and `unplug NAME`."""
+        """The requests that scripts in a guest make by `vmodel-host plug NAME` and `vmodel-host unplug NAME`."""
 
         def command(work: Callable[[Monitor, str], None]) -> HostCommand:
             def run(words: list[str]) -> int:
@@ -82,15 +81,7 @@ class Served:
         return {"plug": command(self.plug), "unplug": command(self.unplug)}
 
     def close(self) -> None:
-        """Ends the server, gives back what the devices hold."""
+        """Stops the server, and releases the devices' resources."""
         self.server.stop()
         self.machine.close()
         self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -1,8 +1,7 @@
-"""Programs of Debian's for guests, with the shared libraries that they need. `scripts/get-qemu --tools` brings them.
+"""Debian's programs for guests, with the shared libraries that they need.  `scripts/get-qemu --tools` fetches them.
 
-The cache's folder `tools/root` is laid out as in Debian: programs in usr/bin and
-usr/sbin, libraries in `LIBS` and folders below. In the guest, programs are in /bin and libraries in `LIBS`, where its
-ld.so looks.
+The cache's folder `tools/root` has Debian's layout: programs in usr/bin and usr/sbin, libraries in `LIBS` and folders
+below.  In the guest, programs are in /bin and libraries in `LIBS`, where ld.so looks for them.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 
-from vmodel.guest.artifacts import MEND, ArtifactError, cache_dir, read_stamp
+from vmodel.guest.artifacts import FETCH_COMMAND, ArtifactError, cache_dir, read_stamp
 
-#: Debian's packages, and the programs of each that guests may have.
+#: Debian's packages, and the programs of each that guests may use.
 TOOLS = {
     "nvme-cli": ("nvme",),
     "fio": ("fio",),
@@ -27,15 +26,15 @@ TOOLS = {
     "fdisk": ("sfdisk",),
 }
 LIBS = "usr/lib/x86_64-linux-gnu"
-#: The loader's path, which is in each program.
+#: The dynamic loader's path, which each program names.
 LOADER = "lib64/ld-linux-x86-64.so.2"
 
 
 def find_tools() -> Path:
-    """The root folder of the cache's tools.  ArtifactError without."""
+    """The root folder of the cache's tools.  ArtifactError: they are not in the cache."""
     part = cache_dir() / "tools"
     if not read_stamp(part):
-        raise ArtifactError(f"no tools for guests found; run {MEND} --tools")
+        raise ArtifactError(f"no tools for guests found; run {FETCH_COMMAND} --tools")
     return part / "root"
 
 
@@ -45,13 +44,16 @@ def programs() -> list[str]:
 
 
 def program_files(root: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """(path in the guest, path here) of programs and all libraries that they need.  ArtifactError: one is missing."""
+    """(path in the guest, path on the host) of programs and the libraries that they need.
+
+    ArtifactError: a program or a library is missing.
+    """
     libraries: dict[str, Path] = {}
     todo: list[tuple[str, Path]] = []
     for name in dict.fromkeys(names):
         path = next((found for place in ("bin", "sbin") if (found := root / "usr" / place / name).is_file()), None)
         if path is None:
-            raise ArtifactError(f"there is no tool {name!r} for guests (there are: {', '.join(programs())})")
+            raise ArtifactError(f"there is no tool {name!r} for guests (tools are: {', '.join(programs())})")
         yield f"bin/{name}", path
         todo.append((name, path))
     while todo:
@@ -70,17 +72,18 @@ def program_files(root: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]
 
 
 def _library(root: Path, name: str, whose: str) -> Path:
-    # Some are in a folder of their package's own, which the user's RUNPATH names: here all become neighbours.
+    # Some are in a folder of their own, which their users' RUNPATH names.  In the guest all are in one folder.
     for path in (root / LIBS / name, *sorted((root / LIBS).glob(f"*/{name}"))):
         if path.is_file():
             return path
-    raise ArtifactError(f"{whose} needs the library {name}, which is not among the tools; run {MEND} --tools --refresh")
+    missing = f"{whose} needs the library {name}, which is not among the tools"
+    raise ArtifactError(f"{missing}; run {FETCH_COMMAND} --tools --refresh")
 
 
 def needed(program: BinaryIO) -> list[str]:
-    """The libraries that an ELF file names as needed (DT_NEEDED), in its order; none for a static one.
+    """The libraries that an ELF file needs (DT_NEEDED), in the file's order; [] for a static program.
 
-    ValueError: it is no ELF file, or a broken one.
+    ValueError: it is not an ELF file, or a damaged one.
     """
     with reading_elf():
         elf = ELFFile(program)
@@ -91,11 +94,11 @@ def needed(program: BinaryIO) -> list[str]:
 
 @contextlib.contextmanager
 def reading_elf() -> Iterator[None]:
-    """While pyelftools reads a file: whatever it makes of one that is none, or broken, is a ValueError."""
+    """Turns every exception of pyelftools, for a file that is not ELF or damaged, into ValueError."""
     try:
         yield
     except ELFError as error:
         raise ValueError(f"not an ELF file: {error}") from None
     except Exception as error:
-        # What pyelftools makes of a broken file is no closed list: errors of struct, construct, Unicode, file offsets.
-        raise ValueError(f"a broken ELF file: {type(error).__name__}: {error}") from None
+        # The list is open: pyelftools raises errors of struct, construct, Unicode and file offsets for damaged files.
+        raise ValueError(f"a damaged ELF file: {type(error).__name__}: {error}") from None

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from vmodel.closing import Closing
 from vmodel.device import PciDevice
 from vmodel.device.taps import tap
 from vmodel.errors import ConfigError, DmaFault, VmodelError
@@ -52,7 +52,7 @@ class _Live:
         return {self.rule.point, *(m.match.point for m in self.markers), *self.rule.do.also_armed()}
 
 
-class Engine:
+class Engine(Closing):
     """Arms a plan's rules on devices; a context manager that disarms them at the end.
 
     Rules can be added, removed and paused while devices are served.  Injections are reproducible: the same seed, rules
@@ -319,14 +319,6 @@ class Engine:
             self._held.clear()
         self._arm()
         self.journal.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _place(live: _Live) -> tuple[int, int]:

@@ -279,14 +279,14 @@ class Machine:
 
     def close(self) -> None:
         """Releases the devices' resources.  Does nothing if a device is abandoned, as its thread may still use them."""
-        if self.left_behind:
+        if self.abandoned:
             return
         self.system.close()
         for device in self.devices.values():
             device.close()
 
     @property
-    def left_behind(self) -> bool:
+    def abandoned(self) -> bool:
         """Whether a device is abandoned, as its thread did not end; see Server.stop."""
         return any(device.backend.abandoned for device in self.devices.values())
 

@@ -11,9 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from vmodel.closing import Closing
 from vmodel.device import PciDevice
 from vmodel.patience import patience, spoken
 from vmodel.pci.caps import Msi, Msix
@@ -29,7 +28,7 @@ _IO, _MEMORY, _MASTER = 1, 2, 4
 _ENABLE_MSI, _ENABLE_MSIX = 1 << 0, 1 << 15
 
 
-class FakeMemory:
+class FakeMemory(Closing):
     """A guest's memory from address `start` on, and who gives out pieces of it; a context manager."""
 
     def __init__(self, size: int = 16 * MiB, start: int = 0) -> None:
@@ -77,16 +76,8 @@ class FakeMemory:
         self._map.close()
         os.close(self.fd)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class FakeDriver:
+class FakeDriver(Closing):
     """What a kernel's driver does to a device, by vfio-user: registers, memory, interrupts; a context manager.
 
     Registers are named as the model declares them (`EduRegs.STATUS`), by text ("STATUS", "regs.STATUS"), or as
@@ -211,11 +202,3 @@ class FakeDriver:
             self.client.close()
         self._server.stop()
         self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -13,9 +13,8 @@ import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from vmodel.closing import Closing
 from vmodel.devices.nvme.command import COMPLETION_SIZE, SUBMISSION_SIZE, Completion, NvmeCommand
 from vmodel.span import PAGE, MiB
 from vmodel.vfio_user import wire
@@ -55,7 +54,7 @@ class Pair:
     phase: int = 1
 
 
-class NvmeDriver:
+class NvmeDriver(Closing):
     """A controller that is enabled, with its admin queue.  OSError and TimeoutError as with Client."""
 
     def __init__(self, client: Client, *, ram_size: int = 64 * MiB) -> None:
@@ -94,14 +93,6 @@ class NvmeDriver:
         for event in self._events:
             event.close()
         self.client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # ---- set-up --------------------------------------------------------------------------------
 

@@ -26,11 +26,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from construct import ConstructError
 
+from vmodel.closing import Closing
 from vmodel.span import PAGE, Span
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.stream import Closed, Message, Stream
@@ -144,7 +144,7 @@ class Ram:
             self.fd = None
 
 
-class Client:
+class Client(Closing):
     """One connection.  `timeout` (seconds) bounds every wait.
 
     A thread that waits for a reply also answers the server's commands meanwhile.  Several threads may use one client.
@@ -196,14 +196,6 @@ class Client:
         for ram in self.ram:
             ram.close()
         self.ram.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # ---- messages ---------------------------------------------------------------------------
 

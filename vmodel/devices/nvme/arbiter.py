@@ -58,7 +58,7 @@ class Arbiter:
             self._signals.append(queue)
         self._schedule()
 
-    def forget(self, queue: SubmissionQueue) -> None:
+    def remove(self, queue: SubmissionQueue) -> None:
         """Removes a queue that is deleted."""
         for line in self._lines:
             if queue in line:

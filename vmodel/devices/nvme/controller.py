@@ -466,7 +466,7 @@ class Nvme(PciDevice):
         except DmaFault:
             self._shadow = None
             for queue in queues:
-                queue.forget_shadow()
+                queue.clear_shadow()
             raise
 
     def shadow_queue(self, queue: SubmissionQueue | CompletionQueue) -> None:

@@ -63,12 +63,12 @@ class Events:
         """Adds a request, which is completed at the next event.  CommandError: too many are outstanding."""
         if len(self._requests) >= LIMIT:
             raise CommandError(NvmeStatus.EVENT_LIMIT_EXCEEDED)
-        later = Later(lambda: self._forget(later))
+        later = Later(lambda: self._remove(later))
         self._requests.append(later)
         self._deliver()
         return later
 
-    def _forget(self, later: Later) -> bool:
+    def _remove(self, later: Later) -> bool:
         self._requests.remove(later)
         return True
 
@@ -78,7 +78,7 @@ class Events:
             self._events.append(event)
             self._deliver()
 
-    def forget(self, event: AsyncEvent) -> None:
+    def drop(self, event: AsyncEvent) -> None:
         """Drops an event that was not reported to the host yet."""
         if event in self._events:
             self._events.remove(event)

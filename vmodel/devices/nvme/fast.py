@@ -147,10 +147,10 @@ class FastPath:
                 found.add(namespace.nsid)
                 shift, blocks = namespace.lba_shift, namespace.blocks
                 self._rings.namespace(namespace.nsid, namespace.backend.store, shift, blocks, flags)
-        self._forget(self._known - found)
+        self._remove(self._known - found)
         self._known, self._stale = found, False
 
-    def _forget(self, nsids: set[int]) -> None:
+    def _remove(self, nsids: set[int]) -> None:
         for nsid in nsids:
             self._rings.namespace(nsid, None, 9, 0, 0)
 
@@ -201,5 +201,5 @@ class FastPath:
     def close(self) -> None:
         """Removes all queues and releases the namespaces."""
         self.reset()
-        self._forget(self._known)
+        self._remove(self._known)
         self._known.clear()

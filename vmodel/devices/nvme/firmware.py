@@ -49,9 +49,9 @@ class Firmware:
         """At a controller reset: activates the pending slot, and discards a download that was not committed."""
         if self.pending:
             self.active, self.pending = self.pending, 0
-        self._forget()
+        self._discard()
 
-    def _forget(self) -> None:
+    def _discard(self) -> None:
         self._image = bytearray()
         self._parts.clear()
 
@@ -65,7 +65,7 @@ class Firmware:
     def store(self, offset: int, data: bytes) -> None:
         """Stores a part that `download` has checked, in any order; the part at 0 again begins a new image."""
         if self._parts.first_in(offset, len(data)) is not None:
-            self._forget()
+            self._discard()
         if len(self._image) < offset + len(data):
             self._image.extend(bytes(offset + len(data) - len(self._image)))
         self._image[offset : offset + len(data)] = data
@@ -100,7 +100,7 @@ class Firmware:
     def _take(self) -> str:
         """Ends the download; returns the image's revision.  CommandError: there is no image, or a part is missing."""
         image, spans = bytes(self._image), list(self._parts)
-        self._forget()
+        self._discard()
         if spans != [(0, len(image))]:
             raise CommandError(NvmeStatus.INVALID_FIRMWARE_IMAGE)
         name = image[:8].rstrip(b"\0 ")

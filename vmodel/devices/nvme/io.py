@@ -221,15 +221,15 @@ class IoCommands:
         return bool(command.cdw12 & _FUA) or not self._host.write_cache
 
     @staticmethod
-    def _mended(namespace: IoNamespace, slba: int, count: int) -> None:
-        """Blocks can be read again."""
+    def _clear_uncorrectable(namespace: IoNamespace, slba: int, count: int) -> None:
+        """Removes the mark of Write Uncorrectable from blocks."""
         if namespace.uncorrectable:
             namespace.uncorrectable.remove(slba, count)
 
     def _written(self, namespace: IoNamespace, slba: int, count: int) -> None:
         """Records that the host has written data to these blocks."""
         self._host.health.written = True
-        self._mended(namespace, slba, count)
+        self._clear_uncorrectable(namespace, slba, count)
 
     def status(self, namespace: IoNamespace, job: Job, code: int) -> CommandError:
         """Logs the errno of a failed job; returns the error that the guest gets for it."""
@@ -358,7 +358,7 @@ class IoCommands:
             self._writable(namespace, slba, blocks)
             if blocks:
                 yield namespace, Job(Op.DISCARD, slba << namespace.lba_shift, blocks << namespace.lba_shift)
-                self._mended(namespace, slba, blocks)
+                self._clear_uncorrectable(namespace, slba, blocks)
 
     def _verify(self, command: NvmeCommand) -> Steps:
         namespace, offset, length = self._target(command)

@@ -189,7 +189,7 @@ class CompletionQueue:
         self._host.dma.write(event_index, _U32.pack(self._ring.head))
         self._shadow, self._event_index, self._shadow_first = doorbell, event_index, first
 
-    def forget_shadow(self) -> None:
+    def clear_shadow(self) -> None:
         """Stops using the shadow doorbell."""
         self._shadow = self._event_index = 0
 
@@ -311,7 +311,7 @@ class SubmissionQueue:
         ring.shadow, ring.event = doorbell, event_index
         self._has_shadow = True
 
-    def forget_shadow(self) -> None:
+    def clear_shadow(self) -> None:
         """Stops using the shadow doorbell."""
         self._has_shadow = False
         self._ring.shadow = self._ring.event = self._ring.shadow_used = 0
@@ -535,4 +535,4 @@ class SubmissionQueue:
         self._closed = True
         self.in_flight.clear()
         self.cq.queues.remove(self)
-        self._host.arbiter.forget(self)
+        self._host.arbiter.remove(self)

@@ -96,7 +96,7 @@ class Sanitize:
         # Only an operation that starts ends a self-test (8.11).
         self._controller.self_test.abort(SelftestResult.ABORTED_BY_SANITIZE)
         self._controller.fast.settle()
-        self._controller.events.forget(AsyncEvent.SANITIZE_COMPLETED)
+        self._controller.events.drop(AsyncEvent.SANITIZE_COMPLETED)
         self._cdw10, self._state, self._failure_mode = command.cdw10, SanitizeState.IN_PROGRESS, False
         total = sum(namespace.backend.size for namespace in namespaces)
         if action is SanitizeAction.OVERWRITE:

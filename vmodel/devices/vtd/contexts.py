@@ -234,7 +234,7 @@ class Contexts:
         else:
             group.attach_pasid(domain, pasid)
 
-    def _forget_attached(self, keys: set[Key]) -> None:
+    def _drop_attached(self, keys: set[Key]) -> None:
         """Detaches these requests from their contexts, so that their entries are read again."""
         for key in keys:
             del self._attached[key]
@@ -281,7 +281,7 @@ class Contexts:
     def _sources(self, chosen: Callable[[int, Entry], bool]) -> set[int]:
         return {source for (source, _), context in self.entries.items() if chosen(source, context.entry)}
 
-    def forget(self, domain_id: int | None = None, source: int | None = None, mask: int = 0) -> None:
+    def invalidate(self, domain_id: int | None = None, source: int | None = None, mask: int = 0) -> None:
         """Context-cache invalidation: of all entries, of a domain, or of a device.
 
         `mask`: bits of `source` that are ignored.
@@ -294,7 +294,7 @@ class Contexts:
             # Scalable mode's context entries have no domain-id.
             return meant(cached) and (self.tables.scalable or domain_id in (None, entry.domain_id))
 
-        def forget() -> None:
+        def carry_out() -> None:
             with self._lock:
                 if not self.tables.scalable:
                     self._drop(chosen)
@@ -303,21 +303,21 @@ class Contexts:
                 gone = {cached for cached in self.directories if meant(cached)}
                 for cached in gone:
                     del self.directories[cached]
-                self._forget_attached({key for key in self._attached if key[0] in gone})
+                self._drop_attached({key for key in self._attached if key[0] in gone})
 
-        self._invalidate("context", forget, lambda: self._sources(chosen))
+        self._invalidate("context", carry_out, lambda: self._sources(chosen))
 
-    def forget_pasids(self, domain_id: int | None = None, pasid: int | None = None) -> None:
+    def invalidate_pasids(self, domain_id: int | None = None, pasid: int | None = None) -> None:
         """PASID-cache invalidation: of all entries, of a domain, or of one PASID of a domain."""
 
         def chosen(_: int, entry: Entry) -> bool:
             return entry.pasid is not None and domain_id in (None, entry.domain_id) and pasid in (None, entry.pasid)
 
-        def forget() -> None:
+        def carry_out() -> None:
             with self._lock:
                 self._drop(chosen)
 
-        self._invalidate("pasid", forget, lambda: self._sources(chosen), domain=_named(domain_id))
+        self._invalidate("pasid", carry_out, lambda: self._sources(chosen), domain=_named(domain_id))
 
     def _drop(self, chosen: Callable[[int, Entry], bool]) -> None:
         gone = {key: context for key, context in self.entries.items() if chosen(key[0], context.entry)}
@@ -325,7 +325,7 @@ class Contexts:
             del self.entries[key]
         # Requests with a PASID and requests without one may share an entry.
         lost = {(source, context.entry.pasid) for (source, _), context in gone.items()}
-        self._forget_attached({key for key, context in self._attached.items() if (key[0], context.entry.pasid) in lost})
+        self._drop_attached({key for key, context in self._attached.items() if (key[0], context.entry.pasid) in lost})
 
     def flush(self, domain_id: int | None = None, span: Span | None = None) -> None:
         """IOTLB invalidation: of all translations, of a domain, or of IOVAs of a domain."""

@@ -225,12 +225,12 @@ def check_mode(root: int, wide: bool) -> None:
 def invalidate_contexts(contexts: Contexts, granularity: int, domain_id: int, source: int, mask: int) -> bool:
     """Carries out a context-cache invalidation; returns False if there is no such granularity."""
     if granularity == Granularity.ALL:
-        contexts.forget()
+        contexts.invalidate()
     elif granularity == Granularity.DOMAIN:
-        contexts.forget(domain_id)
+        contexts.invalidate(domain_id)
     elif granularity == Granularity.ONE:
         # By source-id alone: a domain-id that differs from the cached entry's is software's mistake, which is ignored.
-        contexts.forget(source=source, mask=FUNCTION_MASKS[mask])
+        contexts.invalidate(source=source, mask=FUNCTION_MASKS[mask])
     else:
         return False
     return True
@@ -273,11 +273,11 @@ def _pasid_cache(contexts: Contexts, words: Sequence[int], unit: Unit) -> None:
     _check(words, _PasidCache)
     asked = _PasidCache(words[0])
     if asked.G == PasidCacheGranularity.ALL:
-        contexts.forget_pasids()
+        contexts.invalidate_pasids()
     elif asked.G == PasidCacheGranularity.DOMAIN:
-        contexts.forget_pasids(asked.DID)
+        contexts.invalidate_pasids(asked.DID)
     elif asked.G == PasidCacheGranularity.PASID:
-        contexts.forget_pasids(asked.DID, asked.PASID)
+        contexts.invalidate_pasids(asked.DID, asked.PASID)
     else:
         raise QueueStopped(QueueFault.RESERVED)
 

@@ -1,0 +1,36 @@
+"""Context managers that end by `close`, as in contextlib.closing."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+
+class Closing(ABC):
+    """A context manager that is closed at the end of the block."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Releases what the object holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Starting(Closing):
+    """A context manager that is started at the beginning of the block, and closed at its end or if the start fails."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Starts what the object stands for."""
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
