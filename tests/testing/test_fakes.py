@@ -81,9 +81,9 @@ def test_mistakes(driver: FakeDriver) -> None:
         driver.interrupt(timeout=0.01)
     with pytest.raises(TimeoutError):
         driver.wait(lambda: False, 0.01)
-    with pytest.raises(ValueError, match="outside of memory"):
+    with pytest.raises(ValueError, match="outside the memory"):
         driver.memory.read((1 << 20) - 1, 2)
-    with pytest.raises(MemoryError, match="do not fit"):
+    with pytest.raises(MemoryError, match="does not fit: 0xff000 bytes are left"):
         driver.memory.alloc(1 << 20)
 
 

@@ -132,7 +132,7 @@ def test_the_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) ->
         ("@pytest.mark.machine('no.toml')\ndef test_a(machine): pass", "*no.toml: cannot be read: No such file*"),
         (
             "@pytest.mark.machine('edu.toml')\n@pytest.mark.guest(module=['x'])\ndef test_a(vm): pass",
-            "*guest(module): known are allow_reboot, append, extra_modules, files, *",
+            "*guest(module): arguments are allow_reboot, append, extra_modules, files, *",
         ),
         ("def test_a(inject): inject('dma.write do=nothing')", "*do: *"),
     ],
@@ -142,7 +142,7 @@ def test_mistakes(pytester: pytest.Pytester, test: str, said: str) -> None:
     pytester.makepyfile(f"import pytest\n{test}")
     result = pytester.runpytest()
     assert result.ret != 0
-    (result.stderr if "known are" in said else result.stdout).fnmatch_lines([said])
+    (result.stderr if "arguments are" in said else result.stdout).fnmatch_lines([said])
 
 
 @pytest.mark.machine("../../examples/edu.toml")

@@ -51,7 +51,7 @@ def test_who_waits_waits_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeMemory() as memory:
         driver = FakeDriver(Edu("edu0"), memory)
         began = time.monotonic()
-        with pytest.raises(TimeoutError, match=r"not in 0\.02 s x 8 \(VMODEL_SLOW\)"):
+        with pytest.raises(TimeoutError, match=r"not true within 0\.02 s x 8 \(VMODEL_SLOW\)"):
             driver.wait(lambda: False, 0.02)
         assert time.monotonic() - began >= 0.16
         driver.close()

@@ -1,4 +1,4 @@
-"""Experiments: a workload in a stock guest under a plan of faults, and what became of the fault."""
+"""Experiments: a workload in a stock guest under a plan of faults, and the outcome."""
 
 from vmodel.experiment.case import Case, Result
 from vmodel.experiment.oracle import Effect, Finding, Outcome

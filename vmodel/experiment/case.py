@@ -1,6 +1,6 @@
-"""A case: a machine, a stock kernel, a workload in the guest, a plan of faults; and what came of it.
+"""A case, which is a machine, a stock kernel, a workload in the guest and a plan of faults; and its result.
 
-`vmodel.experiment` runs them:
+`vmodel.experiment` runs cases:
 
 ```python
 case = Case(machine=Path("edu.toml"), workload="./edu_check", files=[Path("edu_check")], modules=["uio_pci_generic"],
@@ -9,7 +9,7 @@ result = run(case, Path("artifacts/1"))
 print(result.outcome, [finding.text for finding in result.evidence])
 ```
 
-`Rig`, from there, runs many, and boots a new guest only where one is needed.
+`vmodel.experiment.Rig` runs many cases, and boots a new guest only if one is needed.
 """
 
 from __future__ import annotations
@@ -24,91 +24,97 @@ from vmodel.inject import FaultPlan
 
 
 class Case(BaseModel):
-    """What to run.  Plain data: `model_dump(mode="json")` and `model_validate` take it to another process and back."""
+    """What to run.  It is plain data: `model_dump(mode="json")` and `model_validate` pass it to another process."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     #: A machine file.
     machine: Path
-    #: A shell script for the guest, in /root.  Exit status 0: all is well; 65 (`DATA_WRONG`): no error was reported,
-    #: and data is wrong; others: it got an error.
+    #: A shell script that runs in the guest, in /root.  Exit status 0: success; 65 (`DATA_WRONG`): no error was
+    #: reported, but data is wrong; others: an error was reported.
     workload: str
     name: str = ""
     #: A role ("stable", "backports"), a version in the cache ("6.12"), or the path of an image; None: stable's.
     kernel: str | None = None
     plan: FaultPlan | None = None
-    #: In place of the plan's own.
+    #: Replaces the plan's own seed.
     seed: int | None = Field(default=None, ge=0, lt=1 << 64)
-    #: When the plan is armed: with the workload; or before the guest boots (and then the case has a guest of its own).
+    #: When the plan is armed: "workload", just before it; "boot", before the guest boots, which is a new one then.
     arm: str = Field(default="workload", pattern="^(workload|boot)$")
-    #: A script that runs when the workload has ended and all rules are disarmed: does the device work, is data right?
+    #: A script that runs after the workload, with all rules disarmed.  It tests whether the device works and data is
+    #: right; exit statuses are those of the workload.
     check: str = ""
-    #: As in GuestSpec: a path here (it becomes /root/NAME), or (path here, path in the guest).
+    #: As in GuestSpec: a path on the host, which becomes /root/NAME, or (path on the host, path in the guest).
     files: tuple[Path | tuple[Path, str], ...] = ()
-    #: Loaded at boot; `extra_modules` are there for the workload's `modprobe`.
+    #: Modules that are loaded at boot.
     modules: tuple[str, ...] = ()
+    #: Modules that the workload can load by `modprobe`.
     extra_modules: tuple[str, ...] = ()
     #: More kernel arguments, and parameters of modules (MODULE.NAME=VALUE).
     append: str = ""
-    #: More arguments of QEMU's, before the machine's.
+    #: More arguments of QEMU, before those of the machine.
     qemu_args: tuple[str, ...] = ()
-    #: Seconds for the workload, as much again for the check, and for the boot.
+    #: Seconds for the workload, and again for the check.
     timeout: float = Field(default=30.0, gt=0)
+    #: Seconds for the boot.
     boot_timeout: float = Field(default=90.0, gt=0)
-    #: Signatures that are no evidence: what the kernel says in a run without faults, too.
+    #: Signatures that are ignored, as the kernel logs them without faults, too.
     expected: tuple[str, ...] = ()
-    #: Whether it needs a guest that nothing has run in before.
+    #: Whether it needs a guest in which nothing has run yet.
     fresh: bool = False
 
     @field_serializer("plan")
     def _plan_out(self, plan: FaultPlan | None) -> dict[str, Any] | None:
         if plan is None:
             return None
-        # The file, too: what the plan names counts from its folder.
+        # With the file's path: paths in the plan are relative to its folder.
         return {**plan.plain(), "file": None if plan.file is None else str(plan.file.absolute())}
 
     @field_validator("plan", mode="before")
     @classmethod
     def _plan_in(cls, value: Any) -> Any:
         if isinstance(value, dict) and "file" in value:
-            said = {key: part for key, part in value.items() if key != "file"}
-            return FaultPlan.model_validate(said).placed(None if value["file"] is None else Path(value["file"]))
+            content = {key: part for key, part in value.items() if key != "file"}
+            return FaultPlan.model_validate(content).placed(None if value["file"] is None else Path(value["file"]))
         return value
 
     def seeded(self) -> FaultPlan | None:
-        """The plan, with the case's seed if that has one.  ConfigError."""
+        """The plan with the case's seed, or with its own if the case has none.  ConfigError: the plan is wrong."""
         return None if self.plan is None else self.plan.extended((), self.seed)
 
 
 class Result(BaseModel):
-    """What came of a case.  Written to FOLDER/result.json, too."""
+    """The result of a case.  It is also written to FOLDER/result.json."""
 
     outcome: Outcome
-    #: What each oracle found, in the order of time.
+    #: The findings of all oracles, in the order of time.
     evidence: tuple[Finding, ...]
-    #: Of the evidence, each once.
+    #: The signatures of the evidence, each once.
     signatures: tuple[str, ...]
-    #: Exit status of workload and check; None: it did not end, or did not run.
+    #: The workload's exit status; None: it did not end, or did not run.
     status: int | None
+    #: The same for the check.
     check_status: int | None
-    #: How many injections there were; the first 1000 records of the journal (`vmodel.inject.Journal`); and the rules,
-    #: with how often they matched and fired.
+    #: The number of injections.
     injected: int
+    #: The first 1000 records of the journal (`vmodel.inject.Journal`).
     injections: tuple[dict[str, Any], ...]
+    #: The rules, and how often each matched and fired.
     rules: tuple[dict[str, Any], ...]
-    #: Seconds from the first injection to the first sign that somebody noticed; None: no injection, or no sign.
+    #: Seconds from the first injection until the kernel or the workload noticed; None: no injection, or not noticed.
     time_to_detect: float | None
-    #: Seconds from the first injection until the workload went on: its first output after the last sign, or its end.
-    #: None unless it was detected and recovered.
+    #: Seconds from the first injection until the workload continued: its first output after the last finding, or its
+    #: end.  None unless the outcome is "detected and recovered".
     time_to_recover: float | None
-    #: Seconds that the workload took, and the whole case with a boot that it may have needed.
+    #: Seconds that the workload took; None: it did not run.
     workload_time: float | None
+    #: Seconds that the case took, with the boot if it needed one.
     wall: float
-    #: Files in FOLDER by what they are: "case", "console", "kernel log", "output", "check", "injections", "line"
-    #: (QEMU's command line), "model" (what models and server warned of).
+    #: The files in FOLDER by content: "case", "console", "kernel log", "output", "check", "injections", "line" (QEMU's
+    #: command line), "model" (warnings of models and server).
     artefacts: dict[str, str]
-    #: "vmodel", "python", "qemu", "kernel".
+    #: By part: "vmodel", "python", "qemu", "kernel".
     versions: dict[str, str]
     seed: int | None
-    #: Which case this was of those that its guest has run, from 1 on.
+    #: The position of this case among those that ran in the same guest, from 1.
     nth: int = 1

@@ -1,6 +1,6 @@
-"""What Linux says when something is wrong: the lines of its log as findings, a splat of many lines as one.
+"""Linux's messages about problems: turns the lines of its log into findings; a splat of many lines is one finding.
 
-The texts are those of 6.12 to 7.2, as their binaries have them; where versions differ, both are known.
+The texts are those in the binaries of 6.12 to 7.2; where versions differ, the patterns match both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vmodel.guest.kernel_lines import Line
 
 
 class Sign(NamedTuple):
-    """A kind of message."""
+    """A kind of message: its name, what it means for the run, and its pattern."""
 
     name: str
     effect: Effect
@@ -26,7 +26,7 @@ def _sign(name: str, effect: Effect, *patterns: str) -> Sign:
     return Sign(name, effect, re.compile("|".join(f"(?:{pattern})" for pattern in patterns)))
 
 
-#: The first one that matches counts.
+#: The first sign that matches a line applies.
 SIGNS = (
     _sign("panic", Effect.CRASH, r"^Kernel panic - not syncing"),
     _sign("kasan", Effect.CRASH, r"^BUG: (KASAN|KFENCE|KMSAN):"),
@@ -125,7 +125,7 @@ SIGNS = (
     _sign("virtio", Effect.NOTICED, r"\bid \d+ is not a head!", r"\bid \d+ out of range"),
 )
 
-#: What Linux says of a slow and busy host that emulates its CPU: nothing of drivers.
+#: Messages about a slow or busy host that emulates the CPU, not about drivers.
 _NOISE = re.compile(
     r"^hrtimer: interrupt took|^clocksource: |^perf: interrupt took|^workqueue: .*hogged CPU|^TSC |^tsc: |^random: "
     r"|^sched: |^kauditd|^audit: |^sysrq: |^-+\[ (cut here|end trace)|^psi: |^Loading of module with unavailable key"
@@ -134,12 +134,12 @@ _NOISE = re.compile(
 )
 _CUT = re.compile(r"^-+\[ cut here \]-+")
 _END = re.compile(r"^-+\[ end trace|^</TASK>|^ </TASK>")
-#: What may follow the first line of a splat and belongs to it.
+#: Lines that belong to a splat if they follow its first line.
 _BODY = re.compile(
     r"^(?:\s|$|Call Trace|\S+\+0x[0-9a-f]+/0x|\[<|Stack|task:"
     # registers and the task
     r"|RIP|[ER]?[A-D]X|RSP|RBP|RS[IP]|R\d\d|RA|FS:|CS:|CR\d|DR\d|PKRU|Code:|CPU: |CPU#|Hardware|Tainted|Workqueue"
-    # the page fault and oops that the first line announced
+    # the page fault and the oops after the first line
     r"|Oops|general protection fault|#PF|PGD|P4D|-+\[|Modules linked|Kernel Offset|note: |Disabling lock debugging"
     # watchdogs, interrupts
     r"|Sending NMI|NMI |rcu: |\(|handlers:|\w+ event stamp|hardirqs|softirqs|Show|\"echo"
@@ -148,7 +148,7 @@ _BODY = re.compile(
     r"|(?:page|flags|raw): |page dumped|kfence-#)"
 )
 _FUNCTION = re.compile(r"(\?\s+)?\b([A-Za-z_][\w.]*)\+0x[0-9a-f]+/0x[0-9a-f]+")
-#: Functions that say how a splat was made, or that a task sleeps: not why.
+#: Functions that print a splat, or in which any task sleeps: they do not identify a bug.
 _GENERIC = re.compile(
     r"^(show_\w+|dump_stack\w*|__?die\w*|page_fault_oops|kernelmode_fixup_or_oops|\w*exc_\w+|panic|vpanic|__warn\w*|report_bug"
     r"|handle_bug|warn_slowpath\w*|(__)?schedule|io_schedule\w*|schedule_\w+|__wait_for_common|bit_wait\w*"
@@ -160,16 +160,16 @@ _MOST_FUNCTIONS = 3
 
 @dataclass
 class _Splat:
-    """A finding in the making, and what of the lines after it belongs to it."""
+    """Collects the lines of a finding."""
 
     sign: Sign
     line: Line
     functions: list[str] = field(default_factory=list)
-    #: Whether a lone line of a splat ("RIP: ...") has been seen: then it has more than one.
+    #: Whether more lines may belong to it.
     open: bool = True
 
     def takes(self, text: str) -> bool:
-        """Whether a line belongs to it."""
+        """Whether the next line belongs to it; if so, collects the line."""
         if not self.open:
             return False
         if text.startswith("task:") and self.sign.name != "hung-task":
@@ -206,7 +206,7 @@ _SPLATS = frozenset(
         *("softlockup", "hardlockup", "rcu-stall", "hung-task", "blocked-task"),
     )
 )
-#: The level from which on an unknown message counts: 3 is an error, 4 a warning.
+#: The kernel's log levels.  A message that matches no sign counts if it is a warning or more severe.
 _ERROR, _WARNING = 3, 4
 _UNKNOWN = {
     True: Sign("error", Effect.NOTICED, re.compile("")),
@@ -215,7 +215,7 @@ _UNKNOWN = {
 
 
 def findings(lines: Iterable[Line], *, unknown: bool = True) -> list[Finding]:
-    """What is wrong by these lines, in their order; `unknown`: errors and warnings count, too, that no sign names."""
+    """The findings in these lines, in their order.  `unknown`: includes errors and warnings that match no sign."""
     made: list[_Splat] = []
     current: _Splat | None = None
     cut = False
@@ -223,11 +223,11 @@ def findings(lines: Iterable[Line], *, unknown: bool = True) -> list[Finding]:
         text = line.text
         sign = next((sign for sign in SIGNS if sign.pattern.search(text)), None)
         inside = current is not None and current.takes(text)
-        # "Oops: 0002 [#1]" and "general protection fault" stand first, or second in an oops or BUG that has begun.
+        # "Oops: 0002 [#1]" and "general protection fault" begin a splat, or are the second line of an oops or a BUG.
         if inside and (sign is None or sign.name in ("oops", "blocked-task", "rcu-stall")):
             continue
         if sign is None and cut:
-            cut = False  # the message of the WARN that the next line begins
+            cut = False  # the message of a WARN, whose splat begins with the next line
             continue
         cut = bool(_CUT.match(text))
         if sign is None and not line.foreign and line.level is not None and line.level <= _WARNING:
@@ -243,7 +243,7 @@ def findings(lines: Iterable[Line], *, unknown: bool = True) -> list[Finding]:
 
 
 def summed(found: Iterable[Finding]) -> list[Finding]:
-    """Each signature once, with how often and until when it came."""
+    """Merges findings with the same signature: `count` is their number, `last` the time of the last one."""
     first: dict[str, Finding] = {}
     for one in found:
         before = first.get(one.signature)
@@ -270,7 +270,7 @@ _NORMAL = (
 
 
 def normal(text: str) -> str:
-    """A message without what differs from run to run and kernel to kernel: addresses, numbers, CPUs, line numbers."""
+    """A message without the parts that differ between runs and kernels: addresses, numbers, CPUs, line numbers."""
     for pattern, instead in _NORMAL:
         text = pattern.sub(instead, text)
     return " ".join(text.split())

@@ -1,8 +1,8 @@
-"""What became of a fault: outcome classes, and the evidence for one.
+"""The outcome of a fault, and the evidence for it.
 
-Oracles are what looks at a run and says what it saw: the console and the kernel's log (`vmodel.experiment.kernel_log`),
-the workload's exit status, its check of data, the time, QEMU (by QMP), the device models.  Each `Finding` says which
-one it comes from; `classify` makes one `Outcome` of them all.
+Oracles observe a run: the console and the kernel's log (`vmodel.experiment.kernel_log`), the workload's exit status,
+its check of data, the time, QEMU (by QMP) and the device models.  Each observation is a `Finding`; `classify` derives
+the `Outcome` from all of them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-#: With this exit status (EX_DATAERR of sysexits.h) a workload or check says: no error was reported, and data is wrong.
+#: The exit status of a workload or check that finds wrong data without a reported error (EX_DATAERR of sysexits.h).
 DATA_WRONG = 65
 
 
 class Outcome(enum.StrEnum):
-    """Classes, the worst last; a harness error says nothing about the driver."""
+    """How a run ended, in order of severity.  A harness error says nothing about the driver."""
 
     NOT_ACTIVATED = "not activated"
     MASKED = "masked"
@@ -30,57 +30,60 @@ class Outcome(enum.StrEnum):
 
     @property
     def doc(self) -> str:
-        """What it means."""
+        """The meaning of the outcome, in a few words."""
         return _DOCS[self]
 
 
 _DOCS = {
     Outcome.NOT_ACTIVATED: "no rule fired, and the workload succeeded",
-    Outcome.MASKED: "rules fired, the workload succeeded, and nobody noticed",
-    Outcome.RECOVERED: "the kernel said that something is wrong, and the workload succeeded all the same",
-    Outcome.FAILED: "the workload, or the check after it, got an error",
-    Outcome.CORRUPTION: "nobody reported an error, and data was wrong",
-    Outcome.HANG: "the workload, or the check after it, did not end in its time",
+    Outcome.MASKED: "a rule fired, the workload succeeded, and neither kernel nor workload reported anything",
+    Outcome.RECOVERED: "the kernel reported a problem, and the workload succeeded",
+    Outcome.FAILED: "the workload, or the check after it, reported an error",
+    Outcome.CORRUPTION: "data was wrong, and no error was reported",
+    Outcome.HANG: "the workload, or the check after it, exceeded its time limit",
     Outcome.CRASH: "the kernel panicked, had an oops or a BUG, or damaged its own memory",
-    Outcome.HARNESS: "the experiment itself went wrong: QEMU, a boot, a model, or the workload without a fault",
+    Outcome.HARNESS: "the experiment itself failed: QEMU, the boot, a model, or the workload without a fault",
 }
 
 
 class Effect(enum.StrEnum):
-    """What a finding stands for."""
+    """What a finding means for the run."""
 
     CRASH = "crash"
     HANG = "hang"
     CORRUPTION = "corruption"
     ERROR = "error"
-    #: The kernel noticed that something is wrong: it alone is no failure.
+    #: The kernel reported a problem, which by itself is not a failure.
     NOTICED = "noticed"
     HARNESS = "harness"
 
 
 class Finding(BaseModel):
-    """What one oracle saw."""
+    """An observation of one oracle."""
 
     model_config = ConfigDict(frozen=True)
 
-    #: "console", "kernel log", "status", "check", "time", "qmp", "model", "boot".
+    #: "console", "kernel log", "status", "check", "time", "qmp", "qemu", "model", "boot", "guest", "rig" or "worker".
     oracle: str
     effect: Effect
-    #: What it is: of kernel messages a name of `kernel_log.SIGNS`, as "oops", "hung-task", "aer", "iommu-fault".
+    #: Its kind; for kernel messages a name of `kernel_log.SIGNS`, such as "oops", "hung-task", "aer", "iommu-fault".
     sign: str
+    #: The first occurrence, as it was printed.
     text: str
-    #: The same for the same thing in another run: without addresses, numbers and times; with the functions of a splat.
+    #: Equal in all runs with the same problem: without addresses, numbers and times; with the functions of a splat.
     signature: str
-    #: Seconds since the workload began, of the first time and of the last; None where nobody knows.
+    #: When it was first seen, in seconds since the workload began; None: unknown.
     at: float | None = None
+    #: When it was last seen; None: unknown.
     last: float | None = None
+    #: How often it was seen.
     count: int = 1
 
 
 def classify(findings: Sequence[Finding], *, injected: bool) -> Outcome:
-    """One outcome of all that was found; `injected`: whether a rule fired.
+    """The outcome of a run with these findings: that of the most severe one.  `injected`: whether a rule fired.
 
-    What goes wrong although no rule fired is the experiment's fault, and no driver's.
+    A failure without an injected fault is a harness error, as no driver can be the cause.
     """
     effects = {finding.effect for finding in findings}
     if Effect.HARNESS in effects:
@@ -100,7 +103,7 @@ def classify(findings: Sequence[Finding], *, injected: bool) -> Outcome:
 
 
 def of_status(oracle: str, status: int, at: float | None = None) -> Finding | None:
-    """What an exit status says, of the workload ("status") or the check after it ("check"); None: all is well."""
+    """The finding for an exit status of the workload (`oracle` "status") or the check ("check"); None: success."""
     if status == 0:
         return None
     if status == DATA_WRONG:
@@ -114,25 +117,25 @@ def of_status(oracle: str, status: int, at: float | None = None) -> Finding | No
     )
 
 
-#: They are the experiment's own: what they see, nobody in the guest has found out.
-_OURS = frozenset(("time", "model", "qemu"))
+#: Oracles of the harness: the guest does not know of their findings.
+_HARNESS = frozenset(("time", "model", "qemu"))
 
 
 def time_to_detect(findings: Sequence[Finding], first: float | None) -> float | None:
-    """Seconds from the first injection, at `first`, until kernel or workload noticed; None: they did not."""
+    """Seconds from the first injection, at `first`, until the kernel or the workload noticed; None: they did not."""
     if first is None:
         return None
-    times = [f.at for f in findings if f.oracle not in _OURS and f.at is not None and f.at >= first]
+    times = [f.at for f in findings if f.oracle not in _HARNESS and f.at is not None and f.at >= first]
     return min(times) - first if times else None
 
 
-def time_to_recover(findings: Sequence[Finding], first: float | None, life: Sequence[float]) -> float | None:
-    """Seconds from the first injection until the workload went on.
+def time_to_recover(findings: Sequence[Finding], first: float | None, progress: Sequence[float]) -> float | None:
+    """Seconds from the first injection, at `first`, until the workload continued; None: it did not.
 
-    `life`: when it gave signs of that: each output, and its end.  What counts is the first one after the last finding.
+    `progress`: the times of its outputs and of its end.  The first one after the last finding counts.
     """
     if first is None:
         return None
     last = max((f.last for f in findings if f.last is not None), default=first)
-    after = [at for at in life if at > last]
+    after = [at for at in progress if at > last]
     return min(after) - first if after else None

@@ -1,4 +1,4 @@
-"""Experiments: cases run one after the other, in a guest that is booted anew only where one may have disturbed it."""
+"""Runs cases one after the other, in a guest that is shared until a case may have disturbed it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from vmodel.guest.served import Served
 from vmodel.inject import Engine, FaultPlan
 from vmodel.patience import patience, spoken
 
-#: Records of the journal that a result has.
+#: The most records of the journal in a result.
 _MOST_INJECTIONS = 1000
 
 
 def run(case: Case, folder: Path) -> Result:
-    """Runs a case in a guest of its own; `folder` gets the artefacts, and is made.
+    """Runs a case in a guest of its own.  The artefacts go to `folder`, which is created if it does not exist.
 
-    ConfigError: machine, plan, files or kernel are not there or wrong.  All else that goes wrong is a `Result`.
+    ConfigError: machine, plan, files or kernel are missing or wrong.  Every other failure is a `Result`.
     """
     with Rig() as rig:
         return rig.run(case, folder)
@@ -42,18 +42,17 @@ def run(case: Case, folder: Path) -> Result:
 class Rig(Closing):
     """Runs cases one after the other; a context manager that ends its guest.
 
-    A case runs in the guest that is there if that has booted with the same machine, kernel, modules, files and
-    arguments, and all cases before it ended as one of `reuse`: by default those of which nothing is to be seen.
-
-    One at a time in a process: what models log is told apart by their devices' names.
+    A case runs in the same guest as the case before it if machine, kernel, modules, files and arguments are the same.
+    A process may run one case at a time: log records of models are assigned to a case by their devices' names.
     """
 
     def __init__(self, reuse: Collection[Outcome] = (Outcome.NOT_ACTIVATED, Outcome.MASKED)) -> None:
+        """`reuse`: the outcomes after which a guest is used again; by default those without a visible effect."""
         self._reuse = frozenset(reuse)
         self._setup: _Setup | None = None
 
     def run(self, case: Case, folder: Path) -> Result:
-        """As `run` of this module."""
+        """Runs a case; its artefacts go to `folder`.  ConfigError: see the function `run`."""
         began = time.monotonic()
         key = _key(case)
         if self._setup is not None and (case.fresh or case.arm == "boot" or self._setup.key != key):
@@ -72,14 +71,14 @@ class Rig(Closing):
         return result
 
     def close(self) -> None:
-        """Ends the guest, if there is one."""
+        """Ends the guest, if one runs."""
         setup, self._setup = self._setup, None
         if setup is not None:
             setup.close()
 
 
 def _key(case: Case) -> Hashable:
-    """What a guest must have been booted with for the case to run in it."""
+    """The properties of a guest that the case depends on: cases with equal keys may share a guest."""
 
     def version(path: Path) -> Hashable:
         try:
@@ -94,15 +93,15 @@ def _key(case: Case) -> Hashable:
 
 
 class _Setup:
-    """A machine that is served, and a guest with it."""
+    """A served machine, and a guest with it."""
 
     def __init__(self, case: Case, key: Hashable) -> None:
-        """ConfigError.  The guest is booted later."""
+        """Serves the machine; `boot` boots the guest.  ConfigError: machine, kernel or QEMU are missing or wrong."""
         self.key = key
         self.kernel: Kernel = find_kernel(case.kernel)
         self.qemu: Qemu = find_qemu()
         self.served = Served(case.machine)
-        #: Cases that it has run.
+        #: The number of cases that the guest has run.
         self.count = 0
         self.booted = False
         spec = GuestSpec(
@@ -119,11 +118,11 @@ class _Setup:
         self.guest = BootedGuest(spec, host=self.served.host_commands(lambda: self.guest.monitor))
 
     def boot(self) -> None:
-        """If it has not booted.  GuestRunError, MonitorError."""
+        """Boots the guest, unless it has booted.  GuestRunError, MonitorError."""
         if not self.booted:
             self.guest.start()
             self.booted = True
-            self.guest.monitor.execute("query-status")  # connects: panics are reported there
+            self.guest.monitor.execute("query-status")  # connects, so that panics are reported
 
     def close(self) -> None:
         self.guest.close()
@@ -131,7 +130,7 @@ class _Setup:
 
 
 class _Log(logging.Handler):
-    """What models and the server say meanwhile that is not in order."""
+    """Collects the warnings and errors of these devices' models and of the server."""
 
     def __init__(self, devices: Collection[str]) -> None:
         super().__init__(logging.WARNING)
@@ -153,15 +152,18 @@ class _Log(logging.Handler):
 
 @dataclass
 class _Armed:
-    """A plan at work, and when it began: its records count from then."""
+    """An armed plan.  Times are in seconds, of time.monotonic()."""
 
     engine: Engine
+    #: When it was armed: times in its records count from then.
     at: float
+    #: When the first fault was injected.
     first: float | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     rules: list[dict[str, Any]] = field(default_factory=list)
 
-    def heard(self, record: dict[str, Any]) -> None:
+    def record(self, record: dict[str, Any]) -> None:
+        """Keeps a record of the journal, up to _MOST_INJECTIONS."""
         if self.first is None:
             self.first = self.at + float(record["t"])
         if len(self.records) < _MOST_INJECTIONS:
@@ -174,7 +176,7 @@ class _Armed:
 
 
 class _Trial:
-    """One case on its way to a result."""
+    """The run of one case."""
 
     def __init__(self, case: Case, setup: _Setup, folder: Path) -> None:
         self.case = case
@@ -216,20 +218,20 @@ class _Trial:
         path.unlink(missing_ok=True)
         at = time.monotonic()
         self.armed = _Armed(Engine(plan, self.setup.served.machine.devices, path=path), at)
-        self.armed.engine.journal.listeners.append(self.armed.heard)
+        self.armed.engine.journal.listeners.append(self.armed.record)
 
     def run(self) -> None:
-        """Boots if need be, runs workload and check, looks."""
+        """Boots a guest if none runs, runs workload and check, and collects the kernel's log."""
         with self.log:
             try:
                 if self.case.arm == "boot":
                     self._arm()
                 elif not self.setup.booted:
-                    # A mistake in the plan is told of before the boot.
+                    # Reports a mistake in the plan before the boot.
                     Engine(self.case.seeded() or FaultPlan(), self.setup.served.machine.devices).close()
                 if self._booted():
                     self._work()
-                    self._look()
+                    self._collect()
             finally:
                 if self.armed is not None:
                     self.armed.disarm()
@@ -249,16 +251,17 @@ class _Trial:
         return False
 
     def _ended(self, oracle: str, error: GuestRunError) -> None:
-        """The guest's end, before it was asked for."""
+        """Adds the finding for a guest that has ended too early."""
         text, now = str(error), time.monotonic()
         if oracle == "boot" and self.case.arm != "boot":
             self._found(oracle, Effect.HARNESS, "boot", text, now)
         elif isinstance(error, GuestPanic):
             self._found(oracle, Effect.CRASH, "panic", text.partition("\n")[0], now)
         elif isinstance(error, GuestOff):
-            self._found(oracle, Effect.CRASH, "off", "the guest was off, without a panic", now)
+            self._found(oracle, Effect.CRASH, "off", "the guest powered off, without a panic", now)
         elif isinstance(error, GuestTimeout):
-            self._found(oracle, Effect.HANG, "boot", f"it had not booted in {spoken(self.case.boot_timeout)}", now)
+            text = f"the guest did not boot in {spoken(self.case.boot_timeout)}"
+            self._found(oracle, Effect.HANG, "boot", text, now)
         elif isinstance(error, ModuleError):
             self._found(oracle, Effect.ERROR, "module", text.partition(";")[0], now)
         else:
@@ -285,8 +288,8 @@ class _Trial:
             what = "the workload" if oracle == "status" else "the check"
             self._found("time", Effect.HANG, oracle, f"{what} did not end in {spoken(self.case.timeout)}", done.ended)
 
-    def _look(self) -> None:
-        """At what the kernel has said, and whether it still runs."""
+    def _collect(self) -> None:
+        """Fetches the kernel's log, and checks whether the guest still answers."""
         try:
             if any(finding.effect is Effect.HANG for finding in self.findings):
                 self.guest.show_blocked()
@@ -295,7 +298,7 @@ class _Trial:
             if not self.guest.guest.running():
                 self._ended("guest", error)
             elif not any(finding.effect is Effect.HANG for finding in self.findings):
-                self._found("time", Effect.HANG, "guest", "the guest does not answer any more", time.monotonic())
+                self._found("time", Effect.HANG, "guest", "the guest no longer answers", time.monotonic())
         for at, name, data in list(self.guest.monitor.events):
             if at >= self.start and name == "GUEST_PANICKED":
                 self._found("qmp", Effect.CRASH, "panic", f"{name} {data.get('info', '')}".strip(), at)
@@ -306,7 +309,7 @@ class _Trial:
         lines = merged(self.guest.lines(self.mark), lines_of(self.dmesg, "kernel log"))
         relative = [replace(line, at=None if line.at is None else line.at - self.start) for line in lines]
         begin = next((n for n, line in enumerate(relative) if line.text.startswith(BEGIN)), len(relative))
-        # A boot is full of warnings that say nothing.
+        # Each boot has many warnings that indicate no problem.
         boot = kernel_log.findings(relative[:begin], unknown=False)
         return kernel_log.summed([*boot, *kernel_log.findings(relative[begin:])])
 
@@ -316,7 +319,7 @@ class _Trial:
                 self._found("model", Effect.HARNESS, record.name, record.getMessage(), at)
 
     def result(self, began: float) -> Result:
-        """All that was found, as one; writes the artefacts."""
+        """The result, with the findings of all oracles; writes the artefacts."""
         self._of_models()
         armed, done = self.armed, self.done
         first = None if armed is None or armed.first is None else armed.first - self.start

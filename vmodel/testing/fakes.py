@@ -1,6 +1,6 @@
-"""A driver without a kernel, and memory without a guest: for tests of models that take milliseconds.
+"""A driver without a kernel, and memory without a guest: for tests of models, in milliseconds each.
 
-Nothing of vmodel is replaced: the device is served on a socket, and the driver is a client of the protocol.
+No part of vmodel is replaced: the device is served on a socket, and the driver is a vfio-user client.
 """
 
 from __future__ import annotations
@@ -23,73 +23,80 @@ from vmodel.span import PAGE, MiB
 from vmodel.vfio_user.client import Client, EventFd
 from vmodel.vfio_user.wire import Irq, Region
 
-#: Of Command: I/O space, memory space, bus mastering.
+#: Bits of the Command register: I/O space, memory space, bus mastering.
 _IO, _MEMORY, _MASTER = 1, 2, 4
 _ENABLE_MSI, _ENABLE_MSIX = 1 << 0, 1 << 15
 
 
 class FakeMemory(Closing):
-    """A guest's memory from address `start` on, and who gives out pieces of it; a context manager."""
+    """Guest memory with an allocator; a context manager.  Addresses are guest-physical (GPA), sizes in bytes."""
 
     def __init__(self, size: int = 16 * MiB, start: int = 0) -> None:
+        """`size` zero bytes from address `start` on."""
         self.start = start
         self.size = size
         self.fd = os.memfd_create("vmodel-memory", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, size)
         self._map = mmap.mmap(self.fd, size)
-        # Address 0 is nobody's: a driver that forgets to set an address must not hit a buffer.
+        # Address 0 is not allocated: a driver that does not set an address must not hit a buffer.
         self._next = max(start, PAGE)
 
     def alloc(self, content: int | bytes, align: int = PAGE) -> int:
-        """A buffer for so many zero bytes, or with this content; its address.  MemoryError: there is no room."""
+        """Allocates a buffer of `content` zero bytes, or with these bytes; returns its address.
+
+        `align`: what the address is a multiple of.  MemoryError: the memory is used up.
+        """
         data = bytes(content) if isinstance(content, int) else content
         address = -(-self._next // align) * align
         if address + len(data) > self.start + self.size:
-            raise MemoryError(f"{len(data):#x} bytes do not fit: {self.start + self.size - address:#x} are left")
+            left = max(self.start + self.size - address, 0)
+            raise MemoryError(f"a buffer of {len(data):#x} bytes does not fit: {left:#x} bytes are left")
         self._next = address + max(len(data), 1)
         self.write(address, data)
         return address
 
     def read(self, address: int, size: int) -> bytes:
-        """What is there.  ValueError: it is outside."""
+        """Reads `size` bytes at `address`.  ValueError: they are outside the memory."""
         at = self._at(address, size)
         return self._map[at : at + size]
 
     def write(self, address: int, data: bytes) -> None:
-        """Puts it there.  ValueError: it is outside."""
+        """Writes `data` at `address`.  ValueError: it is outside the memory."""
         at = self._at(address, len(data))
         self._map[at : at + len(data)] = data
 
     def _at(self, address: int, size: int) -> int:
         at = address - self.start
         if at < 0 or at + size > self.size:
-            raise ValueError(f"{size:#x} bytes at {address:#x} are outside of memory")
+            raise ValueError(f"{size:#x} bytes at {address:#x} are outside the memory")
         return at
 
     def attach(self, device: PciDevice) -> None:
-        """Opens it to a device that is not served, and lets that do DMA: for tests that call a model's methods."""
+        """Maps the memory for a device that is not served, and turns on memory space and bus mastering.
+
+        For tests that call a model's methods.
+        """
         device.memory.map(self.start, self.size, fd=self.fd)
         device.config.write(4, (_IO | _MEMORY | _MASTER).to_bytes(2, "little"))
 
     def close(self) -> None:
-        """Gives it back."""
+        """Frees the memory."""
         self._map.close()
         os.close(self.fd)
 
 
 class FakeDriver(Closing):
-    """What a kernel's driver does to a device, by vfio-user: registers, memory, interrupts; a context manager.
+    """Serves a device and drives it by vfio-user, as a kernel's driver would; a context manager.
 
-    Registers are named as the model declares them (`EduRegs.STATUS`), by text ("STATUS", "regs.STATUS"), or as
-    (BAR, offset).  At the start memory space and bus mastering are on, and interrupts as the device has them: MSI-X,
-    else MSI, else INTx.
+    A register is `EduRegs.STATUS`, as the model declares it, or a name ("STATUS", "regs.STATUS"), or (BAR, offset).
+    Values are little-endian integers.  OSError and TimeoutError: see vfio_user.client.Client.
     """
 
     def __init__(self, device: PciDevice, memory: FakeMemory, *, enable: bool = True) -> None:
-        """`enable`: whether to do so; without, the device is as after a reset."""
+        """`enable`: calls `enable`; otherwise the device stays as after a reset."""
         self.device = device
         self.memory = memory
-        #: One for each vector that is enabled.
+        #: An eventfd for each enabled vector.
         self.interrupts: list[EventFd] = []
         self._names = RegisterMap(device)
         self._folder = tempfile.TemporaryDirectory(prefix="vmodel-")
@@ -98,7 +105,7 @@ class FakeDriver(Closing):
         self._server.add(device, path)
         self._server.start()
         try:
-            #: The protocol itself, for what has no method here.
+            #: The vfio-user client, for requests that have no method here.
             self.client = Client.connect(path)
             self.client.negotiate()
             self.client.map_dma(memory.start, memory.size, fd=memory.fd)
@@ -122,46 +129,46 @@ class FakeDriver(Closing):
             if len(found) == 1:
                 return found[0].region, found[0].span.start, size or found[0].span.size
             if found:
-                raise LookupError(f"{where!r} may be {', '.join(place.full_name for place in found)}")
+                raise LookupError(f"{where!r} is ambiguous: {', '.join(place.full_name for place in found)}")
         raise LookupError(f"{self.device.name} has no register {where}")
 
     def read(self, where: Register | str | tuple[int, int], size: int | None = None) -> int:
-        """Reads a register, or `size` bytes (else 4) at (BAR, offset).  LookupError: there is none of that name."""
+        """Reads a register, or `size` bytes (4 by default) at (BAR, offset).  LookupError: no such register."""
         region, offset, count = self._place(where, size)
         return int.from_bytes(self.client.region_read(region, offset, count), "little")
 
     def write(
         self, where: Register | str | tuple[int, int], value: int, size: int | None = None, *, posted: bool = False
     ) -> None:
-        """Writes one; `posted`: without waiting, as a driver's writes are."""
+        """Writes a register.  `posted`: does not wait for the reply, as writes of a guest do not.  LookupError."""
         region, offset, count = self._place(where, size)
         self.client.region_write(region, offset, value.to_bytes(count, "little"), posted=posted)
 
     def config_read(self, offset: int, size: int) -> int:
-        """Reads config space."""
+        """Reads `size` bytes of config space."""
         return int.from_bytes(self.client.region_read(Region.CONFIG, offset, size), "little")
 
     def config_write(self, offset: int, size: int, value: int) -> None:
-        """Writes config space."""
+        """Writes `size` bytes of config space."""
         self.client.region_write(Region.CONFIG, offset, value.to_bytes(size, "little"))
 
     def wait(self, until: Callable[[], bool], timeout: float = 5.0) -> None:
-        """Looks again and again.  TimeoutError: it has not become true."""
+        """Calls `until` until it returns True.  TimeoutError: it did not within `timeout` seconds."""
         deadline = time.monotonic() + patience(timeout)
         while not until():
             if time.monotonic() >= deadline:
-                raise TimeoutError(f"not in {spoken(timeout)}")
+                raise TimeoutError(f"the condition was not true within {spoken(timeout)}")
             time.sleep(0.001)
 
     def settle(self) -> None:
-        """Returns when the device has done what was asked of it: posted writes, and what models deferred."""
+        """Returns when the device has handled all posted writes and the work that models deferred."""
         self.client.info()
         self.client.info()
 
     # ---- life -------------------------------------------------------------------------------
 
     def enable(self) -> None:
-        """Switches memory and I/O space, bus mastering and interrupts on."""
+        """Turns on memory and I/O space, bus mastering, and interrupts: MSI-X, else MSI, else INTx."""
         self.config_write(4, 2, _IO | _MEMORY | _MASTER)
         for kind, irq, bit in ((Msix, Irq.MSIX, _ENABLE_MSIX), (Msi, Irq.MSI, _ENABLE_MSI)):
             for name, capability in self.device.declaration.capabilities.items():
@@ -170,31 +177,31 @@ class FakeDriver(Closing):
                     count = self.device.backend.irq_info(irq).count
                     log2 = (count.bit_length() - 1) << 4 if irq == Irq.MSI else 0
                     self.config_write(at, 2, self.config_read(at, 2) & ~0x70 | log2 | bit)
-                    self._listen(irq, count)
+                    self._set_eventfds(irq, count)
                     return
         if self.device.backend.irq_info(Irq.INTX).count:
-            self._listen(Irq.INTX, 1)
+            self._set_eventfds(Irq.INTX, 1)
 
-    def _listen(self, irq: int, count: int) -> None:
+    def _set_eventfds(self, irq: int, count: int) -> None:
         for event in self.interrupts:
             event.close()
         self.interrupts = self.client.eventfds(irq, count)
 
     def interrupt(self, vector: int = 0, timeout: float = 5.0) -> int:
-        """Waits for an interrupt; how many there were since the last time.  TimeoutError."""
+        """Waits for an interrupt; returns their number since the last call.  TimeoutError: none within `timeout` s."""
         return self.interrupts[vector].wait(timeout)
 
     def quiet(self, vectors: Collection[int] | None = None) -> bool:
-        """Whether, once the device is done, no interrupt is left of these vectors, else of all."""
+        """Whether no interrupt of these vectors (by default all) is left after `settle`."""
         self.settle()
         return all(self.interrupts[n].quiet(0) for n in (range(len(self.interrupts)) if vectors is None else vectors))
 
     def reset(self) -> None:
-        """Resets the device, as a machine's reset does; it is not enabled afterwards."""
+        """Resets the device as a machine's reset does; afterwards it is not enabled."""
         self.client.reset()
 
     def close(self) -> None:
-        """Leaves, and stops serving; the device is still the caller's."""
+        """Disconnects, and stops the server.  The caller still has to close the device."""
         for event in self.interrupts:
             event.close()
         self.interrupts.clear()

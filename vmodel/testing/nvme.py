@@ -1,7 +1,7 @@
-"""A driver for an NVMe controller, over vfio-user: for benchmarks, and for tests that need no guest.
+"""A driver for an NVMe controller, by vfio-user: for benchmarks, and for tests without a guest.
 
-It is as lean as Python allows: commands are prepared as images of a submission queue, doorbells are posted, and
-completions are looked at by the dozen.
+It adds little to what it measures: submission queue entries are prepared in advance, doorbells are posted, and
+completions are handled many at a time.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ READ, WRITE, FLUSH = 0x02, 0x01, 0x00
 
 
 class CommandFailed(OSError):
-    """A command has ended with another status than Success."""
+    """A command did not complete with the status Success."""
 
     def __init__(self, command: NvmeCommand, completion: Completion) -> None:
-        super().__init__(f"opcode {command.opcode:#x} ended with status {completion.status & 0x7FF:#x}")
+        super().__init__(f"opcode {command.opcode:#x} completed with status {completion.status & 0x7FF:#x}")
         self.completion = completion
 
 
 @dataclass
 class Pair:
-    """A submission queue and its completion queue, of `entries` each; addresses are the guest's."""
+    """A submission queue and its completion queue, with `entries` entries each, at guest addresses."""
 
     qid: int
     entries: int
     sq: int
     cq: int
     event: EventFd
-    #: Polls the eventfd, and for the server's end.
+    #: Polls the eventfd and the client's socket, which closes when the server ends.
     waiter: select.poll
     tail: int = 0
     head: int = 0
@@ -55,10 +55,10 @@ class Pair:
 
 
 class NvmeDriver(Closing):
-    """A controller that is enabled, with its admin queue.  OSError and TimeoutError as with Client."""
+    """An enabled controller with its admin queue; a context manager.  OSError and TimeoutError: see Client."""
 
     def __init__(self, client: Client, *, ram_size: int = 64 * MiB) -> None:
-        """`client` has negotiated.  `ram_size` bytes of guest memory are at address 0."""
+        """`client` has negotiated.  The guest gets `ram_size` bytes of memory at address 0."""
         self.client = client
         self.ram = client.share(0, ram_size)
         self._next = 0
@@ -79,7 +79,7 @@ class NvmeDriver(Closing):
 
     @classmethod
     def connect(cls, path: Path | str, *, ram_size: int = 64 * MiB, timeout: float = 10.0) -> NvmeDriver:
-        """Connects to a controller's socket."""
+        """Connects to a controller's socket.  `timeout`: seconds for each reply."""
         client = Client.connect(path, timeout=timeout)
         try:
             client.negotiate()
@@ -89,7 +89,7 @@ class NvmeDriver(Closing):
             raise
 
     def close(self) -> None:
-        """Leaves."""
+        """Disconnects."""
         for event in self._events:
             event.close()
         self.client.close()
@@ -112,7 +112,7 @@ class NvmeDriver(Closing):
         return events
 
     def take(self, size: int) -> int:
-        """The address of `size` bytes of guest memory, in whole pages.  MemoryError."""
+        """Allocates `size` bytes of guest memory, in whole pages; returns the address.  MemoryError: it is used up."""
         at = self._next
         self._next += -(-size // PAGE) * PAGE
         if self._next > self.ram.size:
@@ -123,11 +123,11 @@ class NvmeDriver(Closing):
         sq, cq = self.take(entries * SUBMISSION_SIZE), self.take(entries * COMPLETION_SIZE)
         event, waiter = self._events[min(qid, 1)], select.poll()
         waiter.register(event.fd, select.POLLIN)
-        waiter.register(self.client.main.sock, 0)  # POLLHUP comes unasked
+        waiter.register(self.client.main.sock, 0)  # POLLHUP is always reported
         return Pair(qid, entries, sq, cq, event, waiter)
 
     def create(self, qid: int, entries: int) -> Pair:
-        """An I/O queue pair; its completions raise vector 1."""
+        """Creates an I/O queue pair, whose completions raise vector 1.  CommandFailed: the controller refuses it."""
         pair = self._pair(qid, entries)
         size = (entries - 1) << 16 | qid
         self.send(self.admin, NvmeCommand.make(0x05, dptr=prps(pair.cq), cdw10=size, cdw11=1 << 16 | 3))
@@ -137,7 +137,7 @@ class NvmeDriver(Closing):
     # ---- commands ------------------------------------------------------------------------------
 
     def send(self, pair: Pair, command: NvmeCommand) -> Completion:
-        """One command, by itself.  CommandFailed."""
+        """Executes one command, and waits for its completion.  CommandFailed: its status is not Success."""
         self._cid = self._cid % 0xFFFE + 1
         entry = bytearray(command.build())
         entry[2:4] = self._cid.to_bytes(2, "little")
@@ -157,16 +157,16 @@ class NvmeDriver(Closing):
         return completion
 
     def wait(self, pair: Pair, seconds: float) -> None:
-        """Sleeps until a queue's vector has been raised.  TimeoutError; OSError when the server has gone."""
+        """Blocks until a queue's vector has been raised.  TimeoutError; OSError: the server has ended."""
         ready = pair.waiter.poll(seconds * 1000)
         if not ready:
             raise TimeoutError("no interrupt")
         if ready[0][0] != pair.event.fd:
-            raise OSError(errno.ECONNRESET, "the server has gone")
+            raise OSError(errno.ECONNRESET, "the server has ended")
         os.eventfd_read(pair.event.fd)
 
     def completed(self, pair: Pair, most: int) -> int:
-        """How many of the next `most` entries of a completion queue are there."""
+        """How many of the next `most` entries of a completion queue the controller has written."""
         count = min(most, pair.entries - pair.head)
         start = pair.cq + pair.head * COMPLETION_SIZE
         flags = self.ram.view[start + _PHASE_BYTE : start + count * COMPLETION_SIZE : COMPLETION_SIZE].tobytes()
@@ -183,7 +183,7 @@ class NvmeDriver(Closing):
 
     @staticmethod
     def advance(pair: Pair, count: int) -> None:
-        """The next `count` completions are taken; the doorbell is not rung."""
+        """Takes the next `count` completions, without ringing the doorbell."""
         pair.head += count
         if pair.head >= pair.entries:
             pair.head -= pair.entries
@@ -192,17 +192,17 @@ class NvmeDriver(Closing):
 
 @dataclass(frozen=True)
 class Latency:
-    """`count` commands that were completed together, and how long ago they were begun, in ns."""
+    """`count` commands that completed together, and the time since they were begun, in ns."""
 
     count: int
     nanoseconds: int
 
 
 class CommandStream:
-    """Commands out of a prepared list, so many at a time."""
+    """Executes commands of a prepared list, several at a time."""
 
     def __init__(self, driver: NvmeDriver, pair: Pair, commands: bytes) -> None:
-        """`commands`: submission queue entries, which are used in turn."""
+        """`commands`: submission queue entries of 64 bytes, which are used in turn."""
         self._driver = driver
         self._pair = pair
         self._images = commands
@@ -216,7 +216,7 @@ class CommandStream:
         return bytes(wire.Header.build({**head, "error": 0})) + struct.pack("<Q", writes)
 
     def run(self, depth: int, seconds: float) -> list[Latency]:
-        """Keeps `depth` commands outstanding for a while.  OSError when one fails."""
+        """Keeps `depth` commands outstanding for `seconds`; returns their latencies.  OSError: one failed."""
         pair, ram, images = self._pair, self._driver.ram.view, self._images
         if not 0 < depth < pair.entries:
             raise ValueError(f"a queue of {pair.entries} entries holds 1 to {pair.entries - 1} commands, not {depth}")
@@ -267,7 +267,7 @@ class CommandStream:
         return found
 
     def _check(self, count: int) -> None:
-        """OSError unless the next completions say Success."""
+        """OSError: the status of one of the next completions is not Success."""
         pair = self._pair
         for first, n, phase in (
             (pair.head, min(count, pair.entries - pair.head), pair.phase),
@@ -281,5 +281,5 @@ class CommandStream:
 
 
 def prps(first: int, second: int = 0) -> bytes:
-    """A data pointer of two PRP entries."""
+    """The data pointer of a command, from two PRP entries."""
     return struct.pack("<QQ", first, second)

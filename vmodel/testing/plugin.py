@@ -1,16 +1,16 @@
 """The pytest plugin: fixtures for tests of device models and of drivers.  docs/testing.md is the user's page.
 
-From the quickest up; pick the first that will do:
+From the fastest to the slowest; choose the first that is sufficient:
 
-`fake_memory`   guest memory, for a model that nobody serves
-`fake_driver`   a model served, and driven by vfio-user from the test: no guest, milliseconds
-`machine`       a machine file (the mark `machine` names it), served
+`fake_memory`   guest memory, for a model that is not served
+`fake_driver`   a served model, driven by vfio-user from the test: without a guest, in milliseconds
+`machine`       a served machine file, which the mark `machine` names
 `vm`            runs a command in a stock guest with that machine
-`vm_booted`     a guest that has booted and takes one script after the other
-`experiment`    runs a workload under a plan of faults, and says what became of it; guests are shared between tests
+`vm_booted`     a booted guest that runs scripts, one after the other
+`experiment`    runs a workload under a plan of faults, and classifies the outcome; tests share guests
 `inject`        arms faults on the devices of any of these
 
-Options are `--vmodel-...`.  Each test has sockets and folders of its own, so tests may run side by side (pytest-xdist).
+Options are `--vmodel-...`.  Each test has its own sockets and folders, so tests may run in parallel (pytest-xdist).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# What a fixture needs is imported when it is used: this file is loaded at each start of pytest.
+# Fixtures import what they need when they are used, as pytest loads this file at each start.
 if TYPE_CHECKING:
     from vmodel.device import PciDevice
     from vmodel.experiment import Result, Rig
@@ -36,51 +36,55 @@ if TYPE_CHECKING:
     from vmodel.machine import Machine
     from vmodel.testing.fakes import FakeDriver, FakeMemory
 
-#: Fixtures that boot a guest: their tests are marked `guest`, so that `-m "not guest"` leaves them out.
+#: Fixtures that boot a guest.  Their tests get the mark `guest`, so that `-m "not guest"` deselects them.
 _GUESTS = frozenset(("vm", "vm_booted", "experiment"))
-#: What a `guest` mark may say.
+#: The arguments of the mark `guest`.
 _SPEC = frozenset(("modules", "extra_modules", "files", "append", "qemu_args", "timeout", "without", "allow_reboot"))
 _failed = pytest.StashKey[bool]()
 _kept = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the options --vmodel-...."""
     group = parser.getgroup("vmodel")
     group.addoption("--vmodel-seed", type=int, default=0, metavar="N", help="seed of injected faults, default 0")
-    group.addoption("--vmodel-qemu", metavar="PATH", help="QEMU of guests, else the one that `vmodel doctor` names")
+    group.addoption("--vmodel-qemu", metavar="PATH", help="QEMU of guests, default: that of `vmodel doctor`")
     group.addoption(
         "--vmodel-kernel",
         action="append",
         metavar="NAME|PATH",
-        help="kernel of guests: stable, backports, cloud, a version, or a vmlinuz; given several times, each guest test"
-        " runs with each",
+        help="kernel of guests: stable, backports, cloud, a version, or a vmlinuz's path; repeatable: each guest test"
+        " runs with each kernel",
     )
     group.addoption(
         "--vmodel-artifacts",
         default="artifacts",
         metavar="DIR",
-        help="where logs of failed tests are kept, default artifacts, in pytest's root directory",
+        help="folder for logs of failed tests, default artifacts, in pytest's root directory",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Sets VMODEL_QEMU by --vmodel-qemu, and declares the marks `machine` and `guest`."""
     if qemu := config.getoption("--vmodel-qemu"):
         patch = pytest.MonkeyPatch()
         patch.setenv("VMODEL_QEMU", str(Path(qemu).absolute()))
         config.add_cleanup(patch.undo)
-    config.addinivalue_line("markers", "machine(file): the machine of a test; its path counts from the test's folder")
+    config.addinivalue_line("markers", "machine(file): the machine of a test; relative to the test's folder")
     config.addinivalue_line(
         "markers",
         "guest(modules, extra_modules, files, append, qemu_args, timeout, without, allow_reboot): boots a real kernel"
-        " under QEMU (slow), and what that has",
+        " in QEMU (slow); the arguments describe the guest",
     )
 
 
 def pytest_report_header(config: pytest.Config) -> str:
+    """Prints the seed of injected faults."""
     return f"vmodel: seed {config.getoption('--vmodel-seed')}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Repeats each test with a guest for each --vmodel-kernel."""
     if "guest_kernel" in metafunc.fixturenames:
         kernels = metafunc.config.getoption("--vmodel-kernel")
         if kernels:
@@ -89,11 +93,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests whose fixtures boot guests, and checks the arguments of the mark `guest`."""
     for item in items:
         for mark in item.iter_markers("guest"):
             if unknown := set(mark.kwargs) - _SPEC:
                 known = ", ".join(sorted(_SPEC))
-                raise pytest.UsageError(f"{item.nodeid}: guest({', '.join(sorted(unknown))}): known are {known}")
+                raise pytest.UsageError(f"{item.nodeid}: guest({', '.join(sorted(unknown))}): arguments are {known}")
         names = getattr(item, "fixturenames", ())
         if _GUESTS.intersection(names) and item.get_closest_marker("guest") is None:
             item.add_marker(pytest.mark.guest)
@@ -101,6 +106,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Records whether a test has failed, and adds the folder of its logs to the report."""
     report = yield
     item.stash[_failed] = item.stash.get(_failed, False) or report.failed  # type: ignore[attr-defined]
     if report.failed and _kept in item.stash:  # type: ignore[attr-defined]
@@ -114,7 +120,7 @@ def _file_name(text: str) -> str:
 
 @contextlib.contextmanager
 def _on_one_line() -> Iterator[None]:
-    """What is wrong with a file or a name is said on one line, without a traceback through vmodel."""
+    """Reports a ConfigError (a wrong file or name) as its text, without a traceback through vmodel."""
     from vmodel.errors import ConfigError
 
     try:
@@ -128,7 +134,7 @@ def _on_one_line() -> Iterator[None]:
 
 @pytest.fixture
 def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A folder for logs, which need not exist; kept as artifacts/TEST if the test fails."""
+    """A folder for logs, which does not exist yet; copied to artifacts/TEST if the test fails."""
     folder = tmp_path / "vmodel-logs"
     base = request.config.rootpath / request.config.getoption("--vmodel-artifacts")
     kept = base / _file_name(request.node.nodeid)
@@ -147,12 +153,12 @@ def vmodel_seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def vmodel_devices() -> dict[str, PciDevice]:
-    """The devices of this test by name: what `inject` arms."""
+    """The devices of this test by name: those on which `inject` arms faults."""
     return {}
 
 
 def _plan(faults: str | Path | FaultPlan, base: Path) -> FaultPlan:
-    """Of a rule, a plan's file or a plan.  ConfigError."""
+    """A plan, from a rule, a plan's file or a plan.  ConfigError."""
     from vmodel.inject import FaultPlan, parse_rule
 
     if isinstance(faults, Path) or (isinstance(faults, str) and faults.endswith(".toml")):
@@ -163,7 +169,7 @@ def _plan(faults: str | Path | FaultPlan, base: Path) -> FaultPlan:
 
 
 class Inject:
-    """Faults on a test's devices: call it with a rule ("dma.write nth=3 do=drop"), a plan's file, or a plan."""
+    """Injects faults into a test's devices: call it with a rule ("dma.write nth=3 do=drop"), a plan, or its file."""
 
     def __init__(self, devices: Mapping[str, PciDevice], seed: int, artifacts: Path, base: Path) -> None:
         self._devices = devices
@@ -173,9 +179,9 @@ class Inject:
         self._engines: list[Engine] = []
 
     def __call__(self, faults: str | Path | FaultPlan) -> None:
-        """Arms them from now on, beside those before.  ConfigError: what they say is wrong.
+        """Arms faults, in addition to those that are armed.  ConfigError: the rule or plan is wrong.
 
-        Paths count from the test's folder.  A plan keeps its own seed unless that is 0.
+        Paths are relative to the test's folder.  A plan without a seed gets that of --vmodel-seed.
         """
         from vmodel.inject import Engine
 
@@ -186,16 +192,16 @@ class Inject:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """What was injected so far: the records of the plans' journals, in the order of their plans."""
+        """The injections so far: the records of the plans' journals, in the order of the plans."""
         return [record for engine in self._engines for record in engine.journal.since(0, len(engine.journal))]
 
     @property
     def rules(self) -> list[dict[str, Any]]:
-        """The rules that are armed, with how often they matched and fired."""
+        """The armed rules, with how often each matched and fired."""
         return [rule for engine in self._engines for rule in engine.describe()]
 
     def heal(self) -> None:
-        """Disarms all."""
+        """Disarms all faults."""
         for engine in self._engines:
             engine.close()
 
@@ -204,7 +210,7 @@ class Inject:
 def inject(
     request: pytest.FixtureRequest, vmodel_devices: dict[str, PciDevice], vmodel_seed: int, artifacts: Path
 ) -> Iterator[Inject]:
-    """Arms faults on the devices of `fake_driver` or `machine`; they end with the test."""
+    """Arms faults on the devices of `fake_driver` or `machine`, until the test ends."""
     made = Inject(vmodel_devices, vmodel_seed, artifacts, request.path.parent)
     yield made
     made.heal()
@@ -224,9 +230,10 @@ def fake_memory() -> Iterator[FakeMemory]:
 
 @pytest.fixture
 def fake_driver(fake_memory: FakeMemory, vmodel_devices: dict[str, PciDevice]) -> Iterator[Callable[..., FakeDriver]]:
-    """Makes drivers: `fake_driver(device)` serves a device and enables it, as a kernel's driver would.
+    """`fake_driver(device)` serves a device and returns a FakeDriver for it.
 
-    `enable=False`: it does not.  All drivers of a test have one memory, `fake_memory`.  Devices are closed at the end.
+    The driver enables the device, as a kernel's driver would, unless `enable=False`.  All drivers of a test share
+    `fake_memory`.  Devices are closed at the end.
     """
     from vmodel.testing.fakes import FakeDriver
 
@@ -249,7 +256,7 @@ def fake_driver(fake_memory: FakeMemory, vmodel_devices: dict[str, PciDevice]) -
 
 @pytest.fixture
 def guest_kernel(request: pytest.FixtureRequest) -> Kernel:
-    """The kernel of this test's guests: each one of --vmodel-kernel, else stable's."""
+    """The kernel of this test's guests: one of --vmodel-kernel, else stable's."""
     from vmodel.guest.artifacts import find_kernel
 
     with _on_one_line():
@@ -268,7 +275,7 @@ def vmodel_machine_file(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def vmodel_served(vmodel_machine_file: Path, vmodel_devices: dict[str, PciDevice]) -> Iterator[Served]:
-    """The test's machine while it is served."""
+    """The test's machine, served."""
     from vmodel.guest.served import Served
 
     with _on_one_line():
@@ -285,7 +292,7 @@ def machine(vmodel_served: Served) -> Machine:
 
 
 def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What the `guest` marks of a test say, the nearest first."""
+    """The arguments of a test's `guest` marks; the nearest mark takes precedence."""
     found: dict[str, Any] = {}
     for mark in request.node.iter_markers("guest"):
         found = {**mark.kwargs, **found}
@@ -302,7 +309,7 @@ def _file(base: Path, entry: Any) -> Path | tuple[Path, str]:
 
 
 class Vm:
-    """Makes guests with a test's machine."""
+    """Boots guests with a test's machine."""
 
     def __init__(self, served: Served, kernel: Kernel, options: dict[str, Any], artifacts: Path) -> None:
         self._served = served
@@ -312,7 +319,7 @@ class Vm:
         self._count = 0
 
     def spec(self, command: str, **options: Any) -> GuestSpec:
-        """The GuestSpec of a guest; options as in the mark `guest`, which they add to."""
+        """The GuestSpec of a guest; options are those of the mark `guest`, and take precedence over it."""
         from vmodel.guest.running import GuestSpec
 
         merged = {**self._options, **options}
@@ -320,18 +327,18 @@ class Vm:
         return GuestSpec(command=command, kernel=self._kernel, qemu_args=args, **merged)
 
     def logs(self) -> Path:
-        """A folder of its own for each guest of the test."""
+        """The folder for the logs of the test's next guest."""
         self._count += 1
         return self._artifacts / f"guest-{self._count}"
 
     def run(self, command: str, **options: Any) -> GuestResult:
-        """Boots a guest, runs a shell script, powers off.  GuestRunError: its subclasses say what else may come."""
+        """Boots a guest, runs a shell script, and powers off.  GuestRunError: see its subclasses."""
         from vmodel.guest.running import run_guest
 
         return run_guest(self.spec(command, **options), artifacts=self.logs())
 
     def boot(self, **options: Any) -> BootedGuest:
-        """A guest that takes scripts, not yet booted: a context manager."""
+        """A guest that runs scripts; a context manager that boots it."""
         from vmodel.guest.booted import BootedGuest
 
         host = self._served.host_commands(lambda: guest.monitor)
@@ -341,20 +348,20 @@ class Vm:
 
 @pytest.fixture
 def vm(request: pytest.FixtureRequest, vmodel_served: Served, guest_kernel: Kernel, artifacts: Path) -> Vm:
-    """Guests with the machine: `vm.run(command)` from boot to power-off, `vm.boot()` for more."""
+    """Guests with the machine: `vm.run(command)` for one command, `with vm.boot() as guest` for several scripts."""
     return Vm(vmodel_served, guest_kernel, _marked(request), artifacts)
 
 
 @pytest.fixture
 def vm_booted(vm: Vm, vmodel_served: Served) -> Iterator[BootedGuest]:
-    """A guest with the machine that has booted: `vm_booted.run(script)`, one after the other."""
+    """A booted guest with the machine: `vm_booted.run(script)` runs scripts, one after the other."""
     with vm.boot() as guest:
         yield guest
 
 
 @pytest.fixture(scope="session")
 def vmodel_rig() -> Iterator[Rig]:
-    """The guest that experiments of several tests share."""
+    """Runs the experiments of all tests, which so share guests."""
     from vmodel.experiment import Rig
 
     with Rig() as rig:
@@ -370,9 +377,9 @@ def experiment(
     vmodel_seed: int,
     artifacts: Path,
 ) -> Callable[..., Result]:
-    """Runs cases: `experiment(workload, "dma.write nth=3 do=drop", check=...)`, a `Result` each.
+    """`experiment(workload, "dma.write nth=3 do=drop", check=...)` runs a case and returns its `Result`.
 
-    Its second argument is a rule, a plan's file, a FaultPlan, or None; more are fields of `Case`.
+    The second argument is a rule, a plan's file, a FaultPlan, or None; keywords are fields of `Case`.
     """
     from vmodel.experiment import Case
 
@@ -380,7 +387,7 @@ def experiment(
     if "timeout" in options:
         options["boot_timeout"] = options.pop("timeout")
     if unfit := {"without", "allow_reboot"} & set(options):
-        pytest.fail(f"{request.node.nodeid}: an experiment has no {' or '.join(sorted(unfit))}", pytrace=False)
+        pytest.fail(f"{request.node.nodeid}: experiments do not support {' and '.join(sorted(unfit))}", pytrace=False)
     count = 0
 
     def run(workload: str, faults: str | Path | FaultPlan | None = None, **fields: Any) -> Result:
