@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -215,3 +216,28 @@ def test_a_rate_as_a_drawing() -> None:
     assert drawn.get("aria-label") == "25 % (5–70 %)"
     assert str(interval(Rate(0, 0), "--crash")) == ""
     assert [seconds(t) for t in (0, 0.0123, 1, 12.345)] == ["0", "12.3 ms", "1 s", "12.3 s"]
+
+
+def test_a_store_of_an_older_vmodel(tmp_path: Path) -> None:
+    """Its runs name the rig of guests as it was called then; they are reported, and a campaign resumes with them."""
+    run = Run(machine="m", kernel="", workload="w", plan="p", seed=0, case=Case(machine=Path("m"), workload="w"))
+    definition = {"kind": "campaign", "name": "x"}
+    with ResultStore.create(tmp_path / "x.runs", definition) as store:
+        (id,) = store.add([run])
+        store.finish(id, store.part(id), harness_error(run.case, "status", "x"), "", 1.0)
+    with sqlite3.connect(tmp_path / "x.runs" / "campaign.db") as database:
+        old = run.model_copy(update={"rig": "vmodel.testing.experiment:Rig"})
+        assert old.key != run.key
+        database.execute(
+            "UPDATE run SET key = ?, run = replace(run, 'vmodel.experiment:Rig', 'vmodel.testing.experiment:Rig')",
+            (old.key,),
+        )
+        assert database.execute("SELECT run FROM run").fetchone()[0].count(old.rig) == 1
+    database.close()
+
+    with ResultStore.open(tmp_path / "x.runs") as store:
+        assert store.row(id).run.rig == "vmodel.experiment:Rig"
+        assert json.loads(FORMATS["json"](Summary(store, tmp_path)))["outcomes"]["harness error"]["runs"] == 1
+    with ResultStore.create(tmp_path / "x.runs", definition) as store:
+        store.keep_only([run])
+        assert store.add([run]) == [id] and len(store.rows()) == 1

@@ -26,7 +26,7 @@ def test_a_campaign(folder: Path) -> None:
     done = vmodel("campaign", "c.toml", "-j", "2", cwd=folder)
     assert done.returncode == 0
     assert re.fullmatch(
-        r"1 +not activated +no rule fired, .*\n5 +masked +rules fired, .*\nvmodel report c.runs -o report.html\n",
+        r"1 +not activated +no rule fired, .*\n5 +masked +a rule fired, .*\nvmodel report c.runs -o report.html\n",
         done.stdout,
     )
     lines = done.stderr.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -20,8 +21,10 @@ def test_points(point: Point) -> None:
 
 @pytest.mark.parametrize("name", sorted(ACTIONS))
 def test_actions(name: str) -> None:
-    usage = ACTIONS[name].usage()
-    assert f"| `{usage}` | " in TEXT, usage
+    """With its docstring, the only place where it is described."""
+    usage, docstring = ACTIONS[name].usage(), inspect.getdoc(ACTIONS[name]) or ""
+    summary = " ".join(docstring.split("\n\n")[0].split()).removesuffix(".")
+    assert f"| `{usage}` | {summary} | " in TEXT, usage
 
 
 def test_keys() -> None:

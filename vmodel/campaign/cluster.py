@@ -55,17 +55,23 @@ class Cluster:
 
     @property
     def free(self) -> int:
+        """How many more tasks can be submitted now."""
         # Twice the number of threads, so that no thread idles until the next submit().
         threads = sum(map(int, self._client.nthreads().values()))
         return max(2 * threads, 2) - len(self._tasks)
 
     def submit(self, task: Task) -> None:
+        """Submits a task to the scheduler."""
         name = f"vmodel-{self._session}-{task.id}-{uuid.uuid4().hex[:8]}"
         future = self._client.submit(perform_remotely, self._rig, plain(task.case), key=name, pure=False)
         self._tasks[future] = task
         self._done.add(future)
 
     def wait(self) -> Sequence[Answer]:
+        """Blocks until a task has ended; returns the new answers.
+
+        ConfigError: a rig found a mistake of the user's, or the connection to the scheduler is lost.
+        """
         answers = [self._answer(future) for future in self._done.next_batch()]
         return [answer for answer in answers if answer is not None]
 
@@ -89,6 +95,7 @@ class Cluster:
         return None
 
     def close(self) -> None:
+        """Cancels the tasks that are running, and disconnects."""
         for future in self._tasks:
             with contextlib.suppress(OSError, RuntimeError):  # the connection may be lost
                 future.cancel(force=True)

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from vmodel import machine as machines
 from vmodel.campaign.rig import GUESTS, absolute, load_rig, plain
@@ -45,6 +45,12 @@ class Run(BaseModel):
     #: Files that the run reads, and their SHA-256.
     inputs: dict[str, str] = {}
     rig: str = GUESTS
+
+    @field_validator("rig")
+    @classmethod
+    def _renamed(cls, value: str) -> str:
+        # Stores that were written before experiments had a package of their own.
+        return GUESTS if value == "vmodel.testing.experiment:Rig" else value
 
     @property
     def control(self) -> bool:

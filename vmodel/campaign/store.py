@@ -100,6 +100,7 @@ class ResultStore(Closing):
                 text = f"{folder}: belongs to the {have.get('kind')} {have.get('name')!r}: name another folder with -o"
                 raise ConfigError(text)
             store._put_meta("definition", dict(definition))
+            store._update_keys()
         except BaseException:
             os.close(lock)
             raise
@@ -140,6 +141,12 @@ class ResultStore(Closing):
     def _put_meta(self, key: str, value: Any) -> None:
         with self._db:
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    def _update_keys(self) -> None:
+        """Recomputes the keys of all runs: an older vmodel may have written other ones, for a rig that was renamed."""
+        with self._db:
+            keys = [(row.run.key, row.id) for row in self.rows()]
+            self._db.executemany("UPDATE OR IGNORE run SET key = ? WHERE id = ?", keys)
 
     # ---- runs ------------------------------------------------------------------------------
 

@@ -110,9 +110,11 @@ class Processes:
 
     @property
     def free(self) -> int:
+        """How many processes are idle, or not started yet."""
         return self._jobs - sum(worker.task is not None for worker in self._workers)
 
     def submit(self, task: Task) -> None:
+        """Passes a task to an idle process, or to a new one; `free` must not be 0."""
         worker = next((worker for worker in self._workers if worker.task is None), None)
         if worker is None:
             worker = _Process(self._rig, self._log)
@@ -120,6 +122,10 @@ class Processes:
         worker.send(task)
 
     def wait(self) -> Sequence[Answer]:
+        """Blocks until a process has answered, has died or has exceeded its time limit; returns the new answers.
+
+        ConfigError: a rig found a mistake of the user's.
+        """
         busy = [worker for worker in self._workers if worker.task is not None]
         until = min(worker.deadline for worker in busy)
         ready, _, _ = select.select([worker.socket for worker in busy], [], [], max(until - time.monotonic(), 0))
@@ -151,6 +157,7 @@ class Processes:
         return worker.end(grace)
 
     def close(self) -> None:
+        """Ends all processes, and their guests."""
         for worker in self._workers:
             worker.ask_to_end()
         for worker in self._workers:

@@ -36,7 +36,7 @@ class Outcome(enum.StrEnum):
 
 _DOCS = {
     Outcome.NOT_ACTIVATED: "no rule fired, and the workload succeeded",
-    Outcome.MASKED: "a rule fired, the workload succeeded, and neither kernel nor workload reported anything",
+    Outcome.MASKED: "a rule fired, the workload succeeded, and no problem was reported",
     Outcome.RECOVERED: "the kernel reported a problem, and the workload succeeded",
     Outcome.FAILED: "the workload, or the check after it, reported an error",
     Outcome.CORRUPTION: "data was wrong, and no error was reported",

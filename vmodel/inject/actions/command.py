@@ -40,7 +40,7 @@ _ERRORS = {"inval": errno.EINVAL, "range": errno.ERANGE, "noent": errno.ENOENT, 
 
 
 class Fail(Action, name="fail"):
-    """The request fails with ENOMEM, EINVAL, ERANGE or ENOENT."""
+    """The request fails: "nomem" (ENOMEM), "inval" (EINVAL), "range" (ERANGE) or "noent" (ENOENT)."""
 
     why: Literal["nomem", "inval", "range", "noent"] = "nomem"
     points: ClassVar[frozenset[Point]] = frozenset((Point.IOMMU_MAP, Point.IOMMU_UNMAP))

@@ -46,7 +46,7 @@ class Unplug(Action, name="unplug"):
     def run(self, at: Injection) -> bytes:
         data = at.proceed()
         if not at.device.backend.irqs.request_release():
-            at.result = "nobody listens"
+            at.result = "no client listens"
         return data
 
 

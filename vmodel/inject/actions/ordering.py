@@ -68,7 +68,7 @@ class Duplicate(Action, name="duplicate"):
 
 
 class Delay(Action, name="delay"):
-    """Blocks the device, and whoever waits for it, before the event; the order of events stays the same."""
+    """Blocks the device, and a guest that waits for it, before the event; the order of events stays the same."""
 
     ms: Wait
     points: ClassVar[frozenset[Point]] = frozenset(Point)
