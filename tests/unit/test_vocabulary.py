@@ -76,7 +76,6 @@ def wrong_names(text: str) -> Iterator[str]:
                     yield f"{node.lineno}: def {node.name}; write: {instead}"
 
 
-
 def files() -> list[tuple[Path, Callable[[str], Lines]]]:
     found: list[tuple[Path, Callable[[str], Lines]]] = []
     for folder in ("vmodel", "tests", "examples", "c_shim"):
