@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.proto.toy import Toy
-from vmodel.device import on_read, on_write
+from vmodel.device import PciDevice, on_read, on_write
 from vmodel.errors import DmaFault
 from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.patience import patience
@@ -70,6 +71,29 @@ class Lab(Toy):
             self.msi.fire(0)
 
 
+class Clock:
+    """The time of a plan: it passes when a test says so, and when a rule blocks a device."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        #: How long rules have blocked, each time; and what happens meanwhile.
+        self.slept: list[float] = []
+        self.while_asleep: Callable[[], object] = lambda: None
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+        self.while_asleep()
+
+
+def elapse(device: PciDevice, seconds: float) -> None:
+    """Runs what a device is to do by then, as if so many seconds had passed.  On the device's thread."""
+    device.backend.run_due(time.monotonic_ns() + int(seconds * 1e9))
+
+
 class Bench:
     """The lab, its client as a driver would leave it, memory and four vectors."""
 
@@ -78,6 +102,7 @@ class Bench:
         self.client = client
         self.ram = client.share(0, RAM, by_fd=by_fd)
         self.events: list[EventFd] = []
+        self.clock = Clock()
 
     def enable(self, *, msi: bool = True) -> None:
         """Memory, bus mastering, and interrupts."""
@@ -100,6 +125,20 @@ class Bench:
     def settle(self) -> None:
         """What was posted before has been done."""
         self.client.info()
+
+    def elapse(self, seconds: float) -> None:
+        """So much time passes for the plan, and for the device's timers: those that are due run."""
+        self.clock.now += seconds
+        done = threading.Event()
+
+        def run() -> None:
+            try:
+                elapse(self.lab, seconds)
+            finally:
+                done.set()
+
+        self.lab.post(run)
+        assert done.wait(patience(20)), "the device's thread does not run what was posted to it"
 
     def copy(self, data: bytes) -> None:
         """The device copies `data` from SOURCE to TARGET."""
@@ -147,11 +186,11 @@ def bench(folder: Path, *, enabled: bool = True, by_fd: bool = True) -> Iterator
 
 @contextmanager
 def armed(bench: Bench, *rules: str, seed: int = 0, heal: dict[str, Any] | None = None) -> Iterator[Engine]:
-    """Rules in the command line's form, at work on a lab."""
+    """Rules in the command line's form, at work on a lab, by its own clock."""
     plan = FaultPlan(seed=seed, rule=tuple(parse_rule(rule) for rule in rules))
     if heal is not None:
         plan = FaultPlan.model_validate({"heal": heal, "rule": list(plan.rule), "seed": seed})
-    with Engine(plan, [bench.lab]) as engine:
+    with Engine(plan, [bench.lab], clock=bench.clock, sleep=bench.clock.sleep) as engine:
         yield engine
 
 

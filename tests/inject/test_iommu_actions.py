@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.inject.lab import fired
+from tests.inject.lab import Clock, elapse, fired
 from tests.iommu import vtd_bench as vtd
 from tests.virtio import world as viommu
 from vmodel.devices.virtio_iommu import RequestStatus
@@ -45,8 +44,10 @@ def bench() -> Iterator[vtd.Bench]:
 
 
 @contextmanager
-def armed(machine: Machine, *rules: str) -> Iterator[Engine]:
-    with Engine(FaultPlan(rule=tuple(map(parse_rule, rules))), machine.devices) as engine:
+def armed(machine: Machine, *rules: str, clock: Clock | None = None) -> Iterator[Engine]:
+    clock = clock or Clock()
+    plan = FaultPlan(rule=tuple(map(parse_rule, rules)))
+    with Engine(plan, machine.devices, clock=clock, sleep=clock.sleep) as engine:
         yield engine
 
 
@@ -84,16 +85,16 @@ def test_unmap(world: viommu.World) -> None:
 
 def test_a_late_unmap_and_a_slow_one(world: viommu.World) -> None:
     world.map(1, IOVA, LAST, GPA)
-    with armed(world.machine, "iommu.unmap do=late(30)"):
+    with armed(world.machine, "iommu.unmap do=late(10min)"):
         assert world.unmap(1, IOVA, LAST) is RequestStatus.OK
         assert world.reaches("a", IOVA) == GPA
-        time.sleep(0.05)
-        world.settle()
+        elapse(world.iommu, 600)
         assert world.reaches("a", IOVA) is None
-    with armed(world.machine, "iommu.map do=delay(50)"):
-        start = time.monotonic()
+    clock, seen = Clock(), list[int | None]()
+    clock.while_asleep = lambda: seen.append(world.reaches("a", IOVA))
+    with armed(world.machine, "iommu.map do=delay(50)", clock=clock):
         world.map(1, IOVA, LAST, GPA)
-        assert time.monotonic() - start >= 0.05
+    assert clock.slept == [0.05] and seen == [None] and world.reaches("a", IOVA) == GPA
 
 
 def test_use_after_unmap(world: viommu.World) -> None:
@@ -127,11 +128,10 @@ def test_a_skipped_invalidation(world: viommu.World) -> None:
 def test_a_late_invalidation(world: viommu.World) -> None:
     world.map(1, IOVA, LAST, GPA)
     world.reaches("a", IOVA)
-    with armed(world.machine, "invalidate do=late(20)"):
+    with armed(world.machine, "invalidate do=late(10min)"):
         world.unmap(1, IOVA, LAST)
         assert world.reaches("a", IOVA) == GPA
-        time.sleep(0.04)
-        world.settle()
+        elapse(world.iommu, 600)
         assert world.reaches("a", IOVA) is None
 
 
@@ -140,15 +140,14 @@ def test_invalidations_of_vtd(bench: vtd.Bench) -> None:
     root = bench.root  # type: ignore[attr-defined]
     everything = (2 | 1 << 4, 0)
     bench.read("edu0", IOVA)
-    with armed(bench.machine, "invalidate nth=1 kind=iotlb device=edu0 do=drop", "invalidate nth=2 do=late(20)"):
+    with armed(bench.machine, "invalidate nth=1 kind=iotlb device=edu0 do=drop", "invalidate nth=2 do=late(10min)"):
         bench.words(bench.slot(root, IOVA, 4), 0)
         bench.queue(everything)
         device.dma.write(IOVA, b"old!")
         assert bench.ram[vtd.DATA : vtd.DATA + 4] == b"old!"
         bench.queue(everything)
         device.dma.write(IOVA, b"late")
-        time.sleep(0.04)
-        bench.unit.backend.run_due(time.monotonic_ns())
+        elapse(bench.unit, 600)
         assert bench.refused("edu0", IOVA) is Reason.NOT_MAPPED
 
 
@@ -164,7 +163,7 @@ def test_spurious_at_an_iommu_is_on_the_thread_of_the_device(bench: vtd.Bench) -
         assert not device.intx.level and device.backend.agenda.waiting
         shown: list[bool] = []
         device.intx._set_status = lambda level: shown.append(level)  # a pulse: seen while it lasts
-        device.backend.run_due(time.monotonic_ns())
+        elapse(device, 0)
         assert shown == [True, False]
 
 
@@ -201,15 +200,14 @@ def test_invalidations_of_scalable_mode() -> None:
 def test_access_after_the_pages_were_unmapped(bench: vtd.Bench) -> None:
     """The window of a deferred flush: the table says no more, the IOTLB still does."""
     device, root = bench.machine.devices["edu0"], bench.root  # type: ignore[attr-defined]
-    with armed(bench.machine, "dma.write device=edu0 do=use-after-unmap(ms=20)") as engine:
+    with armed(bench.machine, "dma.write device=edu0 do=use-after-unmap(ms=10min)") as engine:
         for flush in (False, True):
             bench.map(root, IOVA, vtd.DATA)
             device.dma.write(IOVA, b"data")
             bench.words(bench.slot(root, IOVA, 4), 0)
             if flush:
                 bench.queue((2 | 1 << 4, 0))
-            time.sleep(0.04)
-            device.backend.run_due(time.monotonic_ns())
+            elapse(device, 600)
         assert [r["result"] for r in fired(engine) if r.get("late")] == ["ok", "NOT_MAPPED"]
 
 
@@ -243,10 +241,10 @@ def test_a_fault_that_is_there_anyway(bench: vtd.Bench) -> None:
 
 def test_slow_translation(world: viommu.World) -> None:
     world.map(1, IOVA, LAST, GPA)
-    with armed(world.machine, "translate device=a do=delay(40)"):
-        start = time.monotonic()
+    clock = Clock()
+    with armed(world.machine, "translate device=a do=delay(40)", clock=clock):
         assert world.reaches("a", IOVA) == GPA
-        assert time.monotonic() - start >= 0.04
+    assert clock.slept == [0.04]
 
 
 def test_where_nothing_is_translated_there_is_no_translation() -> None:
@@ -277,15 +275,14 @@ def test_completions(world: viommu.World) -> None:
         "completion nth=2 do=complete(id=5)",
         "completion nth=3 do=drop",
         "completion nth=4 do=duplicate",
-        "completion nth=5 do=late(20)",
+        "completion nth=5 do=late(10min)",
     ) as engine:
         assert ask(world) == [(0, 77)]
         assert ask(world) == [(5, 4)]
         assert ask(world) == []
         assert ask(world) == [(0, 4), (0, 4)]
         assert ask(world) == []
-        time.sleep(0.04)
-        world.settle()
+        elapse(world.iommu, 600)
         assert world.requests.used_now() == [(0, 4)]
         assert [(r["before"], r["after"]) for r in fired(engine)][:2] == [("length=4", "length=77"), ("id=0", "id=5")]
 
@@ -297,11 +294,11 @@ def test_completions_in_another_order(world: viommu.World) -> None:
 
 
 def test_doorbells(world: viommu.World) -> None:
-    with armed(world.machine, "doorbell queue=0 nth=1 do=drop", "doorbell nth=2 do=delay(40)"):
+    clock = Clock()
+    with armed(world.machine, "doorbell queue=0 nth=1 do=drop", "doorbell nth=2 do=delay(40)", clock=clock):
         assert ask(world) == []
-        start = time.monotonic()
         world.requests.notify()
-        assert time.monotonic() - start >= 0.04
+        assert clock.slept == [0.04]
         assert world.requests.used_now() == [(0, 4)]
 
 

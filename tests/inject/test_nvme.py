@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from tests.inject.lab import fired
+from tests.inject.lab import elapse, fired
 from tests.nvme.conftest import driver, started  # noqa: F401  fixtures
 from tests.nvme.driver import Driver, Pair, prps, raised
 from vmodel.devices.nvme.command import NvmeCommand
@@ -104,10 +103,10 @@ def test_wrong_status_and_id(disk: Disk) -> None:
 
 
 def test_a_late_completion_comes_with_its_interrupt(disk: Disk) -> None:
-    with armed(disk, "completion queue=1 do=late(30)"):
+    with armed(disk, "completion queue=1 do=late(10min)"):
         cid = disk.post()
         assert disk.pair.reap() == [] and not raised(disk.fd)
-        time.sleep(0.05)
+        elapse(disk.driver.device, 600)
         (done,) = disk.pair.wait()
         assert done.cid == cid and raised(disk.fd) == 1
 
@@ -123,11 +122,11 @@ def test_completions_twice_and_in_another_order(disk: Disk) -> None:
 
 
 def test_a_late_completion_of_a_queue_that_is_gone(disk: Disk) -> None:
-    with armed(disk, "completion queue=1 do=late(10)"):
+    with armed(disk, "completion queue=1 do=late(10min)"):
         disk.post()
         disk.driver.disable()
         disk.driver.enable()
-        time.sleep(0.02)
+        elapse(disk.driver.device, 600)
         disk.driver.run()
         assert disk.driver.identify(1)[:2] == b"\x34\x12"
 
@@ -149,7 +148,7 @@ def test_a_flipped_bit_is_silent_corruption(disk: Disk) -> None:
 
 
 def test_doorbells(disk: Disk) -> None:
-    with armed(disk, "doorbell queue=1 kind=submission nth=1 do=drop", "doorbell queue=1 nth=3 do=late(20)"):
+    with armed(disk, "doorbell queue=1 kind=submission nth=1 do=drop", "doorbell queue=1 nth=3 do=late(1)"):
         disk.post()
         assert disk.pair.reap() == []
         disk.post()  # its doorbell covers both

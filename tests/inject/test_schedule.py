@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -57,18 +56,24 @@ def test_probability_is_the_seeds(lab: Bench) -> None:
 def test_after_and_first_n(lab: Bench) -> None:
     with armed(lab, "mmio.read after=500ms first=2 do=ones"):
         assert lab.get(PLAIN) != ONES
-        time.sleep(0.6)
+        lab.clock.now = 0.5
         assert [lab.get(PLAIN) == ONES for _ in range(3)] == [True, True, False]
 
 
 def test_window(lab: Bench) -> None:
-    """Reads while the time passes; what counts is the order, as a busy machine may be late for any of it."""
-    began, seen = time.monotonic(), []
+    """From `after` on, and before `until`."""
     with armed(lab, "mmio.read after=300ms until=800ms do=ones"):
-        while time.monotonic() - began < 1.0:
-            seen.append(lab.get(PLAIN) == ONES)
-        seen.append(lab.get(PLAIN) == ONES)
-    assert [now for was, now in zip([False, *seen], seen, strict=False) if was != now] == [True, False]
+        for now, inside in ((0.0, False), (0.299, False), (0.3, True), (0.799, True), (0.8, False), (9.0, False)):
+            lab.clock.now = now
+            assert (lab.get(PLAIN) == ONES) is inside, now
+
+
+def test_a_window_begins_when_the_plan_is_armed(lab: Bench) -> None:
+    lab.clock.now = 100.0
+    with armed(lab, "mmio.read after=1s until=2s do=ones"):
+        assert lab.get(PLAIN) != ONES
+        lab.clock.now = 101.5
+        assert lab.get(PLAIN) == ONES
 
 
 def test_between(lab: Bench) -> None:
@@ -103,18 +108,21 @@ def test_between_events_with_predicates(lab: Bench) -> None:
 def test_duration(lab: Bench) -> None:
     """From its first event on, not from when it was armed."""
     with armed(lab, "mmio.read duration=500ms do=ones") as engine:
-        time.sleep(0.6)
+        lab.clock.now = 0.6
+        assert lab.get(PLAIN) == ONES
+        lab.clock.now = 1.0
         assert lab.get(PLAIN) == ONES
         assert engine.describe()[0]["state"] == "armed"
-        time.sleep(0.6)
+        lab.clock.now = 1.1
         assert lab.get(PLAIN) != ONES
         assert engine.describe()[0]["state"] == "over"
 
 
 def test_heal_by_time(lab: Bench) -> None:
     with armed(lab, "mmio.read do=ones", heal={"after": "500ms"}):
+        lab.clock.now = 0.499
         assert lab.get(PLAIN) == ONES
-        time.sleep(0.6)
+        lab.clock.now = 0.5
         assert lab.get(PLAIN) != ONES
 
 

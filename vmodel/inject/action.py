@@ -104,6 +104,10 @@ class Injection:
         """The data of a read without an answer: all ones."""
         return b"\xff" * self.transfer.size
 
+    def wait(self, ms: float) -> None:
+        """Blocks the device's thread for `ms` milliseconds; a guest that accesses the device waits, too."""
+        self.engine.sleep(ms / 1000)
+
     def later(self, call: Callable[[], object], *, ms: float = 0.0, after: Point | None = None) -> None:
         """Calls `call` on the device's thread: after `ms` milliseconds, or after the device's next event at `after`."""
         self.engine.later(self, call, ms / 1000, after)

@@ -67,14 +67,19 @@ class Engine(Closing):
         *,
         path: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`path`: the file of the log.  ConfigError: a rule names a device or register that does not exist."""
+        """`path`: the file of the log.  ConfigError: a rule names a device or register that does not exist.
+
+        `clock`: the seconds that schedules and `heal` go by; `sleep`: blocks a device's thread for so many seconds.
+        """
         named = devices if isinstance(devices, Mapping) else {device.name: device for device in devices}
         self.devices: dict[str, PciDevice] = dict(named)
         self.plan = plan
         self.journal = Journal(path)
         self._clock = clock
         self._start = clock()
+        self.sleep = sleep
         self._maps = {name: RegisterMap(device) for name, device in self.devices.items()}
         self._lock = threading.Lock()
         self._rules: list[_Live] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -172,7 +171,7 @@ class Torn(Action, name="torn"):
         if cut == size:
             return head
         if event.point.is_read:
-            wait(self.ms)
+            at.wait(self.ms)
             return head + at.proceed(rest)
         at.later(lambda: at.proceed(rest), ms=self.ms)
         return b""
@@ -262,8 +261,3 @@ def report(at: Injection, *, uncorrectable: int = 0, correctable: int = 0) -> No
     for capability in at.device.config.capabilities:
         if isinstance(capability, Aer):
             capability.report(uncorrectable=uncorrectable, correctable=correctable)
-
-
-def wait(ms: float) -> None:
-    """Blocks the device's thread for `ms` milliseconds; a guest that accesses the device waits, too."""
-    time.sleep(ms / 1000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
@@ -74,7 +73,7 @@ class Delay(Action, name="delay"):
     points: ClassVar[frozenset[Point]] = frozenset(Point)
 
     def run(self, at: Injection) -> bytes:
-        time.sleep(self.ms / 1000)
+        at.wait(self.ms)
         return at.proceed()
 
 
