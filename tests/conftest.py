@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
-from vmodel.patience import slowness
+from vmodel.patience import patience, slowness
 
 # The same examples in each run: it is green or red for a reason, never by chance.  `--hypothesis-profile thorough`, or
 # HYPOTHESIS_PROFILE=thorough, tries ten times as many, and others each time.
@@ -19,6 +21,11 @@ settings.register_profile("thorough", max_examples=1000, deadline=None, print_bl
 #: For `scripts/test --quick`.
 settings.register_profile("quick", derandomize=True, deadline=None, print_blob=True, max_examples=20)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+#: Seconds that no test takes, its fixtures included: one that does hangs.
+_HANGS = 1800.0
+#: Standard error as it was before tests were captured.
+_STDERR = pytest.StashKey[int]()
 
 #: Milliseconds that `work` takes on a machine at rest, of 2020 or so.
 _AT_REST = 30.0
@@ -42,11 +49,26 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell without job control starts `scripts/test &` so, and processes of tests would inherit it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.stash[_STDERR] = os.dup(2)
     if "VMODEL_SLOW" not in os.environ:
         took = sorted(work() for _ in range(5))[2]
         workers = getattr(config.option, "numprocesses", None) or 1
         load = os.getloadavg()[0] + workers
         os.environ["VMODEL_SLOW"] = str(measured(load, os.cpu_count() or 1, took))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    os.close(config.stash[_STDERR])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """The end of a test that hangs: the process says where each of its threads is, and ends."""
+    faulthandler.dump_traceback_later(patience(_HANGS), exit=True, file=item.config.stash[_STDERR])
+    try:
+        return (yield)  # type: ignore[return-value]
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_report_header() -> str:

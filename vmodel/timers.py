@@ -109,6 +109,7 @@ class Agenda:
             call, owner, cancelled = self._soon.popleft()
             if owner is None or owner._cancelled == cancelled:
                 self._call(call)
+        # A timer that one of these starts is due after `now_ns`: it does not run in this turn.
         while self._timers and (due := self._due(now_ns)) is not None:
             self._call(due)
         timers = self._timers  # other threads may add to it or replace it, but never take anything out

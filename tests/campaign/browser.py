@@ -70,16 +70,18 @@ class Browser:
         if self._session is not None:
             message["sessionId"] = self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
-        while (answer := self._message()).get("id") != self._count:
+        deadline = time.monotonic() + patience(60)
+        while (answer := self._message(deadline)).get("id") != self._count:
             self._event(answer)
         assert "error" not in answer, answer
         result: dict[str, Any] = answer["result"]
         return result
 
-    def _message(self, seconds: float = 60.0) -> dict[str, Any]:
-        deadline = time.monotonic() + patience(seconds)
+    def _message(self, deadline: float) -> dict[str, Any]:
+        """The browser's next message, until `deadline` (monotonic)."""
         while b"\0" not in self._left:
-            ready, _, _ = select.select([self._in], [], [], max(deadline - time.monotonic(), 0))
+            left = deadline - time.monotonic()
+            ready = left > 0 and select.select([self._in], [], [], left)[0]
             piece = os.read(self._in, 1 << 16) if ready else b""
             assert piece, "the browser does not answer: see browser.log"
             self._left += piece
@@ -99,8 +101,9 @@ class Browser:
     def open(self, path: Path, fragment: str = "") -> None:
         """Shows a file, and waits until it has been loaded."""
         self.call("Page.navigate", url=f"{path.absolute().as_uri()}{fragment}")
+        deadline = time.monotonic() + patience(60)
         while True:
-            message = self._message()
+            message = self._message(deadline)
             self._event(message)
             if message.get("method") == "Page.loadEventFired":
                 return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -255,13 +257,13 @@ def test_in_a_terminal(folder: Path) -> None:
     with subprocess.Popen(line, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=slave, text=True) as run:
         os.close(slave)
         shown = b""
-        while True:
-            try:
-                piece = os.read(master, 4096)
-            except OSError:  # EIO: the other side has closed it
-                break
-            shown += piece
-        assert run.wait(30) == 0
+        watchdog = threading.Timer(patience(120), run.kill)
+        watchdog.start()
+        with contextlib.suppress(OSError):  # EIO: the other side has closed it
+            while piece := os.read(master, 4096):
+                shown += piece
+        watchdog.cancel()
+        assert run.wait(patience(30)) == 0
     os.close(master)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert "4/4" in text and "3 crash" in text

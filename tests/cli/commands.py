@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,18 +51,28 @@ def refused(done: subprocess.CompletedProcess[str], status: int = 2) -> str:
     return line.removeprefix("vmodel: ")
 
 
+def until_ready(run: subprocess.Popen[str]) -> list[str]:
+    """What a server prints before it is ready; it is killed if it is not in a minute."""
+    assert run.stdout is not None
+    said: list[str] = []
+    watchdog = threading.Timer(patience(60), run.kill)
+    watchdog.start()
+    try:
+        while (text := run.stdout.readline()) != "ready\n":
+            assert text, f"it ended with status {run.wait(patience(10))}, not ready; it said {said}"
+            said.append(text.rstrip("\n"))
+    finally:
+        watchdog.cancel()
+    return said
+
+
 @contextmanager
 def serving(*arguments: str | Path, **env: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
     """`vmodel serve` once it is ready: the process, and the lines that it printed before."""
     line = [sys.executable, "-m", "vmodel", "serve", *map(str, arguments)]
     with subprocess.Popen(line, env=environ(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         try:
-            assert run.stdout is not None
-            said = []
-            while (text := run.stdout.readline()) != "ready\n":
-                assert text, f"it ended with status {run.wait(patience(10))}"
-                said.append(text.rstrip("\n"))
-            yield run, said
+            yield run, until_ready(run)
         finally:
             run.kill()
 

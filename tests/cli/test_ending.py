@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import serving
+from tests.cli.commands import serving, until_ready
 from vmodel.patience import patience
 from vmodel.vfio_user.client import Client
 
@@ -85,9 +85,7 @@ def test_a_client_at_its_maximum_of_fds(tmp_path: Path) -> None:
     low = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 100))  # noqa: E731
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=low)
     try:
-        assert server.stdout is not None
-        while server.stdout.readline() != "ready\n":
-            assert server.poll() is None
+        until_ready(server)
         event = os.eventfd(0)
         with Client.connect(run / "a.sock") as a:
             a.negotiate(max_msg_fds=16)
@@ -104,6 +102,7 @@ def test_a_client_at_its_maximum_of_fds(tmp_path: Path) -> None:
     finally:
         server.terminate()
         assert server.wait(20) == 0
+        assert server.stdout is not None
         server.stdout.close()
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
 
@@ -113,7 +112,7 @@ def test_ctrl_c_again_and_again(tmp_path: Path) -> None:
     with serving(file(tmp_path), "--run-dir", tmp_path / "run") as (server, _):
         deadline = time.monotonic() + patience(20)
         while server.poll() is None:
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, "the server does not end"
             server.send_signal(signal.SIGINT)
             time.sleep(0.002)
         assert server.returncode == 0

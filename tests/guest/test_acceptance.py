@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,12 +16,12 @@ from qemu.qmp import QMPClient
 
 from tests.guest.kernels import WITH_CLOUD, is_there
 from tests.guest.rng import MARK
+from tests.waiting import until
 from vmodel.guest.artifacts import CLOUD, STABLE, find_kernel
 from vmodel.guest.running import Guest, GuestResult, GuestSpec
 from vmodel.iommu.domain import DomainType
 from vmodel.machine import Machine, parse
 from vmodel.memory import shared_files
-from vmodel.patience import patience
 from vmodel.qemu import device_args
 
 pytestmark = pytest.mark.guest
@@ -241,18 +240,11 @@ def test_a_guest_that_is_killed(run: Runs, kind: str) -> None:
     with run(one_iommu(kind, EDU0), STABLE, first, MODULES[kind] + VFIO) as (machine, guest):
         guest.expect(rb"x")
         guest.kill()
-        wait_until(lambda: not any(len(device.memory) for device in machine.devices.values()))
+        until(lambda: not any(len(device.memory) for device in machine.devices.values()), "the client's unmaps")
         assert shared_files().mapped == 0
         with Guest(replace(guest.spec, command=f'./vfio_edu 0000:00:03.0 "{SAID[kind]}"')) as second:
             assert second.wait().status == 0, second.output
-        wait_until(lambda: not shared_files().mapped)
-
-
-def wait_until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + patience(5)
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        until(lambda: not shared_files().mapped, "the end of the shared mappings")
 
 
 # ---- hot-plug, and drivers that come late ---------------------------------------------------------

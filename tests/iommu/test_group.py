@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
-import threading
+import functools
 from collections.abc import Callable
 
 import pytest
 
 from tests.iommu.world import World, group_of, iommu
+from tests.waiting import meanwhile, until
 from vmodel import _shim
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault, IommuError, Reason
@@ -166,32 +167,21 @@ def test_replacing_is_atomic(world: World, pair: tuple[Endpoint, Endpoint], pasi
         group.attach(domains[0])
     else:
         group.attach_pasid(domains[0], pasid)
-    stop, errors, seen = threading.Event(), list[object](), set[bytes]()
+    seen = set[bytes]()
 
     def work(dma: Dma) -> None:
-        line = dma if pasid is None else dma.with_pasid(pasid)
-        try:
-            while not stop.is_set():
-                data = line.read(IOVA, 64)
-                seen.add(data)
-                line.write(IOVA + 64, b"w")
-        except BaseException as error:
-            errors.append(error)
+        seen.add(dma.read(IOVA, 64))
+        dma.write(IOVA + 64, b"w")
 
-    threads = [threading.Thread(target=work, args=(dma,), daemon=True) for dma in world.dmas.values()]
-    for thread in threads:
-        thread.start()
-    for n in range(4000):
-        if pasid is None:
-            group.attach(domains[n & 1])
-        else:
-            group.replace_pasid(domains[n & 1], pasid)
-        if n >= 500 and len(seen) >= 2:
-            break
-    stop.set()
-    for thread in threads:
-        thread.join(10)
-    assert not errors
+    lines = [dma if pasid is None else dma.with_pasid(pasid) for dma in world.dmas.values()]
+    with meanwhile(*(functools.partial(work, line) for line in lines)):
+        for n in range(4000):
+            if pasid is None:
+                group.attach(domains[n & 1])
+            else:
+                group.replace_pasid(domains[n & 1], pasid)
+            if n >= 500 and len(seen) >= 2:
+                break
     assert seen == {b"O" * 64, b"N" * 64}
     assert not world.system.iommus[0].faults.total
 
@@ -442,29 +432,22 @@ def test_removal_under_an_owner(world: World, pair: tuple[Endpoint, Endpoint]) -
 
 def test_removal_while_it_works(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
     """After remove() nothing of the device gets through, though it tries all the time."""
-    stop = threading.Event()
     writes = [0]
     dma = world.dmas["00:03.1"]
 
     def work() -> None:
-        while not stop.is_set():
-            try:
-                dma.write(OLD, b"\xee" * 8)
-                writes[0] += 1
-            except DmaFault as fault:
-                assert fault.reason is Reason.BLOCKED
+        try:
+            dma.write(OLD, b"\xee" * 8)
+            writes[0] += 1
+        except DmaFault as fault:
+            assert fault.reason is Reason.BLOCKED
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while not writes[0]:
-        pass
-    world.system.remove(pair[1])
-    world.ram[OLD : OLD + 8] = bytes(8)
-    for _ in range(1000):
-        assert world.ram[OLD : OLD + 8] == bytes(8)
-    stop.set()
-    thread.join(10)
-    assert not thread.is_alive()
+    with meanwhile(work):
+        until(lambda: writes[0], "a write of the device")
+        world.system.remove(pair[1])
+        world.ram[OLD : OLD + 8] = bytes(8)
+        for _ in range(1000):
+            assert world.ram[OLD : OLD + 8] == bytes(8)
     assert world.ram[OLD : OLD + 8] == bytes(8)
 
 

@@ -95,7 +95,7 @@ def drive(world: World, done: list[int], size: int, on: Callable[[], object], of
             on()
             # Until both have been at it, so that both have the translation.
             while any(now == was for now, was in zip(done, before, strict=True)):
-                assert time.monotonic() < begin + patience(30)
+                assert time.monotonic() < begin + patience(30), "a device does not get through"
                 time.sleep(0)
             off()
             view[:] = zeros

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import threading
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,7 @@ from tests.iommu.vtd_bench import (
     VER,
     Bench,
 )
+from tests.waiting import meanwhile
 from vmodel.devices.vtd.codes import FaultCode
 from vmodel.errors import ConfigError, DmaFault, PeerError, Reason
 from vmodel.iommu.domain import IdentityDomain, TableDomain
@@ -418,32 +419,21 @@ def test_dma_and_commands_at_once(bench: Bench) -> None:
     bench.map(root, 0x5000, DATA)
     bench.on()
     bench.ram[DATA : DATA + 4] = b"data"
-    stop = threading.Event()
-    wrong: list[object] = []
 
     def work(name: str) -> None:
-        while not stop.is_set():
-            try:
-                if bench.read(name, 0x5000) not in (b"data", bytes(4)):  # without translation there are zeros
-                    wrong.append("other bytes")
-            except DmaFault as fault:
-                if fault.reason is not Reason.BLOCKED:
-                    wrong.append(fault)
+        try:
+            assert bench.read(name, 0x5000) in (b"data", bytes(4))  # without translation there are zeros
+        except DmaFault as fault:
+            assert fault.reason is Reason.BLOCKED, fault
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in SID]
-    for thread in threads:
-        thread.start()
-    for n in range(300):
-        invalidate(bench, "registers" if n % 2 else QUEUED, 1 + n % 2, 7)
-        flush(bench, "registers" if n % 2 else QUEUED, 1 + n % 3, 7, 0x5000)
-        if n % 10 == 0:
-            queued = bench.get(GSTS) & QIE
-            bench.put(GCMD, queued)
-            bench.put(GCMD, queued | TE)
-    stop.set()
-    for thread in threads:
-        thread.join(10)
-    assert not wrong and not any(thread.is_alive() for thread in threads)
+    with meanwhile(*(functools.partial(work, name) for name in SID)):
+        for n in range(300):
+            invalidate(bench, "registers" if n % 2 else QUEUED, 1 + n % 2, 7)
+            flush(bench, "registers" if n % 2 else QUEUED, 1 + n % 3, 7, 0x5000)
+            if n % 10 == 0:
+                queued = bench.get(GSTS) & QIE
+                bench.put(GCMD, queued)
+                bench.put(GCMD, queued | TE)
     assert bench.read("edu0", 0x5000) == bench.read("edu1", 0x5000) == b"data"
     bench.run()
     assert bench.get(FSTS) & ~0xFF00 in (0, PPF, PPF | PFO)

@@ -6,7 +6,6 @@ import mmap
 import os
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -44,13 +43,13 @@ from tests.iommu.vtd_bench import (
     WIDE,
     ScalableBench,
 )
+from tests.waiting import until
 from vmodel.devices.vtd import pages
 from vmodel.devices.vtd.codes import FaultCode
 from vmodel.devices.vtd.unit import VtdDevice
 from vmodel.errors import DmaFault, Reason
 from vmodel.iommu.fault import PageResponse
 from vmodel.machine import parse
-from vmodel.patience import patience
 from vmodel.pci.extcaps import PriSta
 from vmodel.span import MiB
 from vmodel.vfio_user.client import Client
@@ -96,11 +95,12 @@ class PageBench(ScalableBench):
 
     def until(self, what: Callable[[], object]) -> None:
         """Runs the units' and devices' threads, so to speak, until something is so."""
-        deadline = time.monotonic() + patience(5)
-        while not what():
-            assert time.monotonic() < deadline
+
+        def run() -> bool:
             self.run()
-            time.sleep(0.001)
+            return bool(what())
+
+        until(run, "what the units' and devices' threads are to do")
 
     def request(self, n: int = 0) -> tuple[int, int]:
         """Waits for a request to be in the queue; its words."""
@@ -351,15 +351,15 @@ def test_the_guest_reaches_a_device_that_waits(tmp_path: Path) -> None:
         device.region_write(Region.CONFIG, PRI_CONTROL, b"\1\0")
         for at, value in ((0x80, 0x5000), (0x88, 0x40000), (0x90, 4), (0x98, 1)):
             put(device, at, value)
-        until(lambda: get(unit, PQT))
+        until(lambda: get(unit, PQT), "a page request")
         assert get(device, 0, 4) == 0x010000ED and get(device, 0x98) & 1
-        until(lambda: device.serve(0.01) or messages.view[0] == 0x77)  # sent by the device that waits
+        until(lambda: device.serve(0.01) or messages.view[0] == 0x77, "the message, from the device that waits")
         bench.map_first(root, 0x5000, DATA)
         ram[TABLES : TABLES + MiB] = bench.ram[TABLES : TABLES + MiB]
         words = struct.unpack_from("<2Q", ram, REQUESTS)
         struct.pack_into("<2Q", ram, QUEUE, 9 | words[0] & 0xFFFF_0000, words[1] & 0xFFC)
         put(unit, IQT, 32)
-        until(lambda: not get(device, 0x98) & 1)
+        until(lambda: not get(device, 0x98) & 1, "the end of the transfer")
         assert machine.devices["edu0"].errors == machine.devices["vtd0"].errors == 0
         assert machine.devices["edu0"].dma.stats.read_bytes == 4
         ram.close()
@@ -367,10 +367,3 @@ def test_the_guest_reaches_a_device_that_waits(tmp_path: Path) -> None:
         os.close(fd)
     machine.close()
     bench.close()
-
-
-def until(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + patience(5)
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)

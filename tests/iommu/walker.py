@@ -340,7 +340,7 @@ class _Walk:
     def run(self) -> Walked:
         address, level, access = self.table.root, self.table.levels, BOTH
         used: list[tuple[int, int, int, int]] = []  # address, was, becomes, level
-        while True:
+        while True:  # each entry that is no page names a lower level
             slot = (address + 8 * self.index(level)) % (1 << 64)
             word = self.memory.load(self.place(slot, Access.READ))
             if word is None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.nvme.blocks import read, write
 from tests.nvme.driver import PAGE, Driver, name, prps
+from tests.waiting import until
 from vmodel.device import ResetKind
 from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.regs import ControllerRegs
@@ -208,9 +209,13 @@ def test_passes_that_are_complete(started: Callable[..., Driver]) -> None:
     driver.admin.write(NvmeCommand.make(SANITIZE, cdw10=3 | 2 << 4))
     driver.doorbell(0, driver.admin.tail)
     seen = set()
-    while driver.device.sanitize.in_progress or not seen:
+
+    def done() -> bool:
         driver.device.backend.run_due(0)
         seen.add(struct.unpack_from("<H", driver.device.sanitize.log(), 2)[0] >> 3 & 31)
+        return not driver.device.sanitize.in_progress
+
+    until(done, "the end of the sanitize operation", pause=0)
     assert seen == {0, 1, 2}
     driver.admin.reap()
     assert sanitize(driver, 2) == "SUCCESS"

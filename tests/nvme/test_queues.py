@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +11,6 @@ from tests.nvme.driver import CONFIGURATION, PAGE, Driver, Pair, name, prps, rai
 from vmodel.devices.nvme import arbiter
 from vmodel.devices.nvme.command import NvmeCommand
 from vmodel.devices.nvme.regs import ControllerRegs
-from vmodel.patience import patience
 from vmodel.regs import Register
 from vmodel.vfio_user.wire import Irq
 
@@ -199,10 +197,7 @@ def test_coalescing(driver: Driver) -> None:
     assert driver.admin.send(0x09, cdw10=0x08, cdw11=1 << 8 | 200).status == 0
     first.write(NvmeCommand.make(FLUSH, nsid=1))
     first.ring()
-    deadline = time.monotonic() + patience(10)
-    while not raised(fds[1]):
-        driver.run()
-        assert time.monotonic() < deadline
+    driver.until(lambda: raised(fds[1]) > 0)
     for fd in fds:
         os.close(fd)
 

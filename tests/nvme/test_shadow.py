@@ -69,10 +69,7 @@ def test_one_doorbell_for_what_is_there(driver: Driver, before: bool) -> None:
     shadow.put(pair, 5)
     driver.doorbell(1, 1)  # rung for the first of them
     driver.run()
-    found = []
-    while len(found) < 5:
-        found += [completion.cid for completion in pair.reap()]
-    assert found == cids
+    assert [completion.cid for completion in pair.wait(5)] == cids
     driver.until(lambda: shadow.index(pair) == 5)  # the next command needs a doorbell
 
 

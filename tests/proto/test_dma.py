@@ -10,6 +10,7 @@ import pytest
 
 from tests.proto.conftest import Served, enable
 from tests.proto.toy import Toy
+from tests.waiting import until
 from vmodel.errors import DmaFault, Reason
 from vmodel.patience import patience
 from vmodel.vfio_user import wire
@@ -52,8 +53,7 @@ def test_by_message(served: Served, toy: Toy, twin: bool, posted: bool) -> None:
         ram = client.share(0x4000, 0x4000, by_fd=False)
         ram.view[:0x1000] = bytes(range(256)) * 16
         copy(client, 0x4000, 0x5000, 0x1000, posted=posted)
-        while toy.regs.COPY_COUNT == 0:
-            client.info()
+        until(lambda: client.info() and toy.regs.COPY_COUNT, "the copy by the device")
         assert bytes(ram.view[0x1000:0x2000]) == bytes(ram.view[:0x1000])
         assert {command for command, _, _ in client.dma_log} == {Command.DMA_READ, Command.DMA_WRITE}
         assert max(count for _, _, count in client.dma_log) == 1000
@@ -128,8 +128,12 @@ def test_dma_from_another_thread(driver: Client, toy: Toy) -> None:
     seen: list[bytes] = []
     thread = threading.Thread(target=lambda: seen.append(toy.dma.read(0, 4)))
     thread.start()
-    while thread.is_alive():
+
+    def ended() -> bool:
         driver.serve(0.05)
+        return not thread.is_alive()
+
+    until(ended, "the end of the thread that reads by DMA")
     assert seen == [b"abcd"]
 
 

@@ -55,11 +55,12 @@ def converse(client: Client, pieces: Sequence[bytes], fds: Sequence[int]) -> int
         client.main.sock.shutdown(socket.SHUT_WR)
     except OSError as error:
         assert not isinstance(error, TimeoutError), "the server has stopped reading"
-    received = 0
+    received, end = 0, time.monotonic() + patience(60)
     with suppress(Closed):
         while True:
             judge(client.main.receive(time.monotonic() + patience(5)))
             received += 1
+            assert time.monotonic() < end, "the server does not stop sending"
     return received
 
 
@@ -167,8 +168,9 @@ def test_each_command_has_one_reply(lasting: Served, data: list[tuple[Request, l
             if not flags:
                 expected.append((n, request.command))
         client.main.send(b"".join(pieces) + client.message(Command.DEVICE_GET_IRQ_INFO, b"", id=0xFFFF))
-        got = []
+        got, end = [], time.monotonic() + patience(60)
         while True:
+            assert time.monotonic() < end, "the server does not stop sending"
             message = client.main.receive(time.monotonic() + patience(5))
             judge(message)
             if message.id == 0xFFFF and message.command == Command.DEVICE_GET_IRQ_INFO:

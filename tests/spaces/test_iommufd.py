@@ -12,6 +12,7 @@ import pytest
 
 from tests.iommu.tables import TO_PAGE, TO_TABLE, index
 from tests.spaces.world import RW, Device, World, refused
+from tests.waiting import until
 from vmodel.errors import Access, DmaFault
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import AllocFlags, DomainType, Mapping
@@ -858,8 +859,7 @@ def test_a_request_that_nobody_has_read(world: World, context: Context, ioas: Io
     found = list[PageResponse]()
     thread = threading.Thread(target=lambda: found.append(fault.handle(request)))
     thread.start()
-    while not fault._waiting:
-        time.sleep(0.001)
+    until(lambda: fault._waiting, "the request")
     with refused(errno.EINVAL):
         fault.respond(request, PageResponse.SUCCESS)
     assert fault.read() == [request]
@@ -881,8 +881,7 @@ def test_equal_requests_are_told_apart(context: Context) -> None:
     for thread in threads:
         thread.start()
     read: list[PageRequest] = []
-    while len(read) < 2:
-        read += fault.read(1)
+    until(lambda: read.extend(fault.read(0.1)) or len(read) == 2, "both requests")
     fault.respond(requests[1], PageResponse.SUCCESS)
     fault.respond(requests[0], PageResponse.INVALID)
     for thread in threads:
@@ -896,8 +895,7 @@ def test_who_waits_when_the_hwpt_goes(world: World, context: Context, ioas: Ioas
     begin, got = time.monotonic(), list[int | None]()
     thread = threading.Thread(target=lambda: got.append(device.reads(IOVA)))
     thread.start()
-    while not (requests := fault.read(0.01)):
-        assert thread.is_alive()
+    requests = until(lambda: fault.read(0.01), "the page request")
     if how == "detach":
         bound.detach()
     else:
@@ -914,8 +912,7 @@ def test_who_waits_with_another_pasid_goes_on_waiting(world: World, context: Con
     got = list[int | None]()
     thread = threading.Thread(target=lambda: got.append(device.reads(IOVA, 3)))
     thread.start()
-    while not (requests := fault.read(0.01)):
-        assert thread.is_alive()
+    requests = until(lambda: fault.read(0.01), "the page request")
     bound.detach()
     ioas.map(PAGE, PAGE, iova=IOVA)
     fault.respond(requests[0], PageResponse.SUCCESS)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
 from vmodel import _shim
 from vmodel.memory import GuestMemory
 
@@ -371,8 +372,7 @@ def test_end_of_stream(rig: Rig) -> None:
 def test_a_client_that_does_not_listen(rig: Rig) -> None:
     rig.client.shutdown(socket.SHUT_RD)
     rig.send(read(PLAIN))
-    while (reason := rig.enter()) == _shim.EXIT_TIMEOUT:
-        pass
+    reason = until(lambda: (reason := rig.enter()) != _shim.EXIT_TIMEOUT and reason, "the end of the stream")
     assert reason == _shim.EXIT_CLOSED
     assert rig.channel.run.error == errno.EPIPE
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.examples import examples
+from tests.waiting import meanwhile
 from vmodel import _shim
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault, Reason
@@ -323,32 +324,21 @@ def test_windows_and_writes_agree_with_a_dict(
 def test_two_devices_copy_while_a_third_thread_maps(fd: int) -> None:
     memory = GuestMemory(_shim.Files())
     memory.map(0, SIZE, fd=fd)
-    stop = threading.Event()
-    errors: list[BaseException] = []
 
-    def copy() -> None:
-        dma = Dma(memory)
-        dma.bus_master = True
+    def copy(dma: Dma) -> None:
+        dma.write(0x1000, b"x" * 4096)
         try:
-            while not stop.is_set():
-                dma.write(0x1000, b"x" * 4096)
-                try:
-                    dma.read(1 << 32, 0x20000)
-                except DmaFault as seen:
-                    assert seen.reason is Reason.NO_WINDOW
-        except BaseException as error:
-            errors.append(error)
+            dma.read(1 << 32, 0x20000)
+        except DmaFault as seen:
+            assert seen.reason is Reason.NO_WINDOW
 
-    threads = [threading.Thread(target=copy) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for _ in range(500):
-        memory.map(1 << 32, 0x20000, fd=fd)
-        memory.unmap(1 << 32, 0x20000)
-    stop.set()
-    for thread in threads:
-        thread.join(10)
-    assert errors == []
+    devices = [Dma(memory) for _ in range(2)]
+    for dma in devices:
+        dma.bus_master = True
+    with meanwhile(*(functools.partial(copy, dma) for dma in devices)):
+        for _ in range(500):
+            memory.map(1 << 32, 0x20000, fd=fd)
+            memory.unmap(1 << 32, 0x20000)
     assert memory.shim.files.mapped == 1
 
 

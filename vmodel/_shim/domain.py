@@ -106,7 +106,7 @@ class Domain:
         """All mappings, ascending."""
         room, iova = 256, 0
         out = ffi.new("vms_mapping[]", room)
-        while True:
+        while True:  # each page begins behind the last one's addresses, and those end
             n = lib.vms_domain_list(self.handle, iova, out, room)
             page = [_mapped(m) for m in out[0:n]]
             yield from page

@@ -50,7 +50,7 @@ class Memory:
         room = 256
         out = ffi.new("vms_window[]", room)
         gpa = 0
-        while True:
+        while True:  # each page begins behind the last one's addresses, and those end
             n = lib.vms_memory_list(self.handle, gpa, out, room)
             found += [(w.start, w.last, w.offset, w.prot, bool(w.has_file)) for w in out[0:n]]
             if n < room or found[-1][1] == 2**64 - 1:

@@ -178,7 +178,7 @@ def main(rig: str, descriptor: int) -> None:
     try:
         made = load_rig(rig)
         with made() as lab:
-            while True:
+            while True:  # until _read() ends the process
                 task = tasks.get()
                 result = perform(lab, Case.model_validate(task["case"]), Path(task["folder"]))
                 _send(pair, {"result": result.model_dump(mode="json")})

@@ -44,7 +44,7 @@ def show_iommus(
     with loaded(path) as machine:
         socket = control.socket_of(run_dir or default_run_dir(machine.name), machine.name)
     if as_json:
-        while True:
+        while True:  # with --watch until Ctrl-C, or the server has ended: ask() then fails
             print(json.dumps(control.ask(socket, "iommu")), flush=True)
             if not watch:
                 return
@@ -58,7 +58,7 @@ def show_iommus(
         return
     try:
         with Live(_table(control.ask(socket, "iommu")), console=out, auto_refresh=False) as live:
-            while True:
+            while True:  # as above
                 time.sleep(1)
                 live.update(_table(control.ask(socket, "iommu")), refresh=True)
     finally:

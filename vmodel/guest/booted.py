@@ -218,10 +218,10 @@ class BootedGuest(Starting):
             with self._changed:
                 if what():
                     return
+                if alive and time.monotonic() >= deadline:  # however much the guest asks
+                    raise GuestTimeout(f"{name}: did not end in {spoken(timeout)}")
                 asked, self._asked = self._asked, []
                 if not asked and alive:
-                    if time.monotonic() >= deadline:
-                        raise GuestTimeout(f"{name}: did not end in {spoken(timeout)}")
                     self._changed.wait(min(0.2, max(deadline - time.monotonic(), 0)))
                     if what():
                         return

@@ -26,6 +26,8 @@ _ENABLE = 1 | 6 << 16 | 4 << 20
 _READY = 1
 _ADMIN_ENTRIES = 32
 _PHASE_BYTE = 14
+#: Of 4 bytes at least, in the 192 bytes of config space behind the header.
+_MOST_CAPABILITIES = 48
 
 READ, WRITE, FLUSH = 0x02, 0x01, 0x00
 
@@ -102,9 +104,13 @@ class NvmeDriver(Closing):
     def _vectors(self) -> list[EventFd]:
         """Enables MSI-X, with an eventfd for each of its first two vectors."""
         config = self.client.region_read(Region.CONFIG, 0, 256)
-        at = config[0x34]
-        while at and config[at] != 0x11:
-            at = config[at + 1]
+        at = config[0x34] & ~3
+        for _ in range(_MOST_CAPABILITIES + 1):
+            if not at or config[at] == 0x11:
+                break
+            at = config[at + 1] & ~3
+        else:
+            raise OSError("the controller's list of capabilities is a loop")
         if not at:
             raise OSError("the controller has no MSI-X")
         events = self.client.eventfds(Irq.MSIX, 2)
@@ -147,7 +153,10 @@ class NvmeDriver(Closing):
         self._write32(_DOORBELLS + 8 * pair.qid, pair.tail)
         deadline = time.monotonic() + self.client.timeout
         while not self.completed(pair, 1):
-            self.wait(pair, max(deadline - time.monotonic(), 0))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("only interrupts without a completion")
+            self.wait(pair, left)
         at = pair.cq + pair.head * COMPLETION_SIZE
         completion = Completion.parse(bytes(self.ram.view[at : at + COMPLETION_SIZE]))
         self.advance(pair, 1)
@@ -250,6 +259,8 @@ class CommandStream:
             self._driver.wait(pair, patience)
             free = self._driver.completed(pair, outstanding)
             now = clock()
+            if not free and now - begun[0][1] > patience * 1e9:
+                raise TimeoutError("only interrupts without a completion")
             self._check(free)
             self._driver.advance(pair, free)
             outstanding -= free

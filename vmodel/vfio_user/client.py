@@ -33,6 +33,7 @@ from construct import ConstructError
 from vmodel.closing import Closing
 from vmodel.span import PAGE, Span
 from vmodel.vfio_user import wire
+from vmodel.vfio_user.migration import MAX_STATE
 from vmodel.vfio_user.stream import Closed, Message, Stream
 from vmodel.vfio_user.wire import (
     Command,
@@ -255,6 +256,8 @@ class Client(Closing):
                     self._arrived.notify_all()
                 if not is_command:
                     self._replies.setdefault(message.id, deque()).append(message)
+                elif time.monotonic() >= deadline:  # however many commands follow
+                    raise TimeoutError("only commands from the server")
             return found
 
     @staticmethod
@@ -350,7 +353,7 @@ class Client(Closing):
         """DEVICE_GET_REGION_INFO; sent again with a larger argsz if the capabilities need more room."""
         head = wire.RegionInfoHead.sizeof()
         argsz = head
-        while True:
+        while True:  # at most twice
             request = {"argsz": argsz, "flags": 0, "index": index, "cap_offset": 0, "size": 0, "offset": 0}
             reply = self.request(Command.DEVICE_GET_REGION_INFO, wire.RegionInfoHead.build(request))
             info = _parse(wire.RegionInfoHead, reply.payload)
@@ -493,14 +496,15 @@ class Client(Closing):
         return int(_parse(wire.MigState, data).device_state)
 
     def migration_read(self, size: int = 65536) -> bytes:
-        """Reads the whole saved state by MIG_DATA_READs of `size` bytes."""
+        """Reads the whole saved state by MIG_DATA_READs of `size` bytes.  OSError(EFBIG): it does not end."""
         parts = []
-        while True:
+        for _ in range(MAX_STATE // size + 1):
             request = wire.MigData.build({"argsz": 8 + size, "size": size, "data": b""})
             data = _parse(wire.MigData, self.request(Command.MIG_DATA_READ, request).payload).data
             parts.append(data)
             if len(data) < size:
                 return b"".join(parts)
+        raise OSError(errno.EFBIG, f"a state of more than {MAX_STATE} bytes")
 
     def migration_write(self, data: bytes, size: int = 65536) -> None:
         """Writes a state to resume from by MIG_DATA_WRITEs of `size` bytes."""

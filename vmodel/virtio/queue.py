@@ -201,7 +201,7 @@ class Virtqueue:
         # Descriptors of a chain are mostly adjacent: a few are read at once.
         first = count = length = total = 0
         data = b""
-        while True:
+        while True:  # at most `size` descriptors, and one indirect table
             if not first <= index < first + count:
                 if index >= entries:
                     raise QueueError(f"queue {self.index}: descriptor {index} of {entries}")

@@ -88,7 +88,7 @@ class _Course:
         """Runs further steps until one has to wait, or the command is complete; `error`: failure of the last job."""
         self._job = None
         try:
-            while True:
+            while True:  # a command has as many steps as its blocks, ranges or regions need
                 namespace, job = self._steps.throw(error) if error is not None else next(self._steps)
                 number = namespace.backend.submit(job, self._done)
                 if number is not None:

@@ -69,6 +69,7 @@ def _prp_list(dma: Dma, at: int, left: int, page: int) -> Iterator[int]:
     if at & 7:
         raise CommandError(NvmeStatus.PRP_OFFSET_INVALID, location=32)
     wanted = -(-left // page)
+    # A list that another one points to begins a page and has room for many entries: each turn but the first has data.
     while wanted:
         room = (page - at % page) // 8
         count = min(room, wanted)
