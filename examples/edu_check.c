@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT
- * Runs inside the guest and puts the edu device through its paces: id, liveness, a factorial with an interrupt,
- * and 4 KiB by DMA to the device and back.  Uses nothing but what a stock kernel offers to user space:
- * uio_pci_generic for the interrupt, sysfs for the BAR and config space, pagemap for physical addresses.
+ * Runs in the guest and tests the edu device: its id, liveness, a factorial with an interrupt, and 4 KiB by DMA to the
+ * device and back.  It uses only interfaces of a stock kernel: uio_pci_generic for the interrupt, sysfs for the BAR and
+ * config space, pagemap for physical addresses.
  *
- *   edu_check [PCI-ADDRESS[+OFFSET] ...]      default 0000:00:03.0; exit status 0: all is well
+ *   edu_check [PCI-ADDRESS[+OFFSET] ...]      default 0000:00:03.0; exit status 0: success
  *
- * OFFSET: the device is behind an IOMMU whose domain maps physical memory that far up, and nothing at its own address.
- * Then DMA goes by physical address + OFFSET, and one access to the bare address must not get through.
+ * OFFSET: the device is behind an IOMMU whose domain maps physical memory at IOVA = address + OFFSET, and nothing else.
+ * DMA uses these IOVAs, and an access to the physical address itself must be refused.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -23,7 +23,7 @@
 
 #define PAGE 4096u
 #define BUFFER 0x40000u
-#define DMA_LIMIT (1ull << 28) /* edu has 28 address lines, if its parameters do not say otherwise */
+#define DMA_LIMIT (1ull << 28) /* edu has 28 address lines by default */
 
 enum { ID = 0x00, LIVENESS = 0x04, FACTORIAL = 0x08, STATUS = 0x20, IRQ_STATUS = 0x24, IRQ_ACK = 0x64,
        DMA_SRC = 0x80, DMA_DST = 0x88, DMA_COUNT = 0x90, DMA_CMD = 0x98 };
@@ -158,7 +158,7 @@ static void transfer(uint64_t from, uint64_t to, unsigned command)
         fail("DMA still runs after its interrupt");
 }
 
-/* The device would overwrite the page, if it could reach it. */
+/* The device must not be able to write to the page at this address. */
 static void refused(uint8_t *page, uint64_t address)
 {
     memset(page, 0x5a, PAGE);
@@ -168,12 +168,12 @@ static void refused(uint8_t *page, uint64_t address)
     put64(DMA_CMD, 1 | 2 | 4);
     for (int i = 0; get(DMA_CMD) & 1; i++) {
         if (i == 1000)
-            fail("refused DMA: it runs for ever");
+            fail("refused DMA: it does not end");
         usleep(10000);
     }
     struct pollfd p = { .fd = uio, .events = POLLIN };
     if (get(IRQ_STATUS) || poll(&p, 1, 0))
-        fail("refused DMA: an interrupt says that it is done");
+        fail("refused DMA: it has raised an interrupt");
     for (unsigned i = 0; i < PAGE; i++)
         if (page[i] != 0x5a)
             fail("refused DMA: it has written to the page");
@@ -223,7 +223,7 @@ static void check(const char *where)
     transfer(source + offset, BUFFER, 0);
     transfer(BUFFER, target + offset, 2);
     if (memcmp(in, out, PAGE))
-        fail("DMA: what came back is not what was sent");
+        fail("DMA: the data that was read back differs from the data that was written");
     printf("DMA           4096 bytes to the device and back, equal");
     if (offset)
         printf(": iova %#llx leads to page %#llx", (unsigned long long)(target + offset), (unsigned long long)target);

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT
- * Runs inside the guest and puts an NVMe namespace through its paces, by the kernel's own driver and past its page cache:
- * 32 MiB written, flushed and read back, equal; then as many 4 KiB reads and writes a second as go, one at a time and from
- * 8 threads.  What the namespace held is lost.
+ * Runs in the guest and tests an NVMe namespace, by the kernel's own driver and without its page cache: writes 32 MiB,
+ * flushes, reads them back and compares; then measures 4 KiB reads and writes per second, one at a time and with 8
+ * threads.  It overwrites the namespace.
  *
- *   nvme_check PCI-ADDRESS [NSID]      exit status 0: all is well
+ *   nvme_check PCI-ADDRESS [NSID]      exit status 0: success
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -46,7 +46,7 @@ static double now(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* xorshift64: reproducible, and no block is like another. */
+/* xorshift64: reproducible, and all blocks differ. */
 static uint64_t next(uint64_t *state)
 {
     *state ^= *state << 13;
@@ -64,7 +64,7 @@ static void read_word(const char *path, char *word, size_t size)
     fclose(file);
 }
 
-/* The block device of a namespace: names such as nvme0n1 come as drivers probe, so it is looked up by address and id. */
+/* The block device of a namespace, by address and id: names such as nvme0n1 depend on the order of probing. */
 static int find(const char *address, const char *nsid)
 {
     char pattern[128], word[32];
@@ -126,7 +126,7 @@ static void round_trip(void)
         reading += now() - start;
         fill(wanted, at);
         if (memcmp(wanted, got, LARGE))
-            fail("what was written at %lld has not come back", (long long)at);
+            fail("the data read at %lld differs from the data written", (long long)at);
     }
     printf("round trip    32 MiB written with %.0f MB/s and flushed, read with %.0f MB/s, equal\n", AREA / writing / 1e6,
            AREA / reading / 1e6);
@@ -173,8 +173,8 @@ int main(int argc, char **argv)
     setvbuf(stdout, NULL, _IOLBF, 0);
     for (int tries = 0; !find(address, nsid); tries++) {
         if (tries == 100)
-            fail("%s has no namespace %s that the nvme driver shows", address, nsid);
-        usleep(100000); /* the driver looks for namespaces after it has loaded */
+            fail("the nvme driver has no namespace %s of %s", nsid, address);
+        usleep(100000); /* the driver scans for namespaces after it has loaded */
     }
     snprintf(path, sizeof path, "/dev/%s", name);
     fd = open(path, O_RDWR | O_DIRECT | O_EXCL);

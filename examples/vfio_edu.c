@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: MIT
- * Runs inside the guest: drives edu from user space through VFIO and the guest's own IOMMU driver.  Needs the modules
- * vfio_iommu_type1 and vfio-pci (but for "raw").
+ * Runs in the guest: drives edu from user space through VFIO and the guest's own IOMMU driver.  All modes except "raw"
+ * need the modules vfio_iommu_type1 and vfio-pci.
  *
- *   vfio_edu [PCI-ADDRESS [TEXT [MODE]]]   TEXT is what the log line of a fault begins with, default "DMAR: [DMA"
+ *   vfio_edu [PCI-ADDRESS [TEXT [MODE]]]   TEXT: the start of a fault's line in the kernel's log, default "DMAR: [DMA"
  *
- *   basic  (default) A buffer is mapped at an IOVA that is not its physical address; DMA goes there and back; an access
- *          beside the mapping, and one after it is gone, must not get through and must be in the kernel's log.
- *   more   MSI, DMA over borders of scattered pages, a mapping for reading only, faults, unmap while DMA runs.
- *   die    A process that does DMA all the time is killed: none reaches its memory afterwards.
- *   loop   Does DMA until it is killed; prints an x once it arrives.
- *   many   Maps 10,000 windows of one page each, waits for a line on stdin, unmaps them, waits for another.
- *   raw    No VFIO: DMA by physical address, on a device without a driver.
+ *   basic  (default) Maps a buffer at an IOVA that is not its physical address; DMA to the device and back succeeds;
+ *          accesses outside the mapping, and after unmap, must be refused and be in the kernel's log.
+ *   more   MSI, DMA across borders of scattered pages, a read-only mapping, faults, unmap while DMA runs.
+ *   die    Kills a process that does DMA all the time: no DMA must reach its memory afterwards.
+ *   loop   Does DMA until it is killed; prints an x when the first data has arrived.
+ *   many   Maps 10,000 windows of one page each, waits for a line on stdin, unmaps them, waits for another line.
+ *   raw    Without VFIO: DMA by physical address, on a device without a driver.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -80,7 +80,7 @@ static void put64(unsigned at, uint64_t value)
     *(volatile uint64_t *)(bar + at) = value;
 }
 
-/* Whether the transfer went through. */
+/* Starts a transfer; returns whether it succeeded. */
 static int transfer(uint64_t from, uint64_t to, unsigned command)
 {
     *(volatile uint32_t *)(bar + IRQ_ACK) = DONE;
@@ -99,20 +99,20 @@ static void fill(uint8_t *page, unsigned seed)
         page[i] = (uint8_t)(i * 7 + seed + i / 256);
 }
 
-/* Memory to the device, and back to the page after it. */
+/* Copies a page to the device, and back to the next page. */
 static void round_trip(uint8_t *memory, unsigned seed)
 {
     fill(memory, seed);
     memset(memory + PAGE, 0, PAGE);
     errno = 0;
     if (!transfer(IOVA, BUFFER, 0) || !transfer(BUFFER, IOVA + PAGE, TO_RAM))
-        fail("round trip %u did not get through", seed);
+        fail("round trip %u was refused", seed);
     if (memcmp(memory, memory + PAGE, PAGE))
-        fail("round trip %u: what came back differs", seed);
+        fail("round trip %u: the data differs", seed);
     printf("round trip %u equal\n", seed);
 }
 
-/* How often the kernel has reported a fault; the last such line goes to `line`. */
+/* Returns the number of faults in the kernel's log; `line` gets the last one. */
 static int faults(char *line, size_t room)
 {
     static char log[1 << 20];
@@ -125,7 +125,7 @@ static int faults(char *line, size_t room)
     return count;
 }
 
-/* At most three in 5 seconds: Linux's driver reports no more. */
+/* The transfer must be refused, and reported by the kernel.  At most three calls in 5 s: Linux limits its reports. */
 static void refused(const char *what, uint64_t from, uint64_t to, unsigned command)
 {
     char line[256];
@@ -133,7 +133,7 @@ static void refused(const char *what, uint64_t from, uint64_t to, unsigned comma
 
     errno = 0;
     if (transfer(from, to, command))
-        fail("%s got through", what);
+        fail("%s was not refused", what);
     for (int i = 0; i < 500 && after == before; i++) {
         usleep(10000);
         after = faults(line, sizeof line);
@@ -212,7 +212,7 @@ static void map_bar(int file, off_t offset, size_t size)
 
 static void bind_driver(void)
 {
-    /* Without interrupt remapping VFIO requires this statement that the guest trusts the device. */
+    /* VFIO requires this declaration of trust in the device if there is no interrupt remapping. */
     write_file("Y", "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts");
     write_file("vfio-pci", "/sys/bus/pci/devices/%s/driver_override", device);
     write_file(device, "/sys/bus/pci/drivers_probe");
@@ -266,7 +266,7 @@ static void basic(void)
 
 /* ---- more ------------------------------------------------------------------------------------------------------- */
 
-static void comes(int event, const char *what, uint32_t status)
+static void expect_msi(int event, const char *what, uint32_t status)
 {
     uint64_t count;
     struct pollfd p = { .fd = event, .events = POLLIN };
@@ -293,11 +293,11 @@ static void msi(void)
         fail("VFIO_DEVICE_SET_IRQS");
     for (uint32_t n = 1; n <= 3; n++) {
         *(volatile uint32_t *)(bar + IRQ_RAISE) = n << 16;
-        comes(event, "raised", n << 16);
+        expect_msi(event, "raised", n << 16);
     }
     if (!transfer(IOVA, BUFFER, 0))
         fail("DMA with MSI");
-    comes(event, "DMA", DONE);
+    expect_msi(event, "DMA", DONE);
     struct vfio_irq_set off = { .argsz = sizeof off, .flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER,
                                 .index = VFIO_PCI_MSI_IRQ_INDEX };
     if (ioctl(fd, VFIO_DEVICE_SET_IRQS, &off) < 0)
@@ -305,7 +305,7 @@ static void msi(void)
     printf("MSI by eventfd: 4 of 4\n");
 }
 
-/* Neighbours for the program and the device, but not in physical memory. */
+/* Pages that are contiguous for the program and the device, but not in physical memory. */
 static uint8_t *scattered(unsigned pages)
 {
     uint8_t *pool = anonymous(4 * pages, MAP_PRIVATE), *row = anonymous(pages, MAP_PRIVATE);
@@ -313,7 +313,7 @@ static uint8_t *scattered(unsigned pages)
     for (unsigned i = 0, next = 4 * pages; i < pages; i++) {
         do {
             if (!next--)
-                fail("nearly all pages are neighbours");
+                fail("nearly all pages are contiguous");
         } while (i && physical(pool + (size_t)next * PAGE) == physical(row + (size_t)(i - 1) * PAGE) + PAGE);
         if (mremap(pool + (size_t)next * PAGE, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, row + (size_t)i * PAGE) ==
             MAP_FAILED)
@@ -335,9 +335,9 @@ static void over_borders(void)
         fill(memory + from, n);
         fill(expected, n);
         if (!transfer(2 * IOVA + from, BUFFER, 0) || !transfer(BUFFER, 2 * IOVA + to, TO_RAM))
-            fail("from %#x to %#x did not get through", from, to);
+            fail("from %#x to %#x was refused", from, to);
         if (memcmp(memory + to, expected, PAGE))
-            fail("from %#x to %#x: what came differs", from, to);
+            fail("from %#x to %#x: the data differs", from, to);
         for (unsigned i = 0; i < 16 * PAGE; i++)
             if (memory[i] != 0xee && i - from >= PAGE && i - to >= PAGE)
                 fail("from %#x to %#x: byte %#x has changed", from, to, i);
@@ -356,7 +356,7 @@ static void all_are(const uint8_t *memory, uint8_t value, const char *what)
 static volatile int stop;
 static volatile unsigned long started;
 
-/* Many writes wait in the socket: nobody waits for the DMA that they ask for. */
+/* Starts DMAs without waiting for their end, so that many writes are queued in the socket. */
 static void *run(void *nothing)
 {
     put64(DMA_SRC, BUFFER);
@@ -380,12 +380,12 @@ static void start(uint8_t *memory, pthread_t *thread)
         fail("a thread");
 }
 
-/* Else nothing would be tested. */
+/* Waits for DMA of the thread to both pages: otherwise the test would test nothing. */
 static void both_arrive(volatile uint8_t *memory)
 {
     for (int i = 0; memory[0] != 0x11 || memory[PAGE] != 0x11; i++) {
         if (i == 5000)
-            fail("no DMA of the thread's arrives");
+            fail("no DMA of the thread arrives");
         usleep(1000);
     }
 }
@@ -401,10 +401,10 @@ static void unmap_while_it_runs(uint8_t *memory)
         unmap(IOVA, 2 * PAGE);
         unsigned long before = started;
         memset(memory, 0x77, 2 * PAGE);
-        /* Until the thread has begun some that can only have come after the unmap. */
+        /* Waits until the thread has started DMAs after the unmap. */
         for (int i = 0; started < before + 3; i++) {
             if (i == 5000)
-                fail("the thread sleeps");
+                fail("the thread starts no DMA");
             usleep(1000);
         }
         all_are(memory, 0x77, "DMA after unmap");
@@ -538,11 +538,11 @@ static void many(void)
             fail("DMA by window %u", n);
     }
     if (transfer(window(3) + PAGE, BUFFER, 0))
-        fail("between two windows, DMA got through");
+        fail("DMA between two windows was not refused");
     for (unsigned n = 0; n < MANY; n++)
         unmap(window(n), PAGE);
     if (transfer(window(5), BUFFER, 0))
-        fail("by a window that is gone, DMA got through");
+        fail("DMA to an unmapped window was not refused");
     pause_here("unmapped");
 }
 
@@ -566,9 +566,9 @@ static void raw(void)
     map_bar(sysfs("resource0"), 0, 1 << 20);
     fill(memory, 5);
     if (!transfer(physical(memory), BUFFER, 0) || !transfer(BUFFER, physical(memory + PAGE), TO_RAM))
-        fail("raw DMA did not get through");
+        fail("raw DMA was refused");
     if (memcmp(memory, memory + PAGE, PAGE))
-        fail("raw DMA: what came back differs");
+        fail("raw DMA: the data differs");
     printf("raw DMA equal\n");
 }
 

@@ -1,6 +1,6 @@
-# Writes what nobody has written before to a disk, past the page cache, and reads it back.
+# Writes random data to a disk, without the page cache, reads it back and compares.
 #
-#   sh disk.sh [BLOCKS]        of 16 KiB; exit status 65: no error was reported, and data is wrong
+#   sh disk.sh [BLOCKS]        blocks of 16 KiB; exit status 65: no error was reported, but data is wrong
 disk=/dev/nvme0n1
 count=${1:-8}
 
@@ -8,7 +8,7 @@ copy() {
     dd bs=16k count=$count "$@" 2>said && return
     status=$?
     cat said
-    # dd itself was damaged: by what was written to memory that is not the disk's any more.
+    # dd itself was damaged, by a write to memory that no longer belongs to the disk.
     [ $status -ge 128 ] && { echo "dd was killed by signal $((status - 128))"; exit 65; }
     exit 1
 }

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
- * Runs inside the guest: a PCI-IDIO-16 whose outputs are wired to its inputs (wired.py), by the kernel's GPIO interface.
- * Sets all outputs to some patterns; each time waits for an edge, and compares the inputs.
+ * Runs in the guest: tests a PCI-IDIO-16 whose outputs are wired to its inputs (wired.py), by the kernel's GPIO API.
+ * For each of some patterns it sets all outputs, waits for an edge, and compares the inputs.
  *
- *   gpio_check      exit status 65: no error was reported, and inputs are wrong; 1: an error, or no edge in 2 s */
+ *   gpio_check      exit status 65: no error was reported, but inputs are wrong; 1: an error, or no edge in 2 s */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/gpio.h>

@@ -7,7 +7,7 @@ from vmodel.devices.idio16 import Idio16
 
 
 class Wired(Idio16):
-    """What the driver sets it reads back, and each change is an interrupt."""
+    """The driver reads its outputs back as inputs, and each change raises an interrupt."""
 
     def on_reset(self, kind: ResetKind) -> None:
         super().on_reset(kind)

@@ -10,7 +10,7 @@ LARGEST = 1 << 20
 
 
 class Status(Layout):
-    """What became of the last command."""
+    """The result of the last command."""
 
     DONE = Bit(0)
     ERROR = Bit(1, doc="memory could not be read, or LENGTH was wrong")

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Drives the card in a guest that has nothing but busybox.  The kernel is told to leave memory from 256 MiB on alone
-# (mem=256M), so that is where the card's input goes.
-# Exit status 1: the card reported an error.  2: it did not answer.  65: no error, and the result is wrong.
+# Drives the card in a guest that has only busybox.  The kernel does not use memory from 256 MiB on (mem=256M), so the
+# card's input is there.
+# Exit status 1: the card reported an error.  2: it did not answer.  65: no error was reported, but the result is wrong.
 card=/sys/bus/pci/devices/0000:00:03.0
 input=0x10000000
 echo 1 > $card/enable

@@ -12,7 +12,7 @@ def card(fake_driver):
 
 
 def crc(card, data):
-    """As a driver does it: the result, or None if the card reports an error."""
+    """Drives the card; returns the CRC, or None if the card reports an error."""
     card.write(CrcRegs.STATUS, Status.DONE.mask | Status.ERROR.mask)
     card.write(CrcRegs.SOURCE, card.memory.alloc(data))
     card.write(CrcRegs.LENGTH, len(data))
@@ -51,7 +51,7 @@ def test_a_flipped_bit(card, inject):
 
 
 def test_the_model_alone(fake_memory):
-    """No driver, no socket: a method of the model's."""
+    """Calls a method of the model, without a driver and without a socket."""
     card = Crc("crc0")
     fake_memory.attach(card)
     card.regs.SOURCE = fake_memory.alloc(b"abc")
