@@ -165,7 +165,7 @@ def test_standard_input(tmp_path: Path) -> None:
         ([], "echo c >/proc/sysrq-trigger", r"^vmodel: Kernel panic - not syncing: sysrq triggered crash"),
         (["--timeout", "10"], "sleep 100", r"^vmodel: the guest did not end in 10 s"),
         (["--module", "nosuch"], "true", r"^vmodel: kernel \S+ has no module 'nosuch'$"),
-        ([], "poweroff -f; sleep 100", r"^vmodel: the guest powered off before the command ended"),
+        ([], "poweroff -f; sleep 100", r"^vmodel: the guest powered off or rebooted before the command ended"),
     ],
 )
 def test_what_goes_wrong_in_a_guest(arguments: list[str], script: str, said: str, tmp_path: Path) -> None:

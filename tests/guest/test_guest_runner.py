@@ -153,7 +153,7 @@ def test_talking_reboot_and_qmp() -> None:
 
 
 def test_reboot_is_an_end_unless_allowed() -> None:
-    with pytest.raises(GuestOff, match="off before the command had ended"):
+    with pytest.raises(GuestOff, match="powered off or rebooted before the command ended"):
         run_guest(GuestSpec(command="reboot -f; sleep 100"))
 
 

@@ -218,7 +218,7 @@ class BootedGuest(Starting):
             with self._changed:
                 if what():
                     return
-                if alive and time.monotonic() >= deadline:  # however much the guest asks
+                if alive and time.monotonic() >= deadline:  # also while the guest keeps sending requests
                     raise GuestTimeout(f"{name}: did not end in {spoken(timeout)}")
                 asked, self._asked = self._asked, []
                 if not asked and alive:

@@ -21,7 +21,7 @@ _TIMEOUT = 20.0
 
 
 class MonitorError(Exception):
-    """QEMU refused a command, did not answer, or is gone."""
+    """QEMU refused a command, did not answer, or has ended."""
 
 
 class Monitor(Closing):

@@ -346,7 +346,7 @@ class Guest(Starting):
             how = f"by signal {-code}" if code < 0 else f"with status {code}"
             raise QemuDied(f"QEMU ended {how} before the command: {messages or 'without a message'}{self._tail()}")
         why = f": {messages}" if messages else ""
-        raise GuestOff(f"the guest powered off before the command ended{why}{self._tail()}")
+        raise GuestOff(f"the guest powered off or rebooted before the command ended{why}{self._tail()}")
 
     def _verdict(self) -> re.Match[bytes] | None:
         with self._changed:

@@ -26,7 +26,7 @@ _ENABLE = 1 | 6 << 16 | 4 << 20
 _READY = 1
 _ADMIN_ENTRIES = 32
 _PHASE_BYTE = 14
-#: Of 4 bytes at least, in the 192 bytes of config space behind the header.
+#: The most capabilities, of at least 4 bytes each, in the 192 bytes of config space behind the header.
 _MOST_CAPABILITIES = 48
 
 READ, WRITE, FLUSH = 0x02, 0x01, 0x00
@@ -155,7 +155,7 @@ class NvmeDriver(Closing):
         while not self.completed(pair, 1):
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError("only interrupts without a completion")
+                raise TimeoutError("interrupts arrive, but no completion")
             self.wait(pair, left)
         at = pair.cq + pair.head * COMPLETION_SIZE
         completion = Completion.parse(bytes(self.ram.view[at : at + COMPLETION_SIZE]))
@@ -260,7 +260,7 @@ class CommandStream:
             free = self._driver.completed(pair, outstanding)
             now = clock()
             if not free and now - begun[0][1] > patience * 1e9:
-                raise TimeoutError("only interrupts without a completion")
+                raise TimeoutError("interrupts arrive, but no completion")
             self._check(free)
             self._driver.advance(pair, free)
             outstanding -= free
