@@ -69,7 +69,7 @@ def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "tests",
     [
-        "tests/unit/test_memory.py tests/unit/test_files.py",
+        "tests/unit/test_memory.py tests/unit/test_files.py tests/processes/test_limits.py",
         "tests/unit/test_channel.py",
         "tests/proto",
         "tests/iommu",

@@ -138,8 +138,18 @@ def test_every_module_has_a_layer() -> None:
     assert top == set(LAYERS)
 
 
+def test_unit_tests_start_no_process() -> None:
+    """Tests that do are in other folders: tests/cli, tests/processes, tests/packages."""
+    starts = {"subprocess", "multiprocessing", "pty", "tests.cli.commands"}
+    units = sorted((TESTS / "unit").glob("*.py"))
+    assert {name_of(path): found for path in units if (found := all_imports(path) & starts)} == {}
+
+
 def test_tests_import_no_tests() -> None:
     """What several files of tests use is in a module that is called by what it holds."""
     files = sorted(TESTS.rglob("*.py"))
-    tests = {name_of(path) for path in files if path.name.startswith("test_")}
-    assert {name_of(path): found for path in files if (found := all_imports(path) & tests)} == {}
+    tests = {name_of(path): path.stem for path in files if path.name.startswith("test_")}
+    named = re.compile(rf"\b(?:{'|'.join(set(tests.values()))})\b")  # few files are worth parsing
+    suspects = [path for path in files if named.search(path.read_text())]
+    assert suspects
+    assert {name_of(path): found for path in suspects if (found := all_imports(path) & set(tests))} == {}

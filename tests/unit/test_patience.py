@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 
@@ -69,8 +67,8 @@ def _fails(*_: object, **__: object) -> object:
     ("need", "module", "name", "said"),
     [
         (needs.pty, os, "openpty", "a pty"),
-        (needs.semaphores, multiprocessing, "get_context", "POSIX semaphores"),
-        (needs.user_namespaces, subprocess, "run", "user namespaces"),
+        (needs.semaphores, needs.multiprocessing, "get_context", "POSIX semaphores"),
+        (needs.user_namespaces, needs.subprocess, "run", "user namespaces"),
         (needs.ipv6, socket, "socket", "IPv6"),
         (needs.fuse, os, "open", "FUSE"),
     ],

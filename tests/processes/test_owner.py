@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from vmodel.patience import patience
+
 #: A model's method that another thread calls without defer(), as a test bench's or an IOMMU's.
 WRONG = """
 import pathlib, sys, tempfile
@@ -39,7 +41,7 @@ def run(**environ: str) -> list[str]:
         env={**{k: v for k, v in os.environ.items() if k != "VMODEL_CHECK_THREADS"}, **environ},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patience(60),
         check=True,
     )
     return done.stdout.splitlines()
@@ -60,6 +62,6 @@ def test_without_the_check_it_costs_nothing() -> None:
     for value, wrapped in (("", "False"), ("1", "True")):
         environ = {**os.environ, "VMODEL_CHECK_THREADS": value}
         done = subprocess.run(
-            [sys.executable, "-P", "-c", code], env=environ, capture_output=True, text=True, timeout=60
+            [sys.executable, "-P", "-c", code], env=environ, capture_output=True, text=True, timeout=patience(60)
         )
         assert done.stdout.strip() == wrapped, done.stderr

@@ -1,80 +1,31 @@
-"""VIOT and DMAR, decoded byte by byte by code of this file's own, and by ACPICA's iasl."""
+"""VIOT and DMAR, decoded byte by byte by code of this file's own."""
 
 from __future__ import annotations
 
 import itertools
 import re
 import struct
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from vmodel.errors import ConfigError
-from vmodel.guest.artifacts import find_iasl
-from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.machine import Machine, load, parse
-from vmodel.patience import patience
-from vmodel.span import Span
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-VIOMMU, VTD = "virtio-iommu", "vt-d"
-VTD_BASE = 0xE000_0000
-#: What SeaBIOS and Linux know of the bridges in `BRIDGED`: the bus behind each requester id.
-SECONDARY = {0x20: 1, 0x100: 2, 0x200: 3, 0x208: 4, 0x28: 5, 0x500: 6, 0x608: 7, 0x30: 8, 0x40: 9}
-BRIDGES = (
-    ("rp0", "root-port", "00:04.0"),
-    ("up", "switch-upstream", "01:00.0"),
-    ("down0", "switch-downstream", "02:00.0"),
-    ("down1", "switch-downstream", "02:01.0"),
-    ("rp1", "root-port", "00:05.0"),
-    ("to-pci", "pcie-to-pci", "05:00.0"),
-    ("below", "pci-bridge", "06:01.0"),
-    ("rp2", "root-port", "00:06.0"),
-    ("flat", "pci-bridge", "00:08.0"),
+from tests.acpi.machines import (
+    DEVICES,
+    EXAMPLES,
+    OUTSIDE,
+    SECONDARY,
+    VIOMMU,
+    VTD,
+    VTD_BASE,
+    bridged,
+    described,
+    tables,
+    two,
+    with_ats,
 )
-#: "out" are those that no IOMMU covers.
-DEVICES = {
-    "x": "03:00.0",
-    "out0": "04:00.0",
-    "c": "06:02.0",
-    "d": "07:03.0",
-    "out1": "08:00.0",
-    "e0": "00:07.0",
-    "e1": "00:07.1",
-    "f": "09:01.0",
-}
-OUTSIDE = {0x400, 0x800}
-
-
-def bridged(kind: str) -> Machine:
-    """Bridges of every kind; two devices are not behind the IOMMU."""
-    text = f'[machine]\nname = "m"\n[[iommu]]\nname = "i"\nkind = "{kind}"\naddress = "0000:00:02.0"\n'
-    for number, (name, bridge, address) in enumerate(BRIDGES, 1):
-        text += f'[[bridge]]\nname = "{name}"\nkind = "{bridge}"\naddress = "0000:{address}"\nsecondary = {number}\n'
-    for name, address in DEVICES.items():
-        text += f'[[device]]\nname = "{name}"\nmodel = "edu"\naddress = "0000:{address}"\n'
-        text += 'iommu = "none"\n' if name.startswith("out") else ""
-    return parse(text, Path("m.toml"))
-
-
-def two(first: str, second: str) -> str:
-    """Two units; edu "a" is behind the first, "b" behind the second."""
-    text = '[machine]\nname = "m"\n'
-    for n, kind in enumerate((first, second)):
-        text += f'[[iommu]]\nname = "i{n}"\nkind = "{kind}"\naddress = "0000:00:0{n + 1}.0"\n'
-        text += f'covers = ["0000:00:0{n + 5}.0"]\n'
-    for n, name in enumerate("ab"):
-        text += f'[[device]]\nname = "{name}"\nmodel = "edu"\naddress = "0000:00:0{n + 5}.0"\n'
-    return text
-
-
-def tables(machine: Machine) -> dict[str, bytes]:
-    found = machine.acpi_tables()
-    machine.close()
-    return found
-
+from vmodel.errors import ConfigError
+from vmodel.machine import load, parse
 
 # ---- the tests' own decoders: ACPI 6.5, 5.2.6 and 5.2.34; VT-d specification 4.1, chapter 8 -----------
 
@@ -239,11 +190,6 @@ def test_dmar_of_the_example() -> None:
     assert found["DMAR"] == head + b"\0\0\x18\0\0\0\0\0\0\0\0\xe0\0\0\0\0" + b"\1\x08\0\0\0\0\3\0"
 
 
-def with_ats() -> Machine:
-    text = (EXAMPLES / "edu-vtd.toml").read_text()
-    return parse(text.replace("[[device]]", "params = { ats = true }\n[[device]]", 1), Path("m.toml"))
-
-
 def test_dmar_with_ats() -> None:
     """One ATSR more: below all root ports of segment 0 there may be devices with TLBs."""
     plain = tables(load(EXAMPLES / "edu-vtd.toml"))["DMAR"]
@@ -287,18 +233,6 @@ def test_a_unit_of_each_kind() -> None:
     assert decode_dmar(found["DMAR"]) == [(VTD_BASE, [Scope(1, ((6, 0),))])]
 
 
-def described(tmp_path: Path) -> bytes:
-    """DMAR of a machine with a namespace device, and a region that two devices need 1:1."""
-    text = (EXAMPLES / "edu-vtd.toml").read_text()
-    text = text.replace(
-        'address = "0000:00:02.0"\n',
-        'address = "0000:00:02.0"\nparams = { namespace = { "\\\\_SB.UART" = "0000:00:1e.5" } }\n',
-    )
-    machine = parse(text, tmp_path / "m.toml")
-    machine.system["edu0"].reserved.append(ReservedRegion(Span(0x7000_0800, 0x7000_1FFF), RegionType.DIRECT))
-    return tables(machine)["DMAR"]
-
-
 def test_dmar_says_which_memory_and_namespace_devices_there_are(tmp_path: Path) -> None:
     """VT-d 8.3.1 scope 5, 8.4 RMRR, 8.7 ANDD; structures in the order of their types."""
     table = described(tmp_path)
@@ -313,65 +247,3 @@ def test_dmar_says_which_memory_and_namespace_devices_there_are(tmp_path: Path) 
     assert structures[0][1][12:] == edu + uart
     assert structures[1][1] == bytes(4) + struct.pack("<QQ", 0x7000_0000, 0x7000_1FFF) + edu
     assert structures[2][1] == bytes(3) + b"\1" + b"\\_SB.UART\0"
-
-
-@pytest.mark.slow
-def test_iasl_reads_rmrr_and_andd(tmp_path: Path) -> None:
-    assert complaints(tmp_path, described(tmp_path)) == []
-    text = (tmp_path / "table.dsl").read_text()
-    assert "Reserved Memory Region" in text and "0000000070001FFF" in text
-    assert "_SB.UART" in text
-
-
-# ---- iasl --------------------------------------------------------------------------------------------
-
-
-def iasl(folder: Path, *arguments: str) -> str:
-    """What it says."""
-    line = [str(find_iasl()), *arguments]
-    done = subprocess.run(
-        line, cwd=folder, capture_output=True, text=True, timeout=patience(60), stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0, done
-    return done.stdout + done.stderr
-
-
-def complaints(folder: Path, table: bytes) -> list[str]:
-    """The lines in which iasl is not content with a table."""
-    (folder / "table.bin").write_bytes(table)
-    said = iasl(folder, "-d", "-p", "table", "table.bin") + (folder / "table.dsl").read_text()
-    assert " decoded" in said
-    return [
-        line for line in said.splitlines() if re.search(r"(?i)warning|error|incorrect|unknown|invalid|\*\*\*", line)
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "what", ["edu-viommu", "edu-vtd", "bridged-viommu", "bridged-vtd", "two", "one of each", "ats"]
-)
-def test_iasl_is_content(what: str, tmp_path: Path) -> None:
-    """It decodes the table without a warning, and makes the same bytes of what it has decoded."""
-    if what.startswith("bridged"):
-        machine = bridged(VIOMMU if what.endswith("viommu") else VTD)
-    elif what in ("two", "one of each"):
-        machine = parse(two(VIOMMU, VIOMMU if what == "two" else VTD), tmp_path / "m.toml")
-    elif what == "ats":
-        machine = with_ats()
-    else:
-        machine = load(EXAMPLES / f"{what}.toml")
-    for table in tables(machine).values():
-        assert complaints(tmp_path, table) == []
-        assert "0 Errors, 0 Warnings, 0 Remarks" in iasl(tmp_path, "-p", "again", "table.dsl")
-        again = (tmp_path / "again.aml").read_bytes()
-        own = {9, *range(28, 36)}  # the checksum, and who has compiled it: that is iasl now
-        assert len(again) == len(table)
-        assert [n for n in range(len(table)) if table[n] != again[n] and n not in own] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("at", "value", "says"), [(9, 0, "Incorrect checksum"), (48, 9, "Unknown")])
-def test_iasl_would_complain(at: int, value: int, says: str, tmp_path: Path) -> None:
-    table = bytearray(tables(load(EXAMPLES / "edu-viommu.toml"))["VIOT"])
-    table[at] = value
-    assert any(says in line for line in complaints(tmp_path, bytes(table)))
