@@ -85,8 +85,8 @@ def test_an_error(edu: Callable[..., Result], artifacts: Path) -> None:
 
 
 def test_a_hang(edu: Callable[..., Result]) -> None:
-    """A lost interrupt, and a program that waits for it longer than it may."""
-    hung = edu("irq nth=1 do=drop", timeout=3)
+    """A lost interrupt, and a program that waits for it without end: also where the time limit is multiplied."""
+    hung = edu("irq nth=1 do=drop", workload="EDU_CHECK_WAIT=-1 ./edu_check", timeout=3)
     assert (hung.outcome, hung.status) == (Outcome.HANG, None)
     assert any(finding.oracle == "time" for finding in hung.evidence)
 
