@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.examples import examples
 from vmodel._shim import FunctionRegions
 from vmodel._shim.store import Store, Workers
 from vmodel.devices.nvme.backend import BlockBackend, FileBackend, Job, MemoryBackend, Op
@@ -136,9 +137,9 @@ class FileMachine(BackendMachine):
         self.backend, self.do = FileBackend(path, SIZE, workers=workers), Patient(workers)
 
 
-def run(machine: type[BackendMachine], examples: int) -> None:
+def run(machine: type[BackendMachine], most: int) -> None:
     case = machine.TestCase
-    case.settings = settings(max_examples=examples, stateful_step_count=25, deadline=None)
+    case.settings = settings(max_examples=examples(most), stateful_step_count=25, deadline=None)
     case("runTest").runTest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import threading
 
 import pytest
@@ -161,10 +162,7 @@ def test_unmap_replies_with_the_request(client: Client) -> None:
 
 
 def test_too_many_windows(client: Client, toy: Toy) -> None:
-    payloads = [
-        wire.DmaMap.build({"argsz": 32, "flags": 3, "offset": 0, "address": n * 8192, "size": 4096})
-        for n in range(65536)
-    ]
+    payloads = [struct.pack("<IIQQQ", 32, 3, 0, n * 8192, 4096) for n in range(65536)]
     for payload in payloads[:-1]:
         client.post(Command.DMA_MAP, payload)
     with pytest.raises(OSError) as caught:

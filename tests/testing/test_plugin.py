@@ -152,6 +152,7 @@ def test_the_machine_of_a_mark(machine, inject) -> None:  # type: ignore[no-unty
     assert [rule["state"] for rule in inject.rules] == ["armed"]
 
 
+@pytest.mark.slow
 def test_side_by_side(pytester: pytest.Pytester) -> None:
     """pytest-xdist: each worker has sockets and folders of its own."""
     pytester.makepyfile(
