@@ -321,6 +321,7 @@ def test_memory_is_taken_as_it_is_written_and_given_back() -> None:
 # ---- files that are not as they should be -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_is_for_one_server(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     backend = FileBackend(path, SIZE)

@@ -161,6 +161,7 @@ def test_unmap_replies_with_the_request(client: Client) -> None:
     assert client.request(Command.DMA_UNMAP, request).payload == request
 
 
+@pytest.mark.slow
 def test_too_many_windows(client: Client, toy: Toy) -> None:
     payloads = [struct.pack("<IIQQQ", 32, 3, 0, n * 8192, 4096) for n in range(65536)]
     for payload in payloads[:-1]:
