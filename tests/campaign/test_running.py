@@ -227,7 +227,7 @@ def test_a_mistake_that_only_the_rig_finds(folder: Path) -> None:
             "--point 'irq do=tear nth=1': do: 'tear'",
         ),
         (["sweep", "edu.toml", "--point", "irq nth=3", "--workload", "x"], "--point 'irq nth=3': the sweep sets nth"),
-        (["sweep", "edu.toml", "--point", "irq", "--workload", "x", "--file", "y"], "--file: there is no file 'y'"),
+        (["sweep", "edu.toml", "--point", "irq", "--workload", "x", "--file", "y"], "--file y: there is no file 'y'"),
         (["sweep", "none.toml", "--point", "irq", "--workload", "x"], "none.toml: cannot be read"),
     ],
 )

@@ -247,7 +247,8 @@ def test_all_is_what_the_tests_need(cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(get_qemu, "_fetch_parts", lambda parts, *rest: wanted.extend(parts))
     monkeypatch.setattr(get_qemu, "check_host", lambda: Path("/k.gpg"))
     assert get_qemu.main(["--all", "--mirror", URI]) == 1, "nothing has come"
-    assert wanted == ["qemu", "busybox", "kernel-stable", "kernel-backports", "kernel-cloud", *get_qemu.OPTIONAL]
+    kernels = ["kernel-stable", "kernel-backports", "kernel-cloud"]
+    assert wanted == ["qemu", "busybox", *kernels, "headers-stable", "headers-backports", *get_qemu.OPTIONAL]
 
 
 @pytest.mark.parametrize(

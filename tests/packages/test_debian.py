@@ -124,7 +124,6 @@ def test_the_archive_moves_on(cache: Path, capsys: pytest.CaptureFixture[str], m
     archive.move_to("7.2.12")
     fake_qemu(cached(cache, "qemu", version="QEMU emulator version 11.1.3") / "qemu-system-x86_64")
     (cached(cache, "busybox") / "busybox").touch()
-    monkeypatch.setattr(get_qemu, "PACKAGES", {})  # of kernels only
     monkeypatch.setattr(get_qemu, "missing_parts", kernels_only(get_qemu.missing_parts))
     asked = ["--mirror", URI, *(word for role in artifacts.ROLES for word in ("--kernel", role))]
     assert get_qemu.main(asked) == 0, capsys.readouterr().err

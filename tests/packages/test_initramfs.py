@@ -1,20 +1,16 @@
-"""initramfs: the archive is read back by a reader of its own; modules are ELF files made here."""
+"""initramfs: the archive is read back by a reader of its own."""
 
 from __future__ import annotations
 
-import gzip
-import lzma
-import shutil
 import stat
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.packages.module_files import elf, kernel_with
 from vmodel.errors import ConfigError
-from vmodel.guest.artifacts import ArtifactError, Kernel
-from vmodel.guest.initramfs import Cpio, build, load_module, modinfo, modules_in_order
+from vmodel.guest.initramfs import Cpio, build
 
 
 @dataclass
@@ -53,33 +49,6 @@ def read_back(archive: bytes) -> dict[str, Entry]:
         assert not parent or stat.S_ISDIR(found[parent].mode), "a folder has to come before what is in it"
         inodes.add(inode)
         found[name] = Entry(mode, data, (major, minor))
-
-
-def elf(**info: str | list[str]) -> bytes:
-    """A minimal ELF64 with a .modinfo section."""
-    pairs = [
-        (key, value) for key, values in info.items() for value in ([values] if isinstance(values, str) else values)
-    ]
-    text = b"".join(f"{key}={value}".encode() + b"\0" for key, value in pairs)
-    names = b"\0.modinfo\0.shstrtab\0"
-    head = b"\x7fELF\2\1\1".ljust(16, b"\0") + struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, 64, 0, 64, 0, 0, 64, 3, 2)
-    body = 64 + 3 * 64
-
-    def section(name: int, offset: int, size: int) -> bytes:
-        return struct.pack("<IIQQQQIIQQ", name, 1, 0, 0, offset, size, 0, 0, 1, 0)
-
-    table = bytes(64) + section(1, body, len(text)) + section(10, body + len(text), len(names))
-    return head + table + text + names
-
-
-def kernel_with(folder: Path, modules: dict[str, bytes], builtin: str = "") -> Kernel:
-    for name, data in modules.items():
-        path = folder / "kernel" / "drivers" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    folder.mkdir(exist_ok=True)
-    (folder / "modules.builtin").write_text(builtin)
-    return Kernel("9.9-test", folder / "vmlinuz", folder)
 
 
 # ---- cpio --------------------------------------------------------------------------------------------
@@ -122,91 +91,6 @@ def test_a_path_is_taken_once() -> None:
             archive.file(taken, b"")
     with pytest.raises(ConfigError, match="a file and a folder"):
         archive.file("a/b/c", b"")
-
-
-# ---- modules -----------------------------------------------------------------------------------------
-
-
-def test_dependencies_first_and_builtin_left_out(tmp_path: Path) -> None:
-    kernel = kernel_with(
-        tmp_path,
-        {
-            "top-dog.ko": elf(depends="mid-a,mid_b", softdep="pre: helper no-such-module post: later"),
-            "mid-a.ko.xz": lzma.compress(elf(depends="base,core")),
-            "mid_b.ko.gz": gzip.compress(elf(depends="base")),
-            "base.ko": elf(license="GPL"),
-            "helper.ko": elf(depends=""),
-            "later.ko": elf(depends=""),
-        },
-        builtin="kernel/lib/core.ko\n",
-    )
-    for name in ("top_dog", "top-dog"):
-        assert [found for found, _ in modules_in_order(kernel, [name])] == [
-            "base",
-            "mid_a",
-            "mid_b",
-            "helper",
-            "top_dog",
-        ]
-    assert [found for found, _ in modules_in_order(kernel, ["mid_b", "top_dog", "mid_b"])][:2] == ["base", "mid_b"]
-    assert modules_in_order(kernel, ["core"]) == []
-    assert dict(modules_in_order(kernel, ["mid-a"]))["mid_a"] == elf(depends="base,core")
-
-
-def test_depends_is_read_from_modinfo_alone(tmp_path: Path) -> None:
-    """The same text elsewhere in the file means nothing."""
-    data = elf(depends="") + b"\0depends=nothing_such\0"
-    assert [name for name, _ in modules_in_order(kernel_with(tmp_path, {"m.ko": data}), ["m"])] == ["m"]
-
-
-def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
-    kernel = kernel_with(
-        tmp_path,
-        {
-            "a.ko": elf(depends="b"),
-            "b.ko": elf(depends="a"),
-            "orphan.ko": elf(depends="gone"),
-            "junk.ko": b"not an ELF file",
-            "short.ko": elf(depends="")[:70],
-            "odd.ko.lzo": b"",
-            "torn.ko.xz": lzma.compress(elf())[:-9],
-        },
-    )
-    for name, text in {
-        "a": "depend on each other: a > b > a",
-        "orphan": "no module 'gone' .needed by orphan.",
-        "nowhere": "no module 'nowhere'$",
-        "junk": "junk.ko: not an ELF file",
-        "short": "short.ko: not an ELF file",
-        "odd": r"odd.ko.lzo: unknown compression .lzo",
-        "torn": "torn.ko.xz: cannot be read",
-    }.items():
-        with pytest.raises(ArtifactError, match=text):
-            modules_in_order(kernel, [name])
-
-
-def test_a_kernel_without_modules(tmp_path: Path) -> None:
-    kernel = Kernel("1.0", tmp_path / "bzImage", None)
-    assert modules_in_order(kernel, []) == []
-    with pytest.raises(ArtifactError, match="has no modules beside"):
-        modules_in_order(kernel, ["x"])
-
-
-def test_modinfo_of_every_truncation_ends() -> None:
-    whole = elf(depends="x", alias=["a", "b"])
-    assert list(modinfo(whole)) == [("depends", "x"), ("alias", "a"), ("alias", "b")]
-    for size in range(len(whole)):
-        try:
-            list(modinfo(whole[:size]))
-        except ValueError:
-            continue
-
-
-def test_zstd_without_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "m.ko.zst").write_bytes(b"\x28\xb5\x2f\xfd")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ArtifactError, match="install the program zstd"):
-        load_module(tmp_path / "m.ko.zst")
 
 
 # ---- the whole ---------------------------------------------------------------------------------------

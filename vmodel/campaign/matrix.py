@@ -20,6 +20,8 @@ from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
 from vmodel.guest.artifacts import KERNELS
+from vmodel.guest.modules import is_path
+from vmodel.guest.options import guest_file, module_at, module_files
 from vmodel.inject import Engine, FaultPlan, Match
 from vmodel.machine import Machine
 
@@ -63,6 +65,8 @@ class Run(BaseModel):
         case = plain(self.case)
         for name in ("machine", "files", "name"):
             case.pop(name, None)
+        for name in ("modules", "extra_modules"):
+            case[name] = [Path(entry).name if is_path(entry) else entry for entry in getattr(self.case, name)]
         if self.case.plan is not None:
             case["plan"] = self.case.plan.plain()
         places = [str(f[1]) if isinstance(f, tuple) else f.name for f in self.case.files]
@@ -96,6 +100,9 @@ class Matrix:
         for n, workload in enumerate(content.workload):
             for k, text in enumerate(workload.files):
                 self._at(f"workload[{n}].files[{k}]", guest_file, text, self.base)
+            for key in ("modules", "extra_modules"):
+                for k, entry in enumerate(getattr(workload, key)):
+                    self._at(f"workload[{n}].{key}[{k}]", module_at, entry, self.base)
         self._fit()
 
     def _at(self, key: str, call: Any, *arguments: Any) -> Any:
@@ -116,6 +123,8 @@ class Matrix:
             path = self.base / table.file
             if not path.is_file():
                 raise ConfigError(f"there is no file {table.file!r}", file=self.file, key=f"machine[{n}].file")
+            for k, entry in enumerate(table.modules):
+                self._at(f"machine[{n}].modules[{k}]", module_at, entry, self.base)
             yield table.name or path.stem, table, path
 
     def _load_plans(self) -> Iterator[tuple[str, PlanTable, FaultPlan]]:
@@ -199,8 +208,8 @@ class Matrix:
             kernel=image,
             check=workload.check,
             files=tuple(guest_file(text, self.base) for text in workload.files),
-            modules=(*machine.modules, *workload.modules),
-            extra_modules=workload.extra_modules,
+            modules=tuple(module_at(entry, self.base) for entry in (*machine.modules, *workload.modules)),
+            extra_modules=tuple(module_at(entry, self.base) for entry in workload.extra_modules),
             append=machine.append,
             qemu_args=machine.qemu_args,
             timeout=workload.timeout,
@@ -238,17 +247,6 @@ def selected(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def guest_file(text: str, base: Path) -> Path | tuple[Path, str]:
-    """A file for the guest, "FILE" or "FILE:PLACE", in the form of `Case.files`.  ConfigError: it does not exist."""
-    source, colon, target = text.partition(":")
-    path = base / source
-    if not path.is_file():
-        raise ConfigError(f"there is no file {source!r}")
-    if colon and not target.strip("/"):
-        raise ConfigError(f"{text!r}: must be FILE, or FILE:PLACE-IN-THE-GUEST")
-    return (path, target) if colon else path
-
-
 @contextmanager
 def opened(path: Path) -> Iterator[Machine]:
     """A machine and its devices, not served; closed on exit.  ConfigError: the machine file is wrong."""
@@ -278,6 +276,8 @@ def digest(path: Path) -> str:
 def inputs(case: Case, rig: str) -> dict[str, str]:
     """The files that a run reads, without kernels and QEMU, and their digests."""
     paths = [case.machine, *(f[0] if isinstance(f, tuple) else f for f in case.files)]
+    for entry in filter(is_path, (*case.modules, *case.extra_modules)):
+        paths += module_files(entry)
     described = tomllib.loads(case.machine.read_text(encoding="utf-8-sig"))
     for table in described.get("device", ()):
         source, _, _ = table["model"].rpartition(":")

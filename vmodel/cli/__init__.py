@@ -49,6 +49,7 @@ _COMMANDS = {
     "guest": "guest",
     "groups": "groups",
     "acpi": "acpi",
+    "build": "build",
     "devices": "inspect",
     "regs": "inspect",
     "log": "inject",
@@ -60,7 +61,7 @@ _COMMANDS = {
     "doctor": "doctor",
 }
 #: Commands with subcommands: their module's `app`.
-_GROUPS = ("bench", "iommu", "plan", "inject")
+_GROUPS = ("bench", "iommu", "kernels", "plan", "inject")
 #: Set by the shell's completion, which asks for any command.
 _COMPLETE = "_VMODEL_COMPLETE"
 

@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from vmodel.campaign import sweep as sweeps
-from vmodel.campaign.matrix import Matrix, guest_file
+from vmodel.campaign.matrix import Matrix
 from vmodel.campaign.progress import STYLES, ProgressBar
 from vmodel.campaign.rig import GUESTS, absolute, load_rig
 from vmodel.campaign.runner import Runner, executor
@@ -27,6 +27,7 @@ from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
 from vmodel.guest.artifacts import KERNEL_HELP, find_busybox, find_kernel, find_qemu
+from vmodel.guest.options import at_option, guest_file, module_at
 from vmodel.patience import slowness
 
 Folder = Annotated[
@@ -119,17 +120,13 @@ def sweep(
         load_rig(rig)
     elif scheduler is None:
         check_host({kernel})
-    try:
-        files = tuple(guest_file(text, Path().absolute()) for text in file or ())
-    except ConfigError as error:
-        raise ConfigError(f"--file: {error}") from error
     case = Case(
         machine=machine.absolute(),
         workload=workload,
         kernel=str(Path(kernel).absolute()) if kernel and "/" in kernel else kernel,
         check=check,
-        files=files,
-        modules=tuple(module or ()),
+        files=tuple(at_option("--file", guest_file, text) for text in file or ()),
+        modules=tuple(at_option("--module", module_at, entry) for entry in module or ()),
         append=append,
         timeout=timeout,
     )

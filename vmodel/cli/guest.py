@@ -14,11 +14,12 @@ from typing import Annotated, TextIO, cast
 import typer
 from rich.table import Table
 
+from vmodel.cli.build import fetch_headers
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
 from vmodel.cli.screen import Log, Screen, decoded, shared
 from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
 from vmodel.errors import ConfigError
-from vmodel.guest import artifacts
+from vmodel.guest import artifacts, modules, options
 from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec
 from vmodel.machine import Machine
 from vmodel.patience import slowness
@@ -26,7 +27,10 @@ from vmodel.server import Server
 
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The command to run.", show_default=False)]
 Kernel = Annotated[str | None, typer.Option(metavar="NAME|PATH", help=artifacts.KERNEL_HELP)]
-Modules = Annotated[list[str] | None, typer.Option("--module", metavar="M", help="A kernel module to load.")]
+Modules = Annotated[
+    list[str] | None,
+    typer.Option("--module", metavar="M", help="A kernel module to load: its name, a .ko file, or a source folder."),
+]
 Files = Annotated[
     list[str] | None,
     typer.Option("--file", metavar="F[:DEST]", help="A file for the guest; DEST is by default /root/NAME."),
@@ -34,7 +38,14 @@ Files = Annotated[
 Tools = Annotated[
     list[str] | None, typer.Option("--tool", metavar="T", help="A Debian program to copy into the guest, as nvme.")
 ]
-Append = Annotated[str, typer.Option(metavar="STR", help="Additional kernel arguments.")]
+ExtraModules = Annotated[
+    list[str] | None, typer.Option("--extra-module", metavar="M", help="A kernel module for modprobe; not loaded.")
+]
+Append = Annotated[list[str] | None, typer.Option(metavar="STR", help="Additional kernel arguments; repeatable.")]
+Cpus = Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="CPUs of the guest.")]
+QemuArgs = Annotated[
+    list[str] | None, typer.Option("--qemu-arg", metavar="ARG", help="An additional argument for QEMU; repeatable.")
+]
 Timeout = Annotated[float, typer.Option(metavar="S", help="Time limit in seconds, multiplied by $VMODEL_SLOW.")]
 Artifacts = Annotated[Path | None, typer.Option("--artifacts", metavar="DIR", help="Keep the logs in DIR.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Print counters of devices and IOMMUs at the end.")]
@@ -51,7 +62,10 @@ def guest(
     module: Modules = None,
     file: Files = None,
     tool: Tools = None,
-    append: Append = "",
+    extra_module: ExtraModules = None,
+    append: Append = None,
+    cpus: Cpus = None,
+    qemu_arg: QemuArgs = None,
     timeout: Timeout = 300.0,
     artifacts_dir: Artifacts = None,
     run_dir: RunDir = None,
@@ -74,21 +88,27 @@ def guest(
     if timeout <= 0:
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
     slowness()
-    files = [_file(text) for text in file or ()]
     faults = faults_of(plan, fault, seed)
     with loaded(path) as machine:
-        spec = GuestSpec(
+        spec = options.spec_of(
+            machine,
+            [*(["-smp", str(cpus)] if cpus else []), *(qemu_arg or ())],
+            kernel,
             command=_announced(command) if interactive else command,
-            kernel=artifacts.find_kernel(kernel),
-            modules=module or (),
-            files=files,
+            modules=[options.at_option("--module", options.module_at, entry) for entry in module or ()],
+            extra_modules=[
+                options.at_option("--extra-module", options.module_at, entry) for entry in extra_module or ()
+            ],
+            files=[options.at_option("--file", options.guest_file, entry) for entry in file or ()],
             tools=tool or (),
-            append=append,
+            append=" ".join(append or ()),
             timeout=timeout,
             qemu=artifacts.find_qemu(),
         )
+        if any(map(modules.is_source, (*spec.modules, *spec.extra_modules))):
+            fetch_headers([kernel or machine.content.guest.kernel or artifacts.STABLE])
         with Stop.on_signals() as stop, served(machine, run_dir, faults) as (server, folder):
-            spec.qemu_args = machine.qemu_args(folder)
+            spec.qemu_args = [*spec.qemu_args, *machine.qemu_args(folder)]
             try:
                 result = _watch(spec, artifacts_dir, stop, interactive, out, err)
             except GuestRunError:
@@ -149,16 +169,6 @@ def _forward(listening: threading.Event, source: int, running: Guest) -> None:
     with contextlib.suppress(OSError):
         while data := os.read(source, 4096):
             running.send(data)
-
-
-def _file(text: str) -> tuple[Path, str]:
-    source, colon, target = text.partition(":")
-    path = Path(source)
-    if not path.is_file():
-        raise ConfigError(f"--file {text}: there is no file {source}")
-    if colon and not target.strip("/"):
-        raise ConfigError(f"--file {text}: must be FILE, or FILE:PLACE-IN-THE-GUEST")
-    return path, target if colon else f"root/{path.name}"
 
 
 def summary(server: Server, machine: Machine, result: GuestResult) -> None:

@@ -17,11 +17,13 @@ from vmodel.errors import ConfigError
 from vmodel.experiment import kernel_log
 from vmodel.experiment.case import Case, Result
 from vmodel.experiment.oracle import Effect, Finding, Outcome, classify, of_status, time_to_detect, time_to_recover
-from vmodel.guest.artifacts import Kernel, Qemu, find_kernel, find_qemu
+from vmodel.guest.artifacts import Qemu, find_qemu
 from vmodel.guest.booted import BEGIN, BootedGuest, Done
 from vmodel.guest.kernel_lines import lines_of, merged
+from vmodel.guest.modules import is_path
 from vmodel.guest.monitor import MonitorError
-from vmodel.guest.running import GuestOff, GuestPanic, GuestRunError, GuestSpec, GuestTimeout, ModuleError
+from vmodel.guest.options import module_files, spec_of
+from vmodel.guest.running import GuestOff, GuestPanic, GuestRunError, GuestTimeout, ModuleError
 from vmodel.guest.served import Served
 from vmodel.inject import Engine, FaultPlan
 from vmodel.patience import patience, spoken
@@ -88,8 +90,10 @@ def _key(case: Case) -> Hashable:
         return path.absolute(), found.st_mtime_ns, found.st_size
 
     files = tuple((version(f), "") if isinstance(f, Path) else (version(f[0]), f[1]) for f in case.files)
+    own = filter(is_path, (*case.modules, *case.extra_modules))
+    modules = tuple(version(file) for entry in own for file in module_files(entry))
     boot = (case.kernel, case.modules, case.extra_modules, case.append, case.qemu_args, case.boot_timeout)
-    return version(case.machine), files, boot
+    return version(case.machine), files, modules, boot
 
 
 class _Setup:
@@ -98,23 +102,29 @@ class _Setup:
     def __init__(self, case: Case, key: Hashable) -> None:
         """Serves the machine; `boot` boots the guest.  ConfigError: machine, kernel or QEMU are missing or wrong."""
         self.key = key
-        self.kernel: Kernel = find_kernel(case.kernel)
         self.qemu: Qemu = find_qemu()
         self.served = Served(case.machine)
         #: The number of cases that the guest has run.
         self.count = 0
         self.booted = False
-        spec = GuestSpec(
-            command="",
-            kernel=self.kernel,
-            modules=case.modules,
-            extra_modules=case.extra_modules,
-            files=case.files,
-            append=case.append,
-            qemu_args=[*case.qemu_args, *self.served.qemu_args()],
-            timeout=case.boot_timeout,
-            qemu=self.qemu,
-        )
+        try:
+            spec = spec_of(
+                self.served.machine,
+                [*case.qemu_args, *self.served.qemu_args()],
+                case.kernel,
+                command="",
+                modules=case.modules,
+                extra_modules=case.extra_modules,
+                files=case.files,
+                append=case.append,
+                timeout=case.boot_timeout,
+                qemu=self.qemu,
+            )
+        except ConfigError:
+            self.served.close()
+            raise
+        assert spec.kernel is not None
+        self.kernel = spec.kernel
         self.guest = BootedGuest(spec, host=self.served.host_commands(lambda: self.guest.monitor))
 
     def boot(self) -> None:

@@ -11,6 +11,7 @@ The cache, `${XDG_CACHE_HOME:-~/.cache}/vmodel`, has one folder for each part.  
     clang/         clang (wrapper), root/ (with headers, too), bin/: ld, addr2line; for the tests only
     kernel-stable/ boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/; the stamp has the RELEASE
     kernel-backports/, kernel-cloud/: the same for the other roles; kernel-6.6/: for a requested version
+    headers-stable/, gcc-14/: what modules for a kernel are built with, see headers.py; optional
 
 A kernel is named by its role in Debian's archive, as releases come and go there, or by the start of its version, which
 selects any kernel in the cache whose release begins with it, in whatever folder.

@@ -128,6 +128,24 @@ class Apt:
         split = {name for name in re.findall(r"\blinux-[^\s,|]+", depends) if name.endswith(f"-{release}")}
         return release, sorted(split | {f"linux-image-{release}"})
 
+    def header_packages(self, release: str) -> tuple[list[str], str]:
+        """The packages of a kernel's headers with kbuild, and the number of its compiler.
+
+        ArtifactError: the archive does not have them any more.
+        """
+        package = f"linux-headers-{release}"
+        if package not in self._run(["apt-cache", "pkgnames", package]).split():
+            raise ArtifactError(
+                f"Debian's archive has no headers of kernel {release} any more; fetch its newer kernel with them:"
+                f" {FETCH_COMMAND} --headers --refresh"
+            )
+        depends = self._run(["apt-cache", "show", "--no-all-versions", package])
+        needed = re.findall(r"\b(linux-headers-[^\s,|()]+-common|linux-kbuild-[^\s,|()]+)", depends)
+        compiler = re.search(r"\bgcc-(\d+)\b", depends)
+        if compiler is None:
+            raise ArtifactError(f"the package {package} names no compiler: its layout changed")
+        return [package, *sorted(set(needed))], compiler[1]
+
     def _role_release(self, role: str) -> str:
         package, suites = _ROLES[role]
         versions = package_versions(self._run(["apt-cache", "madison", package]))

@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -56,19 +57,11 @@ from vmodel.guest.debian import (
     unpack_qemu,
     unpack_tools,
 )
+from vmodel.guest.headers import Headers, find_headers, gcc_packages, unpack_gcc, unpack_headers
 from vmodel.guest.tools import TOOLS, find_tools
 
 #: Parts that are fetched on request only, and the function that finds each.
 OPTIONAL = {"iasl": find_iasl, "tools": find_tools, "browser": find_browser, "clang": find_clang}
-#: Debian's packages of parts other than kernels.
-PACKAGES = {
-    "qemu": [QEMU_PACKAGE],
-    "busybox": [BUSYBOX_PACKAGE],
-    "iasl": [IASL_PACKAGE],
-    "tools": list(TOOLS),
-    "browser": [BROWSER_PACKAGE],
-    "clang": list(CLANG_PACKAGES),
-}
 
 
 class Steps:
@@ -115,18 +108,19 @@ def fetch(
     refresh: bool = False,
     dry_run: bool = False,
     optional: Collection[str] = (),
+    headers: Collection[str] = (),
     steps: Steps | None = None,
 ) -> None:
     """Fetches what is missing in the cache: QEMU (unless the host's is suitable), busybox, kernels by role or version.
 
-    `optional`: more parts, of OPTIONAL.  `mirror`: a URI; by default that of the host's apt.  `refresh`: also fetches
-    parts of the cache again if the archive has other packages now, or if a file is missing.  `dry_run`: fetches package
-    lists only, and prints what else would be fetched.
+    `optional`: more parts, of OPTIONAL.  `headers`: the kernels for which modules are to be built.  `mirror`: a URI; by
+    default that of the host's apt.  `refresh`: also fetches parts of the cache again if the archive has other packages
+    now, or if a file is missing.  `dry_run`: fetches package lists only, and prints what else would be fetched.
     Nothing is downloaded if nothing is missing.  A second call, in any process, waits for the first.  ArtifactError.
     """
     steps = steps or Steps()
     cache = cache_dir()
-    if not missing_parts(kernels, refresh, optional):
+    if not missing_parts(kernels, refresh, optional, headers):
         return
     if re.search(r"[:;]", str(cache)):
         raise ArtifactError("a cache folder with ':' or ';' in its path cannot hold libraries; set XDG_CACHE_HOME")
@@ -134,23 +128,31 @@ def fetch(
     with _locked(cache / "lock", steps):
         for left in cache.glob("tmp-*"):  # of a run that was killed; the holder of the lock owns all of them
             shutil.rmtree(left, ignore_errors=True)
-        parts = missing_parts(kernels, refresh, optional)  # again: another run may have fetched them meanwhile
+        # Again: another run may have fetched them meanwhile.
+        parts = missing_parts(kernels, refresh, optional, headers)
         if parts:
             keyring = check_host()
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache, ignore_cleanup_errors=True) as work:
                 _fetch_parts(parts, Path(work), mirror or host_mirror(), keyring, steps, dry_run)
 
 
-def missing_parts(kernels: Sequence[str], refresh: bool = False, optional: Collection[str] = ()) -> list[str]:
+def missing_parts(
+    kernels: Sequence[str], refresh: bool = False, optional: Collection[str] = (), headers: Collection[str] = ()
+) -> list[str]:
     """The names of the cache's folders that must be fetched."""
     missing = [] if read_stamp(cache_dir() / "busybox") and not refresh else ["busybox"]
     missing += [f"kernel-{name}" for name in dict.fromkeys(kernels) if refresh or not _has(find_kernel, name)]
+    missing += [f"headers-{name}" for name in dict.fromkeys(headers) if refresh or not _has(_headers_of, name)]
     missing += [part for part in optional if refresh or not _has(OPTIONAL[part])]
     try:
         suitable = (None if refresh else cached_qemu()) or host_qemu()
     except ArtifactError:
         suitable = None
     return missing if suitable else ["qemu", *missing]
+
+
+def _headers_of(name: str) -> Headers:
+    return find_headers(find_kernel(name))
 
 
 def _has(find: Callable[..., object], *arguments: object) -> bool:
@@ -168,41 +170,122 @@ def _is_current(part: str, packages: str) -> bool:
         return False
     if part == "qemu":
         return _has(probe_qemu, folder / "qemu-system-x86_64")
-    if release := stamp.get("release"):
+    if part.startswith("kernel-"):
+        release = stamp.get("release", "")
         return (folder / f"boot/vmlinuz-{release}").is_file() and (folder / "lib/modules" / release).is_dir()
     return any(path.name != "stamp.json" for path in folder.iterdir())
 
 
+@dataclass
+class _Part:
+    """One folder of the cache that is to be made: from which packages, and how."""
+
+    name: str
+    #: Packages that come with all that they depend on, and packages that come alone.
+    install: list[str] = field(default_factory=list)
+    download: list[str] = field(default_factory=list)
+    #: Unpacks package files into a folder; returns what the stamp says beside the names of these files.
+    unpack: Callable[[Sequence[Path], Path], dict[str, str]] = lambda debs, folder: {}
+    #: For people, behind the name.
+    note: str = ""
+    #: Names and bytes of the package files.
+    files: dict[str, int] = field(default_factory=dict)
+
+
+def _unpack_busybox(debs: Sequence[Path], folder: Path) -> dict[str, str]:
+    for deb in debs:
+        unpack(deb, folder, lambda name: "busybox" if name in ("bin/busybox", "usr/bin/busybox") else None)
+    return {}
+
+
+def _unpack_tools(debs: Sequence[Path], folder: Path) -> dict[str, str]:
+    unpack_tools(debs, folder)
+    return {}
+
+
+def _versioned(unpack: Callable[[Sequence[Path], Path], str]) -> Callable[[Sequence[Path], Path], dict[str, str]]:
+    return lambda debs, folder: {"version": unpack(debs, folder)}
+
+
+#: Debian's packages of the parts that are the same for all kernels, and what unpacks each.
+_FIXED = {
+    "qemu": ([QEMU_PACKAGE], _versioned(unpack_qemu)),
+    "busybox": ([BUSYBOX_PACKAGE], _unpack_busybox),
+    "iasl": ([IASL_PACKAGE], _versioned(unpack_iasl)),
+    "tools": (list(TOOLS), _unpack_tools),
+    "browser": ([BROWSER_PACKAGE], _versioned(unpack_browser)),
+    "clang": (list(CLANG_PACKAGES), _versioned(unpack_clang)),
+}
+
+
+def _kernel_part(name: str, apt: Apt) -> _Part:
+    release, packages = apt.kernel_packages(name)
+
+    def unpacked(debs: Sequence[Path], folder: Path) -> dict[str, str]:
+        unpack_kernel(debs, folder, release)
+        return {"release": release}
+
+    return _Part(f"kernel-{name}", [], packages, unpacked, f" ({release})")
+
+
+def _headers_parts(name: str, release: str, apt: Apt) -> list[_Part]:
+    """The headers of a kernel, and its compiler."""
+    packages, compiler = apt.header_packages(release)
+    gcc = cache_dir() / f"gcc-{compiler}"
+
+    def unpacked(debs: Sequence[Path], folder: Path) -> dict[str, str]:
+        unpack_headers(debs, folder, cache_dir() / f"headers-{name}", release, gcc)
+        return {"release": release, "compiler": compiler}
+
+    def unpacked_gcc(debs: Sequence[Path], folder: Path) -> dict[str, str]:
+        unpack_gcc(debs, folder, gcc, compiler)
+        return {"version": compiler}
+
+    return [
+        _Part(gcc.name, gcc_packages(compiler), [], unpacked_gcc),
+        _Part(f"headers-{name}", [], packages, unpacked, f" ({release})"),
+    ]
+
+
+def _parts(names: Sequence[str], apt: Apt) -> list[_Part]:
+    """What these parts are made of, as the archive has it now; without those that are there already."""
+    found: dict[str, _Part] = {}
+    for name in names:
+        kind, _, kernel = name.partition("-")
+        if name in _FIXED:
+            packages, unpack = _FIXED[name]
+            new = [_Part(name, packages, [], unpack)]
+        elif kind == "kernel":
+            new = [_kernel_part(kernel, apt)]
+        else:
+            # A kernel that is fetched now may be another than the one that is there.
+            fetched = f"kernel-{kernel}" in names
+            release = apt.kernel_packages(kernel)[0] if fetched else find_kernel(kernel).release
+            new = _headers_parts(kernel, release, apt)
+        found |= {part.name: part for part in new if part.name not in found}
+    for part in found.values():
+        part.files = apt.install_files(part.install) if part.install else apt.files(part.download)
+    return list(found.values())
+
+
 def _fetch_parts(
-    parts: Sequence[str], work: Path, mirror: str, keyring: Path, steps: Steps, dry_run: bool = False
+    names: Sequence[str], work: Path, mirror: str, keyring: Path, steps: Steps, dry_run: bool = False
 ) -> None:
     apt = Apt(work / "apt", mirror, keyring, transport())
     with steps.step(f"package lists of {SUITE} and {BACKPORTS}"):
         apt.update()
 
-    releases: dict[str, str] = {}
-    files: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
-    downloads: list[str] = []
-    for part in parts:
-        packages: list[str] = []
-        if part in PACKAGES:
-            found = apt.install_files(PACKAGES[part])
+    parts = []
+    for part in _parts(names, apt):
+        if _is_current(part.name, " ".join(part.files)):
+            steps.note(f"{part.name}{part.note}: up to date")
         else:
-            releases[part], packages = apt.kernel_packages(part.removeprefix("kernel-"))
-            found = apt.files(packages)
-        what = f"{part}{f' ({releases[part]})' if part in releases else ''}"
-        if _is_current(part, " ".join(found)):
-            steps.note(f"{what}: up to date")
-            continue
-        steps.note(f"{what}: to be fetched, {sum(found.values()) / 1e6:.0f} MB")
-        downloads += packages
-        files[part] = list(found)
-        sizes |= found
-    parts = list(files)
+            steps.note(f"{part.name}{part.note}: to be fetched, {sum(part.files.values()) / 1e6:.0f} MB")
+            parts.append(part)
     if dry_run or not parts:
         return
 
+    sizes = {name: size for part in parts for name, size in part.files.items()}
     total = sum(sizes.values()) / 1e6
     with steps.step(f"download of {len(sizes)} packages") as show:
 
@@ -210,38 +293,22 @@ def _fetch_parts(
             got = sum(path.stat().st_size for path in apt.archives.rglob("*.deb") if path.is_file()) / 1e6
             show(f"{got:.0f} of {total:.0f} MB")
 
-        if install := [package for part in parts for package in PACKAGES.get(part, ())]:
+        if install := [package for part in parts for package in part.install]:
             apt.install(install, tick)
-        if downloads:
-            apt.download(downloads, tick)
+        if download := [package for part in parts for package in part.download]:
+            apt.download(download, tick)
         show(f"{total:.0f} MB")
 
     for part in parts:
-        folder = work / part
+        folder = work / part.name
         folder.mkdir()
-        with steps.step(f"unpacking {part}"):
-            debs = [apt.archives / name for name in files[part]]
-            facts = {"packages": " ".join(files[part])}
-            if part == "qemu":
-                facts["version"] = unpack_qemu(debs, folder)
-            elif part == "iasl":
-                facts["version"] = unpack_iasl(debs, folder)
-            elif part == "browser":
-                facts["version"] = unpack_browser(debs, folder)
-            elif part == "clang":
-                facts["version"] = unpack_clang(debs, folder)
-            elif part == "tools":
-                unpack_tools(debs, folder)
-            elif part == "busybox":
-                for deb in debs:
-                    unpack(deb, folder, lambda name: "busybox" if name in ("bin/busybox", "usr/bin/busybox") else None)
-            else:
-                facts["release"] = releases[part]
-                unpack_kernel(debs, folder, releases[part])
-            (folder / "stamp.json").write_text(json.dumps(facts, indent=1) + "\n")
-            target = cache_dir() / part
+        with steps.step(f"unpacking {part.name}"):
+            facts = part.unpack([apt.archives / name for name in part.files], folder)
+            stamp = {"packages": " ".join(part.files), **facts}
+            (folder / "stamp.json").write_text(json.dumps(stamp, indent=1) + "\n")
+            target = cache_dir() / part.name
             if target.exists():
-                target.rename(work / f"old-{part}")
+                target.rename(work / f"old-{part.name}")
             folder.rename(target)
 
 
@@ -287,6 +354,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help=f"a kernel to fetch: {', '.join(ROLES)}, or a version; repeatable; default {' '.join(KERNELS)}",
     )
+    parser.add_argument(
+        "--headers", action="store_true", help="also fetch what modules for these kernels are built with"
+    )
     parser.add_argument("--iasl", action="store_true", help="also fetch ACPICA's iasl, which only tests need")
     parser.add_argument(
         "--tools", action="store_true", help="also fetch programs for guests: nvme, fio, mkfs.ext4, ..."
@@ -315,7 +385,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, stop)  # so that SIGTERM, too, removes the temporary folder
     try:
         if not options.print:
-            fetch(kernels, mirror=options.mirror, refresh=options.refresh, dry_run=options.dry_run, optional=optional)
+            fetch(
+                kernels,
+                mirror=options.mirror,
+                refresh=options.refresh,
+                dry_run=options.dry_run,
+                optional=optional,
+                headers=kernels if options.headers else KERNELS if options.all else (),
+            )
         if options.dry_run:
             return 0
         found = paths(kernels, optional)

@@ -6,23 +6,15 @@ Unpacking a few MiB costs a guest less than decompressing them.
 
 from __future__ import annotations
 
-import gzip
-import io
-import lzma
-import re
 import shlex
-import shutil
 import stat
-import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-from elftools.elf.elffile import ELFFile
 
 from vmodel.errors import ConfigError
-from vmodel.guest.artifacts import ArtifactError, Kernel
-from vmodel.guest.tools import find_tools, program_files, reading_elf
+from vmodel.guest.artifacts import Kernel
+from vmodel.guest.modules import files_of, in_order
+from vmodel.guest.tools import find_tools, program_files
 
 #: Commands that /init needs before `busybox --install` has created the others.
 _APPLETS = ("sh", "mount")
@@ -97,110 +89,6 @@ class Cpio:
             self._parts.append(part + bytes(-len(part) % 4))
 
 
-# ---- kernel modules ----------------------------------------------------------------------------------
-
-
-def _module_name(path: Path) -> str:
-    return path.name.partition(".ko")[0].replace("-", "_")
-
-
-def _zstd(data: bytes) -> bytes:
-    if not shutil.which("zstd"):
-        raise ArtifactError("modules of this kernel are compressed with zstd: install the program zstd")
-    return subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, check=True, timeout=60).stdout
-
-
-_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    ".ko": bytes,
-    ".xz": lzma.decompress,
-    ".gz": gzip.decompress,
-    ".zst": _zstd,
-}
-
-
-def load_module(path: Path) -> bytes:
-    """A module's ELF file, decompressed according to its suffix.  ArtifactError: it cannot be read or decompressed."""
-    try:
-        return _DECOMPRESS[path.suffix](path.read_bytes())
-    except KeyError:
-        raise ArtifactError(f"unknown compression {path.suffix}", file=path) from None
-    except (OSError, EOFError, lzma.LZMAError, subprocess.SubprocessError) as error:
-        raise ArtifactError(f"cannot be read: {error}", file=path) from None
-
-
-def modinfo(elf: bytes) -> Iterator[tuple[str, str]]:
-    """The strings of a module's .modinfo section, as (key, value).  ValueError: it is not an ELF file."""
-    with reading_elf():
-        section: Any = ELFFile(io.BytesIO(elf)).get_section_by_name(".modinfo")
-        data = b"" if section is None else section.data()
-    for entry in data.split(b"\0"):
-        key, equals, value = entry.decode("utf-8", "replace").partition("=")
-        if equals:
-            yield key, value
-
-
-def _needs(elf: bytes) -> tuple[list[str], list[str]]:
-    """The modules that must be loaded before this one, and those that should be if they exist."""
-    hard: list[str] = []
-    soft: list[str] = []
-    for key, value in modinfo(elf):
-        if key == "depends":
-            hard += [name for name in value.split(",") if name]
-        elif key == "softdep" and (before := re.match(r"\s*pre:((?:\s+[\w-]+(?!:)\b)*)", value)):
-            soft += before[1].split()
-    return hard, soft
-
-
-def modules_in_order(kernel: Kernel, names: Iterable[str]) -> list[tuple[str, bytes]]:
-    """(name, ELF) of modules and their dependencies, dependencies first; without modules that are built in.
-
-    Dependencies are read from the modules themselves, as Debian's packages have no modules.dep.  ArtifactError: the
-    kernel has no module of this name.
-    """
-    return [(name, elf) for name, elf, _ in _ordered(kernel, names)]
-
-
-def _ordered(kernel: Kernel, names: Iterable[str]) -> list[tuple[str, bytes, list[str]]]:
-    wanted = list(names)
-    if not wanted:
-        return []
-    if kernel.modules is None:
-        raise ArtifactError(f"kernel {kernel.release} has no modules beside {kernel.image}")
-    index = {_module_name(path): path for path in kernel.modules.rglob("*.ko*")}
-    builtin_file = kernel.modules / "modules.builtin"
-    builtin = {_module_name(Path(line)) for line in builtin_file.read_text().split()} if builtin_file.is_file() else ()
-    done: dict[str, tuple[bytes, list[str]]] = {}
-    under_way: list[str] = []
-
-    def visit(name: str) -> None:
-        name = name.replace("-", "_")
-        if name in done or name in builtin:
-            return
-        if name in under_way:
-            raise ArtifactError(f"modules depend on each other: {' > '.join([*under_way, name])}")
-        if name not in index:
-            needed = f" (needed by {under_way[-1]})" if under_way else ""
-            raise ArtifactError(f"kernel {kernel.release} has no module {name!r}{needed}")
-        elf = load_module(index[name])
-        try:
-            hard, soft = _needs(elf)
-        except ValueError as error:
-            raise ArtifactError(str(error), file=index[name]) from None
-        hard = [need.replace("-", "_") for need in hard]
-        under_way.append(name)
-        for need in hard:
-            visit(need)
-        for need in soft:  # it may be the name of an algorithm instead of a module, and loops are allowed here
-            if (need := need.replace("-", "_")) in index and need not in under_way:
-                visit(need)
-        under_way.pop()
-        done[name] = elf, [need for need in hard if need not in builtin]
-
-    for name in wanted:
-        visit(name)
-    return [(name, elf, hard) for name, (elf, hard) in done.items()]
-
-
 # ---- the archive -------------------------------------------------------------------------------------
 
 # The third serial port is the harness's own: the harness answers "boot" with the number of this boot, and "status N" or
@@ -246,7 +134,8 @@ def build(
 ) -> bytes:
     """An initramfs that runs `command` (words, or a shell script) and powers off.
 
-    `modules` are loaded in this order, dependencies first; `modprobe` can load `extra_modules`.
+    `modules` are loaded in this order, dependencies first; `modprobe` can load `extra_modules`.  Both are names, paths
+    of .ko files, or source folders (see modules.py).
     `tools` are Debian's programs; in /bin they take precedence over busybox's applets of the same name.
     `files`: (path on the host, path in the guest), or a path for /root/NAME.  They keep their modes.
     ArtifactError: busybox, a tool or a module is missing.  ConfigError: a file is missing, or its path is used twice.
@@ -259,16 +148,18 @@ def build(
     archive.file("bin/busybox", _read(busybox), 0o755)
     for applet in _APPLETS:
         archive.link(f"bin/{applet}", "busybox")
-    load = list(modules)
-    ordered = _ordered(kernel, [*load, *extra_modules])
+    load, extra = files_of(modules, kernel), files_of(extra_modules, kernel)
+    # A module that is given by its path in one of both is that one in both.
+    load = {name: path or extra.get(name) for name, path in load.items()}
     home = f"lib/modules/{kernel.release}"
     below: dict[str, set[str]] = {}
     dep = ""
-    for name, elf, hard in ordered:
-        archive.file(f"{home}/{name}.ko", elf)
-        below[name] = set(hard).union(*(below[need] for need in hard))
+    for module in in_order(kernel, load | {name: path for name, path in extra.items() if name not in load}):
+        archive.file(f"{home}/{module.name}.ko", module.elf)
+        needs = set(module.needs).union(*(below[need] for need in module.needs))
         # modprobe loads from a line's end to its start; `below` is in load order.
-        dep += " ".join([f"{name}.ko:", *(f"{need}.ko" for need in reversed(below) if need in below[name])]) + "\n"
+        dep += " ".join([f"{module.name}.ko:", *(f"{need}.ko" for need in reversed(below) if need in needs)]) + "\n"
+        below[module.name] = needs
     archive.file(f"{home}/modules.dep", dep.encode())
     if tools:
         for target, source in program_files(find_tools(), tools):
@@ -278,7 +169,7 @@ def build(
         archive.file(target, _read(source), source.stat().st_mode & 0o777)
     script = command if isinstance(command, str) else shlex.join(command)
     archive.file("vmodel-command", script.encode() + b"\n", 0o755)
-    names = " ".join(name for name, _ in modules_in_order(kernel, load))
+    names = " ".join(module.name for module in in_order(kernel, load))
     archive.file("init", _INIT.format(load=names).encode(), 0o755)
     return archive.finish()
 

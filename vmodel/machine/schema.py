@@ -204,10 +204,23 @@ class GroupTable(_Strict):
     mapping: list[MappingTable] = Field(default_factory=list, examples=["[]"])
 
 
+class GuestTable(_Strict):
+    """`[guest]`: how guests with this machine are booted; what a command or a test says besides is added to it."""
+
+    kernel: str | None = Field(default=None, examples=['"backports"'])
+    modules: list[str] = Field(default_factory=list, examples=['["driver/"]'])
+    extra_modules: list[str] = Field(default_factory=list, examples=['["nvme"]'])
+    files: list[str] = Field(default_factory=list, examples=['["check.sh"]'])
+    append: str = Field(default="", examples=['"mycard.debug=1"'])
+    cpus: Annotated[int, Field(ge=1, le=64)] | None = Field(default=None, examples=["2"])
+    qemu_args: list[str] = Field(default_factory=list, examples=['["-rtc", "base=utc"]'])
+
+
 class MachineFile(_Strict):
     """The whole file."""
 
     machine: MachineTable
+    guest: GuestTable = Field(default_factory=GuestTable)
     limits: LimitsTable = Field(default_factory=LimitsTable)
     iommu: list[IommuTable] = Field(default_factory=list)
     bridge: list[BridgeTable] = Field(default_factory=list)

@@ -256,11 +256,14 @@ def fake_driver(fake_memory: FakeMemory, vmodel_devices: dict[str, PciDevice]) -
 
 @pytest.fixture
 def guest_kernel(request: pytest.FixtureRequest) -> Kernel:
-    """The kernel of this test's guests: one of --vmodel-kernel, else stable's."""
+    """The kernel of this test's guests: one of --vmodel-kernel, else the machine file's, else stable's."""
     from vmodel.guest.artifacts import find_kernel
 
+    name = getattr(request, "param", None)
+    if name is None and "vmodel_served" in request.fixturenames:
+        name = request.getfixturevalue("vmodel_served").machine.content.guest.kernel
     with _on_one_line():
-        return find_kernel(getattr(request, "param", None))
+        return find_kernel(name)
 
 
 @pytest.fixture
@@ -293,9 +296,14 @@ def machine(vmodel_served: Served) -> Machine:
 
 def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The arguments of a test's `guest` marks; the nearest mark takes precedence."""
+    from vmodel.guest.options import module_at
+
     found: dict[str, Any] = {}
     for mark in request.node.iter_markers("guest"):
         found = {**mark.kwargs, **found}
+    for key in {"modules", "extra_modules"} & found.keys():
+        with _on_one_line():
+            found[key] = [module_at(entry, request.path.parent) for entry in found[key]]
     if "files" in found:
         found["files"] = [_file(request.path.parent, entry) for entry in found["files"]]
     return found
@@ -319,12 +327,15 @@ class Vm:
         self._count = 0
 
     def spec(self, command: str, **options: Any) -> GuestSpec:
-        """The GuestSpec of a guest; options are those of the mark `guest`, and take precedence over it."""
-        from vmodel.guest.running import GuestSpec
+        """The GuestSpec of a guest; options are those of the mark `guest`, and take precedence over it.
+
+        Both are added to the machine file's `[guest]` table.
+        """
+        from vmodel.guest.options import spec_of
 
         merged = {**self._options, **options}
         args = [*merged.pop("qemu_args", ()), *self._served.qemu_args(merged.pop("without", ()))]
-        return GuestSpec(command=command, kernel=self._kernel, qemu_args=args, **merged)
+        return spec_of(self._served.machine, args, self._kernel, command=command, **merged)
 
     def logs(self) -> Path:
         """The folder for the logs of the test's next guest."""

@@ -1,0 +1,106 @@
+"""Kernel modules are built from their source for each kernel, and loaded in its guest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.guest.kernels import CHOSEN
+from vmodel.guest.artifacts import CLOUD, find_kernel
+from vmodel.guest.kbuild import BuildError, build
+from vmodel.patience import patience
+
+pytestmark = pytest.mark.guest
+SOURCE = Path(__file__).parent / "driver"
+EDU = Path(__file__).parents[2] / "examples" / "edu.toml"
+
+
+@pytest.fixture(params=[name for name in CHOSEN if name != CLOUD])
+def kernel(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(SOURCE, tmp_path / "project" / "driver"))
+
+
+def all_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_build(source: Path, kernel: str, tmp_path: Path) -> None:
+    """Warnings name the source; nothing is written into it; what has not changed is not built again."""
+    main = source / "main.c"
+    main.write_text(main.read_text() + '#include "../shared.h"\nstatic int nobody_uses_this;\n')
+    (source.parent / "shared.h").write_text("#define SHARED 1\n")
+    before, found, said = all_of(source.parent), find_kernel(kernel), list[str]()
+    built = build(source, found, tmp_path / "build", said.append)
+    (module,) = built.modules
+    assert module == tmp_path / "build" / found.release / "factorial.ko"
+    line = len(main.read_text().splitlines())
+    assert built.warnings == (
+        f"{main}:{line}:12: warning: 'nobody_uses_this' defined but not used [-Wunused-variable]",
+    )
+    assert built.warnings[0] in said
+    assert all_of(source.parent) == before
+    commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+    assert [entry["file"] for entry in commands] == [str(main), str(source / "registers.c")]
+    assert all(Path(entry["directory"]).is_dir() and Path(entry["arguments"][0]).is_file() for entry in commands)
+    time = module.stat().st_mtime_ns
+    assert build(source, found, tmp_path / "build").modules == (module,)
+    assert module.stat().st_mtime_ns == time
+    main.write_text(main.read_text().replace("nobody_uses_this", "nobody"))
+    assert "'nobody'" in build(source, found, tmp_path / "build").warnings[0]
+
+
+def test_files_come_and_go(source: Path, tmp_path: Path) -> None:
+    found = find_kernel(CHOSEN[0])
+    build(source, found, tmp_path / "build")
+    (source / "registers.c").rename(source / "moved.c")
+    with pytest.raises(BuildError, match=r"No rule to make target .*registers.o"):
+        build(source, found, tmp_path / "build")
+    (source / "Kbuild").write_text("obj-m := factorial.o\nfactorial-y := main.o moved.o\n")
+    build(source, found, tmp_path / "build")
+
+
+def test_errors_name_the_source(source: Path, kernel: str, tmp_path: Path) -> None:
+    (source / "registers.c").write_text('#include "registers.h"\nu32 factorial(void) { return x; }\n')
+    with pytest.raises(BuildError) as error:
+        build(source, find_kernel(kernel), tmp_path / "build")
+    assert f"{source}/registers.c:2:5: error: conflicting types for 'factorial'" in str(error.value)
+    assert f"{source}/registers.c:2:30: error: 'x' undeclared (first use in this function)" in str(error.value)
+
+
+def test_a_symbol_that_no_kernel_has(source: Path, kernel: str, tmp_path: Path) -> None:
+    (source / "registers.c").unlink()
+    (source / "Kbuild").write_text("obj-m := factorial.o\nfactorial-y := main.o\n")
+    with pytest.raises(BuildError, match=r"ERROR: modpost: .*factorial.* undefined!"):
+        build(source, find_kernel(kernel), tmp_path / "build")
+
+
+def test_a_guest_with_a_module_from_its_source(kernel: str, source: Path, tmp_path: Path) -> None:
+    """In one command; parameters of modules are kernel arguments."""
+    vmodel = [sys.executable, "-m", "vmodel", "guest", str(EDU), "--run-dir", str(tmp_path / "run")]
+    options = ["--kernel", kernel, "--module", "driver/", "--append", "factorial.number=6"]
+    done = subprocess.run(
+        [*vmodel, *options, "--", "sh", "-c", "dmesg | grep 'factorial.*!'; lsmod | grep -c factorial"],
+        cwd=source.parent,
+        capture_output=True,
+        text=True,
+        timeout=patience(120),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "factorial 0000:00:03.0: 6! = 720\n" in done.stdout and done.stdout.endswith("\n1\n")
+    assert (source.parent / "build" / find_kernel(kernel).release / "factorial.ko").is_file()
+
+
+@pytest.mark.parametrize("folder", ["build here", "a:b"])
+def test_folders_that_kbuild_does_not_take(source: Path, tmp_path: Path, folder: str) -> None:
+    with pytest.raises(BuildError, match="kbuild takes no path with a blank or a colon"):
+        build(source, find_kernel(CHOSEN[0]), tmp_path / folder)

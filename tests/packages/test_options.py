@@ -1,0 +1,106 @@
+"""What a guest is booted with: the machine file's [guest] table, and what is added to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.packages.archive import cached
+from tests.packages.module_files import RELEASE
+from vmodel import machine as machines
+from vmodel.errors import ConfigError
+from vmodel.guest.artifacts import Kernel
+from vmodel.guest.options import guest_file, module_at, module_files, spec_of
+from vmodel.machine import Machine
+
+KERNEL = Kernel(RELEASE, Path("bzImage"), None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "driver" / "sub").mkdir(parents=True)
+    for name in ("driver/Kbuild", "driver/main.c", "driver/main.o", "driver/sub/x.c", "driver/.hidden", "check.sh"):
+        (tmp_path / name).touch()
+    for release in ("6.12.117+deb13-amd64", "7.3.4+deb13-amd64"):
+        (tmp_path / "build" / release).mkdir(parents=True)
+        (tmp_path / "build" / release / "mycard.ko").touch()
+    return tmp_path
+
+
+def test_files_of_modules(folder: Path) -> None:
+    sources = [folder / "driver" / name for name in ("Kbuild", "main.c", "sub/x.c")]
+    assert module_files(f"{folder}/driver/") == sources
+    each = module_files(f"{folder}/build/{{release}}/mycard.ko")
+    assert [path.parent.name for path in each] == ["6.12.117+deb13-amd64", "7.3.4+deb13-amd64"]
+    assert module_files(f"{folder}/build/*/mycard.ko") == []
+
+
+def test_places(folder: Path) -> None:
+    assert module_at("nvme", folder) == "nvme"
+    assert module_at("driver/", folder) == module_at("./driver", folder) == f"{folder}/driver/"
+    assert module_at("build/{release}/mycard.ko", folder) == f"{folder}/build/{{release}}/mycard.ko"
+    assert guest_file("check.sh", folder) == folder / "check.sh"
+    assert guest_file("check.sh:/bin/check", folder) == (folder / "check.sh", "/bin/check")
+    for entry in ("gone.ko", "gone/", "build/{release}/other.ko"):
+        with pytest.raises(ConfigError, match="there is no module or source folder"):
+            module_at(entry, folder)
+    with pytest.raises(ConfigError, match="there is no file 'driver'"):
+        guest_file("driver", folder)
+    with pytest.raises(ConfigError, match="must be FILE, or FILE:PLACE"):
+        guest_file("check.sh:/", folder)
+
+
+@pytest.fixture
+def machine(folder: Path) -> Iterator[Machine]:
+    (folder / "m.toml").write_text(
+        """
+[machine]
+name = "m"
+[guest]
+kernel = "9.9"
+modules = ["driver/", "nvme"]
+files = ["check.sh"]
+append = "mycard.debug=1"
+cpus = 2
+qemu_args = ["-rtc", "base=utc"]
+"""
+    )
+    made = machines.load(folder / "m.toml")
+    yield made
+    made.close()
+
+
+def test_lists_and_kernel_arguments_add_up(machine: Machine, folder: Path) -> None:
+    more = {"modules": ["uio"], "files": [folder / "x"], "append": "quiet", "timeout": 7.0}
+    spec = spec_of(machine, ["-m", "1G"], KERNEL, command="true", **more)
+    assert spec.modules == [f"{folder}/driver/", "nvme", "uio"]
+    assert (spec.extra_modules, spec.files) == ([], [folder / "check.sh", folder / "x"])
+    assert (spec.append, spec.timeout, spec.kernel) == ("mycard.debug=1 quiet", 7.0, KERNEL)
+    assert spec.qemu_args == ["-smp", "2", "-rtc", "base=utc", "-m", "1G"]
+
+
+def test_the_kernel(machine: Machine, cache: Path) -> None:
+    """What is asked for comes before the machine file's."""
+    cached(cache, "kernel-9.9", release=RELEASE)
+    cached(cache, "kernel-stable", release="6.12.117+deb13-amd64")
+    for asked, release in ((None, RELEASE), ("stable", "6.12.117+deb13-amd64"), (KERNEL, RELEASE)):
+        found = spec_of(machine, (), asked, command="").kernel
+        assert found is not None and found.release == release
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('modules = ["gone/"]', r"m.toml: guest.modules\[0\]: there is no module or source folder 'gone/'"),
+        ('extra_modules = ["nvme", "a.ko"]', r"m.toml: guest.extra_modules\[1\]: there is no module .*'a.ko'"),
+        ('files = ["driver"]', r"m.toml: guest.files\[0\]: there is no file 'driver'"),
+    ],
+)
+def test_mistakes_name_file_and_key(folder: Path, line: str, said: str) -> None:
+    (folder / "m.toml").write_text(f'[machine]\nname = "m"\n[guest]\n{line}\n')
+    made = machines.load(folder / "m.toml")
+    with pytest.raises(ConfigError, match=said):
+        spec_of(made, (), KERNEL, command="")
+    made.close()

@@ -1,0 +1,45 @@
+"""vmodel build."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmodel.guest import artifacts, get_qemu, kbuild
+
+Source = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The module's folder, with a Kbuild or a Makefile.", show_default=False)
+]
+Kernels = Annotated[
+    list[str] | None,
+    typer.Option("--kernel", metavar="NAME|PATH", help=f"Repeatable; by default {' and '.join(artifacts.KERNELS)}."),
+]
+Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where it is built, a folder for each kernel.")]
+
+
+def build(source: Source, kernel: Kernels = None, output: Output = kbuild.OUTPUT) -> None:
+    """Build a kernel module out of tree for the guest kernels.
+
+    What it needs for that (headers, Debian's compiler) is fetched the first time.  The compiler's messages go to
+    stdout, then the path of each module.  For editors there is a compile_commands.json in the output folder.
+    """
+    kbuild.check_source(source)
+    names = kernel or list(artifacts.KERNELS)
+    fetch_headers(names)
+    for name in names:
+        found = artifacts.find_kernel(name)
+        try:
+            built = kbuild.build(source, found, output, print)
+        except kbuild.BuildError as error:
+            raise kbuild.BuildError(f"{source}: not built for {found.release}: {error.summary}") from None
+        for module in built.modules:
+            print(os.path.relpath(module))
+
+
+def fetch_headers(kernels: list[str]) -> None:
+    """Fetches what modules for these kernels are built with, and the kernels, if the cache has not got it."""
+    names = [name for name in kernels if artifacts.KERNEL_NAME.fullmatch(name)]
+    get_qemu.fetch(names, headers=names)

@@ -1,0 +1,90 @@
+"""What a guest is booted with: a machine file's `[guest]` table, and what a command, a test or a campaign adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from glob import escape
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vmodel.errors import ConfigError
+from vmodel.guest.artifacts import Kernel, find_kernel
+from vmodel.guest.kbuild import source_files
+from vmodel.guest.modules import is_path
+from vmodel.guest.running import GuestSpec
+from vmodel.machine import Machine
+
+Place = TypeVar("Place")
+
+
+def guest_file(text: str, base: Path) -> Path | tuple[Path, str]:
+    """A file for the guest, "FILE" or "FILE:PLACE", in the form of `GuestSpec.files`.  ConfigError: it does not exist.
+
+    >>> guest_file("check.sh:/bin/check", Path("/project"))  # doctest: +SKIP
+    (PosixPath('/project/check.sh'), '/bin/check')
+    """
+    source, colon, target = text.partition(":")
+    path = base / source
+    if not path.is_file():
+        raise ConfigError(f"there is no file {source!r}")
+    if colon and not target.strip("/"):
+        raise ConfigError(f"{text!r}: must be FILE, or FILE:PLACE-IN-THE-GUEST")
+    return (path, target) if colon else path
+
+
+def module_at(entry: str, base: Path) -> str:
+    """A module's name, or its path from the folder `base`.  ConfigError: nothing is there."""
+    if not is_path(entry):
+        return entry
+    path = base / entry
+    if not module_files(str(path)):
+        raise ConfigError(f"there is no module or source folder {entry!r}")
+    return f"{path}/" if path.is_dir() else str(path)
+
+
+def module_files(entry: str) -> list[Path]:
+    """The files that a module's path stands for: one, or all of a source folder; for {release} those of all kernels."""
+    start = Path(entry).anchor or "."
+    pattern = "*".join(escape(part) for part in str(Path(entry)).removeprefix(start).split("{release}"))
+    paths = sorted(Path(start).glob(pattern)) if pattern.strip(".") else [Path(start)]
+    return [file for path in paths for file in (source_files(path) if path.is_dir() else [path])]
+
+
+def at_option(option: str, call: Callable[[str, Path], Place], entry: str) -> Place:
+    """`call(entry, the current folder)`.  A ConfigError gets the option that `entry` comes from."""
+    try:
+        return call(entry, Path().absolute())
+    except ConfigError as error:
+        raise ConfigError(f"{option} {entry}: {error}") from error
+
+
+def spec_of(
+    machine: Machine, qemu_args: Sequence[str], kernel: Kernel | str | None = None, **options: Any
+) -> GuestSpec:
+    """The guest of a machine: its `[guest]` table, then `options`, which are fields of GuestSpec; then `qemu_args`.
+
+    Lists and kernel arguments add up; other options replace.  ConfigError: a file is missing.
+    """
+    table, base = machine.content.guest, machine.file.absolute().parent
+
+    def at(key: str, call: Any, entries: Sequence[str]) -> list[Any]:
+        made = []
+        for n, entry in enumerate(entries):
+            try:
+                made.append(call(entry, base))
+            except ConfigError as error:
+                raise ConfigError(str(error), file=machine.file, key=f"guest.{key}[{n}]") from None
+        return made
+
+    sums: dict[str, Any] = {
+        "modules": at("modules", module_at, table.modules),
+        "extra_modules": at("extra_modules", module_at, table.extra_modules),
+        "files": at("files", guest_file, table.files),
+        "qemu_args": [*(["-smp", str(table.cpus)] if table.cpus else []), *table.qemu_args],
+    }
+    for key, value in sums.items():
+        value.extend(options.pop(key, None) or ())
+    append = " ".join(filter(None, (table.append, options.pop("append", ""))))
+    chosen = kernel if isinstance(kernel, Kernel) else find_kernel(kernel or table.kernel)
+    sums["qemu_args"] += qemu_args
+    return GuestSpec(**options, **sums, append=append, kernel=chosen)
