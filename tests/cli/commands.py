@@ -82,7 +82,9 @@ def in_terminal(*arguments: str | Path, env: Mapping[str, str] = {}, keys: bytes
     needs.pty()
     pid, fd = pty.fork()
     if pid == 0:
-        os.execve(sys.executable, [sys.executable, "-m", "vmodel", *map(str, arguments)], environ(TERM="xterm", **env))
+        os.execve(
+            sys.executable, [sys.executable, "-m", "vmodel", *map(str, arguments)], environ(**{"TERM": "xterm", **env})
+        )
     shown, deadline = b"", time.monotonic() + patience(30)
     while time.monotonic() < deadline:
         if not select.select([fd], [], [], 1)[0]:

@@ -103,6 +103,33 @@ def test_plan_and_faults_of_a_server(plan: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_a_plan_that_does_nothing_is_not_silent(plan: Path, tmp_path: Path) -> None:
+    """A rule that never fired is named; the log of an earlier run does not stay, as if it were this run's."""
+    journal = tmp_path / "edu.injections.jsonl"
+    journal.write_text('{"n": 1}\n')
+    late = "mmio.read register=ID nth=9 do=ones name=late"
+    with serving(EXAMPLE, "--run-dir", tmp_path, "--fault", late, "--fault", "irq do=drop") as (run, _):
+        assert not journal.exists()
+        look(tmp_path)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(20) == 0
+        assert run.stderr is not None
+        assert run.stderr.read().splitlines() == [
+            "vmodel: late never fired: it matched 3 events",
+            "vmodel: rule1 never fired: it matched 0 events",
+        ]
+    assert not journal.exists()
+
+
+def test_a_refused_server_leaves_the_log_of_the_one_that_runs(tmp_path: Path) -> None:
+    with serving(EXAMPLE, "--run-dir", tmp_path, "--fault", "mmio.read register=ID do=ones") as (run, _):
+        look(tmp_path)
+        before = (tmp_path / "edu.injections.jsonl").read_text()
+        refused(vmodel("serve", EXAMPLE, "--run-dir", tmp_path))
+        assert before and (tmp_path / "edu.injections.jsonl").read_text() == before
+        run.send_signal(signal.SIGTERM)
+
+
 def test_live(tmp_path: Path) -> None:
     def inject(*words: str) -> subprocess.CompletedProcess[str]:
         return vmodel("inject", words[0], EXAMPLE, *words[1:], "--run-dir", tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from tests.hostile import EVIL, is_clean
 from vmodel.cli.output import console, log_to_stderr, safely, show
-from vmodel.cli.screen import Screen, decoded
+from vmodel.cli.screen import Log, Screen, decoded, unix_lines
 from vmodel.printable import printable
 
 
@@ -135,3 +136,34 @@ def test_a_console_in_pieces() -> None:
         take(piece)
     take(b"\xff\n")
     assert b"".join(got).decode() == "ä\\u001b[2J€\n\\xff\n"
+
+
+@given(st.lists(st.sampled_from([b"a", b"\n", b"\r", b"\r\n"]), max_size=12))
+def test_line_ends_of_a_console_in_any_pieces(pieces: list[bytes]) -> None:
+    """No CR is left before an LF, wherever a read ends; a CR that overwrites a line stays."""
+    got: list[bytes] = []
+    take = unix_lines(got.append)
+    for piece in pieces:
+        take(piece)
+    take(b".")
+    assert b"".join(got) == re.sub(rb"\r+", b"\r", b"".join(pieces) + b".").replace(b"\r\n", b"\n")
+
+
+def test_only_carriage_returns_take_no_memory() -> None:
+    got: list[bytes] = []
+    take = unix_lines(got.append)
+    for _ in range(1000):
+        take(b"\r" * 1000)
+    take(b"end\n")
+    assert b"".join(got) == b"\rend\n"
+
+
+def test_another_line_of_the_terminal_is_erased_first(screen: tuple[Screen, Callable[[], bytes]]) -> None:
+    """For example a spinner, also before a line of the log."""
+    made, seen = screen
+    order: list[str] = []
+    made.erase = lambda: order.append("erased")
+    written = made._write
+    made._write = lambda data: (order.append(data.decode()), written(data))[1]
+    Log(made, sys.stderr).write("07:05:26 ERROR\n")
+    assert order == ["erased", "07:05:26 ERROR\n"] and seen() == b"07:05:26 ERROR\n"

@@ -83,7 +83,8 @@ def _app(commands: dict[str, Callable[..., None]], groups: dict[str, typer.Typer
     app = typer.Typer(
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        # Styled text would pass the escaping streams of `safely`: see output.py.
+        context_settings={"help_option_names": ["-h", "--help"], "color": False},
     )
     app.callback()(_options)
     for name, command in commands.items():

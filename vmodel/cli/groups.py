@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from vmodel.cli.drawing import draw
-from vmodel.cli.output import AsJson, console, log_to_stderr
+from vmodel.cli.output import AsJson, console, log_to_stderr, show
 from vmodel.cli.serve import MachinePath, loaded
 from vmodel.errors import ConfigError
 from vmodel.iommu import sysfs
@@ -61,10 +61,7 @@ def _show(system: System) -> None:
     for root in system.topology.roots:
         tree = Tree(f"segment {root.segment:04x}, bus {root.number:02x}")
         _add(tree, root, {e.source: e for e in system.endpoints if isinstance(e.source, Function)})
-        with out.capture() as text:
-            out.print(tree, highlight=False)
-        for line in text.get().splitlines():
-            print(line.rstrip())
+        show(tree, out)
     used = ", ".join(f"{iommu.name} ({iommu.driver.title})" for iommu in system.iommus) or "none"
     count = len(system.groups)
     print(f"{count} group{'' if count == 1 else 's'}; IOMMUs: {used}")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from vmodel.cli.build import fetch_headers
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
-from vmodel.cli.screen import Log, Screen, decoded, shared
+from vmodel.cli.screen import Log, Screen, decoded, shared, unix_lines
 from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
 from vmodel.errors import ConfigError
 from vmodel.guest import artifacts, modules, options
@@ -130,23 +130,19 @@ def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool, ou
     to_console: Callable[[bytes], None] = partial(err.put, "console")
     if terminal.is_terminal:
         to_console = decoded(to_console)
+    to_console = unix_lines(to_console)
     listening = threading.Event()
     with spinner as shown:
+        if shown is not None:
+            out.erase = err.erase = shown.stop
 
         def on_output(data: bytes) -> None:
-            if shown is not None:
-                shown.stop()
             if interactive and not listening.is_set() and _LISTENING in data:
                 listening.set()
                 data = data.replace(_LISTENING, b"", 1)
             out.put("output", data)
 
-        def on_console(data: bytes) -> None:
-            if shown is not None:
-                shown.stop()
-            to_console(data.replace(b"\r\n", b"\n"))
-
-        with Guest(spec, artifacts=logs, on_output=on_output, on_console=on_console) as running:
+        with Guest(spec, artifacts=logs, on_output=on_output, on_console=to_console) as running:
             threading.Thread(target=_end_on, args=(stop, running), daemon=True).start()
             if interactive:
                 threading.Thread(target=_forward, args=(listening, sys.stdin.fileno(), running), daemon=True).start()

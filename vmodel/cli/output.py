@@ -2,6 +2,7 @@
 
 Output may contain text from a guest or from somebody else's file.  Within `safely()` all of it passes `printable()`:
 prints through the replaced streams, tables and logs through a hook of rich, which leaves rich's own colours alone.
+So only rich styles text: what it has rendered is never printed through a replaced stream, and click's styles are off.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from collections.abc import Iterator
 from typing import Annotated, Any, TextIO, cast
 
 import typer
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
 from rich.logging import RichHandler
 from rich.segment import Segment
-from rich.table import Table
 
 from vmodel.printable import printable
 
@@ -79,13 +79,13 @@ def console(stream: TextIO | None = None) -> Console:
     return made
 
 
-def show(table: Table, out: Console) -> None:
-    """Prints a table; outside a terminal without trailing blanks."""
+def show(shown: RenderableType, out: Console) -> None:
+    """Prints a table or a tree; outside a terminal without trailing blanks."""
     if out.is_terminal:
-        out.print(table)
+        out.print(shown, highlight=False)
         return
     with out.capture() as text:
-        out.print(table)
+        out.print(shown, highlight=False)
     for line in text.get().splitlines():
         print(line.rstrip(), file=out.file)
 

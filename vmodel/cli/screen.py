@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import re
 import threading
 from collections.abc import Callable
 from typing import TextIO
@@ -30,9 +31,12 @@ class Screen:
         self._open: str | None = None
         self._waiting: list[tuple[str, bytes]] = []
         self._timer: threading.Timer | None = None
+        #: Called before data is written, to erase something else that the terminal shows, such as a spinner.
+        self.erase: Callable[[], None] = lambda: None
 
     def put(self, source: str, data: bytes) -> None:
         """Writes `data` of `source`, at once or when the open line of another source has ended."""
+        self.erase()
         with self._lock:
             self._take(source, data)
             if not self._waiting:
@@ -127,5 +131,22 @@ def decoded(put: Callable[[bytes], None]) -> Callable[[bytes], None]:
 
     def take(data: bytes) -> None:
         put(printable(decoder.decode(data)).encode())
+
+    return take
+
+
+def unix_lines(put: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """A sink for a serial console's bytes, in pieces of any size: it calls `put` with LF for CR LF."""
+    held = b""
+
+    def take(data: bytes) -> None:
+        nonlocal held
+        data = held + data
+        # A CR at the end waits for the LF that may follow in the next piece; several are as good as one.
+        whole = data.rstrip(b"\r")
+        held = b"\r" if len(whole) < len(data) else b""
+        data = re.sub(rb"\r+\n", b"\n", whole)
+        if data:
+            put(data)
 
     return take

@@ -171,12 +171,32 @@ def served(
         Control(folder, machine.name, {**status.commands(machine), **live.commands(engine)}),
     ):
         try:
+            _remove(journal)  # of an earlier run: this one may inject nothing
             with machine.serve(folder) as server:
-                yield server, folder
+                try:
+                    yield server, folder
+                finally:
+                    _say_unfired(engine)
         finally:
             machine.remove_acpi(folder)
             if count := len(engine.journal):
                 print(f"vmodel: {count} injection{'' if count == 1 else 's'}, see {journal}", file=sys.stderr)
+
+
+def _remove(journal: Path) -> None:
+    try:
+        journal.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{journal}: cannot be removed: {error.strerror}: choose another --run-dir") from error
+
+
+def _say_unfired(engine: Engine) -> None:
+    """A plan that had no effect looks like a driver that survived it."""
+    for rule in engine.describe():
+        if not rule["fired"]:
+            count = rule["matched"]
+            events = f"{count} event{'' if count == 1 else 's'}"
+            print(f"vmodel: {rule['name']} never fired: it matched {events}", file=sys.stderr)
 
 
 def serve(
