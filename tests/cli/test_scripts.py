@@ -1,9 +1,10 @@
-"""scripts/test: its own option, and all else for pytest."""
+"""The scripts: their help; scripts/test: its own options, and all else for pytest."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,38 @@ def calls(script: Path, *arguments: str, status: int = 0) -> list[list[str]]:
     done = subprocess.run([script, *arguments], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("bench", "tests/bench/run.py"),
+        ("demo", ""),
+        ("docs", "scripts/docs"),
+        ("fuzz", "tests/fuzz/run.py"),
+        ("get-qemu", "vmodel/guest/get_qemu.py"),
+        ("test", "scripts/test"),
+    ],
+)
+def test_help(tmp_path: Path, name: str, source: str, option: str) -> None:
+    """It names each option, at once: in a fresh clone nothing is installed or fetched for it."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    done = subprocess.run(
+        [tmp_path / "scripts" / name, option],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHON": "/bin/false"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
+    head, *rest = done.stdout.splitlines()
+    assert head == f"usage: scripts/{name} [OPTIONS]" and rest and not any(line.startswith("#") for line in rest)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["scripts"]
+    text = (ROOT / source).read_text() if source else ""
+    options = re.findall(r'add_argument\(\s*"(--[\w-]+)"|^ *(--[\w-]+)\)', text, re.MULTILINE)
+    assert bool(options) == bool(source) and all("".join(pair) in done.stdout for pair in options), options
 
 
 HEAD = ["-m", "pytest", "-n", "auto", "--dist", "worksteal"]
