@@ -7,11 +7,13 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from tests.waiting import meanwhile
-from vmodel.testing.nvme import NvmeDriver
+from vmodel.devices.nvme.command import NvmeCommand
+from vmodel.testing.nvme import FLUSH, NvmeDriver, Pair
 from vmodel.vfio_user import client as module
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client
@@ -81,3 +83,24 @@ def test_a_list_of_capabilities_that_is_a_loop() -> None:
     driver.client = Looping()  # type: ignore[assignment]
     with pytest.raises(OSError, match="a loop"):
         driver._vectors()
+
+
+class Interrupted(NvmeDriver):
+    """A driver whose queue is interrupted as often as it waits, and gets no completion."""
+
+    def __init__(self) -> None:
+        self.client = SimpleNamespace(timeout=0.1)  # type: ignore[assignment]
+        self.ram = SimpleNamespace(view=memoryview(bytearray(8192)))  # type: ignore[assignment]
+        self._cid = 0
+
+    def _write32(self, offset: int, value: int) -> None:
+        pass
+
+    def wait(self, pair: Pair, seconds: float) -> None:
+        pass
+
+
+def test_interrupts_without_a_completion() -> None:
+    pair = Pair(1, 16, 0, 4096, None, None)  # type: ignore[arg-type]
+    with pytest.raises(TimeoutError, match="but no completion"):
+        Interrupted().send(pair, NvmeCommand.make(FLUSH, nsid=1))
