@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECK = """
 ./edu_check > out; status=$?
 cat out
-grep -q 'not what was sent' out && exit 65
+grep -q 'the data that was read back differs' out && exit 65
 exit $status
 """
 

@@ -197,3 +197,79 @@ def test_the_page_names_what_there_is(pytester: pytest.Pytester) -> None:
 def test_the_outcomes_of_the_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
     assert set(Outcome) <= set(re.findall(r"^\| ([a-z ]+) \|", page, re.MULTILINE))
+
+
+BROKEN = """
+    import pytest
+    from vmodel.device import PciDevice
+    from vmodel.pci.bar import MmioBar
+    from vmodel.regs import Reg32, RegisterBank, on_write
+
+    class Regs(RegisterBank, size=8):
+        A = Reg32(0x0)
+        B = Reg32(0x4)
+
+    class Card(PciDevice):
+        vendor_id, device_id, class_code = 0x1234, 0x5678, 0x058000
+        bar0 = MmioBar(0, size=4096)
+        regs = bar0.bank(Regs)
+
+        @on_write(Regs.B)
+        def _b(self, new):
+            return {}[new]
+
+        def on_timer(self):
+            raise ValueError("late")
+"""
+
+
+def test_a_model_that_raises_fails_the_test(pytester: pytest.Pytester) -> None:
+    """By name of the register, and with the user's own line; however green the test is otherwise."""
+    pytester.makepyfile(
+        BROKEN
+        + """
+    def test_a(fake_driver):
+        card = fake_driver(Card("card0"))
+        card.write(Regs.B, 7)
+        card.device.defer(card.device.on_timer)
+        assert card.read(Regs.A) == 0
+
+    @pytest.mark.allow_model_errors
+    def test_b(fake_driver):
+        fake_driver(Card("card0")).write(Regs.B, 7)
+
+    def test_c(fake_driver):
+        fake_driver(Card("card0")).write(Regs.A, 7)
+    """
+    )
+    result = pytester.runpytest()
+    result.assert_outcomes(passed=3, errors=1)
+    name = "test_a_model_that_raises_fails_the_test.py"
+    lines = Path(pytester.path / name).read_text().splitlines()
+    key, late = (1 + next(n for n, line in enumerate(lines) if word in line) for word in ("{}[new]", '"late"'))
+    result.stdout.fnmatch_lines(
+        [
+            "the model failed:",
+            f"card0: a write of regs.B: KeyError: 7 ({name} line {key})",
+            f"card0: a callback: ValueError: late ({name} line {late})",
+        ]
+    )
+
+
+def test_a_machines_model_that_raises_fails_the_test(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(card=BROKEN)
+    (pytester.path / "m.toml").write_text(
+        '[machine]\nname = "m"\n[[device]]\nname = "c0"\nmodel = "card.py:Card"\naddress = "0000:00:03.0"\n'
+    )
+    pytester.makepyfile(
+        """
+    import pytest
+
+    @pytest.mark.machine("m.toml")
+    def test_a(machine):
+        machine.devices["c0"].backend.region_write(0, 4, 4, 9)
+    """
+    )
+    result = pytester.runpytest("-p", "no:randomly")
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(["c0: a write of regs.B: KeyError: 9 (card.py line *)"])

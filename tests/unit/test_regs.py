@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.examples import examples
 from vmodel._shim import FunctionRegions
-from vmodel.device import MmioBar, PciDevice, on_read, on_write
+from vmodel.device import MmioBar, PciDevice, on_read, on_write, on_write_each
 from vmodel.regs import (
     RC,
     RESERVED,
@@ -117,6 +118,36 @@ def test_wrong_hooks_fail_at_definition() -> None:
             on_read(wrong)  # type: ignore[arg-type]
     base = declare(bar=bar, regs=regs, hook=hooked(Regs.A))
     type("Better", (base,), {"hook": hooked(Regs.A)})  # overriding is no second hook
+
+
+@pytest.mark.parametrize(
+    ("mark", "method", "said"),
+    [
+        (on_read(Regs.A), lambda self: 0, r"Device.hook: must be hook\(self, stored: int\): too many positional"),
+        (on_write(Regs.A), lambda self, old, new: None, r"must be hook\(self, new: int\): missing a required"),
+        (on_write_each(Regs.A), lambda self, new: None, r"must be hook\(self, index: int, new: int\): too many"),
+    ],
+)
+def test_hooks_with_other_arguments_fail_at_definition(
+    mark: Callable[[Any], Any], method: Callable[..., Any], said: str
+) -> None:
+    bar = MmioBar(0, size=4096)
+    parts = {"bar": bar, "regs": bar.bank(Regs), "hook": mark(method)}
+    with pytest.raises(RegisterError, match=said):
+        declare(**parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "said"),
+    [
+        ("on_reset", lambda self: None, r"on_reset: must be on_reset\(self, kind: ResetKind\): too many"),
+        ("setup", lambda self, params: None, r"setup: must be setup\(self\): missing a required argument: 'params'"),
+        ("restore_extra", lambda self: None, r"must be restore_extra\(self, data: bytes\)"),
+    ],
+)
+def test_methods_with_other_arguments_fail_at_definition(name: str, method: object, said: str) -> None:
+    with pytest.raises(RegisterError, match=said):
+        declare(**{name: method})
 
 
 # ---- accesses, against an obvious model --------------------------------------------------------------

@@ -17,7 +17,19 @@ from rich.table import Table
 from vmodel.cli.build import fetch_headers
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
 from vmodel.cli.screen import Log, Screen, decoded, shared, unix_lines
-from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
+from vmodel.cli.serve import (
+    MODEL_FAILED,
+    Faults,
+    MachinePath,
+    Plan,
+    RunDir,
+    Seed,
+    Stop,
+    faults_of,
+    loaded,
+    model_errors,
+    served,
+)
 from vmodel.errors import ConfigError
 from vmodel.guest import artifacts, modules, options
 from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec
@@ -78,8 +90,8 @@ def guest(
 ) -> None:
     """Run a command in a stock guest with a machine's devices.
 
-    The exit status is the command's.  Its output goes to stdout unchanged.  The kernel's console goes to stderr, and
-    if that is a terminal, control characters are escaped.
+    The exit status is the command's, or 70 if that is 0 and a model has failed with an exception.  Its output goes to
+    stdout unchanged.  The kernel's console goes to stderr, and if that is a terminal, control characters are escaped.
     """
     out = err = Screen(sys.stderr.fileno())
     if not shared(sys.stdout, sys.stderr):
@@ -119,7 +131,8 @@ def guest(
             err.end_line()
             if stats:
                 summary(server, machine, result)
-    raise typer.Exit(result.status)
+            failed = model_errors(machine)
+    raise typer.Exit(result.status or (MODEL_FAILED if failed else 0))
 
 
 def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool, out: Screen, err: Screen) -> GuestResult:

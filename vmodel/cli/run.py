@@ -11,7 +11,19 @@ from typing import Annotated
 import typer
 
 from vmodel.cli.output import Verbose, log_to_stderr
-from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
+from vmodel.cli.serve import (
+    MODEL_FAILED,
+    Faults,
+    MachinePath,
+    Plan,
+    RunDir,
+    Seed,
+    Stop,
+    faults_of,
+    loaded,
+    model_errors,
+    served,
+)
 from vmodel.guest import artifacts
 
 Arguments = Annotated[
@@ -34,7 +46,7 @@ def run(
 ) -> None:
     """Serve a machine and run QEMU with it.
 
-    The exit status is QEMU's.
+    The exit status is QEMU's, or 70 if that is 0 and a model has failed with an exception.
     """
     log_to_stderr(verbose)
     faults = faults_of(plan, fault, seed)
@@ -43,6 +55,7 @@ def run(
         with served(machine, run_dir, faults) as (_, folder):
             line = [str(qemu.path), *machine.qemu_args(folder), *(arguments or [])]
             status = _wait(subprocess.Popen(line), stop)
+        status = status or (MODEL_FAILED if model_errors(machine) else 0)
     raise typer.Exit(status if status >= 0 else 128 - status)
 
 

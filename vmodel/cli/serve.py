@@ -199,6 +199,21 @@ def _say_unfired(engine: Engine) -> None:
             print(f"vmodel: {rule['name']} never fired: it matched {events}", file=sys.stderr)
 
 
+#: Exit status when a model has raised an exception: EX_SOFTWARE of sysexits.h.
+MODEL_FAILED = 70
+
+
+def model_errors(machine: machines.Machine) -> bool:
+    """Prints what models have failed with on stderr, a line for each; returns whether there is any."""
+    for name, device in machine.devices.items():
+        found = device.backend.model_errors
+        for error in found:
+            print(f"vmodel: model error: {name}: {error}", file=sys.stderr)
+        if more := device.backend.bugs - len(found):
+            print(f"vmodel: model error: {name}: {more} more", file=sys.stderr)
+    return any(device.backend.bugs for device in machine.devices.values())
+
+
 def serve(
     path: MachinePath,
     run_dir: RunDir = None,

@@ -21,6 +21,7 @@ from vmodel.dma import Dma
 from vmodel.errors import DmaFault, GuestError, Reason
 from vmodel.logs import limited
 from vmodel.memory import GuestMemory
+from vmodel.mistakes import exception_line
 from vmodel.pci.bar import BankSlot
 from vmodel.pci.caps import Msi, Msix, Pm, ResetKind
 from vmodel.pci.config import ConfigSpace, StatusRegister
@@ -34,6 +35,8 @@ from vmodel.timers import Agenda
 from vmodel.vfio_user.commands import IoEventFd, IrqInfo, RegionInfo, SetIrqs
 from vmodel.vfio_user.wire import Irq, Region
 
+#: Bugs of a model that are kept; further ones are only counted and logged.
+_MOST_MODEL_ERRORS = 10
 #: No request was sent, or nothing has come back.
 _NO_COMPLETION = frozenset(
     (
@@ -64,6 +67,17 @@ class Accesses(Protocol):
 
     def read(self, key: int, region: int, offset: int, count: int) -> int | bytes: ...
     def write(self, key: int, region: int, offset: int, count: int, value: int | bytes) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelError:
+    """An exception of a model that is a bug: neither a GuestError nor a DmaFault.  `what`: the access or callback."""
+
+    what: str
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"{self.what}: {exception_line(self.error)}"
 
 
 class _TableArea:
@@ -104,6 +118,9 @@ class VfioBackend:
         self.abandoned = False
         #: How many exceptions the model's hooks and callbacks have raised.
         self.errors = 0
+        #: How many of them are bugs, and the first of those.
+        self.bugs = 0
+        self.model_errors: list[ModelError] = []
         self.log = limited(f"vmodel.device.{name}")
         #: Nanoseconds spent with timers and deferred work.
         self.busy_ns = 0
@@ -116,7 +133,7 @@ class VfioBackend:
         #: The interrupt pin; None: the function has none.
         self.pin: Intx | None = None
         #: `regions` answers accesses: the plain ones, or a tap in front of them.
-        self.plain_regions = Regions(self.function, self.failed, self.owner)
+        self.plain_regions = Regions(self.function, self._access_failed, self.owner)
         self.regions: Accesses = self.plain_regions
         self._stopped = False
         self._rams: list[memoryview] = []
@@ -217,8 +234,26 @@ class VfioBackend:
         self.errors += 1
         if isinstance(error, GuestError | DmaFault):
             self.log.info("%s: %s: %s", self.name, what, error)
-        else:
-            self.log.error("%s: %s: the model failed", self.name, what, exc_info=error)
+            return
+        found = ModelError(what, error)
+        self.bugs += 1
+        if len(self.model_errors) < _MOST_MODEL_ERRORS:
+            self.model_errors.append(found)
+        self.log.error("%s: the model failed: %s", self.name, found, exc_info=error)
+
+    def _access_failed(self, kind: str, region: int, offset: int, error: Exception) -> None:
+        self.failed(f"{kind} of {self._place(region, offset)}", error)
+
+    def _place(self, region: int, offset: int) -> str:
+        """The register at an offset, as "regs.STATUS", or region and offset if there is none."""
+        banks = [(name, at, bank.registers) for name, (where, at, bank) in self.banks.items() if where == region]
+        if region == Region.CONFIG:
+            banks += [(name, at, bank.registers) for name, at, bank in self.config.places]
+        for name, at, registers in banks:
+            for register in registers:
+                if register.offset <= offset - at < register.offset + register.size:
+                    return f"{name}.{register.name}" if name else register.name
+        return f"region {region} at {offset:#x}"
 
     # ---- enables, interrupts, reset ---------------------------------------------------------
 

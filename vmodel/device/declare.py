@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -200,6 +201,8 @@ def _collect(model: type[Any]) -> tuple[dict[str, Any], dict[Hook, str]]:
     for base in reversed(model.__mro__):
         for name, value in vars(base).items():
             parts.pop(name, None)
+            if name in _CALLED_WITH and inspect.isfunction(value):
+                _check_arguments(model, name, value)
             if isinstance(value, PARTS):
                 parts[name] = value
             for hook in [hook for hook, method in hooks.items() if method == name]:
@@ -207,5 +210,25 @@ def _collect(model: type[Any]) -> tuple[dict[str, Any], dict[Hook, str]]:
             for hook in hooks_of(value):
                 if hook in hooks:
                     raise RegisterError(f"{model.__name__}: {hook.register} has two on_{hook.kind} hooks")
+                _check_arguments(model, name, value, hook)
                 hooks[hook] = name
     return parts, hooks
+
+
+#: The arguments of methods that a model may replace, without `self`.
+_CALLED_WITH = {"on_reset": "kind: ResetKind", "setup": "", "save_extra": "", "restore_extra": "data: bytes"}
+
+
+def _check_arguments(model: type[Any], name: str, method: Callable[..., Any], hook: Hook | None = None) -> None:
+    """RegisterError: a hook, or a method that the framework calls, cannot be called with the arguments that it gets."""
+    if hook is None:
+        arguments = _CALLED_WITH[name]
+    elif hook.index is not None:
+        arguments = "index: int, new: int"
+    else:
+        arguments = "stored: int" if hook.kind == "read" else "new: int"
+    wanted = ["self", *filter(None, arguments.split(", "))]
+    try:
+        inspect.signature(method).bind(*wanted)
+    except TypeError as error:
+        raise RegisterError(f"{model.__name__}.{name}: must be {name}({', '.join(wanted)}): {error}") from None

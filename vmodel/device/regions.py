@@ -107,7 +107,9 @@ class HookedRegister:
 class Regions:
     """All accesses to one function that exit to Python."""
 
-    def __init__(self, function: FunctionRegions, failed: Callable[[str, Exception], None], owner: Owner) -> None:
+    def __init__(
+        self, function: FunctionRegions, failed: Callable[[str, int, int, Exception], None], owner: Owner
+    ) -> None:
         """`failed` gets exceptions of hooks; a read whose hook fails returns all ones, as a master abort does."""
         self.owner = owner
         self._function = function
@@ -171,7 +173,7 @@ class Regions:
                 for at, size, area in _split(self._readers.get(region, ()), offset, count)
             )
         except Exception as error:
-            self._failed(f"a read of region {region} at {offset:#x}", error)
+            self._failed("a read", region, offset, error)
             data = b"\xff" * count
         return int.from_bytes(data, "little") if count <= 8 else data
 
@@ -193,7 +195,7 @@ class Regions:
             if region in self._after:
                 self._after[region](Span.sized(offset, count))
         except Exception as error:
-            self._failed(f"a write of region {region} at {offset:#x}", error)
+            self._failed("a write", region, offset, error)
 
 
 def _start(area: Area) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,10 @@ def pytest_configure(config: pytest.Config) -> None:
         patch = pytest.MonkeyPatch()
         patch.setenv("VMODEL_QEMU", str(Path(qemu).absolute()))
         config.add_cleanup(patch.undo)
+    config.addinivalue_line(
+        "markers",
+        "allow_model_errors(): the test does not fail if a hook or callback of a model raises an exception",
+    )
     config.addinivalue_line("markers", "machine(file): the machine of a test; relative to the test's folder")
     config.addinivalue_line(
         "markers",
@@ -216,6 +220,13 @@ def inject(
     made.heal()
 
 
+def _check_models(request: pytest.FixtureRequest, devices: Iterable[PciDevice]) -> None:
+    """Fails a test in which a model has raised an exception that is a bug, unless it has the mark for that."""
+    found = [f"{device.name}: {error}" for device in devices for error in device.backend.model_errors]
+    if found and request.node.get_closest_marker("allow_model_errors") is None:
+        pytest.fail("the model failed:\n" + "\n".join(found), pytrace=False)
+
+
 # ---- without a guest ------------------------------------------------------------------------------
 
 
@@ -229,7 +240,9 @@ def fake_memory() -> Iterator[FakeMemory]:
 
 
 @pytest.fixture
-def fake_driver(fake_memory: FakeMemory, vmodel_devices: dict[str, PciDevice]) -> Iterator[Callable[..., FakeDriver]]:
+def fake_driver(
+    request: pytest.FixtureRequest, fake_memory: FakeMemory, vmodel_devices: dict[str, PciDevice]
+) -> Iterator[Callable[..., FakeDriver]]:
     """`fake_driver(device)` serves a device and returns a FakeDriver for it.
 
     The driver enables the device, as a kernel's driver would, unless `enable=False`.  All drivers of a test share
@@ -249,6 +262,7 @@ def fake_driver(fake_memory: FakeMemory, vmodel_devices: dict[str, PciDevice]) -
     for driver in made:
         driver.close()
         driver.device.close()
+    _check_models(request, [driver.device for driver in made])
 
 
 # ---- with a guest -----------------------------------------------------------------------------------
@@ -277,7 +291,9 @@ def vmodel_machine_file(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def vmodel_served(vmodel_machine_file: Path, vmodel_devices: dict[str, PciDevice]) -> Iterator[Served]:
+def vmodel_served(
+    request: pytest.FixtureRequest, vmodel_machine_file: Path, vmodel_devices: dict[str, PciDevice]
+) -> Iterator[Served]:
     """The test's machine, served."""
     from vmodel.guest.served import Served
 
@@ -286,6 +302,7 @@ def vmodel_served(vmodel_machine_file: Path, vmodel_devices: dict[str, PciDevice
     with made as served:
         vmodel_devices.update(served.machine.devices)
         yield served
+    _check_models(request, served.machine.devices.values())
 
 
 @pytest.fixture
