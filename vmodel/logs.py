@@ -1,7 +1,7 @@
 """Rate-limited loggers, for lines that a guest or client can cause: otherwise a loop of theirs could fill a disk.
 
 `limited(name)` is such a logger.  The limit is per level and device (a line's first argument names the device); lines
-over the limit are counted, and a later line reports how many there were.
+over the limit are counted, and a later line or `report_held` at the end reports how many there were.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable
 
 #: Lines in SECONDS: of warnings and errors; of the lower levels that --verbose enables.
@@ -16,6 +17,11 @@ BURST, VERBOSE_BURST = 10, 200
 SECONDS = 5.0
 #: Most device names with a limit of their own in one limiter; further ones share one limit.
 _NAMES = 64
+
+_lock = threading.Lock()
+#: All that may hold back lines; guarded by `_lock`.
+_loggers: weakref.WeakSet[logging.Logger] = weakref.WeakSet()
+_warnings: weakref.WeakSet[Warnings] = weakref.WeakSet()
 
 
 class RateLimit:
@@ -46,6 +52,32 @@ class RateLimit:
         with self._lock:
             held, self._held = self._held, 0
             return held
+
+
+class Warnings:
+    """Warnings of one kind from code that is too hot for a limited logger: a line that is held back is never made."""
+
+    def __init__(self, logger: logging.Logger, name: str, what: str) -> None:
+        """`what`, of the device or IOMMU `name`, is in the line that reports how many lines were held back."""
+        self.limit = RateLimit(BURST, SECONDS)
+        self._logger, self._name, self._what = logger, name, what
+        with _lock:
+            _warnings.add(self)
+
+    def put(self, what: object) -> None:
+        """Logs a line, unless it is over the limit."""
+        passed, held = self.limit()
+        self._report(held)
+        if passed:
+            self._logger.warning("%s", what)
+
+    def report_held(self) -> None:
+        """Logs how many lines were held back and not reported yet, if any."""
+        self._report(self.limit.take())
+
+    def _report(self, held: int) -> None:
+        if held:
+            self._logger.warning("%s: %d more %s were not logged", self._name, held, self._what)
 
 
 class Limiter(logging.Filter):
@@ -86,13 +118,20 @@ def limited(name: str) -> logging.Logger:
     for old in [found for found in logger.filters if isinstance(found, Limiter)]:
         logger.removeFilter(old)
     logger.addFilter(Limiter())
+    with _lock:
+        _loggers.add(logger)
     return logger
 
 
-def report_held(logger: logging.Logger) -> None:
-    """Logs how many lines of a limited logger were held back and not reported yet, if any; call it at the end."""
-    for limiter in [found for found in logger.filters if isinstance(found, Limiter)]:
-        if held := limiter.take():
+def report_held() -> None:
+    """Logs how many lines were held back and not reported yet, if any, one line for each logger; call it at the end."""
+    with _lock:
+        loggers, warnings = list(_loggers), list(_warnings)
+    for one in warnings:
+        one.report_held()
+    for logger in loggers:
+        held = sum(limiter.take() for limiter in logger.filters if isinstance(limiter, Limiter))
+        if held:
             text = (logger.name, held)
             # Not logger.warning(): the limiter would hold this back, too.
             record = logger.makeRecord(

@@ -66,6 +66,10 @@ class _Gone(Exception):
     """The client has disconnected, or its stream is broken."""
 
 
+class _Dropped(_Gone):
+    """The client is dropped, as it has kept the server waiting."""
+
+
 class Connection:
     """One client of one function, served on the function's thread.  It is the device's `Courier`."""
 
@@ -110,6 +114,8 @@ class Connection:
                 step, has_work = self._step, self.device.has_work
                 while not stopping.is_set():
                     step(self._due() if has_work() else _shim.FOREVER)
+            except _Dropped as dropped:
+                self._log.warning("%s: client dropped: %s", self.device.name, dropped)
             except _Gone as gone:
                 self._log.debug("%s: client has disconnected: %s", self.device.name, gone)
 
@@ -117,10 +123,7 @@ class Connection:
         limit = time.monotonic_ns() + int(self.limits.handshake_timeout * 1e9)
         while self.session.negotiated is None and not stopping.is_set():
             if time.monotonic_ns() >= limit:
-                self._log.warning(
-                    "%s: client dropped: no VERSION within %g s", self.device.name, self.limits.handshake_timeout
-                )
-                raise _Gone("no handshake")
+                raise _Dropped(f"no VERSION within {self.limits.handshake_timeout:g} s")
             self._step(min(limit, self._due()))
 
     def _no_courier(self) -> None:
@@ -173,6 +176,8 @@ class Connection:
         elif reason == _shim.EXIT_EVENT:
             self.device.event(run.id)
         elif reason == _shim.EXIT_CLOSED:
+            if run.error == errno.ETIMEDOUT:
+                raise _Dropped(f"it has not taken a message within {self.limits.message_timeout:g} s")
             raise _Gone(os.strerror(run.error) if run.error else "end of stream")
 
     def _command(self) -> None:
@@ -358,7 +363,6 @@ class ServedDevice:
         with contextlib.suppress(OSError):
             if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
-        report_held(self.device.log)
 
     def _main(self) -> None:
         self.device.owner.take()
@@ -507,6 +511,7 @@ class Server:
         deadline = time.monotonic() + STOP_TIMEOUT
         for endpoint in self._endpoints:
             endpoint.join(deadline)
+        report_held()
         self._stopped.set()
 
     def __enter__(self) -> Self:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.inject.lab import PLAIN, RAISE, Bench, armed, bench, eventually, fired
+from tests.proto.toy import Toy
 from vmodel.errors import Reason
+from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.vfio_user.client import Client, Closed
 from vmodel.vfio_user.wire import Irq, IrqSetFlags
 
@@ -221,3 +223,15 @@ def test_phase(tmp_path: Path) -> None:
             lab.client.reset()
             step(2)
     assert phases == ["rule1", "rule1", "rule2", "rule3", "rule2", "rule1"]
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """10 lines in 5 s say so; the end counts the others."""
+    toy = Toy()
+    plan = FaultPlan(rule=(parse_rule("mmio.read device=toy do=ones"),))
+    with Engine(plan, [toy], path=tmp_path / "nowhere" / "log.jsonl"):
+        for _ in range(300):
+            toy.backend.region_read(0, 0, 4)
+    lines = [line for line in caplog.messages if line.startswith("cannot write the log of injections: ")]
+    assert caplog.messages[-1] == f"vmodel.inject.engine: {300 - len(lines)} lines were held back"
+    toy.close()

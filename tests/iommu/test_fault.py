@@ -18,6 +18,7 @@ from vmodel.iommu import Iommu, paging_domain_alloc
 from vmodel.iommu.domain import AllocFlags, PagingDomain
 from vmodel.iommu.fault import FaultQueue, FaultRecord, PageHandler, PageRequest, PageResponse
 from vmodel.logs import RateLimit
+from vmodel.server import Server
 from vmodel.span import PAGE
 
 IOVA, GPA = 0x1000_0000, 0x20_0000
@@ -206,7 +207,7 @@ def test_rate_limit() -> None:
 def test_log_is_limited(world: World, caplog: pytest.LogCaptureFixture) -> None:
     one = world.system.iommus[0]
     now = [0.0]
-    one._log_limit = RateLimit(10, 5.0, lambda: now[0])
+    one._fault_lines.limit = RateLimit(10, 5.0, lambda: now[0])
     _, dma = world.device("00:03.0")
     with caplog.at_level(logging.WARNING):
         for _ in range(25):
@@ -219,6 +220,16 @@ def test_log_is_limited(world: World, caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records[0].getMessage() == "iommu0: 15 more faults were not logged"
     assert len(caplog.records) == 2
     assert one.faults.total == 26
+
+
+def test_the_end_says_how_many_faults_were_not_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    _, dma = world.device("00:03.0")
+    with Server():
+        for _ in range(25):
+            fails(dma.read, RAM, 4)
+    said = [line for line in caplog.messages if "faults were not logged" in line]
+    assert len(said) == 1 and said[0].startswith("iommu0: ")
+    assert int(said[0].split()[1]) == 25 - sum(" at iova " in line for line in caplog.messages)
 
 
 # ---- page requests -------------------------------------------------------------------------------

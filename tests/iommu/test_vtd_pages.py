@@ -252,6 +252,17 @@ def test_the_queue_is_nowhere(pri: PageBench) -> None:
     assert pri.get(PRS) == 0 and pri.get(PQT, 8) == 0
 
 
+def test_the_queue_passes_the_last_address(pri: PageBench) -> None:
+    pri.put(PQA, (1 << 64) - 4096 | 7, 8)
+    pri.put(PQT, 4096, 8)
+    done = pri.start(0x5000)
+    until(lambda: pri.run_unit() or pri.get(PQT, 8) == 4096 + 32, "the request")
+    assert pri.ram[0] == 1  # a page request descriptor
+    pri.respond(0, PageResponse.INVALID)
+    with pytest.raises(DmaFault):
+        pri.result(done)
+
+
 def test_no_answer(pri: PageBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(pages, "PATIENCE", 0.05)
     done = pri.start(0x5000)

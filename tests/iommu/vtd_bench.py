@@ -112,7 +112,20 @@ class Bench:
         return value
 
     def put(self, at: int, value: int, size: int = 4) -> None:
+        self.post(at, value, size)
+        self.run_unit()
+
+    def post(self, at: int, value: int, size: int = 4) -> None:
+        """Writes a register, and leaves what the unit defers."""
         self.unit.backend.region_write(0, at, size, value)
+
+    def run_unit(self) -> None:
+        """Runs what the unit's thread has deferred, until nothing is left."""
+        for _ in range(10_000):
+            if not self.unit.backend.has_work():
+                return
+            self.unit.backend.run_due(0)
+        raise AssertionError("the unit always defers more")
 
     def run(self) -> None:
         """Runs the deferred work of all threads."""

@@ -113,8 +113,11 @@ def test_a_client_that_has_shaken_hands_may_be_silent(pair: tuple[Toy, Toy, Path
         assert client.info().num_irqs == 5
 
 
-def test_a_client_that_takes_nothing(pair: tuple[Toy, Toy, Path]) -> None:
-    """Replies that nobody reads end the connection after message_timeout; the next client finds the device free."""
+def test_a_client_that_takes_nothing(pair: tuple[Toy, Toy, Path], caplog: pytest.LogCaptureFixture) -> None:
+    """Replies that nobody reads end the connection after message_timeout; the next client finds the device free.
+
+    The log says why, once.
+    """
     greedy = connected(pair[2], "a")
     enable(greedy)
     request = greedy.message(Command.REGION_READ, struct.pack("<QII", 0x2000, 0, 0x1000))
@@ -124,6 +127,7 @@ def test_a_client_that_takes_nothing(pair: tuple[Toy, Toy, Path]) -> None:
             greedy.main.sock.sendall(request)
     with connected(pair[2], "a") as following:
         assert following.info().num_irqs == 5
+    assert caplog.messages == ["a: client dropped: it has not taken a message within 0.5 s"]
     greedy.close()
 
 

@@ -29,5 +29,5 @@ def test_limited_logs(caplog: pytest.LogCaptureFixture) -> None:
         for n in range(5000):
             log.warning("%s", f"a name that a guest chooses {n}")
         assert len(log.filters[0]._limits) <= 66  # type: ignore[union-attr]
-        report_held(log)
+        report_held()
         assert "lines were held back" in caplog.messages[-1]

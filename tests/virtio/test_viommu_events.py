@@ -40,7 +40,7 @@ def test_events_wait_for_buffers(world: World, caplog: pytest.LogCaptureFixture)
     for _ in range(MAX_EVENTS + 36):
         world.reaches("a", 0x5000)
     assert world.iommu.dropped_faults == 36
-    assert "faults dropped: no buffers in the event queue" in caplog.text
+    assert "a fault is dropped: no buffers in the event queue" in caplog.text
     world.settle()
     assert world.events.used_now() == []
     offer_events(world.events, 8)

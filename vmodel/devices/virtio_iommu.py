@@ -22,7 +22,6 @@ from vmodel.iommu.fault import FaultRecord
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommu import Iommu
 from vmodel.iommu.system import System
-from vmodel.logs import RateLimit
 from vmodel.pci.topology import Function, dma_aliases
 from vmodel.points import InvalidationEvent, MappingEvent, Point
 from vmodel.regs import RO, Reg8, Reg32, Reg64, RegisterBank
@@ -148,7 +147,6 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         self._faults_lock = threading.Lock()
         #: Faults dropped without a report to the driver, since the device was made.
         self.dropped_faults = 0
-        self._drop_limit = RateLimit(1, 5.0)
         iommu.on_fault(self._report)
         self._store_config()
         self._clear()
@@ -451,9 +449,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             else:
                 self._faults.append(record)
         if full:
-            passed, held = self._drop_limit()
-            if passed:
-                self.log.warning("%s: %d faults dropped: no buffers in the event queue", self.name, held + 1)
+            self.log.warning("%s: a fault is dropped: no buffers in the event queue", self.name)
         elif not self.queues[_EVENT_QUEUE].due:
             self.queues[_EVENT_QUEUE].due = True
             self.defer(lambda: self._turn(self.queues[_EVENT_QUEUE]))

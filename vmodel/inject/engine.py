@@ -18,7 +18,7 @@ from vmodel.inject.journal import Journal, shown
 from vmodel.inject.plan import FaultPlan, Rule, keyed
 from vmodel.inject.predicate import Predicate
 from vmodel.inject.schedule import Progress, stream
-from vmodel.logs import limited
+from vmodel.logs import limited, report_held
 from vmodel.points import Event, Point, Proceed
 from vmodel.register_map import RegisterMap
 
@@ -323,6 +323,7 @@ class Engine(Closing):
             self._rules.clear()
             self._held.clear()
         self._arm()
+        report_held()
         self.journal.close()
 
 

@@ -14,7 +14,7 @@ from vmodel.iommu.domain import BlockedDomain, IdentityDomain
 from vmodel.iommu.driver import Driver, PlatformDevice, Source
 from vmodel.iommu.fault import FaultQueue, FaultRecord
 from vmodel.iommu.stale import StaleUse
-from vmodel.logs import RateLimit, limited
+from vmodel.logs import Warnings, limited
 from vmodel.pci.topology import Bdf
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ class Iommu:
         self._handlers: list[Callable[[FaultRecord], None]] = []
         #: Whether uses of stale translations are counted and logged.
         self.report_stale = bool(getattr(driver.params, "report_stale", False))
-        self._log_limit, self._stale_limit = RateLimit(10, 5.0), RateLimit(10, 5.0)
+        self._fault_lines = Warnings(log, self.name, "faults")
+        self._stale_lines = Warnings(log, self.name, "stale uses")
 
     def on_fault(self, handler: Callable[[FaultRecord], None]) -> Callable[[], None]:
         """Calls `handler` with each record, on the thread of the access.  The function that it returns removes it."""
@@ -94,11 +95,7 @@ class Iommu:
     def record(self, record: FaultRecord) -> None:
         """Adds a fault to the queue, writes it to the log (at most 10 lines in 5 s), and calls the handlers."""
         self.faults.put(record)
-        passed, held = self._log_limit()
-        if held:
-            log.warning("%s: %d more faults were not logged", self.name, held)
-        if passed:
-            log.warning("%s", record)
+        self._fault_lines.put(record)
         for handler in list(self._handlers):
             try:
                 handler(record)
@@ -107,11 +104,7 @@ class Iommu:
 
     def stale(self, use: StaleUse) -> None:
         """Writes a stale use to the log (at most 10 lines in 5 s)."""
-        passed, held = self._stale_limit()
-        if held:
-            log.warning("%s: %d more stale uses were not logged", self.name, held)
-        if passed:
-            log.warning("%s", use)
+        self._stale_lines.put(use)
 
     def __contains__(self, source: Source) -> bool:
         return any(source in part for part in self.covers)

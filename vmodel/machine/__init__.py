@@ -49,6 +49,7 @@ from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommu import Coverage, Iommu
 from vmodel.iommu.system import System
+from vmodel.logs import report_held
 from vmodel.machine.acpi import dmar_of, viot_of
 from vmodel.machine.check import Check
 from vmodel.machine.models import load_model, load_served
@@ -284,6 +285,7 @@ class Machine:
         self.system.close()
         for device in self.devices.values():
             device.close()
+        report_held()
 
     @property
     def abandoned(self) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from vmodel.device import Intx, MmioBar, Msix, PciDevice, ResetKind, on_read, on_write
 from vmodel.errors import GuestError
-from vmodel.logs import RateLimit
 from vmodel.pci.caps import Capability, VendorSpecific
 from vmodel.points import Point
 from vmodel.regs import RO, Bit, Layout, Reg8, Reg16, Reg32, Register, RegisterBank
@@ -161,7 +160,6 @@ class VirtioDevice(PciDevice):
         self.features = 0
         #: Whether the device configuration has changed since the driver last read CONFIG_GENERATION.
         self._config_is_new = False
-        self._log_limit = RateLimit(10, 5.0)
 
     # ---- for models ------------------------------------------------------------------------
 
@@ -206,19 +204,11 @@ class VirtioDevice(PciDevice):
 
     def broken(self, error: GuestError) -> None:
         """Sets NEEDS_RESET after an error of the driver: queues stop until the driver resets the device (2.1.2)."""
-        self._log_driver_error(f"needs a reset: {error}")
+        self.log.warning("%s: needs a reset: %s", self.name, error)
         was_ok = self.driver_ok
         self.common.DEVICE_STATUS |= DeviceStatus.NEEDS_RESET.mask
         if was_ok:
             self._signal(self.common.CONFIG_VECTOR, IsrStatus.CONFIG.mask)
-
-    def _log_driver_error(self, what: str) -> None:
-        """Logs an error of the driver; at most 10 lines in 5 s."""
-        passed, held = self._log_limit()
-        if held:
-            self.log.warning("%s: %d more errors of the driver were not logged", self.name, held)
-        if passed:
-            self.log.warning("%s: %s", self.name, what)
 
     # ---- reset and features ----------------------------------------------------------------
 
@@ -280,14 +270,16 @@ class VirtioDevice(PciDevice):
         acceptable = not self.features & ~self.all_offered and self.features & VERSION_1
         if status.FEATURES_OK and not old.FEATURES_OK and not acceptable:
             new &= ~DeviceStatus.FEATURES_OK.mask
-            self._log_driver_error(f"no FEATURES_OK: the driver accepts {self.features:#x} of {self.all_offered:#x}")
+            self.log.warning(
+                "%s: no FEATURES_OK: the driver accepts %#x of %#x", self.name, self.features, self.all_offered
+            )
         if status.DRIVER_OK and not old.DRIVER_OK:
             if new & DeviceStatus.FEATURES_OK.mask:
                 self.common.DEVICE_STATUS = new
                 self.on_driver_ok()
             else:  # 3.1.1: FEATURES_OK has to be set first
                 new &= ~DeviceStatus.DRIVER_OK.mask
-                self._log_driver_error("no DRIVER_OK: FEATURES_OK is not set")
+                self.log.warning("%s: no DRIVER_OK: FEATURES_OK is not set", self.name)
         return new
 
     @on_read(CommonRegs.CONFIG_GENERATION)

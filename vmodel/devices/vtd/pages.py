@@ -26,6 +26,7 @@ log = limited(__name__)
 PATIENCE = 5.0
 _DESCRIPTOR = struct.Struct("<4Q")
 _INDICES = 512
+_ALL = (1 << 64) - 1
 
 
 class _PageRequestWord(Layout):
@@ -132,7 +133,10 @@ class PageRequests:
             waiting.answer(PageResponse.SUCCESS)
             return
         try:
-            self._dma.write((regs.PQA & PageAddress.PQA.mask) + tail, _DESCRIPTOR.pack(*_descriptor(key, request)))
+            # A queue that passes the last address continues at 0: there are no more address bits.
+            self._dma.write(
+                (regs.PQA & PageAddress.PQA.mask) + tail & _ALL, _DESCRIPTOR.pack(*_descriptor(key, request))
+            )
         except DmaFault as fault:
             log.warning("%s: the page request queue cannot be written: %s", waiting.device.name, fault)
             waiting.answer(PageResponse.FAILURE)

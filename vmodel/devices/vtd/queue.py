@@ -12,6 +12,11 @@ from vmodel.iommu.fault import PageResponse
 from vmodel.regs import Bit, Bits, Layout
 from vmodel.span import PAGE, Span
 
+#: Most descriptors in one turn; between turns the unit serves its client.
+TURN = 256
+#: Nanoseconds after which a turn begins no further descriptor: one may concern many translations.
+TURN_NS = 10_000_000
+
 
 class QueueFault(enum.IntEnum):
     """IQER.IQEI (11.4.9.9; the names are not the specification's)."""
@@ -211,6 +216,20 @@ class Unit(Protocol):
 
     def answer(self, source: int, pasid: int | None, index: int, response: PageResponse) -> None:
         """Delivers the response to a page request."""
+
+
+def check_offsets(head: int, tail: int, size: int, width: int) -> None:
+    """Checks head and tail, bytes in a queue of `size` bytes with descriptors of `width` bytes.  QueueStopped.
+
+    Software moves the tail.  The head is at a place that is none if software has changed size or width while the queue
+    was on; no value of IQEI is for that.
+    """
+    if tail >= size:
+        raise QueueStopped(QueueFault.TAIL)
+    if tail % width:
+        raise QueueStopped(QueueFault.UNALIGNED)
+    if head >= size or head % width:
+        raise QueueStopped(QueueFault.UNKNOWN)
 
 
 def check_mode(root: int, wide: bool) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import time
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
@@ -31,10 +32,13 @@ from vmodel.devices.vtd.contexts import Contexts
 from vmodel.devices.vtd.events import EventRegisters
 from vmodel.devices.vtd.pages import PageRequests
 from vmodel.devices.vtd.queue import (
+    TURN,
+    TURN_NS,
     QueueFault,
     QueueStopped,
     carry_out,
     check_mode,
+    check_offsets,
     invalidate_contexts,
     invalidate_iotlb,
 )
@@ -98,6 +102,8 @@ class VtdDevice(IommuDevice):
     _cap = _ecap = 0
     _misplaced = False
     _misplacement_logged = False
+    #: Whether a turn of the invalidation queue has been deferred.
+    _turn_due = False
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -122,7 +128,7 @@ class VtdDevice(IommuDevice):
         self.on_reset(ResetKind.DEVICE)
 
     def on_reset(self, kind: ResetKind) -> None:
-        self._misplaced = self._misplacement_logged = False
+        self._misplaced = self._misplacement_logged = self._turn_due = False
         self._arrived: deque[tuple[FaultRecord, FaultCode]] = deque()
         self._next_record = 0
         if self.contexts is not None:
@@ -149,6 +155,7 @@ class VtdDevice(IommuDevice):
             contexts.tables.root = self._root_of(root)
             contexts.enable(bool(enabled))
             self.defer(self._protect)
+            self.defer(self._run_queue)  # descriptors may have been left
 
     # ---- where the registers are ------------------------------------------------------------
 
@@ -254,37 +261,47 @@ class VtdDevice(IommuDevice):
         return new if Ecap(self._ecap).SMTS else QueueAddress.DW.put(new, 0)
 
     @on_write(VtdRegs.IQT)
-    def _tail(self, new: int) -> int:
-        self.regs.IQT = new
+    def _tail(self, new: int) -> None:
         self._run_queue()
-        return new
 
     def _run_queue(self) -> None:
+        """Has the queue served until it is empty, in turns: other accesses and a stop of the server come in between."""
+        if not self._turn_due:
+            self._turn_due = True
+            self.defer(self._turn)
+
+    def _turn(self) -> None:
+        self._turn_due = False
+        try:
+            if self._serve_queue():
+                self._run_queue()
+        except QueueStopped as stopped:
+            self.log.info("%s: the invalidation queue stops at %#x: %s", self.name, self.regs.IQH, stopped)
+            self.regs.IQER = stopped.why
+            self._raise_status(FaultStatus.IQE.mask)
+
+    def _serve_queue(self) -> bool:
+        """Carries out descriptors up to a turn's limits; returns whether there are more.  QueueStopped."""
         regs, contexts = self.regs, self.contexts
-        if contexts is None or not Global(regs.GSTS).QI:
-            return
+        if contexts is None or not Global(regs.GSTS).QI or FaultStatus(regs.FSTS).IQE:
+            return False
         queue = QueueAddress(regs.IQA)
         size, width = PAGE << queue.QS, 32 if queue.DW else 16
         table = regs.IQA & QueueAddress.IQA.mask
-        try:
-            tail = regs.IQT & QueueOffset.OFFSET.mask
-            if tail >= size:
-                raise QueueStopped(QueueFault.TAIL)
-            if tail % width:
-                raise QueueStopped(QueueFault.UNALIGNED)
-            while tail != regs.IQH and not FaultStatus(regs.FSTS).IQE:
-                check_mode(contexts.tables.root, bool(queue.DW))
-                try:
-                    data = contexts.dma.read((table + regs.IQH) & _ALL, width)
-                except DmaFault:
-                    raise QueueStopped(QueueFault.FETCH) from None
-                carry_out(contexts, struct.unpack(f"<{width // 8}Q", data), self)
-                regs.IQH = (regs.IQH + width) % size
-        except QueueStopped as stopped:
-            if not FaultStatus(regs.FSTS).IQE:
-                self.log.info("%s: the invalidation queue stops at %#x: %s", self.name, regs.IQH, stopped)
-                regs.IQER = stopped.why
-                self._raise_status(FaultStatus.IQE.mask)
+        tail = regs.IQT & QueueOffset.OFFSET.mask
+        check_offsets(regs.IQH, tail, size, width)
+        until = time.monotonic_ns() + TURN_NS
+        for _ in range(TURN):
+            if tail == regs.IQH or time.monotonic_ns() >= until:
+                break
+            check_mode(contexts.tables.root, bool(queue.DW))
+            try:
+                data = contexts.dma.read((table + regs.IQH) & _ALL, width)
+            except DmaFault:
+                raise QueueStopped(QueueFault.FETCH) from None
+            carry_out(contexts, struct.unpack(f"<{width // 8}Q", data), self)
+            regs.IQH = (regs.IQH + width) % size
+        return tail != regs.IQH
 
     def wait(self, address: int | None, data: int, interrupt: bool) -> None:
         """Carries out an invalidation wait descriptor; earlier descriptors are complete.  QueueStopped."""
