@@ -320,7 +320,7 @@ def test_doctor(qemu: Path, tmp_path: Path) -> None:
     assert (kernel["ok"], kernel["fix"]) == (False, "scripts/get-qemu --kernel stable")
     text = vmodel("doctor", HOME=str(tmp_path), VMODEL_QEMU=str(qemu)).stdout
     assert "ok       QEMU with vfio-user-pci  11.0.0" in text
-    assert re.search(r"^MISSING  static busybox .*\n +to fix it: scripts/get-qemu$", text, re.MULTILINE)
+    assert re.search(r"^MISSING  static busybox .*\n +to fix it: scripts/get-qemu --kernel stable$", text, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -332,7 +332,11 @@ def test_doctor_finds_an_old_qemu(qemu: Path, tmp_path: Path) -> None:
         qemu.write_text(FAKE_QEMU.replace(old, new))
         found = json.loads(vmodel("doctor", "--json", HOME=str(tmp_path), VMODEL_QEMU=str(qemu)).stdout)
         check = next(c for c in found["checks"] if c["name"].startswith("QEMU"))
-        assert (check["ok"], check["detail"], check["fix"]) == (False, f"{qemu} {said}", "scripts/get-qemu")
+        assert (check["ok"], check["detail"], check["fix"]) == (
+            False,
+            f"{qemu} {said}",
+            "scripts/get-qemu --kernel stable",
+        )
 
 
 # ---- in a terminal --------------------------------------------------------------------------------

@@ -86,6 +86,17 @@ def test_the_device_in_a_guest(files: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "0xc0de\n"), done.stderr
 
 
+def test_nothing_is_installed_from_pypi_by_our_name() -> None:
+    """vmodel is not there: whoever registers the name could run code on machines of those who follow such a line."""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    for folder in ("docs", "examples", "scripts", "vmodel"):
+        files += [file for file in (ROOT / folder).rglob("*") if file.suffix in ("", ".md", ".py", ".toml", ".sh")]
+    lines = [(file, line) for file in files if file.is_file() for line in file.read_text().splitlines()]
+    assert any("pip install" in line for _, line in lines)
+    wrong = re.compile(r"pip install(?: [^`]*)?[ '\"]vmodel\b(?!/)|\"--force-reinstall\", \"vmodel\"")
+    assert [(file, line) for file, line in lines if wrong.search(line.partition("  #")[0])] == []
+
+
 def test_the_links_lead_somewhere() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
     assert targets

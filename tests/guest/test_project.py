@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages import write_files
 from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
@@ -46,3 +47,11 @@ def test_a_users_project(tmp_path: Path) -> None:
     guests = run(python, "-m", "pytest", "-n", "2", "-m", "guest", folder=project).stdout
     assert "5 passed" in guests
     assert not (project / "artifacts").exists()
+
+
+def test_without_pytest(tmp_path: Path) -> None:
+    """The program in docs/testing.md."""
+    project = shutil.copytree(ROOT / "examples" / "project", tmp_path / "project")
+    write_files("docs/testing.md", project)
+    done = run(sys.executable, "without_pytest.py", folder=project)
+    assert done.stdout.splitlines() == ["not activated", "detected and failed", "not activated"]

@@ -41,7 +41,7 @@ class Cluster:
         try:
             distributed: Any = importlib.import_module("distributed")
         except ImportError as error:
-            raise ConfigError(f"--scheduler needs Dask ({error}): pip install 'vmodel[cluster]'") from error
+            raise ConfigError(f"--scheduler needs Dask ({error}): pip install distributed") from error
         try:
             self._client = distributed.Client(address, timeout=_CONNECT, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:

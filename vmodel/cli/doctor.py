@@ -38,7 +38,7 @@ class Diagnosis:
 def shim_command() -> str:
     """The command that builds the C shim for this Python."""
     root = Path(vmodel.__file__).resolve().parents[1]
-    source = ["--editable", str(root)] if (root / "setup.py").is_file() else ["--force-reinstall", "vmodel"]
+    source = ["--editable", str(root)] if (root / "setup.py").is_file() else ["--force-reinstall", "PATH-OF-YOUR-CLONE"]
     return shlex.join([sys.executable, "-m", "pip", "install", *source])
 
 
@@ -68,7 +68,7 @@ def _kernel(short: str) -> Diagnosis:
     except ArtifactError as error:
         return _artifact(name, error, needed)
     if not kernel.image.is_file() or kernel.modules is None or not kernel.modules.is_dir():
-        fix = f"{artifacts.FETCH_COMMAND} --refresh"
+        fix = f"{artifacts.FETCH_COMMAND} --refresh --kernel {short}"
         return Diagnosis(name, False, f"{kernel.image} or its modules are missing", fix, needed)
     return Diagnosis(name, True, str(kernel.image))
 
@@ -83,7 +83,10 @@ def _busybox() -> Diagnosis:
 def _artifact(name: str, error: ArtifactError, needed: bool = True) -> Diagnosis:
     # The message of an ArtifactError ends with the command that fixes it; here the command has a line of its own.
     detail, _, fix = str(error).rpartition("; ")
-    return Diagnosis(name, False, detail or fix, fix.removeprefix("run "), needed)
+    command = fix.removeprefix("run ")
+    if command == artifacts.FETCH_COMMAND:
+        command += f" --kernel {artifacts.STABLE}"  # sufficient; by default it also fetches the optional kernel
+    return Diagnosis(name, False, detail or fix, command, needed)
 
 
 def _memory() -> Diagnosis:
