@@ -328,6 +328,14 @@ static int closed(vms_chan *chan, int error)
     return 1;
 }
 
+static int has_lost(const int *fds, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (fds[i] == LOST_FD)
+            return 1;
+    return 0;
+}
+
 /* Parses the bytes received.  1: an exit is ready; 0: more bytes are needed. */
 static int parse(vms_chan *chan, stream *s)
 {
@@ -396,6 +404,13 @@ static int parse(vms_chan *chan, stream *s)
             if (type == TYPE_COMMAND)
                 answer(chan, &h, EINVAL, NULL, 0);
             continue;
+        }
+        if (type == TYPE_COMMAND && has_lost(chan->out_fds, n_fds) && !(hot && h.command == CMD_WRITE_MULTI)) {
+            /* Python refuses it, and logs that: without its fds it would be another message. */
+            close_fds(chan->out_fds, n_fds);
+            command_exit(chan, &h, body, len, 0);
+            chan->run.error = EMFILE;
+            return 1;
         }
         if (type == TYPE_REPLY) {
             close_fds(chan->out_fds, n_fds); /* no reply to a command of ours carries any */

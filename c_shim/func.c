@@ -11,6 +11,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "eventfd.h"
+
 #define ALL_SIZES                                                                                             \
     (VMS_SIZE_1 | VMS_SIZE_2 | VMS_SIZE_4 | VMS_SIZE_8 | VMS_SIZE_ODD | VMS_MISALIGNED)
 
@@ -26,7 +28,6 @@ int vms_func_create(vms_func **out)
         return rc;
     }
     pthread_mutex_init(&func->watch_lock, NULL);
-    signaller_init(&func->signals);
     atomic_store(&func->refs, 1);
     for (unsigned i = 0; i < VMS_REGIONS; i++)
         func->regions[i].fd = -1;
@@ -51,7 +52,6 @@ void vms_func_destroy(vms_func *func)
     }
     close(func->wake_fd);
     pthread_mutex_destroy(&func->watch_lock);
-    signaller_destroy(&func->signals);
     free(func);
 }
 
@@ -376,9 +376,9 @@ int vms_region_write(vms_func *func, uint32_t index, uint64_t offset, const uint
     return 0;
 }
 
-int vms_signal(vms_func *func, int eventfd)
+int vms_signal(int eventfd)
 {
-    return signaller_send(&func->signals, eventfd);
+    return eventfd_signal(eventfd);
 }
 
 int vms_wake(vms_func *func)

@@ -6,7 +6,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#include "eventfd.h"
 #include "vmshim.h"
 
 #define MAX_WATCHES 64
@@ -44,7 +43,6 @@ struct vms_func {
         uint16_t cookie;
     } watches[MAX_WATCHES];
     unsigned n_watches;
-    signaller signals;
     vms_func_stats stats; /* written by the function's thread only */
 };
 

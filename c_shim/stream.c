@@ -32,7 +32,7 @@ int stream_init(stream *s, int fd, uint32_t fd_room)
 void stream_free(stream *s)
 {
     for (size_t i = 0; i < s->n_held; i++)
-        close(s->held[i].fd);
+        close_fds(&s->held[i].fd, 1);
     if (s->fd >= 0)
         close(s->fd);
     free(s->buf);
@@ -48,7 +48,7 @@ size_t take_fds(stream *s, uint64_t at, int *out, size_t room)
         else if (n < room && s->held[i].at == at)
             out[n++] = s->held[i].fd;
         else
-            close(s->held[i].fd);
+            close_fds(&s->held[i].fd, 1);
     }
     s->n_held = kept;
     return n;
@@ -57,7 +57,8 @@ size_t take_fds(stream *s, uint64_t at, int *out, size_t room)
 void close_fds(const int *fds, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        close(fds[i]);
+        if (fds[i] != LOST_FD)
+            close(fds[i]);
 }
 
 static int takes_fds(uint16_t command)
@@ -103,7 +104,7 @@ static void hold_fds(stream *s, uint64_t owner, const int *fds, size_t n)
             s->held[s->n_held++] = (struct held){ owner, fds[i] };
             has++;
         } else {
-            close(fds[i]); /* the message has too many already, and will be refused */
+            close_fds(fds + i, 1); /* the message has too many already, and will be refused */
         }
     }
 }
@@ -145,10 +146,18 @@ ssize_t stream_fill(stream *s, uint32_t max_message)
     if (n < 0)
         return -errno;
     s->wpos += (size_t)n;
-    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c))
-        if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
-            hold_fds(s, owner_of_fds(s, (size_t)n), (const int *)(const void *)CMSG_DATA(c),
-                     (c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+    size_t n_fds = 0;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
+        if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS) {
+            n_fds = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+            hold_fds(s, owner_of_fds(s, (size_t)n), (const int *)(const void *)CMSG_DATA(c), n_fds);
+        }
+    }
+    if ((msg.msg_flags & MSG_CTRUNC) && n_fds < s->fd_room) {
+        /* There was room here, so the process has reached its limit of fds. */
+        int lost = LOST_FD;
+        hold_fds(s, owner_of_fds(s, (size_t)n), &lost, 1);
+    }
     return n;
 }
 

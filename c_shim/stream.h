@@ -9,6 +9,7 @@
 #include <sys/uio.h>
 
 #define CONTROL_FDS 253 /* SCM_MAX_FD */
+#define LOST_FD (-1)     /* in place of fds that the kernel could not give to this process */
 #define MAX_HELD_FDS (2 * (CONTROL_FDS + 1))
 
 typedef struct stream {
@@ -41,8 +42,9 @@ static inline void consume(stream *s, size_t n)
 }
 
 /* Takes the fds of the message at `at` (and any before it) out of the held ones; returns how many were copied to
- * out.  Those that find no room there are closed. */
+ * out, LOST_FD among them.  Those that find no room there are closed. */
 size_t take_fds(stream *s, uint64_t at, int *out, size_t room);
+/* LOST_FD is skipped. */
 void close_fds(const int *fds, size_t n);
 /* One recvmsg().  > 0: bytes; 0: end of stream; < 0: -errno. */
 ssize_t stream_fill(stream *s, uint32_t max_message);

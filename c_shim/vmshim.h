@@ -17,8 +17,8 @@
  *
  * Rules.  Every function returns 0 or -errno (those that say so return a count); results leave
  * through trailing pointers.  Objects come in create/destroy pairs.  The library does its own locking, has
- * no global state but the process's SIGBUS disposition (see files.c), and no callbacks: what it
- * cannot decide leaves vms_enter() as an exit, as with KVM_RUN.  All lengths and offsets from
+ * no global state but the process's SIGBUS disposition (see files.c) and its AIO context (see eventfd.c), and no
+ * callbacks: what it cannot decide leaves vms_enter() as an exit, as with KVM_RUN.  All lengths and offsets from
  * outside are checked here before use.
  *
  * An object lives until it is destroyed and nothing made from it is left: a requester, a channel or a pin keeps
@@ -378,7 +378,8 @@ typedef struct vms_run {
     uint32_t reason;  /* enum vms_exit_reason */
     uint32_t posted;  /* COMMAND, WRITE: the client set No_reply */
     uint16_t id, command;
-    int32_t error;    /* in: errno for the pending access; out: errno of a REPLY or of CLOSED */
+    int32_t error;    /* in: errno for the pending access; out: errno of a REPLY or of CLOSED; of a COMMAND: EMFILE, this
+                         process had no room for its fds, of which none are in fds: refuse it */
     uint32_t region, count;
     uint64_t offset;
     uint64_t key;     /* READ, WRITE: VMS_KEY of the access, for one look-up */
@@ -422,7 +423,7 @@ int vms_chan_shutdown(vms_chan *chan);
 int vms_watch(vms_func *func, int eventfd, uint16_t cookie);
 int vms_unwatch(vms_func *func, int eventfd);
 /* Any thread: adds 1 to a client's eventfd; never blocks, even if its counter is full.  EINVAL: it is no eventfd. */
-int vms_signal(vms_func *func, int eventfd);
+int vms_signal(int eventfd);
 /* Sleeps without a connection: until `listener` (or -1) is readable, a wake, a watch, or the deadline.
  * Returns an enum vms_exit_reason, COMMAND standing for the listener, or -errno. *cookie for EVENT. */
 int vms_idle(vms_func *func, int listener, uint64_t deadline_ns, uint16_t *cookie);

@@ -186,6 +186,16 @@ class Connection:
         payload = channel.payload()
         self._unanswered = _shim.EXIT_COMMAND
         opened = session.negotiated is not None
+        if run.error:
+            self._log.warning(
+                "%s: command %d refused, as its fds cannot be received: %s",
+                self.device.name,
+                command,
+                os.strerror(run.error),
+            )
+            if not posted:
+                channel.reply_error(id, command, run.error)
+            return
         with contextlib.closing(FdList(channel.fds())) as fds:
             try:
                 reply = session.handle(command, payload, fds)
@@ -336,11 +346,13 @@ class ServedDevice:
 
     def start(self) -> None:
         """Starts the thread."""
+        self.device.pause.resume()
         self._thread.start()
 
     def end(self) -> None:
         """Ends the connection and requests the thread to end, without waiting for it."""
         self._stopping.set()
+        self.device.pause.stop()
         with self._lock:
             if self._connection is not None:
                 self._connection.channel.shutdown()

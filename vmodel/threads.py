@@ -1,4 +1,4 @@
-"""Checks of thread ownership, for the development of vmodel; docs/threads.md lists which thread owns what.
+"""Which thread owns a device, and how others end its waits; docs/threads.md lists which thread owns what.
 
 With `VMODEL_CHECK_THREADS=1` in the environment, a method marked `@owned` raises WrongThread if a thread other than the
 one that serves the device calls it.  Otherwise the mark costs nothing.
@@ -45,6 +45,35 @@ class Owner:
                 f"{what} of {self.name} belongs to the thread that serves it, not to {threading.current_thread().name}:"
                 " use defer()"
             )
+
+
+class Pause:
+    """Waits on a device's thread that a stop of its server ends.  Any thread may call all but `wait`."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def wait(self, seconds: float, over: Callable[[], bool]) -> None:
+        """Blocks for `seconds`, until a stop, or until `over()` is true: it is called at first and after `look`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or over(), seconds)
+
+    def look(self) -> None:
+        """Makes waits call their `over` again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Ends all waits, also those that begin before `resume`."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def resume(self) -> None:
+        """Lets waits last again, as the device is served again."""
+        with self._changed:
+            self._stopped = False
 
 
 def owned(method: _F) -> _F:

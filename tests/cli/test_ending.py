@@ -77,6 +77,25 @@ def test_a_stuck_model_is_named_and_the_process_ends(number: int, tmp_path: Path
     assert not list((tmp_path / "run").glob("*.sock"))
 
 
+#: What blocks comes after the context: at first the interpreter's shutdown.
+AFTER = """
+import atexit, os, signal, threading
+from vmodel.cli.serve import Stop
+
+atexit.register(threading.Event().wait)
+with Stop.on_signals() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.wait()
+print("after", stop.number, flush=True)
+"""
+
+
+def test_a_signal_ends_the_process_even_in_its_shutdown() -> None:
+    done = subprocess.run([sys.executable, "-c", AFTER], capture_output=True, text=True, timeout=patience(60))
+    assert (done.returncode, done.stdout) == (1, "after 15\n")
+    assert "Timeout" in done.stderr and "threading.py" in done.stderr
+
+
 def test_a_client_at_its_maximum_of_fds(tmp_path: Path) -> None:
     """As R11 was: floods of fds on one device, RLIMIT_NOFILE low; another's client connects and gets its eventfds."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

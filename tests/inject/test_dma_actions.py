@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.inject.lab import COPY, DONE, LAST, SOURCE, TARGET, Bench, Lab, armed, bench, elapse, eventually, fired
+from tests.waiting import until
 from vmodel import _shim
 from vmodel.device.taps import tap
 from vmodel.dma import Dma
@@ -19,6 +20,8 @@ from vmodel.errors import DmaFault, Reason
 from vmodel.inject import Engine, FaultPlan, parse_rule
 from vmodel.pci.extcaps import Uncorrectable
 from vmodel.points import DmaEvent, Event, Point, Proceed
+from vmodel.server import Server
+from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Command
 
 DATA = bytes(range(1, 17))
@@ -322,6 +325,42 @@ def test_by_default_a_delay_takes_real_time() -> None:
     lab = Lab()
     with Engine(FaultPlan(rule=(parse_rule("reset do=delay(20)"),)), [lab]):
         began = time.monotonic()
+        lab.backend.reset_device()
+        assert time.monotonic() - began >= 0.02
+    lab.close()
+
+
+@pytest.mark.parametrize(
+    ("action", "what"),
+    [
+        ("delay(4000)", "a stop of the server"),
+        ("torn(size=2, ms=60000)", "a stop of the server"),
+        ("torn(size=2, ms=60000)", "the engine's end"),
+    ],
+)
+def test_what_ends_a_wait(tmp_path: Path, action: str, what: str) -> None:
+    """The device's thread goes on, long before the wait's own end."""
+    lab = Lab()
+    server = Server()
+    server.add(lab, tmp_path / "lab.sock")
+    with Engine(FaultPlan(rule=(parse_rule(f"dma.read do={action}"),)), [lab]) as engine:
+        with server, Client.connect(tmp_path / "lab.sock") as client:
+            client.negotiate()
+            made = Bench(lab, client)
+            made.enable()
+            made.put(COPY, 8, posted=True)
+            until(lambda: engine.describe()[0]["fired"], "the rule to fire")
+            if what == "the engine's end":
+                engine.close()
+                client.region_read(0, 0, 4)
+            for event in made.events:
+                event.close()
+        assert not lab.backend.abandoned
+    # Served again, a device waits again.
+    began = time.monotonic()
+    with Server() as again, Engine(FaultPlan(rule=(parse_rule("reset do=delay(20)"),)), [lab]):
+        again.add(lab, tmp_path / "lab.sock")
+        again.start()
         lab.backend.reset_device()
         assert time.monotonic() - began >= 0.02
     lab.close()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fds import room_for_fds
 from tests.proto.conftest import Served, enable, fds_settle, open_fds
 from tests.proto.toy import Toy, ToyRegs
 from vmodel import server as servers
@@ -170,6 +171,38 @@ def test_eventfds_are_shared_out(pair: tuple[Toy, Toy, Path]) -> None:
         assert refused(a, 4, fds) == 0
         for event in events:
             event.close()
+
+
+def test_fds_beyond_the_limit_of_the_process(driver: Client, toy: Toy, caplog: pytest.LogCaptureFixture) -> None:
+    """SET_IRQS and DMA_MAP succeed with all of their fds or fail: none vanishes behind a success.  The log says so."""
+    flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.TRIGGER
+    old = driver.eventfds(Irq.MSIX, 2)
+    new = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+    ram = os.memfd_create("ram")
+    os.ftruncate(ram, 4096)
+    before = open_fds()
+    with room_for_fds(1), caplog.at_level(logging.WARNING):
+        with pytest.raises(OSError) as caught:
+            driver.set_irqs(Irq.MSIX, flags, count=2, fds=new)
+        assert caught.value.errno == errno.EMFILE
+        driver.set_irqs(Irq.MSIX, IrqSetFlags.DATA_NONE | IrqSetFlags.TRIGGER)  # the vector has its eventfd still
+    with room_for_fds(0), caplog.at_level(logging.WARNING), pytest.raises(OSError) as caught:
+        driver.map_dma(0x10000, 4096, fd=ram)
+    assert caught.value.errno == errno.EMFILE
+    assert old[0].wait() == 1
+    assert toy.backend.memory.windows() == []
+    assert open_fds() == before
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].endswith("command 8 refused, as its fds cannot be received: Too many open files")
+    driver.map_dma(0x10000, 4096, fd=ram)
+    driver.set_irqs(Irq.MSIX, flags, count=2, fds=new)
+    driver.set_irqs(Irq.MSIX, IrqSetFlags.DATA_NONE | IrqSetFlags.TRIGGER)
+    assert os.eventfd_read(new[0]) == 1
+    for event in old:
+        event.close()
+    for fd in (*new, ram):
+        os.close(fd)
 
 
 def refused(client: Client, start: int, fds: list[int]) -> int:

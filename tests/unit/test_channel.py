@@ -9,6 +9,8 @@ import random
 import select
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,16 +18,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.fds import room_for_fds
 from tests.waiting import until
 from vmodel import _shim
 from vmodel.memory import GuestMemory
+from vmodel.patience import patience
 
 HEADER = struct.Struct("<HHIII")
 ACCESS = struct.Struct("<QII")
 MAP = struct.Struct("<IIQQQ")
 UNMAP = struct.Struct("<IIQQ")
 NO_REPLY, REPLY, ERROR = 0x10, 1, 0x20
-DMA_MAP, DMA_UNMAP, GET_INFO, READ, WRITE, DMA_READ, MULTI = 2, 3, 4, 9, 10, 11, 15
+DMA_MAP, DMA_UNMAP, GET_INFO, SET_IRQS, READ, WRITE, DMA_READ, MULTI = 2, 3, 4, 8, 9, 10, 11, 15
 MAX_XFER = 65536
 PLAIN, HOOKED = 0x00, 0x10
 
@@ -435,6 +439,94 @@ def test_more_fds_than_allowed(rig: Rig) -> None:
     for received in rig.channel.fds():
         os.close(received)
     os.close(fd)
+
+
+@pytest.mark.parametrize(("count", "room"), [(1, 0), (2, 1), (4, 0), (4, 3)])
+@pytest.mark.parametrize("command", [DMA_MAP, SET_IRQS, GET_INFO])
+def test_fds_that_the_process_has_no_room_for(rig: Rig, command: int, count: int, room: int) -> None:
+    """recvmsg(2), MSG_CTRUNC: without its fds the message would be another one, so it is refused, whoever answers."""
+    fd = os.eventfd(0)
+    before = open_fds()
+    rig.send(message(command, MAP.pack(32, 3, 0, 0x10000, 4096)), [fd] * count)
+    with room_for_fds(room):
+        assert rig.enter() == _shim.EXIT_COMMAND
+    run = rig.channel.run
+    assert (run.id, run.command, run.error, rig.channel.fds()) == (7, command, errno.EMFILE, [])
+    assert open_fds() == before
+    assert rig.memory.windows() == []
+    rig.send(message(command, MAP.pack(32, 3, 0, 0x10000, 4096), flags=NO_REPLY), [fd])
+    with room_for_fds(0):
+        assert rig.enter() == _shim.EXIT_COMMAND
+    assert (run.posted, run.error) == (1, errno.EMFILE)
+    rig.send(message(GET_INFO, bytes(16)), [fd])
+    assert rig.enter() == _shim.EXIT_COMMAND
+    assert run.error == 0
+    for received in rig.channel.fds():
+        os.close(received)
+    os.close(fd)
+
+
+def test_lost_fds_count_for_their_message_alone(rig: Rig) -> None:
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 8192)
+    one, two = (message(DMA_MAP, MAP.pack(32, 3, 0, gpa, 4096)) for gpa in (0x10000, 0x20000))
+    rig.send(read(PLAIN) + one + read(PLAIN), [fd])  # the fd is the command's that takes one
+    with room_for_fds(0):
+        assert rig.enter() == _shim.EXIT_COMMAND
+        assert (rig.channel.run.command, rig.channel.run.error) == (DMA_MAP, errno.EMFILE)
+        assert rig.enter() == _shim.EXIT_TIMEOUT
+    assert [rig.reply()[0][1] for _ in range(2)] == [READ, READ]
+    # The whole message comes when there is room again, and the next one with its fd.
+    rig.send(one[:1], [fd])
+    with room_for_fds(0):
+        assert rig.enter() == _shim.EXIT_TIMEOUT
+    rig.send(one[1:])
+    rig.send(two, [fd])
+    assert rig.enter() == _shim.EXIT_COMMAND
+    assert rig.channel.run.error == errno.EMFILE
+    assert rig.enter() == _shim.EXIT_TIMEOUT
+    assert [(w.span.start, w.has_file) for w in rig.memory.windows()] == [(0x20000, True)]
+    # Messages that take no fds do not need theirs.
+    rig.reply()
+    rig.send(write(0, b"abcd"), [fd])
+    with room_for_fds(0):
+        assert rig.enter() == _shim.EXIT_TIMEOUT
+    assert rig.reply()[0][3] == REPLY
+    os.close(fd)
+
+
+# ---- signals ---------------------------------------------------------------------------------------
+
+
+def test_the_process_has_one_aio_context(rig: Rig) -> None:
+    """The kernel takes a grace period of RCU for each at its end, and has a limit for all; more signals than a ring."""
+    events = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(8)]
+    functions = [_shim.FunctionRegions() for _ in events]
+    for n in range(1000):
+        functions[n % 8].signal(events[n % 8])
+    assert [os.eventfd_read(event) for event in events] == [125] * 8
+    assert Path("/proc/self/maps").read_text().count("/[aio]") == 1
+    for event in events:
+        os.close(event)
+
+
+FORK = """
+import os
+from vmodel import _shim
+
+function, event = _shim.FunctionRegions(), os.eventfd(0)
+function.signal(event)
+child = os.fork()
+function.signal(event)
+if child:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    print(os.eventfd_read(event))
+"""
+
+
+def test_a_child_signals_after_fork() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=patience(60))
+    assert (done.stdout, done.stderr) == ("3\n", "")
 
 
 # ---- waking ----------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class FunctionRegions:
 
     def signal(self, eventfd: int) -> None:
         """Adds 1 to a client's eventfd, full or not; never waits."""
-        rc = _signal(self.handle, eventfd)
+        rc = _signal(eventfd)
         if rc:
             check(rc)
 

@@ -74,21 +74,21 @@ class Stop:
 
     def _came(self, number: int, _: object) -> None:
         if not self.number:
-            # If the process does not end in time, this prints all stacks and exits.  It needs no lock of Python's.
+            # If the process does not end in time, this prints all stacks and exits.  It needs no lock of Python's, and
+            # nothing cancels it: it covers what comes after the context, and the shutdown of the interpreter.
             faulthandler.dump_traceback_later(_PATIENCE, exit=True, file=2)
         self.number = self.number or number
 
     @classmethod
     @contextlib.contextmanager
     def on_signals(cls) -> Iterator[Stop]:
-        """Within this context, both signals only set the Stop that it yields."""
+        """Within this context, both signals only set the Stop that it yields; the process must end soon after one."""
         stop = cls()
         wakeup = signal.set_wakeup_fd(stop._writer, warn_on_full_buffer=False)  # full, it is readable as well
         before = {number: signal.signal(number, stop._came) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield stop
         finally:
-            faulthandler.cancel_dump_traceback_later()
             for number, handler in before.items():
                 # After a signal the process is ending, and its exit status is set: a second Ctrl-C must not change it.
                 signal.signal(number, signal.SIG_IGN if stop.number else handler)

@@ -30,7 +30,7 @@ from vmodel.pci.irq import Intx, Irqs
 from vmodel.points import ConnectionEvent, Point, Points, ResetEvent
 from vmodel.regs import Hook, RegisterBank
 from vmodel.span import Span
-from vmodel.threads import Owner, owned
+from vmodel.threads import Owner, Pause, owned
 from vmodel.timers import Agenda
 from vmodel.vfio_user.commands import IoEventFd, IrqInfo, RegionInfo, SetIrqs
 from vmodel.vfio_user.wire import Irq, Region
@@ -110,6 +110,8 @@ class VfioBackend:
         self.dma = Dma(self.memory)
         #: The thread that serves the device.
         self.owner = Owner(name)
+        #: Waits of that thread in which it serves no client.
+        self.pause = Pause()
         self.irqs = Irqs(self.function.signal, self.owner)
         #: Fault points, which experiments can arm; see vmodel.points.
         self.points = Points(name)

@@ -105,8 +105,11 @@ class Injection:
         return b"\xff" * self.transfer.size
 
     def wait(self, ms: float) -> None:
-        """Blocks the device's thread for `ms` milliseconds; a guest that accesses the device waits, too."""
-        self.engine.sleep(ms / 1000)
+        """Blocks the device's thread for `ms` milliseconds; a guest that accesses the device waits, too.
+
+        A stop of the device's server ends the wait, and so does the engine's end.
+        """
+        self.engine.wait(self.device, ms / 1000)
 
     def later(self, call: Callable[[], object], *, ms: float = 0.0, after: Point | None = None) -> None:
         """Calls `call` on the device's thread: after `ms` milliseconds, or after the device's next event at `after`."""

@@ -67,11 +67,12 @@ class Engine(Closing):
         *,
         path: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
     ) -> None:
         """`path`: the file of the log.  ConfigError: a rule names a device or register that does not exist.
 
-        `clock`: the seconds that schedules and `heal` go by; `sleep`: blocks a device's thread for so many seconds.
+        `clock`: the seconds that schedules and `heal` go by; `sleep`: blocks a device's thread for so many seconds,
+        where they are not real seconds.
         """
         named = devices if isinstance(devices, Mapping) else {device.name: device for device in devices}
         self.devices: dict[str, PciDevice] = dict(named)
@@ -79,7 +80,8 @@ class Engine(Closing):
         self.journal = Journal(path)
         self._clock = clock
         self._start = clock()
-        self.sleep = sleep
+        self._sleep = sleep
+        self._closed = False
         self._maps = {name: RegisterMap(device) for name, device in self.devices.items()}
         self._lock = threading.Lock()
         self._rules: list[_Live] = []
@@ -270,6 +272,13 @@ class Engine(Closing):
 
     # ---- delayed actions -------------------------------------------------------------------
 
+    def wait(self, device: PciDevice, seconds: float) -> None:
+        """See Injection.wait."""
+        if self._sleep is not None:
+            self._sleep(seconds)
+        else:
+            device.backend.pause.wait(seconds, lambda: self._closed)
+
     def later(self, at: Injection, call: Callable[[], object], delay: float, after: Point | None) -> None:
         """See Injection.later; `delay` in seconds.  A reset of the function cancels calls that wait for their time."""
         device = at.device
@@ -318,7 +327,10 @@ class Engine(Closing):
     # ---- life ------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Disarms all rules, and closes the log.  Calls that wait for a point are discarded."""
+        """Disarms all rules, ends their waits, and closes the log.  Calls that wait for a point are discarded."""
+        self._closed = True
+        for device in self.devices.values():
+            device.backend.pause.look()
         with self._lock:
             self._rules.clear()
             self._held.clear()

@@ -116,13 +116,15 @@ class Stream:
         Never reads past the current message, so fds that arrive belong to it.
         """
         try:
-            data, fds, _, _ = socket.recv_fds(self.sock, self._missing(), MOST_FDS, socket.MSG_DONTWAIT)
+            data, fds, flags, _ = socket.recv_fds(self.sock, self._missing(), MOST_FDS, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
         except ConnectionError:
             return False
         self._fds += fds
         self._data += data
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(errno.EMFILE, "fds of a message were lost, as this process has no room for them")
         if len(self._data) >= wire.HEADER_SIZE and not self._missing():
             header = wire.Header.parse(bytes(self._data[: wire.HEADER_SIZE]))
             payload, fds = bytes(self._data[wire.HEADER_SIZE :]), self._fds
