@@ -9,8 +9,6 @@ import random
 import select
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +20,6 @@ from tests.fds import room_for_fds
 from tests.waiting import until
 from vmodel import _shim
 from vmodel.memory import GuestMemory
-from vmodel.patience import patience
 
 HEADER = struct.Struct("<HHIII")
 ACCESS = struct.Struct("<QII")
@@ -508,25 +505,6 @@ def test_the_process_has_one_aio_context(rig: Rig) -> None:
     assert Path("/proc/self/maps").read_text().count("/[aio]") == 1
     for event in events:
         os.close(event)
-
-
-FORK = """
-import os
-from vmodel import _shim
-
-function, event = _shim.FunctionRegions(), os.eventfd(0)
-function.signal(event)
-child = os.fork()
-function.signal(event)
-if child:
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    print(os.eventfd_read(event))
-"""
-
-
-def test_a_child_signals_after_fork() -> None:
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=patience(60))
-    assert (done.stdout, done.stderr) == ("3\n", "")
 
 
 # ---- waking ----------------------------------------------------------------------------------------
