@@ -8,6 +8,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "eventfd.h"
+
 /* A guest that waits for the effect of a doorbell goes on within microseconds, and waking up takes longer than that:
  * after a sleep as short as that, the next one begins with a busy-poll of this many nanoseconds. */
 #define POLL_FIRST 4000u
