@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -59,6 +59,17 @@ class Mode(enum.Enum):
 RO, RW, WO, W1C, W1S, RC, RESERVED = Mode
 
 
+def _check_arguments(of: str, numbers: Mapping[str, object], mode: object, doc: object) -> None:
+    """Checks the types of arguments that registers and fields have in common.  RegisterError."""
+    for name, value in numbers.items():
+        if not isinstance(value, int):
+            raise RegisterError(f"{of}: {name} must be a number, not {value!r}")
+    if not isinstance(mode, Mode):
+        raise RegisterError(f"{of}: mode must be {', '.join(Mode.__members__)} of vmodel.regs, not {mode!r}")
+    if not isinstance(doc, str):
+        raise RegisterError(f"{of}: doc must be a text, not {doc!r}")
+
+
 @dataclass(frozen=True)
 class Field:
     """Bits `lo`..`hi` (inclusive) of a register; `mode` None: the register's own mode."""
@@ -68,6 +79,10 @@ class Field:
     mode: Mode | None = None
     doc: str = ""
     name: str = ""
+
+    def __post_init__(self) -> None:
+        of = f"a field of bits {self.lo}..{self.hi}"
+        _check_arguments(of, {"lo": self.lo, "hi": self.hi}, RW if self.mode is None else self.mode, self.doc)
 
     @cached_property
     def mask(self) -> int:
@@ -152,7 +167,17 @@ class Register:
 
         `sizes`: access sizes in bytes that may begin in this register, None: those of the bank.  `ioeventfd`: the
         client may signal a write by an eventfd, so the written value is lost.  `sticky`: keeps its value over a reset.
+        RegisterError: an argument is of the wrong type.
         """
+        of = f"{type(self).__name__} at {offset:#x}" if isinstance(offset, int) else type(self).__name__
+        _check_arguments(of, {"offset": offset, "reset": reset}, mode, doc)
+        if layout is not None and not (isinstance(layout, type) and issubclass(layout, Layout)):
+            raise RegisterError(f"{of}: layout must be a class derived from Layout, not {layout!r}")
+        for name, flag in (("ioeventfd", ioeventfd), ("sticky", sticky)):
+            if not isinstance(flag, bool):
+                raise RegisterError(f"{of}: {name} must be True or False, not {flag!r}")
+        if sizes is not None:
+            _size_mask(sizes, True, of)
         self.offset = offset
         self.mode = mode
         self.reset = reset
@@ -249,8 +274,8 @@ class Reg64(Register):
 
 
 def _size_mask(sizes: tuple[int, ...], misaligned: bool, where: str) -> int:
-    if not sizes or not set(sizes) <= {1, 2, 4, 8}:
-        raise RegisterError(f"{where}: sizes {sizes} must be some of 1, 2, 4 and 8")
+    if not isinstance(sizes, Collection) or not sizes or any(size not in (1, 2, 4, 8) for size in sizes):
+        raise RegisterError(f"{where}: sizes must be some of 1, 2, 4 and 8, such as (4, 8), not {sizes!r}")
     mask = sum(set(sizes)) | (MISALIGNED if misaligned else 0)
     return ALL_SIZES if mask | SIZE_ODD == ALL_SIZES else mask
 
@@ -268,6 +293,8 @@ class RegisterBank:
     _places: ClassVar[dict[str, tuple[int, int]]] = {}
 
     def __init_subclass__(cls, *, size: int, sizes: tuple[int, ...] = (1, 2, 4, 8), misaligned: bool = True) -> None:
+        if not isinstance(size, int):
+            raise RegisterError(f"{cls.__name__}: size must be a number, not {size!r}")
         cls.size, cls.sizes, cls.misaligned = size, sizes, misaligned
         _size_mask(sizes, misaligned, cls.__name__)
         if size <= 0:

@@ -56,6 +56,45 @@ def test_wrong_registers_fail_at_definition() -> None:
         type("Bank", (RegisterBank,), {}, size=0)
 
 
+MODES = "RO, RW, WO, W1C, W1S, RC, RESERVED of vmodel.regs"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda: Reg32(0x28, "RO"), f"Reg32 at 0x28: mode must be {MODES}, not 'RO'"),
+        (lambda: Reg32(0, 0xC0DE), f"Reg32 at 0x0: mode must be {MODES}, not 49374"),
+        (lambda: Reg16("2"), "Reg16: offset must be a number, not '2'"),
+        (lambda: Reg16(2, reset="1"), "Reg16 at 0x2: reset must be a number, not '1'"),
+        (lambda: Reg16(2, reset=None), "Reg16 at 0x2: reset must be a number, not None"),
+        (lambda: Reg8(2, doc=1), "Reg8 at 0x2: doc must be a text, not 1"),
+        (lambda: Reg8(2, layout="Control"), "Reg8 at 0x2: layout must be a class derived from Layout, not 'Control'"),
+        (lambda: Reg8(2, sizes=4), "Reg8 at 0x2: sizes must be some of 1, 2, 4 and 8, such as (4, 8), not 4"),
+        (lambda: Reg8(2, sizes=(3,)), "Reg8 at 0x2: sizes must be some of 1, 2, 4 and 8, such as (4, 8), not (3,)"),
+        (lambda: Reg8(2, sizes=([],)), "Reg8 at 0x2: sizes must be some of 1, 2, 4 and 8, such as (4, 8), not ([],)"),
+        (lambda: Reg8(2, sticky="no"), "Reg8 at 0x2: sticky must be True or False, not 'no'"),
+        (lambda: Reg8(2, ioeventfd=1), "Reg8 at 0x2: ioeventfd must be True or False, not 1"),
+        (lambda: Bit("3"), "a field of bits 3..3: lo must be a number, not '3'"),
+        (
+            lambda: Bit(3, "W1C"),
+            f"a field of bits 3..3: mode must be {MODES}, not 'W1C'",
+        ),
+        (lambda: Bits(3, 4.5), "a field of bits 3..4.5: hi must be a number, not 4.5"),
+        (lambda: Bits(3, 4, doc=b""), "a field of bits 3..4: doc must be a text, not b''"),
+        (lambda: type("Bank", (RegisterBank,), {}, size="16"), "Bank: size must be a number, not '16'"),
+        (
+            lambda: type("Bank", (RegisterBank,), {}, size=16, sizes=4),
+            "Bank: sizes must be some of 1, 2, 4 and 8, such as (4, 8), not 4",
+        ),
+    ],
+)  # fmt: skip
+def test_arguments_of_a_wrong_type(wrong: Any, text: str) -> None:
+    """They are refused where they are written, not by an exception somewhere that uses them."""
+    with pytest.raises(RegisterError) as caught:
+        wrong()
+    assert str(caught.value) == text
+
+
 def test_wrong_layouts_fail_at_definition() -> None:
     with pytest.raises(RegisterError, match="overlap"):
         type("L", (Layout,), {"A": Bits(0, 4), "B": Bit(4)})
