@@ -120,11 +120,10 @@ class Bench:
         self.unit.backend.region_write(0, at, size, value)
 
     def run_unit(self) -> None:
-        """Runs what the unit's thread has deferred, until nothing is left."""
+        """Runs what the unit's thread has deferred, until nothing but timers is left."""
         for _ in range(10_000):
-            if not self.unit.backend.has_work():
+            if self.unit.backend.run_due(0) != 0:  # at once; later there may be timers
                 return
-            self.unit.backend.run_due(0)
         raise AssertionError("the unit always defers more")
 
     def run(self) -> None:
