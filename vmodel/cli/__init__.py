@@ -1,26 +1,32 @@
 """The command line.
 
-Exit statuses: 0 success; 1 something that is needed is missing, or the guest stopped before its command ended;
-2 the machine file or the command line is wrong.  `run` returns QEMU's status, `guest` the command's.
-Each mistake of the user's is one line on stderr.  Tracebacks are for bugs only.
+Exit statuses: 0 success; 1 something that is needed is missing, the host failed (a full disk, no memory), or the guest
+stopped before its command ended; 2 the machine file or the command line is wrong.  `run` returns QEMU's status, `guest`
+the command's.  Each mistake of the user's, and each failure of the host, is one line on stderr.  Tracebacks are for
+bugs only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import cast
+from typing import TextIO, cast
 
 import typer
 
 from vmodel.cli.doctor import shim_command
-from vmodel.cli.output import safely
-from vmodel.errors import ConfigError
+from vmodel.cli.output import StdoutError, open_streams, safely
+from vmodel.errors import ConfigError, VmodelError
 from vmodel.guest.artifacts import ArtifactError
 from vmodel.guest.running import GuestRunError
+
+log = logging.getLogger(__name__)
 
 #: click's UsageError.  Some versions of typer contain a copy of click, so this takes the class that typer uses.
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)
@@ -96,8 +102,23 @@ def _app(commands: dict[str, Callable[..., None]], groups: dict[str, typer.Typer
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`, by default that of this process; returns the exit status."""
+    if argv is None:
+        open_streams()
     with safely():
         return _main(argv)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within this context, SIGINT raises KeyboardInterrupt, even if `vmodel.__main__` gave it its default action."""
+    ends = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if ends:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ends and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -105,14 +126,15 @@ def _main(argv: Sequence[str] | None) -> int:
     everything = {*_COMMANDS, *_GROUPS}
     try:
         one = arguments[0] in everything and _COMPLETE not in os.environ
-        commands, groups = _load(arguments[:1] if one else everything)
-    except ImportError as error:
-        if error.name != "vmodel._vmshim":
-            raise
-        return _fail(f"the C shim cannot be loaded ({error}): {shim_command()}", status=1)
-    try:
-        result = _app(commands, groups)(arguments, prog_name="vmodel", standalone_mode=False)
-        sys.stdout.flush()
+        try:
+            app = _app(*_load(arguments[:1] if one else everything))
+        except ImportError as error:
+            if error.name != "vmodel._vmshim":
+                raise
+            return _fail(f"the C shim cannot be loaded ({error}): {shim_command()}", status=1)
+        with _interruptible():
+            result = app(arguments, prog_name="vmodel", standalone_mode=False)
+            sys.stdout.flush()
     except _UsageError as error:
         return _fail(_usage(error), status=2)
     except ArtifactError as error:
@@ -123,11 +145,35 @@ def _main(argv: Sequence[str] | None) -> int:
         return _fail(str(error), status=1)
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:
-        # The reader has closed the pipe (`vmodel regs edu | head`): avoid a second error when Python flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except StdoutError as error:
+        _abandon(sys.stdout)
+        assert error.__cause__ is not None
+        if isinstance(error.__cause__, BrokenPipeError):  # the reader has closed the pipe: `vmodel regs edu | head`
+            return 1
+        return _fail(f"stdout: {_failure(error.__cause__)}", status=1)
+    except Exception as error:
+        what = _failure(error)
+        if not what:
+            raise
+        log.debug("the host failed", exc_info=True)
+        return _fail(what, status=1)
     return result if isinstance(result, int) else 0
+
+
+def _failure(error: BaseException) -> str:
+    """What failed, if it was the host and not vmodel: a full disk, no memory.  Empty: the error is a bug."""
+    import sqlite3  # only campaigns use it otherwise
+
+    if isinstance(error, OSError) and not isinstance(error, VmodelError):
+        what = error.strerror or str(error) or type(error).__name__
+        return what if error.filename is None else f"{os.fsdecode(error.filename)}: {what}"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        return "the host allows no more threads, or no memory for them"
+    if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
+        return f"the campaign's database: {error}"
+    return ""
 
 
 def _usage(error: Exception) -> str:
@@ -141,6 +187,14 @@ def _usage(error: Exception) -> str:
 
 
 def _fail(*lines: str, status: int) -> int:
-    for line in lines:
-        print(f"vmodel: {line}", file=sys.stderr)
+    try:
+        for line in lines:
+            print(f"vmodel: {line}", file=sys.stderr)
+    except OSError:  # the status still says it
+        _abandon(sys.stderr)
     return status
+
+
+def _abandon(stream: TextIO) -> None:
+    """What this stream still holds is lost: else Python tries to write it when it exits, and prints a second error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

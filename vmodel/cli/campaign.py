@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shlex
 import signal
+import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,7 @@ from vmodel.campaign.progress import STYLES, ProgressBar
 from vmodel.campaign.rig import GUESTS, absolute, load_rig
 from vmodel.campaign.runner import Runner, executor
 from vmodel.campaign.schema import load
-from vmodel.campaign.store import ResultStore, Row
+from vmodel.campaign.store import DATABASE, ResultStore, Row
 from vmodel.cli.output import console, log_to_stderr, show
 from vmodel.cli.serve import MachinePath
 from vmodel.errors import ConfigError
@@ -144,7 +146,7 @@ def at_work(
 ) -> Iterator[tuple[ResultStore, Runner, ProgressBar]]:
     """Opens a campaign's folder for running; prints a summary at the end.
 
-    Ctrl-C and SIGTERM end it: with exit status 130, and a line that says how to continue.
+    Ctrl-C and SIGTERM end it: with exit status 130, and a line that says how to continue.  OSError: the disk is full.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -164,6 +166,8 @@ def at_work(
                 )
                 raise typer.Exit(130) from None
             summarise(store.rows(), folder)
+    except sqlite3.OperationalError as error:  # a full disk
+        raise OSError(errno.EIO, str(error), str(folder / DATABASE)) from error
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -8,6 +8,7 @@ So only rich styles text: what it has rendered is never printed through a replac
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -23,6 +24,51 @@ from vmodel.printable import printable
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log the actions of devices and clients.")]
+
+
+def open_streams() -> None:
+    """Opens those of stdin, stdout and stderr that were closed when the process started, as in `vmodel devices >&-`.
+
+    So no other file gets their numbers.  As gnulib's stdopen does, stdin is opened for writing and stdout for reading:
+    use of them fails, with EBADF.  What is written to stderr is lost.
+    """
+    for name, flags, mode in (
+        ("stdin", os.O_WRONLY, "r"),
+        ("stdout", os.O_RDONLY, "w"),
+        ("stderr", os.O_WRONLY, "w"),
+    ):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, flags)  # the lowest free number, which is the stream's
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for an encoding such as ASCII
+
+
+class StdoutError(Exception):
+    """stdout cannot be written, for the OSError that is its cause.  Libraries would handle that one by themselves."""
+
+
+class _Stdout:
+    """stdout, with StdoutErrors."""
+
+    def __init__(self, raw: TextIO) -> None:
+        self.raw = raw
+
+    def write(self, text: str) -> int:
+        try:
+            return self.raw.write(text)
+        except OSError as error:
+            raise StdoutError from error
+
+    def flush(self) -> None:
+        try:
+            self.raw.flush()
+        except OSError as error:
+            raise StdoutError from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
 
 
 class _Printable:
@@ -41,9 +87,11 @@ class _Printable:
 
 @contextlib.contextmanager
 def safely() -> Iterator[None]:
-    """Within this context, unprintable text on stdout and stderr is escaped."""
+    """Within this context, unprintable text on stdout and stderr is escaped, and writing stdout raises StdoutErrors."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _Printable(stream)) for stream in before)
+    sys.stdout, sys.stderr = (
+        cast(TextIO, _Printable(stream)) for stream in (cast(TextIO, _Stdout(before[0])), before[1])
+    )
     try:
         yield
     finally:

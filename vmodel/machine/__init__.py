@@ -219,9 +219,14 @@ class Machine:
         return server
 
     def socket(self, name: str, run_dir: Path) -> Path:
-        """The path of a device's socket.  ConfigError: it is too long for a socket."""
+        """The path of a device's socket.  ConfigError: it is too long for a socket, or is not UTF-8 text."""
         path = run_dir / f"{name}.sock"
-        if (size := len(str(path).encode())) > MAX_SOCKET_PATH:
+        try:
+            size = len(str(path).encode())
+        except UnicodeEncodeError:
+            message = f"{name!r}: its socket {path} is not UTF-8 text, as QEMU needs it: use --run-dir"
+            raise ConfigError(message, file=self.file, key=self._key_of(name)) from None
+        if size > MAX_SOCKET_PATH:
             message = f"{name!r}: its socket {path} has {size} bytes, at most {MAX_SOCKET_PATH} work: use --run-dir"
             raise ConfigError(message, file=self.file, key=self._key_of(name))
         return path
