@@ -155,7 +155,7 @@ def test_bad_seeds(value: object) -> None:
             r"c\.toml: plan\[0\]\.expect\[0\]: 'hung': did you mean 'hang'\? .*",
         ),
         (("[[plan]]", "[plan]"), r"c\.toml: plan: .*: must be written \[\[plan\]\], .*"),
-        (("[[plan]]", "[[plan"), r"c\.toml: is not valid TOML: .*"),
+        (("[[plan]]", "[[plan"), r"c\.toml: line [0-9]+: .*: is not valid TOML: .*"),
     ],
 )
 def test_mistakes(folder: Path, change: tuple[str, str], says: str) -> None:
@@ -172,7 +172,7 @@ def test_all_mistakes_at_once(folder: Path) -> None:
 def test_files_that_are_none(folder: Path) -> None:
     for name, content, says in (
         ("missing.toml", None, "cannot be read: No such file or directory"),
-        ("binary.toml", b"\xff\xfe", "is not UTF-8 text: save the file as UTF-8"),
+        ("binary.toml", b"\xff\xfe", "line 1: is not UTF-8 text: save the file as UTF-8"),
         ("empty.toml", b"", "campaign: is missing"),
     ):
         path = folder / name

@@ -213,7 +213,7 @@ def test_reproduce_tells_of_changes(campaign: Path) -> None:
     assert line.startswith("vmodel: c.runs/2: the outcome was silent corruption, and is a different one now: ")
     (campaign / "edu.toml").unlink()
     line = refused_after_warnings(vmodel("reproduce", "c.runs/2", "--trust", cwd=campaign).stderr)
-    assert line.endswith("edu.toml cannot be read: No such file or directory")
+    assert line.endswith("edu.toml: cannot be read: No such file or directory")
 
 
 def refused_after_warnings(stderr: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from vmodel import machine as machines
 from vmodel.campaign.rig import GUESTS, absolute, load_rig, plain
 from vmodel.campaign.schema import MOST_RUNS, BootedMachineTable, CampaignFile, PlanTable, WorkloadTable
+from vmodel.config_file import parse_toml, read_text
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
@@ -278,7 +278,7 @@ def inputs(case: Case, rig: str) -> dict[str, str]:
     paths = [case.machine, *(f[0] if isinstance(f, tuple) else f for f in case.files)]
     for entry in filter(is_path, (*case.modules, *case.extra_modules)):
         paths += module_files(entry)
-    described = tomllib.loads(case.machine.read_text(encoding="utf-8-sig"))
+    described = parse_toml(read_text(case.machine), case.machine)
     for table in described.get("device", ()):
         source, _, _ = table["model"].rpartition(":")
         if source.endswith(".py"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from vmodel.campaign.matrix import digest, functions
 from vmodel.campaign.rig import GUESTS, CaseRunner, perform
 from vmodel.campaign.store import Row
+from vmodel.config_file import parse_toml, read_text
 from vmodel.devices import BUILTIN
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Result
@@ -25,10 +25,9 @@ def code(row: Row) -> Iterator[str]:
     if row.run.rig != GUESTS:
         yield row.run.rig
     try:
-        described = tomllib.loads(case.machine.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        text = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{row.folder}: its file {case.machine} cannot be read: {text}") from error
+        described = parse_toml(read_text(case.machine), case.machine)
+    except ConfigError as error:
+        raise ConfigError(f"{row.folder}: its file {error}") from error
     devices = described.get("device", ())
     for device in devices if isinstance(devices, list) else ():
         model = device.get("model") if isinstance(device, dict) else None

@@ -27,19 +27,19 @@ file = "plans/*.toml"
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vmodel.campaign.rig import GUESTS
+from vmodel.config_file import parse_toml, read_text
 from vmodel.errors import ConfigError
 from vmodel.experiment.oracle import Outcome
 from vmodel.guest.artifacts import KERNEL_NAME, ROLES
 from vmodel.inject import Heal, Rule, parse_rule
 from vmodel.inject.quantity import Seconds
-from vmodel.mistakes import explain, guess, one_line
+from vmodel.mistakes import explain, guess
 
 #: The limit of runs in one campaign: a file with more is taken for a mistake.
 MOST_RUNS = 1_000_000
@@ -194,16 +194,8 @@ class CampaignFile(_Table):
 
 def load(path: Path) -> tuple[CampaignFile, str]:
     """The content of a campaign file, and its text.  ConfigError: one line for each mistake."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError("is not UTF-8 text: save the file as UTF-8", file=path) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from error
-    try:
-        raw: dict[str, Any] = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"is not valid TOML: {one_line(error)}", file=path) from error
+    text = read_text(path)
+    raw = parse_toml(text, path)
     try:
         return CampaignFile.model_validate(raw), text
     except ValidationError as error:

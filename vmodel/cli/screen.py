@@ -31,6 +31,7 @@ class Screen:
         self._open: str | None = None
         self._waiting: list[tuple[str, bytes]] = []
         self._timer: threading.Timer | None = None
+        self._error: OSError | None = None
         #: Called before data is written, to erase something else that the terminal shows, such as a spinner.
         self.erase: Callable[[], None] = lambda: None
 
@@ -38,6 +39,7 @@ class Screen:
         """Writes `data` of `source`, at once or when the open line of another source has ended."""
         self.erase()
         with self._lock:
+            self._check()
             self._take(source, data)
             if not self._waiting:
                 self._stop_waiting()
@@ -51,6 +53,7 @@ class Screen:
     def close(self) -> None:
         """Writes all data that is waiting; open lines of other sources are ended for it."""
         with self._lock:
+            self._check()
             while self._waiting:
                 self._break()
 
@@ -98,7 +101,16 @@ class Screen:
         with self._lock:
             self._timer = None
             if self._waiting:
-                self._break()
+                try:
+                    self._break()
+                except OSError as error:
+                    self._error = error
+
+    def _check(self) -> None:
+        """Raises the error of a late write, once."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 class Log(io.TextIOBase):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vmodel.closing import Starting
+from vmodel.files import naming
 from vmodel.guest import initramfs
 from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
 from vmodel.patience import patience, spoken
@@ -60,6 +61,10 @@ class GuestOff(GuestRunError):
 
 class ModuleError(GuestRunError):
     """A kernel module did not load."""
+
+
+class LogError(GuestRunError):
+    """The command ran to its end, but not all of its artefacts could be written."""
 
 
 @dataclass
@@ -155,19 +160,24 @@ class Guest(Starting):
         self._reader = threading.Thread(target=self._read, name="vmodel-guest", daemon=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._qemu_log = folder / "qemu.log"
+        self._log_error = ""
         self._started = 0.0
 
     # ---- life -------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts QEMU.  ArtifactError: QEMU, kernel, busybox or a module is missing; ConfigError: a file is missing."""
+        """Starts QEMU.  ArtifactError: QEMU, kernel, busybox or a module is missing; ConfigError: a file is missing.
+
+        OSError: a temporary file or an artefact cannot be written.
+        """
         spec, folder = self.spec, Path(self._scratch.name)
         qemu, kernel = spec.qemu or find_qemu(), spec.kernel or find_kernel()
         image = folder / "initramfs"
         made = initramfs.build(
             kernel, find_busybox(), spec.command, spec.modules, spec.files, spec.extra_modules, spec.tools
         )
-        image.write_bytes(made)
+        with naming(image):
+            image.write_bytes(made)
         self.line = [str(qemu.path), "-accel", "tcg", "-cpu", "max", "-nodefaults", "-no-user-config"]
         self.line += ["-display", "none", "-kernel", str(kernel.image), "-initrd", str(image)]
         self.line += ["-append", f"{_APPEND} {spec.append}".strip()]
@@ -180,7 +190,8 @@ class Guest(Starting):
         self.line += ["-qmp", f"unix:{self.qmp},server=on,wait=off", *spec.qemu_args]
         if self.artifacts is not None:
             self.artifacts.mkdir(parents=True, exist_ok=True)
-            (self.artifacts / "qemu.line").write_text(shlex.join(self.line) + "\n")
+            with naming(written := self.artifacts / "qemu.line"):
+                written.write_text(shlex.join(self.line) + "\n", errors="surrogateescape")
             self._qemu_log = self.artifacts / "qemu.log"
             for name, port in self._ports.items():
                 port.log = (self.artifacts / f"{name}.log").open("wb", buffering=0)
@@ -211,14 +222,22 @@ class Guest(Starting):
                         data = b""
                     if not data:
                         selector.unregister(port.ours)
-                    if port.log:
-                        port.log.write(data)
+                    self._keep(name, port, data)
                     with self._changed:
                         port.received += data
                         self._changed.notify_all()
                     if name == "status":
                         self._answer(port)
                     self._call_back(name, data)
+
+    def _keep(self, name: str, port: _SerialPort, data: bytes) -> None:
+        if port.log is None or self._log_error:
+            return
+        try:
+            while data:
+                data = data[port.log.write(data) :]
+        except OSError as error:  # the ports are read on, else the guest would wait; wait() raises it
+            self._log_error = f"{self.artifacts}/{name}.log cannot be written: {error.strerror}"
 
     def _answer(self, port: _SerialPort) -> None:
         # The only question of the guest's: how often has it booted? It cannot know, its memory is new each time.
@@ -334,6 +353,8 @@ class Guest(Starting):
             raise self._callback_error
         verdict, panic, code = self._verdict(), self._panic(), self._process.returncode
         if verdict and verdict[1] == b"status":
+            if self._log_error:
+                raise LogError(f"the command ended with status {int(verdict[2])}, but {self._log_error}")
             return GuestResult(int(verdict[2]), self.output, self.console, wall, killed is None, max(self.boots, 1))
         if verdict:
             raise ModuleError(f"module {verdict[2].decode()} did not load{self._tail()}")
@@ -358,6 +379,7 @@ class Guest(Starting):
     def _tail(self) -> str:
         lines = [printable(line) for line in self.console.splitlines() if line.strip()][-5:]
         kept = f"; logs are in {self.artifacts}" if self.artifacts else ""
+        kept = f"; {self._log_error}" if self._log_error else kept
         return f"{kept}; the console's end:\n  " + "\n  ".join(lines) if lines else kept
 
 
@@ -376,8 +398,10 @@ def run_guest(
 def writer(fd: int) -> Callable[[bytes], None]:
     """A callback that writes all data to a file descriptor."""
 
+    name = {1: "stdout", 2: "stderr"}.get(fd, f"descriptor {fd}")
+
     def write(data: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with naming(name), contextlib.suppress(BrokenPipeError):
             while data:
                 data = data[os.write(fd, data) :]
 

@@ -18,7 +18,6 @@ after = "20s"
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +34,7 @@ from pydantic import (
     model_validator,
 )
 
+from vmodel.config_file import parse_toml, read_text
 from vmodel.errors import ConfigError
 from vmodel.inject.action import Action
 from vmodel.inject.action_text import parse
@@ -42,7 +42,7 @@ from vmodel.inject.actions import ACTIONS
 from vmodel.inject.predicate import Match
 from vmodel.inject.quantity import Flag, Number, Numbers, Seconds
 from vmodel.inject.schedule import Schedule
-from vmodel.mistakes import explain, one_line
+from vmodel.mistakes import explain
 from vmodel.points import Point
 
 
@@ -234,21 +234,12 @@ class FaultPlan(BaseModel):
     @classmethod
     def load(cls, path: Path) -> FaultPlan:
         """Reads a plan from a TOML file.  ConfigError (PlanErrors): one line for each mistake."""
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ConfigError("is not UTF-8 text: save the file as UTF-8", file=path) from error
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from error
-        return cls.parse(text, path)
+        return cls.parse(read_text(path), path)
 
     @classmethod
     def parse(cls, text: str, file: Path) -> FaultPlan:
         """Parses the text of a plan file; `file` is for errors and relative paths.  ConfigError (PlanErrors)."""
-        try:
-            raw = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise ConfigError(f"is not valid TOML: {one_line(error)}", file=file) from error
+        raw = parse_toml(text, file)
         try:
             plan = cls.model_validate(raw)
         except ValidationError as error:

@@ -32,12 +32,11 @@ All mistakes of a file are found in one run: a mistake in one table does not sto
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmodel.config_file import parse_toml, read_text
 from vmodel.device import PciDevice
 from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import ConfigError, IommuError
@@ -54,7 +53,7 @@ from vmodel.machine.acpi import dmar_of, viot_of
 from vmodel.machine.check import Check
 from vmodel.machine.models import load_model, load_served
 from vmodel.machine.schema import GroupTable, IommuTable, MachineFile, MappingTable, coverage
-from vmodel.mistakes import exception_line, one_line, short
+from vmodel.mistakes import exception_line
 from vmodel.qemu import bridge_args, device_args, memory_args, spare_default_devices
 from vmodel.server import MAX_SOCKET_PATH, Server
 from vmodel.span import Span
@@ -300,37 +299,12 @@ class Machine:
 
 def parse(text: str, file: Path) -> Machine:
     """Makes the machine that `text` describes; `file` is for messages.  ConfigError, one line for each mistake."""
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(_syntax(str(error), text), file=file) from error
-    except RecursionError as error:
-        raise ConfigError("is nested too deeply", file=file) from error
-    return Machine(raw, file)
-
-
-def _syntax(message: str, text: str) -> str:
-    """tomllib's message, preceded by the line number and the text of that line."""
-    message = one_line(message)
-    at = re.fullmatch(r"(.*) \(at (?:line ([0-9]+), column ([0-9]+)|end of document)\)", message)
-    if at is None:
-        return f"is not valid TOML: {message}"
-    lines = text.splitlines() or [""]
-    line = int(at[2] or len(lines))
-    written = lines[line - 1].strip() if line <= len(lines) else ""
-    return f"line {line}: {short(written)}: is not valid TOML: {at[1][0].lower()}{at[1][1:]}"
+    return Machine(parse_toml(text, file), file)
 
 
 def load(path: Path) -> Machine:
     """Makes the machine that a file describes.  ConfigError, one line for each mistake."""
-    try:
-        # Accept a byte order mark: some editors add one.
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"line {line}: is not UTF-8 text: save the file as UTF-8", file=path) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from error
+    text = read_text(path)
     if not text.strip():
         raise ConfigError('is empty: a machine file needs a [machine] table with name = "edu-demo"', file=path)
     return parse(text, path)
