@@ -10,6 +10,7 @@ import pytest
 from tests.campaign.files import FAULTS, campaign_file
 from vmodel.campaign.matrix import CONTROL, Matrix, Run
 from vmodel.campaign.schema import load, seed_numbers
+from vmodel.cli.campaign import at_work
 from vmodel.errors import ConfigError
 from vmodel.experiment.oracle import Outcome
 
@@ -181,3 +182,14 @@ def test_files_that_are_none(folder: Path) -> None:
         with pytest.raises(ConfigError) as error:
             load(path)
         assert str(error.value).startswith(f"{path}: {says}")
+
+
+def test_a_full_disk(folder: Path) -> None:
+    """The database cannot grow: the error names it."""
+    found = runs(folder, GOOD)
+    with (
+        pytest.raises(OSError, match=r"database or disk is full: '.*/x\.runs/campaign\.db'"),
+        at_work(folder / "x.runs", {"kind": "campaign", "name": "lab"}, found[0].rig, 1, None) as (store, _, _),
+    ):
+        store._db.execute("PRAGMA max_page_count = 1")
+        store.add([run.model_copy(update={"seed": n}) for n in range(500) for run in found])
