@@ -1,9 +1,11 @@
-"""Files: safe creation in directories that other users may write to, and errors that name the file."""
+"""Files: safe creation where others may write, safe reading of what others name, and errors that name the file."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -28,3 +30,26 @@ def naming(path: Path | str) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def regular(path: Path, most: int) -> None:
+    """OSError: there is no regular file of at most `most` bytes at `path`.
+
+    FIFOs and devices may have no end, and opening them may wait or have an effect.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"is larger than {most:,} bytes", str(path))
+
+
+def pieces(path: Path, most: int) -> Iterator[bytes]:
+    """The content of a regular file, in pieces.  OSError: see `regular`; or it is one of /proc that has no end."""
+    regular(path, most)
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            most -= len(piece)
+            if most < 0:
+                raise OSError(errno.EFBIG, "is larger than it says", str(path))
+            yield piece

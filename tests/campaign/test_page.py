@@ -48,7 +48,7 @@ def test_what_it_says(page: Path, browser: Browser) -> None:
         "not as expected",
     ):
         assert words in text, words
-    assert f"vmodel reproduce {page.parent}/all.runs/7" in text
+    assert f"vmodel reproduce {page.parent}/all.runs/7 --trust" in text
     assert browser.js("document.querySelectorAll('b').length") == 4, "only the page's own"
     # Each run is once in the matrix, and its mark leads to its row.
     targets = browser.js('[...document.querySelectorAll("#matrix .mark")].map(mark => mark.getAttribute("href"))')

@@ -28,7 +28,8 @@ def test_a_campaign(folder: Path) -> None:
     done = vmodel("campaign", "c.toml", "-j", "2", cwd=folder)
     assert done.returncode == 0
     assert re.fullmatch(
-        r"1 +not activated +no rule fired, .*\n5 +masked +a rule fired, .*\nvmodel report c.runs -o report.html\n",
+        r"1 +not activated +no rule fired, .*\n5 +masked +a rule fired, .*\n"
+        r"0 of 6 runs are not as expected\nnext: vmodel report c.runs -o report.html\n",
         done.stdout,
     )
     lines = done.stderr.splitlines()
@@ -65,7 +66,15 @@ def test_a_campaign(folder: Path) -> None:
 def test_dry_run(folder: Path) -> None:
     write(folder, "copy 2", seeds=2)
     done = vmodel("campaign", "c.toml", "--dry-run", cwd=folder)
-    assert done.stdout.splitlines() == ["edu / w / no faults", "edu / w / delay", "edu / w / delay", "c.toml: 3 runs"]
+    assert done.stdout.splitlines() == [
+        "edu / w / no faults",
+        "edu / w / delay / seed 0",
+        "edu / w / delay / seed 1",
+        "c.toml: 3 runs",
+    ]
+    write(folder, "copy 2", seeds=1)
+    done = vmodel("campaign", "c.toml", "--dry-run", cwd=folder)
+    assert done.stdout.splitlines() == ["edu / w / no faults", "edu / w / delay", "c.toml: 2 runs"]
     assert not (folder / "c.runs").exists()
 
 
@@ -82,10 +91,10 @@ def test_interrupted(folder: Path, number: signal.Signals) -> None:
     said = f"vmodel: interrupted after {len(before)} of 10 runs: the same command continues from there"
     assert err.splitlines()[-1] == said
     assert workers(folder) == []
+    assert not list((folder / "c.runs").glob(".part-*"))
     assert vmodel("campaign", "c.toml", "-j", "2", cwd=folder).returncode == 0
     after = {row.id: row.ended for row in ended(folder / "c.runs")}
     assert len(after) == 10 and before.items() <= after.items(), "what had ended was not made again"
-    assert not list((folder / "c.runs").glob(".part-*"))
 
 
 def test_killed(folder: Path) -> None:

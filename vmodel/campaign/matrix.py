@@ -19,12 +19,15 @@ from vmodel.config_file import parse_toml, read_text
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
+from vmodel.files import pieces
 from vmodel.guest.artifacts import KERNELS
 from vmodel.guest.modules import is_path
 from vmodel.guest.options import guest_file, module_at, module_files
 from vmodel.inject import Engine, FaultPlan, Match
 from vmodel.machine import Machine
 
+#: The limit of a file that a run reads, in bytes: no larger one fits into an initramfs (newc's c_filesize has 32 bits).
+LARGEST = (1 << 32) - 1
 #: The plan's name of a run without faults.
 CONTROL = "no faults"
 #: Outcomes that are acceptable unless the plan says otherwise: all that do no harm.
@@ -268,9 +271,11 @@ def functions(plan: FaultPlan) -> Iterator[Path]:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file, in hex.  OSError: it cannot be read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of a file, in hex.  OSError: it cannot be read, is no regular file, or has more than 4 GiB."""
+    found = hashlib.sha256()
+    for piece in pieces(path, LARGEST):
+        found.update(piece)
+    return found.hexdigest()
 
 
 def inputs(case: Case, rig: str) -> dict[str, str]:

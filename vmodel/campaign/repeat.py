@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vmodel.campaign.matrix import digest, functions
+from vmodel.campaign.matrix import LARGEST, digest, functions
 from vmodel.campaign.rig import GUESTS, CaseRunner, perform
 from vmodel.campaign.store import Row
 from vmodel.config_file import parse_toml, read_text
 from vmodel.devices import BUILTIN
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Result
+from vmodel.files import regular
+from vmodel.guest.modules import is_path
 
 
 def code(row: Row) -> Iterator[str]:
-    """What a run would execute or write on this host: imported Python, files that its devices write, QEMU's arguments.
+    """What a run would execute or write on this host: imported Python, files that its devices write, modules that are
+    built from their source or read from a path, QEMU's arguments.
 
     A campaign's folder names them, and may come from somebody else.  (Workloads run only in the guest.)
     ConfigError: the machine file cannot be read.
@@ -24,10 +28,7 @@ def code(row: Row) -> Iterator[str]:
     case = row.run.case
     if row.run.rig != GUESTS:
         yield row.run.rig
-    try:
-        described = parse_toml(read_text(case.machine), case.machine)
-    except ConfigError as error:
-        raise ConfigError(f"{row.folder}: its file {error}") from error
+    described = _described(row)
     devices = described.get("device", ())
     for device in devices if isinstance(devices, list) else ():
         model = device.get("model") if isinstance(device, dict) else None
@@ -36,29 +37,91 @@ def code(row: Row) -> Iterator[str]:
         yield from _written(device)
     if case.plan is not None:
         yield from map(str, functions(case.plan))
-    if case.qemu_args:
-        yield f"QEMU {' '.join(case.qemu_args)}"
+    guest = described.get("guest")
+    own = [_texts(guest, key) for key in ("modules", "extra_modules", "qemu_args")]
+    yield from filter(is_path, (*case.modules, *case.extra_modules, *own[0], *own[1]))
+    for arguments in (case.qemu_args, own[2]):
+        if arguments:
+            yield f"QEMU {' '.join(arguments)}"
 
 
-def _written(value: Any) -> Iterator[str]:
+def trusting(rows: Iterable[Row]) -> set[int]:
+    """The ids of the runs that are repeated only with `--trust`: they, or others in their guest, name code (`code`).
+
+    Runs whose machine file cannot be read are not among them, nor are those beyond the first 1,000 machines.
+    """
+    known: dict[tuple[object, ...], bool] = {}
+    found, guests = set(), set()
+    rows = list(rows)
+    for row in rows:
+        case = row.run.case
+        plan = None if case.plan is None else tuple(functions(case.plan))
+        key = (row.run.rig, case.machine, plan, case.modules, case.extra_modules, case.qemu_args)
+        if key not in known and len(known) < 1000:
+            known[key] = False
+            with contextlib.suppress(ConfigError):
+                known[key] = any(code(row))
+        if known.get(key):
+            found.add(row.id)
+            guests.add(row.guest)
+    return found | {row.id for row in rows if row.guest and row.guest in guests}
+
+
+def _described(row: Row) -> dict[str, Any]:
+    """The content of the run's machine file.  ConfigError: it cannot be read."""
+    try:
+        return parse_toml(read_text(row.run.case.machine), row.run.case.machine)
+    except ConfigError as error:
+        raise ConfigError(f"{row.folder}: its file {error}") from error
+
+
+def _texts(table: object, key: str) -> list[str]:
+    """The texts of an array in a table; [] if it is no table or no array."""
+    found = table.get(key) if isinstance(table, dict) else None
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+
+
+def _written(value: object) -> Iterator[str]:
     """The files that a machine file's devices write: each `path` that is not read-only."""
-    if isinstance(value, dict):
-        if isinstance(value.get("path"), str) and value.get("read_only") is not True:
-            yield value["path"]
-        value = list(value.values())
-    if isinstance(value, list):
-        for each in value:
-            yield from _written(each)
+    left = [value]  # no recursion: a key a.b.c... is nested as deep as it is long
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            if isinstance(part.get("path"), str) and part.get("read_only") is not True:
+                yield part["path"]
+            left += reversed(part.values())
+        elif isinstance(part, list):
+            left += reversed(part)
+
+
+def check_files(row: Row) -> None:
+    """ConfigError: a file that the run reads is missing, or is none with an end: a FIFO or a device."""
+    case = row.run.case
+    guest = _described(row).get("guest")
+    base = case.machine.parent
+    named = [path[0] if isinstance(path, tuple) else path for path in case.files]
+    named += [base / text.partition(":")[0] for text in _texts(guest, "files")]
+    kernel = case.kernel or (guest.get("kernel") if isinstance(guest, dict) else None)
+    if isinstance(kernel, str) and "/" in kernel:
+        named.append(Path(kernel))
+    for path in named:
+        _readable(row, path, regular, LARGEST)
 
 
 def changed_inputs(row: Row) -> Iterator[str]:
     """The run's files whose contents have changed since the run.  ConfigError: one cannot be read."""
     for name, before in row.run.inputs.items():
-        try:
-            if digest(Path(name)) != before:
-                yield name
-        except OSError as error:
-            raise ConfigError(f"{row.folder}: its file {name} cannot be read: {error.strerror}") from error
+        if _readable(row, Path(name), digest) != before:
+            yield name
+
+
+def _readable(row: Row, path: Path, read: Callable[..., Any], *arguments: object) -> Any:
+    """`read(path, *arguments)`.  ConfigError: the file cannot be read."""
+    try:
+        return read(path, *arguments)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{row.folder}: its file {path} cannot be read: {why}") from error
 
 
 def free_folder(wanted: Path) -> Path:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
+import re
 import shutil
 import sqlite3
 import time
@@ -17,34 +19,31 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from vmodel.campaign import database
 from vmodel.campaign.matrix import Run
 from vmodel.campaign.rig import plain
 from vmodel.closing import Closing
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Result
 from vmodel.experiment.oracle import Outcome
+from vmodel.mistakes import short
 
 DATABASE = "campaign.db"
-#: The version of the tables below.
-FORMAT = "1"
-_TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE run (
-    id INTEGER PRIMARY KEY,
-    key TEXT NOT NULL UNIQUE,
-    run TEXT NOT NULL,        -- JSON of `Run`
-    deaths INTEGER NOT NULL DEFAULT 0,
-    outcome TEXT,             -- null until it has ended
-    result TEXT,              -- JSON of `Result`
-    guest TEXT,               -- runs with the same value shared a guest, in the order of result.nth
-    started REAL,
-    ended REAL
-);
-"""
+#: The latest time that a row may have, in seconds since the epoch: the end of the year 9999.
+_LATEST = 253402300799
+
+
+class Definition(BaseModel):
+    """What a campaign's folder says about itself."""
+
+    kind: str
+    name: str
+    #: The text of the campaign's file.
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,9 @@ class Row:
 class ResultStore(Closing):
     """A campaign's folder; a context manager that closes it."""
 
-    def __init__(self, folder: Path, database: sqlite3.Connection, lock: int | None) -> None:
+    def __init__(self, folder: Path, opened: sqlite3.Connection, lock: int | None) -> None:
         self.folder = folder
-        self._db = database
+        self._db = opened
         self._lock = lock
 
     # ---- opening ---------------------------------------------------------------------------
@@ -93,50 +92,52 @@ class ResultStore(Closing):
             raise ConfigError(f"{folder}: {error.strerror}: name another folder with -o") from error
         try:
             if not path.exists():
-                _make(path, definition)
-            store = cls(folder, _open(path), lock)
+                database.make(path, definition)
+            store = cls(folder, database.connect(path, write=True), lock)
             have = store.definition
-            if [have.get(key) for key in ("kind", "name")] != [definition.get(key) for key in ("kind", "name")]:
-                text = f"{folder}: belongs to the {have.get('kind')} {have.get('name')!r}: name another folder with -o"
-                raise ConfigError(text)
+            if [have.kind, have.name] != [definition["kind"], definition["name"]]:
+                raise ConfigError(f"{folder}: belongs to the {have.kind} {have.name!r}: name another folder with -o")
             store._put_meta("definition", dict(definition))
             store._update_keys()
         except BaseException:
             os.close(lock)
             raise
-        for left in folder.glob(".part-*"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        store._remove_parts()  # of a process that was killed
         return store
 
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Opens a campaign's folder for reading, also while another process writes to it.
 
-        ConfigError: it is not a campaign's folder.
+        ConfigError: it is not a campaign's folder, or was not made by this version of vmodel.
         """
         path = folder / DATABASE
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be read: {error.strerror}") from error
+        if not there:
             raise ConfigError(f"{folder}: is not a campaign's folder: it has no {DATABASE}")
-        return cls(folder, _open(path), None)
+        return cls(folder, database.connect(path, write=False), None)
 
     def close(self) -> None:
-        """Closes the database and releases the folder's lock."""
+        """Closes the database; after writing, removes what unfinished runs left, and releases the folder's lock."""
         self._db.close()
         if self._lock is not None:
+            self._remove_parts()
             os.close(self._lock)
             self._lock = None
 
     # ---- definition ------------------------------------------------------------------------
 
     @property
-    def definition(self) -> dict[str, Any]:
-        """The `definition` that was given to `create`."""
-        found: dict[str, Any] = json.loads(self._meta("definition"))
-        return found
-
-    def _meta(self, key: str) -> str:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return str(row[0]) if row else "{}"
+    def definition(self) -> Definition:
+        """The `definition` that was given to `create`.  ConfigError: it is damaged."""
+        found = self._read("SELECT value FROM meta WHERE key = 'definition'")
+        try:
+            return Definition.model_validate_json(found[0][0] if found else "{}")
+        except (ValidationError, ValueError, TypeError) as error:
+            raise ConfigError(f"{self.folder / DATABASE}: has no sound definition of the campaign") from error
 
     def _put_meta(self, key: str, value: Any) -> None:
         with self._db:
@@ -180,31 +181,44 @@ class ResultStore(Closing):
         return ids
 
     def rows(self) -> list[Row]:
-        """All runs, in the order in which they were added."""
-        return [self._row(*values) for values in self._db.execute(f"SELECT {_COLUMNS} FROM run ORDER BY id")]
+        """All runs, in the order in which they were added.  ConfigError: one is damaged, or from another version."""
+        return [self._row(*values) for values in self._read(f"SELECT {_COLUMNS} FROM run ORDER BY id")]
 
     def row(self, id: int) -> Row:
-        """One run.  ConfigError: there is no run of that number."""
-        values = self._db.execute(f"SELECT {_COLUMNS} FROM run WHERE id = ?", (id,)).fetchone()
-        if values is None:
-            raise ConfigError(f"{self.folder}: has no run {id}")
-        return self._row(*values)
+        """One run.  ConfigError: there is no run of that number, or it is damaged."""
+        values = self._read(f"SELECT {_COLUMNS} FROM run WHERE id = ?", id) if id < 1 << 63 else ()
+        if not values:
+            raise ConfigError(f"{self.folder}: has no run {short(id)}")
+        return self._row(*values[0])
+
+    def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """The rows of a query.  ConfigError: the database cannot be read."""
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise ConfigError(database.unreadable(self.folder / DATABASE, error)) from error
 
     def _row(
-        self,
-        id: int,
-        run: str,
-        deaths: int,
-        result: str | None,
-        guest: str | None,
-        started: float | None,
-        ended: float | None,
+        self, id: object, run: object, deaths: object, result: object, guest: object, started: object, ended: object
     ) -> Row:
+        # SQLite's columns take values of any type.
+        if type(id) is not int or id < 1:
+            raise ConfigError(f"{self.folder / DATABASE}: run {short(id)}: its number must be positive")
+        if not (
+            type(run) is str
+            and type(deaths) is int
+            and isinstance(result, str | None)
+            and isinstance(guest, str | None)
+            and _is_time(started)
+            and _is_time(ended)
+        ):
+            raise ConfigError(f"{self.folder / DATABASE}: run {id} is damaged")
         try:
             what = Run.model_validate_json(run)
             came = None if result is None else Result.model_validate_json(result)
-        except ValidationError as error:
-            raise ConfigError(f"{self.folder}: run {id} was written by another version of vmodel") from error
+        except (ValidationError, ConfigError) as error:
+            text = f"run {id} is damaged, or was written by another version of vmodel"
+            raise ConfigError(f"{self.folder / DATABASE}: {text}") from error
         folder = self.folder / str(id)
         if came is not None:
             kept = {name: path for name, path in came.artefacts.items() if _is_inside(path, folder)}
@@ -214,6 +228,11 @@ class ResultStore(Closing):
     def part(self, id: int) -> Path:
         """The path of a temporary folder for a run that starts; `finish` renames it."""
         return self.folder / f".part-{id}-{uuid.uuid4().hex[:8]}"
+
+    def _remove_parts(self) -> None:
+        """Deletes the folders of runs that did not finish."""
+        for left in self.folder.glob(".part-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def died(self, id: int) -> int:
         """Counts the death of a worker during this run; returns the new count."""
@@ -246,8 +265,11 @@ _COLUMNS = "id, run, deaths, result, guest, started, ended"
 
 def find_run(path: Path) -> tuple[ResultStore, Row]:
     """The campaign and the run that the path FOLDER/NUMBER names; the caller closes the store.  ConfigError."""
-    if not path.name.isdecimal():
-        raise ConfigError(f"{path}: must be a run's folder, as {path / '17' if path.is_dir() else 'edu.runs/17'}")
+    if not re.fullmatch("[0-9]{1,20}", path.name):
+        example = "edu.runs/17"
+        with contextlib.suppress(OSError):  # a name that is too long
+            example = str(path / "17") if path.is_dir() else example
+        raise ConfigError(f"{path}: must be a run's folder, as {example}")
     store = ResultStore.open(path.parent)
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
@@ -276,13 +298,17 @@ def _inside(path: str, folder: Path) -> str:
     return path
 
 
+def _is_time(value: object) -> TypeGuard[float | None]:
+    return value is None or (type(value) is float and math.isfinite(value) and 0 <= value <= _LATEST)
+
+
 def _is_inside(path: str, folder: Path) -> bool:
     """Whether an artefact is in its run's folder: a database from somebody else may name any path."""
     return ".." not in Path(path).parts and (folder / path).is_relative_to(folder)
 
 
 def _locked(folder: Path) -> int:
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -294,28 +320,3 @@ def _locked(folder: Path) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
-
-
-def _make(path: Path, definition: Mapping[str, Any]) -> None:
-    """Creates the database under another name and renames it: it is complete, or does not exist."""
-    new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    database = sqlite3.connect(new)
-    with database:
-        database.executescript(_TABLES)
-        database.execute("INSERT INTO meta VALUES ('format', ?)", (FORMAT,))
-        database.execute("INSERT INTO meta VALUES ('definition', ?)", (json.dumps(dict(definition)),))
-    database.close()
-    new.rename(path)
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    try:
-        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=30)
-        found = database.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
-    except sqlite3.Error as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if found is None or found[0] != FORMAT:
-        database.close()
-        raise ConfigError(f"{path}: was written by another version of vmodel")
-    return database

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
+from vmodel.campaign.repeat import trusting
 from vmodel.campaign.statistics import Rate
 from vmodel.campaign.store import ResultStore, Row
 from vmodel.experiment.case import Result
@@ -110,13 +111,16 @@ class Summary:
         """`base`: the folder that links are relative to."""
         self.folder = store.folder
         definition = store.definition
-        self.kind: str = definition["kind"]
-        self.name: str = definition["name"]
-        self.file: str = definition.get("file", "")
+        self.kind = definition.kind
+        self.name = definition.name
+        self.file = definition.file
         rows = store.rows()
         self.total = len(rows)
         kernels = _kernels(rows)
-        self.runs = [_ended(row, row.result, kernels[row.id], base) for row in rows if row.result is not None]
+        trust = trusting(rows)
+        self.runs = [
+            _ended(row, row.result, kernels[row.id], base, row.id in trust) for row in rows if row.result is not None
+        ]
         self.kernels = sorted({run.kernel for run in self.runs})
         self.faults = _faults(self.runs)
         self.signatures = _signatures(self.runs)
@@ -167,10 +171,11 @@ def _kernels(rows: Sequence[Row]) -> dict[int, str]:
     return found
 
 
-def _ended(row: Row, result: Result, kernel: str, base: Path) -> Ended:
+def _ended(row: Row, result: Result, kernel: str, base: Path, trust: bool) -> Ended:
     link = quote(os.path.relpath(row.folder, base))
     links = {name: f"{link}/{quote(path)}" for name, path in result.artefacts.items()}
-    return Ended(row, result, kernel, links, link, f"vmodel reproduce {shlex.quote(str(row.folder))}")
+    command = f"vmodel reproduce {shlex.quote(str(row.folder))}{' --trust' if trust else ''}"
+    return Ended(row, result, kernel, links, link, command)
 
 
 def _faults(runs: Sequence[Ended]) -> list[MatrixRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import shlex
 import signal
 import sqlite3
@@ -33,7 +34,7 @@ from vmodel.guest.options import at_option, guest_file, module_at
 from vmodel.patience import slowness
 
 Folder = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="DIR", help="Store the results in DIR instead of ./NAME.runs.")
+    Path | None, typer.Option("-o", "--output", metavar="DIR", help="Store the results in DIR instead of ./FILE.runs.")
 ]
 Jobs = Annotated[int, typer.Option("-j", "--jobs", metavar="N", min=1, help="Run N cases at a time on this machine.")]
 Scheduler = Annotated[
@@ -60,8 +61,10 @@ def campaign(
     matrix = Matrix(content, path)
     runs = matrix.runs()
     if dry_run:
+        several = len({run.seed for run in runs}) > 1
         for run in runs:
-            print(f"{run.case.name}{f' (kernel {run.kernel})' if run.kernel else ''}")
+            kernel = f" (kernel {run.kernel})" if run.kernel else ""
+            print(f"{run.case.name}{f' / seed {run.seed}' if several and not run.control else ''}{kernel}")
         print(f"{path}: {len(runs)} run{'' if len(runs) == 1 else 's'}")
         return
     if matrix.rig == GUESTS and scheduler is None:
@@ -115,8 +118,8 @@ def sweep(
     events.
     """
     log_to_stderr(False)
-    if timeout <= 0:
-        raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
+    if not 0 < timeout < math.inf:
+        raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds, and have an end")
     rig = absolute(rig, Path())
     if rig != GUESTS:
         load_rig(rig)
@@ -198,5 +201,8 @@ def summarise(rows: Sequence[Row], folder: Path) -> None:
     show(table, console())
     wrong = [row for row in rows if row.result is not None and not row.expected]
     if wrong:
-        print(f"{len(wrong)} of {len(rows)} runs are not as expected, the first: {wrong[0].folder}")
-    print(f"vmodel report {shlex.quote(str(folder))} -o report.html")
+        are = "is" if len(wrong) == 1 else "are"
+        print(f"{len(wrong)} of {len(rows)} runs {are} not as expected, the first: {wrong[0].folder}")
+    else:
+        print(f"0 of {len(rows)} runs are not as expected")
+    print(f"next: vmodel report {shlex.quote(str(folder))} -o report.html")

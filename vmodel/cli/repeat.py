@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vmodel.campaign.minimise import Minimiser
-from vmodel.campaign.repeat import changed_inputs, code, differences, free_folder
+from vmodel.campaign.repeat import changed_inputs, check_files, code, differences, free_folder
 from vmodel.campaign.repeat import repeat as run_again
 from vmodel.campaign.rig import GUESTS, load_rig, perform
 from vmodel.campaign.store import Row, find_run, history
@@ -112,6 +112,8 @@ def _ended(path: Path, trust: bool) -> tuple[Row, Result, list[Row]]:
     named = dict.fromkeys(part for each in (row, *others) for part in code(each))
     if named and not trust:
         raise ConfigError(f"{path}: would use {', '.join(named)} of this host: if you trust this campaign, add --trust")
+    for each in (row, *others):
+        check_files(each)
     for name in changed_inputs(row):
         print(f"vmodel: warning: {name} has changed since the run", file=sys.stderr)
     if row.run.rig == GUESTS:

@@ -15,18 +15,21 @@ print(result.outcome, [finding.text for finding in result.evidence])
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
 from vmodel.experiment.oracle import Finding, Outcome
 from vmodel.inject import FaultPlan
 
+#: A duration in seconds, measured on this host.  The limits find a damaged result.
+Measured = Annotated[float, Field(ge=-1e9, le=1e9)]
+
 
 class Case(BaseModel):
     """What to run.  It is plain data: `model_dump(mode="json")` and `model_validate` pass it to another process."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     #: A machine file.
     machine: Path
@@ -86,6 +89,8 @@ class Case(BaseModel):
 class Result(BaseModel):
     """The result of a case.  It is also written to FOLDER/result.json."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     outcome: Outcome
     #: The findings of all oracles, in the order of time.
     evidence: tuple[Finding, ...]
@@ -102,14 +107,14 @@ class Result(BaseModel):
     #: The rules, and how often each matched and fired.
     rules: tuple[dict[str, Any], ...]
     #: Seconds from the first injection until the kernel or the workload noticed; None: no injection, or not noticed.
-    time_to_detect: float | None
+    time_to_detect: Measured | None
     #: Seconds from the first injection until the workload continued: its first output after the last finding, or its
     #: end.  None unless the outcome is "detected and recovered".
-    time_to_recover: float | None
+    time_to_recover: Measured | None
     #: Seconds that the workload took; None: it did not run.
-    workload_time: float | None
+    workload_time: Measured | None
     #: Seconds that the case took, with the boot if it needed one.
-    wall: float
+    wall: Measured
     #: The files in FOLDER by content: "case", "console", "kernel log", "output", "check", "injections", "line" (QEMU's
     #: command line), "model" (warnings of models and server).
     artefacts: dict[str, str]

@@ -61,7 +61,7 @@ class Effect(enum.StrEnum):
 class Finding(BaseModel):
     """An observation of one oracle."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     #: "console", "kernel log", "status", "check", "time", "qmp", "qemu", "model", "boot", "guest", "rig" or "worker".
     oracle: str
