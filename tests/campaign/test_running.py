@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +18,9 @@ import pytest
 
 from tests import needs
 from tests.campaign.runs import ended, eventually, rows, running, workers, write
-from tests.cli.commands import environ, refused, vmodel
+from tests.cli.commands import EXAMPLE, environ, refused, vmodel
+from vmodel.campaign.rig import plain
+from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
 from vmodel.patience import patience
 
@@ -149,6 +153,47 @@ def test_a_worker_that_dies_once(folder: Path) -> None:
     found = rows(folder / "c.runs")
     assert [row.result.outcome for row in found if row.result] == [Outcome.NOT_ACTIVATED] + [Outcome.MASKED] * 3
     assert sum(row.deaths for row in found) == 1
+
+
+#: Ignores the exception of a signal's handler, as a callback from C does; says so in a file, and goes on.
+STUBBORN = """
+import time
+from pathlib import Path
+
+class Stubborn:
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def run(self, case, folder):
+        (folder / "started").touch()
+        while True:
+            try:
+                time.sleep(3600)
+            except SystemExit:
+                (folder / "asked").touch()
+"""
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """Also one that ignores its first signal: nobody else is there to end it."""
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    code = (
+        "import sys; from vmodel.campaign import worker as w; w._GRACE_END = 0.5; w.main(sys.argv[1], int(sys.argv[2]))"
+    )
+    ours, theirs = socket.socketpair()
+    line = [sys.executable, "-c", code, f"{tmp_path}/stubborn.py:Stubborn", str(theirs.fileno())]
+    case = plain(Case(machine=EXAMPLE, workload="true"))
+    with ours, subprocess.Popen(line, pass_fds=[theirs.fileno()], start_new_session=True) as process:
+        theirs.close()
+        try:
+            ours.sendall(json.dumps({"case": case, "folder": str(tmp_path)}).encode() + b"\n")
+            eventually((tmp_path / "started").exists)
+            ours.close()
+            assert process.wait(patience(30)) == -signal.SIGKILL
+        finally:
+            process.kill()
+    assert (tmp_path / "asked").exists()
 
 
 def test_a_worker_that_always_dies(folder: Path) -> None:

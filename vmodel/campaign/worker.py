@@ -26,6 +26,7 @@ from vmodel.campaign.executor import Answer, Task
 from vmodel.campaign.rig import load_rig, perform, plain
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case, Result
+from vmodel.patience import patience
 
 #: Seconds that a worker may take for a case beyond the case's own limits.
 _GRACE = 120.0
@@ -173,25 +174,31 @@ def main(rig: str, descriptor: int) -> None:
     """Runs the tasks that arrive; ends when the other side closes the socket, or on SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     pair = socket.socket(fileno=descriptor)
-    tasks: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    #: None: there are no more.
+    tasks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(pair, tasks), daemon=True).start()
     try:
         made = load_rig(rig)
         with made() as lab:
-            while True:  # until _read() ends the process
-                task = tasks.get()
+            while (task := tasks.get()) is not None:
                 result = perform(lab, Case.model_validate(task["case"]), Path(task["folder"]))
                 _send(pair, {"result": result.model_dump(mode="json")})
     except ConfigError as error:
         _send(pair, {"error": str(error)})
 
 
-def _read(pair: socket.socket, tasks: queue.SimpleQueue[dict[str, Any]]) -> None:
-    with contextlib.suppress(OSError), pair.makefile("rb") as lines:
+def _read(pair: socket.socket, tasks: queue.SimpleQueue[dict[str, Any] | None]) -> None:
+    # ValueError: the other side died while it sent.
+    with contextlib.suppress(OSError, ValueError), pair.makefile("rb") as lines:
         for line in lines:
             tasks.put(json.loads(line))
     # The other side has closed the socket or died, so the current task is not wanted any more.
+    tasks.put(None)
     os.kill(os.getpid(), signal.SIGTERM)
+    # A callback whose exceptions are ignored may have swallowed that, and nobody else ends this process.  It leads a
+    # process group of its own, with its guest.
+    time.sleep(patience(_GRACE_END))
+    os.killpg(0, signal.SIGKILL)
 
 
 def _send(pair: socket.socket, answer: dict[str, Any]) -> None:
