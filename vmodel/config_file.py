@@ -18,6 +18,12 @@ MAX_SIZE = 4 << 20
 _MAX_BITS = 128
 
 
+#: A key of more parts than anybody writes.  tomllib's memory grows with the square of their number.
+_DEEP_KEY = re.compile(
+    r"""(?:^|[\[{,])[ \t]*(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){400}""", re.MULTILINE | re.ASCII
+)
+
+
 def read_text(path: Path) -> str:
     """The text of a regular file of at most `MAX_SIZE` bytes of UTF-8; each line ends with "\\n".  ConfigError."""
     try:
@@ -45,6 +51,8 @@ def _opener(path: str, flags: int) -> int:
 
 def parse_toml(text: str, file: Path) -> dict[str, Any]:
     """The tables of a TOML text; `file` is for messages.  ConfigError."""
+    if _DEEP_KEY.search(text):
+        raise ConfigError("is nested too deeply", file=file)
     try:
         tables = tomllib.loads(text)
         _check_integers(tables)

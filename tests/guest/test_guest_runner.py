@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.kernels import CHOSEN
-from vmodel.guest import initramfs
+from vmodel.guest import modules
 from vmodel.guest.artifacts import Kernel, find_kernel
 from vmodel.guest.running import (
     Guest,
@@ -176,7 +176,7 @@ def test_module_that_does_not_load(tmp_path: Path) -> None:
     """A module of another kernel: the run ends at once and says which."""
     kernel = find_kernel()
     assert kernel.modules is not None
-    elf = initramfs.load_module(next(kernel.modules.rglob("dummy.ko*")))
+    elf = modules.load_module(next(kernel.modules.rglob("dummy.ko*")))
     folder = tmp_path / "lib" / "modules" / kernel.release
     folder.mkdir(parents=True)
     (folder / "dummy.ko").write_bytes(elf.replace(b"vermagic=", b"vermagic=0"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from vmodel.device.taps import tap
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, Reason
 from vmodel.inject import Engine, FaultPlan, parse_rule
+from vmodel.patience import patience
 from vmodel.pci.extcaps import Uncorrectable
 from vmodel.points import DmaEvent, Event, Point, Proceed
 from vmodel.server import Server
@@ -361,7 +363,9 @@ def test_what_ends_a_wait(tmp_path: Path, action: str, what: str) -> None:
     with Server() as again, Engine(FaultPlan(rule=(parse_rule("reset do=delay(20)"),)), [lab]):
         again.add(lab, tmp_path / "lab.sock")
         again.start()
-        lab.backend.reset_device()
+        done = threading.Event()
+        lab.backend.defer(lambda: (lab.backend.reset_device(), done.set()), None)
+        assert done.wait(patience(10))
         assert time.monotonic() - began >= 0.02
     lab.close()
 

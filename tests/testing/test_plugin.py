@@ -263,13 +263,16 @@ def test_a_machines_model_that_raises_fails_the_test(pytester: pytest.Pytester) 
     )
     pytester.makepyfile(
         """
-    import pytest
+    import pytest, threading
 
     @pytest.mark.machine("m.toml")
     def test_a(machine):
-        machine.devices["c0"].backend.region_write(0, 4, 4, 9)
+        card, done = machine.devices["c0"], threading.Event()
+        card.defer(card.on_timer)
+        card.defer(done.set)
+        assert done.wait(60)
     """
     )
-    result = pytester.runpytest("-p", "no:randomly")
+    result = pytester.runpytest()
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["c0: a write of regs.B: KeyError: 9 (card.py line *)"])
+    result.stdout.fnmatch_lines(["c0: a callback: ValueError: late (card.py line *)"])
