@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -190,3 +191,29 @@ def test_an_error_in_a_callback_is_raised() -> None:
 
     with pytest.raises(ZeroDivisionError, match="in a callback"):
         run_guest(GuestSpec(command="echo x; sleep 1000"), on_output=callback)
+
+
+BROKEN = """
+from vmodel.device import PciDevice
+
+class Card(PciDevice):
+    vendor_id, device_id, class_code = 0x1234, 0x5678, 0x058000
+
+    def on_reset(self, kind):
+        raise ValueError("broken")
+"""
+
+
+@pytest.mark.parametrize(("command", "status"), [("true", 70), ("exit 3", 3)])
+def test_a_model_that_fails_has_a_status_of_its_own(tmp_path: Path, command: str, status: int) -> None:
+    """However well the guest takes it; the user's own line is at the end.  A command that failed keeps its status."""
+    (tmp_path / "card.py").write_text(BROKEN)
+    (tmp_path / "m.toml").write_text(
+        '[machine]\nname = "m"\n[[device]]\nname = "c0"\nmodel = "card.py:Card"\naddress = "0000:00:03.0"\n'
+    )
+    line = [sys.executable, "-m", "vmodel", "guest", f"{tmp_path}/m.toml", "--run-dir", f"{tmp_path}/run"]
+    done = subprocess.run(
+        [*line, "--", "sh", "-c", command], capture_output=True, text=True, timeout=patience(120), check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert "vmodel: model error: c0: on_reset: ValueError: broken (card.py line 8)\n" in done.stderr

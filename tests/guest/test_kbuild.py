@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.guest.kernels import CHOSEN
-from vmodel.guest.artifacts import CLOUD, find_kernel
+from vmodel.guest.artifacts import CLOUD, cache_dir, find_kernel
 from vmodel.guest.kbuild import BuildError, build
 from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
+pytest_plugins = "pytester"
+#: pytester changes $HOME.
+CACHE = cache_dir().parent
 SOURCE = Path(__file__).parent / "driver"
 EDU = Path(__file__).parents[2] / "examples" / "edu.toml"
 
@@ -102,5 +105,34 @@ def test_a_guest_with_a_module_from_its_source(kernel: str, source: Path, tmp_pa
 
 @pytest.mark.parametrize("folder", ["build here", "a:b"])
 def test_folders_that_kbuild_does_not_take(source: Path, tmp_path: Path, folder: str) -> None:
-    with pytest.raises(BuildError, match="kbuild takes no path with a blank or a colon"):
-        build(source, find_kernel(CHOSEN[0]), tmp_path / folder)
+    found, said = find_kernel(CHOSEN[0]), f"{folder}.*: kbuild takes no path with a blank or a colon"
+    with pytest.raises(BuildError, match=said):
+        build(source, found, tmp_path / folder)
+    with pytest.raises(BuildError, match=said):
+        build(source.rename(tmp_path / folder), found, tmp_path / "build")
+
+
+def test_a_module_from_its_source_in_tests_and_experiments(
+    pytester: pytest.Pytester, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths of marks count from the test's folder, those of a machine file from the machine file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
+    text = EDU.read_text() + '[guest]\nappend = "factorial.number=5"\n'
+    (pytester.path / "edu.toml").write_text(text)
+    (pytester.path / "loaded.toml").write_text(text + 'modules = ["driver/"]\n')
+    shutil.copytree(source, pytester.path / "driver")
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.machine("edu.toml")
+        @pytest.mark.guest(modules=["driver/"])
+        def test_mark(vm):
+            assert b"5! = 120" in vm.run("dmesg | grep factorial").output
+
+        @pytest.mark.machine("loaded.toml")
+        def test_machine_file(experiment):
+            assert experiment("exit $(cat /sys/module/factorial/parameters/number)").status == 5
+        """
+    )
+    pytester.runpytest().assert_outcomes(passed=2)

@@ -71,8 +71,9 @@ def build(source: Path, kernel: Kernel, output: Path, on_line: Callable[[str], N
     check_source(source)
     headers = find_headers(kernel)
     folder = (output / kernel.release).absolute()
-    if re.search(r"[\s:]", str(folder)):
-        raise BuildError(f"{folder}: kbuild takes no path with a blank or a colon; choose another output folder")
+    for place in (source.absolute(), folder):
+        if re.search(r"[\s:]", str(place)):
+            raise BuildError(f"{place}: kbuild takes no path with a blank or a colon")
     folder.mkdir(parents=True, exist_ok=True)
     (output / _MARK).write_text("Signature: 8a477f597d28d172789f06886806bc55\n# What `vmodel build` made.\n")
     (output / ".gitignore").write_text("*\n")
@@ -202,7 +203,7 @@ def _in_source(text: str, source: Path, folder: Path) -> str:
 def _modules(folder: Path) -> Iterator[Path]:
     order = folder / "modules.order"
     for line in order.read_text().split() if order.is_file() else ():
-        yield folder / Path(os.path.relpath(folder / line, folder)).with_suffix(".ko")
+        yield (folder / line).with_suffix(".ko")  # older kernels write absolute paths
 
 
 def _write_compile_commands(source: Path, folder: Path, headers: Headers, output: Path) -> None:
