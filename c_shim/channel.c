@@ -590,7 +590,7 @@ int vms_enter(vms_chan *chan, uint64_t deadline_ns)
     int rc = enter(chan, deadline_ns);
     flush(chan);
     chan->func->stats.exits++;
-    return rc;
+    return rc < 0 ? rc : (int)chan->run.reason;
 }
 
 int vms_reply(vms_chan *chan, uint16_t id, uint16_t command, uint32_t error, const void *payload, size_t len,

@@ -145,8 +145,8 @@ int vms_memory_map(vms_memory *memory, uint64_t gpa, uint64_t size, uint32_t pro
         return -EINVAL;
 
     window *win = calloc(1, sizeof *win);
-    holding *fresh = calloc(1, sizeof *fresh);
-    if (!win || !fresh) {
+    holding *fresh = fd >= 0 ? calloc(1, sizeof *fresh) : NULL;
+    if (!win || (fd >= 0 && !fresh)) {
         free(win);
         free(fresh);
         return -ENOMEM;

@@ -404,8 +404,8 @@ vms_run *vms_chan_run(vms_chan *chan);
  * over, or -1. */
 int vms_chan_open(vms_chan *chan, uint32_t peer_xfer, int twin);
 /* Completes the access that the last exit left pending (READ, WRITE), then serves the client until
- * Python is needed or CLOCK_MONOTONIC reaches deadline_ns (0: poll once; UINT64_MAX: never).  0, with the
- * run struct filled. */
+ * Python is needed or CLOCK_MONOTONIC reaches deadline_ns (0: poll once; UINT64_MAX: never).  The reason, which
+ * is positive, with the run struct filled. */
 int vms_enter(vms_chan *chan, uint64_t deadline_ns);
 /* Completes a pending READ or WRITE now, as vms_enter() would, and sends all replies that wait. */
 int vms_complete(vms_chan *chan);

@@ -111,9 +111,9 @@ class Connection:
             self.device.run_due(time.monotonic_ns())
             try:
                 self._shake_hands(stopping)
-                step, has_work = self._step, self.device.has_work
+                step, agenda = self._step, self.device.agenda
                 while not stopping.is_set():
-                    step(self._due() if has_work() else _shim.FOREVER)
+                    step(self._due() if agenda.waiting else _shim.FOREVER)
             except _Dropped as dropped:
                 self._log.warning("%s: client dropped: %s", self.device.name, dropped)
             except _Gone as gone:

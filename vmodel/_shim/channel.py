@@ -64,10 +64,8 @@ class Channel:
 
     def enter(self, deadline_ns: int) -> int:
         """Serves the client until Python is needed; the EXIT_* reason."""
-        rc = _enter(self.handle, deadline_ns)
-        if rc:
-            check(rc)
-        return self.run.reason  # type: ignore[no-any-return]
+        reason: int = _enter(self.handle, deadline_ns)
+        return reason if reason > 0 else check(reason)
 
     def complete(self) -> None:
         """Completes the access at hand and sends what is still unsent."""

@@ -144,7 +144,7 @@ static int serve(vms_chan *chan)
 
     for (int turns = 0;; turns++) {
         CHECK(turns < 4096);
-        CHECK(vms_enter(chan, 0) == 0);
+        CHECK(vms_enter(chan, 0) == (int)run->reason);
         switch (run->reason) {
         case VMS_EXIT_READ:
             CHECK(run->count && run->count <= XFER);
