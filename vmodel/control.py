@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
 import threading
@@ -21,7 +22,9 @@ log = limited(__name__)
 _MAX_REQUEST = 64 * 1024
 #: Seconds that a client has to send its request, and then to read the answer.
 _TIMEOUT = 5.0
-#: Clients that are served at a time; others wait.
+#: Largest answer that `ask` reads.
+_MAX_ANSWER = 64 * 1024 * 1024
+#: Clients that are served at a time.  One more takes the place of one that has not sent its request, or waits.
 _MAX_CLIENTS = 16
 
 #: Carries out a request: gets the whole request, returns data for JSON.
@@ -51,6 +54,8 @@ class Control:
         self._stopping = threading.Event()
         self._one = threading.Lock()
         self._clients: dict[threading.Thread, socket.socket] = {}
+        #: Those that have not sent their request yet; the oldest is first.
+        self._silent: dict[socket.socket, None] = {}
         self._thread = threading.Thread(target=self._main, name="vmodel-control", daemon=True)
 
     def _main(self) -> None:
@@ -64,20 +69,34 @@ class Control:
 
     def _accept(self) -> None:
         """Waits for a client and starts its thread."""
-        self._free.acquire()
         with contextlib.ExitStack() as failed:
-            failed.callback(self._free.release)
             sock = failed.enter_context(self._listener.accept()[0])
+            if not self._free.acquire(blocking=False):
+                self._drop_silent()
+                self._free.acquire()
+            failed.callback(self._free.release)
+            self._silent[sock] = None
+            failed.callback(self._silent.pop, sock, None)
             client = threading.Thread(target=self._client, args=(sock,), name="vmodel-control-client", daemon=True)
             self._clients = {thread: other for thread, other in self._clients.items() if thread.is_alive()}
             client.start()
             self._clients[client] = sock
             failed.pop_all()
 
+    def _drop_silent(self) -> None:
+        """Disconnects the client that has kept a place for the longest time without a request."""
+        for sock in list(self._silent)[:1]:
+            with contextlib.suppress(OSError):  # closed already
+                sock.shutdown(socket.SHUT_RDWR)
+
     def _client(self, sock: socket.socket) -> None:
         try:
             with sock:
-                answer = json.dumps(self._reply(_line(sock))) + "\n"
+                try:
+                    request = _receive(sock, _MAX_REQUEST, b"\n")
+                finally:
+                    self._silent.pop(sock, None)
+                answer = json.dumps(self._reply(request)) + "\n"
                 sock.settimeout(_TIMEOUT)
                 sock.sendall(answer.encode())
         except Exception as error:
@@ -132,27 +151,40 @@ class Control:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-def _line(sock: socket.socket) -> bytes:
-    """Reads one line.  OSError: the whole line does not arrive in time."""
-    data, deadline = b"", time.monotonic() + _TIMEOUT
-    while b"\n" not in data and len(data) < _MAX_REQUEST:
+def _receive(sock: socket.socket, most: int, end: bytes | None = None) -> bytes:
+    """Reads up to `end`, or to the end of the stream.  OSError: it does not arrive in time, or is over `most` bytes."""
+    data, deadline = bytearray(), time.monotonic() + _TIMEOUT
+    while end is None or end not in data:
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        piece = sock.recv(4096)
+        piece = sock.recv(min(64 * 1024, most + 1 - len(data)))
         if not piece:
             break
         data += piece
-    return data.partition(b"\n")[0]
+        if len(data) > most:
+            raise OSError(errno.EMSGSIZE, f"a message of more than {most} bytes")
+    return bytes(data if end is None else data.partition(end)[0])
+
+
+def _connect(sock: socket.socket, path: Path) -> None:
+    """Connects, within the time that `sock` has afterwards.  OSError."""
+    deadline = time.monotonic() + _TIMEOUT
+    sock.settimeout(_TIMEOUT)
+    while True:
+        try:
+            return sock.connect(str(path))
+        except BlockingIOError:  # so many connect at once that the server's backlog is full
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
 
 
 def ask(path: Path, command: str, **arguments: Any) -> Any:
     """Sends a request to the server at `path`; returns its result.  ConfigError: there is no server, or it refuses."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(_TIMEOUT)
-            sock.connect(str(path))
+            _connect(sock, path)
             sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
-            with sock.makefile("rb") as answer:
-                reply = json.loads(answer.read())
+            reply = json.loads(_receive(sock, _MAX_ANSWER))
     except (FileNotFoundError, ConnectionRefusedError):
         raise ConfigError(
             f"no server runs in {path.parent}: start `vmodel serve` or `run`, or name its --run-dir"

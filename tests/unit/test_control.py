@@ -129,6 +129,37 @@ def test_a_crowd_of_silent_clients_is_sent_away(server: Path, monkeypatch: pytes
     assert answer == b'{"result": 1}\n'
 
 
+def test_silent_clients_give_way(server: Path) -> None:
+    """However many they are, the next request is served at once: before, sixteen of them held all places for 5 s."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(6 * control._MAX_CLIENTS):
+            control._connect(stack.enter_context(socket.socket(socket.AF_UNIX)), server)
+        assert ask(server, "echo", what=1) == 1
+
+
+def test_an_answer_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that arrives byte by byte takes no longer than a silent one; one that is too long takes no memory."""
+    monkeypatch.setattr(control, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(control, "_MAX_ANSWER", 1000)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "m.control"))
+        listener.listen()
+        for pause, expected in ((0.1, "timed out"), (0.0, "more than 1000 bytes")):
+            stop = threading.Event()
+
+            def server(stop: threading.Event = stop, pause: float = pause) -> None:
+                with contextlib.suppress(OSError), listener.accept()[0] as sock:
+                    while not stop.wait(pause):
+                        sock.sendall(b" ")
+
+            thread = threading.Thread(target=server)
+            thread.start()
+            with pytest.raises(ConfigError, match=expected):
+                ask(tmp_path / "m.control", "echo")
+            stop.set()
+            thread.join()
+
+
 def test_it_ends_while_clients_are_there(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         with Control(tmp_path, "m", {}) as running:
