@@ -178,6 +178,18 @@ def test_names(driver: Driver) -> None:
     assert [len(part) for part in uuid.split("-")] == [8, 4, 4, 4, 12] and uuid == uuid.lower()
 
 
+def test_identifiers(driver: Driver) -> None:
+    """7.10.1: VID and SSVID are those of the PCI header.  7.10.3: the OUI's most significant byte comes last; in that,
+    bit 1 says that no registration authority has assigned it (IEEE 802).  7.10.4, 7.10.5 with 5.15.2.1: EUI64 and
+    NGUID are 0, as without an OUI there are none; 7.11: so there is a UUID."""
+    config, data = driver.device.config.view, driver.identify(1)
+    assert data[0:2] == bytes(config[0x00:0x02]) and data[2:4] == bytes(config[0x2C:0x2E])
+    assert data[75] & 0b11 == 0b10
+    assert not any(driver.identify(0, 1)[104:128])
+    kind, length, _, _, *uuid = driver.identify(3, 1)[:20]
+    assert (kind, length) == (3, 16) and any(uuid)
+
+
 def test_reserved_registers(started: Callable[..., Driver]) -> None:
     """3.1: reserved registers are read-only and return 0; so are those of boot partitions (CAP.BPS), the controller
     memory buffer (CAP.CMBS) and the persistent memory region (CAP.PMRS) where there are none.
