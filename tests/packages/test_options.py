@@ -13,6 +13,7 @@ from vmodel import machine as machines
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import Kernel
 from vmodel.guest.options import guest_file, module_at, module_files, spec_of
+from vmodel.guest.shares import Share, qemu_args, share_at
 from vmodel.machine import Machine
 
 KERNEL = Kernel(RELEASE, Path("bzImage"), None)
@@ -46,10 +47,37 @@ def test_places(folder: Path) -> None:
     for entry in ("gone.ko", "gone/", "build/{release}/other.ko"):
         with pytest.raises(ConfigError, match="there is no module or source folder"):
             module_at(entry, folder)
-    with pytest.raises(ConfigError, match="there is no file 'driver'"):
-        guest_file("driver", folder)
+    assert guest_file("driver", folder) == folder / "driver"
+    assert guest_file(".", folder) == folder
+    for gone in ("gone", "", ":/x"):
+        with pytest.raises(ConfigError, match="there is no file"):
+            guest_file(gone, folder)
     with pytest.raises(ConfigError, match="must be FILE, or FILE:PLACE"):
         guest_file("check.sh:/", folder)
+
+
+def test_shares(folder: Path) -> None:
+    build = folder / "build"
+    assert share_at("build", folder) == Share(build, "/root/build")
+    assert share_at("build/", folder) == share_at("./driver/../build", folder) == Share(build, "/root/build")
+    assert share_at("build:rw", folder) == Share(build, "/root/build", writable=True)
+    assert share_at("build:/opt/x/", folder) == Share(build, "/opt/x")
+    assert share_at(f"{build}:/b:rw", Path("/elsewhere")) == Share(build, "/b", writable=True)
+    assert share_at(".", build) == Share(build, "/root/build")
+    for text in ("gone", "check.sh"):
+        with pytest.raises(ConfigError, match=f"there is no folder '{text}'"):
+            share_at(text, folder)
+    for text in ("build:x", "build:ro", "build:rw:rw", "build:/", "build:/../x", "build:/a:/b", "build:", "build::rw"):
+        with pytest.raises(ConfigError, match=r"must be DIR\[:PATH\]\[:rw\]"):
+            share_at(text, folder)
+
+
+def test_a_share_for_qemu(tmp_path: Path) -> None:
+    """In QEMU's options a comma in a value is written twice."""
+    fs, first, device, second = qemu_args([Share(tmp_path / "a,b", "/a")])
+    assert (fs, device, second) == ("-fsdev", "-device", "virtio-9p-pci,fsdev=share0,mount_tag=share0")
+    assert f"path={tmp_path}/a,,b," in first and first.endswith("readonly=on")
+    assert qemu_args([Share(tmp_path, "/a", writable=True)])[1].endswith("readonly=off")
 
 
 @pytest.fixture
@@ -62,6 +90,7 @@ name = "m"
 kernel = "9.9"
 modules = ["driver/", "nvme"]
 files = ["check.sh"]
+shares = ["build:rw"]
 append = "mycard.debug=1"
 cpus = 2
 qemu_args = ["-rtc", "base=utc"]
@@ -73,10 +102,12 @@ qemu_args = ["-rtc", "base=utc"]
 
 
 def test_lists_and_kernel_arguments_add_up(machine: Machine, folder: Path) -> None:
-    more = {"modules": ["uio"], "files": [folder / "x"], "append": "quiet", "timeout": 7.0}
+    shared = Share(folder / "driver", "/opt/d")
+    more = {"shares": [shared], "modules": ["uio"], "files": [folder / "x"], "append": "quiet", "timeout": 7.0}
     spec = spec_of(machine, ["-m", "1G"], KERNEL, command="true", **more)
     assert spec.modules == [f"{folder}/driver/", "nvme", "uio"]
     assert (spec.extra_modules, spec.files) == ([], [folder / "check.sh", folder / "x"])
+    assert spec.shares == [Share(folder / "build", "/root/build", writable=True), shared]
     assert (spec.append, spec.timeout, spec.kernel) == ("mycard.debug=1 quiet", 7.0, KERNEL)
     assert spec.qemu_args == ["-smp", "2", "-rtc", "base=utc", "-m", "1G"]
 
@@ -95,7 +126,8 @@ def test_the_kernel(machine: Machine, cache: Path) -> None:
     [
         ('modules = ["gone/"]', r"m.toml: guest.modules\[0\]: there is no module or source folder 'gone/'"),
         ('extra_modules = ["nvme", "a.ko"]', r"m.toml: guest.extra_modules\[1\]: there is no module .*'a.ko'"),
-        ('files = ["driver"]', r"m.toml: guest.files\[0\]: there is no file 'driver'"),
+        ('files = ["gone"]', r"m.toml: guest.files\[0\]: there is no file 'gone'"),
+        ('shares = ["check.sh"]', r"m.toml: guest.shares\[0\]: there is no folder 'check.sh'"),
     ],
 )
 def test_mistakes_name_file_and_key(folder: Path, line: str, said: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import struct
 import tarfile
 from pathlib import Path
 
@@ -13,31 +12,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.packages.program_files import elf
 from vmodel.guest import debian, tools
 from vmodel.guest.artifacts import ArtifactError, Kernel
 from vmodel.guest.initramfs import build
 from vmodel.guest.tools import LIBS, find_tools, needed, program_files, programs
-
-
-def elf(*names: str, base: int = 0x400000) -> bytes:
-    """A minimal ELF64 that is loaded at `base` and needs these libraries."""
-    strings = b"\0" + b"".join(name.encode() + b"\0" for name in names)
-    head, at = 64 + 2 * 56, 1
-    tags = []
-    for name in names:
-        tags.append((1, at))
-        at += len(name) + 1
-    dynamic = head + len(strings)
-    tags += [(5, base + head), (10, len(strings)), (0, 0), (1, 0)]  # what follows DT_NULL is not there
-    body = strings + b"".join(struct.pack("<QQ", *tag) for tag in tags)
-    end = head + len(body)
-    return (
-        b"\x7fELF\2\1\1".ljust(16, b"\0")
-        + struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 64, 0, 0, 64, 56, 2, 64, 0, 0)
-        + struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, end, end, 4096)
-        + struct.pack("<IIQQQQQQ", 2, 6, dynamic, base + dynamic, base + dynamic, 16 * len(tags), 16 * len(tags), 8)
-        + body
-    )
 
 
 def put(path: Path, data: bytes) -> None:

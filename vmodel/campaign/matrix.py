@@ -22,7 +22,7 @@ from vmodel.experiment.oracle import Outcome
 from vmodel.files import pieces
 from vmodel.guest.artifacts import KERNELS
 from vmodel.guest.modules import is_path
-from vmodel.guest.options import guest_file, module_at, module_files
+from vmodel.guest.options import files_in, guest_file, module_at, module_files
 from vmodel.inject import Engine, FaultPlan, Match
 from vmodel.machine import Machine
 
@@ -280,9 +280,11 @@ def digest(path: Path) -> str:
 
 def inputs(case: Case, rig: str) -> dict[str, str]:
     """The files that a run reads, without kernels and QEMU, and their digests."""
-    paths = [case.machine, *(f[0] if isinstance(f, tuple) else f for f in case.files)]
-    for entry in filter(is_path, (*case.modules, *case.extra_modules)):
-        paths += module_files(entry)
+    paths = [case.machine]
+    for entry in case.files:
+        paths += files_in(entry[0] if isinstance(entry, tuple) else entry)
+    for module in filter(is_path, (*case.modules, *case.extra_modules)):
+        paths += module_files(module)
     described = parse_toml(read_text(case.machine), case.machine)
     for table in described.get("device", ()):
         source, _, _ = table["model"].rpartition(":")

@@ -16,6 +16,7 @@ from vmodel.errors import ConfigError
 from vmodel.experiment.case import Result
 from vmodel.files import regular
 from vmodel.guest.modules import is_path
+from vmodel.guest.options import files_in
 
 
 def code(row: Row) -> Iterator[str]:
@@ -40,6 +41,8 @@ def code(row: Row) -> Iterator[str]:
     guest = described.get("guest")
     own = [_texts(guest, key) for key in ("modules", "extra_modules", "qemu_args")]
     yield from filter(is_path, (*case.modules, *case.extra_modules, *own[0], *own[1]))
+    # A guest reads a shared folder, and may write to it.
+    yield from (f"share {text}" for text in _texts(guest, "shares"))
     for arguments in (case.qemu_args, own[2]):
         if arguments:
             yield f"QEMU {' '.join(arguments)}"
@@ -105,7 +108,8 @@ def check_files(row: Row) -> None:
     if isinstance(kernel, str) and "/" in kernel:
         named.append(Path(kernel))
     for path in named:
-        _readable(row, path, regular, LARGEST)
+        for file in files_in(path):
+            _readable(row, file, regular, LARGEST)
 
 
 def changed_inputs(row: Row) -> Iterator[str]:

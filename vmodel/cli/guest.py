@@ -33,6 +33,7 @@ from vmodel.cli.serve import (
 from vmodel.errors import ConfigError
 from vmodel.guest import artifacts, modules, options
 from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec
+from vmodel.guest.shares import share_at
 from vmodel.machine import Machine
 from vmodel.patience import slowness
 from vmodel.server import Server
@@ -45,7 +46,13 @@ Modules = Annotated[
 ]
 Files = Annotated[
     list[str] | None,
-    typer.Option("--file", metavar="F[:DEST]", help="A file for the guest; DEST is by default /root/NAME."),
+    typer.Option(
+        "--file", metavar="F[:DEST]", help="A file or folder to copy into the guest, by default to /root/NAME."
+    ),
+]
+Shares = Annotated[
+    list[str] | None,
+    typer.Option("--share", metavar="DIR[:PATH][:rw]", help="A folder that the guest sees, by default at /root/NAME."),
 ]
 Tools = Annotated[
     list[str] | None, typer.Option("--tool", metavar="T", help="A Debian program to copy into the guest, as nvme.")
@@ -73,6 +80,7 @@ def guest(
     kernel: Kernel = None,
     module: Modules = None,
     file: Files = None,
+    share: Shares = None,
     tool: Tools = None,
     extra_module: ExtraModules = None,
     append: Append = None,
@@ -112,6 +120,7 @@ def guest(
                 options.at_option("--extra-module", options.module_at, entry) for entry in extra_module or ()
             ],
             files=[options.at_option("--file", options.guest_file, entry) for entry in file or ()],
+            shares=[options.at_option("--share", share_at, entry) for entry in share or ()],
             tools=tool or (),
             append=" ".join(append or ()),
             timeout=timeout,

@@ -22,7 +22,7 @@ from vmodel.guest.booted import BEGIN, BootedGuest, Done
 from vmodel.guest.kernel_lines import lines_of, merged
 from vmodel.guest.modules import is_path
 from vmodel.guest.monitor import MonitorError
-from vmodel.guest.options import module_files, spec_of
+from vmodel.guest.options import files_in, module_files, spec_of
 from vmodel.guest.running import GuestOff, GuestPanic, GuestRunError, GuestTimeout, ModuleError
 from vmodel.guest.served import Served
 from vmodel.inject import Engine, FaultPlan
@@ -89,7 +89,8 @@ def _key(case: Case) -> Hashable:
             raise ConfigError(f"cannot be read: {error.strerror}", file=path) from error
         return path.absolute(), found.st_mtime_ns, found.st_size
 
-    files = tuple((version(f), "") if isinstance(f, Path) else (version(f[0]), f[1]) for f in case.files)
+    placed = [(f, "") if isinstance(f, Path) else f for f in case.files]
+    files = tuple((version(file), place) for path, place in placed for file in files_in(path))
     own = filter(is_path, (*case.modules, *case.extra_modules))
     modules = tuple(version(file) for entry in own for file in module_files(entry))
     boot = (case.kernel, case.modules, case.extra_modules, case.append, case.qemu_args, case.boot_timeout)

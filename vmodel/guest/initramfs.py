@@ -6,6 +6,7 @@ Unpacking a few MiB costs a guest less than decompressing them.
 
 from __future__ import annotations
 
+import os
 import shlex
 import stat
 from collections.abc import Iterable, Sequence
@@ -14,8 +15,11 @@ from pathlib import Path, PurePosixPath
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import Kernel
 from vmodel.guest.modules import files_of, in_order
-from vmodel.guest.tools import find_tools, program_files
+from vmodel.guest.shares import MODULES, Share, check, mount_lines
+from vmodel.guest.tools import find_tools, missing, program_files
 
+#: A folder that is copied has at most this many bytes: it takes the guest's memory.
+_LARGEST_FOLDER = 256 << 20
 #: Commands that /init needs before `busybox --install` has created the others.
 _APPLETS = ("sh", "mount")
 
@@ -47,6 +51,10 @@ class Cpio:
     def node(self, path: str, major: int, minor: int) -> None:
         """Adds a character device."""
         self._add(path, stat.S_IFCHR | 0o600, b"", (major, minor))
+
+    def names(self) -> set[str]:
+        """The paths of all that is there but folders, without a leading slash."""
+        return set(self._others)
 
     def finish(self) -> bytes:
         """Ends the archive, and returns it."""
@@ -91,10 +99,10 @@ class Cpio:
 
 # ---- the archive -------------------------------------------------------------------------------------
 
-# The third serial port is the harness's own: the harness answers "boot" with the number of this boot, and "status N" or
-# "module NAME" ends the run.  The second port is the command's stdin, stdout and stderr.  Kernel messages mix with
-# neither.  The last close of a tty waits until all bytes are sent, so poweroff loses none.  modprobe, unlike insmod,
-# applies the parameters for modules in the kernel's command line.
+# The third serial port is the harness's own: the harness answers "boot" with the number of this boot, and "status N",
+# "module NAME" or "share TAG" ends the run.  The second port is the command's stdin, stdout and stderr.  Kernel
+# messages mix with neither.  The last close of a tty waits until all bytes are sent, so poweroff loses none.  modprobe,
+# unlike insmod, applies the parameters for modules in the kernel's command line.
 _INIT = """#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=dumb
 /bin/busybox --install -s /bin
@@ -114,9 +122,13 @@ finish() {{
     exec 3>&-
     poweroff -f
 }}
-for module in {load}; do
-    modprobe $module 2>/dev/console || finish module $module
-done
+load() {{
+    modprobe $1 2>/dev/console || finish module $1
+}}
+share() {{
+    mkdir -p "$2" && mount -t 9p -o "$3" $1 "$2" 2>/dev/console || finish share $1
+}}
+{load}
 cd /root
 sh /vmodel-command </dev/ttyS1 >/dev/ttyS1 2>&1 3>&-
 finish status $?
@@ -131,30 +143,35 @@ def build(
     files: Iterable[Path | tuple[Path, str]] = (),
     extra_modules: Iterable[str] = (),
     tools: Sequence[str] = (),
+    shares: Sequence[Share] = (),
 ) -> bytes:
     """An initramfs that runs `command` (words, or a shell script) and powers off.
 
     `modules` are loaded in this order, dependencies first; `modprobe` can load `extra_modules`.  Both are names, paths
     of .ko files, or source folders (see modules.py).
     `tools` are Debian's programs; in /bin they take precedence over busybox's applets of the same name.
-    `files`: (path on the host, path in the guest), or a path for /root/NAME.  They keep their modes.
-    ArtifactError: busybox, a tool or a module is missing.  ConfigError: a file is missing, or its path is used twice.
+    `files`: (path on the host, path in the guest), or a path for /root/NAME.  They keep their modes.  A folder comes
+    with all that is in it.  `shares` are mounted before `modules` are loaded.
+    ArtifactError: busybox, a tool or a module is missing.  ConfigError: a file is missing, its path is used twice, or
+    it is a program whose loader or libraries the guest has not got.
     """
     archive = Cpio()
     for folder in ("proc", "sys", "dev", "tmp", "root", "bin", "sbin", "usr/bin", "usr/sbin", "run", "etc"):
         archive.folder(folder)
+    check(shares, kernel)
     archive.node("dev/console", 5, 1)
     archive.node("dev/null", 1, 3)
     archive.file("bin/busybox", _read(busybox), 0o755)
     for applet in _APPLETS:
         archive.link(f"bin/{applet}", "busybox")
     load, extra = files_of(modules, kernel), files_of(extra_modules, kernel)
+    own: dict[str, Path | None] = dict.fromkeys(MODULES) if shares and kernel.modules else {}
     # A module that is given by its path in one of both is that one in both.
     load = {name: path or extra.get(name) for name, path in load.items()}
     home = f"lib/modules/{kernel.release}"
     below: dict[str, set[str]] = {}
     dep = ""
-    for module in in_order(kernel, load | {name: path for name, path in extra.items() if name not in load}):
+    for module in in_order(kernel, load | {name: path for name, path in (own | extra).items() if name not in load}):
         archive.file(f"{home}/{module.name}.ko", module.elf)
         needs = set(module.needs).union(*(below[need] for need in module.needs))
         # modprobe loads from a line's end to its start; `below` is in load order.
@@ -164,14 +181,54 @@ def build(
     if tools:
         for target, source in program_files(find_tools(), tools):
             archive.file(target, _read(source), 0o755)
+    sources: dict[Path, None] = {}
     for entry in files:
         source, target = entry if isinstance(entry, tuple) else (entry, f"root/{entry.name}")
-        archive.file(target, _read(source), source.stat().st_mode & 0o777)
+        _copy(archive, source, target)
+        sources[source] = None
+    for source in sources:
+        _check_program(source, archive)
     script = command if isinstance(command, str) else shlex.join(command)
     archive.file("vmodel-command", script.encode() + b"\n", 0o755)
-    names = " ".join(module.name for module in in_order(kernel, load))
-    archive.file("init", _INIT.format(load=names).encode(), 0o755)
+    lines = [f"load {name}" for name in own]
+    lines += [shlex.join(("share", *line)) for line in mount_lines(shares)]
+    lines += [f"load {module.name}" for module in in_order(kernel, load)]
+    archive.file("init", _INIT.format(load="\n".join(lines)).encode(), 0o755)
     return archive.finish()
+
+
+def _check_program(source: Path, archive: Cpio) -> None:
+    """ConfigError: this file is a program that cannot run in the guest."""
+    if source.is_file() and (lacks := missing(_read(source), archive.names())):
+        raise ConfigError(f"needs {lacks}, which is not in the guest: link it with -static", file=source)
+
+
+def _copy(archive: Cpio, source: Path, target: str) -> None:
+    """Adds a file, or a folder with all that is in it."""
+    if not source.is_dir():
+        archive.file(target, _read(source), source.stat().st_mode & 0o777)
+        return
+    size = 0
+    archive.folder(target)
+    for place, folders, names in os.walk(source):
+        folders.sort()
+        inside = f"{target}/{Path(place).relative_to(source)}"
+        for name in sorted(folders):
+            path = Path(place, name)
+            if path.is_symlink():
+                archive.link(f"{inside}/{name}", str(path.readlink()))
+            else:
+                archive.folder(f"{inside}/{name}")
+        for name in sorted(names):
+            path = Path(place, name)
+            if path.is_file():  # links, too: what they lead to may not be in the guest
+                if (size := size + path.stat().st_size) > _LARGEST_FOLDER:
+                    raise ConfigError("has more than 256 MiB, too much to copy: share it instead", file=source)
+                archive.file(f"{inside}/{name}", _read(path), path.stat().st_mode & 0o777)
+            elif path.is_symlink():
+                archive.link(f"{inside}/{name}", str(path.readlink()))
+            else:
+                raise ConfigError("cannot be copied into the guest: not a file", file=path)
 
 
 def _read(source: Path) -> bytes:

@@ -157,6 +157,12 @@ def in_order(kernel: Kernel, wanted: Mapping[str, Path | None]) -> list[Module]:
     return list(done.values())
 
 
+def has_module(kernel: Kernel, name: str) -> bool:
+    """Whether the kernel has a module of this name, built in or as a file."""
+    index = () if kernel.modules is None else kernel.modules.rglob("*.ko*")
+    return name in _builtin(kernel) or any(_module_name(path) == name for path in index)
+
+
 def _builtin(kernel: Kernel) -> set[str]:
     file = kernel.modules / "modules.builtin" if kernel.modules else None
     return {_module_name(Path(line)) for line in file.read_text().split()} if file and file.is_file() else set()

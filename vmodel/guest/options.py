@@ -12,24 +12,33 @@ from vmodel.guest.artifacts import Kernel, find_kernel
 from vmodel.guest.kbuild import source_files
 from vmodel.guest.modules import is_path
 from vmodel.guest.running import GuestSpec
+from vmodel.guest.shares import share_at
 from vmodel.machine import Machine
 
 Place = TypeVar("Place")
 
 
 def guest_file(text: str, base: Path) -> Path | tuple[Path, str]:
-    """A file for the guest, "FILE" or "FILE:PLACE", in the form of `GuestSpec.files`.  ConfigError: it does not exist.
+    """A file or folder for the guest, "FILE" or "FILE:PLACE", in the form of `GuestSpec.files`.
+
+    ConfigError: it does not exist.
 
     >>> guest_file("check.sh:/bin/check", Path("/project"))  # doctest: +SKIP
     (PosixPath('/project/check.sh'), '/bin/check')
     """
     source, colon, target = text.partition(":")
     path = base / source
-    if not path.is_file():
+    if not source or not (path.is_file() or path.is_dir()):
         raise ConfigError(f"there is no file {source!r}")
+    path = path.resolve() if path.name in ("", "..") else path  # the name is its place in the guest
     if colon and not target.strip("/"):
         raise ConfigError(f"{text!r}: must be FILE, or FILE:PLACE-IN-THE-GUEST")
     return (path, target) if colon else path
+
+
+def files_in(path: Path) -> list[Path]:
+    """A file itself, or all files of a folder, sorted."""
+    return sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
 
 
 def module_at(entry: str, base: Path) -> str:
@@ -80,6 +89,7 @@ def spec_of(
         "modules": at("modules", module_at, table.modules),
         "extra_modules": at("extra_modules", module_at, table.extra_modules),
         "files": at("files", guest_file, table.files),
+        "shares": at("shares", share_at, table.shares),
         "qemu_args": [*(["-smp", str(table.cpus)] if table.cpus else []), *table.qemu_args],
     }
     for key, value in sums.items():

@@ -25,7 +25,9 @@ from typing import BinaryIO
 from vmodel.closing import Starting
 from vmodel.files import naming
 from vmodel.guest import initramfs
+from vmodel.guest import shares as folders
 from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
+from vmodel.guest.shares import Share
 from vmodel.patience import patience, spoken
 from vmodel.printable import printable
 
@@ -63,6 +65,10 @@ class ModuleError(GuestRunError):
     """A kernel module did not load."""
 
 
+class ShareError(GuestRunError):
+    """A shared folder was not mounted."""
+
+
 class LogError(GuestRunError):
     """The command ran to its end, but not all of its artefacts could be written."""
 
@@ -77,7 +83,7 @@ class GuestSpec:
     kernel: Kernel | None = None
     #: Loaded before the command, with their dependencies.  A module that does not load ends the run (ModuleError).
     modules: Sequence[str] = ()
-    #: A path on the host, which becomes /root/NAME, or (path on the host, path in the guest).
+    #: A path on the host, which becomes /root/NAME, or (path on the host, path in the guest).  Folders are copied.
     files: Sequence[Path | tuple[Path, str]] = ()
     #: More kernel arguments, and parameters of modules (MODULE.NAME=VALUE).  They are last, so they take precedence.
     append: str = ""
@@ -93,6 +99,8 @@ class GuestSpec:
     extra_modules: Sequence[str] = ()
     #: Debian's programs that the command uses, such as "nvme": see tools.py.
     tools: Sequence[str] = ()
+    #: Folders of the host that the guest sees as they are, without a copy.
+    shares: Sequence[Share] = ()
 
 
 @dataclass
@@ -174,7 +182,14 @@ class Guest(Starting):
         qemu, kernel = spec.qemu or find_qemu(), spec.kernel or find_kernel()
         image = folder / "initramfs"
         made = initramfs.build(
-            kernel, find_busybox(), spec.command, spec.modules, spec.files, spec.extra_modules, spec.tools
+            kernel,
+            find_busybox(),
+            spec.command,
+            spec.modules,
+            spec.files,
+            spec.extra_modules,
+            spec.tools,
+            spec.shares,
         )
         with naming(image):
             image.write_bytes(made)
@@ -188,6 +203,7 @@ class Guest(Starting):
         for name, port in self._ports.items():
             self.line += ["-chardev", f"socket,id={name},fd={port.theirs.fileno()}", "-serial", f"chardev:{name}"]
         self.line += ["-qmp", f"unix:{self.qmp},server=on,wait=off", *spec.qemu_args]
+        self.line += folders.qemu_args(spec.shares)
         if self.artifacts is not None:
             self.artifacts.mkdir(parents=True, exist_ok=True)
             with naming(written := self.artifacts / "qemu.line"):
@@ -357,7 +373,11 @@ class Guest(Starting):
                 raise LogError(f"the command ended with status {int(verdict[2])}, but {self._log_error}")
             return GuestResult(int(verdict[2]), self.output, self.console, wall, killed is None, max(self.boots, 1))
         if verdict:
-            raise ModuleError(f"module {verdict[2].decode()} did not load{self._tail()}")
+            name = verdict[2].decode()
+            if verdict[1] == b"share":
+                share = self.spec.shares[int(name.removeprefix("share"))]
+                raise ShareError(f"the folder {share.source} was not mounted at {share.target}{self._tail()}")
+            raise ModuleError(f"module {name} did not load{self._tail()}")
         if panic:
             raise GuestPanic(f"{panic[0].strip()}{self._tail()}")
         if killed:
@@ -371,7 +391,7 @@ class Guest(Starting):
 
     def _verdict(self) -> re.Match[bytes] | None:
         with self._changed:
-            return re.search(rb"^(status|module) (\w+)\n", bytes(self._ports["status"].received), re.MULTILINE)
+            return re.search(rb"^(status|module|share) (\w+)\n", bytes(self._ports["status"].received), re.MULTILINE)
 
     def _panic(self) -> re.Match[str] | None:
         return re.search(r"Kernel panic - not syncing[^\n]*", self.console)

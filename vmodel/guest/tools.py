@@ -7,13 +7,15 @@ below.  In the guest, programs are in /bin and libraries in `LIBS`, where ld.so 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
+from elftools.elf.segments import InterpSegment
 
 from vmodel.guest.artifacts import FETCH_COMMAND, ArtifactError, cache_dir, read_stamp
 
@@ -90,6 +92,26 @@ def needed(program: BinaryIO) -> list[str]:
         dynamic = [segment for segment in elf.iter_segments() if isinstance(segment, DynamicSegment)]
         tags: list[Any] = [tag for segment in dynamic for tag in segment.iter_tags("DT_NEEDED")]
         return [str(tag.needed) for tag in tags]
+
+
+def missing(data: bytes, there: Collection[str]) -> str:
+    """What a program needs that is not among the guest's files: "the loader PATH", "the library NAME"; "" if nothing.
+
+    A library may be in any folder, as the program's own paths and $LD_LIBRARY_PATH may name it.  `there`: paths without
+    a leading slash.  A file that is not ELF, or a damaged one, needs nothing.
+    """
+    if not data.startswith(b"\x7fELF"):
+        return ""
+    with contextlib.suppress(ValueError), reading_elf():
+        elf = ELFFile(io.BytesIO(data))
+        if loaders := [part.get_interp_name() for part in elf.iter_segments() if isinstance(part, InterpSegment)]:
+            if loaders[0].lstrip("/") not in there:
+                return f"the loader {loaders[0]}"
+            names = {path.rpartition("/")[2] for path in there}
+            for name in needed(io.BytesIO(data)):
+                if name not in names:
+                    return f"the library {name}"
+    return ""
 
 
 @contextlib.contextmanager

@@ -211,6 +211,9 @@ class GuestTable(_Strict):
     modules: list[str] = Field(default_factory=list, examples=['["driver/"]'])
     extra_modules: list[str] = Field(default_factory=list, examples=['["nvme"]'])
     files: list[str] = Field(default_factory=list, examples=['["check.sh"]'])
+    #: Folders of the host that the guest sees as they are: "DIR", "DIR:PATH", and ":rw" behind if it may write to them.
+    #: PATH is by default /root/NAME.
+    shares: list[str] = Field(default_factory=list, examples=['["build", "results:rw"]'])
     append: str = Field(default="", examples=['"mycard.debug=1"'])
     cpus: Annotated[int, Field(ge=1, le=64)] | None = Field(default=None, examples=["2"])
     qemu_args: list[str] = Field(default_factory=list, examples=['["-rtc", "base=utc"]'])

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 #: Fixtures that boot a guest.  Their tests get the mark `guest`, so that `-m "not guest"` deselects them.
 _GUESTS = frozenset(("vm", "vm_booted", "experiment"))
 #: The arguments of the mark `guest`.
-_SPEC = frozenset(("modules", "extra_modules", "files", "append", "qemu_args", "timeout", "without", "allow_reboot"))
+_SPEC = frozenset(
+    ("modules", "extra_modules", "files", "shares", "append", "qemu_args", "timeout", "without", "allow_reboot")
+)
 _failed = pytest.StashKey[bool]()
 _kept = pytest.StashKey[Path]()
 
@@ -77,8 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "machine(file): the machine of a test; relative to the test's folder")
     config.addinivalue_line(
         "markers",
-        "guest(modules, extra_modules, files, append, qemu_args, timeout, without, allow_reboot): boots a real kernel"
-        " in QEMU (slow); the arguments describe the guest",
+        "guest(modules, extra_modules, files, shares, append, qemu_args, timeout, without, allow_reboot): boots a real"
+        " kernel in QEMU (slow); the arguments describe the guest",
     )
 
 
@@ -314,6 +316,7 @@ def machine(vmodel_served: Served) -> Machine:
 def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The arguments of a test's `guest` marks; the nearest mark takes precedence."""
     from vmodel.guest.options import module_at
+    from vmodel.guest.shares import share_at
 
     found: dict[str, Any] = {}
     for mark in request.node.iter_markers("guest"):
@@ -321,6 +324,9 @@ def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
     for key in {"modules", "extra_modules"} & found.keys():
         with _on_one_line():
             found[key] = [module_at(entry, request.path.parent) for entry in found[key]]
+    if "shares" in found:
+        with _on_one_line():
+            found["shares"] = [share_at(entry, request.path.parent) for entry in found["shares"]]
     if "files" in found:
         found["files"] = [_file(request.path.parent, entry) for entry in found["files"]]
     return found
@@ -414,7 +420,7 @@ def experiment(
     options = _marked(request)
     if "timeout" in options:
         options["boot_timeout"] = options.pop("timeout")
-    if unfit := {"without", "allow_reboot"} & set(options):
+    if unfit := {"without", "allow_reboot", "shares"} & set(options):
         pytest.fail(f"{request.node.nodeid}: experiments do not support {' and '.join(sorted(unfit))}", pytrace=False)
     count = 0
 
