@@ -32,7 +32,7 @@ QUICK: list[list[str | Path]] = [
     ["iommu", "show", EXAMPLE],
     ["kernels", "list"],
     ["plan", "check", ROOT / "examples" / "project" / "plan.toml"],
-    ["plan", "schema"],
+    ["schema", "plan"],
     ["campaign", ROOT / "examples" / "faults" / "campaign.toml", "--dry-run"],
     ["log", EXAMPLE],
     ["inject", "list", EXAMPLE],

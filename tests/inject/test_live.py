@@ -67,7 +67,7 @@ def test_check(plan: Path, tmp_path: Path) -> None:
 
 
 def test_schema_has_every_key_and_action(plan: Path) -> None:
-    done = vmodel("plan", "schema")
+    done = vmodel("schema", "plan")
     schema = json.loads(done.stdout)
     rule = schema["$defs"]["Rule"]["properties"]
     assert {"point", "register", "iova", "phase", "nth", "between", "duration", "do"} <= set(rule)

@@ -136,3 +136,23 @@ def test_mistakes_name_file_and_key(folder: Path, line: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         spec_of(made, (), KERNEL, command="")
     made.close()
+
+
+@pytest.mark.parametrize(("memory", "boots"), [("32M", False), ("95M", False), ("96M", True), ("1G", True)])
+def test_memory_in_which_no_kernel_boots(tmp_path: Path, memory: str, boots: bool) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text(f'[machine]\nname = "m"\nmemory = "{memory}"\n')
+    made = machines.load(file)
+    try:
+        debian = Kernel("6.12.117+deb13-amd64", Path("bzImage"), None)
+        own = Kernel("6.12.0-mine", Path("bzImage"), None)  # may be a small one
+        assert spec_of(made, (), own, command="true").kernel is own
+        if boots:
+            assert spec_of(made, (), debian, command="true").kernel is debian
+        else:
+            with pytest.raises(ConfigError) as raised:
+                spec_of(made, (), debian, command="true")
+            said = f'{file}: machine.memory: {memory!r}: Debian\'s kernel {debian.release} needs "96M" or more to boot'
+            assert str(raised.value) == said
+    finally:
+        made.close()

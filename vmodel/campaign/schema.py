@@ -30,7 +30,16 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from vmodel.campaign.rig import GUESTS
 from vmodel.config_file import parse_toml, read_text
@@ -104,9 +113,22 @@ def _outcome(value: object) -> object:
 
 Name = Annotated[str, AfterValidator(_name)]
 Kernel = Annotated[str, AfterValidator(_kernel)]
-Fault = Annotated[Rule, BeforeValidator(_fault)]
+Fault = Annotated[
+    Rule, BeforeValidator(_fault), WithJsonSchema({"type": "string", "description": "a rule on one line"})
+]
 Expected = Annotated[Outcome, BeforeValidator(_outcome)]
 Time = Annotated[Seconds, Field(gt=0)]
+Seeds = Annotated[
+    tuple[int, ...],
+    BeforeValidator(seed_numbers),
+    WithJsonSchema(
+        {
+            "type": ["integer", "string", "array"],
+            "description": 'a number of seeds, or the seeds themselves, as [1, 7] or "10-19"',
+            "items": {"type": "integer"},
+        }
+    ),
+]
 
 
 class _Table(BaseModel):
@@ -116,9 +138,11 @@ class _Table(BaseModel):
 class CampaignTable(_Table):
     """`[campaign]`."""
 
-    name: Name = Field(examples=['"edu"'])
-    kernels: tuple[Kernel, ...] = Field(default=(), examples=['["stable", "backports"]'])
-    seeds: Annotated[tuple[int, ...], BeforeValidator(seed_numbers)] = Field(default=(0,), examples=["3"])
+    name: Name = Field(examples=['"edu"'], description="for the report")
+    kernels: tuple[Kernel, ...] = Field(
+        default=(), examples=['["stable", "backports"]'], description="each machine runs with each of these kernels"
+    )
+    seeds: Seeds = Field(default=(0,), examples=["3"], description="each run is repeated with each of these seeds")
     control: bool = Field(default=True, examples=["true"], description="run each workload once without faults, too")
     rig: str = Field(default=GUESTS, examples=['"lab.py:Lab"'], description="a class that runs cases instead of guests")
 
@@ -126,40 +150,80 @@ class CampaignTable(_Table):
 class BootedMachineTable(_Table):
     """`[[machine]]`: a machine file, and how to boot its guest."""
 
-    file: str = Field(examples=['"edu.toml"'])
-    name: Name | None = Field(default=None, examples=['"edu"'])
-    modules: tuple[str, ...] = Field(default=(), examples=['["virtio_iommu"]'])
-    append: str = Field(default="", examples=['"iommu.strict=1"'])
-    qemu_args: tuple[str, ...] = Field(default=(), examples=['["-smp", "2"]'])
+    file: str = Field(examples=['"edu.toml"'], description="the machine file; paths count from the campaign's folder")
+    name: Name | None = Field(
+        default=None, examples=['"edu"'], description="for the report; by default the file's name"
+    )
+    modules: tuple[str, ...] = Field(default=(), examples=['["virtio_iommu"]'], description="modules to load at boot")
+    append: str = Field(default="", examples=['"iommu.strict=1"'], description="kernel arguments")
+    qemu_args: tuple[str, ...] = Field(default=(), examples=['["-smp", "2"]'], description="more arguments for QEMU")
 
 
 class WorkloadTable(_Table):
     """`[[workload]]`: what runs in the guest; the keys are those of `vmodel.experiment.Case`."""
 
-    name: Name = Field(examples=['"check"'])
-    run: str = Field(examples=['"./edu_check 0000:00:03.0"'])
-    check: str = Field(default="", examples=['"./edu_check 0000:00:03.0"'])
-    files: tuple[str, ...] = Field(default=(), examples=['["edu_check"]'])
-    modules: tuple[str, ...] = Field(default=(), examples=['["uio_pci_generic"]'])
-    extra_modules: tuple[str, ...] = Field(default=(), examples=['["nvme"]'])
-    timeout: Time = Field(default=30.0, examples=['"30s"'])
-    boot_timeout: Time = Field(default=90.0, examples=['"90s"'])
-    expected: tuple[str, ...] = Field(default=(), examples=['["warning: foo"]'])
-    fresh: bool = Field(default=False, examples=["true"])
-    machines: tuple[str, ...] = Field(default=("*",), examples=['["edu*"]'])
+    name: Name = Field(examples=['"check"'], description="for the report")
+    run: str = Field(
+        examples=['"./edu_check 0000:00:03.0"'],
+        description="a shell script; exit status 0: success, 65: wrong data and no error, others: an error",
+    )
+    check: str = Field(
+        default="",
+        examples=['"./edu_check 0000:00:03.0"'],
+        description="a script that runs afterwards without faults: does the device still work?",
+    )
+    files: tuple[str, ...] = Field(
+        default=(), examples=['["edu_check"]'], description="files for the guest, FILE or FILE:PLACE"
+    )
+    modules: tuple[str, ...] = Field(
+        default=(), examples=['["uio_pci_generic"]'], description="modules to load at boot"
+    )
+    extra_modules: tuple[str, ...] = Field(
+        default=(), examples=['["nvme"]'], description="modules that `modprobe` can load"
+    )
+    timeout: Time = Field(default=30.0, examples=['"30s"'], description="for the script, and again for the check")
+    boot_timeout: Time = Field(default=90.0, examples=['"90s"'], description="for the boot")
+    expected: tuple[str, ...] = Field(
+        default=(), examples=['["warning: foo"]'], description="signatures of kernel messages that are ignored"
+    )
+    fresh: bool = Field(default=False, examples=["true"], description="each run gets a new guest")
+    machines: tuple[str, ...] = Field(
+        default=("*",), examples=['["edu*"]'], description="names of the machines that it runs on"
+    )
 
 
 class PlanTable(_Table):
     """`[[plan]]`: plan files, or faults in the command line's form."""
 
-    file: str | None = Field(default=None, examples=['"plans/*.toml"'])
-    name: Name | None = Field(default=None, examples=['"torn write"'])
-    faults: tuple[Fault, ...] = Field(default=(), examples=['["dma.write device=edu0 nth=3 do=partial(8)"]'])
-    heal: Heal | None = Field(default=None, examples=['{ after = "20s" }'])
-    arm: str = Field(default="workload", pattern="^(workload|boot)$", examples=['"boot"'])
-    expect: tuple[Expected, ...] = Field(default=(), examples=['["masked", "detected and recovered"]'])
-    machines: tuple[str, ...] = Field(default=("*",), examples=['["edu*"]'])
-    workloads: tuple[str, ...] = Field(default=("*",), examples=['["check"]'])
+    file: str | None = Field(
+        default=None, examples=['"plans/*.toml"'], description="plan files; or name and faults instead"
+    )
+    name: Name | None = Field(default=None, examples=['"torn write"'], description="for the report")
+    faults: tuple[Fault, ...] = Field(
+        default=(),
+        examples=['["dma.write device=edu0 nth=3 do=partial(8)"]'],
+        description="faults, each on one line",
+    )
+    heal: Heal | None = Field(
+        default=None, examples=['{ after = "20s" }'], description="when the faults end, as in a plan"
+    )
+    arm: str = Field(
+        default="workload",
+        pattern="^(workload|boot)$",
+        examples=['"boot"'],
+        description="when faults are armed: before the workload, or before the guest boots",
+    )
+    expect: tuple[Expected, ...] = Field(
+        default=(),
+        examples=['["masked", "detected and recovered"]'],
+        description="acceptable outcomes; by default all but corruption, hang, crash and harness error",
+    )
+    machines: tuple[str, ...] = Field(
+        default=("*",), examples=['["edu*"]'], description="names of the machines that it applies to"
+    )
+    workloads: tuple[str, ...] = Field(
+        default=("*",), examples=['["check"]'], description="names of the workloads that it applies to"
+    )
 
     @model_validator(mode="after")
     def _sound(self) -> PlanTable:

@@ -58,6 +58,7 @@ _COMMANDS = {
     "build": "build",
     "devices": "inspect",
     "regs": "inspect",
+    "schema": "schema",
     "log": "inject",
     "sweep": "campaign",
     "campaign": "campaign",

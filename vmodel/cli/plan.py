@@ -1,9 +1,8 @@
-"""vmodel plan: checks plan files, and prints their schema."""
+"""vmodel plan: checks plan files."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -63,9 +62,3 @@ def _check(path: Path, machine: Machine | None) -> None:
 
 def _with_file(path: Path, line: str) -> str:
     return line if line.startswith(f"{path}: ") else f"{path}: {line}"
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON schema of plan files, for editors."""
-    print(json.dumps(FaultPlan.model_json_schema(), indent=2))

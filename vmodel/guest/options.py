@@ -14,8 +14,15 @@ from vmodel.guest.modules import is_path
 from vmodel.guest.running import GuestSpec
 from vmodel.guest.shares import share_at
 from vmodel.machine import Machine
+from vmodel.span import MiB, number
 
 Place = TypeVar("Place")
+
+#: Debian's kernels for amd64 boot in no less memory, in bytes.  Measured with the smallest initramfs in steps of 8 MiB:
+#: 6.12 and its cloud kernel boot in 80 MiB, 7.3 in 88 MiB.  In less they panic, most before they print anything.
+LEAST_MEMORY = 96 * MiB
+#: In the release of Debian's kernels, as 6.12.117+deb13-amd64.
+_DEBIAN = "+deb"
 
 
 def guest_file(text: str, base: Path) -> Path | tuple[Path, str]:
@@ -67,6 +74,15 @@ def at_option(option: str, call: Callable[[str, Path], Place], entry: str) -> Pl
         raise ConfigError(f"{option} {entry}: {error}") from error
 
 
+def _check_memory(machine: Machine, kernel: Kernel) -> None:
+    """ConfigError: Debian's kernel does not boot in so little memory, and would not say why."""
+    size = number(machine.memory)
+    if _DEBIAN in kernel.release and size < LEAST_MEMORY:
+        least = f"{LEAST_MEMORY // MiB}M"
+        text = f'{machine.memory!r}: Debian\'s kernel {kernel.release} needs "{least}" or more to boot'
+        raise ConfigError(text, file=machine.file, key="machine.memory")
+
+
 def spec_of(
     machine: Machine, qemu_args: Sequence[str], kernel: Kernel | str | None = None, **options: Any
 ) -> GuestSpec:
@@ -96,5 +112,6 @@ def spec_of(
         value.extend(options.pop(key, None) or ())
     append = " ".join(filter(None, (table.append, options.pop("append", ""))))
     chosen = kernel if isinstance(kernel, Kernel) else find_kernel(kernel or table.kernel)
+    _check_memory(machine, chosen)
     sums["qemu_args"] += qemu_args
     return GuestSpec(**options, **sums, append=append, kernel=chosen)

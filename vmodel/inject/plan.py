@@ -90,18 +90,24 @@ class Rule(Match):
     do: Do = Field(examples=['"drop"'], description="the action")
 
     nth: Numbers | None = Field(default=None, examples=["3"], description="only these events, counted from 1")
-    every: Annotated[Number | None, Field(ge=1)] = Field(default=None, examples=["10"])
-    first: Annotated[Number | None, Field(ge=1)] = Field(default=None, examples=["5"])
-    probability: float | None = Field(default=None, ge=0, le=1, examples=["0.01"])
+    every: Annotated[Number | None, Field(ge=1)] = Field(
+        default=None, examples=["10"], description="only each event whose number is a multiple of it"
+    )
+    first: Annotated[Number | None, Field(ge=1)] = Field(
+        default=None, examples=["5"], description="only this many events, the first ones"
+    )
+    probability: float | None = Field(
+        default=None, ge=0, le=1, examples=["0.01"], description="of each event, from 0 to 1"
+    )
     after: Seconds = Field(default=0.0, examples=['"2s"'], description="since the plan was armed")
-    until: Seconds | None = Field(default=None, examples=['"10s"'])
+    until: Seconds | None = Field(default=None, examples=['"10s"'], description="since the plan was armed")
     between: Annotated[tuple[Match, Match] | None, BeforeValidator(_pair)] = Field(
         default=None,
         examples=['["irq", "reset"]'],
         description="only after the first event and before the second",
         json_schema_extra=_also_text,
     )
-    once: Flag = Field(default=False, examples=["true"])
+    once: Flag = Field(default=False, examples=["true"], description="at most one time")
     times: Annotated[Number | None, Field(ge=1)] = Field(default=None, examples=["3"], description="at most")
     duration: Seconds | None = Field(
         default=None, examples=['"5s"'], description="since it first fired; then the rule ends"
@@ -178,9 +184,11 @@ class FaultPlan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = Field(default=0, examples=["7"])
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = Field(
+        default=0, examples=["7"], description="the same seed injects the same faults"
+    )
     rule: tuple[Rule, ...] = Field(default=())
-    heal: Heal | None = Field(default=None, examples=['{ after = "20s" }'])
+    heal: Heal | None = Field(default=None, examples=['{ after = "20s" }'], description="when all faults end")
 
     @property
     def file(self) -> Path | None:

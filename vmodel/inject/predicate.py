@@ -124,26 +124,26 @@ class Match(BaseModel):
     )
     group: Number | None = Field(default=None, examples=["0"], description="number of the IOMMU group")
     domain: Words | None = Field(default=None, examples=['"DMA*"'], description="name of the domain")
-    pasid: Number | None = Field(default=None, examples=["1"])
+    pasid: Number | None = Field(default=None, examples=["1"], description="the PASID")
     direction: Literal["read", "write"] | None = Field(
         default=None, examples=['"write"'], description="of what is translated"
     )
     iova: SpanOf | None = Field(default=None, examples=['"0x1000-0x1fff"'], description="overlaps this range")
     gpa: SpanOf | None = Field(default=None, examples=['"0x1000-0x1fff"'], description="starts in this range")
     size: SpanOf | None = Field(default=None, examples=["16"], description="bytes, or a range of them")
-    bar: Number | None = Field(default=None, examples=["0"])
+    bar: Number | None = Field(default=None, examples=["0"], description="number of the BAR")
     offset: SpanOf | None = Field(default=None, examples=["0x10"], description="offset in the BAR or config space")
     register_: str | None = Field(
         default=None, alias="register", examples=['"STATUS"'], description='name, or "bank.NAME", "capability.NAME"'
     )
-    vector: Numbers | None = Field(default=None, examples=["0"])
+    vector: Numbers | None = Field(default=None, examples=["0"], description="interrupt vectors")
     kind: Words | None = Field(
         default=None,
         examples=['"FLR"'],
         description="FLR, DEVICE_RESET, D3hot*; iotlb, context; submission, completion",
     )
-    queue: Numbers | None = Field(default=None, examples=["1"])
-    opcode: Numbers | None = Field(default=None, examples=["1"])
+    queue: Numbers | None = Field(default=None, examples=["1"], description="numbers of queues")
+    opcode: Numbers | None = Field(default=None, examples=["1"], description="opcodes of commands")
     lba: SpanOf | None = Field(default=None, examples=['"0-7"'], description="overlaps these blocks")
     status: Numbers | None = Field(default=None, examples=["0"], description="that the device would report")
     phase: Literal["probe", "running", "remove"] | None = Field(

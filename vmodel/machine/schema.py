@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from vmodel.errors import Access
 from vmodel.iommu.capabilities import Capabilities
@@ -78,9 +78,19 @@ def coverage(value: str) -> tuple[Bdf, Bdf]:
     return low, high
 
 
-Number = Annotated[int, BeforeValidator(number)]
-Name = Annotated[str, AfterValidator(_name)]
-Address = Annotated[str, AfterValidator(_address)]
+Number = Annotated[
+    int,
+    BeforeValidator(number),
+    WithJsonSchema({"type": ["integer", "string"], "description": 'a number, or text as "4K" or "0x4000_0000"'}),
+]
+Name = Annotated[str, AfterValidator(_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME.pattern}$"})]
+Address = Annotated[
+    str,
+    AfterValidator(_address),
+    WithJsonSchema({"type": "string", "pattern": "^0000:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\\.[0-7]$"}),
+]
+Memory = Annotated[str, AfterValidator(_memory), WithJsonSchema({"type": "string", "pattern": "^[0-9]{1,9}[KMG]$"})]
+Prot = Annotated[Access, BeforeValidator(_prot), WithJsonSchema({"enum": ["r", "w", "rw"]})]
 
 
 class _Strict(BaseModel):
@@ -88,31 +98,49 @@ class _Strict(BaseModel):
 
 
 class MachineTable(_Strict):
-    """`[machine]`."""
+    """The machine itself."""
 
-    name: Name = Field(examples=['"edu-demo"'])
-    memory: Annotated[str, AfterValidator(_memory)] = Field("512M", examples=['"512M"'])
-    group_mf: bool = Field(False, examples=["true"])
+    name: Name = Field(examples=['"edu-demo"'], description="names the control socket and the folder of sockets")
+    memory: Memory = Field(
+        "512M", examples=['"512M"'], description="the guest's memory; Debian's kernels need 96M or more"
+    )
+    group_mf: bool = Field(
+        False,
+        examples=["true"],
+        description="all functions of a device share an IOMMU group; false: only those that nothing isolates do",
+    )
 
 
 class LimitsTable(_Strict):
-    """`[limits]`: time limits for each client in seconds; see docs/robustness.md."""
+    """Time limits for each client, in seconds: [robustness](../robustness.md)."""
 
-    handshake_timeout: Annotated[float, Field(gt=0, le=86400)] = Field(default=5.0, examples=["5.0"])
-    message_timeout: Annotated[float, Field(gt=0, le=86400)] = Field(default=5.0, examples=["5.0"])
+    handshake_timeout: Annotated[float, Field(gt=0, le=86400)] = Field(
+        default=5.0, examples=["5.0"], description="from a connection to the end of the version handshake"
+    )
+    message_timeout: Annotated[float, Field(gt=0, le=86400)] = Field(
+        default=5.0, examples=["5.0"], description="from the first byte of a message to its last"
+    )
 
 
 class DeviceTable(_Strict):
-    """`[[device]]`."""
+    """A device: a model at a PCI address."""
 
-    name: Name = Field(examples=['"edu0"'])
-    model: str = Field(examples=['"edu"'])
-    address: Address = Field(examples=['"0000:00:03.0"'])
-    params: dict[str, Any] = Field(default_factory=dict, examples=["{ }"])
-    #: The name of an [[iommu]], or "none"; None: the first IOMMU that covers the address.
-    iommu: str | None = Field(default=None, examples=['"iommu0"'])
-    #: The firmware tries to boot from devices in this order, the lowest first; 0 is the kernel of QEMU's -kernel.
-    bootindex: Annotated[int, Field(ge=1, le=9999)] | None = Field(default=None, examples=["1"])
+    name: Name = Field(examples=['"edu0"'], description="names its socket, and the device in logs and fault plans")
+    model: str = Field(
+        examples=['"edu"'], description='a built-in, `"path/file.py:Class"`, or `"package.module:Class"`'
+    )
+    address: Address = Field(examples=['"0000:00:03.0"'], description="segment, bus, device and function")
+    params: dict[str, Any] = Field(default_factory=dict, examples=["{ }"], description="the model's parameters")
+    iommu: str | None = Field(
+        default=None,
+        examples=['"iommu0"'],
+        description='the name of an [[iommu]], or `"none"`; else the first that covers the address',
+    )
+    bootindex: Annotated[int, Field(ge=1, le=9999)] | None = Field(
+        default=None,
+        examples=["1"],
+        description="the firmware tries to boot from devices in this order, lowest first; 0 is -kernel",
+    )
 
 
 BRIDGES: dict[str, PortType] = {
@@ -125,39 +153,57 @@ BRIDGES: dict[str, PortType] = {
 
 
 class BridgeTable(_Strict):
-    """`[[bridge]]`."""
+    """A bridge, with a bus behind it."""
 
-    name: Name = Field(examples=['"rp0"'])
+    name: Name = Field(examples=['"rp0"'], description="its name")
     kind: Literal["root-port", "switch-upstream", "switch-downstream", "pcie-to-pci", "pci-bridge"] = Field(
-        examples=['"root-port"']
+        examples=['"root-port"'], description="what it is"
     )
-    address: Address = Field(examples=['"0000:00:04.0"'])
-    secondary: Annotated[int, Field(ge=1, le=255)] = Field(examples=["1"])
-    acs: bool | None = Field(default=None, examples=["false"])
+    address: Address = Field(examples=['"0000:00:04.0"'], description="segment, bus, device and function")
+    secondary: Annotated[int, Field(ge=1, le=255)] = Field(
+        examples=["1"], description="number of the bus behind it; the firmware counts in the order of addresses"
+    )
+    acs: bool | None = Field(
+        default=None, examples=["false"], description="has ACS; by default root ports have it, and only they may"
+    )
 
 
 class CapabilitiesTable(_Strict):
-    """`capabilities` of an `[[iommu]]`: each key overrides the default of the IOMMU's kind."""
+    """Capabilities of an IOMMU: each key overrides the default of the IOMMU's kind."""
 
-    page_sizes: Annotated[list[Number], Field(min_length=1)] | None = Field(default=None, examples=['["4K", "2M"]'])
-    input_bits: int | None = Field(default=None, examples=["48"])
-    output_bits: int | None = Field(default=None, examples=["52"])
-    aperture: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = Field(
-        default=None, examples=['["0x1000", "0xffff_ffff"]']
+    page_sizes: Annotated[list[Number], Field(min_length=1)] | None = Field(
+        default=None, examples=['["4K", "2M"]'], description="sizes of pages in bytes, powers of two"
     )
-    coherent: bool | None = Field(default=None, examples=["true"])
-    enforce_snoop: bool | None = Field(default=None, examples=["true"])
-    dirty_tracking: bool | None = Field(default=None, examples=["true"])
-    pasid_bits: int | None = Field(default=None, examples=["20"])
-    nesting: bool | None = Field(default=None, examples=["true"])
-    page_requests: bool | None = Field(default=None, examples=["true"])
-    stall: bool | None = Field(default=None, examples=["false"])
-    fault_queue_depth: int | None = Field(default=None, examples=["256"])
-    strict: bool | None = Field(default=None, examples=["true"])
-    flush_unmaps: int | None = Field(default=None, examples=["256"])
-    flush_ms: float | None = Field(default=None, examples=["10.0"])
-    max_mappings: int | None = Field(default=None, examples=["1000"])
-    max_memory: Number | None = Field(default=None, examples=['"64M"'])
+    input_bits: int | None = Field(default=None, examples=["48"], description="width of an IOVA, 13 to 64")
+    output_bits: int | None = Field(default=None, examples=["52"], description="width of a GPA, 32 to 64")
+    aperture: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = Field(
+        default=None,
+        examples=['["0x1000", "0xffff_ffff"]'],
+        description="first and last IOVA that a paging domain may use; by default all of `input_bits`",
+    )
+    coherent: bool | None = Field(default=None, examples=["true"], description="table walks snoop the CPU's caches")
+    enforce_snoop: bool | None = Field(default=None, examples=["true"], description="DMA can be forced to snoop")
+    dirty_tracking: bool | None = Field(default=None, examples=["true"], description="records which pages DMA wrote")
+    pasid_bits: int | None = Field(default=None, examples=["20"], description="width of a PASID, 0 to 20; 0: none")
+    nesting: bool | None = Field(default=None, examples=["true"], description="walks a guest's tables over its own")
+    page_requests: bool | None = Field(default=None, examples=["true"], description="devices may request pages (PRI)")
+    stall: bool | None = Field(default=None, examples=["false"], description="a faulting access can wait without PRI")
+    fault_queue_depth: int | None = Field(
+        default=None, examples=["256"], description="fault records that it keeps; more are counted as lost"
+    )
+    strict: bool | None = Field(
+        default=None, examples=["true"], description="each unmap of a kernel's domain flushes the IOTLB at once"
+    )
+    flush_unmaps: int | None = Field(
+        default=None, examples=["256"], description="without `strict`: it is flushed after this number of unmaps"
+    )
+    flush_ms: float | None = Field(
+        default=None, examples=["10.0"], description="without `strict`: it is flushed after these milliseconds"
+    )
+    max_mappings: int | None = Field(default=None, examples=["1000"], description="most mappings of one domain")
+    max_memory: Number | None = Field(
+        default=None, examples=['"64M"'], description="most bytes for the mappings of all its domains"
+    )
 
     def over(self, default: Capabilities) -> Capabilities:
         """The capabilities `default` of the kind, overridden by these.  ValueError: the combination is invalid."""
@@ -174,53 +220,99 @@ class CapabilitiesTable(_Strict):
 
 
 class IommuTable(_Strict):
-    """`[[iommu]]`."""
+    """An IOMMU."""
 
-    name: Name = Field(examples=['"iommu0"'])
-    kind: str = Field(examples=['"vt-d"'])
-    #: The PCI address at which the guest drives the IOMMU; None: the file's [[group]]s define its domains.
-    address: Address | None = Field(default=None, examples=['"0000:00:02.0"'])
-    covers: Annotated[list[Annotated[str, AfterValidator(_covers)]], Field(min_length=1)] = Field(
-        ["0000"], examples=['["0000:00:03.0-0000:00:1e.7"]']
+    name: Name = Field(examples=['"iommu0"'], description="its name")
+    kind: str = Field(
+        examples=['"vt-d"'],
+        description="vt-d, amd-vi, smmu-v3, power-pe, pamu or virtio-iommu",
     )
-    params: dict[str, Any] = Field(default_factory=dict, examples=["{ }"])
-    capabilities: CapabilitiesTable = Field(default_factory=CapabilitiesTable, examples=["{ strict = true }"])
+    address: Address | None = Field(
+        default=None,
+        examples=['"0000:00:02.0"'],
+        description="where the guest drives it (vt-d, virtio-iommu); without it the [[group]]s define its domains",
+    )
+    covers: Annotated[list[Annotated[str, AfterValidator(_covers)]], Field(min_length=1)] = Field(
+        ["0000"],
+        examples=['["0000:00:03.0-0000:00:1e.7"]'],
+        description="segments, buses, addresses or ranges of addresses whose devices are behind it",
+    )
+    params: dict[str, Any] = Field(default_factory=dict, examples=["{ }"], description="parameters of its kind")
+    capabilities: CapabilitiesTable = Field(
+        default_factory=CapabilitiesTable, examples=["{ strict = true }"], description="what differs from its kind"
+    )
 
 
 class MappingTable(_Strict):
-    """`[[group.mapping]]`."""
+    """A mapping of a group's paging domain."""
 
-    iova: Number = Field(examples=['"0x4000_0000"'])
-    gpa: Number = Field(examples=["0"])
-    size: Number = Field(examples=['"512M"'])
-    prot: Annotated[Access, BeforeValidator(_prot)] = Field(Access.READ | Access.WRITE, examples=['"rw"'])
+    iova: Number = Field(examples=['"0x4000_0000"'], description="first address that devices use")
+    gpa: Number = Field(examples=["0"], description="first address in the guest's memory")
+    size: Number = Field(examples=['"512M"'], description="in bytes")
+    prot: Prot = Field(
+        Access.READ | Access.WRITE,
+        examples=['"rw"'],
+        description="devices may read, write, or both",
+        json_schema_extra={"default": "rw"},
+    )
 
 
 class GroupTable(_Strict):
-    """`[[group]]`."""
+    """The domain of an IOMMU group, for an IOMMU that has no `address`."""
 
-    device: str = Field(examples=['"edu0"'])
-    domain: Literal["identity", "blocked", "paging"] = Field(examples=['"paging"'])
-    mapping: list[MappingTable] = Field(default_factory=list, examples=["[]"])
+    device: str = Field(examples=['"edu0"'], description="a device or bridge that is in the group")
+    domain: Literal["identity", "blocked", "paging"] = Field(
+        examples=['"paging"'],
+        description="IOVA = GPA, nothing, or the mappings below; groups without a table: identity",
+    )
+    mapping: list[MappingTable] = Field(
+        default_factory=list, examples=["[]"], description="mappings, of a paging domain"
+    )
 
 
 class GuestTable(_Strict):
-    """`[guest]`: how guests with this machine are booted; what a command or a test says besides is added to it."""
+    """How guests with this machine are booted; what a command or a test says besides is added to it.
 
-    kernel: str | None = Field(default=None, examples=['"backports"'])
-    modules: list[str] = Field(default_factory=list, examples=['["driver/"]'])
-    extra_modules: list[str] = Field(default_factory=list, examples=['["nvme"]'])
-    files: list[str] = Field(default_factory=list, examples=['["check.sh"]'])
-    #: Folders of the host that the guest sees as they are: "DIR", "DIR:PATH", and ":rw" behind if it may write to them.
-    #: PATH is by default /root/NAME.
-    shares: list[str] = Field(default_factory=list, examples=['["build", "results:rw"]'])
-    append: str = Field(default="", examples=['"mycard.debug=1"'])
-    cpus: Annotated[int, Field(ge=1, le=64)] | None = Field(default=None, examples=["2"])
-    qemu_args: list[str] = Field(default_factory=list, examples=['["-rtc", "base=utc"]'])
+    Paths are relative to the machine file.
+    """
+
+    kernel: str | None = Field(
+        default=None,
+        examples=['"backports"'],
+        description="stable (the default), backports or cloud; a version, as 6.12; or the path of an image",
+    )
+    modules: list[str] = Field(
+        default_factory=list,
+        examples=['["driver/"]'],
+        description="kernel modules to load: names, .ko files, or source folders",
+    )
+    extra_modules: list[str] = Field(
+        default_factory=list, examples=['["nvme"]'], description="modules that `modprobe` can load in the guest"
+    )
+    files: list[str] = Field(
+        default_factory=list,
+        examples=['["check.sh"]'],
+        description="files for the guest, FILE or FILE:PLACE; the place is by default /root/NAME",
+    )
+    shares: list[str] = Field(
+        default_factory=list,
+        examples=['["build", "results:rw"]'],
+        description="folders of the host that the guest sees as they are: DIR or DIR:PATH, by default /root/NAME; "
+        "`:rw` behind it: it may write to it",
+    )
+    append: str = Field(
+        default="", examples=['"mycard.debug=1"'], description="kernel arguments, parameters of modules, too"
+    )
+    cpus: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        default=None, examples=["2"], description="CPUs of the guest; QEMU's default is 1"
+    )
+    qemu_args: list[str] = Field(
+        default_factory=list, examples=['["-rtc", "base=utc"]'], description="more arguments for QEMU"
+    )
 
 
 class MachineFile(_Strict):
-    """The whole file."""
+    """A machine: its memory, devices, bridges and IOMMUs."""
 
     machine: MachineTable
     guest: GuestTable = Field(default_factory=GuestTable)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from vmodel.device import Params
 from vmodel.devices.nvme.regs import MAX_STRIDE, QUEUE_PAIRS
@@ -32,7 +40,7 @@ def _size(value: object) -> int:
     return size
 
 
-Size = Annotated[int, BeforeValidator(_size)]
+Size = Annotated[int, BeforeValidator(_size), WithJsonSchema({"type": ["integer", "string"]})]
 
 
 class NamespaceParams(Params):
@@ -91,7 +99,7 @@ class NvmeParams(Params):
     max_page_shift: int = Field(
         default=16, ge=12, le=16, strict=True, examples=["16"], description="largest page size is 1 << n bytes"
     )
-    max_transfer: Annotated[int, BeforeValidator(number)] = Field(
+    max_transfer: Annotated[int, BeforeValidator(number), WithJsonSchema({"type": ["integer", "string"]})] = Field(
         default=2 * MiB, examples=['"2M"'], description="largest transfer of one command in bytes"
     )
     shadow_doorbells: bool = Field(

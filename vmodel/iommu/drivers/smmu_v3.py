@@ -12,10 +12,10 @@ from vmodel.iommu.pgtable import TableFormat
 class StreamMap(KindParams):
     """An id mapping of the IORT: from requester ids of one segment to stream ids."""
 
-    segment: int = Field(default=0, ge=0, lt=1 << 16)
-    first_rid: int = Field(default=0, ge=0, lt=1 << 16)
-    count: int = Field(default=1 << 16, ge=1, le=1 << 16)
-    first_stream: int = Field(ge=0, lt=1 << 32)
+    segment: int = Field(default=0, ge=0, lt=1 << 16, description="the PCI segment")
+    first_rid: int = Field(default=0, ge=0, lt=1 << 16, description="the first requester id")
+    count: int = Field(default=1 << 16, ge=1, le=1 << 16, description="number of requester ids")
+    first_stream: int = Field(ge=0, lt=1 << 32, description="stream id of the first one; the others follow")
 
 
 class SmmuV3(Driver):
