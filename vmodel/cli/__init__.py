@@ -49,6 +49,8 @@ def _options(
 
 #: Each command's module in this folder.  All but doctor need the compiled shim.
 _COMMANDS = {
+    "new": "new",
+    "test": "test",
     "serve": "serve",
     "run": "run",
     "qemu-args": "serve",

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,8 @@ _GUESTS = frozenset(("vm", "vm_booted", "experiment"))
 _SPEC = frozenset(
     ("modules", "extra_modules", "files", "shares", "append", "qemu_args", "timeout", "without", "allow_reboot")
 )
+#: The property of a test's report that has the release of its guests' kernel.
+_KERNEL = "vmodel_kernel"
 _failed = pytest.StashKey[bool]()
 _kept = pytest.StashKey[Path]()
 
@@ -118,6 +121,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.failed and _kept in item.stash:  # type: ignore[attr-defined]
         report.sections.append(("vmodel", f"logs will be in {item.stash[_kept]}"))  # type: ignore[attr-defined]
     return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the results of tests with guests for each kernel, if there are several, with the exact releases."""
+    kernels: dict[str, Counter[str]] = {}
+    for outcome, reports in terminalreporter.stats.items():
+        for report in reports:
+            for key, value in getattr(report, "user_properties", ()):
+                if key == _KERNEL and outcome:  # "" is for the phases around a test
+                    kernels.setdefault(value, Counter())[outcome] += 1
+    if len(kernels) > 1:
+        terminalreporter.section("kernels")
+        width = max(map(len, kernels))
+        for name, counts in sorted(kernels.items()):
+            terminalreporter.line(f"{name:{width}}  {', '.join(f'{n} {what}' for what, n in sorted(counts.items()))}")
 
 
 def _file_name(text: str) -> str:
@@ -279,7 +297,9 @@ def guest_kernel(request: pytest.FixtureRequest) -> Kernel:
     if name is None and "vmodel_served" in request.fixturenames:
         name = request.getfixturevalue("vmodel_served").machine.content.guest.kernel
     with _on_one_line():
-        return find_kernel(name)
+        kernel = find_kernel(name)
+    request.node.user_properties.append((_KERNEL, kernel.release))
+    return kernel
 
 
 @pytest.fixture

@@ -1,0 +1,95 @@
+"""vmodel test."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmodel.cli.serve import loaded
+from vmodel.config_file import parse_toml, read_text
+from vmodel.guest import artifacts, get_qemu, kbuild, modules
+
+Kernels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kernel",
+        metavar="NAME|PATH",
+        help=f"Kernel of guests, may be given more than once; by default {' and '.join(artifacts.KERNELS)}.",
+    ),
+]
+NoGuest = Annotated[bool, typer.Option("--no-guest", help="Run only the tests that boot no guest; build nothing.")]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", "-j", metavar="N", min=1, help="Tests at a time; by default one for each CPU.")
+]
+Arguments = Annotated[
+    list[str] | None, typer.Argument(metavar="-- ARG...", help="Arguments for pytest, such as -x or -k NAME.")
+]
+
+
+def test(arguments: Arguments = None, kernel: Kernels = None, no_guest: NoGuest = False, jobs: Jobs = None) -> None:
+    """Build a project's kernel modules, and run its tests.
+
+    The project is the current folder; its modules are the source folders that its machine files, *.toml, name in
+    [guest].  Each test that boots a guest runs with each kernel.  What is missing is fetched first, with its size.  The
+    exit status is pytest's; 2 if a machine file is wrong or a module cannot be built.
+    """
+    if find_spec("pytest") is None:
+        raise artifacts.ArtifactError(f"pytest is missing: {sys.executable} -m pip install pytest pytest-xdist")
+    kernels = kernel or list(artifacts.KERNELS)
+    line = [sys.executable, "-m", "pytest", *_parallel(jobs)]
+    if no_guest:
+        line += ["-m", "not guest"]
+    else:
+        _prepare(kernels)
+        for name in kernels:
+            line += ["--vmodel-kernel", name]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # In place of this process: pytest gets signals and the terminal as if the user had started it.
+    os.execv(line[0], [*line, *(arguments or ())])
+
+
+def _parallel(jobs: int | None) -> list[str]:
+    """pytest-xdist's option, if it is there."""
+    count = jobs or len(os.sched_getaffinity(0))
+    if find_spec("xdist") is None:
+        if jobs and jobs > 1:
+            raise artifacts.ArtifactError(f"--jobs needs pytest-xdist: {sys.executable} -m pip install pytest-xdist")
+        return []
+    return ["-n", str(count)] if count > 1 else ["-p", "no:xdist"]
+
+
+def _prepare(kernels: list[str]) -> None:
+    """Fetches what guests need, and builds the current folder's modules for each kernel."""
+    sources = sorted({source for file in _machine_files() for source in _sources(file)})
+    names = [name for name in kernels if artifacts.KERNEL_NAME.fullmatch(name)]
+    get_qemu.fetch(names, headers=names if sources else ())
+    for source in sources:
+        for name in kernels:
+            found, start = artifacts.find_kernel(name), time.monotonic()
+            shown = os.path.relpath(source)
+            try:
+                kbuild.build(Path(shown), found, kbuild.OUTPUT, print)
+            except kbuild.BuildError as error:
+                raise kbuild.BuildError(f"{shown}: not built for {found.release}: {error.summary}") from None
+            print(f"{shown}: built for {found.release} in {time.monotonic() - start:.1f} s")
+
+
+def _machine_files() -> Iterator[Path]:
+    for path in sorted(Path().glob("*.toml")):
+        if "machine" in parse_toml(read_text(path), path):
+            yield path
+
+
+def _sources(file: Path) -> list[str]:
+    with loaded(file) as machine:
+        table = machine.content.guest
+        entries = [*table.modules, *table.extra_modules]
+    return [entry for entry in entries if modules.is_source(entry)]
