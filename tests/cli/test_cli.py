@@ -266,8 +266,8 @@ def test_run_ends_qemu_when_it_is_ended(number: int, qemu: Path, tmp_path: Path)
 def test_no_qemu(tmp_path: Path) -> None:
     for command in (["run", EXAMPLE], ["guest", EXAMPLE, "--", "true"]):
         done = vmodel(*command, HOME=str(tmp_path), PATH="/nonexistent")
-        assert re.match(r"no (QEMU|kernel).*; run scripts/get-qemu$", refused(done, 1))
-    said = refused(vmodel("run", EXAMPLE, VMODEL_QEMU="/nonexistent"), 1)
+        assert re.match(r"no (QEMU|kernel).*; run scripts/get-qemu$", refused(done, 125))
+    said = refused(vmodel("run", EXAMPLE, VMODEL_QEMU="/nonexistent"), 125)
     assert said == "/nonexistent cannot be run (No such file or directory); run scripts/get-qemu"
 
 

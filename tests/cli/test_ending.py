@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import serving, until_ready
+from tests.cli.commands import serving, until_ready, vmodel
 from vmodel.patience import patience
 from vmodel.vfio_user.client import Client
 
@@ -75,6 +75,48 @@ def test_a_stuck_model_is_named_and_the_process_ends(number: int, tmp_path: Path
     assert "a: abandoned" in err
     assert "_never_returns" in err
     assert not list((tmp_path / "run").glob("*.sock"))
+
+
+#: In place of QEMU: it writes the register whose hook does not return, and ends with the status of its last argument.
+CLIENT = """#!{python}
+import sys
+if sys.argv[1] in ("--version", "-device"):
+    print('QEMU emulator version 10.2.0, name "vfio-user-pci", bus PCI')
+    sys.exit()
+from vmodel.vfio_user.client import Client
+
+client = Client.connect("{run}/a.sock")
+client.negotiate()
+client.region_write(7, 4, b"\\x07\\x00")
+client.region_write(0, 0, bytes(4), posted=True)
+sys.exit(int(sys.argv[-1]))
+"""
+RAISES = """
+from vmodel.device import PciDevice
+
+class Stuck(PciDevice):
+    vendor_id, device_id, class_code = 0x1B36, 0x0F0F, 0x058000
+
+    def on_reset(self, kind):
+        raise ValueError("broken")
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [(MODEL, "a: a hook or callback did not return"), (RAISES, "a: on_reset: ValueError: broken (stuck.py line 8)")],
+)
+@pytest.mark.parametrize(("status", "expected"), [(0, 70), (9, 9)])
+def test_run_says_that_a_model_failed(model: str, said: str, status: int, expected: int, tmp_path: Path) -> None:
+    """Status 70 if QEMU has succeeded; QEMU's own if not."""
+    (tmp_path / "stuck.py").write_text(model)
+    qemu = tmp_path / "qemu"
+    qemu.write_text(CLIENT.replace("{python}", sys.executable).replace("{run}", f"{tmp_path}/run"))
+    qemu.chmod(0o755)
+    line = ["run", file(tmp_path, "stuck.py:Stuck"), "--run-dir", tmp_path / "run", "--", str(status)]
+    done = vmodel(*line, VMODEL_QEMU=str(qemu))
+    assert done.returncode == expected, done.stderr
+    assert f"vmodel: model error: {said}\n" in done.stderr
 
 
 #: What blocks comes after the context: at first the interpreter's shutdown.

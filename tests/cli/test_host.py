@@ -75,7 +75,7 @@ def test_a_run_directory_that_is_not_text(tmp_path: Path) -> None:
     (2, ["reproduce", f"{LONG}/1"]),
     (2, ["minimise", f"{LONG}/1"]),
     (1, ["build", LONG]),
-    (1, ["guest", str(EXAMPLE), "--file", LONG, "--", "true"]),
+    (125, ["guest", str(EXAMPLE), "--file", LONG, "--", "true"]),
 ])  # fmt: skip
 def test_a_name_that_is_too_long(status: int, command: list[str], tmp_path: Path) -> None:
     assert LONG in (said := refused(vmodel(*command, cwd=tmp_path), status)) and said.endswith("File name too long")

@@ -159,22 +159,6 @@ def test_standard_input(tmp_path: Path) -> None:
     assert run(*line, stdin="a line\n").stdout == "got a line\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "script", "said"),
-    [
-        ([], "echo c >/proc/sysrq-trigger", r"^vmodel: Kernel panic - not syncing: sysrq triggered crash"),
-        (["--timeout", "10"], "sleep 100", r"^vmodel: the guest did not end in 10 s"),
-        (["--module", "nosuch"], "true", r"^vmodel: kernel \S+ has no module 'nosuch'$"),
-        ([], "poweroff -f; sleep 100", r"^vmodel: the guest powered off or rebooted before the command ended"),
-    ],
-)
-def test_what_goes_wrong_in_a_guest(arguments: list[str], script: str, said: str, tmp_path: Path) -> None:
-    done = run(*VMODEL, "guest", EXAMPLE, "--run-dir", tmp_path, *arguments, "--", "sh", "-c", script)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.search(said, done.stderr, re.MULTILINE), done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_guest_that_is_stopped(number: int, tmp_path: Path) -> None:
     line = [*VMODEL, "guest", EXAMPLE, "--run-dir", tmp_path / "run", "--artifacts", tmp_path / "logs", "--"]

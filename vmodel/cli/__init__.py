@@ -1,9 +1,9 @@
 """The command line.
 
-Exit statuses: 0 success; 1 something that is needed is missing, the host failed (a full disk, no memory), or the guest
-stopped before its command ended; 2 the machine file or the command line is wrong.  `run` returns QEMU's status, `guest`
-the command's.  Each mistake of the user's, and each failure of the host, is one line on stderr.  Tracebacks are for
-bugs only.
+Exit statuses: 0 success; 1 something that is needed is missing, or the host failed (a full disk, no memory); 2 the
+machine file or the command line is wrong.  `run` returns QEMU's status, `guest` the command's, so they have others for
+their own failures: see `vmodel.cli.ending`.  Each mistake of the user's, and each failure of the host, is one line on
+stderr.  Tracebacks are for bugs only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from vmodel.cli.doctor import shim_command
 from vmodel.cli.output import StdoutError, open_streams, safely
 from vmodel.errors import ConfigError, VmodelError
 from vmodel.guest.artifacts import ArtifactError
-from vmodel.guest.running import GuestRunError
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         open_streams()
     with safely():
-        return _main(argv)
+        status = _main(argv)
+        if (serve := sys.modules.get("vmodel.cli.serve")) is not None and serve.abandoned.is_set():
+            serve.leave(status)
+        return status
 
 
 @contextlib.contextmanager
@@ -127,6 +129,8 @@ def _interruptible() -> Iterator[None]:
 def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     everything = {*_COMMANDS, *_GROUPS}
+    # These return the status of a command that they run: 125 says that it is not.
+    failure = 125 if arguments[0] in ("guest", "run") else 1
     try:
         one = arguments[0] in everything and _COMPLETE not in os.environ
         try:
@@ -134,32 +138,30 @@ def _main(argv: Sequence[str] | None) -> int:
         except ImportError as error:
             if error.name != "vmodel._vmshim":
                 raise
-            return _fail(f"the C shim cannot be loaded ({error}): {shim_command()}", status=1)
+            return _fail(f"the C shim cannot be loaded ({error}): {shim_command()}", status=failure)
         with _interruptible():
             result = app(arguments, prog_name="vmodel", standalone_mode=False)
             sys.stdout.flush()
     except _UsageError as error:
         return _fail(_usage(error), status=2)
     except ArtifactError as error:
-        return _fail(str(error), status=1)
+        return _fail(str(error), status=failure)
     except ConfigError as error:
         return _fail(*str(error).splitlines(), status=2)
-    except GuestRunError as error:
-        return _fail(str(error), status=1)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except StdoutError as error:
         _abandon(sys.stdout)
         assert error.__cause__ is not None
         if isinstance(error.__cause__, BrokenPipeError):  # the reader has closed the pipe: `vmodel regs edu | head`
-            return 1
-        return _fail(f"stdout: {_failure(error.__cause__)}", status=1)
+            return failure
+        return _fail(f"stdout: {_failure(error.__cause__)}", status=failure)
     except Exception as error:
         what = _failure(error)
         if not what:
             raise
         log.debug("the host failed", exc_info=True)
-        return _fail(what, status=1)
+        return _fail(what, status=failure)
     return result if isinstance(result, int) else 0
 
 

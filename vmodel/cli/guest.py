@@ -14,22 +14,11 @@ from typing import Annotated, TextIO, cast
 import typer
 from rich.table import Table
 
+from vmodel.cli import ending
 from vmodel.cli.build import fetch_headers
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
 from vmodel.cli.screen import Log, Screen, decoded, shared, unix_lines
-from vmodel.cli.serve import (
-    MODEL_FAILED,
-    Faults,
-    MachinePath,
-    Plan,
-    RunDir,
-    Seed,
-    Stop,
-    faults_of,
-    loaded,
-    model_errors,
-    served,
-)
+from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
 from vmodel.errors import ConfigError
 from vmodel.guest import artifacts, modules, options
 from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec
@@ -92,14 +81,33 @@ def guest(
     plan: Plan = None,
     fault: Faults = None,
     seed: Seed = None,
+    fail_on: ending.FailOn = ending.FAIL_ON,
     stats: Stats = False,
     interactive: Interactive = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a command in a stock guest with a machine's devices.
 
-    The exit status is the command's, or 70 if that is 0 and a model has failed with an exception.  Its output goes to
-    stdout unchanged.  The kernel's console goes to stderr, and if that is a terminal, control characters are escaped.
+    The command's output goes to stdout unchanged.  The kernel's console goes to stderr, and if that is a terminal,
+    control characters are escaped.
+
+    The exit status is the command's, or one of vmodel's own:
+
+    \b
+      2    The machine file or the command line is wrong.
+     70    A model raised an exception, or did not return.  (--fail-on model)
+     71    The kernel panicked.
+     72    The kernel had an oops or a BUG, or found its memory damaged.
+           (--fail-on oops)
+     73    The kernel warned (WARN, lockdep, UBSAN), or found a lockup or a hung
+           task.  (--fail-on warn)
+    124    The time limit was reached.
+    125    vmodel, QEMU or the host failed, or the guest stopped too early.
+    126    The guest's shell cannot run the command.
+    127    The guest's shell cannot find the command.
+    128+N  Signal N ended vmodel, or the command.
+
+    70, 72 and 73 replace only a 0 of the command.
     """
     out = err = Screen(sys.stderr.fileno())
     if not shared(sys.stdout, sys.stderr):
@@ -108,6 +116,7 @@ def guest(
     if timeout <= 0:
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
     slowness()
+    fails = ending.kinds(fail_on)
     faults = faults_of(plan, fault, seed)
     with loaded(path) as machine:
         spec = options.spec_of(
@@ -130,18 +139,26 @@ def guest(
             fetch_headers([kernel or machine.content.guest.kernel or artifacts.STABLE])
         with Stop.on_signals() as stop, served(machine, run_dir, faults) as (server, folder):
             spec.qemu_args = [*spec.qemu_args, *machine.qemu_args(folder)]
+            result = error = None
             try:
                 result = _watch(spec, artifacts_dir, stop, interactive, out, err)
-            except GuestRunError:
-                err.end_line()
-                if not stop.number:
-                    raise
-                raise typer.Exit(128 + stop.number) from None
+            except GuestRunError as raised:
+                error = raised
             err.end_line()
-            if stats:
+            if stats and result is not None:
                 summary(server, machine, result)
-            failed = model_errors(machine)
-    raise typer.Exit(result.status or (MODEL_FAILED if failed else 0))
+        # The server has stopped: a hook that does not return is known now.
+        found = [ending.Kind.MODEL] if ending.model_errors(machine) else []
+        if stop.number:
+            raise typer.Exit(128 + stop.number)
+        if error is not None:
+            print(f"vmodel: {error}", file=sys.stderr)
+            raise typer.Exit(ending.status_of_error(error))
+        assert result is not None
+        for kind, finding in ending.kernel_findings(result.console):
+            print(f"vmodel: kernel {kind}: {finding.text}", file=sys.stderr)
+            found.append(kind)
+    raise typer.Exit(ending.status_of(result.status, found, fails))
 
 
 def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool, out: Screen, err: Screen) -> GuestResult:

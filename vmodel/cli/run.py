@@ -10,20 +10,9 @@ from typing import Annotated
 
 import typer
 
+from vmodel.cli import ending
 from vmodel.cli.output import Verbose, log_to_stderr
-from vmodel.cli.serve import (
-    MODEL_FAILED,
-    Faults,
-    MachinePath,
-    Plan,
-    RunDir,
-    Seed,
-    Stop,
-    faults_of,
-    loaded,
-    model_errors,
-    served,
-)
+from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
 from vmodel.guest import artifacts
 
 Arguments = Annotated[
@@ -46,7 +35,13 @@ def run(
 ) -> None:
     """Serve a machine and run QEMU with it.
 
-    The exit status is QEMU's, or 70 if that is 0 and a model has failed with an exception.
+    The exit status is QEMU's, or one of vmodel's own:
+
+    \b
+      2    The machine file or the command line is wrong.
+     70    A model raised an exception, or did not return; QEMU's status was 0.
+    125    vmodel or the host failed, or QEMU cannot be started.
+    128+N  Signal N ended QEMU.
     """
     log_to_stderr(verbose)
     faults = faults_of(plan, fault, seed)
@@ -55,7 +50,8 @@ def run(
         with served(machine, run_dir, faults) as (_, folder):
             line = [str(qemu.path), *machine.qemu_args(folder), *(arguments or [])]
             status = _wait(subprocess.Popen(line), stop)
-        status = status or (MODEL_FAILED if model_errors(machine) else 0)
+        found = [ending.Kind.MODEL] if ending.model_errors(machine) else []
+        status = ending.status_of(status, found, found)
     raise typer.Exit(status if status >= 0 else 128 - status)
 
 

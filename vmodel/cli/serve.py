@@ -11,9 +11,10 @@ import signal
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -135,6 +136,17 @@ def _make_private(folder: Path) -> None:
         )
 
 
+#: Set when a device's thread did not end.  Normal interpreter exit would free memory that it still uses.
+abandoned = threading.Event()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process without the interpreter's shutdown, after `abandoned`; never with status 0."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status or 1)
+
+
 @contextlib.contextmanager
 def loaded(path: Path) -> Iterator[machines.Machine]:
     """A machine and its devices, closed on exit.  ConfigError: the machine file is wrong."""
@@ -144,9 +156,7 @@ def loaded(path: Path) -> Iterator[machines.Machine]:
     finally:
         machine.close()
         if machine.abandoned:
-            # A thread did not end.  Normal interpreter exit would free memory that it still uses.
-            sys.stdout.flush()
-            os._exit(1)
+            abandoned.set()
 
 
 def faults_of(plan: Path | None, faults: list[str] | None, seed: int | None) -> FaultPlan:
@@ -197,21 +207,6 @@ def _say_unfired(engine: Engine) -> None:
             count = rule["matched"]
             events = f"{count} event{'' if count == 1 else 's'}"
             print(f"vmodel: {rule['name']} never fired: it matched {events}", file=sys.stderr)
-
-
-#: Exit status when a model has raised an exception: EX_SOFTWARE of sysexits.h.
-MODEL_FAILED = 70
-
-
-def model_errors(machine: machines.Machine) -> bool:
-    """Prints what models have failed with on stderr, a line for each; returns whether there is any."""
-    for name, device in machine.devices.items():
-        found = device.backend.model_errors
-        for error in found:
-            print(f"vmodel: model error: {name}: {error}", file=sys.stderr)
-        if more := device.backend.bugs - len(found):
-            print(f"vmodel: model error: {name}: {more} more", file=sys.stderr)
-    return any(device.backend.bugs for device in machine.devices.values())
 
 
 def serve(

@@ -102,7 +102,8 @@ class Cpio:
 # The third serial port is the harness's own: the harness answers "boot" with the number of this boot, and "status N",
 # "module NAME" or "share TAG" ends the run.  The second port is the command's stdin, stdout and stderr.  Kernel
 # messages mix with neither.  The last close of a tty waits until all bytes are sent, so poweroff loses none.  modprobe,
-# unlike insmod, applies the parameters for modules in the kernel's command line.
+# unlike insmod, applies the parameters for modules in the kernel's command line.  A boot has many warnings that are no
+# problem: the console gets warnings only from the first module on; but all of the log if the boot had a WARN.
 _INIT = """#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=dumb
 /bin/busybox --install -s /bin
@@ -128,6 +129,9 @@ load() {{
 share() {{
     mkdir -p "$2" && mount -t 9p -o "$3" $1 "$2" 2>/dev/console || finish share $1
 }}
+read level rest < /proc/sys/kernel/printk
+[ $level -ge 5 ] || dmesg -n 5
+read warnings 2>/dev/null < /sys/kernel/warn_count && [ $warnings = 0 ] || dmesg > /dev/console
 {load}
 cd /root
 sh /vmodel-command </dev/ttyS1 >/dev/ttyS1 2>&1 3>&-

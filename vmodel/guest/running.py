@@ -34,7 +34,7 @@ from vmodel.printable import printable
 #: Kernel arguments: a quick boot under TCG (the crypto self-tests alone take 0.7 s), and a panic ends the run.
 _APPEND = (
     "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on no_timer_check tsc=reliable"
-    " cryptomgr.notests"
+    " cryptomgr.notests printk.time=1"
 )
 #: Seconds that a guest gets to power off after its command has ended, and to print the rest of a panic.
 _GRACE_OFF = 20.0
@@ -368,6 +368,8 @@ class Guest(Starting):
         if self._callback_error is not None:
             raise self._callback_error
         verdict, panic, code = self._verdict(), self._panic(), self._process.returncode
+        if panic:  # also one at power-off, after the command has ended
+            raise GuestPanic(f"{panic[0].strip()}{self._tail()}")
         if verdict and verdict[1] == b"status":
             if self._log_error:
                 raise LogError(f"the command ended with status {int(verdict[2])}, but {self._log_error}")
@@ -378,8 +380,6 @@ class Guest(Starting):
                 share = self.spec.shares[int(name.removeprefix("share"))]
                 raise ShareError(f"the folder {share.source} was not mounted at {share.target}{self._tail()}")
             raise ModuleError(f"module {name} did not load{self._tail()}")
-        if panic:
-            raise GuestPanic(f"{panic[0].strip()}{self._tail()}")
         if killed:
             raise GuestTimeout(f"the guest did not end in {spoken(self.spec.timeout)}{self._tail()}")
         messages = self._qemu_log.read_text(errors="replace").strip() if self._qemu_log.exists() else ""
