@@ -2,4 +2,8 @@
 
 from setuptools import setup
 
-setup(cffi_modules=["c_shim/build.py:ffi"])
+setup(
+    cffi_modules=["c_shim/build.py:ffi"],
+    # cffi builds for the stable ABI of Python 3.11: the wheel's name says so.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,4 +1,4 @@
-"""Artefacts of a guest on a full disk: the guest runs on, and the error names the file; without QEMU."""
+"""A guest without QEMU: its artefacts on a full disk, and what the environment asks of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmodel.cli.screen import Screen
+from vmodel.errors import ConfigError
 from vmodel.guest import initramfs, running
 from vmodel.guest.artifacts import Kernel, Qemu
 from vmodel.guest.running import Guest, GuestOff, GuestSpec, LogError
@@ -50,6 +51,16 @@ def test_all_output_is_read(spec: GuestSpec, logs: Path) -> None:
         assert str(error.value) == said
         assert len(guest.output) == 5 * 400_000
     assert (logs / "status.log").exists()
+
+
+def test_the_accelerator(spec: GuestSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, used in (("", "tcg"), ("tcg", "tcg"), ("kvm", "kvm")):
+        monkeypatch.setenv("VMODEL_ACCEL", given)
+        with Guest(spec) as guest:
+            assert guest.line[1:3] == ["-accel", used]
+    monkeypatch.setenv("VMODEL_ACCEL", "kmv")
+    with pytest.raises(ConfigError, match="VMODEL_ACCEL='kmv': must be tcg or kvm"), Guest(spec):
+        pass
 
 
 def test_another_reason_comes_first(spec: GuestSpec, logs: Path, tmp_path: Path) -> None:

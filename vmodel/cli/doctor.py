@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import typer
@@ -117,6 +118,20 @@ def _compiler() -> Diagnosis:
     return Diagnosis("C compiler", True, found)
 
 
+def _documents() -> Diagnosis:
+    """The documents and examples: those of the checkout, or of the wheel, which installs them below share/doc."""
+    name, root = "documents, examples", Path(vmodel.__file__).resolve().parents[1]
+    if (root / "docs" / "index.md").is_file():
+        return Diagnosis(name, True, str(root))
+    try:
+        for file in metadata.files("vmodel") or ():
+            if file.match("share/doc/vmodel/README.md"):
+                return Diagnosis(name, True, str(Path(str(file.locate())).resolve().parent))
+    except metadata.PackageNotFoundError:
+        pass
+    return Diagnosis(name, False, "not installed", needed=False)
+
+
 def _checks() -> Iterator[Diagnosis]:
     yield _shim()
     yield _qemu()
@@ -124,6 +139,7 @@ def _checks() -> Iterator[Diagnosis]:
     yield _busybox()
     yield _memory()
     yield _compiler()
+    yield _documents()
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -1,4 +1,4 @@
-"""Runs a command in a real guest: stock QEMU (TCG), a stock Debian kernel, and an initramfs built for the run.
+"""Runs a command in a real guest: stock QEMU, a stock Debian kernel, and an initramfs built for the run.
 
 The guest has three serial ports: the console; the command's stdin, stdout and stderr (8-bit clean); and the harness's
 own, for the exit status.  So kernel messages do not mix with the other two.  Every wait has a time limit.  Artefacts
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vmodel.closing import Starting
+from vmodel.errors import ConfigError
 from vmodel.files import naming
 from vmodel.guest import initramfs
 from vmodel.guest import shares as folders
@@ -71,6 +72,14 @@ class ShareError(GuestRunError):
 
 class LogError(GuestRunError):
     """The command ran to its end, but not all of its artefacts could be written."""
+
+
+def accelerator() -> str:
+    """QEMU's accelerator, $VMODEL_ACCEL: "kvm", or "tcg", which is the default and works everywhere.  ConfigError."""
+    value = os.environ.get("VMODEL_ACCEL") or "tcg"
+    if value not in ("tcg", "kvm"):
+        raise ConfigError(f"VMODEL_ACCEL={value!r}: must be tcg or kvm")
+    return value
 
 
 @dataclass
@@ -193,7 +202,7 @@ class Guest(Starting):
         )
         with naming(image):
             image.write_bytes(made)
-        self.line = [str(qemu.path), "-accel", "tcg", "-cpu", "max", "-nodefaults", "-no-user-config"]
+        self.line = [str(qemu.path), "-accel", accelerator(), "-cpu", "max", "-nodefaults", "-no-user-config"]
         self.line += ["-display", "none", "-kernel", str(kernel.image), "-initrd", str(image)]
         self.line += ["-append", f"{_APPEND} {spec.append}".strip()]
         if not any("memory-backend=" in arg for arg in spec.qemu_args):
