@@ -36,6 +36,10 @@ def socket_of(run_dir: Path, machine: str) -> Path:
     return run_dir / f"{machine}.control"
 
 
+class NoServer(ConfigError):
+    """No server listens on a control socket, or it has ended."""
+
+
 class Control:
     """Answers requests while entered as a context manager.
 
@@ -186,10 +190,12 @@ def ask(path: Path, command: str, **arguments: Any) -> Any:
             sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             reply = json.loads(_receive(sock, _MAX_ANSWER))
     except (FileNotFoundError, ConnectionRefusedError):
-        raise ConfigError(
+        raise NoServer(
             f"no server runs in {path.parent}: start `vmodel serve` or `run`, or name its --run-dir"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
+        if not path.exists():
+            raise NoServer(f"the server in {path.parent} has ended") from error
         raise ConfigError(f"the server in {path.parent} does not answer: {error}") from error
     if not isinstance(reply, dict) or not {"error", "result"} & set(reply):
         raise ConfigError(f"the server in {path.parent} does not answer: it is not vmodel")

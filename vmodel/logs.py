@@ -83,9 +83,10 @@ class Warnings:
 class Limiter(logging.Filter):
     """Holds back a logger's lines over the limit; the next line that passes reports how many those were."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, verbose_burst: int = VERBOSE_BURST) -> None:
         super().__init__()
         self._clock = clock
+        self._verbose_burst = verbose_burst
         self._limits: dict[Hashable, RateLimit] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -103,7 +104,7 @@ class Limiter(logging.Filter):
         if limit is None:
             if len(self._limits) >= _NAMES:
                 key = (level, None)
-            burst = BURST if level >= logging.WARNING else VERBOSE_BURST
+            burst = BURST if level >= logging.WARNING else self._verbose_burst
             limit = self._limits.setdefault(key, RateLimit(burst, SECONDS, self._clock))
         return limit
 
@@ -112,12 +113,15 @@ class Limiter(logging.Filter):
         return sum(limit.take() for limit in list(self._limits.values()))
 
 
-def limited(name: str) -> logging.Logger:
-    """The logger of that name with a new rate limit, which replaces an earlier one."""
+def limited(name: str, verbose_burst: int = VERBOSE_BURST) -> logging.Logger:
+    """The logger of that name with a new rate limit, which replaces an earlier one.
+
+    `verbose_burst`: most lines of the levels below warnings, for each device in SECONDS.
+    """
     logger = logging.getLogger(name)
     for old in [found for found in logger.filters if isinstance(found, Limiter)]:
         logger.removeFilter(old)
-    logger.addFilter(Limiter())
+    logger.addFilter(Limiter(verbose_burst=verbose_burst))
     with _lock:
         _loggers.add(logger)
     return logger

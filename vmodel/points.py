@@ -12,6 +12,7 @@ are armed (`vmodel.device.taps`).
 from __future__ import annotations
 
 import enum
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, TypeVar, cast
@@ -164,6 +165,8 @@ class InterruptEvent(Event):
 
     points = frozenset((Point.IRQ,))
     vector: int
+    #: "intx", "msi" or "msix".
+    kind: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -267,6 +270,15 @@ Sink = Callable[[Event, Proceed], bytes]
 _E = TypeVar("_E", bound=Event)
 
 
+class TapStage(enum.IntEnum):
+    """Who intercepts events, in the order in which an event passes them."""
+
+    #: Logs them, and changes nothing: sees what the guest or the device asked for, and what came of it.
+    LOG = 0
+    #: Injects faults.
+    FAULTS = 1
+
+
 class Phase(enum.Enum):
     """The driver's phase, derived from its writes to config space."""
 
@@ -277,6 +289,21 @@ class Phase(enum.Enum):
     REMOVE = "remove"
 
 
+def _in_turn(outer: tuple[frozenset[Point], Sink], inner: tuple[frozenset[Point], Sink]) -> Sink:
+    """A sink that passes an event to the outer one, which carries it out through the inner one."""
+    first, then = outer[1], inner[1]
+
+    def through(event: Event, proceed: Proceed) -> bytes:
+        return then(event, proceed) if event.point in inner[0] else proceed(event)
+
+    def sink(event: Event, proceed: Proceed) -> bytes:
+        if event.point not in outer[0]:
+            return through(event, proceed)
+        return first(event, lambda passed: through(passed, proceed))
+
+    return sink
+
+
 class Points:
     """The fault points of one device."""
 
@@ -285,24 +312,39 @@ class Points:
         self.phase = Phase.PROBE
         #: Whether each access or command must be an event: then fast paths that have no points are not taken.
         self.detailed = False
-        self._wanted: Collection[Point] = ()
+        #: The points at which a sink intercepts events.
+        self.wanted: frozenset[Point] = frozenset()
+        #: Held by whoever arms points and taps the device accordingly.
+        self.lock = threading.Lock()
         self._sink: Sink | None = None
+        self._stages: dict[TapStage, tuple[frozenset[Point], Sink]] = {}
 
-    def arm(self, wanted: Collection[Point], sink: Sink | None) -> None:
-        """`sink` intercepts events at the points `wanted` from now on; the other points are disarmed."""
-        self._sink = None
-        self._wanted = frozenset(wanted)
-        self.detailed = sink is not None and not _DETAILS.isdisjoint(wanted)
-        self._sink = sink
+    def arm(self, wanted: Collection[Point], sink: Sink | None, stage: TapStage = TapStage.FAULTS) -> None:
+        """`sink` intercepts events at the points `wanted` from now on, in place of the sink that `stage` had before.
+
+        Hold `lock`.  No event passes a sink of another stage meanwhile.
+        """
+        self._stages.pop(stage, None)
+        if sink is not None and wanted:
+            self._stages[stage] = frozenset(wanted), sink
+        stages = [self._stages[stage] for stage in sorted(self._stages)]
+        # First the sink, which carries out an event that it does not want.
+        self._sink = stages[0][1] if len(stages) == 1 else _in_turn(*stages) if stages else None
+        self.wanted = frozenset().union(*(points for points, _ in stages))
+        self.detailed = not _DETAILS.isdisjoint(self.wanted)
+
+    def has(self, stage: TapStage) -> bool:
+        """Whether a stage has a sink."""
+        return stage in self._stages
 
     def armed(self, point: Point) -> bool:
         """Whether a sink intercepts events there.  A model with a faster path for unarmed points asks first."""
-        return self._sink is not None and point in self._wanted
+        return self._sink is not None and point in self.wanted
 
     def __call__(self, event: _E, proceed: Callable[[_E], bytes]) -> bytes:
         """Carries out an event by `proceed`, through the sink if its point is armed; returns a read's data."""
         sink = self._sink
-        if sink is None or event.point not in self._wanted:
+        if sink is None or event.point not in self.wanted:
             return proceed(event)
         event.device = self.device
         event.phase = self.phase.value

@@ -136,7 +136,18 @@ def test_live(tmp_path: Path) -> None:
 
     with serving(EXAMPLE, "--run-dir", tmp_path) as (run, _):
         assert look(tmp_path, 1) == [ID]
-        line = [sys.executable, "-m", "vmodel", "log", str(EXAMPLE), "--run-dir", str(tmp_path), "-f", "--json"]
+        line = [
+            sys.executable,
+            "-m",
+            "vmodel",
+            "log",
+            str(EXAMPLE),
+            "--run-dir",
+            str(tmp_path),
+            "-f",
+            "--json",
+            "--injections",
+        ]
         with subprocess.Popen(line, env=environ(), stdout=subprocess.PIPE, text=True) as follower:
             watchdog = threading.Timer(60, follower.kill)  # its lines are waited for without a limit
             watchdog.start()

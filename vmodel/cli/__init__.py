@@ -60,7 +60,7 @@ _COMMANDS = {
     "devices": "inspect",
     "regs": "inspect",
     "schema": "schema",
-    "log": "inject",
+    "log": "log",
     "sweep": "campaign",
     "campaign": "campaign",
     "reproduce": "repeat",

@@ -18,7 +18,20 @@ from vmodel.cli import ending
 from vmodel.cli.build import fetch_headers
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
 from vmodel.cli.screen import Log, Screen, decoded, shared, unix_lines
-from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
+from vmodel.cli.serve import (
+    Devices,
+    Faults,
+    MachinePath,
+    Plan,
+    Registers,
+    RunDir,
+    Seed,
+    Stop,
+    faults_of,
+    loaded,
+    served,
+    traced,
+)
 from vmodel.errors import ConfigError
 from vmodel.guest import artifacts, modules, options
 from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec
@@ -85,6 +98,8 @@ def guest(
     stats: Stats = False,
     interactive: Interactive = False,
     verbose: Verbose = False,
+    device: Devices = None,
+    register: Registers = None,
 ) -> None:
     """Run a command in a stock guest with a machine's devices.
 
@@ -117,6 +132,7 @@ def guest(
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
     slowness()
     fails = ending.kinds(fail_on)
+    wanted = traced(verbose, device, register)
     faults = faults_of(plan, fault, seed)
     with loaded(path) as machine:
         spec = options.spec_of(
@@ -137,7 +153,7 @@ def guest(
         )
         if any(map(modules.is_source, (*spec.modules, *spec.extra_modules))):
             fetch_headers([kernel or machine.content.guest.kernel or artifacts.STABLE])
-        with Stop.on_signals() as stop, served(machine, run_dir, faults) as (server, folder):
+        with Stop.on_signals() as stop, served(machine, run_dir, faults, wanted) as (server, folder):
             spec.qemu_args = [*spec.qemu_args, *machine.qemu_args(folder)]
             result = error = None
             try:

@@ -23,7 +23,9 @@ from rich.segment import Segment
 from vmodel.printable import printable
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log the actions of devices and clients.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log what devices and clients do, each access included.")
+]
 
 
 def open_streams() -> None:

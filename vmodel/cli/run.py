@@ -12,7 +12,20 @@ import typer
 
 from vmodel.cli import ending
 from vmodel.cli.output import Verbose, log_to_stderr
-from vmodel.cli.serve import Faults, MachinePath, Plan, RunDir, Seed, Stop, faults_of, loaded, served
+from vmodel.cli.serve import (
+    Devices,
+    Faults,
+    MachinePath,
+    Plan,
+    Registers,
+    RunDir,
+    Seed,
+    Stop,
+    faults_of,
+    loaded,
+    served,
+    traced,
+)
 from vmodel.guest import artifacts
 
 Arguments = Annotated[
@@ -32,6 +45,8 @@ def run(
     fault: Faults = None,
     seed: Seed = None,
     verbose: Verbose = False,
+    device: Devices = None,
+    register: Registers = None,
 ) -> None:
     """Serve a machine and run QEMU with it.
 
@@ -44,10 +59,11 @@ def run(
     128+N  Signal N ended QEMU.
     """
     log_to_stderr(verbose)
+    wanted = traced(verbose, device, register)
     faults = faults_of(plan, fault, seed)
     with Stop.on_signals() as stop, loaded(path) as machine:
         qemu = artifacts.find_qemu()
-        with served(machine, run_dir, faults) as (_, folder):
+        with served(machine, run_dir, faults, wanted) as (_, folder):
             line = [str(qemu.path), *machine.qemu_args(folder), *(arguments or [])]
             status = _wait(subprocess.Popen(line), stop)
         found = [ending.Kind.MODEL] if ending.model_errors(machine) else []

@@ -26,6 +26,7 @@ from vmodel.control import Control
 from vmodel.errors import ConfigError
 from vmodel.inject import Engine, FaultPlan, live, parse_rule
 from vmodel.server import Server
+from vmodel.trace import Trace, Wanted, log_verbosely
 
 MachinePath = Annotated[
     Path,
@@ -49,6 +50,16 @@ Faults = Annotated[
     typer.Option("--fault", metavar="RULE", help="Another fault, as 'dma.write device=edu0 nth=3 do=partial(8)'."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Use this seed instead of the plan's.")]
+
+
+Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", metavar="NAME", help="With -v or -f, only events of this device; repeatable."),
+]
+Registers = Annotated[
+    list[str] | None,
+    typer.Option("--register", metavar="NAME", help="With -v or -f, only accesses to this register; repeatable."),
+]
 
 
 #: Seconds after a signal until the process is ended by force.
@@ -166,11 +177,22 @@ def faults_of(plan: Path | None, faults: list[str] | None, seed: int | None) -> 
     return found.extended(rules, seed)
 
 
+def traced(verbose: bool, device: list[str] | None, register: list[str] | None) -> Wanted | None:
+    """The events that --verbose logs; None: none.  ConfigError: --device or --register without --verbose."""
+    for name, given in (("--device", device), ("--register", register)):
+        if given and not verbose:
+            raise ConfigError(f"{name}: only with --verbose")
+    return Wanted(tuple(device or ()), tuple(register or ())) if verbose else None
+
+
 @contextlib.contextmanager
 def served(
-    machine: machines.Machine, run_dir: Path | None, faults: FaultPlan | None = None
+    machine: machines.Machine, run_dir: Path | None, faults: FaultPlan | None = None, wanted: Wanted | None = None
 ) -> Iterator[tuple[Server, Path]]:
-    """Serves a machine, with `faults` armed; yields the server and the folder of its sockets.  ConfigError."""
+    """Serves a machine, with `faults` armed; yields the server and the folder of its sockets.  ConfigError.
+
+    `wanted`: the events to log.
+    """
     folder = prepare_run_dir(run_dir, machine.name)
     for name in machine.devices:
         machine.socket(name, folder)  # reports a path that is too long, with the device's name
@@ -178,8 +200,12 @@ def served(
     journal = folder / f"{machine.name}.injections.jsonl"
     with (
         Engine(faults or FaultPlan(), machine.devices, path=journal) as engine,
-        Control(folder, machine.name, {**status.commands(machine), **live.commands(engine)}),
+        Trace(machine.devices, engine.started) as trace,
+        Control(folder, machine.name, {**status.commands(machine), **live.commands(engine), **trace.commands()}),
     ):
+        engine.journal.listeners.append(trace.injected)
+        if wanted is not None:
+            trace.follow(wanted, log_verbosely)
         try:
             _remove(journal)  # of an earlier run: this one may inject nothing
             with machine.serve(folder) as server:
@@ -187,6 +213,7 @@ def served(
                     yield server, folder
                 finally:
                     _say_unfired(engine)
+            trace.drain()
         finally:
             machine.remove_acpi(folder)
             if count := len(engine.journal):
@@ -216,14 +243,17 @@ def serve(
     fault: Faults = None,
     seed: Seed = None,
     verbose: Verbose = False,
+    device: Devices = None,
+    register: Registers = None,
 ) -> None:
     """Serve a machine's devices until Ctrl-C or SIGTERM.
 
     For each device it prints a line with name and socket, then "ready".
     """
     log_to_stderr(verbose)
+    wanted = traced(verbose, device, register)
     faults = faults_of(plan, fault, seed)
-    with Stop.on_signals() as stop, loaded(path) as machine, served(machine, run_dir, faults) as (_, folder):
+    with Stop.on_signals() as stop, loaded(path) as machine, served(machine, run_dir, faults, wanted) as (_, folder):
         for name in machine.devices:
             print(f"{name} {machine.socket(name, folder)}", flush=True)
         print("ready", flush=True)

@@ -26,6 +26,7 @@ from vmodel.points import (
     Point,
     Points,
     Sink,
+    TapStage,
     TranslationEvent,
 )
 from vmodel.vfio_user.wire import Region
@@ -185,18 +186,22 @@ class TappedRegions:
         return b""
 
 
-def tap(backend: VfioBackend, wanted: Collection[Point], sink: Sink | None) -> None:
-    """Arms the points `wanted` of a device: `sink` gets their events.  Without a sink it disarms all.  Any thread."""
-    wanted = frozenset(wanted) if sink is not None else frozenset()
+def tap(backend: VfioBackend, wanted: Collection[Point], sink: Sink | None, stage: TapStage = TapStage.FAULTS) -> None:
+    """Arms the points `wanted` of a device: `sink` gets their events.  Without a sink it disarms them.  Any thread.
+
+    Each stage has a sink of its own: what another stage has armed stays armed.
+    """
     points = backend.points
-    points.arm(wanted, sink)
-    backend.dma.tap(DmaTap(points) if wanted & _DMA else None)
-    backend.irqs.tap = functools.partial(_interrupt, points) if Point.IRQ in wanted else None
-    _tap_regions(backend, wanted)
+    with points.lock:
+        points.arm(wanted, sink, stage)
+        armed = points.wanted
+        backend.dma.tap(DmaTap(points) if armed & _DMA else None)
+        backend.irqs.tap = functools.partial(_interrupt, points) if Point.IRQ in armed else None
+        _tap_regions(backend, armed)
 
 
-def _interrupt(points: Points, carry_out: Callable[[int], None], vector: int) -> None:
-    points.at(InterruptEvent(Point.IRQ, vector=vector), lambda event: carry_out(event.vector))
+def _interrupt(points: Points, carry_out: Callable[[int], None], kind: str, vector: int) -> None:
+    points.at(InterruptEvent(Point.IRQ, kind=kind, vector=vector), lambda event: carry_out(event.vector))
 
 
 def _tap_regions(backend: VfioBackend, wanted: frozenset[Point]) -> None:

@@ -79,7 +79,8 @@ class Engine(Closing):
         self.plan = plan
         self.journal = Journal(path)
         self._clock = clock
-        self._start = clock()
+        #: What the times of records count from, as `clock` gives it.
+        self.started = clock()
         self._sleep = sleep
         self._closed = False
         self._maps = {name: RegisterMap(device) for name, device in self.devices.items()}
@@ -186,7 +187,7 @@ class Engine(Closing):
     # ---- events ----------------------------------------------------------------------------
 
     def _now(self) -> float:
-        return self._clock() - self._start
+        return self._clock() - self.started
 
     def _is_healed(self, now: float) -> bool:
         heal = self.plan.heal

@@ -198,7 +198,7 @@ class _MessageInterrupts(Capability):
         if tap is None:
             self.fire_untapped(n)
         else:
-            tap(self.fire_untapped, n)
+            tap(self.fire_untapped, self.irq.name.lower(), n)
 
     def fire_untapped(self, n: int) -> None:
         """Raises vector `n` without passing the tap of an experiment."""

@@ -77,8 +77,8 @@ class Irqs:
         self._eventfds = 0
         #: Interrupts delivered to the client so far.
         self.raised = 0
-        #: While an experiment taps interrupts: called as `tap(carry_out, vector)` instead of `carry_out(vector)`.
-        self.tap: Callable[[Callable[[int], None], int], None] | None = None
+        #: While an experiment taps interrupts: called as `tap(carry_out, kind, vector)` instead of `carry_out(vector)`.
+        self.tap: Callable[[Callable[[int], None], str, int], None] | None = None
         maskable = IrqFlags.EVENTFD | IrqFlags.MASKABLE
         self.types = {
             Irq.INTX: IrqType([], maskable | IrqFlags.AUTOMASKED),
@@ -261,7 +261,7 @@ class Intx:
         if self._irqs.tap is None:
             self.raise_untapped()
         else:
-            self._irqs.tap(lambda _: self.raise_untapped(), 0)
+            self._irqs.tap(lambda _: self.raise_untapped(), "intx", 0)
 
     def raise_untapped(self) -> None:
         """Asserts the pin without passing the tap of an experiment."""

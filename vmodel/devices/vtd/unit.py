@@ -464,7 +464,9 @@ class VtdDevice(IommuDevice):
         not (see Contexts.dma), so a device behind the unit sends the message: preferably the one that caused the
         interrupt, as it was about to do DMA.
         """
-        self.points.at(InterruptEvent(Point.IRQ, vector=0), lambda _: self._send_now(address, data, culprit))
+        self.points.at(
+            InterruptEvent(Point.IRQ, kind="msi", vector=0), lambda _: self._send_now(address, data, culprit)
+        )
 
     def _send_now(self, address: int, data: int, culprit: str) -> None:
         devices: list[PciDevice] = [self]
