@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -32,9 +33,10 @@ from vmodel.cli.serve import (
     served,
     traced,
 )
+from vmodel.cli.terminal import ESCAPE_NAME, Terminal
 from vmodel.errors import ConfigError
 from vmodel.guest import artifacts, modules, options
-from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec
+from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec, on_terminal
 from vmodel.guest.shares import share_at
 from vmodel.machine import Machine
 from vmodel.patience import slowness
@@ -67,10 +69,15 @@ Cpus = Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="CPUs
 QemuArgs = Annotated[
     list[str] | None, typer.Option("--qemu-arg", metavar="ARG", help="An additional argument for QEMU; repeatable.")
 ]
-Timeout = Annotated[float, typer.Option(metavar="S", help="Time limit in seconds, multiplied by $VMODEL_SLOW.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(metavar="S", help="Time limit in seconds, by default 300 (on a terminal none); times $VMODEL_SLOW."),
+]
 Artifacts = Annotated[Path | None, typer.Option("--artifacts", metavar="DIR", help="Keep the logs in DIR.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Print counters of devices and IOMMUs at the end.")]
-Interactive = Annotated[bool, typer.Option("--interactive", "-i", help="Forward standard input to COMMAND.")]
+Interactive = Annotated[
+    bool, typer.Option("--interactive", "-i", help="Forward standard input; a terminal becomes COMMAND's.")
+]
 
 #: The first output of an interactive command: input that is sent before the guest has opened its port is lost.
 _LISTENING = b"\x16"
@@ -88,7 +95,7 @@ def guest(
     append: Append = None,
     cpus: Cpus = None,
     qemu_arg: QemuArgs = None,
-    timeout: Timeout = 300.0,
+    timeout: Timeout = None,
     artifacts_dir: Artifacts = None,
     run_dir: RunDir = None,
     plan: Plan = None,
@@ -102,6 +109,8 @@ def guest(
     register: Registers = None,
 ) -> None:
     """Run a command in a stock guest with a machine's devices.
+
+    With -i in a terminal, the terminal is the command's: all keys go to it, and Ctrl-] ends the guest (status 130).
 
     The command's output goes to stdout unchanged.  The kernel's console goes to stderr, and if that is a terminal,
     control characters are escaped.
@@ -128,6 +137,9 @@ def guest(
     if not shared(sys.stdout, sys.stderr):
         out = Screen(sys.stdout.fileno())
     log_to_stderr(verbose, cast(TextIO, Log(err, sys.stderr)))
+    on_tty = interactive and sys.stdin.isatty() and sys.stdout.isatty()
+    if timeout is None:
+        timeout = float("inf") if on_tty else 300.0
     if timeout <= 0:
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
     slowness()
@@ -139,7 +151,7 @@ def guest(
             machine,
             [*(["-smp", str(cpus)] if cpus else []), *(qemu_arg or ())],
             kernel,
-            command=_announced(command) if interactive else command,
+            command=command,
             modules=[options.at_option("--module", options.module_at, entry) for entry in module or ()],
             extra_modules=[
                 options.at_option("--extra-module", options.module_at, entry) for entry in extra_module or ()
@@ -157,7 +169,10 @@ def guest(
             spec.qemu_args = [*spec.qemu_args, *machine.qemu_args(folder)]
             result = error = None
             try:
-                result = _watch(spec, artifacts_dir, stop, interactive, out, err)
+                with Terminal(sys.stdin.fileno()) if on_tty else contextlib.nullcontext() as terminal:
+                    if interactive:
+                        spec.command = _announced(command, terminal)
+                    result = _watch(spec, artifacts_dir, stop, interactive, terminal, out, err)
             except GuestRunError as raised:
                 error = raised
             err.end_line()
@@ -177,13 +192,21 @@ def guest(
     raise typer.Exit(ending.status_of(result.status, found, fails))
 
 
-def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool, out: Screen, err: Screen) -> GuestResult:
-    terminal = console(sys.stderr)
+def _watch(
+    spec: GuestSpec,
+    logs: Path | None,
+    stop: Stop,
+    interactive: bool,
+    terminal: Terminal | None,
+    out: Screen,
+    err: Screen,
+) -> GuestResult:
+    messages = console(sys.stderr)
     release = spec.kernel.release if spec.kernel else ""
-    spin = terminal.is_terminal and not interactive
-    spinner = terminal.status(f"booting {release}") if spin else contextlib.nullcontext()
+    spin = messages.is_terminal and not interactive
+    spinner = messages.status(f"booting {release}") if spin else contextlib.nullcontext()
     to_console: Callable[[bytes], None] = partial(err.put, "console")
-    if terminal.is_terminal:
+    if messages.is_terminal:
         to_console = decoded(to_console)
     to_console = unix_lines(to_console)
     listening = threading.Event()
@@ -198,20 +221,32 @@ def _watch(spec: GuestSpec, logs: Path | None, stop: Stop, interactive: bool, ou
             out.put("output", data)
 
         with Guest(spec, artifacts=logs, on_output=on_output, on_console=to_console) as running:
-            threading.Thread(target=_end_on, args=(stop, running), daemon=True).start()
-            if interactive:
+            threading.Thread(target=_end_on, args=(stop, running, terminal), daemon=True).start()
+            if terminal is not None:
+                print(f"vmodel: booting {release}; {ESCAPE_NAME} ends the guest", file=sys.stderr)
+                threading.Thread(target=_keys, args=(listening, terminal, running), daemon=True).start()
+            elif interactive:
                 threading.Thread(target=_forward, args=(listening, sys.stdin.fileno(), running), daemon=True).start()
             return running.wait()
 
 
-def _announced(command: list[str]) -> list[str]:
-    return ["sh", "-c", f"printf '{_LISTENING.decode()}'; exec \"$@\"", "sh", *command]
+def _announced(command: list[str], terminal: Terminal | None) -> list[str] | str:
+    words = ["sh", "-c", f"printf '{_LISTENING.decode()}'; exec \"$@\"", "sh", *command]
+    # The port takes keys as a terminal's only then.
+    return on_terminal(words, *terminal.size(), os.environ.get("TERM", "vt100")) if terminal else words
 
 
-def _end_on(stop: Stop, running: Guest) -> None:
+def _end_on(stop: Stop, running: Guest, terminal: Terminal | None) -> None:
     while running.running():
         if stop.wait(0.2):
+            if terminal is not None:
+                terminal.close()  # before anything that may take its time
             running.kill()
+
+
+def _keys(listening: threading.Event, terminal: Terminal, running: Guest) -> None:
+    if terminal.forward(running, listening):
+        os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does it elsewhere
 
 
 def _forward(listening: threading.Event, source: int, running: Guest) -> None:

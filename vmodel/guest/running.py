@@ -42,6 +42,16 @@ _GRACE_OFF = 20.0
 _GRACE_PANIC = 1.0
 
 
+# A terminal is hung up when its session's first process ends, which loses output that has not been sent: so this is a
+# shell that survives Ctrl-C, and stty waits for the output.  The loop takes sizes from the harness's own port.
+_ON_TERMINAL = r"""
+(while read -r rows columns; do stty rows $rows cols $columns <&4; done) 4</dev/ttyS1 </dev/ttyS2 >/dev/null 2>&1 &
+stty sane rows {rows} cols {columns}
+export TERM={term}
+exec setsid -c sh -c 'trap : INT QUIT TSTP; "$@"; status=$?; stty raw -echo; exit $status' sh {command}
+"""
+
+
 class GuestRunError(Exception):
     """The guest did not run the command to its end, for the reason of a subclass.  The text has the console's end."""
 
@@ -328,6 +338,10 @@ class Guest(Starting):
         """Sends bytes to the command's stdin.  It has no end of file: a command that reads up to one never ends."""
         self._ports["output"].ours.sendall(data)
 
+    def resize(self, rows: int, columns: int) -> None:
+        """Tells a command of `on_terminal` the size of its terminal, which the guest's kernel reports by SIGWINCH."""
+        self._ports["status"].ours.sendall(b"%d %d\n" % (rows, columns))
+
     def expect(self, pattern: bytes, timeout: float = 60.0, *, port: str = "output") -> re.Match[bytes]:
         """Waits until the output (or the "console") since the last match contains `pattern`; returns the match.
 
@@ -422,6 +436,14 @@ def run_guest(
     """Boots a guest, runs its command, and returns when the guest has powered off.  GuestRunError: see `Guest.wait`."""
     with Guest(spec, artifacts=artifacts, on_output=on_output, on_console=on_console) as guest:
         return guest.wait()
+
+
+def on_terminal(command: Sequence[str], rows: int, columns: int, term: str) -> str:
+    """A command for GuestSpec that runs `command` with the serial port as its controlling terminal.
+
+    Its input is that of a terminal: keys such as Ctrl-C are signals.  `term` is its $TERM.  See `Guest.resize`.
+    """
+    return _ON_TERMINAL.format(rows=rows, columns=columns, term=shlex.quote(term), command=shlex.join(command))
 
 
 def writer(fd: int) -> Callable[[bytes], None]:
