@@ -24,126 +24,27 @@ write is ignored.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import difflib
-import enum
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsIndex, TypeVar, overload
 
 from vmodel._shim import ALL_SIZES, EXIT_ON_READ, EXIT_ON_WRITE, MISALIGNED, SIZE_ODD, Policy
-from vmodel.errors import VmodelError
+from vmodel.fields import Bit as Bit
+from vmodel.fields import Bits as Bits
+from vmodel.fields import Field as Field
+from vmodel.fields import Layout as Layout
+from vmodel.fields import RegisterError as RegisterError
+from vmodel.fields import check_arguments, near
+from vmodel.modes import Mode, Read, Write
 
+RO, RW, WO, W1C, W1S, RC, RESERVED = list(Mode)[:7]  # the others are in Mode, such as Mode.W1T
 
-class RegisterError(VmodelError):
-    """A declaration is wrong: a bug in the model, found when its class is made."""
-
-
-class Mode(enum.Enum):
-    """Access mode of bits, as software sees them, in the usual abbreviations."""
-
-    RO = "read-only"
-    RW = "read-write"
-    #: Reads give the reset value; a write hook gets the written value.
-    WO = "write-only"
-    W1C = "write 1 to clear"
-    W1S = "write 1 to set"
-    #: Read-only, and a read clears it.
-    RC = "read to clear"
-    #: Reads give the reset value, writes are ignored.
-    RESERVED = "reserved"
-
-
-RO, RW, WO, W1C, W1S, RC, RESERVED = Mode
-
-
-def _check_arguments(of: str, numbers: Mapping[str, object], mode: object, doc: object) -> None:
-    """Checks the types of arguments that registers and fields have in common.  RegisterError."""
-    for name, value in numbers.items():
-        if not isinstance(value, int):
-            raise RegisterError(f"{of}: {name} must be a number, not {value!r}")
-    if not isinstance(mode, Mode):
-        raise RegisterError(f"{of}: mode must be {', '.join(Mode.__members__)} of vmodel.regs, not {mode!r}")
-    if not isinstance(doc, str):
-        raise RegisterError(f"{of}: doc must be a text, not {doc!r}")
-
-
-@dataclass(frozen=True)
-class Field:
-    """Bits `lo`..`hi` (inclusive) of a register; `mode` None: the register's own mode."""
-
-    lo: int
-    hi: int
-    mode: Mode | None = None
-    doc: str = ""
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        of = f"a field of bits {self.lo}..{self.hi}"
-        _check_arguments(of, {"lo": self.lo, "hi": self.hi}, RW if self.mode is None else self.mode, self.doc)
-
-    @cached_property
-    def mask(self) -> int:
-        """The field's bits in the register, all ones."""
-        return ((1 << (self.hi - self.lo + 1)) - 1) << self.lo
-
-    def of(self, value: int) -> int:
-        """The field's value in a register's value."""
-        return (value & self.mask) >> self.lo
-
-    def put(self, value: int, field: int) -> int:
-        """A register's `value` with the field set to `field`.  ValueError: `field` does not fit."""
-        if field << self.lo & ~self.mask or field < 0:
-            raise ValueError(f"{field:#x} does not fit into {self.name} ({self.hi - self.lo + 1} bits)")
-        return value & ~self.mask | field << self.lo
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        object.__setattr__(self, "name", name)
-
-    @overload
-    def __get__(self, layout: None, owner: type) -> Field: ...
-    @overload
-    def __get__(self, layout: Layout, owner: type) -> int: ...
-    def __get__(self, layout: Layout | None, owner: type) -> Field | int:
-        return self if layout is None else self.of(layout.value)
-
-
-def Bit(n: int, mode: Mode | None = None, *, doc: str = "") -> Field:
-    """A field of one bit."""
-    return Field(n, n, mode, doc)
-
-
-def Bits(lo: int, hi: int, mode: Mode | None = None, *, doc: str = "") -> Field:
-    """A field of bits `lo`..`hi`, inclusive."""
-    return Field(lo, hi, mode, doc)
-
-
-class Layout:
-    """The fields of a register; an instance wraps a value: `Control(value).RUN`."""
-
-    fields: ClassVar[tuple[Field, ...]] = ()
-
-    def __init_subclass__(cls) -> None:
-        fields = sorted((f for f in vars(cls).values() if isinstance(f, Field)), key=lambda f: f.lo)
-        for field in fields:
-            if not 0 <= field.lo <= field.hi < 64:
-                raise RegisterError(f"{cls.__name__}.{field.name}: bits {field.lo}..{field.hi} are not within 0..63")
-        for left, right in pairwise(fields):
-            if right.lo <= left.hi:
-                raise RegisterError(f"{cls.__name__}: {left.name} and {right.name} overlap")
-        cls.fields = tuple(fields)
-
-    def __init__(self, value: int = 0) -> None:
-        self.value = value
-
-    def __int__(self) -> int:
-        return self.value
-
-    def __repr__(self) -> str:
-        inner = ", ".join(f"{f.name}={f.of(self.value):#x}" for f in self.fields)
-        return f"{type(self).__name__}({inner})"
+#: Most registers of a bank, those of arrays included.
+MAX_REGISTERS = 1 << 16
 
 
 class Register:
@@ -170,7 +71,7 @@ class Register:
         RegisterError: an argument is of the wrong type.
         """
         of = f"{type(self).__name__} at {offset:#x}" if isinstance(offset, int) else type(self).__name__
-        _check_arguments(of, {"offset": offset, "reset": reset}, mode, doc)
+        check_arguments(of, {"offset": offset, "reset": reset}, mode, doc)
         if layout is not None and not (isinstance(layout, type) and issubclass(layout, Layout)):
             raise RegisterError(f"{of}: layout must be a class derived from Layout, not {layout!r}")
         for name, flag in (("ioeventfd", ioeventfd), ("sticky", sticky)):
@@ -190,6 +91,13 @@ class Register:
         self.bank: type[RegisterBank] | None = None
         self._index = offset // (self.width // 8)
 
+    def placed(self, name: str, at: int) -> Self:
+        """A copy of the register with another name, `at` bytes further on: an element of an array."""
+        copied = copy.copy(self)
+        copied.name, copied.offset = name, self.offset + at
+        copied._index = copied.offset // self.size
+        return copied
+
     @property
     def size(self) -> int:
         """The register's size in bytes."""
@@ -208,12 +116,48 @@ class Register:
                 mask = mask | field.mask if field.mode in modes else mask & ~field.mask
         return mask
 
+    def masks(self) -> dict[Mode, int]:
+        """The bits of each access mode that the register has."""
+        masks = {self.mode: (1 << self.width) - 1}
+        for field in self.fields:
+            if field.mode is not None:
+                masks = {mode: mask & ~field.mask for mode, mask in masks.items()}
+                masks[field.mode] = masks.get(field.mode, 0) | field.mask
+        return {mode: mask for mode, mask in masks.items() if mask}
+
+    @cached_property
+    def writes(self) -> dict[Write, int]:
+        """By what a write does: the bits that it does that to."""
+        found: dict[Write, int] = {}
+        for mode, mask in self.masks().items():
+            if mode.write is not Write.NOTHING:
+                found[mode.write] = found.get(mode.write, 0) | mask
+        return found
+
+    @cached_property
+    def reads(self) -> dict[Read, int]:
+        """By what a read does: the bits that it does that to."""
+        found: dict[Read, int] = {}
+        for mode, mask in self.masks().items():
+            if mode.read is not Read.NOTHING:
+                found[mode.read] = found.get(mode.read, 0) | mask
+        return found
+
     def written(self, stored: int, value: int, enabled: int) -> int:
         """The new value after a write of `value` to the bits in `enabled`, by access modes; WO bits as written."""
-        value &= enabled
-        store = self.mask(RW, WO) & enabled
-        new = stored & ~store | value & store
-        return new & ~(value & self.mask(W1C)) | value & self.mask(W1S)
+        for write, mask in self.writes.items():
+            stored = write.apply(stored, value, mask if write in _WHOLE else mask & enabled)
+        return stored
+
+    @property
+    def exits_on_write(self) -> bool:
+        """Whether the shim leaves writes to Python, as it does not know all of the access modes."""
+        return bool(self.writes.keys() - _IN_SHIM)
+
+    @property
+    def exits_on_read(self) -> bool:
+        """Likewise for reads."""
+        return Read.SETS in self.reads
 
     def check(self, bank: type[RegisterBank]) -> None:
         """Checks the declaration, now that its bank is known.  RegisterError."""
@@ -241,12 +185,18 @@ class Register:
             return self
         return bank.cells[self.width][self._index]
 
-    def __set__(self, bank: RegisterBank, value: int) -> None:
-        bank.cells[self.width][self._index] = value
+    def __set__(self, bank: RegisterBank, value: SupportsIndex) -> None:
+        bank.cells[self.width][self._index] = value  # type: ignore[call-overload]  # memoryviews take any index
 
     def __repr__(self) -> str:
         bank = self.bank.__name__ if self.bank else "?"
         return f"<{bank}.{self.name} at {self.offset:#x}>"
+
+
+#: Writes that the shim carries out itself.
+_IN_SHIM = {Write.PASSES, Write.STORES, Write.ONE_CLEARS, Write.ONE_SETS}
+#: Writes that concern all their bits, whatever bytes are written.
+_WHOLE = {Write.CLEARS, Write.SETS}
 
 
 class Reg8(Register):
@@ -280,7 +230,59 @@ def _size_mask(sizes: tuple[int, ...], misaligned: bool, where: str) -> int:
     return ALL_SIZES if mask | SIZE_ODD == ALL_SIZES else mask
 
 
-class RegisterBank:
+class Part:
+    """What a bank contains besides single registers: see vmodel.register_files.
+
+    As an attribute of a bank's instance it is what `bound` returns, made when it is first used.
+    """
+
+    name = "?"
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def registers(self) -> Iterator[Register]:
+        """Yields the registers of this part, with their names and offsets in the bank."""
+        return iter(())
+
+    def memory(self) -> Iterator[Part]:
+        """Yields the memories of this part, with their names and offsets in the bank."""
+        return iter(())
+
+    def placed(self, name: str, at: int) -> Part:
+        """A copy of this part with another name, `at` bytes further on."""
+        raise NotImplementedError
+
+    def check(self, bank: type[RegisterBank]) -> None:
+        """Checks the declaration, now that its bank is known.  RegisterError."""
+
+    def of_class(self, path: str, registers: Mapping[str, Register]) -> Any:
+        """What the bank's class has under this part's name; `registers`: those of the bank, by path."""
+        return self
+
+    def bound(self, bank: RegisterBank) -> Any:
+        """What a bank's instance has under this part's name."""
+        raise NotImplementedError
+
+    def __get__(self, bank: RegisterBank | None, owner: type[RegisterBank]) -> Any:
+        if bank is None:
+            return self.of_class(self.name, owner.by_name)
+        # There is no __set__, so that Python finds this in the instance from now on.
+        return vars(bank).setdefault(self.name, self.bound(bank))
+
+
+class _BankType(type):
+    """The type of bank classes: says what there is instead of an attribute that there is not."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(cls, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(f"{cls.__name__} has no attribute {name}", name=name, obj=cls)
+            raise AttributeError(cls._no_register(name), name=name, obj=cls)
+
+
+class RegisterBank(metaclass=_BankType):
     """A range of registers, `size` bytes long.  An instance holds the registers of one device."""
 
     size: ClassVar[int]
@@ -288,7 +290,13 @@ class RegisterBank:
     sizes: ClassVar[tuple[int, ...]]
     #: Whether accesses need not be naturally aligned.
     misaligned: ClassVar[bool]
+    #: All registers in ascending order, those of register files and arrays included: "DMA[2].CONTROL".
     registers: ClassVar[tuple[Register, ...]] = ()
+    by_name: ClassVar[Mapping[str, Register]] = {}
+    #: Register files, arrays and memories, as declared.
+    parts: ClassVar[tuple[Part, ...]] = ()
+    #: Memories in ascending order, those of register files included; see vmodel.register_files.RamArea.
+    memories: ClassVar[tuple[Any, ...]] = ()
     #: By register name: its width, and its index in `cells[width]`.
     _places: ClassVar[dict[str, tuple[int, int]]] = {}
 
@@ -300,15 +308,23 @@ class RegisterBank:
         if size <= 0:
             raise RegisterError(f"{cls.__name__}: size {size} is not positive")
         registers = [r for r in vars(cls).values() if isinstance(r, Register)]
-        registers.sort(key=lambda r: r.offset)
+        cls._places = {r.name: (r.width, r.offset // r.size) for r in registers}
+        cls.parts = tuple(part for part in vars(cls).values() if isinstance(part, Part))
+        for part in cls.parts:
+            part.check(cls)
+            registers += part.registers()
+            if len(registers) > MAX_REGISTERS:
+                raise RegisterError(f"{cls.__name__}.{part.name}: more than {MAX_REGISTERS} registers")
         for register in registers:
             register.bank = cls
             register.check(cls)
-        for left, right in pairwise(registers):
+        cls.registers = tuple(sorted(registers, key=lambda r: r.offset))
+        cls.by_name = {register.name: register for register in cls.registers}
+        memories = [memory for part in cls.parts for memory in part.memory()]
+        cls.memories = tuple(sorted(memories, key=lambda m: m.offset))
+        for left, right in pairwise(sorted((*cls.registers, *cls.memories), key=lambda r: r.offset)):
             if right.offset < left.offset + left.size:
                 raise RegisterError(f"{cls.__name__}: {left.name} and {right.name} overlap")
-        cls.registers = tuple(registers)
-        cls._places = {r.name: (r.width, r.offset // r.size) for r in registers}
 
     view: memoryview
     #: The same bytes as arrays of 8, 16, 32 and 64-bit numbers: registers and host are little-endian (see wire).
@@ -325,12 +341,17 @@ class RegisterBank:
         }
         vars(self).update(view=view, cells=cells)
 
-    def __setattr__(self, name: str, value: int) -> None:
+    def __setattr__(self, name: str, value: SupportsIndex) -> None:
         place = self._places.get(name)
         if place is None:
             raise RegisterError(self._no_register(name))
         width, index = place
-        self.cells[width][index] = value
+        self.cells[width][index] = value  # type: ignore[call-overload]  # memoryviews take any index
+
+    @property
+    def fields(self) -> Any:
+        """The fields of the registers, to read and to set: `regs.fields.CONTROL.RUN = 1`.  No hooks run."""
+        return _BankFields(self)
 
     if not TYPE_CHECKING:  # a type checker finds such names itself
 
@@ -340,12 +361,13 @@ class RegisterBank:
 
     @classmethod
     def _no_register(cls, name: str) -> str:
-        close = difflib.get_close_matches(name, cls._places, 1)
-        hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(cls._places) or 'none'}"
-        return f"{cls.__name__} has no register {name}{hint}"
+        return near(cls.__name__, "register", name, [*cls._places, *(part.name for part in cls.parts)])
 
     def load_reset(self, *, everything: bool = False) -> None:
-        """Stores the reset values; sticky registers keep theirs unless `everything`."""
+        """Stores the reset values; sticky registers and memories keep theirs unless `everything`."""
+        if everything:
+            for memory in self.memories:
+                self.view[memory.offset : memory.offset + memory.size] = bytes(memory.size)
         for register in self.registers:
             if everything or not register.sticky:
                 register.__set__(self, register.reset)
@@ -358,18 +380,21 @@ class RegisterBank:
         for register in cls.registers:
             at = slice(register.offset, register.offset + register.size)
             for array, mask in (
-                (policy.store, register.mask(RW)),
-                (policy.w1c, register.mask(W1C)),
-                (policy.w1s, register.mask(W1S)),
-                (policy.rc, register.mask(RC)),
+                (policy.store, register.writes.get(Write.STORES, 0)),
+                (policy.w1c, register.writes.get(Write.ONE_CLEARS, 0)),
+                (policy.w1s, register.writes.get(Write.ONE_SETS, 0)),
+                (policy.rc, register.reads.get(Read.CLEARS, 0)),
             ):
                 array[at] = mask.to_bytes(register.size, "little")
-            exits = EXIT_ON_READ if register in hooked_reads else 0
-            exits |= EXIT_ON_WRITE if register in hooked_writes else 0
+            exits = EXIT_ON_READ if register in hooked_reads or register.exits_on_read else 0
+            exits |= EXIT_ON_WRITE if register in hooked_writes or register.exits_on_write else 0
             policy.exits[at] = bytes([exits]) * register.size
             if register.sizes is not None:
                 mask = _size_mask(register.sizes, cls.misaligned, f"{cls.__name__}.{register.name}")
                 policy.sizes[at] = bytes([mask]) * register.size
+        for memory in cls.memories:
+            if memory.mode is RW:
+                policy.store[memory.offset : memory.offset + memory.size] = b"\xff" * memory.size
         return policy
 
     @classmethod
@@ -394,6 +419,48 @@ class RegisterBank:
                     for f in register.fields
                 ],
             }
+
+
+class _BankFields:
+    """`bank.fields`: the fields of each register."""
+
+    __slots__ = ("_bank",)
+
+    def __init__(self, bank: RegisterBank) -> None:
+        self._bank = bank
+
+    def __getattr__(self, name: str) -> _RegisterFields:
+        register = vars(type(self._bank)).get(name)
+        if not isinstance(register, Register):
+            raise AttributeError(self._bank._no_register(name), name=name, obj=self._bank)
+        return _RegisterFields(self._bank, register)
+
+
+class _RegisterFields:
+    """`bank.fields.CONTROL`: the fields of one register, as attributes."""
+
+    __slots__ = ("_place",)
+
+    _place: tuple[RegisterBank, Register]
+
+    def __init__(self, bank: RegisterBank, register: Register) -> None:
+        object.__setattr__(self, "_place", (bank, register))
+
+    def _field(self, name: str) -> Field:
+        _, register = self._place
+        for field in register.fields:
+            if field.name == name:
+                return field
+        known = [field.name for field in register.fields]
+        raise AttributeError(near(repr(register), "field", name, known), name=name, obj=self)
+
+    def __getattr__(self, name: str) -> int:
+        bank, register = self._place
+        return self._field(name).of(register.__get__(bank, type(bank)))
+
+    def __setattr__(self, name: str, value: int) -> None:
+        bank, register = self._place
+        register.__set__(bank, self._field(name).put(register.__get__(bank, type(bank)), value))
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def test_wrong_registers_fail_at_definition() -> None:
         type("Bank", (RegisterBank,), {}, size=0)
 
 
-MODES = "RO, RW, WO, W1C, W1S, RC, RESERVED of vmodel.regs"
+MODES = "RO, RW, WO, W1C, W1S, RC, RESERVED or another Mode of vmodel.regs"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from vmodel._shim import FunctionRegions
 from vmodel._shim import key as access_key
-from vmodel.regs import Mode, Register, RegisterBank
+from vmodel.modes import Read, Write
+from vmodel.regs import Register, RegisterBank
 from vmodel.span import Span
 from vmodel.threads import Owner, owned
 
@@ -57,13 +58,16 @@ class HookedRegister:
         return self._register.__get__(self._bank, type(self._bank))
 
     def read(self, offset: int, count: int) -> bytes:
-        """Reads `count` bytes of the register: those of the read hook's result."""
-        assert self._reader is not None
-        # The hook gets the value from before a read-to-clear.
-        value = self._reader(self._stored) & self._full
-        if self._register.mask(Mode.RC):
+        """Reads `count` bytes of the register: those of the read hook's result, if there is one."""
+        # The hook gets the value from before what a read does to it.
+        stored = self._stored
+        value = stored if self._reader is None else self._reader(stored) & self._full
+        if Read.CLEARS in self._register.reads:
             self._function.plain_read(self._region, offset, count)
         first = offset - self.span.start
+        if Read.SETS in self._register.reads:
+            bytes_read = ((1 << 8 * count) - 1) << 8 * first
+            self._register.__set__(self._bank, self._stored | self._register.reads[Read.SETS] & bytes_read)
         return value.to_bytes(self._register.size, "little")[first : first + count]
 
     def write(self, offset: int, data: bytes) -> None:
@@ -73,19 +77,18 @@ class HookedRegister:
 
     def _write(self, value: int, enabled: int) -> None:
         """Writes the bits in `enabled`; other bits keep their value, WO bits are never stored."""
-        assert self._writer is not None
         new = self._register.written(self._stored, value, enabled)
-        result = self._writer(new)
+        result = None if self._writer is None else self._writer(new)
         if result is not None:
             new = result & self._full
-        kept = self._register.mask(Mode.WO)
+        kept = self._register.writes.get(Write.PASSES, 0)
         # Read again, as the hook may have changed the register itself.
         self._register.__set__(self._bank, self._stored & kept | new & ~kept)
 
     def whole_read(self) -> Callable[[], int]:
         """A function that reads the whole register, as drivers nearly always do: the fast path."""
         register, reader, full = self._register, self._reader, self._full
-        if register.mask(Mode.RC) or reader is None:
+        if register.reads or reader is None:
             return lambda: int.from_bytes(self.read(self.span.start, register.size), "little")
         cell, at = self._bank.cells[register.width], register.offset // register.size
         return lambda: reader(cell[at]) & full
@@ -93,7 +96,7 @@ class HookedRegister:
     def whole_write(self) -> Callable[[int], None]:
         """A function that writes the whole register: the fast path."""
         register, writer, full = self._register, self._writer, self._full
-        if register.mask(Mode.RW) != full or writer is None:
+        if register.writes.get(Write.STORES) != full or writer is None:
             return lambda value: self._write(value, full)
         cell, at = self._bank.cells[register.width], register.offset // register.size
 
@@ -140,14 +143,16 @@ class Regions:
         """Adds the hooks of a bank at offset `at` of the region."""
         for register in bank.registers:
             reader, writer = readers.get(register), writers.get(register)
-            if reader is None and writer is None:
+            exits_on_read = reader is not None or register.exits_on_read
+            exits_on_write = writer is not None or register.exits_on_write
+            if not exits_on_read and not exits_on_write:
                 continue
             hooked = HookedRegister(self._function, region, at, bank, register, reader, writer)
             key = access_key(region, hooked.span.start, register.size)
-            if reader is not None:
+            if exits_on_read:
                 insort(self._readers.setdefault(region, []), hooked, key=_start)
                 self._whole_reads[key] = hooked.whole_read()
-            if writer is not None:
+            if exits_on_write:
                 insort(self._writers.setdefault(region, []), hooked, key=_start)
                 self._whole_writes[key] = hooked.whole_write()
 

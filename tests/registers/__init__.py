@@ -1,0 +1,1 @@
+"""Registers: access modes, arrays, specifications."""
