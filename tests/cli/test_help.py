@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -90,8 +91,12 @@ def test_bash_proposes_models(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_bash_proposes_machine_files(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text("")
-    (tmp_path / "a.txt").write_text("")
+    """Of TOML files only those with a table [machine], although they may be wrong still."""
+    (tmp_path / "a.toml").write_text("# half written\n[machine]\nname = ")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "a"\n')
+    (tmp_path / "plan.toml").write_text('[[rule]]\npoint = "irq"\n')
+    (tmp_path / "a.txt").write_text("[machine]\n")
+    os.mkfifo(tmp_path / "fifo.toml")
     assert completed("vmodel serve ", tmp_path) == ["a.toml"]
     examples = f"{ROOT}/examples"
     assert completed(f"vmodel iommu show {examples}/edu-v", tmp_path) == [

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.commands import EXAMPLE, ROOT, in_terminal, vmodel
+from vmodel.cli import bench
+from vmodel.cli.bench import Figure
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +49,24 @@ def test_no_style_is_escaped(tmp_path: Path, command: list[str | Path]) -> None:
     env = {"HOME": str(tmp_path), "TERM": "xterm-256color", "SHELL": "/bin/bash"}
     shown = in_terminal(*command, env=env)
     assert shown and b"\\u001b" not in shown, shown
+
+
+@pytest.mark.parametrize("model", ["edu", "nvme"])
+def test_80_columns_lose_nothing(model: str) -> None:
+    """Text folds into more lines; figures and names stay whole."""
+    env = {"TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "80"}
+    narrow = in_terminal("regs", model, env=env).decode().removesuffix("status 0").split()
+    assert "\u2026" not in "".join(narrow)
+    wide = vmodel("regs", model).stdout.split()
+    assert sorted(narrow) == sorted(wide)
+
+
+def test_figures_of_a_benchmark_fit_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = [Figure("random write", 128 << 10, 128, 1234567.0, 1234567.0, 23456.7, 0.98, 1234.5, 12345.6, 123456.7)]
+    bench._show(figures)
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines[-1].split()) == "write 128 KiB 128 1,234,567 1,234,567 23,457 0.98 1234.5 12345.6 123456.7"
+    assert max(map(len, lines)) <= 80
 
 
 def test_groups_are_coloured() -> None:

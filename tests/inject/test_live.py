@@ -61,6 +61,13 @@ def test_check(plan: Path, tmp_path: Path) -> None:
     assert vmodel("plan", "check", plan).returncode == 0
     said = refused(vmodel("plan", "check", plan, "--machine", EXAMPLE))
     assert said == f"{plan}: rule[0] (blind).register: no register is called 'IDD': did you mean 'ID'?"
+    # All mistakes at once; a rule without a name has that of the log.
+    plan.write_text(f'{PLAN}\n[[rule]]\npoint = "irq"\ndevice = "edu1"\ndo = "drop"\n'.replace("ID", "IDD"))
+    done = vmodel("plan", "check", plan, "--machine", EXAMPLE)
+    assert [line.removeprefix(f"vmodel: {plan}: ").partition(": ")[0] for line in done.stderr.splitlines()] == [
+        "rule[0] (blind).register",
+        "rule[1] (rule2).device",
+    ]
     plan.write_text(PLAN.replace("ones", "once"))
     assert refused(vmodel("plan", "check", plan)).startswith(f"{plan}: rule[0] (blind).do: 'once': there is no action")
     assert refused(vmodel("plan", "check", tmp_path / "no.toml")).endswith("cannot be read: No such file or directory")

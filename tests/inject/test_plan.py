@@ -78,8 +78,8 @@ WRONG = [
     ("seed = -1", "seed: -1: input should be greater than or equal to 0"),
     ("x = [", "line 1: 'x = [': is not valid TOML: invalid value"),
     ('[rule]\npoint = "irq"', "must be written [[rule]], in two brackets, as there may be several"),
-    ('[[rule]]\npoint = "irq"', 'rule[0].do: is missing, as do = "drop"'),
-    ('[[rule]]\ndo = "drop"', 'rule[0].point: is missing, as point = "dma.write"'),
+    ('[[rule]]\npoint = "irq"', 'rule[0] (rule1).do: is missing, as do = "drop"'),
+    ('[[rule]]\ndo = "drop"', 'rule[0] (rule1).point: is missing, as point = "dma.write"'),
     ('[[rule]]\nname = "a"\npoint = "irq"\ndo = "drop"\n' * 2, "rule[1] (a).name: 'a' is used twice"),
     ("[heal]", 'heal.after: is missing, as after = "20s"'),
 ]

@@ -280,10 +280,11 @@ def plot(figures: Sequence[Figure]) -> str:
 
 
 def _show(figures: Sequence[Figure]) -> None:
-    table = Table("what", "block", "depth", "IOPS", "IOPS/core", "MiB/s", "of memcpy", "p50 µs", "p99 µs", "p99.9 µs")
+    heads = ("random", "block", "depth", "IOPS", "IOPS/core", "MiB/s", "of\nmemcpy", "p50\nµs", "p99\nµs", "p99.9\nµs")
+    table = Table(*heads, box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns are enough
     for f in figures:
         table.add_row(
-            f.what,
+            f.what.removeprefix("random "),
             f"{f.block // KiB} KiB",
             str(f.depth),
             f"{f.iops:,.0f}",

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
 from rich.logging import RichHandler
 from rich.segment import Segment
+from rich.table import Table
 
 from vmodel.printable import printable
 
@@ -129,9 +130,18 @@ def console(stream: TextIO | None = None) -> Console:
     return made
 
 
+def _keep_figures(table: Table) -> None:
+    """In a narrow terminal, columns of text fold into lines; rich would cut figures and names, too."""
+    for column in table.columns:
+        column.overflow = "fold"
+        column.no_wrap = not any(" " in str(cell).strip() for cell in column.cells)
+
+
 def show(shown: RenderableType, out: Console) -> None:
     """Prints a table or a tree; outside a terminal without trailing blanks."""
     if out.is_terminal:
+        if isinstance(shown, Table):
+            _keep_figures(shown)
         out.print(shown, highlight=False)
         return
     with out.capture() as text:

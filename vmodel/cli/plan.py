@@ -12,6 +12,7 @@ from vmodel.cli.output import log_to_stderr
 from vmodel.cli.serve import loaded
 from vmodel.errors import ConfigError
 from vmodel.inject import Engine, FaultPlan
+from vmodel.inject.plan import automatic_name
 from vmodel.machine import Machine
 
 app = typer.Typer(
@@ -55,8 +56,8 @@ def _check(path: Path, machine: Machine | None) -> None:
     plan = FaultPlan.load(path)
     if machine is not None:
         Engine(plan, machine.devices).close()
-    for n, rule in enumerate(plan.rule, 1):
-        print(f"{rule.name or f'rule{n}'}: {rule.text()}")
+    for n, rule in enumerate(plan.rule):
+        print(f"{rule.name or automatic_name(n)}: {rule.text()}")
     print(f"{path}: {len(plan.rule)} rule{'' if len(plan.rule) == 1 else 's'}, seed {plan.seed}")
 
 

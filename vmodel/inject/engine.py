@@ -69,7 +69,8 @@ class Engine(Closing):
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] | None = None,
     ) -> None:
-        """`path`: the file of the log.  ConfigError: a rule names a device or register that does not exist.
+        """`path`: the file of the log.  ConfigError: a rule names a device or register that does not exist; a
+        line for each.
 
         `clock`: the seconds that schedules and `heal` go by; `sleep`: blocks a device's thread for so many seconds,
         where they are not real seconds.
@@ -90,19 +91,21 @@ class Engine(Closing):
         self._held: list[tuple[Point, str, Injection, Callable[[], object]]] = []
         self._healed = False
         self._heal = None
-        if plan.heal is not None and plan.heal.on is not None:
-            try:
-                self._heal = Predicate(plan.heal.on, self._maps, plan.base)
-            except ConfigError as error:
-                raise ConfigError(_bare(error), file=plan.file, key=f"heal.on.{error.key}") from error
+        wrong: list[ConfigError] = []
         for n, rule in enumerate(plan.rule):
             try:
                 self._add(rule)
             except ConfigError as error:
                 file, place = plan.place(n)
-                raise ConfigError(
-                    _bare(error), file=file, key=f"{place}.{error.key}" if file else f"{place}: {error.key}"
-                ) from error
+                key = f"{place}.{error.key}" if file else f"{place}: {error.key}"
+                wrong.append(ConfigError(_bare(error), file=file, key=key))
+        if plan.heal is not None and plan.heal.on is not None:
+            try:
+                self._heal = Predicate(plan.heal.on, self._maps, plan.base)
+            except ConfigError as error:
+                wrong.append(ConfigError(_bare(error), file=plan.file, key=f"heal.on.{error.key}"))
+        if wrong:
+            raise wrong[0] if len(wrong) == 1 else ConfigError("\n".join(map(str, wrong)))
         self._arm()
 
     # ---- rules -----------------------------------------------------------------------------

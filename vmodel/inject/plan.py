@@ -154,6 +154,11 @@ class Rule(Match):
         return " ".join([point, *parts])
 
 
+def automatic_name(n: int) -> str:
+    """What the log and `vmodel inject list` call rule `n` of a plan, counted from 0, if it has no name of its own."""
+    return f"rule{n + 1}"
+
+
 def keyed(rule: Rule) -> str:
     """The text that seeds a rule's generators: its name, or its content."""
     return rule.name or json.dumps(rule.plain(), sort_keys=True)
@@ -207,7 +212,7 @@ class FaultPlan(BaseModel):
         """The place of rule `n`, for errors: its file and key, or None and the text of a rule from the command line."""
         rule = self.rule[n]
         if n < self._in_file:
-            return self._file, f"rule[{n}]" + (f" ({rule.name})" if rule.name else "")
+            return self._file, f"rule[{n}] ({rule.name or automatic_name(n)})"
         return None, rule.text()
 
     @model_validator(mode="after")
@@ -273,5 +278,5 @@ def _placed(error: ConfigError, raw: Any) -> ConfigError:
     rules = raw.get("rule") if isinstance(raw, dict) else None
     if bracket and number.isdigit() and isinstance(rules, list) and isinstance(rules[int(number)], dict):
         name = rules[int(number)].get("name")
-        key = f"{prefix}]{f' ({name})' if isinstance(name, str) and name else ''}{rest}"
+        key = f"{prefix}] ({name if isinstance(name, str) and name else automatic_name(int(number))}){rest}"
     return ConfigError(text, file=error.file, key=key)
