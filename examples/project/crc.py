@@ -1,29 +1,15 @@
-"""A card that computes the CRC-32 of guest memory."""
+"""A card that computes the CRC-32 of guest memory.  Its registers are specified in crc.rdl."""
 
 import zlib
 
 from vmodel.device import MmioBar, Msi, PciDevice, on_write
 from vmodel.errors import DmaFault
-from vmodel.regs import RO, W1C, Bit, Layout, Reg32, Reg64, RegisterBank
+from vmodel.spec import load
 
 LARGEST = 1 << 20
-
-
-class Status(Layout):
-    """The result of the last command."""
-
-    DONE = Bit(0)
-    ERROR = Bit(1, doc="memory could not be read, or LENGTH was wrong")
-
-
-class CrcRegs(RegisterBank, size=0x20):
-    """Registers of the card."""
-
-    ID = Reg32(0x00, RO, reset=0xC3C32001)
-    LENGTH = Reg32(0x04, doc="in bytes, up to 1 MiB; writing it starts the work")
-    SOURCE = Reg64(0x08, doc="bus address")
-    STATUS = Reg32(0x10, W1C, layout=Status)
-    RESULT = Reg32(0x14, RO)
+#: The card's registers.
+CrcRegs = load("crc.rdl")
+Status = CrcRegs.STATUS.layout
 
 
 class Crc(PciDevice):

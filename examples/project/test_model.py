@@ -1,6 +1,8 @@
 """The model, without a guest."""
 
+import re
 import zlib
+from pathlib import Path
 
 import pytest
 from crc import Crc, CrcRegs, Status
@@ -59,3 +61,12 @@ def test_the_model_alone(fake_memory):
     result = card.regs.RESULT
     assert result == zlib.crc32(b"abc")
     card.close()
+
+
+def test_the_drivers_header():
+    """driver/crc_regs.h has the offsets and bits of crc.rdl."""
+    text = (Path(__file__).parent / "driver" / "crc_regs.h").read_text()
+    defined = {name: int(value, 16) for name, value in re.findall(r"#define CRC_(\w+) (0x\w+)", text)}
+    expected = {register.name: register.offset for register in CrcRegs.registers}
+    expected |= {f"STATUS_{name}": getattr(Status, name).mask for name in ("DONE", "ERROR")}
+    assert defined == {**expected, "ID_RESET": CrcRegs.ID.reset}

@@ -1,52 +1,136 @@
-"""A user's project, with the wheel of this tree in a virtual environment of its own."""
+"""What users install, and a project of theirs: wheel, source distribution, and CI in a clean environment."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.pages import write_files
+from vmodel.guest.artifacts import cache_dir
 from vmodel.patience import patience
 
+yaml = pytest.importorskip("yaml", reason="needs the extra `docs`")
 pytestmark = pytest.mark.guest
 ROOT = Path(__file__).parents[2]
+#: What is no part of the project.
+LEFT_OUT = (".*", "__pycache__", "*.so", "*.egg-info", "build", "site", "artifacts", "*.runs")
 
 
-def run(*line: object, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(*line: object, folder: Path, environ: dict[str, str] | None = None) -> str:
+    """A program's stdout."""
     done = subprocess.run(
-        list(map(str, line)), cwd=folder, capture_output=True, text=True, timeout=patience(300), check=False
+        list(map(str, line)),
+        cwd=folder,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=patience(300),
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return done.stdout
 
 
-def test_a_users_project(tmp_path: Path) -> None:
-    """What docs/testing.md says to do, from the wheel on: its tests pass side by side, with and without guests."""
+def clean_environment(home: Path, **more: str) -> dict[str, str]:
+    """Only what a CI job has; from this one's, how pip and the tests reach their files."""
+    kept = {
+        k: v for k, v in os.environ.items() if k.startswith(("PIP_", "VMODEL_SLOW")) or k.lower().endswith("_proxy")
+    }
+    if (pip := Path("~/.config/pip").expanduser()).is_dir():
+        shutil.copytree(pip, home / ".config" / "pip", dirs_exist_ok=True)
+    return {**kept, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(home), "LANG": "C.UTF-8", **more}
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
     # A copy, as building leaves files in the tree.
-    tree = tmp_path / "tree"
-    unwanted = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "build", "artifacts", "tests", "docs")
-    shutil.copytree(ROOT, tree, ignore=unwanted)
-    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "wheels")
-    run(sys.executable, *build, tree, folder=tmp_path)
-    (wheel,) = (tmp_path / "wheels").glob("vmodel-*.whl")
+    shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*LEFT_OUT, "tests"))
+    make = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", make, folder, folder=folder / "tree")
+    (made,) = folder.glob("vmodel-*.tar.gz")
+    return made
 
-    run(sys.executable, "-m", "venv", tmp_path / "venv", folder=tmp_path)
-    python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", wheel, "pytest", "pytest-xdist", folder=tmp_path)
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made from the source distribution, by pip in a new virtual environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "venv", folder / "venv", folder=folder)
+    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, sdist)
+    run(folder / "venv" / "bin" / "python", *build, folder=folder, environ=clean_environment(folder))
+    (made,) = folder.glob("vmodel-*.whl")
+    return made
+
+
+def documents() -> set[str]:
+    """The documents and examples of this tree."""
+    found = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
+    for folder in ("ci", "docs", "examples"):
+        for path in (ROOT / folder).rglob("*"):
+            parts = path.relative_to(ROOT).parts
+            if path.is_file() and not any(Path(part).match(pattern) for part in parts for pattern in LEFT_OUT):
+                found.add("/".join(parts))
+    return found
+
+
+def test_what_is_in_them(sdist: Path, wheel: Path) -> None:
+    """One wheel for all versions of Python; both have all documents and examples."""
+    assert "-cp311-abi3-linux_" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    place = f"{'-'.join(wheel.name.split('-')[:2])}.data/data/share/doc/vmodel/"
+    assert {name.removeprefix(place) for name in names if name.startswith(place)} == documents()
+    assert {"vmodel/_vmshim.abi3.so", "vmodel/py.typed"} <= set(names)
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "c_shim").glob("*.[ch]")}
+    assert documents() | sources | {"pyproject.toml", "setup.py"} <= held
+
+
+def test_a_users_project(wheel: Path, tmp_path: Path) -> None:
+    """What ci/gitlab.yml runs, and then docs/testing.md says to do: tests without guests, and on two kernels."""
     project = tmp_path / "project"
-    shutil.copytree(ROOT / "examples" / "project", project, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "examples" / "project", project, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    (script,) = yaml.safe_load((ROOT / "ci" / "gitlab.yml").read_text())[".vmodel"]["before_script"]
+    environ = clean_environment(
+        tmp_path,
+        VMODEL=f"{wheel}[registers]",
+        VMODEL_KERNELS="stable backports",
+        VMODEL_ACCEL="tcg",
+        XDG_CACHE_HOME=str(cache_dir().parent),
+    )
 
-    where = run(python, "-c", "import vmodel; print(vmodel.__file__)", folder=project).stdout
-    assert str(tmp_path / "venv") in where
-    quick = run(python, "-m", "pytest", "-m", "not guest", folder=project).stdout
-    assert "8 passed, 5 deselected" in quick
-    guests = run(python, "-m", "pytest", "-n", "2", "-m", "guest", folder=project).stdout
-    assert "5 passed" in guests
-    assert not (project / "artifacts").exists()
+    def job(*lines: str) -> str:
+        return run("bash", "-eo", "pipefail", "-c", "\n".join((script, *lines)), folder=project, environ=environ)
+
+    said = job(
+        "python -c 'import vmodel; print(vmodel.__file__)'",
+        "vmodel doctor",
+        "pytest -m 'not guest'",
+        "pytest -n 2 -m guest --vmodel-kernel stable --vmodel-kernel backports --junitxml=report.xml",
+    )
+    assert "guests: kernels stable backports, accelerator tcg" in said
+    assert str(project / ".vmodel-venv" / "lib") in said
+    assert str(project / ".vmodel-venv" / "share" / "doc" / "vmodel") in said  # from the doctor
+    assert "9 passed, 6 deselected" in said
+    assert "12 passed" in said
+    assert (project / "report.xml").is_file() and not (project / "artifacts").exists()
+
+    # On one kernel: its other half would take as long again.
+    campaign = project / "campaign.toml"
+    campaign.write_text(campaign.read_text().replace(', "backports"', ""))
+    bin_folder = project / ".vmodel-venv" / "bin"
+    run(bin_folder / "vmodel", "campaign", campaign, "-j", "2", folder=project, environ=environ)
+    report = run(bin_folder / "vmodel", "report", "campaign.runs", "--format", "junit", folder=project, environ=environ)
+    assert 'tests="4" errors="0" failures="0" skipped="0"' in report
 
 
 def test_without_pytest(tmp_path: Path) -> None:
@@ -54,4 +138,4 @@ def test_without_pytest(tmp_path: Path) -> None:
     project = shutil.copytree(ROOT / "examples" / "project", tmp_path / "project")
     write_files("docs/testing.md", project)
     done = run(sys.executable, "without_pytest.py", folder=project)
-    assert done.stdout.splitlines() == ["not activated", "detected and failed", "not activated"]
+    assert done.splitlines() == ["not activated", "detected and failed", "not activated"]
