@@ -61,8 +61,14 @@ def bridge_args(bridge: Function, number: int) -> list[str]:
     return ["-device", json.dumps(device | _place(bridge))]
 
 
-def device_args(name: str, socket: Path, function: Function, bootindex: int | None = None) -> list[str]:
-    """`-device` for a function that is served on `socket`."""
+#: `x-msg-timeout` in ms, a day, where a debugger may hold up an answer; QEMU's default is 5 s.
+_DEBUG_TIMEOUT = 86_400_000
+
+
+def device_args(
+    name: str, socket: Path, function: Function, bootindex: int | None = None, *, debug: bool = False
+) -> list[str]:
+    """`-device` for a function that is served on `socket`.  `debug`: it waits for answers for a day."""
     device: dict[str, object] = {
         "driver": "vfio-user-pci",
         "id": name,
@@ -70,4 +76,6 @@ def device_args(name: str, socket: Path, function: Function, bootindex: int | No
     }
     if bootindex is not None:
         device["bootindex"] = bootindex
+    if debug:
+        device["x-msg-timeout"] = _DEBUG_TIMEOUT
     return ["-device", json.dumps(device | _place(function))]

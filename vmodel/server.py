@@ -34,6 +34,7 @@ from typing import Self, TypeVar
 from vmodel import _shim
 from vmodel.device import PciDevice
 from vmodel.device.backend import VfioBackend
+from vmodel.device.watchdog import Watchdog
 from vmodel.dma import Buffer
 from vmodel.errors import Access, ConfigError, DmaFault, PeerError, Reason
 from vmodel.logs import limited, report_held
@@ -479,8 +480,11 @@ def _clear_stale(path: Path, what: str) -> None:
 class Server:
     """Serves several devices; a context manager that starts and stops."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, *, watch: bool = True) -> None:
+        """`watch`: names hooks and callbacks of models that do not return; not for a debugger in a hook."""
         self._limits = limits or Limits()
+        self._watch = watch
+        self._watchdog: Watchdog | None = None
         self._endpoints: list[ServedDevice] = []
         self._devices: list[PciDevice] = []
         self._stopped = threading.Event()
@@ -507,6 +511,9 @@ class Server:
             endpoint.device.irqs.max_eventfds = max(share, _LEAST_EVENTFDS)
         for endpoint in self._endpoints:
             endpoint.start()
+        if self._watch:
+            self._watchdog = Watchdog([endpoint.device for endpoint in self._endpoints])
+            self._watchdog.start()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Blocks until another thread calls stop(), or for `timeout` seconds; returns whether stop() was called."""
@@ -523,6 +530,8 @@ class Server:
         deadline = time.monotonic() + STOP_TIMEOUT
         for endpoint in self._endpoints:
             endpoint.join(deadline)
+        if self._watchdog is not None:
+            self._watchdog.stop()
         report_held()
         self._stopped.set()
 

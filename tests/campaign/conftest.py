@@ -27,7 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(LAB, folder / "lab.py")
     (folder / "all.toml").write_text(campaign_file())
     done = vmodel("campaign", "all.toml", "-j", "2", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     return folder / "all.runs"
 
 

@@ -81,7 +81,7 @@ def test_a_case_that_kills(folder: Path, cluster: Any) -> None:
     pids = {worker.pid for worker in cluster.workers.values()}
     path = write(folder, "die now", seeds=1)
     done = vmodel("campaign", path, "--scheduler", cluster.scheduler_address, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     found = [row.result for row in rows(folder / "c.runs") if row.result is not None]
     assert [result.outcome for result in found] == [Outcome.HARNESS] * 2
     assert found[0].evidence[0].text == "its worker process was killed by signal 9"

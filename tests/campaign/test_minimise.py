@@ -116,7 +116,7 @@ def campaign(folder: Path) -> Path:
     )
     path = write(folder, "copy 8", seeds=1, faults={})
     path.write_text(path.read_text() + '[[plan]]\nfile = "many.toml"\n')
-    assert vmodel("campaign", "c.toml", cwd=folder).returncode == 0
+    assert vmodel("campaign", "c.toml", cwd=folder).returncode == 1
     assert [row.result.outcome for row in rows(folder / "c.runs") if row.result][1] is Outcome.CORRUPTION
     return folder
 
@@ -134,7 +134,7 @@ def test_minimise(campaign: Path) -> None:
     assert rule.nth is not None and len(rule.nth) == 1 and rule.probability is None
     # And it is enough.
     (campaign / "many.toml").write_text(text)
-    assert vmodel("campaign", "c.toml", "-o", "again", cwd=campaign).returncode == 0
+    assert vmodel("campaign", "c.toml", "-o", "again", cwd=campaign).returncode == 1
     result = rows(campaign / "again")[1].result
     assert result is not None and (result.outcome, result.injected) == (Outcome.CORRUPTION, 1)
 

@@ -200,7 +200,7 @@ def test_a_worker_that_always_dies(folder: Path) -> None:
     path = write(folder, "die now", seeds=1)
     path.write_text(path.read_text() + '\n[[workload]]\nname = "well"\nrun = "copy 1"\n')
     done = vmodel("campaign", "c.toml", "-j", "2", cwd=folder)
-    assert done.returncode == 0
+    assert done.returncode == 1
     found = {(row.run.workload, row.run.plan): row for row in rows(folder / "c.runs")}
     assert [row.result.outcome.value for row in found.values() if row.result] == [
         "harness error",
@@ -240,7 +240,7 @@ def test_a_worker_that_is_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_bug_of_the_rig(folder: Path) -> None:
     write(folder, "break it", seeds=1)
     done = vmodel("campaign", "c.toml", cwd=folder)
-    assert done.returncode == 0
+    assert done.returncode == 1
     row = rows(folder / "c.runs")[1]
     assert row.result is not None and row.result.outcome is Outcome.HARNESS
     assert re.fullmatch(r"RuntimeError: the lab is broken: it \(lab.py line \d+\)", row.result.evidence[0].text)
@@ -317,7 +317,7 @@ def test_in_a_terminal(folder: Path) -> None:
             while piece := os.read(master, 4096):
                 shown += piece
         watchdog.cancel()
-        assert run.wait(patience(30)) == 0
+        assert run.wait(patience(30)) == 1
     os.close(master)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert "4/4" in text and "3 crash" in text

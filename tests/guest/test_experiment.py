@@ -84,11 +84,17 @@ def test_an_error(edu: Callable[..., Result], artifacts: Path) -> None:
     assert (record["after"], failed.injections) == ("ffffffff", (record,))
 
 
-def test_a_hang(edu: Callable[..., Result]) -> None:
-    """A lost interrupt, and a program that waits for it without end: also where the time limit is multiplied."""
+def test_a_hang(edu: Callable[..., Result], artifacts: Path) -> None:
+    """A lost interrupt, and a program that waits for it without end: also where the time limit is multiplied.
+
+    The artefacts say where the CPU is; that the kernel was asked is no finding.
+    """
     hung = edu("irq nth=1 do=drop", workload="EDU_CHECK_WAIT=-1 ./edu_check", timeout=3)
     assert (hung.outcome, hung.status) == (Outcome.HANG, None)
     assert any(finding.oracle == "time" for finding in hung.evidence)
+    assert "CPU 0: " in (artifacts / "1" / "hang.log").read_text()
+    assert "RIP=" in (artifacts / "1" / "registers.log").read_text()
+    assert not {finding.sign for finding in hung.evidence} & {"warning", "error"}, hung.evidence
 
 
 def test_a_crash(edu: Callable[..., Result], artifacts: Path) -> None:

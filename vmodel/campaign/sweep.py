@@ -20,6 +20,10 @@ _DEFAULTS = ("abort", "fault", "drop", "disconnect", "delay")
 _OWN = ("nth", "every", "first", "probability", "once", "times", "name")
 
 
+class CleanRunError(Exception):
+    """The run without a fault is not as expected: a sweep would say nothing."""
+
+
 class Sweep:
     """The runs of a sweep."""
 
@@ -80,7 +84,7 @@ class Sweep:
 def carry_out(sweep: Sweep, store: ResultStore, runner: Runner, reporter: Reporter, most: int) -> int:
     """Runs a sweep, with at most `most` events failed; returns how many events the clean run had.
 
-    ConfigError: the run without a fault fails, too, or the store has another version of this sweep.
+    CleanRunError: the run without a fault fails, too.  ConfigError: the store has another version of this sweep.
     """
     clean = sweep.clean()
     first = store.rows()[:1]
@@ -95,7 +99,7 @@ def carry_out(sweep: Sweep, store: ResultStore, runner: Runner, reporter: Report
     assert row.result is not None
     if not row.expected:
         why = "; ".join(finding.text for finding in row.result.evidence[:3])
-        raise ConfigError(f"{row.folder}: the run without a fault fails, too: {row.result.outcome.value}: {why}")
+        raise CleanRunError(f"{row.folder}: the run without a fault fails, too: {row.result.outcome.value}: {why}")
     count = sum(int(rule.get("matched", 0)) for rule in row.result.rules)
     if count > most:
         reporter.note(f"{count} events: only the first {most} will fail (--most)")

@@ -54,7 +54,8 @@ def campaign(
 ) -> None:
     """Run a matrix of machines, kernels, workloads, plans and seeds.
 
-    Each result is stored as soon as its run ends.  After an interruption, the same command continues.
+    Each result is stored as soon as its run ends.  After an interruption, the same command continues.  The exit status
+    is 1 if a run is not as expected.
     """
     log_to_stderr(False)
     content, text = load(path)
@@ -115,7 +116,7 @@ def sweep(
     """Fail each event at a point in turn.
 
     Each event (the 1st, the 2nd, the 3rd ...) fails in a run of its own.  A first run without faults counts the
-    events.
+    events.  The exit status is 1 if a run is not as expected.
     """
     log_to_stderr(False)
     if not 0 < timeout < math.inf:
@@ -140,14 +141,18 @@ def sweep(
     with at_work(folder, made.definition(), rig, jobs, scheduler) as (store, runner, bar):
         if retry:
             store.reset_errors()
-        sweeps.carry_out(made, store, runner, bar, most)
+        try:
+            sweeps.carry_out(made, store, runner, bar, most)
+        except sweeps.CleanRunError as error:
+            print(f"vmodel: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
 
 
 @contextlib.contextmanager
 def at_work(
     folder: Path, definition: dict[str, str], rig: str, jobs: int, scheduler: str | None
 ) -> Iterator[tuple[ResultStore, Runner, ProgressBar]]:
-    """Opens a campaign's folder for running; prints a summary at the end.
+    """Opens a campaign's folder for running; prints a summary at the end.  Exit status 1: a run is not as expected.
 
     Ctrl-C and SIGTERM end it: with exit status 130, and a line that says how to continue.  OSError: the disk is full.
     """
@@ -168,7 +173,8 @@ def at_work(
                     file=sys.stderr,
                 )
                 raise typer.Exit(130) from None
-            summarise(store.rows(), folder)
+            if summarise(store.rows(), folder):
+                raise typer.Exit(1)
     except sqlite3.OperationalError as error:  # a full disk
         raise OSError(errno.EIO, str(error), str(folder / DATABASE)) from error
     finally:
@@ -188,8 +194,8 @@ def check_host(kernels: set[str | None]) -> None:
         find_kernel(kernel)
 
 
-def summarise(rows: Sequence[Row], folder: Path) -> None:
-    """Prints the number of runs by outcome on stdout."""
+def summarise(rows: Sequence[Row], folder: Path) -> int:
+    """Prints the number of runs by outcome on stdout; returns how many are not as expected."""
     counts = Counter(row.result.outcome for row in rows if row.result is not None)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(justify="right")
@@ -206,3 +212,4 @@ def summarise(rows: Sequence[Row], folder: Path) -> None:
     else:
         print(f"0 of {len(rows)} runs are not as expected")
     print(f"next: vmodel report {shlex.quote(str(folder))} -o report.html")
+    return len(wrong)

@@ -20,6 +20,7 @@ from vmodel.cli.build import fetch_headers
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
 from vmodel.cli.screen import Log, Screen, decoded, shared, unix_lines
 from vmodel.cli.serve import (
+    DebugModel,
     Devices,
     Faults,
     MachinePath,
@@ -82,6 +83,9 @@ Interactive = Annotated[
 #: The first output of an interactive command: input that is sent before the guest has opened its port is lost.
 _LISTENING = b"\x16"
 
+#: Kernel arguments for a guest whose CPUs a debugger holds up: no watchdog of the kernel is to report that.
+_DEBUG_APPEND = "nowatchdog rcupdate.rcu_cpu_stall_suppress=1"
+
 
 def guest(
     path: MachinePath,
@@ -101,6 +105,7 @@ def guest(
     plan: Plan = None,
     fault: Faults = None,
     seed: Seed = None,
+    debug_model: DebugModel = False,
     fail_on: ending.FailOn = ending.FAIL_ON,
     stats: Stats = False,
     interactive: Interactive = False,
@@ -139,7 +144,9 @@ def guest(
     log_to_stderr(verbose, cast(TextIO, Log(err, sys.stderr)))
     on_tty = interactive and sys.stdin.isatty() and sys.stdout.isatty()
     if timeout is None:
-        timeout = float("inf") if on_tty else 300.0
+        timeout = float("inf") if on_tty or debug_model else 300.0
+    if on_tty and debug_model:
+        raise ConfigError("-i and --debug-model: both take the terminal: use one of them")
     if timeout <= 0:
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
     slowness()
@@ -159,20 +166,21 @@ def guest(
             files=[options.at_option("--file", options.guest_file, entry) for entry in file or ()],
             shares=[options.at_option("--share", share_at, entry) for entry in share or ()],
             tools=tool or (),
-            append=" ".join(append or ()),
+            append=" ".join([*([_DEBUG_APPEND] if debug_model else ()), *(append or ())]),
             timeout=timeout,
             qemu=artifacts.find_qemu(),
         )
         if any(map(modules.is_source, (*spec.modules, *spec.extra_modules))):
             fetch_headers([kernel or machine.content.guest.kernel or artifacts.STABLE])
-        with Stop.on_signals() as stop, served(machine, run_dir, faults, wanted) as (server, folder):
-            spec.qemu_args = [*spec.qemu_args, *machine.qemu_args(folder)]
+        with Stop.on_signals() as stop, served(machine, run_dir, faults, wanted, debug=debug_model) as (server, folder):
+            spec.qemu_args = [*spec.qemu_args, *machine.qemu_args(folder, debug=debug_model)]
             result = error = None
             try:
                 with Terminal(sys.stdin.fileno()) if on_tty else contextlib.nullcontext() as terminal:
                     if interactive:
                         spec.command = _announced(command, terminal)
-                    result = _watch(spec, artifacts_dir, stop, interactive, terminal, out, err)
+                    quiet = interactive or debug_model
+                    result = _watch(spec, artifacts_dir, stop, interactive, quiet, terminal, out, err)
             except GuestRunError as raised:
                 error = raised
             err.end_line()
@@ -197,13 +205,14 @@ def _watch(
     logs: Path | None,
     stop: Stop,
     interactive: bool,
+    quiet: bool,
     terminal: Terminal | None,
     out: Screen,
     err: Screen,
 ) -> GuestResult:
     messages = console(sys.stderr)
     release = spec.kernel.release if spec.kernel else ""
-    spin = messages.is_terminal and not interactive
+    spin = messages.is_terminal and not quiet
     spinner = messages.status(f"booting {release}") if spin else contextlib.nullcontext()
     to_console: Callable[[bytes], None] = partial(err.put, "console")
     if messages.is_terminal:

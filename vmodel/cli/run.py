@@ -13,6 +13,7 @@ import typer
 from vmodel.cli import ending
 from vmodel.cli.output import Verbose, log_to_stderr
 from vmodel.cli.serve import (
+    DebugModel,
     Devices,
     Faults,
     MachinePath,
@@ -44,6 +45,7 @@ def run(
     plan: Plan = None,
     fault: Faults = None,
     seed: Seed = None,
+    debug_model: DebugModel = False,
     verbose: Verbose = False,
     device: Devices = None,
     register: Registers = None,
@@ -63,8 +65,8 @@ def run(
     faults = faults_of(plan, fault, seed)
     with Stop.on_signals() as stop, loaded(path) as machine:
         qemu = artifacts.find_qemu()
-        with served(machine, run_dir, faults, wanted) as (_, folder):
-            line = [str(qemu.path), *machine.qemu_args(folder), *(arguments or [])]
+        with served(machine, run_dir, faults, wanted, debug=debug_model) as (_, folder):
+            line = [str(qemu.path), *machine.qemu_args(folder, debug=debug_model), *(arguments or [])]
             status = _wait(subprocess.Popen(line), stop)
         found = [ending.Kind.MODEL] if ending.model_errors(machine) else []
         status = ending.status_of(status, found, found)

@@ -61,6 +61,11 @@ Registers = Annotated[
     typer.Option("--register", metavar="NAME", help="With -v or -f, only accesses to this register; repeatable."),
 ]
 
+DebugModel = Annotated[
+    bool,
+    typer.Option("--debug-model", help="Let hooks take as long as a debugger, such as breakpoint(), needs."),
+]
+
 
 #: Seconds after a signal until the process is ended by force.
 _PATIENCE = 1.8
@@ -187,11 +192,16 @@ def traced(verbose: bool, device: list[str] | None, register: list[str] | None) 
 
 @contextlib.contextmanager
 def served(
-    machine: machines.Machine, run_dir: Path | None, faults: FaultPlan | None = None, wanted: Wanted | None = None
+    machine: machines.Machine,
+    run_dir: Path | None,
+    faults: FaultPlan | None = None,
+    wanted: Wanted | None = None,
+    *,
+    debug: bool = False,
 ) -> Iterator[tuple[Server, Path]]:
     """Serves a machine, with `faults` armed; yields the server and the folder of its sockets.  ConfigError.
 
-    `wanted`: the events to log.
+    `wanted`: the events to log.  `debug`: as of `Machine.serve`.
     """
     folder = prepare_run_dir(run_dir, machine.name)
     for name in machine.devices:
@@ -208,7 +218,7 @@ def served(
             trace.follow(wanted, log_verbosely)
         try:
             _remove(journal)  # of an earlier run: this one may inject nothing
-            with machine.serve(folder) as server:
+            with machine.serve(folder, debug=debug) as server:
                 try:
                     yield server, folder
                 finally:
@@ -242,6 +252,7 @@ def serve(
     plan: Plan = None,
     fault: Faults = None,
     seed: Seed = None,
+    debug_model: DebugModel = False,
     verbose: Verbose = False,
     device: Devices = None,
     register: Registers = None,
@@ -253,15 +264,19 @@ def serve(
     log_to_stderr(verbose)
     wanted = traced(verbose, device, register)
     faults = faults_of(plan, fault, seed)
-    with Stop.on_signals() as stop, loaded(path) as machine, served(machine, run_dir, faults, wanted) as (_, folder):
+    with (
+        Stop.on_signals() as stop,
+        loaded(path) as machine,
+        served(machine, run_dir, faults, wanted, debug=debug_model) as (_, folder),
+    ):
         for name in machine.devices:
             print(f"{name} {machine.socket(name, folder)}", flush=True)
         print("ready", flush=True)
         stop.wait()
 
 
-def qemu_args(path: MachinePath, run_dir: RunDir = None) -> None:
+def qemu_args(path: MachinePath, run_dir: RunDir = None, debug_model: DebugModel = False) -> None:
     """Print QEMU's arguments for a machine, quoted for a shell."""
     log_to_stderr(False)
     with loaded(path) as machine:
-        print(shlex.join(machine.qemu_args((run_dir or default_run_dir(machine.name)).absolute())))
+        print(shlex.join(machine.qemu_args((run_dir or default_run_dir(machine.name)).absolute(), debug=debug_model)))

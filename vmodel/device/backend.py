@@ -244,9 +244,9 @@ class VfioBackend:
         self.log.error("%s: the model failed: %s", self.name, found, exc_info=error)
 
     def _access_failed(self, kind: str, region: int, offset: int, error: Exception) -> None:
-        self.failed(f"{kind} of {self._place(region, offset)}", error)
+        self.failed(f"{kind} of {self.place(region, offset)}", error)
 
-    def _place(self, region: int, offset: int) -> str:
+    def place(self, region: int, offset: int) -> str:
         """The register at an offset, as "regs.STATUS", or region and offset if there is none."""
         banks = [(name, at, bank.registers) for name, (where, at, bank) in self.banks.items() if where == region]
         if region == Region.CONFIG:

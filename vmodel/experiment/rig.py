@@ -7,7 +7,7 @@ import logging
 import platform
 import shlex
 import time
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from vmodel.experiment.case import Case, Result
 from vmodel.experiment.oracle import Effect, Finding, Outcome, classify, of_status, time_to_detect, time_to_recover
 from vmodel.guest.artifacts import Qemu, find_qemu
 from vmodel.guest.booted import BEGIN, BootedGuest, Done
+from vmodel.guest.hang import Examiner
 from vmodel.guest.kernel_lines import lines_of, merged
 from vmodel.guest.modules import is_path
 from vmodel.guest.monitor import MonitorError
@@ -203,6 +204,8 @@ class _Trial:
         self.log = _Log(setup.served.machine.devices)
         self.mark = 0
         self.dmesg = ""
+        #: If the guest hangs: its blocked tasks, and where its CPUs are.
+        self.hang: list[str] = []
         self.start = time.monotonic()
         self._write("case", "case.json", case.model_dump_json(indent=1) + "\n")
         setup.count += 1
@@ -271,6 +274,7 @@ class _Trial:
         elif isinstance(error, GuestOff):
             self._found(oracle, Effect.CRASH, "off", "the guest powered off, without a panic", now)
         elif isinstance(error, GuestTimeout):
+            self.hang += [line.strip() for line in text.splitlines()[1:]]
             text = f"the guest did not boot in {spoken(self.case.boot_timeout)}"
             self._found(oracle, Effect.HANG, "boot", text, now)
         elif isinstance(error, ModuleError):
@@ -300,19 +304,36 @@ class _Trial:
             self._found("time", Effect.HANG, oracle, f"{what} did not end in {spoken(self.case.timeout)}", done.ended)
 
     def _collect(self) -> None:
-        """Fetches the kernel's log, and checks whether the guest still answers."""
+        """Fetches the kernel's log, and checks whether the guest still answers; examines it if it hangs."""
         try:
-            if any(finding.effect is Effect.HANG for finding in self.findings):
-                self.guest.show_blocked()
+            if self._hangs():
+                self._examine(lambda examiner: [f"blocked: {task}" for task in examiner.blocked()])
             self.dmesg = self.guest.dmesg()
         except GuestRunError as error:
             if not self.guest.guest.running():
                 self._ended("guest", error)
-            elif not any(finding.effect is Effect.HANG for finding in self.findings):
+            elif not self._hangs():
                 self._found("time", Effect.HANG, "guest", "the guest no longer answers", time.monotonic())
+        if self._hangs() and self.guest.guest.running():
+            # After the log: what the kernel prints about its CPUs is no warning of a driver.
+            self._examine(self._cpus)
         for at, name, data in list(self.guest.monitor.events):
             if at >= self.start and name == "GUEST_PANICKED":
                 self._found("qmp", Effect.CRASH, "panic", f"{name} {data.get('info', '')}".strip(), at)
+
+    def _hangs(self) -> bool:
+        return any(finding.effect is Effect.HANG for finding in self.findings)
+
+    def _examine(self, how: Callable[[Examiner], Sequence[str]]) -> None:
+        try:
+            self.hang += how(self.guest.guest.examiner())
+        except MonitorError as error:
+            self.hang.append(f"QEMU does not answer: {error}")
+
+    def _cpus(self, examiner: Examiner) -> Sequence[str]:
+        cpus = examiner.cpus(nmi=False)
+        self._write("registers", "registers.log", cpus.registers)
+        return cpus.lines
 
     # ---- the result -------------------------------------------------------------------------
 
@@ -386,6 +407,8 @@ class _Trial:
     def _save(self) -> None:
         self._write("console", "console.log", self.guest.console(self.mark))
         self._write("line", "qemu.line", shlex.join(self.guest.guest.line) + "\n")
+        if self.hang:
+            self._write("hang", "hang.log", "".join(f"{line}\n" for line in self.hang))
         if self.dmesg:
             self._write("kernel log", "kernel.log", self.dmesg)
         if self.done is not None:

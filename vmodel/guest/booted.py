@@ -59,7 +59,6 @@ while read -r verb id limit script; do
         ;;
     log) say log $id "$(dmesg -r | base64 | tr -d '\n')"; dmesg -c > /dev/null ;;
     clear) dmesg -c > /dev/null; say clear $id ;;
-    blocked) echo w > /proc/sysrq-trigger; say blocked $id ;;
     ping) say pong $id ;;
     answer) echo $limit > /run/vmodel/answer && mv /run/vmodel/answer /run/vmodel/answer.$id ;;
     off) exit 0 ;;
@@ -136,7 +135,6 @@ class BootedGuest(Starting):
         self._crashed = 0.0
         self._boots = 0
         self._number = 0
-        self._monitor: Monitor | None = None
         self.guest = Guest(self.spec, artifacts=artifacts, on_output=self._on_output, on_console=self._on_console)
 
     # ---- life -------------------------------------------------------------------------------
@@ -144,19 +142,18 @@ class BootedGuest(Starting):
     def start(self) -> None:
         """Boots the guest, and waits until it takes scripts.  GuestRunError: it did not boot.  See also Guest.start."""
         self.guest.start()
-        self._await(lambda: self._boots > 0, self._boot_timeout, "boot")
+        try:
+            self._await(lambda: self._boots > 0, self._boot_timeout, "boot")
+        except GuestTimeout as error:
+            raise GuestTimeout(f"{error}{self.guest.hang()}") from None
 
     @property
     def monitor(self) -> Monitor:
         """QEMU's monitor (QMP), connected at the first use.  MonitorError: QEMU does not answer."""
-        if self._monitor is None:
-            self._monitor = Monitor(self.guest.qmp)
-        return self._monitor
+        return self.guest.monitor
 
     def close(self) -> None:
         """Ends QEMU."""
-        if self._monitor is not None:
-            self._monitor.close()
         self.guest.close()
 
     # ---- callbacks, on the guest's thread -----------------------------------------------------
@@ -284,10 +281,6 @@ class BootedGuest(Starting):
         except GuestRunError:
             return False
         return True
-
-    def show_blocked(self, timeout: float = 5.0) -> None:
-        """Makes the kernel log its blocked tasks with their stacks (SysRq w).  GuestRunError: it does not answer."""
-        self._ask("blocked", timeout)
 
     def clear(self, timeout: float = 20.0) -> None:
         """Empties the kernel's log.  GuestRunError: the guest does not answer."""

@@ -25,9 +25,10 @@ from typing import BinaryIO
 from vmodel.closing import Starting
 from vmodel.errors import ConfigError
 from vmodel.files import naming
-from vmodel.guest import initramfs
+from vmodel.guest import hang, initramfs
 from vmodel.guest import shares as folders
 from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
+from vmodel.guest.monitor import Monitor, MonitorError
 from vmodel.guest.shares import Share
 from vmodel.patience import patience, spoken
 from vmodel.printable import printable
@@ -35,7 +36,7 @@ from vmodel.printable import printable
 #: Kernel arguments: a quick boot under TCG (the crypto self-tests alone take 0.7 s), and a panic ends the run.
 _APPEND = (
     "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on no_timer_check tsc=reliable"
-    " cryptomgr.notests printk.time=1"
+    f" cryptomgr.notests printk.time=1 {hang.APPEND}"
 )
 #: Seconds that a guest gets to power off after its command has ended, and to print the rest of a panic.
 _GRACE_OFF = 20.0
@@ -189,6 +190,7 @@ class Guest(Starting):
         self._qemu_log = folder / "qemu.log"
         self._log_error = ""
         self._started = 0.0
+        self._monitor: Monitor | None = None
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -298,6 +300,13 @@ class Guest(Starting):
             raise RuntimeError("the guest has not been started")
         return self._process.pid
 
+    @property
+    def monitor(self) -> Monitor:
+        """QEMU's monitor (QMP), connected at the first use.  MonitorError: QEMU does not answer."""
+        if self._monitor is None:
+            self._monitor = Monitor(self.qmp)
+        return self._monitor
+
     def running(self) -> bool:
         """Whether QEMU is alive."""
         return self._process is not None and self._process.poll() is None
@@ -310,6 +319,8 @@ class Guest(Starting):
 
     def close(self) -> None:
         """Ends QEMU if it runs, and removes temporary files."""
+        if self._monitor is not None:
+            self._monitor.close()
         self.kill()
         if self._reader.ident is not None:
             self._reader.join(10)
@@ -371,7 +382,7 @@ class Guest(Starting):
         if self._process is None:
             raise RuntimeError("the guest has not been started")
         deadline = self._started + patience(self.spec.timeout)
-        killed = None
+        killed: str | None = None
         verdict: re.Match[bytes] | None = None
         panic: re.Match[str] | None = None
         while self._process.poll() is None and killed is None:
@@ -384,13 +395,15 @@ class Guest(Starting):
                 # By its arguments the kernel reboots after a panic, or halts.
                 deadline = min(deadline, now + patience(_GRACE_PANIC))
             if now >= deadline:
-                killed = "time"
+                killed = self._tail() if panic or verdict else f"{self._tail()}{self.hang()}"
                 self.kill()
         self._reader.join(10)
         wall = time.monotonic() - self._started
         if self._callback_error is not None:
             raise self._callback_error
-        verdict, panic, code = self._verdict(), self._panic(), self._process.returncode
+        verdict, code = self._verdict(), self._process.returncode
+        if killed is None:  # else hang() may have caused it
+            panic = self._panic()
         if panic:  # also one at power-off, after the command has ended
             raise GuestPanic(f"{panic[0].strip()}{self._tail()}")
         if verdict and verdict[1] == b"status":
@@ -403,14 +416,32 @@ class Guest(Starting):
                 share = self.spec.shares[int(name.removeprefix("share"))]
                 raise ShareError(f"the folder {share.source} was not mounted at {share.target}{self._tail()}")
             raise ModuleError(f"module {name} did not load{self._tail()}")
-        if killed:
-            raise GuestTimeout(f"the guest did not end in {spoken(self.spec.timeout)}{self._tail()}")
+        if killed is not None:
+            raise GuestTimeout(f"the guest did not end in {spoken(self.spec.timeout)}{killed}")
         messages = self._qemu_log.read_text(errors="replace").strip() if self._qemu_log.exists() else ""
         if code:
             how = f"by signal {-code}" if code < 0 else f"with status {code}"
             raise QemuDied(f"QEMU ended {how} before the command: {messages or 'without a message'}{self._tail()}")
         why = f": {messages}" if messages else ""
         raise GuestOff(f"the guest powered off or rebooted before the command ended{why}{self._tail()}")
+
+    def examiner(self) -> hang.Examiner:
+        """Examines the guest while it hangs.  MonitorError: QEMU does not answer."""
+        return hang.Examiner(self.monitor, self._ports["console"].ours.sendall, lambda: self.console)
+
+    def hang(self) -> str:
+        """Why the guest hangs, as lines that continue an error's text; it cannot be used afterwards.
+
+        What the kernel prints about it is on the console; registers.log among the artefacts has the CPUs' registers.
+        """
+        try:
+            lines, registers = hang.examine(self.examiner())
+        except MonitorError as error:
+            lines, registers = [f"QEMU does not say where its CPUs are: {error}"], ""
+        if self.artifacts is not None and registers:
+            with naming(path := self.artifacts / "registers.log"):
+                path.write_text(registers)
+        return "".join(f"\n  {printable(line)}" for line in lines)
 
     def _verdict(self) -> re.Match[bytes] | None:
         with self._changed:

@@ -202,13 +202,13 @@ class Machine:
 
     # ---- serving ---------------------------------------------------------------------------
 
-    def serve(self, run_dir: Path) -> Server:
+    def serve(self, run_dir: Path, *, debug: bool = False) -> Server:
         """Makes a server, not started yet, with a socket RUN_DIR/NAME.sock for each device; writes the ACPI tables.
 
-        ConfigError as in Server.add, or a table cannot be written.
+        `debug`: hooks may take as long as a debugger needs.  ConfigError: as in Server.add, or a table is not written.
         """
         self._write_acpi(run_dir)
-        server = Server(Limits(**self.content.limits.model_dump()))
+        server = Server(Limits(**self.content.limits.model_dump()), watch=not debug)
         try:
             for name, device in self.devices.items():
                 server.add(device, self.socket(name, run_dir))
@@ -236,8 +236,11 @@ class Machine:
         names = [table.name for table in getattr(self.content, section)]
         return f"{section}[{names.index(name)}].name"
 
-    def qemu_args(self, run_dir: Path) -> list[str]:
-        """QEMU's arguments for this machine: shared memory, bridges, a -device for each function, ACPI tables."""
+    def qemu_args(self, run_dir: Path, *, debug: bool = False) -> list[str]:
+        """QEMU's arguments for this machine: shared memory, bridges, a -device for each function, ACPI tables.
+
+        `debug`: QEMU waits for answers as long as a debugger needs.
+        """
         functions = self._functions
         args = memory_args(self.memory) + spare_default_devices(f.bdf for f in functions.values())
         bridges = [function for function in self.topology.functions() if function.kind.is_bridge]
@@ -245,7 +248,7 @@ class Machine:
             args += bridge_args(bridge, number)
         boots = {table.name: table.bootindex for table in self.content.device}
         for name in self.devices:
-            args += device_args(name, self.socket(name, run_dir), functions[name], boots.get(name))
+            args += device_args(name, self.socket(name, run_dir), functions[name], boots.get(name), debug=debug)
         for signature in self.acpi_tables():
             # QEMU escapes a comma as two.  It splits the list of files at colons, for which there is no escape.
             path = str(self._acpi_file(run_dir, signature))
