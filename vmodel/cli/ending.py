@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vmodel.errors import ConfigError
-from vmodel.experiment.kernel_log import findings
+from vmodel.experiment.kernel_log import Where, findings
 from vmodel.experiment.oracle import Finding
 from vmodel.guest.kernel_lines import lines_of
 from vmodel.guest.running import GuestPanic, GuestRunError, GuestTimeout
@@ -57,9 +57,9 @@ def kinds(text: str) -> set[Kind]:
     return {Kind(word) for word in words}
 
 
-def kernel_findings(console: str) -> list[tuple[Kind, Finding]]:
-    """The panics, oopses and warnings that a kernel has printed on its console."""
-    found = findings(lines_of(console), unknown=False)
+def kernel_findings(console: str, where: Where) -> list[tuple[Kind, Finding]]:
+    """The panics, oopses and warnings that a kernel has printed on its console; `where` finds their source."""
+    found = findings(lines_of(console), unknown=False, where=where)
     return [(_SIGNS[one.sign], one) for one in found if one.sign in _SIGNS]
 
 

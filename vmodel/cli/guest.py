@@ -18,7 +18,7 @@ from rich.table import Table
 from vmodel.cli import ending
 from vmodel.cli.build import fetch_headers
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
-from vmodel.cli.screen import Log, Screen, decoded, shared, unix_lines
+from vmodel.cli.screen import Log, Screen, decoded, shared, unix_lines, with_places
 from vmodel.cli.serve import (
     DebugModel,
     Devices,
@@ -194,7 +194,7 @@ def guest(
             print(f"vmodel: {error}", file=sys.stderr)
             raise typer.Exit(ending.status_of_error(error))
         assert result is not None
-        for kind, finding in ending.kernel_findings(result.console):
+        for kind, finding in ending.kernel_findings(result.console, result.places.of):
             print(f"vmodel: kernel {kind}: {finding.text}", file=sys.stderr)
             found.append(kind)
     raise typer.Exit(ending.status_of(result.status, found, fails))
@@ -217,7 +217,7 @@ def _watch(
     to_console: Callable[[bytes], None] = partial(err.put, "console")
     if messages.is_terminal:
         to_console = decoded(to_console)
-    to_console = unix_lines(to_console)
+    to_console = unix_lines(with_places(to_console, lambda line: running.places.of(line)))
     listening = threading.Event()
     with spinner as shown:
         if shown is not None:

@@ -147,6 +147,24 @@ def decoded(put: Callable[[bytes], None]) -> Callable[[bytes], None]:
     return take
 
 
+def with_places(put: Callable[[bytes], None], place: Callable[[str], str]) -> Callable[[bytes], None]:
+    """A sink for a console's bytes, in pieces of any size: it calls `put` with `place(line)` behind each line."""
+    line = b""
+
+    def take(data: bytes) -> None:
+        nonlocal line
+        *ends, rest = data.split(b"\n")
+        said = b""
+        for end in ends:
+            found = place((line + end).decode(errors="replace"))
+            said += end + (f" ({found})".encode(errors="backslashreplace") if found else b"") + b"\n"
+            line = b""
+        line = (line + rest)[-1024:]
+        put(said + rest)
+
+    return take
+
+
 def unix_lines(put: Callable[[bytes], None]) -> Callable[[bytes], None]:
     """A sink for a serial console's bytes, in pieces of any size: it calls `put` with LF for CR LF."""
     held = b""

@@ -6,7 +6,7 @@ The texts are those in the binaries of 6.12 to 7.2; where versions differ, the p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -158,6 +158,14 @@ _GENERIC = re.compile(
 _MOST_FUNCTIONS = 3
 
 
+#: Returns the file and line of a place in a line of the log, "" if it is unknown.
+Where = Callable[[str], str]
+
+
+def _nowhere(text: str) -> str:
+    return ""
+
+
 @dataclass
 class _Splat:
     """Collects the lines of a finding."""
@@ -165,6 +173,9 @@ class _Splat:
     sign: Sign
     line: Line
     functions: list[str] = field(default_factory=list)
+    #: Finds the source of a place in a module, and the first that it has found.
+    where: Where = _nowhere
+    place: str = ""
     #: Whether more lines may belong to it.
     open: bool = True
 
@@ -178,6 +189,7 @@ class _Splat:
             return False
         if _END.match(text):
             self.open = False
+        self.place = self.place or self.where(text)
         for unsure, name in _FUNCTION.findall(text):
             if not unsure and not _GENERIC.match(name) and name not in self.functions:
                 self.functions.append(name)
@@ -189,11 +201,14 @@ class _Splat:
         if head and head[2] in names[1:]:
             names.remove(head[2])
         place = f" in {' < '.join(names)}" if names else ""
+        source = self.place or self.where(self.line.text)
+        # A WARN names its place itself.
+        known = not source or source.rpartition("/")[2] in self.line.text
         return Finding(
             oracle=self.line.oracle,
             effect=self.sign.effect,
             sign=self.sign.name,
-            text=self.line.text,
+            text=self.line.text if known else f"{self.line.text} ({source})",
             signature=f"{self.sign.name}: {normal(self.line.text)}{place}",
             at=self.line.at,
             last=self.line.at,
@@ -214,8 +229,11 @@ _UNKNOWN = {
 }
 
 
-def findings(lines: Iterable[Line], *, unknown: bool = True) -> list[Finding]:
-    """The findings in these lines, in their order.  `unknown`: includes errors and warnings that match no sign."""
+def findings(lines: Iterable[Line], *, unknown: bool = True, where: Where = _nowhere) -> list[Finding]:
+    """The findings in these lines, in their order.
+
+    `unknown`: includes errors and warnings that match no sign.  `where`: what finds the source of an oops.
+    """
     made: list[_Splat] = []
     current: _Splat | None = None
     cut = False
@@ -237,7 +255,7 @@ def findings(lines: Iterable[Line], *, unknown: bool = True) -> list[Finding]:
             if not inside:
                 current = None
             continue
-        current = _Splat(sign, line, open=sign.name in _SPLATS)
+        current = _Splat(sign, line, open=sign.name in _SPLATS, where=where)
         made.append(current)
     return summed(splat.finding() for splat in made)
 

@@ -68,7 +68,7 @@ class Finding(BaseModel):
     effect: Effect
     #: Its kind; for kernel messages a name of `kernel_log.SIGNS`, such as "oops", "hung-task", "aer", "iommu-fault".
     sign: str
-    #: The first occurrence, as it was printed.
+    #: The first occurrence, as it was printed; behind an oops, in parentheses, file and line in a module's source.
     text: str
     #: Equal in all runs with the same problem: without addresses, numbers and times; with the functions of a splat.
     signature: str

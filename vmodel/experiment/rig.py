@@ -342,8 +342,9 @@ class _Trial:
         relative = [replace(line, at=None if line.at is None else line.at - self.start) for line in lines]
         begin = next((n for n, line in enumerate(relative) if line.text.startswith(BEGIN)), len(relative))
         # Each boot has many warnings that indicate no problem.
-        boot = kernel_log.findings(relative[:begin], unknown=False)
-        return kernel_log.summed([*boot, *kernel_log.findings(relative[begin:])])
+        boot = kernel_log.findings(relative[:begin], unknown=False, where=self.guest.guest.places.of)
+        after = kernel_log.findings(relative[begin:], where=self.guest.guest.places.of)
+        return kernel_log.summed([*boot, *after])
 
     def _of_models(self) -> None:
         for at, record in self.log.records:
@@ -405,12 +406,13 @@ class _Trial:
         return None if plan is None else plan.seed
 
     def _save(self) -> None:
-        self._write("console", "console.log", self.guest.console(self.mark))
+        places = self.guest.guest.places
+        self._write("console", "console.log", places.in_text(self.guest.console(self.mark)))
         self._write("line", "qemu.line", shlex.join(self.guest.guest.line) + "\n")
         if self.hang:
             self._write("hang", "hang.log", "".join(f"{line}\n" for line in self.hang))
         if self.dmesg:
-            self._write("kernel log", "kernel.log", self.dmesg)
+            self._write("kernel log", "kernel.log", places.in_text(self.dmesg))
         if self.done is not None:
             self._write("output", "output.log", self.done.output)
         if self.check is not None:

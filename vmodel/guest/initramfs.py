@@ -126,6 +126,11 @@ finish() {{
 load() {{
     modprobe $1 2>/dev/console || finish module $1
 }}
+own() {{
+    read -r level _ < /proc/sys/kernel/printk
+    [ $level -ge 5 ] || dmesg -n 5
+    load $1
+}}
 share() {{
     mkdir -p "$2" && mount -t 9p -o "$3" $1 "$2" 2>/dev/console || finish share $1
 }}
@@ -196,7 +201,8 @@ def build(
     archive.file("vmodel-command", script.encode() + b"\n", 0o755)
     lines = [f"load {name}" for name in own]
     lines += [shlex.join(("share", *line)) for line in mount_lines(shares)]
-    lines += [f"load {module.name}" for module in in_order(kernel, load)]
+    # The console has warnings, too, once a module of the user's is loaded.
+    lines += [f"{'own' if load.get(module.name) else 'load'} {module.name}" for module in in_order(kernel, load)]
     archive.file("init", _INIT.format(load="\n".join(lines)).encode(), 0o755)
     return archive.finish()
 

@@ -114,6 +114,13 @@ def files_of(entries: Iterable[str], kernel: Kernel) -> dict[str, Path | None]:
     return found
 
 
+def built(entries: Iterable[str], kernel: Kernel) -> tuple[list[str], dict[str, Path]]:
+    """The same modules with files in place of source folders, and the files by name.  BuildError, ArtifactError."""
+    found = files_of(entries, kernel)
+    own = {name: path.absolute() for name, path in found.items() if path is not None}
+    return [str(own.get(name, name)) for name in found], own
+
+
 def in_order(kernel: Kernel, wanted: Mapping[str, Path | None]) -> list[Module]:
     """These modules (see `files_of`) and all that they depend on, dependencies first; built-in ones are left out.
 

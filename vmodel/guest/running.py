@@ -28,7 +28,9 @@ from vmodel.files import naming
 from vmodel.guest import hang, initramfs
 from vmodel.guest import shares as folders
 from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
+from vmodel.guest.modules import built
 from vmodel.guest.monitor import Monitor, MonitorError
+from vmodel.guest.places import Places, finder
 from vmodel.guest.shares import Share
 from vmodel.patience import patience, spoken
 from vmodel.printable import printable
@@ -139,6 +141,8 @@ class GuestResult:
     powered_off: bool = True
     #: How often the guest booted: 1 if it never rebooted.
     boots: int = 1
+    #: Finds the source of places in modules, which the console names.
+    places: Places = field(default_factory=lambda: Places(lambda name: None))
 
 
 @dataclass
@@ -179,6 +183,8 @@ class Guest(Starting):
         self.boots = 0
         self._callbacks = {"output": on_output, "console": on_console}
         self._callback_error: BaseException | None = None
+        #: Finds the source of places in modules, after `start`.
+        self.places = Places(lambda name: None)
         self._scratch = tempfile.TemporaryDirectory(prefix="vmodel-guest-")
         folder = Path(self._scratch.name)
         #: QMP's unix socket.
@@ -202,13 +208,15 @@ class Guest(Starting):
         spec, folder = self.spec, Path(self._scratch.name)
         qemu, kernel = spec.qemu or find_qemu(), spec.kernel or find_kernel()
         image = folder / "initramfs"
+        (loaded, own), (extra, more) = built(spec.modules, kernel), built(spec.extra_modules, kernel)
+        self.places = Places(finder(more | own, [share.source for share in spec.shares], kernel.release))
         made = initramfs.build(
             kernel,
             find_busybox(),
             spec.command,
-            spec.modules,
+            loaded,
             spec.files,
-            spec.extra_modules,
+            extra,
             spec.tools,
             spec.shares,
         )
@@ -409,7 +417,10 @@ class Guest(Starting):
         if verdict and verdict[1] == b"status":
             if self._log_error:
                 raise LogError(f"the command ended with status {int(verdict[2])}, but {self._log_error}")
-            return GuestResult(int(verdict[2]), self.output, self.console, wall, killed is None, max(self.boots, 1))
+            boots = max(self.boots, 1)
+            return GuestResult(
+                int(verdict[2]), self.output, self.console, wall, killed is None, boots, places=self.places
+            )
         if verdict:
             name = verdict[2].decode()
             if verdict[1] == b"share":
