@@ -127,7 +127,7 @@ def test_memories(device: Any) -> None:
 
 def test_a_register_has_its_full_name(device: Any) -> None:
     names = RegisterMap(device)
-    assert names.at(0, 0x149, 1) == "regs.CHANNEL[1].ADDRESS"
+    assert [place.full_name for place in names.covering(0, 0x149, 1)] == ["regs.CHANNEL[1].ADDRESS"]
     assert [place.span.start for place in names.find("CHANNEL[1].TAG[1]", config=False)] == [0x152]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +14,12 @@ from rich.table import Table
 from vmodel.cli.complete import models
 from vmodel.cli.output import AsJson, console, show
 from vmodel.devices import BUILTIN
+from vmodel.errors import ConfigError
 from vmodel.machine import load_model
+from vmodel.spec import load_path
+from vmodel.spec.header import c_header
+from vmodel.spec.rdl_text import rdl_text
+from vmodel.spec.source import python_source
 
 
 def devices(as_json: AsJson = False) -> None:
@@ -31,14 +38,47 @@ def _identity(model: object) -> dict[str, object]:
     return {key: getattr(model, key) for key in ("vendor_id", "device_id", "class_code")}
 
 
+class Format(enum.StrEnum):
+    """What `vmodel regs --format` writes."""
+
+    C = "c"
+    RDL = "rdl"
+
+
 def regs(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help='A built-in, or "path/file.py:Class".', autocompletion=models)
+        str,
+        typer.Argument(
+            metavar="MODEL", help='A built-in, or "path/file.py:Class"; or "import" and a FILE.', autocompletion=models
+        ),
     ],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="For import: a .rdl, .xml (IP-XACT) or .svd file.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="For import: the address map or peripheral; else the last one.")
+    ] = None,
+    to: Annotated[Format | None, typer.Option("--format", help="Print a C header for a driver, or SystemRDL.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's register map."""
+    """Show a model's register map; `regs import FILE` prints a specification's registers as Python."""
+    if model == "import":
+        if file is None:
+            raise ConfigError("regs import needs a file: vmodel regs import card.rdl > card_regs.py")
+        print(python_source(load_path(file, name), file.name), end="")
+        return
+    if file is not None or name is not None:
+        raise ConfigError("a FILE and --name are for vmodel regs import")
     cls = load_model(model)
+    if to is not None:
+        slots = sorted(cls.declaration.banks.values(), key=lambda slot: (slot.bar.index, slot.at))
+        if not slots:
+            raise ConfigError(f"{cls.__name__} has no registers in a BAR")
+        if to is Format.C:
+            print(c_header(cls.__name__, [(slot.bar.index, slot.at, slot.bank) for slot in slots]), end="")
+        else:
+            print("\n".join(rdl_text(slot.bank) for slot in slots), end="")
+        return
     described = cls.declaration.describe()
     hooks: dict[tuple[str, str], set[str]] = {}
     for hook in cls.declaration.hooks:
