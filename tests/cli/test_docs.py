@@ -42,6 +42,7 @@ def test_files_beside_the_pages_are_copied(tmp_path: Path) -> None:
     text = "[up](#first), [read](../README.md#read-me), [a file](../examples/a.toml), [a folder](../examples)"
     done = build(tmp_path, f"{text}\n\n```\n[no link](missing.md)\n```")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"docs: open {tmp_path}/site/index.html; ")
     page = (tmp_path / "site" / "index.html").read_text()
     for link in ("project/index.html#read-me", "project/examples/a.toml.html", "project/examples.html"):
         assert f'href="{link}"' in page

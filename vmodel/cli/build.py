@@ -15,7 +15,11 @@ Source = Annotated[
 ]
 Kernels = Annotated[
     list[str] | None,
-    typer.Option("--kernel", metavar="NAME|PATH", help=f"Repeatable; by default {' and '.join(artifacts.KERNELS)}."),
+    typer.Option(
+        "--kernel",
+        metavar="NAME|PATH",
+        help=f"A kernel to build for; by default {' and '.join(artifacts.KERNELS)}. Repeat it for more.",
+    ),
 ]
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where it is built, a folder for each kernel.")]
 
