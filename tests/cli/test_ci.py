@@ -73,9 +73,3 @@ def test_gitlab_has_the_script() -> None:
     (script,) = yaml.safe_load((ROOT / "ci" / "gitlab.yml").read_text())[".vmodel"]["before_script"]
     text = (ROOT / "ci" / "setup.sh").read_text()
     assert script == text[text.index("set -eu") :]
-
-
-def test_no_document_installs_from_pypi() -> None:
-    """vmodel is not on PyPI."""
-    for file in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")):
-        assert "pip install vmodel" not in file.read_text(), file

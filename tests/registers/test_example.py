@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("systemrdl", reason="pip install 'vmodel[registers]'")
+pytest.importorskip("systemrdl", reason="needs the extra `registers`")
 
 from vmodel.machine.models import load_model
 from vmodel.patience import patience

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("peakrdl_ipxact", reason="pip install 'vmodel[registers]'")
+pytest.importorskip("peakrdl_ipxact", reason="needs the extra `registers`")
 
 from vmodel.errors import ConfigError
 from vmodel.modes import Mode

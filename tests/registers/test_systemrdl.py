@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("systemrdl", reason="pip install 'vmodel[registers]'")
+pytest.importorskip("systemrdl", reason="needs the extra `registers`")
 
 from vmodel.errors import ConfigError
 from vmodel.modes import Mode

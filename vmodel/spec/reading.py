@@ -19,7 +19,8 @@ from vmodel.spec.draft import FileDraft, SourcePlace
 #: What the child may use: seconds of a CPU, bytes of address space.
 CPU_SECONDS = 60
 MEMORY = 2 << 30
-_EXTRA = "pip install 'vmodel[registers]'"
+#: The extra `registers`, by its packages: vmodel itself is not on PyPI.
+_EXTRA = "pip install systemrdl-compiler peakrdl-ipxact"
 
 
 def read_in_child(kind: str, path: Path, name: str | None) -> FileDraft:
