@@ -69,14 +69,14 @@ class _Repeated(Part):
             raise RegisterError(f"{what}: a stride of {stride} bytes")
         self.offset, self.dimensions, self.stride = at, dimensions, stride
 
-    def _elements(self) -> Iterator[tuple[str, int]]:
+    def elements(self) -> Iterator[tuple[str, int]]:
         """Yields (name, offset) of each element, the last dimension being the fastest."""
         for n, index in enumerate(itertools.product(*map(range, self.dimensions))):
             yield self.name + "".join(f"[{i}]" for i in index), self.offset + n * self.stride
 
     def _nested(self, make: Callable[[str, int], Any]) -> Any:
         """The elements that `make(name, offset)` makes, as tuples of tuples; without dimensions the element itself."""
-        return _nest([make(name, at) for name, at in self._elements()], self.dimensions)
+        return _nest([make(name, at) for name, at in self.elements()], self.dimensions)
 
     def placed(self, name: str, at: int) -> Self:
         copied = copy.copy(self)
@@ -108,7 +108,7 @@ class Array(_Repeated):
 
     def registers(self) -> Iterator[Register]:
         """Yields the registers."""
-        for name, at in self._elements():
+        for name, at in self.elements():
             yield self.register.placed(name, at - self.register.offset)
 
     def check(self, bank: type[RegisterBank]) -> None:
@@ -169,13 +169,13 @@ class _Files(_Repeated):
 
     def registers(self) -> Iterator[Register]:
         """Yields the registers of all files."""
-        for name, at in self._elements():
+        for name, at in self.elements():
             for register in self.of.registers:
                 yield register.placed(f"{name}.{register.name}", at)
 
     def memory(self) -> Iterator[Part]:
         """Yields the memories of all files."""
-        for name, at in self._elements():
+        for name, at in self.elements():
             for memory in self.of.memories:
                 yield memory.placed(f"{name}.{memory.name}", at)
 

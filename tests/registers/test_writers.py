@@ -17,12 +17,15 @@ pytest.importorskip("systemrdl", reason="pip install 'vmodel[registers]'")
 
 from tests.examples import examples
 from vmodel.machine import load_model
-from vmodel.regs import RegisterBank
+from vmodel.regs import Reg32, RegisterBank
+from vmodel.spec import load_path
 from vmodel.spec.draft import build
 from vmodel.spec.header import c_header
 from vmodel.spec.rdl_text import rdl_text
 from vmodel.spec.source import python_source
+from vmodel.spec.svd_text import svd_text
 from vmodel.spec.systemrdl import read_systemrdl
+from vmodel.spec.tables import html_page, markdown
 
 EXAMPLE = Path(__file__).parents[2] / "examples/registers/card.rdl"
 PROPERTIES = (
@@ -194,6 +197,31 @@ def test_built_in_models(name: str, tmp_path: Path) -> None:
         assert everything(executed(python_source(bank, name), bank.__name__)) == everything(bank)
 
 
+def test_svd(tmp_path: Path) -> None:
+    bank = build(read_systemrdl(EXAMPLE, None))
+    path = tmp_path / "card.svd"
+    path.write_text(svd_text("Timers", "A card.", [(1 << 32, bank)]))
+    back = load_path(path)
+    assert [(r.offset, r.width, r.reset, r.writes, r.reads, r.doc) for r in back.registers] == [
+        (r.offset, r.width, r.reset, r.writes, r.reads, r.doc) for r in bank.registers
+    ]
+    assert [r.name for r in back.registers if r.offset == 0x64] == ["TIMER_2.PERIOD"]
+    assert back.STATUS.layout.EXPIRED.doc == "timer n has expired"
+
+
+def test_tables() -> None:
+    class Odd(RegisterBank, size=8):
+        """A <b>bank</b> | with marks."""
+
+        A = Reg32(0, doc="<script>alert(1)</script> | `x`")
+
+    page = html_page("<Card>", "a & b", [(0, 0x10, Odd)])
+    assert "<script>" not in page and "&lt;script&gt;alert(1)" in page and "<td>0x10</td><td>32</td><td>A</td>" in page
+    text = markdown("Card", "a", [(2, 0x10, Odd)])
+    row = next(line for line in text.splitlines() if line.startswith("| 0x10 "))
+    assert row.replace("\\|", "").count("|") == 7 and "\\<script\\>" in row and "## Odd, BAR2" in text
+
+
 def vmodel(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vmodel", *arguments], cwd=folder, text=True, capture_output=True, check=False
@@ -207,6 +235,8 @@ def test_the_command(tmp_path: Path) -> None:
     bank = build(read_systemrdl(EXAMPLE, None))
     assert done.stdout == python_source(bank, "card.rdl")
     assert vmodel("regs", "edu", "--format", "c", folder=tmp_path).stdout.startswith("/* Registers of Edu;")
+    for to, begins in (("svd", "<?xml"), ("html", "<!DOCTYPE html>"), ("md", "# Edu")):
+        assert vmodel("regs", "edu", "--format", to, folder=tmp_path).stdout.startswith(begins)
     assert "addrmap EduRegs {" in vmodel("regs", "edu", "--format", "rdl", folder=tmp_path).stdout
     for arguments, said in (
         (("import",), "regs import needs a file"),

@@ -20,6 +20,8 @@ from vmodel.spec import load_path
 from vmodel.spec.header import c_header
 from vmodel.spec.rdl_text import rdl_text
 from vmodel.spec.source import python_source
+from vmodel.spec.svd_text import svd_text
+from vmodel.spec.tables import html_page, markdown
 
 
 def devices(as_json: AsJson = False) -> None:
@@ -43,6 +45,9 @@ class Format(enum.StrEnum):
 
     C = "c"
     RDL = "rdl"
+    SVD = "svd"
+    HTML = "html"
+    MD = "md"
 
 
 def regs(
@@ -58,7 +63,9 @@ def regs(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="For import: the address map or peripheral; else the last one.")
     ] = None,
-    to: Annotated[Format | None, typer.Option("--format", help="Print a C header for a driver, or SystemRDL.")] = None,
+    to: Annotated[
+        Format | None, typer.Option("--format", help="Print a C header for a driver, SystemRDL, CMSIS-SVD, or tables.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a model's register map; `regs import FILE` prints a specification's registers as Python."""
@@ -74,10 +81,21 @@ def regs(
         slots = sorted(cls.declaration.banks.values(), key=lambda slot: (slot.bar.index, slot.at))
         if not slots:
             raise ConfigError(f"{cls.__name__} has no registers in a BAR")
-        if to is Format.C:
-            print(c_header(cls.__name__, [(slot.bar.index, slot.at, slot.bank) for slot in slots]), end="")
-        else:
-            print("\n".join(rdl_text(slot.bank) for slot in slots), end="")
+        places = [(slot.bar.index, slot.at, slot.bank) for slot in slots]
+        doc = cls.declaration.doc
+        match to:
+            case Format.C:
+                text = c_header(cls.__name__, places)
+            case Format.RDL:
+                text = "\n".join(rdl_text(slot.bank) for slot in slots)
+            case Format.SVD:
+                # Each BAR has addresses of its own.
+                text = svd_text(cls.__name__, doc, [(bar << 32 | at, bank) for bar, at, bank in places])
+            case Format.HTML:
+                text = html_page(cls.__name__, doc, places)
+            case Format.MD:
+                text = markdown(cls.__name__, doc, places)
+        print(text, end="")
         return
     described = cls.declaration.describe()
     hooks: dict[tuple[str, str], set[str]] = {}
