@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar, overload
+from typing import ClassVar, SupportsIndex, overload
 
 from vmodel.errors import VmodelError
 from vmodel.modes import Mode
@@ -38,6 +39,21 @@ def check_arguments(of: str, numbers: Mapping[str, object], mode: object, doc: o
         raise RegisterError(f"{of}: doc must be a text, not {doc!r}")
 
 
+def fit(value: SupportsIndex, bits: int, what: str) -> int:
+    """A value as the contents of `bits` bits: 0 to 2**bits - 1, or a negative number that is `~x` of one of these.
+
+    This is the rule for all that a model stores in registers and fields, and that its hooks return.  ValueError: it is
+    another number; TypeError: it is none.  Both name `what`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} ({bits} bits): must be a number, not {value!r}") from None
+    if not -1 << bits <= number < 1 << bits:
+        raise ValueError(f"{number:#x} does not fit into {what} ({bits} bits)")
+    return number & ((1 << bits) - 1)
+
+
 @dataclass(frozen=True)
 class Field:
     """Bits `lo`..`hi` (inclusive) of a register; `mode` None: the register's own mode."""
@@ -63,9 +79,7 @@ class Field:
 
     def put(self, value: int, field: int) -> int:
         """A register's `value` with the field set to `field`.  ValueError: `field` does not fit."""
-        if field << self.lo & ~self.mask or field < 0:
-            raise ValueError(f"{field:#x} does not fit into {self.name} ({self.hi - self.lo + 1} bits)")
-        return value & ~self.mask | field << self.lo
+        return value & ~self.mask | fit(field, self.hi - self.lo + 1, self.name) << self.lo
 
     def __set_name__(self, owner: type, name: str) -> None:
         object.__setattr__(self, "name", name)

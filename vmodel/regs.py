@@ -38,7 +38,7 @@ from vmodel.fields import Bits as Bits
 from vmodel.fields import Field as Field
 from vmodel.fields import Layout as Layout
 from vmodel.fields import RegisterError as RegisterError
-from vmodel.fields import check_arguments, near
+from vmodel.fields import check_arguments, fit, near
 from vmodel.modes import Mode, Read, Write
 
 RO, RW, WO, W1C, W1S, RC, RESERVED = list(Mode)[:7]  # the others are in Mode, such as Mode.W1T
@@ -186,7 +186,10 @@ class Register:
         return bank.cells[self.width][self._index]
 
     def __set__(self, bank: RegisterBank, value: SupportsIndex) -> None:
-        bank.cells[self.width][self._index] = value  # type: ignore[call-overload]  # memoryviews take any index
+        try:
+            bank.cells[self.width][self._index] = value  # type: ignore[call-overload]  # memoryviews take any index
+        except (ValueError, TypeError):
+            bank.cells[self.width][self._index] = fit(value, self.width, f"{type(bank).__name__}.{self.name}")
 
     def __repr__(self) -> str:
         bank = self.bank.__name__ if self.bank else "?"
@@ -346,7 +349,10 @@ class RegisterBank(metaclass=_BankType):
         if place is None:
             raise RegisterError(self._no_register(name))
         width, index = place
-        self.cells[width][index] = value  # type: ignore[call-overload]  # memoryviews take any index
+        try:
+            self.cells[width][index] = value  # type: ignore[call-overload]  # memoryviews take any index
+        except (ValueError, TypeError):
+            self.cells[width][index] = fit(value, width, f"{type(self).__name__}.{name}")
 
     @property
     def fields(self) -> Any:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.guest.kernels import CHOSEN
+from tests.waiting import until
+from vmodel.guest import kbuild
 from vmodel.guest.artifacts import CLOUD, cache_dir, find_kernel
 from vmodel.guest.kbuild import BuildError, build
 from vmodel.patience import patience
@@ -60,6 +62,16 @@ def test_a_build(source: Path, kernel: str, tmp_path: Path) -> None:
     assert module.stat().st_mtime_ns == time
     main.write_text(main.read_text().replace("nobody_uses_this", "nobody"))
     assert "'nobody'" in build(source, found, tmp_path / "build").warnings[0]
+
+
+def test_a_build_that_does_not_end(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes end with it, and the error says the limit."""
+    monkeypatch.setattr(kbuild, "_TIMEOUT", 1.0)
+    kbuild_file = source / "Kbuild"
+    kbuild_file.write_text(kbuild_file.read_text() + f"\n$(shell echo $$$$ > {tmp_path}/pid; exec sleep 1000)\n")
+    with pytest.raises(BuildError, match=r"^the build of \S+driver did not end in 1 s"):
+        build(source, find_kernel(CHOSEN[0]), tmp_path / "build")
+    until(lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists(), "the end of its processes")
 
 
 def test_files_come_and_go(source: Path, tmp_path: Path) -> None:

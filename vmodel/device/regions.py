@@ -12,6 +12,7 @@ from typing import Protocol
 
 from vmodel._shim import FunctionRegions
 from vmodel._shim import key as access_key
+from vmodel.fields import fit
 from vmodel.modes import Read, Write
 from vmodel.regs import Register, RegisterBank
 from vmodel.span import Span
@@ -57,11 +58,15 @@ class HookedRegister:
     def _stored(self) -> int:
         return self._register.__get__(self._bank, type(self._bank))
 
+    def _fit(self, result: int) -> int:
+        """The result of a hook.  ValueError, TypeError: as of `fit`."""
+        return fit(result, self._register.width, f"{type(self._bank).__name__}.{self._register.name}")
+
     def read(self, offset: int, count: int) -> bytes:
         """Reads `count` bytes of the register: those of the read hook's result, if there is one."""
         # The hook gets the value from before what a read does to it.
         stored = self._stored
-        value = stored if self._reader is None else self._reader(stored) & self._full
+        value = stored if self._reader is None else self._fit(self._reader(stored))
         if Read.CLEARS in self._register.reads:
             self._function.plain_read(self._region, offset, count)
         first = offset - self.span.start
@@ -80,7 +85,7 @@ class HookedRegister:
         new = self._register.written(self._stored, value, enabled)
         result = None if self._writer is None else self._writer(new)
         if result is not None:
-            new = result & self._full
+            new = self._fit(result)
         kept = self._register.writes.get(Write.PASSES, 0)
         # Read again, as the hook may have changed the register itself.
         self._register.__set__(self._bank, self._stored & kept | new & ~kept)
@@ -91,7 +96,13 @@ class HookedRegister:
         if register.reads or reader is None:
             return lambda: int.from_bytes(self.read(self.span.start, register.size), "little")
         cell, at = self._bank.cells[register.width], register.offset // register.size
-        return lambda: reader(cell[at]) & full
+        fitting = self._fit
+
+        def read() -> int:
+            value = reader(cell[at])
+            return value if value.__class__ is int and 0 <= value <= full else fitting(value)
+
+        return read
 
     def whole_write(self) -> Callable[[int], None]:
         """A function that writes the whole register: the fast path."""
@@ -100,9 +111,11 @@ class HookedRegister:
             return lambda value: self._write(value, full)
         cell, at = self._bank.cells[register.width], register.offset // register.size
 
+        fitting = self._fit
+
         def write(value: int) -> None:
             result = writer(value)
-            cell[at] = value if result is None else result & full
+            cell[at] = value if result is None else fitting(result)
 
         return write
 

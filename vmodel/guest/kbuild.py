@@ -22,7 +22,7 @@ from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import Kernel
 from vmodel.guest.debian import end
 from vmodel.guest.headers import Headers, find_headers
-from vmodel.patience import patience
+from vmodel.patience import patience, spoken
 
 #: The folder of builds, if the user names none: in the current folder, as of other build tools.
 OUTPUT = Path("build")
@@ -168,7 +168,13 @@ def _make(source: Path, folder: Path, headers: Headers, on_line: Callable[[str],
     )
     assert process.stdout is not None
     # Its end also ends the loop: nobody else has the pipe's other end.
-    timer = threading.Timer(patience(_TIMEOUT), end, [process])
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        end(process)
+
+    timer = threading.Timer(patience(_TIMEOUT), stop)
     timer.start()
     try:
         for data in process.stdout:
@@ -184,6 +190,8 @@ def _make(source: Path, folder: Path, headers: Headers, on_line: Callable[[str],
         timer.cancel()
         end(process)
         process.stdout.close()
+    if late.is_set():
+        raise BuildError(f"the build of {source} did not end in {spoken(_TIMEOUT)}")
     if process.returncode:
         errors = [text for text in lines if re.search(r"\berror: |^ERROR: ", text)]
         raise BuildError("\n".join(errors or lines[-10:] or others[-10:] or ["make was stopped"]))
