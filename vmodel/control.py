@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from vmodel.errors import ConfigError
 from vmodel.logs import limited
-from vmodel.server import BACKOFF, STOP_TIMEOUT, listen, place
+from vmodel.server import BACKOFF, STOP_TIMEOUT, listen
+from vmodel.threads import place
 
 log = limited(__name__)
 
@@ -43,13 +44,23 @@ class NoServer(ConfigError):
 class Control:
     """Answers requests while entered as a context manager.
 
-    Each client has a thread of its own; commands run one at a time.
+    Each client has a thread of its own; commands run one at a time, but for slow ones.
     """
 
-    def __init__(self, run_dir: Path, machine: str, commands: Mapping[str, Command]) -> None:
-        """Binds the socket.  ConfigError: it cannot be bound, or another server has it."""
+    def __init__(
+        self,
+        run_dir: Path,
+        machine: str,
+        commands: Mapping[str, Command],
+        slow: Mapping[str, Command] | None = None,
+    ) -> None:
+        """Binds the socket.  ConfigError: it cannot be bound, or another server has it.
+
+        `slow`: commands that may wait, and so run while others do.
+        """
         self.path = path = socket_of(run_dir, machine)
-        self._commands = commands
+        self._commands = {**commands, **(slow or {})}
+        self._slow = frozenset(slow or ())
         self._listener = listen(path, f"machine {machine!r}")
         self._listener.settimeout(None)
         self._listener.listen(64)  # a connect() with a timeout fails at once if the backlog is full
@@ -115,7 +126,7 @@ class Control:
         except (ValueError, KeyError, TypeError, RecursionError):
             return {"error": f"unknown request: known are {', '.join(self._commands)}"}
         try:
-            with self._one:
+            with contextlib.nullcontext() if request["command"] in self._slow else self._one:
                 return {"result": command(request)}
         except ConfigError as error:
             return {"error": str(error)}
@@ -144,7 +155,7 @@ class Control:
         for thread in [self._thread, *self._clients]:
             thread.join(max(deadline - time.monotonic(), 0))
             if thread.is_alive():
-                log.error("control: abandoned: a command does not return, it is in %s", place(thread))
+                log.error("control: abandoned: a command does not return, it is in %s", place(thread.ident))
         with contextlib.suppress(FileNotFoundError):
             if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
@@ -155,9 +166,9 @@ class Control:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-def _receive(sock: socket.socket, most: int, end: bytes | None = None) -> bytes:
+def _receive(sock: socket.socket, most: int, end: bytes | None = None, patience: float = _TIMEOUT) -> bytes:
     """Reads up to `end`, or to the end of the stream.  OSError: it does not arrive in time, or is over `most` bytes."""
-    data, deadline = bytearray(), time.monotonic() + _TIMEOUT
+    data, deadline = bytearray(), time.monotonic() + patience
     while end is None or end not in data:
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
         piece = sock.recv(min(64 * 1024, most + 1 - len(data)))
@@ -182,13 +193,16 @@ def _connect(sock: socket.socket, path: Path) -> None:
             time.sleep(0.01)
 
 
-def ask(path: Path, command: str, **arguments: Any) -> Any:
-    """Sends a request to the server at `path`; returns its result.  ConfigError: there is no server, or it refuses."""
+def ask(path: Path, command: str, *, patience: float = _TIMEOUT, **arguments: Any) -> Any:
+    """Sends a request to the server at `path`; returns its result, which has to come in `patience` seconds.
+
+    ConfigError: there is no server, or it refuses.
+    """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             _connect(sock, path)
             sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
-            reply = json.loads(_receive(sock, _MAX_ANSWER))
+            reply = json.loads(_receive(sock, _MAX_ANSWER, patience=patience))
     except (FileNotFoundError, ConnectionRefusedError):
         raise NoServer(
             f"no server runs in {path.parent}: start `vmodel serve` or `run`, or name its --run-dir"

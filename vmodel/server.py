@@ -20,10 +20,8 @@ import resource
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -38,6 +36,7 @@ from vmodel.device.watchdog import Watchdog
 from vmodel.dma import Buffer
 from vmodel.errors import Access, ConfigError, DmaFault, PeerError, Reason
 from vmodel.logs import limited, report_held
+from vmodel.threads import place
 from vmodel.vfio_user.commands import FdList, HandshakeError, Limits, Session
 from vmodel.vfio_user.wire import Command
 
@@ -368,7 +367,9 @@ class ServedDevice:
             self._thread.join(max(deadline - time.monotonic(), 0))
         if self._thread.is_alive():
             self.device.abandoned = True
-            log.error("%s: abandoned: its thread does not end, it is in %s", self.device.name, place(self._thread))
+            log.error(
+                "%s: abandoned: its thread does not end, it is in %s", self.device.name, place(self._thread.ident)
+            )
         else:
             self.device.owner.leave()
         self._listener.close()
@@ -412,13 +413,6 @@ class ServedDevice:
             with self._lock:
                 self._connection = None
             connection.close()
-
-
-def place(thread: threading.Thread) -> str:
-    """Where a thread is executing: functions with file and line, the innermost first."""
-    frame = sys._current_frames().get(thread.ident or 0)
-    found = traceback.extract_stack(frame)[-3:] if frame is not None else []
-    return ", called by ".join(f"{one.name} ({one.filename}:{one.lineno})" for one in reversed(found)) or "no function"
 
 
 def _raise_fd_limit() -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,6 +22,13 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 class WrongThread(AssertionError):
     """A bug in vmodel or in a model: a method that belongs to one thread was called on another."""
+
+
+def place(thread: int | None) -> str:
+    """Where the thread of this id is executing: functions with file and line, the innermost first."""
+    frame = sys._current_frames().get(thread or 0)
+    found = traceback.extract_stack(frame)[-3:] if frame is not None else []
+    return ", called by ".join(f"{one.name} ({one.filename}:{one.lineno})" for one in reversed(found)) or "no function"
 
 
 class Owner:
@@ -37,6 +46,10 @@ class Owner:
     def leave(self) -> None:
         """Ends the ownership: the device is not served any more."""
         self.thread = 0
+
+    def is_here(self) -> bool:
+        """Whether the calling thread serves the device."""
+        return self.thread == threading.get_ident()
 
     def check(self, what: str) -> None:
         """WrongThread if a thread other than the owner calls it; `what` names the method for the text."""

@@ -61,6 +61,7 @@ _COMMANDS = {
     "regs": "inspect",
     "schema": "schema",
     "log": "log",
+    "call": "call",
     "sweep": "campaign",
     "campaign": "campaign",
     "reproduce": "repeat",

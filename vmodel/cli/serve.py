@@ -18,8 +18,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from vmodel import calls, status
 from vmodel import machine as machines
-from vmodel import status
 from vmodel.cli.complete import machine_files
 from vmodel.cli.output import Verbose, log_to_stderr
 from vmodel.control import Control
@@ -211,7 +211,12 @@ def served(
     with (
         Engine(faults or FaultPlan(), machine.devices, path=journal) as engine,
         Trace(machine.devices, engine.started) as trace,
-        Control(folder, machine.name, {**status.commands(machine), **live.commands(engine), **trace.commands()}),
+        Control(
+            folder,
+            machine.name,
+            {**status.commands(machine), **live.commands(engine), **trace.commands()},
+            slow=calls.commands(machine.devices),
+        ),
     ):
         engine.journal.listeners.append(trace.injected)
         if wanted is not None:

@@ -17,6 +17,7 @@ import pydantic
 
 from vmodel.device.backend import VfioBackend
 from vmodel.device.declare import Declaration
+from vmodel.device.outside import outside
 from vmodel.dma import Dma
 from vmodel.errors import PeerError
 from vmodel.memory import GuestMemory
@@ -45,6 +46,7 @@ __all__ = [
     "on_read",
     "on_write",
     "on_write_each",
+    "outside",
 ]
 
 

@@ -38,6 +38,7 @@ from typing import Any
 
 from vmodel.config_file import parse_toml, read_text
 from vmodel.device import PciDevice
+from vmodel.device.outside import TIMEOUT, call, device_of
 from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import ConfigError, IommuError
 from vmodel.files import create
@@ -256,6 +257,15 @@ class Machine:
                 raise ConfigError(f"{path}: QEMU takes no ACPI table at a path with ':': use another --run-dir")
             args += ["-acpitable", f"file={path.replace(',', ',,')}"]
         return args
+
+    def call(self, method: str, *arguments: Any, timeout: float = TIMEOUT, **named: Any) -> Any:
+        """Calls "DEVICE.METHOD", which the model marks with `@outside`, on the device's thread; returns its result.
+
+        It raises what the method raises.  OutsideError: no such device or method, or wrong arguments.  CallTimeout: it
+        has not returned within `timeout` seconds, or the machine is not served.
+        """
+        device, name = device_of(self.devices, method)
+        return call(device, name, arguments, named, seconds=timeout)
 
     # ---- ACPI ------------------------------------------------------------------------------
 

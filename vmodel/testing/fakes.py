@@ -11,9 +11,11 @@ import tempfile
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from vmodel.closing import Closing
 from vmodel.device import PciDevice
+from vmodel.device.outside import TIMEOUT, call
 from vmodel.patience import patience, spoken
 from vmodel.pci.caps import Msi, Msix
 from vmodel.register_map import RegisterMap
@@ -159,6 +161,14 @@ class FakeDriver(Closing):
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"the condition was not true within {spoken(timeout)}")
             time.sleep(0.001)
+
+    def call(self, method: str, *arguments: Any, timeout: float = TIMEOUT, **named: Any) -> Any:
+        """Calls a method that the model marks with `@outside`, on the device's thread; returns its result.
+
+        It raises what the method raises.  OutsideError: no such method, or wrong arguments.  CallTimeout: it has not
+        returned within `timeout` seconds.
+        """
+        return call(self.device, method, arguments, named, seconds=patience(timeout))
 
     def settle(self) -> None:
         """Returns when the device has handled all posted writes and the work that models deferred."""
