@@ -68,7 +68,10 @@ def regs(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's register map; `regs import FILE` prints a specification's registers as Python."""
+    """Show a model's register map.
+
+    `vmodel regs import FILE` prints a specification's registers as Python.
+    """
     if model == "import":
         if file is None:
             raise ConfigError("regs import needs a file: vmodel regs import card.rdl > card_regs.py")
