@@ -5,12 +5,14 @@ Each test quotes its section in own words.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from tests.pci.card import D0, D3HOT, INTX_DISABLE, IO, MASTER, MEMORY, MSI, MSIX, Rig, SoftResetCard
 from tests.pci.conftest import Drive
+from vmodel.device import Msi, Msix, PciDevice
 from vmodel.devices.edu import Edu, EduRegs
 from vmodel.testing.fakes import FakeDriver, FakeMemory
 from vmodel.vfio_user.client import EventFd
@@ -268,3 +270,22 @@ def test_a_driver_that_forgets_bus_mastering() -> None:
             driver.config_write(4, 2, IO | MEMORY | MASTER)
             assert driver.quiet()
         edu.close()
+
+
+@pytest.mark.parametrize("vector", [-1, 4, 1 << 40])
+@pytest.mark.parametrize("part", [Msi(vectors=4), Msix(vectors=4)])
+def test_a_vector_that_is_not_there(part: Msi | Msix, vector: int) -> None:
+    """It is refused whether or not the guest has enabled messages; -1 is not the last one."""
+
+    class Vectors(PciDevice):
+        vendor_id, device_id, class_code = 0x1234, 0x0001, 0xFF0000
+        messages = part
+
+    device = Vectors("card0")
+    with pytest.raises(ValueError, match=rf"^Msix? has no vector {vector}: it has 0 to 3$"):
+        device.messages.fire(vector)
+    device.defer(lambda: device.messages.fire(vector))
+    device.backend.run_due(time.monotonic_ns())
+    assert f"has no vector {vector}" in str(device.backend.model_errors[0])
+    device.messages.fire(3)
+    device.close()

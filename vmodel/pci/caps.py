@@ -192,8 +192,10 @@ class _MessageInterrupts(Capability):
         """Raises vector `n`; does nothing while the capability is disabled.
 
         The vector stays pending while it is masked, is not allocated (MSI's Multiple Message Enable) or has no
-        eventfd, and while bus mastering is off or the function is in D3hot.
+        eventfd, and while bus mastering is off or the function is in D3hot.  ValueError: there is no such vector.
         """
+        if not 0 <= n < self.vectors:
+            raise ValueError(f"{type(self).__name__} has no vector {n}: it has 0 to {self.vectors - 1}")
         tap = self.owner.irqs.tap
         if tap is None:
             self.fire_untapped(n)
