@@ -24,6 +24,7 @@ from vmodel.campaign.rig import plain
 from vmodel.campaign.worker import Processes
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case, Result
+from vmodel.patience import patience
 
 #: Seconds after which an idle process is ended, with its guest.
 _IDLE = 30.0
@@ -43,7 +44,7 @@ class Cluster:
         except ImportError as error:
             raise ConfigError(f"--scheduler needs Dask ({error}): pip install distributed") from error
         try:
-            self._client = distributed.Client(address, timeout=_CONNECT, set_as_default=False)
+            self._client = distributed.Client(address, timeout=patience(_CONNECT), set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"--scheduler {address}: no scheduler answers: {text}") from error
@@ -100,7 +101,7 @@ class Cluster:
             with contextlib.suppress(OSError, RuntimeError):  # the connection may be lost
                 future.cancel(force=True)
         self._tasks.clear()
-        self._client.close(timeout=_CONNECT)
+        self._client.close(timeout=patience(_CONNECT))
 
 
 # ---- in the cluster's workers -----------------------------------------------------------------------

@@ -23,6 +23,7 @@ from elftools.elf.elffile import ELFFile
 from vmodel.guest.artifacts import ArtifactError, Kernel
 from vmodel.guest.kbuild import OUTPUT, build
 from vmodel.guest.tools import reading_elf
+from vmodel.patience import patience
 
 log = logging.getLogger("vmodel.guest")
 
@@ -43,7 +44,7 @@ def _module_name(path: Path) -> str:
 def _zstd(data: bytes) -> bytes:
     if not shutil.which("zstd"):
         raise ArtifactError("modules of this kernel are compressed with zstd: install the program zstd")
-    return subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, check=True, timeout=60).stdout
+    return subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, check=True, timeout=patience(60)).stdout
 
 
 _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
