@@ -18,6 +18,7 @@ import pydantic
 from vmodel.device.backend import VfioBackend
 from vmodel.device.declare import Declaration
 from vmodel.device.outside import outside
+from vmodel.device.watches import Watch
 from vmodel.dma import Dma
 from vmodel.errors import PeerError
 from vmodel.memory import GuestMemory
@@ -231,6 +232,14 @@ class PciDevice:
         """Like `defer`, but no reset cancels it: for a thread that waits until `call` has run."""
         self.backend.defer(call, None)
 
+    def watch(self, fd: int, call: Callable[[], None]) -> Watch:
+        """Runs `call` on the device's thread while `fd` is readable or at its end; the result's `cancel` ends that.
+
+        A reset does not.  The fd stays the model's.  If `call` raises an exception other than GuestError and DmaFault,
+        the watch ends.  OSError: EPERM, a regular file; ENOSPC, more than 32 fds.  Any thread.
+        """
+        return self.backend.watches.add(fd, call)
+
     def reset(self, kind: ResetKind) -> None:
         """Sets all registers to their reset values and runs `on_reset`; RAM areas keep their contents."""
         self.backend.reset(kind)
@@ -257,5 +266,6 @@ _FRAMEWORK = frozenset(
         "points",
         "post",
         "reset",
+        "watch",
     ]
 )

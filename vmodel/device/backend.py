@@ -17,6 +17,7 @@ from vmodel._shim import key as access_key
 from vmodel.device.declare import Declaration
 from vmodel.device.regions import Regions
 from vmodel.device.state import State
+from vmodel.device.watches import Watches
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, GuestError, Reason
 from vmodel.logs import limited
@@ -116,6 +117,7 @@ class VfioBackend:
         #: Fault points, which experiments can arm; see vmodel.points.
         self.points = Points(name)
         self.agenda = Agenda(self.function.wake, lambda error: self.failed("a callback", error))
+        self.watches = Watches(lambda call: self.defer(call, None), self.failed)
         #: The device's thread did not end (Server.stop) and may still use the device: nothing else may.
         self.abandoned = False
         #: How many exceptions the model's hooks and callbacks have raised.
@@ -455,6 +457,7 @@ class VfioBackend:
 
     def close(self) -> None:
         """Releases fds and memory; the device must not be used afterwards."""
+        self.watches.close()
         self.agenda.cancel()
         self.irqs.close()
         self.dma.close()
