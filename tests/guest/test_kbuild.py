@@ -148,3 +148,22 @@ def test_a_module_from_its_source_in_tests_and_experiments(
         """
     )
     pytester.runpytest().assert_outcomes(passed=2)
+
+
+def test_a_kernel_by_its_path(source: Path, tmp_path: Path) -> None:
+    """An image outside the cache, with its modules beside it: a module is built for its release, and loaded."""
+    found = find_kernel(CHOSEN[0])
+    assert found.modules is not None
+    image = tmp_path / "own" / "bzImage"
+    (image.parent / "lib" / "modules").mkdir(parents=True)
+    image.write_bytes(found.image.read_bytes())
+    (image.parent / "lib" / "modules" / found.release).symlink_to(found.modules)
+    line = [sys.executable, "-m", "vmodel", "guest", str(EDU), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*line, "--kernel", str(image), "--module", "driver/", "--", "sh", "-c", "dmesg | grep -c '4! = 24'"],
+        cwd=source.parent,
+        capture_output=True,
+        text=True,
+        timeout=patience(120),
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
