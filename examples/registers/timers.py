@@ -44,10 +44,7 @@ class Timers(PciDevice):
         self.interrupt()
 
     def interrupt(self) -> None:
-        if self.regs.STATUS & self.regs.ENABLE:
-            self.intx.raise_()
-        else:
-            self.intx.lower()
+        self.intx.drive(self.regs.STATUS & self.regs.ENABLE)
 
     @on_write(CardRegs.STATUS, CardRegs.ENABLE)
     def mask(self, new: int) -> None:

@@ -30,6 +30,10 @@ def test_the_card() -> None:
         assert card.read("STATUS") == 1 << 2 and card.device.intx.level
         assert card.read("TIMER[2].CONTROL") == 0
         assert [card.read("TIMER[2].COUNT") for _ in range(2)] == [1, 0]
+        for enabled, level in ((0, False), (1 << 2, True), (1 << 1, False), (0xF, True)):
+            card.write("ENABLE", enabled)
+            card.read("ID")  # the model has done what the write deferred
+            assert card.device.intx.level is level
         card.write("STATUS", 1 << 2)
         assert card.read("STATUS") == 0 and not card.device.intx.level
         card.client.region_write(0, 0x100, b"notes")

@@ -269,6 +269,13 @@ class Intx:
         self._set_status(True)
         self.deliver()
 
+    def drive(self, causes: int) -> None:
+        """Asserts the pin if `causes` is not 0, as in `drive(status & enable)`, and deasserts it otherwise."""
+        if not causes:
+            self.lower()
+        elif not self.level:
+            self.raise_()
+
     def lower(self) -> None:
         """Deasserts the pin."""
         self.level = False
