@@ -34,7 +34,7 @@ def test_scripts_one_after_the_other(vm_booted: BootedGuest) -> None:
     mark = vm_booted.mark()
     assert vm_booted.run("echo so far; sleep 100", 0.5).status is None
     assert vm_booted.alive()
-    vm_booted.show_blocked()
+    vm_booted.guest.examiner().blocked()
     assert "Show Blocked State" in vm_booted.console(mark)
     assert vm_booted.run("exit 5").status == 5
     result = vm_booted.power_off()
