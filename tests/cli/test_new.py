@@ -22,7 +22,7 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ["mycard", "dma_engine_2"])
+@pytest.mark.parametrize("name", ["mycard", "dma_engine_2", "a_b", "x2_y"])
 def test_a_project(name: str, tmp_path: Path) -> None:
     """Each file has the device's name in it, and nothing of the template's; the model's tests pass at once."""
     done = vmodel("new", f"projects/{name}", cwd=tmp_path)
@@ -35,7 +35,7 @@ def test_a_project(name: str, tmp_path: Path) -> None:
     if name != "mycard":
         assert not [path for path in expected if "mycard" in (project / path).read_text().lower()]
     tested = vmodel("test", "--no-guest", cwd=project)
-    assert tested.returncode == 0 and "8 passed" in tested.stdout, tested.stdout
+    assert tested.returncode == 0 and "9 passed" in tested.stdout, tested.stdout
 
 
 def test_the_template_is_in_order(tmp_path: Path) -> None:
@@ -50,10 +50,10 @@ def test_the_template_is_in_order(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name", ["9lives", "my-card", "MyCard", "", "a" * 40, "käse", "a\nb"])
+@pytest.mark.parametrize("name", ["9lives", "my-card", "MyCard", "", "a" * 40, "käse", "a\nb", "a__b", "a_"])
 def test_names_that_are_none(name: str, tmp_path: Path) -> None:
     said = refused(vmodel("new", name, cwd=tmp_path))
-    assert "lower-case letters, digits and _" in said
+    assert "must be lower-case words of letters and digits, joined by _" in said
     assert not files_in(tmp_path)
 
 

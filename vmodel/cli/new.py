@@ -31,9 +31,9 @@ def new(target: Target) -> None:
     folder builds and tests all of it.
     """
     name = target.name
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name):
+    if not re.fullmatch(r"(?=.{1,31}$)[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise ConfigError(
-            f"{name!r}: a name has lower-case letters, digits and _, begins with a letter, is at most 31 long"
+            f"{name!r}: must be lower-case words of letters and digits, joined by _, at most 31 long in all"
         )
     if keyword.iskeyword(name) or name in _TAKEN:
         raise ConfigError(f"{name!r}: this name is taken by a Python module or keyword; choose another one")
@@ -61,5 +61,16 @@ def _copy(source: Traversable, target: Path, name: str) -> list[Path]:
 
 
 def _renamed(text: str, name: str) -> str:
-    as_class = "".join(part.capitalize() for part in name.split("_"))
-    return text.replace(_NAME, name).replace(_NAME.upper(), name.upper()).replace(_NAME.capitalize(), as_class)
+    return text.replace(_NAME, name).replace(_NAME.upper(), name.upper()).replace(_NAME.capitalize(), _class(name))
+
+
+def _class(name: str) -> str:
+    """The device's class: dma_engine gives DmaEngine.
+
+    From the class, `vmodel regs --format c` gets back where the words begin; a _ stays where it could not.
+    """
+    found, before = "", ""
+    for word in name.split("_"):
+        found += f"{'_' if len(before) == 1 or (before and word[0].isdigit()) else ''}{word.capitalize()}"
+        before = word
+    return found
