@@ -1,6 +1,7 @@
 """NVMe's admin commands and I/O commands in Python: whatever they say, each has one completion, with a status.
 
-No hook fails, the controller does not stop, and nothing is completed that was not asked for.
+No hook fails, the controller does not stop, and nothing is completed that was not asked for.  After a Doorbell Buffer
+Config the input's own pages may be shadow doorbells, which ask for whatever is in the queues.
 """
 
 from __future__ import annotations
@@ -41,8 +42,7 @@ ADMIN = [
 ADMIN += [0x81, 0x82, 0x84, 0xC0]
 IO = [0x00, 0x01, 0x02, 0x04, 0x05, 0x08, 0x09, 0x0C, 0x0D, 0x0E, 0x11, 0x15, 0x19, 0x80]
 NAMESPACES = [1, 2, 0, 3, 0xFFFF_FFFF, 0xFFFF_FFFE]
-#: Those that go on after their completion, or have none for now: Asynchronous Event Request.
-AER = 0x0C
+DOORBELL_BUFFER_CONFIG = 0x7C
 #: Where commands' data is.
 DATA = 0x10_0000
 #: Where the queues are: nowhere that a command is likely to write to, as that would be its own fault.
@@ -111,7 +111,7 @@ def one_input(data: bytes) -> None:
     driver.enable()
     io = driver.create(1, 8)
     asked: dict[int, set[int]] = {0: set(), 1: set()}
-    cid = 100
+    cid, shadow = 100, False
     for _ in range(8):
         if not source.left:
             break
@@ -123,14 +123,15 @@ def one_input(data: bytes) -> None:
         for _ in range(1 + (what >> 2 & 3)):
             cid += 1
             raw = command(source, opcodes, cid)
+            shadow |= raw[0] == DOORBELL_BUFFER_CONFIG
             driver.memory.write(pair.sq + 64 * pair.tail, raw)
             pair.tail = (pair.tail + 1) % pair.entries
             asked[pair.qid].add(cid)
         pair.ring()
         for qid, each in ((0, driver.admin), (1, io)):
             for done in reaped(each):
-                assert done in asked[qid], f"a completion of {done} that was not asked for, or was twice"
-                asked[qid].remove(done)
+                assert shadow or done in asked[qid], f"a completion of {done} that was not asked for, or was twice"
+                asked[qid].discard(done)
     driver.run()
     assert not driver.status.CFS
 

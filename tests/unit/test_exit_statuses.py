@@ -63,7 +63,9 @@ def test_spaces_and_repetitions() -> None:
     ],
 )
 def test_kinds_of_a_console(line: str, kind: Kind) -> None:
-    ((found, finding),) = kernel_findings(f"[    1.000000] fine\n[    2.000000] {line}\nnot of the kernel\n")
+    ((found, finding),) = kernel_findings(
+        f"[    1.000000] fine\n[    2.000000] {line}\nnot of the kernel\n", lambda place: ""
+    )
     assert (found, finding.text) == (kind, line)
 
 
@@ -72,5 +74,6 @@ def test_what_is_no_failure() -> None:
     assert not kernel_findings(
         "[    1.000000] pcieport 0000:00:01.0: AER: Correctable error\n"
         "[    2.000000] nvme nvme0: I/O tag 1 (1001) QID 1 timeout, aborting\n"
-        "BUG: unable to handle, says the command\n"
+        "BUG: unable to handle, says the command\n",
+        lambda place: "",
     )

@@ -413,7 +413,9 @@ class Guest(Starting):
         if killed is None:  # else hang() may have caused it
             panic = self._panic()
         if panic:  # also one at power-off, after the command has ended
-            raise GuestPanic(f"{panic[0].strip()}{self._tail()}")
+            # It was perhaps seen when only the begin of its line had arrived.
+            whole = next((line for line in self.console.splitlines() if panic[0] in line), panic[0])
+            raise GuestPanic(f"{whole[whole.index(panic[0]) :].strip()}{self._tail()}")
         if verdict and verdict[1] == b"status":
             if self._log_error:
                 raise LogError(f"the command ended with status {int(verdict[2])}, but {self._log_error}")
