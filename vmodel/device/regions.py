@@ -110,12 +110,15 @@ class HookedRegister:
         if register.writes.get(Write.STORES) != full or writer is None:
             return lambda value: self._write(value, full)
         cell, at = self._bank.cells[register.width], register.offset // register.size
-
         fitting = self._fit
 
         def write(value: int) -> None:
             result = writer(value)
-            cell[at] = value if result is None else fitting(result)
+            if result is None:
+                result = value
+            elif result.__class__ is not int or not 0 <= result <= full:
+                result = fitting(result)
+            cell[at] = result
 
         return write
 
