@@ -74,6 +74,62 @@ def test_a_build_that_does_not_end(source: Path, tmp_path: Path, monkeypatch: py
     until(lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists(), "the end of its processes")
 
 
+def test_a_makefile_that_looks_above_its_folder(source: Path, kernel: str, tmp_path: Path) -> None:
+    """As out-of-tree drivers do: the driver in one folder, headers in another beside it."""
+    (source.parent / "include").mkdir()
+    header = source.parent / "include" / "above.h"
+    header.write_text("static int nobody_uses_this;\n")
+    # What is called as an output folder is no neighbour.
+    (source.parent / find_kernel(kernel).release).write_text("")
+    kbuild_file, main = source / "Kbuild", source / "main.c"
+    with kbuild_file.open("a") as file:
+        file.write("top := $(shell cd $(src)/.. && pwd)\nccflags-y := -I$(top)/include\n")
+    main.write_text(main.read_text() + "#include <above.h>\n")
+    before, output = all_of(source.parent), tmp_path / "build"
+    built = build(source, find_kernel(kernel), output)
+    assert built.modules == (output / find_kernel(kernel).release / "factorial.ko",)
+    assert built.warnings == (f"{header}:1:12: warning: 'nobody_uses_this' defined but not used [-Wunused-variable]",)
+    assert all_of(source.parent) == before
+    header.write_text("static int nobody;\n")
+    assert "'nobody'" in build(source, find_kernel(kernel), output).warnings[0]
+
+
+def test_an_object_above_the_folder(source: Path, tmp_path: Path) -> None:
+    """kbuild would write it into the source."""
+    (source / "Kbuild").write_text("obj-m := factorial.o\nfactorial-y := main.o \\\n ../common/registers.o\n")
+    with pytest.raises(BuildError, match=r"Kbuild: \.\./common/registers\.o is outside the module's folder"):
+        build(source, find_kernel(CHOSEN[0]), tmp_path / "build")
+
+
+def test_variables_of_make(source: Path, kernel: str, tmp_path: Path) -> None:
+    (source / "Kbuild").write_text("obj-$(CONFIG_FACTORIAL) := factorial.o\nfactorial-y := main.o registers.o\n")
+    (source / "main.c").write_text((source / "main.c").read_text() + "static int a = A, b = B;\n")
+    command = [sys.executable, "-m", "vmodel", "build", str(source), "--kernel", kernel]
+    own = ["--make", "CONFIG_FACTORIAL=m", "--make", "ccflags-y=-DA=1 -DC", "--make", "KCFLAGS=-DB=2"]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=patience(120), check=False
+        )
+
+    done = run(*own)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert done.stdout.endswith(f"build/{find_kernel(kernel).release}/factorial.ko\n")
+    assert "obj-m names no module" in run().stderr
+    for wrong in ("clean", "-B", "M"):
+        done = run("--make", wrong)
+        assert (done.returncode, done.stderr) == (2, f"vmodel: {wrong!r}: must be NAME=VALUE, a variable of make's\n")
+
+
+def test_flags_that_newer_kernels_ignore(source: Path, kernel: str, tmp_path: Path) -> None:
+    """kbuild itself says nothing, and the compiler then lacks a header or a definition."""
+    with (source / "Kbuild").open("a") as file:
+        file.write("EXTRA_CFLAGS := -DREGISTERS\n")
+    found = find_kernel(kernel)
+    said = f"{source}/Kbuild: warning: kbuild ignores EXTRA_CFLAGS since Linux 6.15; ccflags-y is what it reads"
+    assert build(source, found, tmp_path / "build").warnings == ((said,) if found.version >= (6, 15) else ())
+
+
 def test_files_come_and_go(source: Path, tmp_path: Path) -> None:
     found = find_kernel(CHOSEN[0])
     build(source, found, tmp_path / "build")

@@ -22,21 +22,26 @@ Kernels = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where it is built, a folder for each kernel.")]
+Variables = Annotated[
+    list[str] | None,
+    typer.Option("--make", metavar="NAME=VALUE", help="A variable of make's, as CONFIG_MYCARD=m; repeatable."),
+]
 
 
-def build(source: Source, kernel: Kernels = None, output: Output = kbuild.OUTPUT) -> None:
+def build(source: Source, kernel: Kernels = None, output: Output = kbuild.OUTPUT, variables: Variables = None) -> None:
     """Build a kernel module out of tree for the guest kernels.
 
     What it needs for that (headers, Debian's compiler) is fetched the first time.  The compiler's messages go to
     stdout, then the path of each module.  For editors there is a compile_commands.json in the output folder.
     """
     kbuild.check_source(source)
+    own = [kbuild.check_variable(text) for text in variables or ()]
     names = kernel or list(artifacts.KERNELS)
     fetch_headers(names)
     for name in names:
         found = artifacts.find_kernel(name)
         try:
-            built = kbuild.build(source, found, output, print)
+            built = kbuild.build(source, found, output, print, own)
         except kbuild.BuildError as error:
             raise kbuild.BuildError(f"{source}: not built for {found.release}: {error.summary}") from None
         for module in built.modules:

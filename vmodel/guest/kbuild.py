@@ -1,7 +1,8 @@
 """Builds a kernel module from its source, out of tree, for one of the cache's kernels.
 
 kbuild writes beside the files that it reads.  So a build has a folder of its own for each kernel, OUTPUT/RELEASE, with
-links to the source files: nothing is written into the source, and builds for several kernels do not mix.
+links to the source files: nothing is written into the source, and builds for several kernels do not mix.  A Makefile
+that looks above its folder, as in `ccflags-y := -I$(src)/../include`, finds in OUTPUT what is beside the source.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import shlex
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,12 @@ _TIMEOUT = 600.0
 #: Where kbuild looks for its instructions, the first that is there.
 _MAKEFILES = ("Kbuild", "Makefile")
 _NAMES_A_MODULE = re.compile(r"^[^#]*\bobj-(m|\$\([^)]*\))\s*[:+]?=", re.MULTILINE)
+#: In a Makefile: the folder above, and an object of it.
+_ABOVE = re.compile(r"^[^#\n]*\.\.", re.MULTILINE)
+_OBJECT_ABOVE = re.compile(r"^[^#\n]*?(\.\./\S*\.o)\b", re.MULTILINE)
+_OLD_FLAGS = re.compile(r"^[^#\n]*\bEXTRA_CFLAGS\b", re.MULTILINE)
+#: A variable of make's, with its value.
+_VARIABLE = re.compile(r"[\w.-]+=.*")
 #: What kbuild writes, if somebody has built in the source folder.
 _WRITTEN = re.compile(r".*\.(o|ko|mod|mod\.c|cmd|symvers|order|o\.d)$|\..*")
 #: What make and kbuild print, beside the compiler's messages.
@@ -59,11 +66,18 @@ class Build:
     warnings: tuple[str, ...]
 
 
-def build(source: Path, kernel: Kernel, output: Path, on_line: Callable[[str], None] | None = None) -> Build:
+def build(
+    source: Path,
+    kernel: Kernel,
+    output: Path,
+    on_line: Callable[[str], None] | None = None,
+    variables: Sequence[str] = (),
+) -> Build:
     """Builds the modules that `source`/Kbuild, or its Makefile, names; in the folder `output`/RELEASE.
 
     Only what has changed since the last time is compiled.  `on_line` gets each message of the compiler, with the
-    source's own paths.  ArtifactError: the cache has no headers for the kernel.  BuildError: the source is wrong.
+    source's own paths.  `variables`: of make, such as "CONFIG_MYCARD=m".  ArtifactError: the cache has no headers for
+    the kernel.  BuildError: the source is wrong.
 
         >>> build(Path("driver"), find_kernel("stable"), Path("build")).modules  # doctest: +SKIP
         (PosixPath('build/6.12.117+deb13-amd64/mycard.ko'),)
@@ -79,7 +93,13 @@ def build(source: Path, kernel: Kernel, output: Path, on_line: Callable[[str], N
     (output / ".gitignore").write_text("*\n")
     with _locked(folder):
         _mirror(source, folder)
-        lines = _make(source, folder, headers, on_line)
+        if _looks_above(source):
+            _link_neighbours(source.absolute(), folder.parent)
+        lines = _old_flags(source, kernel)
+        if on_line:
+            for text in lines:
+                on_line(text)
+        lines += _make(source, folder, headers, on_line, variables)
         modules = tuple(_modules(folder))
         _write_compile_commands(source, folder, headers, output.absolute())
     if not modules:
@@ -92,8 +112,18 @@ def check_source(source: Path) -> None:
     if not source.is_dir():
         raise BuildError(f"{source}: there is no such folder; a module's folder has a Kbuild or a Makefile")
     makefile = _makefile(source)
-    if not _NAMES_A_MODULE.search(makefile.read_text(errors="replace").replace("\\\n", " ")):
+    text = makefile.read_text(errors="replace").replace("\\\n", " ")
+    if not _NAMES_A_MODULE.search(text):
         raise BuildError(f"{makefile}: names no module; for NAME.c it needs a line `obj-m := NAME.o`")
+    if found := _OBJECT_ABOVE.search(text):
+        raise BuildError(f"{makefile}: {found[1]} is outside the module's folder, where kbuild would write it")
+
+
+def check_variable(text: str) -> str:
+    """The text, `NAME=VALUE`.  BuildError: it is something else, which make would take for an option or a target."""
+    if not _VARIABLE.fullmatch(text):
+        raise BuildError(f"{text!r}: must be NAME=VALUE, a variable of make's")
+    return text
 
 
 def _makefile(source: Path) -> Path:
@@ -137,8 +167,42 @@ def _mirror(source: Path, folder: Path) -> None:
             path.symlink_to(target)
 
 
-def _make(source: Path, folder: Path, headers: Headers, on_line: Callable[[str], None] | None) -> list[str]:
+def _old_flags(source: Path, kernel: Kernel) -> list[str]:
+    """A warning if the Makefile has flags in a variable that kbuild no longer reads, without a word: Linux 6.15."""
+    makefile = _makefile(source)
+    if kernel.version < (6, 15) or not _OLD_FLAGS.search(makefile.read_text(errors="replace")):
+        return []
+    return [f"{makefile}: warning: kbuild ignores EXTRA_CFLAGS since Linux 6.15; ccflags-y is what it reads"]
+
+
+def _looks_above(source: Path) -> bool:
+    """Whether the module's Makefile names the folder above its own."""
+    return _ABOVE.search(_makefile(source).read_text(errors="replace")) is not None
+
+
+def _link_neighbours(source: Path, output: Path) -> None:
+    """Makes `output`, which is above the folder of the build, have a link to all that is beside the source folder."""
+    for path in source.parent.iterdir():
+        link = output / path.name
+        if path.name.startswith(".") or path in (source, output) or (link.is_symlink() and link.readlink() == path):
+            continue
+        if link.is_symlink() or not link.exists():  # what is no link is a build
+            new = output / f".{path.name}.{os.getpid()}"
+            new.symlink_to(path)
+            new.rename(link)  # another build may do the same now
+
+
+def _make(
+    source: Path,
+    folder: Path,
+    headers: Headers,
+    on_line: Callable[[str], None] | None,
+    variables: Sequence[str],
+) -> list[str]:
     """Runs kbuild; returns the compiler's messages, which name source files."""
+    own = [check_variable(text) for text in variables]
+    flags = [text.partition("=")[2] for text in own if text.startswith("KCFLAGS=")]
+    above = f"-ffile-prefix-map={folder.parent}={source.absolute().parent} " if _looks_above(source) else ""
     line = [
         str(headers.programs / "make"),
         f"-j{len(os.sched_getaffinity(0))}",
@@ -151,7 +215,9 @@ def _make(source: Path, folder: Path, headers: Headers, on_line: Callable[[str],
         # The version of pahole is compared with the kernel's, although nothing uses it then.
         "PAHOLE_VERSION=$(CONFIG_PAHOLE_VERSION)",
         # Debug information and __FILE__ name the source, and #include "..." finds what is beside its folder.
-        f"KCFLAGS=-ffile-prefix-map={folder}={source.absolute()} -iquote {source.absolute()}",
+        # The last map that fits counts.
+        f"KCFLAGS={above}-ffile-prefix-map={folder}={source.absolute()} -iquote {source.absolute()} {' '.join(flags)}",
+        *(text for text in own if not text.startswith("KCFLAGS=")),
         "modules",
     ]
     environ = {"PATH": f"{headers.programs}:/usr/bin:/bin", "LC_ALL": "C.UTF-8", "TMPDIR": str(folder)}
@@ -200,7 +266,7 @@ def _make(source: Path, folder: Path, headers: Headers, on_line: Callable[[str],
 
 def _in_source(text: str, source: Path, folder: Path) -> str:
     """A line of the compiler's with the paths of the source for those of the build folder."""
-    text = text.replace(f"{folder}/", f"{source}/")
+    text = text.replace(f"{folder}/", f"{source}/").replace(f"{folder.parent}/", f"{source.parent}/")
     # Newer kernels compile in the build folder, so paths are relative to it.
     found = re.match(r"([^\s:]+)(:\d+(:\d+)?: .*|: In function .*|: At top level:)", text)
     if found and not found[1].startswith("/") and (source / found[1]).is_file() and not text.startswith(f"{source}/"):
