@@ -149,6 +149,11 @@ class Register:
             stored = write.apply(stored, value, mask if write in _WHOLE else mask & enabled)
         return stored
 
+    def after_read(self, stored: int, enabled: int) -> int:
+        """The new value after a read of the bits in `enabled`, by access modes."""
+        cleared, set_ = self.reads.get(Read.CLEARS, 0), self.reads.get(Read.SETS, 0)
+        return stored & ~(cleared & enabled) | set_ & enabled
+
     @property
     def exits_on_write(self) -> bool:
         """Whether the shim leaves writes to Python, as it does not know all of the access modes."""
@@ -274,6 +279,17 @@ class Part:
         return vars(bank).setdefault(self.name, self.bound(bank))
 
 
+class Note:
+    """Of a register with hooks in one bank: whether a hook sets the register itself."""
+
+    __slots__ = ("place", "value")
+
+    def __init__(self, place: tuple[int, int]) -> None:
+        self.place = place
+        #: While a hook runs that has not set the register: the value that the access makes of it.
+        self.value: int | None = None
+
+
 class _BankType(type):
     """The type of bank classes: says what there is instead of an attribute that there is not."""
 
@@ -300,8 +316,9 @@ class RegisterBank(metaclass=_BankType):
     parts: ClassVar[tuple[Part, ...]] = ()
     #: Memories in ascending order, those of register files included; see vmodel.register_files.RamArea.
     memories: ClassVar[tuple[Any, ...]] = ()
-    #: By register name: its width, and its index in `cells[width]`.
-    _places: ClassVar[dict[str, tuple[int, int]]] = {}
+    #: By register name: its width, and its index in `cells[width]`.  An instance has its own if a register has hooks,
+    #: with a Note instead.
+    _places: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls, *, size: int, sizes: tuple[int, ...] = (1, 2, 4, 8), misaligned: bool = True) -> None:
         if not isinstance(size, int):
@@ -332,6 +349,8 @@ class RegisterBank(metaclass=_BankType):
     view: memoryview
     #: The same bytes as arrays of 8, 16, 32 and 64-bit numbers: registers and host are little-endian (see wire).
     cells: dict[int, memoryview]
+    #: Of registers with hooks.
+    _notes: dict[Register, Note]
 
     def __init__(self, view: memoryview) -> None:
         """`view` holds the values: `size` bytes, format 'B'."""
@@ -342,12 +361,15 @@ class RegisterBank(metaclass=_BankType):
             32: view[: size & ~3].cast("I"),
             64: view[: size & ~7].cast("Q"),
         }
-        vars(self).update(view=view, cells=cells)
+        vars(self).update(view=view, cells=cells, _notes={})
 
     def __setattr__(self, name: str, value: SupportsIndex) -> None:
         place = self._places.get(name)
-        if place is None:
-            raise RegisterError(self._no_register(name))
+        if place.__class__ is not tuple:
+            if place is None:
+                raise RegisterError(self._no_register(name))
+            place.value = None
+            place = place.place
         width, index = place
         try:
             self.cells[width][index] = value  # type: ignore[call-overload]  # memoryviews take any index
@@ -377,6 +399,8 @@ class RegisterBank(metaclass=_BankType):
         for register in self.registers:
             if everything or not register.sticky:
                 register.__set__(self, register.reset)
+                if register in self._notes:
+                    self._notes[register].value = None
 
     @classmethod
     def policy(cls, hooked_reads: set[Register], hooked_writes: set[Register]) -> Policy:
@@ -427,6 +451,23 @@ class RegisterBank(metaclass=_BankType):
             }
 
 
+def note_of(bank: RegisterBank, register: Register) -> Note | None:
+    """The note for the hooks of a register; None: it is an element of an array, which models set without the bank."""
+    *files, name = register.name.split(".")
+    owner: Any = bank  # the bank in which a model sets the register
+    for file in files:
+        attribute, *indices = file.replace("]", "").split("[")
+        owner = getattr(owner, attribute)
+        for index in indices:
+            owner = owner[int(index)]
+    if name not in owner._places:
+        return None
+    places = vars(owner).setdefault("_places", dict(owner._places))
+    note = places[name] if isinstance(places[name], Note) else Note(places[name])
+    places[name] = bank._notes[register] = note
+    return note
+
+
 class _BankFields:
     """`bank.fields`: the fields of each register."""
 
@@ -466,7 +507,10 @@ class _RegisterFields:
 
     def __setattr__(self, name: str, value: int) -> None:
         bank, register = self._place
-        register.__set__(bank, self._field(name).put(register.__get__(bank, type(bank)), value))
+        # In the register's own write hook, the other fields become what was written.
+        new = getattr(bank._places[register.name], "value", None)
+        stored = register.__get__(bank, type(bank)) if new is None else new
+        setattr(bank, register.name, self._field(name).put(stored, value))
 
 
 @dataclass(frozen=True)
@@ -499,8 +543,9 @@ def _hook(kind: str, registers: tuple[Register, ...], *, indexed: bool = False) 
 def on_write(*registers: Register) -> Callable[[_F], _F]:
     """Marks a device's method `(self, new: int) -> int | None` as the write hook of these registers.
 
-    `new` is the register's value after access modes and partial writes.  The hook's result is stored; None stores
-    `new`.  WO bits are never stored.
+    `new` is the register's value after access modes and partial writes; until the hook has run the register keeps its
+    old one.  The hook's result is stored.  None stores `new`, unless the hook has set the register (an element of an
+    array: to another value).  WO bits are never stored.
     """
     return _hook("write", registers)
 
@@ -516,7 +561,7 @@ def on_write_each(*registers: Register) -> Callable[[_F], _F]:
 def on_read(*registers: Register) -> Callable[[_F], _F]:
     """Marks a device's method `(self, stored: int) -> int` as the read hook: a read gives its result.
 
-    The result is not stored.
+    The result is not stored.  What a read does to the register, as RC, comes after the hook, unless that has set it.
     """
     return _hook("read", registers)
 

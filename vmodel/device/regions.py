@@ -13,8 +13,8 @@ from typing import Protocol
 from vmodel._shim import FunctionRegions
 from vmodel._shim import key as access_key
 from vmodel.fields import fit
-from vmodel.modes import Read, Write
-from vmodel.regs import Register, RegisterBank
+from vmodel.modes import Write
+from vmodel.regs import Register, RegisterBank, note_of
 from vmodel.span import Span
 from vmodel.threads import Owner, owned
 
@@ -35,24 +35,22 @@ class Area(Protocol):
 
 
 class HookedRegister:
-    """A register with a hook, as an Area of its region."""
+    """A register with a hook, as an Area of its region.
+
+    While the hook runs, the register has its old value.  What the access makes of it is stored afterwards, unless the
+    hook has set the register itself.
+    """
 
     def __init__(
-        self,
-        function: FunctionRegions,
-        region: int,
-        at: int,
-        bank: RegisterBank,
-        register: Register,
-        reader: Reader | None,
-        writer: Writer | None,
+        self, at: int, bank: RegisterBank, register: Register, reader: Reader | None, writer: Writer | None
     ) -> None:
         """`at`: the bank's offset in the region."""
         self.span = Span.sized(at + register.offset, register.size)
-        self._function, self._region = function, region
         self._bank, self._register = bank, register
         self._reader, self._writer = reader, writer
         self._full = (1 << register.width) - 1
+        #: None, and while the hook runs the value to be stored.  An element of an array has no note.
+        self._note = note_of(bank, register)
 
     @property
     def _stored(self) -> int:
@@ -62,17 +60,30 @@ class HookedRegister:
         """The result of a hook.  ValueError, TypeError: as of `fit`."""
         return fit(result, self._register.width, f"{type(self._bank).__name__}.{self._register.name}")
 
+    def _call(self, hook: Callable[[int], int | None], argument: int, after: int) -> tuple[int | None, bool]:
+        """Calls a hook: its result, and whether it has set the register; `after` is stored if it does neither."""
+        note = self._note
+        if note is None:
+            before = self._stored
+            return hook(argument), self._stored != before
+        note.value = after
+        try:
+            return hook(argument), note.value is None
+        finally:
+            note.value = None
+
     def read(self, offset: int, count: int) -> bytes:
         """Reads `count` bytes of the register: those of the read hook's result, if there is one."""
-        # The hook gets the value from before what a read does to it.
-        stored = self._stored
-        value = stored if self._reader is None else self._fit(self._reader(stored))
-        if Read.CLEARS in self._register.reads:
-            self._function.plain_read(self._region, offset, count)
         first = offset - self.span.start
-        if Read.SETS in self._register.reads:
-            bytes_read = ((1 << 8 * count) - 1) << 8 * first
-            self._register.__set__(self._bank, self._stored | self._register.reads[Read.SETS] & bytes_read)
+        # The hook gets the value from before what a read does to it.
+        value = self._stored
+        after = self._register.after_read(value, ((1 << 8 * count) - 1) << 8 * first)
+        own = False
+        if self._reader is not None:
+            result, own = self._call(self._reader, value, after)
+            value = self._fit(result)  # type: ignore[arg-type]  # None is refused like any other wrong result
+        if not own:
+            self._register.__set__(self._bank, after)
         return value.to_bytes(self._register.size, "little")[first : first + count]
 
     def write(self, offset: int, data: bytes) -> None:
@@ -82,12 +93,16 @@ class HookedRegister:
 
     def _write(self, value: int, enabled: int) -> None:
         """Writes the bits in `enabled`; other bits keep their value, WO bits are never stored."""
-        new = self._register.written(self._stored, value, enabled)
-        result = None if self._writer is None else self._writer(new)
-        if result is not None:
-            new = self._fit(result)
+        stored = self._stored
+        new = self._register.written(stored, value, enabled)
         kept = self._register.writes.get(Write.PASSES, 0)
-        # Read again, as the hook may have changed the register itself.
+        if self._writer is not None:
+            result, own = self._call(self._writer, new, stored & kept | new & ~kept)
+            if result is not None:
+                new = self._fit(result)
+            elif own:
+                return
+        # Read again, as the hook may have changed the bits that are kept.
         self._register.__set__(self._bank, self._stored & kept | new & ~kept)
 
     def whole_read(self) -> Callable[[], int]:
@@ -109,16 +124,40 @@ class HookedRegister:
         register, writer, full = self._register, self._writer, self._full
         if register.writes.get(Write.STORES) != full or writer is None:
             return lambda value: self._write(value, full)
+        note = self._note
+        if note is None:
+            return self._whole_write_of_element(writer)
         cell, at = self._bank.cells[register.width], register.offset // register.size
         fitting = self._fit
 
         def write(value: int) -> None:
+            note.value = value
+            try:
+                result = writer(value)
+                if result is None:
+                    result = note.value
+                    if result is None:
+                        return
+                elif result.__class__ is not int or not 0 <= result <= full:
+                    result = fitting(result)
+                cell[at] = result
+            finally:
+                note.value = None
+
+        return write
+
+    def _whole_write_of_element(self, writer: Writer) -> Callable[[int], None]:
+        """The same for an element of an array: it was set if its value is another one."""
+        cell, at = self._bank.cells[self._register.width], self._register.offset // self._register.size
+        fitting = self._fit
+
+        def write(value: int) -> None:
+            before = cell[at]
             result = writer(value)
-            if result is None:
-                result = value
-            elif result.__class__ is not int or not 0 <= result <= full:
-                result = fitting(result)
-            cell[at] = result
+            if result is not None:
+                cell[at] = fitting(result)
+            elif cell[at] == before:
+                cell[at] = value
 
         return write
 
@@ -163,21 +202,22 @@ class Regions:
             exits_on_write = writer is not None or register.exits_on_write
             if not exits_on_read and not exits_on_write:
                 continue
-            hooked = HookedRegister(self._function, region, at, bank, register, reader, writer)
+            hooked = HookedRegister(at, bank, register, reader, writer)
             key = access_key(region, hooked.span.start, register.size)
             if exits_on_read:
                 insort(self._readers.setdefault(region, []), hooked, key=_start)
                 self._whole_reads[key] = hooked.whole_read()
             if exits_on_write:
                 insort(self._writers.setdefault(region, []), hooked, key=_start)
-                self._whole_writes[key] = hooked.whole_write()
+                if region not in self._after:
+                    self._whole_writes[key] = hooked.whole_write()
 
     def before_reads(self, region: int, call: Callable[[Span], None]) -> None:
         """Runs `call` before each read of a region that exits; it gets the bytes to be read."""
         self._before[region] = call
 
     def after_writes(self, region: int, call: Callable[[Span], None]) -> None:
-        """Runs `call` after each write to a region that exits; it gets the written bytes."""
+        """Runs `call` after each write to a region that exits; it gets the written bytes.  Precedes `add_hooks`."""
         self._after[region] = call
 
     @owned
@@ -205,14 +245,14 @@ class Regions:
             whole = self._whole_writes.get(key)
             if whole is not None:
                 whole(value)  # type: ignore[arg-type]
-            else:
-                data = value.to_bytes(count, "little") if isinstance(value, int) else value
-                for at, size, area in _split(self._writers.get(region, ()), offset, count):
-                    piece = data[at - offset : at - offset + size]
-                    if area is None:
-                        self._function.plain_write(region, at, piece)
-                    else:
-                        area.write(at, piece)
+                return
+            data = value.to_bytes(count, "little") if isinstance(value, int) else value
+            for at, size, area in _split(self._writers.get(region, ()), offset, count):
+                piece = data[at - offset : at - offset + size]
+                if area is None:
+                    self._function.plain_write(region, at, piece)
+                else:
+                    area.write(at, piece)
             if region in self._after:
                 self._after[region](Span.sized(offset, count))
         except Exception as error:
