@@ -29,8 +29,8 @@ class Crc(PciDevice):
             if not 0 < length <= LARGEST:
                 raise ValueError(f"a length of {length}")
             self.regs.RESULT = zlib.crc32(self.dma.read(self.regs.SOURCE, length))
-            self.regs.STATUS |= Status.DONE.mask
+            self.regs.STATUS = Status(DONE=1)
         except (DmaFault, ValueError) as error:
             self.log.info("%s: %s", self.name, error)
-            self.regs.STATUS |= Status.DONE.mask | Status.ERROR.mask
+            self.regs.STATUS = Status(DONE=1, ERROR=1)
         self.msi.fire(0)

@@ -43,10 +43,15 @@ class Timers(PciDevice):
         self.regs.STATUS |= 1 << n
         self.interrupt()
 
+    @on_write(CardRegs.STATUS)
+    def acknowledge(self, new: int) -> None:
+        self.regs.STATUS = new  # what remains; otherwise it would be stored after the hook
+        self.interrupt()
+
+    @on_write(CardRegs.ENABLE)
+    def enable(self, new: int) -> None:
+        self.regs.ENABLE = new
+        self.interrupt()
+
     def interrupt(self) -> None:
         self.intx.drive(self.regs.STATUS & self.regs.ENABLE)
-
-    @on_write(CardRegs.STATUS, CardRegs.ENABLE)
-    def mask(self, new: int) -> None:
-        # STATUS and ENABLE have their new values when the access has been answered.
-        self.defer(self.interrupt)

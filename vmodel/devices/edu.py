@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from vmodel.device import Intx, MmioBar, Msi, PciDevice, ResetKind, on_write
+from vmodel.device import Intx, MmioBar, Msi, PciDevice, ResetKind, on_write, on_write_each
 from vmodel.device import Params as BaseParams
 from vmodel.errors import GuestError
 from vmodel.regs import RO, WO, Bit, Layout, Reg32, Reg64, RegisterBank
@@ -101,13 +101,15 @@ class Edu(PciDevice):
     def _liveness(self, new: int) -> int:
         return ~new & 0xFFFF_FFFF
 
+    # `fields` reads and sets single fields; `EduStatus(value).COMPUTING` is a field of a value.
+    #
     # A hook must be short, as a guest CPU waits for it.  `defer` runs work after the access has been answered, so the
     # guest can read COMPUTING as set.  `self.after(0.010, call)` would run it 10 ms later, unless a reset cancels it.
     @on_write(EduRegs.FACTORIAL)
     def _factorial(self, new: int) -> int:
-        if EduStatus(self.regs.STATUS).COMPUTING:
+        if self.regs.fields.STATUS.COMPUTING:
             return self.regs.FACTORIAL  # busy: the write is ignored
-        self.regs.STATUS |= EduStatus.COMPUTING.mask
+        self.regs.fields.STATUS.COMPUTING = 1
         self.defer(lambda: self._compute(new))
         return new
 
@@ -117,8 +119,8 @@ class Edu(PciDevice):
             result = result * n & 0xFFFF_FFFF
             n -= 1
         self.regs.FACTORIAL = result
-        self.regs.STATUS &= ~EduStatus.COMPUTING.mask
-        if EduStatus(self.regs.STATUS).IRQ_FACTORIAL:
+        self.regs.fields.STATUS.COMPUTING = 0
+        if self.regs.fields.STATUS.IRQ_FACTORIAL:
             self._raise(IRQ_FACTORIAL_DONE)
 
     @on_write(EduRegs.IRQ_RAISE)
@@ -128,39 +130,26 @@ class Edu(PciDevice):
     @on_write(EduRegs.IRQ_ACK)
     def _irq_ack(self, new: int) -> None:
         self.regs.IRQ_STATUS &= ~new
+        self.intx.drive(self.regs.IRQ_STATUS)
         if not self.regs.IRQ_STATUS:
-            self.intx.lower()
             self.msi.withdraw()  # a message that is still pending has lost its cause
 
     def _raise(self, bits: int) -> None:
         self.regs.IRQ_STATUS |= bits
-        if not self.regs.IRQ_STATUS:
-            return
-        if self.msi.enabled:
+        if not self.msi.enabled:
+            self.intx.drive(self.regs.IRQ_STATUS)  # a level, until the guest acknowledges all bits
+        elif self.regs.IRQ_STATUS:
             self.msi.fire(0)  # an edge: one message
-        else:
-            self.intx.raise_()  # a level, until the guest acknowledges all bits
 
-    # The addresses must not change during a transfer.
-    @on_write(EduRegs.DMA_SRC)
-    def _dma_src(self, new: int) -> int:
-        return self.regs.DMA_SRC if self._dma_busy else new
-
-    @on_write(EduRegs.DMA_DST)
-    def _dma_dst(self, new: int) -> int:
-        return self.regs.DMA_DST if self._dma_busy else new
-
-    @on_write(EduRegs.DMA_COUNT)
-    def _dma_count(self, new: int) -> int:
-        return self.regs.DMA_COUNT if self._dma_busy else new
-
-    @property
-    def _dma_busy(self) -> bool:
-        return bool(DmaCmd(self.regs.DMA_CMD).RUN)
+    # One hook for several registers: `n` is the written one's position.  They must not change during a transfer.
+    @on_write_each(EduRegs.DMA_SRC, EduRegs.DMA_DST, EduRegs.DMA_COUNT)
+    def _dma_what(self, n: int, new: int) -> int:
+        kept = (self.regs.DMA_SRC, self.regs.DMA_DST, self.regs.DMA_COUNT)[n]
+        return kept if self.regs.fields.DMA_CMD.RUN else new
 
     @on_write(EduRegs.DMA_CMD)
     def _dma_cmd(self, new: int) -> int:
-        if self._dma_busy:
+        if self.regs.fields.DMA_CMD.RUN:
             return self.regs.DMA_CMD
         if DmaCmd(new).RUN:
             self.defer(self._transfer)
@@ -182,7 +171,7 @@ class Edu(PciDevice):
                 self.buffer[at : at + count] = self.dma.read(source & self.params.dma_mask, count)
             done = True
         finally:
-            self.regs.DMA_CMD = DmaCmd.RUN.put(self.regs.DMA_CMD, 0)
+            self.regs.fields.DMA_CMD.RUN = 0
             if done and command.IRQ:
                 self._raise(IRQ_DMA_DONE)
 

@@ -74,24 +74,20 @@ class Idio16(PciDevice):
         changed = value ^ self.inputs
         self.regs.IN_LOW, self.regs.IN_HIGH = value & 0xFF, value >> 8
         if changed and self.irq_enabled:
-            status = IrqStatus.LOW.put(self.regs.IRQ_STATUS, int(bool(changed & 0xFF)))
-            status = IrqStatus.HIGH.put(status, int(bool(changed >> 8)))
-            self.regs.IRQ_STATUS = IrqStatus.PENDING.put(status, 1)
+            self.regs.IRQ_STATUS = IrqStatus(LOW=bool(changed & 0xFF), HIGH=bool(changed >> 8), PENDING=1)
             self.intx.raise_()
 
     # ---- the guest's side -----------------------------------------------------------------------
 
     @on_write(Idio16Regs.OUT_LOW)
-    def _out_low(self, new: int) -> int:
+    def _out_low(self, new: int) -> None:
         self.regs.OUT_LOW = new
         self._report_outputs()
-        return new
 
     @on_write(Idio16Regs.OUT_HIGH)
-    def _out_high(self, new: int) -> int:
+    def _out_high(self, new: int) -> None:
         self.regs.OUT_HIGH = new
         self._report_outputs()
-        return new
 
     def _report_outputs(self) -> None:
         if self.on_output:
