@@ -57,9 +57,15 @@ def test_names_that_are_none(name: str, tmp_path: Path) -> None:
     assert not files_in(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["class", "struct", "json", "test", "tests", "driver"])
+@pytest.mark.parametrize(
+    "name",
+    ["class", "struct", "json", "test", "tests", "driver", "int", "current", "pci", "status", "pci_device", "msi"],
+)
 def test_names_that_are_taken(name: str, tmp_path: Path) -> None:
-    """A project called json would hide Python's module in its own tests."""
+    """A project called json would hide Python's module in its own tests; an int_probe's struct is no int.
+
+    The model of "status" would have two classes Status, and the header of "pci" its own PCI_STATUS.
+    """
     assert refused(vmodel("new", name, cwd=tmp_path)).startswith(f"'{name}': this name is taken")
 
 
@@ -72,6 +78,34 @@ def test_what_exists_stays(tmp_path: Path) -> None:
     assert refused(vmodel("new", "file/mycard", cwd=tmp_path), 1)
     (tmp_path / "empty").mkdir()
     assert vmodel("new", "empty", cwd=tmp_path).returncode == 0
+    (tmp_path / "card").symlink_to("nowhere")
+    assert refused(vmodel("new", "card", cwd=tmp_path)) == "card: exists already"
+
+
+def test_here(tmp_path: Path) -> None:
+    """In an empty folder, its name is the device's."""
+    (tmp_path / "mycard").mkdir()
+    assert vmodel("new", ".", cwd=tmp_path / "mycard").returncode == 0
+    assert files_in(tmp_path / "mycard") == {path.replace("NAME", "mycard") for path in ALL}
+
+
+@pytest.mark.parametrize("folder", ["my projects", "$(touch x)", "a'b", "a:b", "\udcff"])
+def test_folders_in_which_nothing_can_be_built(folder: str, tmp_path: Path) -> None:
+    """kbuild puts paths into commands of a shell, without quotes."""
+    (tmp_path / folder).mkdir()
+    said = refused(vmodel("new", f"{folder}/mycard", cwd=tmp_path))
+    assert "kbuild takes no path with " in said
+    assert not files_in(tmp_path)
+
+
+def test_half_a_project_is_removed(tmp_path: Path) -> None:
+    """The second attempt finds nothing of the first in its way."""
+    line = f"ulimit -f 2; exec {sys.executable} -m vmodel new folder/mycard"
+    done = subprocess.run(
+        ["sh", "-c", line], cwd=tmp_path, env=environ(), capture_output=True, text=True, timeout=patience(60)
+    )
+    assert refused(done, 1).startswith("folder/mycard/") and "File too large" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_test_that_fails(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,7 @@ def test_a_build_that_does_not_end(source: Path, tmp_path: Path, monkeypatch: py
     kbuild_file.write_text(kbuild_file.read_text() + f"\n$(shell echo $$$$ > {tmp_path}/pid; exec sleep 1000)\n")
     with pytest.raises(BuildError, match=r"^the build of \S+driver did not end in 1 s"):
         build(source, find_kernel(CHOSEN[0]), tmp_path / "build")
-    until(lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists(), "the end of its processes")
+    until(lambda: not alive(tmp_path / "pid"), "the end of its processes")
 
 
 def test_a_makefile_that_looks_above_its_folder(source: Path, kernel: str, tmp_path: Path) -> None:
@@ -171,13 +173,57 @@ def test_a_guest_with_a_module_from_its_source(kernel: str, source: Path, tmp_pa
     assert (source.parent / "build" / find_kernel(kernel).release / "factorial.ko").is_file()
 
 
-@pytest.mark.parametrize("folder", ["build here", "a:b"])
+@pytest.mark.parametrize("folder", ["build here", "a:b", "$(touch made)", "a;b", "a'b", "\udcff"])
 def test_folders_that_kbuild_does_not_take(source: Path, tmp_path: Path, folder: str) -> None:
-    found, said = find_kernel(CHOSEN[0]), f"{folder}.*: kbuild takes no path with a blank or a colon"
+    """They would be commands of make or a shell."""
+    found, said = find_kernel(CHOSEN[0]), r"kbuild takes no path with ['\"]"
     with pytest.raises(BuildError, match=said):
         build(source, found, tmp_path / folder)
     with pytest.raises(BuildError, match=said):
         build(source.rename(tmp_path / folder), found, tmp_path / "build")
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(BuildError, match=said):
+        build(tmp_path / "link", found, tmp_path / "build")
+
+
+def test_what_a_build_leaves_behind_ends(source: Path, tmp_path: Path) -> None:
+    """Also if it keeps make's output open: a compiler's server does so."""
+    kbuild_file = source / "Kbuild"
+    kbuild_file.write_text(
+        kbuild_file.read_text() + f"\n$(shell (echo $$$$ > {tmp_path}/pid; exec sleep 1000 >&2) &)\n"
+    )
+    assert build(source, find_kernel(CHOSEN[0]), tmp_path / "build").modules
+    until(lambda: (tmp_path / "pid").exists(), "the start of its process")
+    until(lambda: not alive(tmp_path / "pid"), "the end of its process")
+
+
+def alive(pid_file: Path) -> bool:
+    return Path(f"/proc/{pid_file.read_text().strip()}").exists()
+
+
+def test_a_build_that_prints_without_end(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a line nor all of them take more memory than a limit."""
+    monkeypatch.setattr(kbuild, "_LARGEST", 1 << 20)
+    for text in ("$(foreach n,$(A)$(A)$(A)$(A)$(A)$(A)$(A)$(A),$(info $(A)))", "$(shell yes | tr -d '\\n' >&2)"):
+        (source / "Kbuild").write_text(f"A := $(shell seq 1000)\n{text}\nobj-m := factorial.o\n")
+        with pytest.raises(BuildError, match=r"driver was stopped: more than 1 MiB of output"):
+            build(source, find_kernel(CHOSEN[0]), tmp_path / "build")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_build(number: int, source: Path, tmp_path: Path) -> None:
+    """make and what it has started end with vmodel, also if a second signal follows at once."""
+    kbuild_file = source / "Kbuild"
+    kbuild_file.write_text(kbuild_file.read_text() + f"\n$(shell echo $$$$ > {tmp_path}/pid; exec sleep 1000)\n")
+    line = [sys.executable, "-m", "vmodel", "build", "driver", "--kernel", CHOSEN[0]]
+    with subprocess.Popen(line, cwd=source.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "", "the start of make")
+        run.send_signal(number)
+        time.sleep(0.03)
+        run.send_signal(number)
+        said, _ = run.communicate(timeout=patience(60))
+    assert said == b"" and run.returncode in (128 + number, -number)  # the second may come when all is done
+    until(lambda: not alive(tmp_path / "pid"), "the end of its processes")
 
 
 def test_a_module_from_its_source_in_tests_and_experiments(

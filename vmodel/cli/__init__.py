@@ -8,12 +8,11 @@ stderr.  Tracebacks are for bugs only.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TextIO, cast
@@ -24,6 +23,7 @@ from vmodel.cli.doctor import shim_command
 from vmodel.cli.output import StdoutError, open_streams, safely
 from vmodel.errors import ConfigError, VmodelError
 from vmodel.guest.artifacts import ArtifactError
+from vmodel.interrupts import Interrupts, interruptible
 
 log = logging.getLogger(__name__)
 
@@ -114,24 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within this context, SIGINT raises KeyboardInterrupt, even if `vmodel.__main__` gave it its default action."""
-    ends = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    if ends:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if ends and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     everything = {*_COMMANDS, *_GROUPS}
     # These return the status of a command that they run: 125 says that it is not.
     failure = 125 if arguments[0] in ("guest", "run") else 1
+    interrupts = Interrupts()
     try:
         one = arguments[0] in everything and _COMPLETE not in os.environ
         try:
@@ -140,7 +128,7 @@ def _main(argv: Sequence[str] | None) -> int:
             if error.name != "vmodel._vmshim":
                 raise
             return _fail(f"the C shim cannot be loaded ({error}): {shim_command()}", status=failure)
-        with _interruptible():
+        with interruptible() as interrupts:
             result = app(arguments, prog_name="vmodel", standalone_mode=False)
             sys.stdout.flush()
     except _UsageError as error:
@@ -150,7 +138,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except ConfigError as error:
         return _fail(*str(error).splitlines(), status=2)
     except (KeyboardInterrupt, typer.Abort):
-        return 130
+        return 128 + (interrupts.number or signal.SIGINT)
     except StdoutError as error:
         _abandon(sys.stdout)
         assert error.__cause__ is not None

@@ -36,6 +36,8 @@ def build(source: Source, kernel: Kernels = None, output: Output = kbuild.OUTPUT
     """
     kbuild.check_source(source)
     own = [kbuild.check_variable(text) for text in variables or ()]
+    for place in (source, output):
+        kbuild.check_path(place)
     names = kernel or list(artifacts.KERNELS)
     fetch_headers(names)
     for name in names:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import shlex
-import signal
 import sqlite3
 import sys
 from collections import Counter
@@ -156,7 +155,6 @@ def at_work(
 
     Ctrl-C and SIGTERM end it: with exit status 130, and a line that says how to continue.  OSError: the disk is full.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with ResultStore.create(folder, definition) as store:
             try:
@@ -177,12 +175,6 @@ def at_work(
                 raise typer.Exit(1)
     except sqlite3.OperationalError as error:  # a full disk
         raise OSError(errno.EIO, str(error), str(folder / DATABASE)) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def check_host(kernels: set[str | None]) -> None:

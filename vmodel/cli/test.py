@@ -69,6 +69,9 @@ def _parallel(jobs: int | None) -> list[str]:
 def _prepare(kernels: list[str]) -> None:
     """Fetches what guests need, and builds the current folder's modules for each kernel."""
     sources = sorted({source for file in _machine_files() for source in _sources(file)})
+    for source in sources:
+        kbuild.check_source(Path(source))
+        kbuild.check_path(Path(source))
     names = [name for name in kernels if artifacts.KERNEL_NAME.fullmatch(name)]
     get_qemu.fetch(names, headers=names if sources else ())
     for source in sources:

@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from vmodel.guest.artifacts import (
     pick_release,
     probe_qemu,
 )
+from vmodel.guest.groups import end
 from vmodel.guest.tools import LIBS, program_files, programs
 
 SUITE = "trixie"
@@ -509,14 +509,3 @@ def unpack(deb: Path, folder: Path, place: Callable[[str], str | None]) -> None:
         process.stdout.read()  # padding after the archive's end: a closed pipe would kill dpkg-deb
     if process.returncode:
         raise ArtifactError(f"dpkg-deb failed with status {process.returncode}", file=deb.name)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends `process`, the leader of its group, and its children: by SIGTERM, after 5 s by SIGKILL."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()

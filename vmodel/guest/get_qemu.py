@@ -8,7 +8,6 @@ import fcntl
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from vmodel.guest.artifacts import (
     CLOUD,
@@ -59,6 +57,7 @@ from vmodel.guest.debian import (
 )
 from vmodel.guest.headers import Headers, find_headers, gcc_packages, unpack_gcc, unpack_headers
 from vmodel.guest.tools import TOOLS, find_tools
+from vmodel.interrupts import interruptible
 
 #: Parts that are fetched on request only, and the function that finds each.
 OPTIONAL = {"iasl": find_iasl, "tools": find_tools, "browser": find_browser, "clang": find_clang}
@@ -379,29 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not KERNEL_NAME.fullmatch(name):
             parser.error(f"--kernel {name!r}: must be {', '.join(ROLES)}, or a version such as 6.12")
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)  # so that SIGTERM, too, removes the temporary folder
     try:
-        if not options.print:
-            fetch(
-                kernels,
-                mirror=options.mirror,
-                refresh=options.refresh,
-                dry_run=options.dry_run,
-                optional=optional,
-                headers=kernels if options.headers else KERNELS if options.all else (),
-            )
-        if options.dry_run:
-            return 0
-        found = paths(kernels, optional)
-        if options.print:
-            for key, value in found.items():
-                print(f"{key}={value}")
-        else:
-            releases = ", ".join(find_kernel(name).release for name in kernels)
-            print(f"get-qemu: QEMU {found['qemu-version']} at {found['qemu']}; kernels {releases}", file=sys.stderr)
+        with interruptible():
+            return _carry_out(options, kernels, optional)
     except ArtifactError as error:
         print(f"get-qemu: {error}", file=sys.stderr)
         return 1
@@ -411,8 +390,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("get-qemu: interrupted; no incomplete part is in the cache", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+
+def _carry_out(options: argparse.Namespace, kernels: Sequence[str], optional: Sequence[str]) -> int:
+    if not options.print:
+        fetch(
+            kernels,
+            mirror=options.mirror,
+            refresh=options.refresh,
+            dry_run=options.dry_run,
+            optional=optional,
+            headers=kernels if options.headers else KERNELS if options.all else (),
+        )
+    if options.dry_run:
+        return 0
+    found = paths(kernels, optional)
+    if options.print:
+        for key, value in found.items():
+            print(f"{key}={value}")
+    else:
+        releases = ", ".join(find_kernel(name).release for name in kernels)
+        print(f"get-qemu: QEMU {found['qemu-version']} at {found['qemu']}; kernels {releases}", file=sys.stderr)
     return 0
 
 

@@ -8,20 +8,20 @@ that looks above its folder, as in `ccflags-y := -I$(src)/../include`, finds in 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 import shlex
 import subprocess
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import Kernel
-from vmodel.guest.debian import end
+from vmodel.guest.groups import end, lines
 from vmodel.guest.headers import Headers, find_headers
 from vmodel.patience import patience, spoken
 
@@ -31,6 +31,9 @@ OUTPUT = Path("build")
 _MARK = "CACHEDIR.TAG"
 #: Seconds for a build on a machine at rest.
 _TIMEOUT = 600.0
+#: Bytes that make may print.
+_LARGEST = 32 << 20
+_NOT_IN_PATHS = re.compile(r"[^\w./+@=~-]")
 #: Where kbuild looks for its instructions, the first that is there.
 _MAKEFILES = ("Kbuild", "Makefile")
 _NAMES_A_MODULE = re.compile(r"^[^#]*\bobj-(m|\$\([^)]*\))\s*[:+]?=", re.MULTILINE)
@@ -85,9 +88,8 @@ def build(
     check_source(source)
     headers = find_headers(kernel)
     folder = (output / kernel.release).absolute()
-    for place in (source.absolute(), folder):
-        if re.search(r"[\s:]", str(place)):
-            raise BuildError(f"{place}: kbuild takes no path with a blank or a colon")
+    check_path(source)
+    check_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (output / _MARK).write_text("Signature: 8a477f597d28d172789f06886806bc55\n# What `vmodel build` made.\n")
     (output / ".gitignore").write_text("*\n")
@@ -95,16 +97,16 @@ def build(
         _mirror(source, folder)
         if _looks_above(source):
             _link_neighbours(source.absolute(), folder.parent)
-        lines = _old_flags(source, kernel)
+        said = _old_flags(source, kernel)
         if on_line:
-            for text in lines:
+            for text in said:
                 on_line(text)
-        lines += _make(source, folder, headers, on_line, variables)
+        said += _make(source, folder, headers, on_line, variables)
         modules = tuple(_modules(folder))
         _write_compile_commands(source, folder, headers, output.absolute())
     if not modules:
         raise BuildError(f"{_makefile(source)}: obj-m names no module")
-    return Build(kernel, folder, modules, tuple(line for line in lines if ": warning: " in line))
+    return Build(kernel, folder, modules, tuple(line for line in said if ": warning: " in line))
 
 
 def check_source(source: Path) -> None:
@@ -124,6 +126,18 @@ def check_variable(text: str) -> str:
     if not _VARIABLE.fullmatch(text):
         raise BuildError(f"{text!r}: must be NAME=VALUE, a variable of make's")
     return text
+
+
+def check_path(path: Path) -> None:
+    """BuildError if kbuild would not understand this path: it puts paths into lists and commands of a shell, unquoted.
+
+    Newer kernels follow symlinks first.
+    """
+    for place in (path.absolute(), path.resolve()):
+        if wrong := _NOT_IN_PATHS.search(str(place)):
+            raise BuildError(
+                f"{place}: kbuild takes no path with {wrong[0]!r}, only letters, digits and / . _ - + @ = ~"
+            )
 
 
 def _makefile(source: Path) -> Path:
@@ -221,7 +235,7 @@ def _make(
         "modules",
     ]
     environ = {"PATH": f"{headers.programs}:/usr/bin:/bin", "LC_ALL": "C.UTF-8", "TMPDIR": str(folder)}
-    lines: list[str] = []
+    said: list[str] = []
     others: list[str] = []
     process = subprocess.Popen(
         line,
@@ -233,35 +247,28 @@ def _make(
         start_new_session=True,
     )
     assert process.stdout is not None
-    # Its end also ends the loop: nobody else has the pipe's other end.
-    late = threading.Event()
-
-    def stop() -> None:
-        late.set()
-        end(process)
-
-    timer = threading.Timer(patience(_TIMEOUT), stop)
-    timer.start()
     try:
-        for data in process.stdout:
+        for data in lines(process, patience(_TIMEOUT), _LARGEST):
             text = _in_source(data.decode(errors="replace").rstrip(), source, folder)
             if _NOISE.match(text):
                 others.append(text)
                 continue
-            lines.append(text)
+            said.append(text)
             if on_line:
                 on_line(text)
-        process.wait()
+    except TimeoutError:
+        raise BuildError(f"the build of {source} did not end in {spoken(_TIMEOUT)}") from None
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise BuildError(f"the build of {source} was stopped: {error.strerror}") from None
     finally:
-        timer.cancel()
         end(process)
         process.stdout.close()
-    if late.is_set():
-        raise BuildError(f"the build of {source} did not end in {spoken(_TIMEOUT)}")
     if process.returncode:
-        errors = [text for text in lines if re.search(r"\berror: |^ERROR: ", text)]
-        raise BuildError("\n".join(errors or lines[-10:] or others[-10:] or ["make was stopped"]))
-    return lines
+        errors = [text for text in said if re.search(r"\berror: |^ERROR: ", text)]
+        raise BuildError("\n".join(errors or said[-10:] or others[-10:] or ["make was stopped"]))
+    return said
 
 
 def _in_source(text: str, source: Path, folder: Path) -> str:
@@ -276,7 +283,7 @@ def _in_source(text: str, source: Path, folder: Path) -> str:
 
 def _modules(folder: Path) -> Iterator[Path]:
     order = folder / "modules.order"
-    for line in order.read_text().split() if order.is_file() else ():
+    for line in order.read_text(errors="surrogateescape").split() if order.is_file() else ():
         yield (folder / line).with_suffix(".ko")  # older kernels write absolute paths
 
 
