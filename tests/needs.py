@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import pytest
 
+from vmodel.guest.artifacts import DEBUG, ArtifactError, find_kernel
+
 
 def _need(what: str, try_it: Callable[[], object]) -> None:
     try:
@@ -63,3 +65,11 @@ def fuse() -> None:
         os.close(os.open("/dev/fuse", os.O_RDWR))
 
     _need("FUSE", make)
+
+
+def debug_kernel() -> None:
+    """The debug kernel, which takes half an hour to build: never in CI."""
+    try:
+        find_kernel(DEBUG)
+    except ArtifactError as error:
+        pytest.skip(f"needs the debug kernel: {error}")

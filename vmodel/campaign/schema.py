@@ -45,7 +45,7 @@ from vmodel.campaign.rig import GUESTS
 from vmodel.config_file import parse_toml, read_text
 from vmodel.errors import ConfigError
 from vmodel.experiment.oracle import Outcome
-from vmodel.guest.artifacts import KERNEL_NAME, ROLES
+from vmodel.guest.artifacts import KERNEL_NAME, NAMES
 from vmodel.inject import Heal, Rule, parse_rule
 from vmodel.inject.quantity import Seconds
 from vmodel.mistakes import explain, guess
@@ -89,7 +89,7 @@ def _sound_seeds(found: tuple[int, ...], text: str) -> tuple[int, ...]:
 
 def _kernel(value: str) -> str:
     if "/" not in value and not KERNEL_NAME.fullmatch(value):
-        raise ValueError(f'must be {", ".join(ROLES)}, a version, as "6.12", or the path of an image')
+        raise ValueError(f'must be {", ".join(NAMES)}, a version, as "6.12", or the path of an image')
     return value
 
 

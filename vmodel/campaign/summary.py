@@ -16,7 +16,7 @@ from vmodel.campaign.statistics import Rate
 from vmodel.campaign.store import ResultStore, Row
 from vmodel.experiment.case import Result
 from vmodel.experiment.oracle import Effect, Outcome
-from vmodel.guest.artifacts import ROLES
+from vmodel.guest.artifacts import NAMES
 
 #: Outcomes that say nothing about the driver: they are not part of rates.
 VOID = (Outcome.NOT_ACTIVATED, Outcome.HARNESS)
@@ -160,14 +160,14 @@ def _kernels(rows: Sequence[Row]) -> dict[int, str]:
     """The kernel's name of each run, by run id.  A role ("stable") gets the release, as it changes over time."""
     seen: dict[str, str] = {}
     for row in rows:
-        if row.result is not None and row.run.kernel in ROLES and "kernel" in row.result.versions:
+        if row.result is not None and row.run.kernel in NAMES and "kernel" in row.result.versions:
             seen[row.run.kernel] = row.result.versions["kernel"]
     found = {}
     for row in rows:
         name = row.run.kernel
         # A run that never booted gets the release of the others.
         release = row.result.versions.get("kernel", seen.get(name)) if row.result is not None else None
-        found[row.id] = f"{name} ({release})" if name in ROLES and release else name
+        found[row.id] = f"{name} ({release})" if name in NAMES and release else name
     return found
 
 

@@ -33,7 +33,7 @@ def _has_headers(kernel: artifacts.Kernel) -> bool:
 def list_(as_json: AsJson = False) -> None:
     """List the kernels in the cache, the oldest first.
 
-    With headers, `vmodel build` needs to fetch nothing for a kernel.
+    With headers, `vmodel build` needs to fetch nothing for a kernel.  The debug kernel is listed once it is built.
     """
     found = artifacts.find_kernels()
     if as_json:

@@ -12,6 +12,8 @@ The cache, `${XDG_CACHE_HOME:-~/.cache}/vmodel`, has one folder for each part.  
     kernel-stable/ boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/; the stamp has the RELEASE
     kernel-backports/, kernel-cloud/: the same for the other roles; kernel-6.6/: for a requested version
     headers-stable/, gcc-14/: what modules for a kernel are built with, see headers.py; optional
+    kernel-debug/, headers-debug/: the debug kernel, which scripts/build-kernel builds
+    source/        linux/: Linux's source, while that is being built
 
 A kernel is named by its role in Debian's archive, as releases come and go there, or by the start of its version, which
 selects any kernel in the cache whose release begins with it, in whatever folder.
@@ -37,16 +39,23 @@ FETCH_COMMAND = (
     if (Path(__file__).parents[2] / "scripts" / "get-qemu").exists()
     else "python -m vmodel.guest.get_qemu"
 )
+#: The command that builds the debug kernel.
+BUILD_COMMAND = FETCH_COMMAND.replace("get-qemu", "build-kernel").replace("get_qemu", "build_kernel")
 #: The first QEMU with vfio-user-pci.
 MIN_QEMU = (10, 1)
 #: Roles of kernels: Debian stable's, the newest of its backports, and stable's for virtual machines (fewer drivers).
 STABLE, NEWEST, CLOUD = ROLES = ("stable", "backports", "cloud")
 #: The kernels that are fetched by default.
 KERNELS = (STABLE, NEWEST)
-#: How a kernel may be named, other than by a path: a role, or the start of a version.
-KERNEL_NAME = re.compile(rf"{'|'.join(ROLES)}|\d+(\.\d+)+(-cloud)?")
+#: The kernel that is built and not fetched, with options that find bugs of drivers; and the end of its release.
+DEBUG = "debug"
+DEBUG_RELEASE = "-vmodel-debug"
+#: Names of kernels that are no versions.
+NAMES = (*ROLES, DEBUG)
+#: How a kernel may be named, other than by a path: one of those names, or the start of a version.
+KERNEL_NAME = re.compile(rf"{'|'.join(NAMES)}|\d+(\.\d+)+(-cloud)?")
 #: The same as text for `--help`.
-KERNEL_HELP = "stable, backports, cloud, a version, or a vmlinuz's path."
+KERNEL_HELP = "stable, backports, cloud, debug, a version, or a vmlinuz's path."
 
 
 class ArtifactError(ConfigError):
@@ -182,6 +191,14 @@ def has_fuzzer(clang: Path) -> bool:
         return subprocess.run(line, input=code, text=True, capture_output=True, timeout=60, check=False).returncode == 0
 
 
+def find_source() -> Path:
+    """The source of Linux that the debug kernel is built from.  ArtifactError: it is not in the cache."""
+    part = cache_dir() / "source"
+    if not read_stamp(part):
+        raise ArtifactError(f"no source of Linux in the cache; run {BUILD_COMMAND}")
+    return part / "linux"
+
+
 def find_kernels() -> dict[str, Kernel]:
     """The cache's kernels by the names of their folders, such as "stable" or "6.6", the oldest release first."""
     found = {part.name.removeprefix("kernel-"): _cached_kernel(part) for part in cache_dir().glob("kernel-*")}
@@ -190,9 +207,10 @@ def find_kernels() -> dict[str, Kernel]:
 
 
 def find_kernel(name: str | os.PathLike[str] | None = None) -> Kernel:
-    """A kernel by its role ("stable"), by the start of its version ("6.12", "6.12.107", "6.12-cloud"), or by its path.
+    """A kernel by its name ("stable", "debug"), by the start of its version ("6.12", "6.12-cloud"), or by its path.
 
-    None selects stable's, else the oldest generic kernel.  A version selects the newest kernel that it matches.
+    None selects stable's, else the oldest generic kernel.  A version selects the newest kernel that it matches, and
+    never the debug kernel.
     A Path, or a text with a / in it, is a path.  Modules are in lib/modules/RELEASE, beside the image or one folder up
     (as for /boot/vmlinuz-*); a kernel without modules is allowed.  ArtifactError: there is no such kernel.
     """
@@ -200,12 +218,14 @@ def find_kernel(name: str | os.PathLike[str] | None = None) -> Kernel:
         return _kernel_at(Path(name))
     kernels = find_kernels()
     if name is None:
-        generic = [kernel for kernel in kernels.values() if not is_cloud(kernel.release)]
+        generic = [kernel for name, kernel in kernels.items() if name != DEBUG and not is_cloud(kernel.release)]
         if found := kernels.get(STABLE) or next(iter(generic), None):
             return found
-    elif name in ROLES:
+    elif name in NAMES:
         if name in kernels:
             return kernels[name]
+        if name == DEBUG:
+            raise ArtifactError(f"no debug kernel in the cache; run {BUILD_COMMAND}, which builds it")
     elif release := pick_release([kernel.release for kernel in kernels.values()], name):
         return next(kernel for kernel in kernels.values() if kernel.release == release)
     have = ", ".join(f"{short} ({kernel.release})" for short, kernel in kernels.items()) or "none"
@@ -239,7 +259,11 @@ def pick_release(releases: Sequence[str], prefix: str) -> str | None:
     A prefix that ends in "-cloud" selects cloud kernels only, any other prefix selects none of them.  None: no match.
     """
     version = re.escape(prefix.removesuffix("-cloud")) + r"(?!\d)"
-    matching = [found for found in releases if re.match(version, found) and is_cloud(found) == is_cloud(prefix)]
+    matching = [
+        found
+        for found in releases
+        if re.match(version, found) and is_cloud(found) == is_cloud(prefix) and not found.endswith(DEBUG_RELEASE)
+    ]
     return max(matching, key=natural, default=None)
 
 

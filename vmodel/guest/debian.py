@@ -128,6 +128,10 @@ class Apt:
         split = {name for name in re.findall(r"\blinux-[^\s,|]+", depends) if name.endswith(f"-{release}")}
         return release, sorted(split | {f"linux-image-{release}"})
 
+    def source_package(self) -> str:
+        """The package with the source of stable's kernel."""
+        return f"linux-source-{'.'.join(self._role_release(STABLE).split('.')[:2])}"
+
     def header_packages(self, release: str) -> tuple[list[str], str]:
         """The packages of a kernel's headers with kbuild, and the number of its compiler.
 
@@ -474,6 +478,22 @@ def unpack_kernel(debs: Sequence[Path], folder: Path, release: str) -> None:
     ):
         if not (folder / name).exists():
             raise ArtifactError(f"the packages of kernel {release} have no {name}: their layout has changed")
+
+
+def unpack_source(deb: Path, folder: Path) -> None:
+    """Unpacks Linux's source into `folder`, from the archive inside of its package.  ArtifactError: it has none."""
+    inner = folder.with_name(f"{folder.name}.tar.xz")
+    unpack(
+        deb, folder.parent, lambda name: inner.name if re.fullmatch(r"usr/src/linux-source-.*\.tar\.xz", name) else None
+    )
+    if not inner.is_file():
+        raise ArtifactError("has no source of Linux: its layout changed", file=deb.name)
+    with tarfile.open(inner) as archive:
+        for member in archive:
+            member.name = member.name.partition("/")[2]  # without linux-source-6.12/
+            if member.name:
+                archive.extract(member, folder, filter="data")
+    inner.unlink()
 
 
 def unpack(deb: Path, folder: Path, place: Callable[[str], str | None]) -> None:

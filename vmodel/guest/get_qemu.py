@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vmodel.guest.artifacts import (
     CLOUD,
+    DEBUG,
     KERNEL_NAME,
     KERNELS,
     ROLES,
@@ -31,6 +32,7 @@ from vmodel.guest.artifacts import (
     find_iasl,
     find_kernel,
     find_qemu,
+    find_source,
     host_qemu,
     probe_qemu,
     read_stamp,
@@ -53,6 +55,7 @@ from vmodel.guest.debian import (
     unpack_iasl,
     unpack_kernel,
     unpack_qemu,
+    unpack_source,
     unpack_tools,
 )
 from vmodel.guest.headers import Headers, find_headers, gcc_packages, unpack_gcc, unpack_headers
@@ -61,10 +64,20 @@ from vmodel.interrupts import interruptible
 
 #: Parts that are fetched on request only, and the function that finds each.
 OPTIONAL = {"iasl": find_iasl, "tools": find_tools, "browser": find_browser, "clang": find_clang}
+#: Linux's source, which is fetched for scripts/build-kernel only.
+SOURCE = "source"
+_FIND = {**OPTIONAL, SOURCE: find_source}
+
+
+#: Seconds between lines with the state of a step, where there is no terminal.
+_QUIET = 300.0
 
 
 class Steps:
-    """Progress as text: one line for each completed step, and in a terminal the state of the running one."""
+    """Progress as text: one line for each completed step, and the state of the running one.
+
+    A terminal shows the state as it is; anything else gets a line with it every five minutes.
+    """
 
     def __init__(self, out: Callable[[str], object] | None = None, terminal: bool | None = None) -> None:
         self._out = out or sys.stderr.write
@@ -73,14 +86,17 @@ class Steps:
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[Callable[[str], None]]:
         """A step, as a context manager; yields a function that shows the step's state, such as "12 of 38 MB"."""
-        start = time.monotonic()
+        start = last = time.monotonic()
         state = ""
 
         def show(now: str) -> None:
-            nonlocal state
+            nonlocal state, last
             state = f" {now}"
             if self._terminal:
                 self._out(f"\r\033[K{what} ...{state}")
+            elif time.monotonic() - last > _QUIET:
+                last = time.monotonic()
+                self._out(f"{what} ...{state}\n")
 
         if self._terminal:
             self._out(f"{what} ...")
@@ -112,13 +128,17 @@ def fetch(
 ) -> None:
     """Fetches what is missing in the cache: QEMU (unless the host's is suitable), busybox, kernels by role or version.
 
-    `optional`: more parts, of OPTIONAL.  `headers`: the kernels for which modules are to be built.  `mirror`: a URI; by
+    `optional`: more parts, of OPTIONAL or SOURCE.  `headers`: the kernels for which modules are to be built.  The debug
+    kernel is not fetched: it must be there, which has its headers, too.  `mirror`: a URI; by
     default that of the host's apt.  `refresh`: also fetches parts of the cache again if the archive has other packages
     now, or if a file is missing.  `dry_run`: fetches package lists only, and prints what else would be fetched.
     Nothing is downloaded if nothing is missing.  A second call, in any process, waits for the first.  ArtifactError.
     """
     steps = steps or Steps()
     cache = cache_dir()
+    if DEBUG in (*kernels, *headers):
+        find_kernel(DEBUG)
+        kernels, headers = ([name for name in names if name != DEBUG] for names in (kernels, headers))
     if not missing_parts(kernels, refresh, optional, headers):
         return
     if re.search(r"[:;]", str(cache)):
@@ -142,7 +162,7 @@ def missing_parts(
     missing = [] if read_stamp(cache_dir() / "busybox") and not refresh else ["busybox"]
     missing += [f"kernel-{name}" for name in dict.fromkeys(kernels) if refresh or not _has(find_kernel, name)]
     missing += [f"headers-{name}" for name in dict.fromkeys(headers) if refresh or not _has(_headers_of, name)]
-    missing += [part for part in optional if refresh or not _has(OPTIONAL[part])]
+    missing += [part for part in optional if refresh or not _has(_FIND[part])]
     try:
         suitable = (None if refresh else cached_qemu()) or host_qemu()
     except ArtifactError:
@@ -202,6 +222,12 @@ def _unpack_tools(debs: Sequence[Path], folder: Path) -> dict[str, str]:
     return {}
 
 
+def _unpack_source(debs: Sequence[Path], folder: Path) -> dict[str, str]:
+    for deb in debs:
+        unpack_source(deb, folder / "linux")
+    return {}
+
+
 def _versioned(unpack: Callable[[Sequence[Path], Path], str]) -> Callable[[Sequence[Path], Path], dict[str, str]]:
     return lambda debs, folder: {"version": unpack(debs, folder)}
 
@@ -254,6 +280,8 @@ def _parts(names: Sequence[str], apt: Apt) -> list[_Part]:
         if name in _FIXED:
             packages, unpack = _FIXED[name]
             new = [_Part(name, packages, [], unpack)]
+        elif name == SOURCE:
+            new = [_Part(name, [], [apt.source_package()], _unpack_source)]
         elif kind == "kernel":
             new = [_kernel_part(kernel, apt)]
         else:

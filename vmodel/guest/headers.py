@@ -2,7 +2,8 @@
 
 Two kinds of parts of the cache, from Debian's packages, which are unpacked and not installed:
 
-    headers-NAME/  usr/src/linux-headers-*/, usr/lib/linux-kbuild-*/; the stamp has RELEASE and the compiler's number
+    headers-NAME/  usr/src/linux-headers-*/, usr/lib/linux-kbuild-*/; the stamp has RELEASE and the compiler's number;
+                   of the debug kernel also modules/: its own modules with debug information
     gcc-14/        usr/: gcc, binutils and make with their libraries; other numbers for other kernels
 
 Programs of both run on any host, as each is a script that starts the real one (`NAME.elf`) by the loader and the
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
 
-from vmodel.guest.artifacts import FETCH_COMMAND, ArtifactError, Kernel, cache_dir, read_stamp
+from vmodel.guest.artifacts import DEBUG, FETCH_COMMAND, ArtifactError, Kernel, cache_dir, read_stamp
 from vmodel.guest.debian import unpack
 from vmodel.guest.tools import LIBS, reading_elf
 
@@ -46,6 +47,12 @@ def find_headers(kernel: Kernel) -> Headers:
                 folder = part / "usr/src" / f"linux-headers-{kernel.release}"
                 return Headers(kernel.release, folder, compiler / "usr/bin")
     raise ArtifactError(f"no headers of kernel {kernel.release} in the cache; run {FETCH_COMMAND} --headers")
+
+
+def debug_modules(kernel: Kernel) -> list[Path]:
+    """The folder of the kernel's own modules with debug information, which only the debug kernel has; else none."""
+    part = cache_dir() / f"headers-{DEBUG}"
+    return [part / "modules"] if read_stamp(part).get("release") == kernel.release else []
 
 
 def gcc_packages(number: str) -> list[str]:

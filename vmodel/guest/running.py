@@ -28,6 +28,7 @@ from vmodel.files import naming
 from vmodel.guest import hang, initramfs
 from vmodel.guest import shares as folders
 from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
+from vmodel.guest.headers import debug_modules
 from vmodel.guest.modules import built
 from vmodel.guest.monitor import Monitor, MonitorError
 from vmodel.guest.places import Places, finder
@@ -209,7 +210,8 @@ class Guest(Starting):
         qemu, kernel = spec.qemu or find_qemu(), spec.kernel or find_kernel()
         image = folder / "initramfs"
         (loaded, own), (extra, more) = built(spec.modules, kernel), built(spec.extra_modules, kernel)
-        self.places = Places(finder(more | own, [share.source for share in spec.shares], kernel.release))
+        searched = [*(share.source for share in spec.shares), *debug_modules(kernel)]
+        self.places = Places(finder(more | own, searched, kernel.release))
         made = initramfs.build(
             kernel,
             find_busybox(),

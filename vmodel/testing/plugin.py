@@ -58,8 +58,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--vmodel-kernel",
         action="append",
         metavar="NAME|PATH",
-        help="kernel of guests: stable, backports, cloud, a version, or a vmlinuz's path; repeatable: each guest test"
-        " runs with each kernel",
+        help="kernel of guests: stable, backports, cloud, debug, a version, or a vmlinuz's path; repeatable: each"
+        " guest test runs with each kernel",
     )
     group.addoption(
         "--vmodel-artifacts",
