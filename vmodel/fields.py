@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import enum
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar, SupportsIndex, overload
+from typing import ClassVar, Self, SupportsIndex, overload
 
 from vmodel.errors import VmodelError
 from vmodel.modes import Mode
@@ -54,19 +55,45 @@ def fit(value: SupportsIndex, bits: int, what: str) -> int:
     return number & ((1 << bits) - 1)
 
 
+class Values(enum.IntEnum):
+    """Names of a field's values, for `Bits(4, 6, values=Speed)`.
+
+    ```python
+    class Speed(Values):
+        SLOW = 0
+        FAST = 3, "only with a short cable"
+    ```
+    """
+
+    doc: str
+
+    def __new__(cls, value: int, doc: str = "") -> Self:
+        member = int.__new__(cls, value)
+        member._value_, member.doc = value, doc
+        return member
+
+
 @dataclass(frozen=True)
 class Field:
-    """Bits `lo`..`hi` (inclusive) of a register; `mode` None: the register's own mode."""
+    """Bits `lo`..`hi` (inclusive) of a register; `mode` None: the register's own mode; `values`: names of values."""
 
     lo: int
     hi: int
     mode: Mode | None = None
     doc: str = ""
     name: str = ""
+    values: type[Values] | None = None
 
     def __post_init__(self) -> None:
         of = f"a field of bits {self.lo}..{self.hi}"
         check_arguments(of, {"lo": self.lo, "hi": self.hi}, Mode.RW if self.mode is None else self.mode, self.doc)
+        if self.values is None:
+            return
+        if not (isinstance(self.values, type) and issubclass(self.values, Values)) or not len(self.values):
+            raise RegisterError(f"{of}: values must be a class derived from vmodel.regs.Values, not {self.values!r}")
+        for value in self.values:
+            if not 0 <= value < 1 << max(self.hi - self.lo + 1, 0):
+                raise RegisterError(f"{of}: {self.values.__name__}.{value.name} = {int(value)} does not fit")
 
     @cached_property
     def mask(self) -> int:
@@ -76,6 +103,11 @@ class Field:
     def of(self, value: int) -> int:
         """The field's value in a register's value."""
         return (value & self.mask) >> self.lo
+
+    def value_name(self, value: int) -> str:
+        """The name of the field's value in a register's value; empty if it has none."""
+        field = self.of(value)
+        return next((named.name for named in self.values or () if named == field), "")
 
     def put(self, value: int, field: int) -> int:
         """A register's `value` with the field set to `field`.  ValueError: `field` does not fit."""
@@ -95,14 +127,14 @@ class Field:
         layout.value = self.put(layout.value, field)
 
 
-def Bit(n: int, mode: Mode | None = None, *, doc: str = "") -> Field:
+def Bit(n: int, mode: Mode | None = None, *, doc: str = "", values: type[Values] | None = None) -> Field:
     """A field of one bit."""
-    return Field(n, n, mode, doc)
+    return Field(n, n, mode, doc, values=values)
 
 
-def Bits(lo: int, hi: int, mode: Mode | None = None, *, doc: str = "") -> Field:
+def Bits(lo: int, hi: int, mode: Mode | None = None, *, doc: str = "", values: type[Values] | None = None) -> Field:
     """A field of bits `lo`..`hi`, inclusive."""
-    return Field(lo, hi, mode, doc)
+    return Field(lo, hi, mode, doc, values=values)
 
 
 class Layout:

@@ -38,6 +38,7 @@ from vmodel.fields import Bits as Bits
 from vmodel.fields import Field as Field
 from vmodel.fields import Layout as Layout
 from vmodel.fields import RegisterError as RegisterError
+from vmodel.fields import Values as Values
 from vmodel.fields import check_arguments, fit, near
 from vmodel.modes import Mode, Read, Write
 
@@ -445,6 +446,7 @@ class RegisterBank(metaclass=_BankType):
                         "hi": f.hi,
                         "mode": (f.mode or register.mode).name,
                         "doc": f.doc,
+                        "values": [{"name": v.name, "value": int(v), "doc": v.doc} for v in f.values or ()],
                     }
                     for f in register.fields
                 ],

@@ -370,13 +370,12 @@ class Trace(Closing):
             register: Record = {"name": name, "value": f"{part:#0{bits // 4 + 2}x}"}
             if bits != 8 * place.span.size:
                 register["bits"] = [lo + bits - 1, lo]
-            named = {
-                field.name: field.of(whole)
-                for field in place.fields
-                if not field.mask & ~mask and (field.of(whole) or field.of(before))
-            }
-            if named:
-                register["fields"] = named
+            shown = [f for f in place.fields if not f.mask & ~mask and (f.of(whole) or f.of(before))]
+            if shown:
+                register["fields"] = {field.name: field.of(whole) for field in shown}
+            names = {field.name: field.value_name(whole) for field in shown if field.value_name(whole)}
+            if names:
+                register["values"] = names
             found.append(register)
         return found
 
@@ -460,7 +459,9 @@ _REGIONS = {**{n: f"BAR{n}" for n in range(6)}, int(Region.ROM): "ROM", int(Regi
 
 def _register(register: Record) -> str:
     bits = "[{}:{}]".format(*register["bits"]) if "bits" in register else ""
+    values: Mapping[str, str] = register.get("values", {})
     named = " ".join(
-        f"{name}={value:#x}" if value > 9 else f"{name}={value}" for name, value in register.get("fields", {}).items()
+        f"{name}={values.get(name) or (f'{value:#x}' if value > 9 else value)}"
+        for name, value in register.get("fields", {}).items()
     )
     return f"{register['name']}{bits} = {register['value']}{f' ({named})' if named else ''}"

@@ -73,6 +73,60 @@ def test_access_modes(properties: str, mode: str, tmp_path: Path) -> None:
     assert (bank.C.layout.F.mode or bank.C.mode) is Mode[mode]
 
 
+def values(*members: str, name: str = "", more: str = "") -> str:
+    inside = "".join(f"<enumeratedValue>{member}</enumeratedValue>" for member in members)
+    return f"<enumeratedValues{more}>{f'<name>{name}</name>' if name else ''}{inside}</enumeratedValues>"
+
+
+def value(name: str, number: str, doc: str = "") -> str:
+    return f"<name>{name}</name><description>{doc}</description><value>{number}</value>"
+
+
+def names_of(field: Any) -> dict[str, int]:
+    return {member.name: int(member) for member in field.values}
+
+
+def test_names_of_values(tmp_path: Path) -> None:
+    """enumeratedValues: numbers of all kinds; "don't care" bits and the default stand for more than one value."""
+    listed = values(value("SLOW", "0", "up to 1 m"), value("FAST", "#11"), value("8bit", "0b01"), value("any", "#1x"))
+    default = values("<name>rest</name><isDefault>true</isDefault>", value("in", "0x2"))
+    bits = "<bitOffset>4</bitOffset><bitWidth>2</bitWidth>"
+    bank = made(device(register("A", 0, field("F", bits + listed + default))), tmp_path)
+    found = bank.A.layout.F.values
+    assert names_of(bank.A.layout.F) == {"SLOW": 0, "FAST": 3, "n8bit": 1, "in_": 2}
+    assert (found.__name__, found.SLOW.doc, found.FAST.doc) == ("F2", "up to 1 m", "")
+
+
+def test_names_of_values_for_reads_and_for_writes(tmp_path: Path) -> None:
+    read = values(value("IDLE", "0"), value("BUSY", "1"))
+    written = values(value("NOTHING", "0"), value("START", "2"), value("BUSY", "3"))
+    bits = "<bitOffset>0</bitOffset><bitWidth>2</bitWidth>"
+    bank = made(device(register("A", 0, field("F", bits + read + written))), tmp_path)
+    assert names_of(bank.A.layout.F) == {"IDLE": 0, "BUSY": 1, "START": 2}
+
+
+def test_derived_names_of_values(tmp_path: Path) -> None:
+    bits = "<bitOffset>0</bitOffset><bitWidth>2</bitWidth>"
+    first = register("A", 0, field("F", bits + values(value("ON", "1"), name="Power")))
+    path = values(more=' derivedFrom="UART.A.F.Power"')
+    bank = made(device(first + register("B", 4, field("G", bits + path))), tmp_path)
+    assert bank.B.layout.G.values is bank.A.layout.F.values
+    with pytest.raises(ConfigError, match="has no enumeratedValues Powr; did you mean Power"):
+        made(device(first + register("B", 4, field("G", bits + values(more=' derivedFrom="Powr"')))), tmp_path)
+    itself = values(name="Power", more=' derivedFrom="Power"')
+    with pytest.raises(ConfigError, match="derived from itself, by way of Power"):
+        made(device(register("B", 4, field("G", bits + itself))), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("member", "said"),
+    [(value("A", "4"), r"line \d+: F: a field of bits 0..1: F2.A = 4 does not fit"), (value("A", "x"), "is no number")],
+)
+def test_names_of_values_that_are_wrong(member: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        made(device(register("A", 0, field("F", "<bitRange>[1:0]</bitRange>" + values(member)))), tmp_path)
+
+
 def test_what_is_inherited(tmp_path: Path) -> None:
     more = """<peripheral derivedFrom="UART"><name>UART1</name><baseAddress>0x40000100</baseAddress></peripheral>"""
     text = device(

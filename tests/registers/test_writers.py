@@ -48,6 +48,7 @@ def registers(draw: st.DrawFn, name: str) -> str:
     while at < width and len(fields) < 5:
         size = draw(st.integers(1, width - at))
         properties, doc = draw(st.sampled_from(PROPERTIES)), draw(texts)
+        properties += draw(st.sampled_from(["", "", "encode = speed_e;", "encode = Status;"])) if size > 1 else ""
         reset = draw(st.integers(0, (1 << size) - 1))
         fields.append(
             f"field {{ {described(doc)} {properties} }} \\F{len(fields)}[{at + size - 1}:{at}] = 0x{reset:x};"
@@ -75,7 +76,10 @@ def address_maps(draw: st.DrawFn) -> str:
     )
     ram = "external mem { mementries = 4; memwidth = 32; } BUFFER @ 0x8000;" if draw(st.booleans()) else ""
     files = draw(st.sampled_from(["", "file_t ONE @ 0x4000;", "file_t MANY[2][2] @ 0x4000 += 0x400;"]))
-    return f"regfile file_t {{ {inner} }}; addrmap card {{ {described(draw(texts))} {outer} {files} {ram} }};"
+    enums = (
+        f"enum speed_e {{ SLOW = 0 {{ {described(draw(texts))} }}; \\in = 2; _x = 3; }}; enum Status {{ mro = 1; }};"
+    )
+    return f"{enums} regfile file_t {{ {inner} }}; addrmap card {{ {described(draw(texts))} {outer} {files} {ram} }};"
 
 
 def loaded(text: str, folder: Path) -> Any:
@@ -195,6 +199,51 @@ def test_built_in_models(name: str, tmp_path: Path) -> None:
         )
         assert rdl_text(loaded(rdl_text(first), tmp_path)) == rdl_text(first)
         assert everything(executed(python_source(bank, name), bank.__name__)) == everything(bank)
+
+
+NAMED = """
+enum speed_e { SLOW = 0 { desc = "up to 1 m"; }; FAST = 3 { name = "full speed"; }; };
+addrmap card {
+  reg {
+    field { encode = speed_e; } SPEED[5:4] = 3;
+    field { encode = speed_e; } OTHER[7:6] = 0;
+    enum side_e { LEFT = 0; RIGHT = 1; };
+    field { encode = side_e; } SIDE[8:8] = 0;
+  } CONTROL @ 0;
+};
+"""
+
+
+def named_values(bank: Any) -> list[list[tuple[str, int, str]]]:
+    return [[(v["name"], v["value"], v["doc"]) for v in field["values"]] for field in next(bank.describe())["fields"]]
+
+
+def test_names_of_values(tmp_path: Path) -> None:
+    """SystemRDL: `encode`; SVD: enumeratedValues.  In C they are not shifted, as for FIELD_PREP of Linux."""
+    bank = loaded(NAMED, tmp_path)
+    speed, side = [("SLOW", 0, "up to 1 m"), ("FAST", 3, "full speed")], [("LEFT", 0, ""), ("RIGHT", 1, "")]
+    assert named_values(bank) == [speed, speed, side]
+    control = bank.CONTROL.layout
+    assert control.SPEED.values is control.OTHER.values and control.SPEED.values.FAST == 3
+    assert named_values(executed(python_source(bank, "card.rdl"), bank.__name__)) == [speed, speed, side]
+    assert named_values(loaded(rdl_text(bank), tmp_path)) == [speed, speed, side]
+    (tmp_path / "card.svd").write_text(svd_text("Card", "", [(0, bank)]))
+    assert named_values(load_path(tmp_path / "card.svd")) == [speed, speed, side]
+    checks = "".join(
+        f"extern char check{n}[{name} == {value} ? 1 : -1];\n"
+        for n, (name, value) in enumerate(
+            {
+                "CARD_CONTROL_SPEED_SLOW": 0,
+                "CARD_CONTROL_SPEED(CARD_CONTROL_SPEED_FAST)": 0x30,
+                "CARD_CONTROL_OTHER_FAST": 3,
+                "CARD_CONTROL_SIDE": 0x100,
+                "CARD_CONTROL_SIDE_RIGHT": 1,
+            }.items()
+        )
+    )
+    compiled(c_header("card", [(0, 0, bank)]), tmp_path, checks)
+    assert "<td>.SPEED = 3</td>" in html_page("Card", "", [(0, 0, bank)])
+    assert "| .SPEED = 3 |  |  | FAST: full speed |" in markdown("Card", "", [(0, 0, bank)])
 
 
 def test_svd(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from vmodel.regs import (
     Reg64,
     RegisterBank,
     RegisterError,
+    Values,
 )
 
 # ---- declarations ------------------------------------------------------------------------------------
@@ -56,6 +57,22 @@ def test_wrong_registers_fail_at_definition() -> None:
         type("Bank", (RegisterBank,), {}, size=0)
 
 
+class Speed(Values):
+    """Speeds."""
+
+    SLOW = 0
+    FAST = 2, "only with a short cable"
+    FASTEST = 4
+
+
+def test_names_of_values() -> None:
+    layout: Any = type("L", (Layout,), {"SPEED": Bits(4, 7, values=Speed), "ON": Bit(0)})
+    assert [layout.SPEED.value_name(value) for value in (0x00, 0x20, 0x21, 0x30)] == ["SLOW", "FAST", "FAST", ""]
+    assert layout.ON.value_name(1) == "" and Speed.FAST.doc == "only with a short cable" and Speed.SLOW.doc == ""
+    assert int(layout(SPEED=Speed.FAST, ON=1)) == 0x21 and layout(0x40).SPEED is not Speed.SLOW
+    assert layout(0x40).SPEED == Speed.FASTEST
+
+
 MODES = "RO, RW, WO, W1C, W1S, RC, RESERVED or another Mode of vmodel.regs"
 
 
@@ -81,6 +98,16 @@ MODES = "RO, RW, WO, W1C, W1S, RC, RESERVED or another Mode of vmodel.regs"
         ),
         (lambda: Bits(3, 4.5), "a field of bits 3..4.5: hi must be a number, not 4.5"),
         (lambda: Bits(3, 4, doc=b""), "a field of bits 3..4: doc must be a text, not b''"),
+        (
+            lambda: Bits(3, 4, values={"A": 1}),
+            "a field of bits 3..4: values must be a class derived from vmodel.regs.Values, not {'A': 1}",
+        ),
+        (
+            lambda: Bits(3, 4, values=Values),
+            f"a field of bits 3..4: values must be a class derived from vmodel.regs.Values, not {Values!r}",
+        ),
+        (lambda: Bits(3, 4, values=Speed), "a field of bits 3..4: Speed.FASTEST = 4 does not fit"),
+        (lambda: Bit(3, values=Values("Odd", {"LESS": -1})), "a field of bits 3..3: Odd.LESS = -1 does not fit"),
         (lambda: type("Bank", (RegisterBank,), {}, size="16"), "Bank: size must be a number, not '16'"),
         (
             lambda: type("Bank", (RegisterBank,), {}, size=16, sizes=4),

@@ -15,14 +15,20 @@ from vmodel.device import MmioBar, Msix, PciDevice, on_write
 from vmodel.devices.edu import Edu, EduRegs
 from vmodel.errors import ConfigError
 from vmodel.inject import Engine, FaultPlan, Rule, parse_rule
-from vmodel.regs import RO, W1C, Bit, Bits, Layout, Reg16, Reg32, RegisterBank
+from vmodel.regs import RO, W1C, Bit, Bits, Layout, Reg16, Reg32, RegisterBank, Values
 from vmodel.testing.fakes import FakeDriver, FakeMemory
 from vmodel.trace import KEPT, Trace, Wanted, what
+
+
+class Power(Values):
+    IDLE = 0
+    RUN = 2
 
 
 class Control(Layout):
     EN = Bit(0)
     MODE = Bits(4, 6)
+    ENGINE = Bits(16, 17, values=Power)
     HIGH = Bits(8, 15)
 
 
@@ -91,6 +97,24 @@ def test_registers_and_fields(card: FakeDriver, trace: Trace) -> None:
         "write BAR0+0x100 = 0x0007",
     ]
     assert lines(trace, number) == []
+
+
+def test_names_of_values(card: FakeDriver, trace: Trace) -> None:
+    """A value that has a name is shown by it; records have both."""
+    number = trace.follow(Wanted())
+    for value in (0x2_0001, 0x1_0000, 0x3_0000):
+        card.write(CardRegs.CC, value)
+    card.write(CardRegs.CC, 0)
+    card.settle()
+    records = trace.take(number) or []
+    assert [what(record) for record in records] == [
+        "write CC = 0x00020001 (EN=1 ENGINE=RUN)",
+        "write CC = 0x00010000 (EN=0 ENGINE=1)",
+        "write CC = 0x00030000 (ENGINE=3)",
+        "write CC = 0x00000000 (ENGINE=IDLE)",
+    ]
+    assert records[0]["registers"][0]["fields"] == {"EN": 1, "ENGINE": 2}
+    assert records[0]["registers"][0]["values"] == {"ENGINE": "RUN"}
 
 
 def test_a_record_is_plain_data(card: FakeDriver, trace: Trace) -> None:

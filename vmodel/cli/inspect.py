@@ -133,6 +133,9 @@ def regs(
                 for f in r["fields"]:
                     bits = str(f["lo"]) if f["lo"] == f["hi"] else f"{f['hi']}:{f['lo']}"
                     table.add_row("", bits, f"  .{f['name']}", f["mode"], "", "", escape(f["doc"]), style="dim")
+                    for v in f["values"]:
+                        said = f"{v['value']} {v['name']}" + (f": {v['doc']}" if v["doc"] else "")
+                        table.add_row("", "", "", "", "", "", escape(f"  {said}"), style="dim")
             show(table, out)
         for ram in bar["ram"]:
             mapped = ", mappable" if ram["mappable"] else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vmodel.errors import ConfigError
-from vmodel.fields import Field, Layout, RegisterError
+from vmodel.fields import Field, Layout, RegisterError, Values
 from vmodel.modes import Mode
 from vmodel.printable import printable
 from vmodel.register_files import Array, FileArray, RamArea, RegisterFile
@@ -42,59 +42,67 @@ class SourcePlace:
 
 
 @dataclass(frozen=True)
-class FieldDraft:
-    """A field: bits `lo` to `hi`."""
+class ValuesDraft:
+    """Names of values: (name, value, description)."""
 
     name: str
+    members: tuple[tuple[str, int, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draft:
+    """Anything that has a name."""
+
+    name: str
+    doc: str
+    place: SourcePlace = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldDraft(_Draft):
+    """A field: bits `lo` to `hi`."""
+
     lo: int
     hi: int
     mode: Mode
     reset: int
-    doc: str
-    place: SourcePlace = field(compare=False)
+    values: ValuesDraft | None = None
 
 
-@dataclass(frozen=True)
-class RegisterDraft:
-    """A register, or an array of registers if there are `dimensions`."""
-
-    name: str
-    #: Of the register's type, or empty.
-    kind: str
-    offset: int
-    width: int
-    fields: tuple[FieldDraft, ...]
-    doc: str
-    place: SourcePlace = field(compare=False)
-    dimensions: tuple[int, ...] = ()
-    stride: int = 0
-
-
-@dataclass(frozen=True)
-class RamDraft:
+@dataclass(frozen=True, kw_only=True)
+class RamDraft(_Draft):
     """A memory."""
 
-    name: str
     offset: int
     size: int
     mode: Mode
-    doc: str
-    place: SourcePlace = field(compare=False)
 
 
-@dataclass(frozen=True)
-class FileDraft:
-    """A register file or address map, or an array of them."""
+@dataclass(frozen=True, kw_only=True)
+class _Repeatable(_Draft):
+    """What may be an array: it is one if there are `dimensions`."""
 
-    name: str
+    #: Of the type, or empty.
     kind: str
     offset: int
-    size: int
-    members: tuple[RegisterDraft | RamDraft | FileDraft, ...]
-    doc: str
-    place: SourcePlace = field(compare=False)
     dimensions: tuple[int, ...] = ()
     stride: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterDraft(_Repeatable):
+    """A register."""
+
+    width: int
+    fields: tuple[FieldDraft, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDraft(_Repeatable):
+    """A register file or address map."""
+
+    size: int
+    members: tuple[RegisterDraft | RamDraft | FileDraft, ...]
 
 
 def text_of(described: str | None) -> str:
@@ -114,6 +122,7 @@ class _Builder:
         # In a class's body, an attribute hides a class of the same name.
         self._taken: set[str] = {*_RESERVED_CLASSES, *_names(top)}
         self._layouts: dict[tuple[str, tuple[tuple[Any, ...], ...]], type[Layout]] = {}
+        self._values: dict[ValuesDraft, type[Values]] = {}
         self._banks: dict[tuple[str, int, tuple[Any, ...], str], type[RegisterBank]] = {}
 
     def _class_name(self, name: str, suffix: str = "") -> str:
@@ -184,19 +193,34 @@ class _Builder:
         return _KINDS[draft.width](draft.offset, mode, reset=reset, layout=layout, doc=draft.doc)
 
     def _layout(self, draft: RegisterDraft, mode: Mode) -> type[Layout]:
-        fields = [(f.name, f.lo, f.hi, None if f.mode is mode else f.mode, f.doc) for f in draft.fields]
+        fields = [(f.name, f.lo, f.hi, None if f.mode is mode else f.mode, f.doc, f.values) for f in draft.fields]
         key = (draft.kind or draft.name, tuple(fields))
         if key not in self._layouts:
             attributes: dict[str, Any] = {}
-            for f, (name, lo, hi, own, doc) in zip(draft.fields, fields, strict=True):
+            for f, (name, lo, hi, own, doc, _) in zip(draft.fields, fields, strict=True):
                 named = attribute(name, _RESERVED_IN_LAYOUTS)
                 if named in attributes:
                     raise f.place.error(f"a second {named}")
-                attributes[named] = Field(lo, hi, own, doc)
+                values = None if f.values is None else self._values_of(f.values, f.place)
+                attributes[named] = _checked(f.place, Field, lo, hi, own, doc, "", values)
             attributes["__doc__"] = f"Fields of {draft.kind or draft.name}."
             name = self._class_name(draft.kind or draft.name)
             self._layouts[key] = _checked(draft.place, type, name, (Layout,), attributes)
         return self._layouts[key]
+
+    def _values_of(self, draft: ValuesDraft, place: SourcePlace) -> type[Values]:
+        if draft not in self._values:
+            members: dict[str, tuple[int, str]] = {}
+            for name, value, doc in draft.members:
+                # Python keeps names that begin with "_" to itself.
+                named = attribute(f"n{name}" if name.startswith("_") else name, _RESERVED_IN_VALUES)
+                if named in members:
+                    raise place.error(f"a second {named}")
+                members[named] = (value, doc)
+            functional: Any = Values  # type checkers see only the other meaning of a call
+            self._values[draft] = functional(self._class_name(draft.name), members)
+            self._values[draft].__doc__ = f"Values of {draft.name}."
+        return self._values[draft]
 
 
 #: The field of a register that has no fields: all its bits.
@@ -226,11 +250,12 @@ _RESERVED_CLASSES = frozenset(
     re.findall(
         r"\w+",
         "Array Bit Bits FileArray Layout Mode RamArea Reg8 Reg16 Reg32 Reg64 RegisterBank RegisterFile"
-        " RO RW WO W1C W1S RC RESERVED",
+        " RO RW WO W1C W1S RC RESERVED Values",
     )
 )
 _RESERVED_IN_BANKS = _names_in(RegisterBank) | _RESERVED_CLASSES
 _RESERVED_IN_LAYOUTS = _names_in(Layout) | _RESERVED_CLASSES | {"value"}
+_RESERVED_IN_VALUES = _names_in(Values) | {"mro"}
 
 
 def _names(draft: FileDraft) -> Iterator[str]:

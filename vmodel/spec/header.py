@@ -16,7 +16,7 @@ def c_header(name: str, places: list[tuple[int, int, type[RegisterBank]]]) -> st
 
     `name` begins each macro; `places`: (BAR, offset in it, bank).  An offset is that in the BAR; an element of an array
     is a macro with the index as argument.  A field has a mask, a shift, and a value macro: NAME_MASK, NAME_SHIFT,
-    NAME(x); a field of one bit is its mask only.
+    NAME(x); a field of one bit is its mask only.  A name of a value is the field's value, not shifted.
     """
     prefix = _upper(name)
     writer = _Writer()
@@ -95,13 +95,15 @@ class _Writer:
 
     def field(self, name: str, field: Field, width: int) -> None:
         """The macros of a field."""
-        if field.lo == field.hi:
-            self.define(name, _number(field.mask, width), doc=field.doc)
-            return
         mask, cast = _number(field.mask, width), "0x0ull" if width == 64 else "0x0u"
-        self.define(f"{name}_MASK", mask, doc=field.doc)
-        self.define(f"{name}_SHIFT", str(field.lo))
-        self.define(name, f"((({cast} + (x)) << {field.lo}) & {mask})", "(x)")
+        if field.lo == field.hi:
+            self.define(name, mask, doc=field.doc)
+        else:
+            self.define(f"{name}_MASK", mask, doc=field.doc)
+            self.define(f"{name}_SHIFT", str(field.lo))
+            self.define(name, f"((({cast} + (x)) << {field.lo}) & {mask})", "(x)")
+        for value in field.values or ():
+            self.define(f"{name}_{_upper(value.name)}", _number(value, width), doc=value.doc)
 
 
 def _fields(layout: type[Layout] | None) -> Iterator[Field]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from vmodel.fields import Field
+from vmodel.fields import Field, Values
 from vmodel.modes import Mode, Read, Write
 from vmodel.register_files import Array, FileArray, RamArea, RegisterFile
 from vmodel.regs import Part, Register, RegisterBank
 from vmodel.spec.draft import WHOLE
-from vmodel.spec.walk import banks, members
+from vmodel.spec.walk import banks, layouts, members, values
 
 _ON_WRITE = {
     Write.ONE_CLEARS: "woclr",
@@ -24,7 +24,8 @@ _ON_WRITE = {
 def rdl_text(bank: type[RegisterBank]) -> str:
     """The definitions of the bank and of what it consists of."""
     with_ram = {inner for inner in banks(bank) if inner.memories}
-    lines: list[str] = []
+    found = (each for inner in banks(bank) for layout in layouts(inner) for each in values(layout))
+    lines = [line for each in dict.fromkeys(found) for line in _enumeration(each)]
     for inner in banks(bank):
         kind = "addrmap" if inner is bank or inner in with_ram else "regfile"
         lines += [f"{kind} {inner.__name__} {{", *_desc(inner.__doc__ or "", "    ")]
@@ -32,6 +33,14 @@ def rdl_text(bank: type[RegisterBank]) -> str:
             lines += _member(member)
         lines += ["};", ""]
     return "\n".join(lines)
+
+
+def _enumeration(named: type[Values]) -> list[str]:
+    lines = [f"enum {named.__name__} {{"]
+    for value in named:
+        desc = " ".join(_desc(value.doc, ""))
+        lines.append(f"    \\{value.name} = 0x{value:x}{f' {{ {desc} }}' if desc else ''};")
+    return [*lines, "};", ""]
 
 
 def _desc(doc: str, indent: str) -> list[str]:
@@ -100,6 +109,8 @@ def _field(register: Register, field: Field) -> list[str]:
         properties.append(f"onread = {'rclr' if read is Read.CLEARS else 'rset'}")
     if read is not Read.NOTHING and write is Write.NOTHING:
         properties[1] = "hw = rw"
+    if field.values is not None:
+        properties.append(f"encode = {field.values.__name__}")
     text = "; ".join(properties)
     value = "" if write is Write.PASSES else f" = 0x{reset:x}"
     return [

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from vmodel.fields import Field, Layout
+from vmodel.fields import Field, Layout, Values
 from vmodel.modes import Mode
 from vmodel.register_files import Array, FileArray, RamArea, RegisterFile
 from vmodel.regs import Part, Register, RegisterBank
-from vmodel.spec.walk import banks, layouts, members
+from vmodel.spec.walk import banks, layouts, members, values
 
 _WIDTH = 120
 #: Modes that have a name of their own in vmodel.regs.
 _SHORT = ("RO", "RW", "WO", "W1C", "W1S", "RC", "RESERVED")
+_DECLARED = ("Bit", "Bits", "Layout", "Reg8", "Reg16", "Reg32", "Reg64", "RegisterBank", "Values")
 
 
 def python_source(bank: type[RegisterBank], origin: str) -> str:
     """The source of a module that defines `bank` and what it consists of; `origin` names where it came from."""
     written: set[type[Layout]] = set()
+    named: set[type[Values]] = set()
     classes: list[str] = []
     for inner in banks(bank):
         for layout in layouts(inner):
             if layout not in written:
                 written.add(layout)
+                for enumeration in values(layout):
+                    if enumeration not in named:
+                        named.add(enumeration)
+                        lines = map(_value, enumeration)
+                        classes.append(_class(f"{enumeration.__name__}(Values)", enumeration.__doc__, lines))
                 classes.append(_class(f"{layout.__name__}(Layout)", layout.__doc__, map(_field, layout.fields)))
         head = f"{inner.__name__}(RegisterBank, size={_hex(inner.size)}{_access(inner)})"
         classes.append(_class(head, inner.__doc__, (_member(member) for member in members(inner))))
@@ -43,7 +51,7 @@ def _imports(body: str) -> Iterator[str]:
     modules = {
         "vmodel.modes": ["Mode"],
         "vmodel.register_files": ["Array", "FileArray", "RamArea", "RegisterFile"],
-        "vmodel.regs": [*sorted(_SHORT), "Bit", "Bits", "Layout", "Reg8", "Reg16", "Reg32", "Reg64", "RegisterBank"],
+        "vmodel.regs": [*sorted(_SHORT), *_DECLARED],
     }
     for module, names in modules.items():
         used = [name for name in names if name in wanted]
@@ -68,7 +76,8 @@ def _class(head: str, doc: str | None, lines: Iterator[list[str]]) -> str:
 
 def _docstring(doc: str, indent: str) -> list[str]:
     text = " ".join(doc.split()).replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
-    text = f"{text} " if text.endswith('"') else text
+    # A quotation mark at the end would be part of what ends the text, unless it is escaped.
+    text = f"{text} " if re.search(r'(?<!\\)(\\\\)*"$', text) else text
     lines = textwrap.wrap(text, _WIDTH - len(indent) - 6, break_long_words=False, break_on_hyphens=False) or ["..."]
     if text.endswith(" "):
         lines[-1] += " "
@@ -111,7 +120,17 @@ def _mode(mode: Mode) -> str:
 def _field(field: Field) -> list[str]:
     kind, bits = ("Bit", [str(field.lo)]) if field.lo == field.hi else ("Bits", [str(field.lo), str(field.hi)])
     arguments = [*bits, *([] if field.mode is None else [_mode(field.mode)]), *_doc(field.doc)]
+    arguments += [] if field.values is None else [f"values={field.values.__name__}"]
     return _call(f"{field.name} = {kind}", arguments)
+
+
+def _value(value: Values) -> list[str]:
+    line = f"    {value.name} = {int(value)}"
+    if value.doc:
+        line += f", {_quoted(value.doc)}"
+    if len(line) <= _WIDTH:
+        return [line]
+    return [f"    {value.name} = (", f"        {int(value)},", f"        {_quoted(value.doc)},", "    )"]
 
 
 def _doc(doc: str) -> list[str]:

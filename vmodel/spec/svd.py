@@ -1,8 +1,8 @@
 """CMSIS-SVD, the System View Description of Arm's CMSIS (version 1.3.10), read into drafts.
 
 The package peakrdl-svd (0.1.0) leaves out what it does not know without saying so, and needs all of PeakRDL; this
-reader refuses it.  Vendor extensions, enumerated values, interrupts and CPU are ignored: no bank does
-anything about them.
+reader refuses it.  Vendor extensions, interrupts and CPU are ignored: no bank does anything about them.  So are
+enumerated values with "don't care" bits, and the one of all other values.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vmodel.fields import near
 from vmodel.modes import Mode, Read, Write
-from vmodel.spec.draft import MAX_DEPTH, FieldDraft, FileDraft, RegisterDraft, SourcePlace, text_of
+from vmodel.spec.draft import MAX_DEPTH, WHOLE, FieldDraft, FileDraft, RegisterDraft, SourcePlace, ValuesDraft, text_of
 from vmodel.spec.xml_tree import Element, parse
 
 #: Most elements of a `dim`.
@@ -54,12 +54,15 @@ class _Defaults:
 
 def read_svd(path: Path, name: str | None) -> FileDraft:
     """The peripheral `name`; None: the only one, or all, each at its address after the lowest one.  ConfigError."""
-    return _SvdReader(path).device(parse(path), name)
+    root = parse(path)
+    return _SvdReader(path, root).device(root, name)
 
 
 class _SvdReader:
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, root: Element) -> None:
+        self._path, self._root = path, root
+        #: All that have a name, by name; made when it is needed.
+        self._enumerations: dict[str, Element] = {}
         #: Registers made so far.
         self._count = 0
 
@@ -143,7 +146,7 @@ class _SvdReader:
         members = tuple(self._peripheral(peripheral, defaults, lowest) for peripheral in peripherals)
         size = max(member.offset + member.size for member in members)
         device_name = self._name(device, self._text(device, "name"))
-        return FileDraft(device_name, device_name, 0, size, members, self._doc(device), self._place(device))
+        return FileDraft(offset=0, size=size, members=members, **self._named(device, device_name), kind=device_name)
 
     def _peripheral(self, element: Element, outer: _Defaults, base: int | None) -> FileDraft:
         if self._text(element, "dim"):
@@ -176,10 +179,14 @@ class _SvdReader:
 
             members += self._repeated(child, make)
         size = max((m.offset + _extent(m) for m in members), default=0)
-        return FileDraft(name, name, at, size, tuple(members), self._doc(element), self._place(element))
+        return FileDraft(offset=at, size=size, members=tuple(members), **self._named(element, name), kind=name)
 
     def _doc(self, element: Element) -> str:
         return text_of(self._text(element, "description"))
+
+    def _named(self, element: Element, name: str) -> dict[str, Any]:
+        """What all drafts have."""
+        return {"name": name, "doc": self._doc(element), "place": self._place(element)}
 
     def _name(self, element: Element, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z_]\w{0,199}", name, re.ASCII):
@@ -235,14 +242,17 @@ class _SvdReader:
             fields += self._field(field, element, defaults, reset)
         if not fields:
             mode = self._mode((element,), defaults.access)
-            fields = [FieldDraft("VALUE", 0, defaults.size - 1, mode, reset, "", self._place(element))]
+            whole = {**self._named(element, WHOLE), "doc": ""}
+            fields = [FieldDraft(lo=0, hi=defaults.size - 1, mode=mode, reset=reset, **whole)]
         fields.sort(key=lambda f: f.lo)
-        return RegisterDraft(name, name, offset, defaults.size, tuple(fields), self._doc(element), self._place(element))
+        width, named = defaults.size, self._named(element, name)
+        return RegisterDraft(offset=offset, width=width, fields=tuple(fields), **named, kind=name)
 
     def _field(self, element: Element, register: Element, defaults: _Defaults, reset: int) -> Iterator[FieldDraft]:
         lo, hi = self._bits(element)
         mode = self._mode((element, register), self._text(element, "access") or defaults.access)
         name, names, step = self._text(element, "name"), [""], 0
+        values = self._values(element)
         if self._text(element, "dim"):
             count, step = self._number(element, "dim"), self._number(element, "dimIncrement")
             if not 1 <= count <= 64:
@@ -252,7 +262,42 @@ class _SvdReader:
             low, high = lo + n * step, hi + n * step
             value = reset >> low & ((1 << (high - low + 1)) - 1)
             called = self._name(element, name.replace("%s", index))
-            yield FieldDraft(called, low, high, mode, value, self._doc(element), self._place(element))
+            named = self._named(element, called)
+            yield FieldDraft(lo=low, hi=high, mode=mode, reset=value, values=values, **named)
+
+    def _values(self, field: Element) -> ValuesDraft | None:
+        """The names of a field's values: those for reads and those for writes together, the first of a name counts."""
+        found: dict[str, tuple[str, int, str]] = {}
+        called = ""
+        for values in field.all("enumeratedValues"):
+            values = self._derived_values(values)
+            called = called or self._text(values, "name") or self._text(values, "headerEnumName")
+            for member in values.all("enumeratedValue"):
+                text = self._text(member, "value")
+                if not text or re.fullmatch(r"(#|0b)[01xX]*[xX][01xX]*", text):
+                    continue
+                value = self._number(member, "value")
+                name = re.sub(r"\W", "_", self._text(member, "name"), flags=re.ASCII) or f"VALUE{value}"
+                name = f"n{name}" if name[0].isdigit() else name
+                if all(value != other for _, other, _ in found.values()):
+                    found.setdefault(name, (name, value, self._doc(member)))
+        return ValuesDraft(called or self._text(field, "name"), tuple(found.values())) if found else None
+
+    def _derived_values(self, values: Element) -> Element:
+        """The values themselves, or those that they are derived from; a path's end counts, as it does elsewhere."""
+        seen = [values]
+        while "derivedFrom" in values.attributes:
+            wanted = values.attributes["derivedFrom"]
+            if not self._enumerations:
+                self._enumerations = {self._text(each, "name"): each for each in self._root.every("enumeratedValues")}
+            found = self._enumerations.get(wanted.rpartition(".")[2])
+            if found is None:
+                self._refuse(values, near("derivedFrom", values.tag, wanted, list(self._enumerations)))
+            if found in seen:
+                self._refuse(values, f"is derived from itself, by way of {wanted}")
+            seen.append(found)
+            values = found
+        return values
 
     def _bits(self, element: Element) -> tuple[int, int]:
         text = self._text(element, "bitRange")

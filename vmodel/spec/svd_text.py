@@ -81,6 +81,12 @@ def _field(element: Element, field: Field, mode: Mode) -> None:
     _texts(element, name=field.name, description=field.doc, bitOffset=str(field.lo))
     _texts(element, bitWidth=str(field.hi - field.lo + 1))
     _access(element, mode)
+    if field.values is not None:
+        values = SubElement(element, "enumeratedValues")
+        _texts(values, name=field.values.__name__)
+        for value in field.values:
+            named = SubElement(values, "enumeratedValue")
+            _texts(named, name=value.name, description=value.doc, value=f"0x{value:X}")
 
 
 def _access(element: Element, mode: Mode) -> None:

@@ -17,13 +17,23 @@ from systemrdl.importer import RDLImporter
 from systemrdl.messages import RDLCompileError, Severity
 from systemrdl.node import AddressableNode, AddrmapNode, FieldNode, MemNode, Node, RegfileNode, RegNode
 from systemrdl.rdltypes.builtin_enums import AccessType, OnReadType, OnWriteType
+from systemrdl.rdltypes.user_enum import UserEnum
 from systemrdl.source_ref import DetailedFileSourceRef, FileSourceRef, SourceRefBase
 
 from vmodel.config_file import read_text
 from vmodel.errors import ConfigError
 from vmodel.fields import near
 from vmodel.modes import Mode, Read, Write
-from vmodel.spec.draft import MAX_DEPTH, FieldDraft, FileDraft, RamDraft, RegisterDraft, SourcePlace, text_of
+from vmodel.spec.draft import (
+    MAX_DEPTH,
+    FieldDraft,
+    FileDraft,
+    RamDraft,
+    RegisterDraft,
+    SourcePlace,
+    ValuesDraft,
+    text_of,
+)
 
 #: Most components of a specification, arrays counted once.
 MAX_COMPONENTS = 1 << 16
@@ -169,16 +179,7 @@ class _NodeReader:
                 members.append(self._ram(child))
             elif isinstance(child, AddrmapNode | RegfileNode):
                 members.append(self.file(child, depth + 1))
-        return FileDraft(
-            node.inst_name,
-            node.orig_type_name or "",
-            node.raw_address_offset,
-            node.size,
-            tuple(members),
-            self._doc(node),
-            self._at(node),
-            *_repetition(node),
-        )
+        return FileDraft(size=node.size, members=tuple(members), **self._repeatable(node))
 
     def _ram(self, node: MemNode) -> RamDraft:
         self._check(node)
@@ -188,23 +189,28 @@ class _NodeReader:
         if sw not in (AccessType.rw, AccessType.r):
             self._refuse(node, "sw", f"a memory is rw or r, not {sw.name}")
         mode = Mode.RW if sw is AccessType.rw else Mode.RO
-        return RamDraft(node.inst_name, node.raw_address_offset, node.size, mode, self._doc(node), self._at(node))
+        return RamDraft(offset=node.raw_address_offset, size=node.size, mode=mode, **self._named(node))
 
     def _register(self, node: RegNode) -> RegisterDraft:
         self._check(node)
         if node.is_alias:
             raise self._at(node).error("alias has no meaning here: a register is at one place")
         fields = sorted(self._fields(node), key=lambda f: f.lo)
-        return RegisterDraft(
-            node.inst_name,
-            node.orig_type_name or "",
-            node.raw_address_offset,
-            node.get_property("regwidth"),
-            tuple(fields),
-            self._doc(node),
-            self._at(node),
-            *_repetition(node),
-        )
+        return RegisterDraft(width=node.get_property("regwidth"), fields=tuple(fields), **self._repeatable(node))
+
+    def _named(self, node: Node) -> dict[str, Any]:
+        """What all drafts have."""
+        return {"name": node.inst_name, "doc": self._doc(node), "place": self._at(node)}
+
+    def _repeatable(self, node: AddressableNode) -> dict[str, Any]:
+        """What the drafts of registers and register files have."""
+        return {
+            **self._named(node),
+            "kind": node.orig_type_name or "",
+            "offset": node.raw_address_offset,
+            "dimensions": tuple(node.array_dimensions or ()) if node.is_array else (),
+            "stride": node.array_stride or 0 if node.is_array else 0,
+        }
 
     def _fields(self, node: RegNode) -> Iterator[FieldDraft]:
         for field in node.fields():
@@ -212,9 +218,13 @@ class _NodeReader:
             reset = field.get_property("reset")
             if reset is not None and not isinstance(reset, int):
                 self._refuse(field, "reset", "a reset value is a number, not another field or signal")
-            mode = self._mode(field)
             yield FieldDraft(
-                field.inst_name, field.low, field.high, mode, reset or 0, self._doc(field), self._at(field)
+                lo=field.low,
+                hi=field.high,
+                mode=self._mode(field),
+                reset=reset or 0,
+                values=_values(field.get_property("encode")),
+                **self._named(field),
             )
 
     def _mode(self, field: FieldNode) -> Mode:
@@ -234,6 +244,9 @@ class _NodeReader:
         return Mode.of(Write.NOTHING if sw is AccessType.r else _WRITES[written], _READS[read])
 
 
-def _repetition(node: AddressableNode) -> tuple[tuple[int, ...], int]:
-    """The dimensions and the stride of an array; () and 0 otherwise."""
-    return (tuple(node.array_dimensions or ()), node.array_stride or 0) if node.is_array else ((), 0)
+def _values(encode: type[UserEnum] | None) -> ValuesDraft | None:
+    """The names of a field's values (SystemRDL: the property `encode` names an enumeration)."""
+    if encode is None:
+        return None
+    members = ((member.name, int(member.value), text_of(member.rdl_desc or member.rdl_name)) for member in encode)
+    return ValuesDraft(encode.type_name, tuple(members))

@@ -19,6 +19,8 @@ def _rows(bank: type[RegisterBank], at: int) -> Iterator[tuple[str, ...]]:
         for field in register.fields:
             bits = str(field.lo) if field.lo == field.hi else f"{field.hi}:{field.lo}"
             yield "", bits, f".{field.name}", (field.mode or register.mode).name, "", field.doc
+            for value in field.values or ():
+                yield "", "", f".{field.name} = {int(value)}", "", "", f"{value.name}: {value.doc}".removesuffix(": ")
     for memory in bank.memories:
         yield (
             f"{at + memory.offset:#x}",

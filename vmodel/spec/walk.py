@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vmodel.fields import Layout
+from vmodel.fields import Layout, Values
 from vmodel.register_files import Array, FileArray, RegisterFile
 from vmodel.regs import Part, Register, RegisterBank
 
@@ -23,6 +23,11 @@ def layouts(bank: type[RegisterBank]) -> Iterator[type[Layout]]:
         if isinstance(register, Register) and register.layout is not None and register.layout not in seen:
             seen.add(register.layout)
             yield register.layout
+
+
+def values(layout: type[Layout]) -> Iterator[type[Values]]:
+    """Yields the enumerations of a layout's fields, each once."""
+    yield from dict.fromkeys(field.values for field in layout.fields if field.values is not None)
 
 
 def banks(bank: type[RegisterBank]) -> list[type[RegisterBank]]:

@@ -25,6 +25,13 @@ class Element:
         """Yields the children with one of these tags."""
         return (child for child in self.children if child.tag in tags)
 
+    def every(self, tag: str) -> Iterator[Element]:
+        """Yields all elements with that tag, at any depth."""
+        for child in self.children:
+            if child.tag == tag:
+                yield child
+            yield from child.every(tag)
+
     def find(self, tag: str) -> Element | None:
         """The first child with that tag."""
         return next(self.all(tag), None)
