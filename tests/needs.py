@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing.synchronize
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable
@@ -73,3 +74,13 @@ def debug_kernel() -> None:
         find_kernel(DEBUG)
     except ArtifactError as error:
         pytest.skip(f"needs the debug kernel: {error}")
+
+
+def program(name: str) -> None:
+    """A program of this name."""
+
+    def find() -> None:
+        if shutil.which(name) is None:
+            raise FileNotFoundError(f"no {name} in $PATH")
+
+    _need(f"the program {name}", find)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ from vmodel.cli.serve import (
 from vmodel.cli.terminal import ESCAPE_NAME, Terminal
 from vmodel.errors import ConfigError
 from vmodel.guest import artifacts, modules, options
+from vmodel.guest.monitor import MonitorError
 from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec, on_terminal
 from vmodel.guest.shares import share_at
 from vmodel.machine import Machine
@@ -80,6 +82,10 @@ Interactive = Annotated[
     bool, typer.Option("--interactive", "-i", help="Forward standard input; a terminal becomes COMMAND's.")
 ]
 
+Gdb = Annotated[bool, typer.Option("--gdb", help="Wait for gdb before devices are bound; print how to start it.")]
+
+log = logging.getLogger(__name__)
+
 #: The first output of an interactive command: input that is sent before the guest has opened its port is lost.
 _LISTENING = b"\x16"
 
@@ -109,6 +115,7 @@ def guest(
     fail_on: ending.FailOn = ending.FAIL_ON,
     stats: Stats = False,
     interactive: Interactive = False,
+    gdb: Gdb = False,
     verbose: Verbose = False,
     device: Devices = None,
     register: Registers = None,
@@ -144,7 +151,7 @@ def guest(
     log_to_stderr(verbose, cast(TextIO, Log(err, sys.stderr)))
     on_tty = interactive and sys.stdin.isatty() and sys.stdout.isatty()
     if timeout is None:
-        timeout = float("inf") if on_tty or debug_model else 300.0
+        timeout = float("inf") if on_tty or gdb or debug_model else 300.0
     if on_tty and debug_model:
         raise ConfigError("-i and --debug-model: both take the terminal: use one of them")
     if timeout <= 0:
@@ -169,6 +176,7 @@ def guest(
             append=" ".join([*([_DEBUG_APPEND] if debug_model else ()), *(append or ())]),
             timeout=timeout,
             qemu=artifacts.find_qemu(),
+            gdb=gdb,
         )
         if any(map(modules.is_source, (*spec.modules, *spec.extra_modules))):
             fetch_headers([kernel or machine.content.guest.kernel or artifacts.STABLE])
@@ -236,6 +244,8 @@ def _watch(
                 threading.Thread(target=_keys, args=(listening, terminal, running), daemon=True).start()
             elif interactive:
                 threading.Thread(target=_forward, args=(listening, sys.stdin.fileno(), running), daemon=True).start()
+            if spec.gdb:
+                threading.Thread(target=_debugged, args=(running, err), daemon=True).start()
             return running.wait()
 
 
@@ -250,6 +260,19 @@ def _end_on(stop: Stop, running: Guest, terminal: Terminal | None) -> None:
         if stop.wait(0.2):
             if terminal is not None:
                 terminal.close()  # before anything that may take its time
+            running.kill()
+
+
+def _debugged(running: Guest, err: Screen) -> None:
+    def say(line: str, commands: str) -> None:
+        text = f"vmodel: the guest waits for gdb to attach and continue:\n{line}\nwhich reads:\n{commands}"
+        err.put("log", text.encode(errors="backslashreplace"))
+
+    try:
+        running.wait_for_gdb(say)
+    except (MonitorError, ConfigError, OSError) as error:
+        if running.running():  # else wait() says why it ended
+            log.error("--gdb: %s", error)
             running.kill()
 
 

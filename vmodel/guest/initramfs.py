@@ -100,10 +100,11 @@ class Cpio:
 # ---- the archive -------------------------------------------------------------------------------------
 
 # The third serial port is the harness's own: the harness answers "boot" with the number of this boot, and "status N",
-# "module NAME" or "share TAG" ends the run.  The second port is the command's stdin, stdout and stderr.  Kernel
-# messages mix with neither.  The last close of a tty waits until all bytes are sent, so poweroff loses none.  modprobe,
-# unlike insmod, applies the parameters for modules in the kernel's command line.  A boot has many warnings that are no
-# problem: the console gets warnings only from the first module on; but all of the log if the boot had a WARN.
+# "module NAME" or "share TAG" ends the run; gdb.py reads "section" and "gdb", and answers with a line when gdb has
+# continued the guest.  The second port is the command's stdin, stdout and stderr.  Kernel messages mix with neither.
+# The last close of a tty waits until all bytes are sent, so poweroff loses none.  modprobe, unlike insmod, applies
+# the parameters for modules in the kernel's command line.  A boot has many warnings that are no problem: the console
+# gets warnings only from the first module on; but all of the log if the boot had a WARN.
 _INIT = """#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=dumb
 /bin/busybox --install -s /bin
@@ -131,6 +132,21 @@ own() {{
     [ $level -ge 5 ] || dmesg -n 5
     load $1
 }}
+gdb() {{
+    for module in "$@"; do
+        for section in $(ls -A /sys/module/$module/sections); do
+            echo section $module $section $(cat /sys/module/$module/sections/$section) >&3
+        done
+    done
+    if [ "$VMODEL_BOOT" = 1 ]; then
+        echo gdb >&3
+        read -r _ <&3
+    fi
+    echo 1 > /sys/bus/pci/drivers_autoprobe
+    for device in /sys/bus/pci/devices/*; do
+        [ -e $device/driver ] || echo ${{device##*/}} > /sys/bus/pci/drivers_probe
+    done 2>/dev/null
+}}
 share() {{
     mkdir -p "$2" && mount -t 9p -o "$3" $1 "$2" 2>/dev/console || finish share $1
 }}
@@ -153,6 +169,7 @@ def build(
     extra_modules: Iterable[str] = (),
     tools: Sequence[str] = (),
     shares: Sequence[Share] = (),
+    gdb: bool = False,
 ) -> bytes:
     """An initramfs that runs `command` (words, or a shell script) and powers off.
 
@@ -160,7 +177,7 @@ def build(
     of .ko files, or source folders (see modules.py).
     `tools` are Debian's programs; in /bin they take precedence over busybox's applets of the same name.
     `files`: (path on the host, path in the guest), or a path for /root/NAME.  They keep their modes.  A folder comes
-    with all that is in it.  `shares` are mounted before `modules` are loaded.
+    with all that is in it.  `shares` are mounted before `modules` are loaded.  `gdb`: /init waits for it, see gdb.py.
     ArtifactError: busybox, a tool or a module is missing.  ConfigError: a file is missing, its path is used twice, or
     it is a program whose loader or libraries the guest has not got.
     """
@@ -201,8 +218,11 @@ def build(
     archive.file("vmodel-command", script.encode() + b"\n", 0o755)
     lines = [f"load {name}" for name in own]
     lines += [shlex.join(("share", *line)) for line in mount_lines(shares)]
+    lines += ["echo 0 > /sys/bus/pci/drivers_autoprobe"] if gdb else []
     # The console has warnings, too, once a module of the user's is loaded.
     lines += [f"{'own' if load.get(module.name) else 'load'} {module.name}" for module in in_order(kernel, load)]
+    if gdb:
+        lines.append(" ".join(["gdb", *(name for name, path in load.items() if path)]))
     archive.file("init", _INIT.format(load="\n".join(lines)).encode(), 0o755)
     return archive.finish()
 

@@ -28,6 +28,7 @@ from vmodel.files import naming
 from vmodel.guest import hang, initramfs
 from vmodel.guest import shares as folders
 from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
+from vmodel.guest.gdb import READY, Gdb
 from vmodel.guest.headers import debug_modules
 from vmodel.guest.modules import built
 from vmodel.guest.monitor import Monitor, MonitorError
@@ -124,6 +125,8 @@ class GuestSpec:
     tools: Sequence[str] = ()
     #: Folders of the host that the guest sees as they are, without a copy.
     shares: Sequence[Share] = ()
+    #: Whether it waits for gdb before PCI devices are bound, see gdb.py and `Guest.wait_for_gdb`.
+    gdb: bool = False
 
 
 @dataclass
@@ -198,6 +201,8 @@ class Guest(Starting):
         self._log_error = ""
         self._started = 0.0
         self._monitor: Monitor | None = None
+        self._connecting = threading.Lock()
+        self._gdb: Gdb | None = None
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -210,6 +215,7 @@ class Guest(Starting):
         qemu, kernel = spec.qemu or find_qemu(), spec.kernel or find_kernel()
         image = folder / "initramfs"
         (loaded, own), (extra, more) = built(spec.modules, kernel), built(spec.extra_modules, kernel)
+        self._gdb = Gdb(folder, kernel, own) if spec.gdb else None
         searched = [*(share.source for share in spec.shares), *debug_modules(kernel)]
         self.places = Places(finder(more | own, searched, kernel.release))
         made = initramfs.build(
@@ -221,12 +227,13 @@ class Guest(Starting):
             extra,
             spec.tools,
             spec.shares,
+            spec.gdb,
         )
         with naming(image):
             image.write_bytes(made)
         self.line = [str(qemu.path), "-accel", accelerator(), "-cpu", "max", "-nodefaults", "-no-user-config"]
         self.line += ["-display", "none", "-kernel", str(kernel.image), "-initrd", str(image)]
-        self.line += ["-append", f"{_APPEND} {spec.append}".strip()]
+        self.line += ["-append", f"{_APPEND}{' nokaslr' if spec.gdb else ''} {spec.append}".strip()]
         if not any("memory-backend=" in arg for arg in spec.qemu_args):
             self.line += ["-machine", "q35"]
         if not spec.allow_reboot:
@@ -235,6 +242,8 @@ class Guest(Starting):
             self.line += ["-chardev", f"socket,id={name},fd={port.theirs.fileno()}", "-serial", f"chardev:{name}"]
         self.line += ["-qmp", f"unix:{self.qmp},server=on,wait=off", *spec.qemu_args]
         self.line += folders.qemu_args(spec.shares)
+        if self._gdb is not None:
+            self.line += self._gdb.qemu_args()
         if self.artifacts is not None:
             self.artifacts.mkdir(parents=True, exist_ok=True)
             with naming(written := self.artifacts / "qemu.line"):
@@ -313,9 +322,10 @@ class Guest(Starting):
     @property
     def monitor(self) -> Monitor:
         """QEMU's monitor (QMP), connected at the first use.  MonitorError: QEMU does not answer."""
-        if self._monitor is None:
-            self._monitor = Monitor(self.qmp)
-        return self._monitor
+        with self._connecting:
+            if self._monitor is None:
+                self._monitor = Monitor(self.qmp)
+            return self._monitor
 
     def running(self) -> bool:
         """Whether QEMU is alive."""
@@ -358,6 +368,28 @@ class Guest(Starting):
     def send(self, data: bytes) -> None:
         """Sends bytes to the command's stdin.  It has no end of file: a command that reads up to one never ends."""
         self._ports["output"].ours.sendall(data)
+
+    def wait_for_gdb(self, say: Callable[[str, str], None]) -> None:
+        """Lets a guest of `GuestSpec.gdb` go on once gdb has attached and continued it; returns then, or when it ends.
+
+        When modules have been loaded, `say` gets the line that starts gdb, and the text of the script that gdb reads.
+        MonitorError: QEMU does not answer.  ArtifactError, OSError: as of `Gdb.prepare`.
+        """
+        assert self._gdb is not None
+        port, monitor = self._ports["status"], self.monitor
+        with self._changed:
+            while READY not in port.received:
+                if not self.running():
+                    return
+                self._changed.wait(0.2)
+            report = bytes(port.received)
+        say(*self._gdb.prepare(report))
+        while self.running():
+            names = [name for _, name, _ in list(monitor.events)]  # it stops when gdb attaches
+            if "STOP" in names and "RESUME" in names[names.index("STOP") :]:
+                port.ours.sendall(b"go\n")
+                return
+            time.sleep(0.1)
 
     def resize(self, rows: int, columns: int) -> None:
         """Tells a command of `on_terminal` the size of its terminal, which the guest's kernel reports by SIGWINCH."""
