@@ -298,6 +298,70 @@ def test_regs() -> None:
     assert registers["STATUS"]["fields"][0]["name"] == "COMPUTING"
 
 
+WHOLE_CARD = """
+from typing import Literal
+from pydantic import Field
+from vmodel.device import Intx, MmioBar, Msi, Msix, PciDevice, VendorSpecific, on_write
+from vmodel.device import Params as BaseParams
+from vmodel.regs import RO, Bits, Layout, Reg8, Reg16, RegisterBank, Values
+
+class Speed(Values):
+    SLOW = 0
+    FAST = 1, "with [red]care[/red]"
+
+class Quota(Layout):
+    SPEED = Bits(0, 3, values=Speed)
+
+class CapRegs(RegisterBank, size=8):
+    VERSION = Reg8(3, RO, reset=1)
+    QUOTA = Reg16(4, layout=Quota)
+
+class D(PciDevice):
+    "A card."
+    vendor_id, device_id, class_code, revision = 1, 2, 3, 0x10
+    rom = bytes(2048)
+    cap = VendorSpecific(CapRegs)
+    msix, msi, intx = Msix(vectors=3), Msi(vectors=1), Intx(pin=2)
+
+    class Params(BaseParams):
+        ram: Literal[4096, 65536] = Field(default=4096, description="bytes of [b]RAM[/b]")
+        key: str | None = None
+        must: int
+
+    @on_write(CapRegs.QUOTA)
+    def quota(self, new: int) -> None: ...
+"""
+
+
+def test_regs_shows_the_whole_function(tmp_path: Path) -> None:
+    (tmp_path / "whole.py").write_text(WHOLE_CARD)
+    lines = [" ".join(line.split()) for line in vmodel("regs", "whole.py:D", cwd=tmp_path).stdout.splitlines()]
+    for line in (
+        "0001:0002 A card.",
+        "class 000003, revision 10, subsystem 0000:0000, interrupt pin INTB, expansion ROM of 0x800 bytes",
+        "cap VendorSpecific 0x09",
+        "msix Msix 0x11 3 vectors; table in BAR4 at 0x0, PBA at 0x1000",
+        "msi Msi 0x05 1 vector",
+        "0x0004 16 QUOTA RW 0x0000 write",
+        "1 FAST: with [red]care[/red]",
+        "ram 4096 or 65536 4096 bytes of [b]RAM[/b]",
+        "key string or null null",
+        "must integer (required)",
+        "BAR4, 0x2000 bytes, memory32",
+    ):
+        assert line in lines
+    found = json.loads(vmodel("regs", "whole.py:D", "--json", cwd=tmp_path).stdout)
+    assert [(c["name"], c["id"], c.get("vectors")) for c in found["capabilities"]] == [
+        ("cap", 9, None),
+        ("msix", 0x11, 3),
+        ("msi", 5, 1),
+    ]
+    (version, quota) = found["capabilities"][0]["registers"]
+    assert version["reset"] == 1 and quota["hooks"] == ["write"]
+    assert quota["fields"][0]["values"][1] == {"name": "FAST", "value": 1, "doc": "with [red]care[/red]"}
+    assert found["params"]["ram"]["default"] == 4096 and found["interrupt_pin"] == 2 and found["rom"] == 2048
+
+
 def test_regs_of_a_file_here(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from vmodel.device import MmioBar, PciDevice\nfrom vmodel.regs import Reg8, RegisterBank\n"

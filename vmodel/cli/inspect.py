@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -68,7 +69,7 @@ def regs(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's register map.
+    """Show a model's registers, capabilities and parameters.
 
     `vmodel regs import FILE` prints a specification's registers as Python.
     """
@@ -100,43 +101,82 @@ def regs(
                 text = markdown(cls.__name__, doc, places)
         print(text, end="")
         return
-    described = cls.declaration.describe()
-    hooks: dict[tuple[str, str], set[str]] = {}
-    for hook in cls.declaration.hooks:
-        bank_name = hook.register.bank.__name__ if hook.register.bank else ""
-        hooks.setdefault((bank_name, hook.register.name), set()).add(hook.kind)
-    for bar in described["bars"]:
-        for bank in bar["banks"]:
-            for register in bank["registers"]:
-                register["hooks"] = sorted(hooks.get((bank["name"], register["name"]), ()))
+    described = cls.declaration.describe() | {"params": cls.Params.model_json_schema().get("properties", {})}
     if as_json:
         print(json.dumps(described))
         return
     out = console()
-    out.print(f"{cls.vendor_id:04x}:{cls.device_id:04x} {described['doc']}", highlight=False, markup=False)
+    _show_function(described, out)
     for bar in described["bars"]:
         out.print(f"\nBAR{bar['index']}, {bar['size']:#x} bytes, {bar['kind']}", highlight=False)
         for bank in bar["banks"]:
-            table = Table("offset", "bits", "name", "mode", "reset", "hooks", "", box=None, title=bank["name"])
-            table.title_justify = "left"
-            for r in bank["registers"]:
-                width = r["width"] // 4
-                table.add_row(
-                    f"{bank['offset'] + r['offset']:#06x}",
-                    str(r["width"]),
-                    r["name"],
-                    r["mode"],
-                    f"{r['reset']:#0{width + 2}x}",
-                    ",".join(r["hooks"]),
-                    escape(r["doc"]),
-                )
-                for f in r["fields"]:
-                    bits = str(f["lo"]) if f["lo"] == f["hi"] else f"{f['hi']}:{f['lo']}"
-                    table.add_row("", bits, f"  .{f['name']}", f["mode"], "", "", escape(f["doc"]), style="dim")
-                    for v in f["values"]:
-                        said = f"{v['value']} {v['name']}" + (f": {v['doc']}" if v["doc"] else "")
-                        table.add_row("", "", "", "", "", "", escape(f"  {said}"), style="dim")
-            show(table, out)
+            show(_registers(bank["name"], bank["offset"], bank["registers"]), out)
         for ram in bar["ram"]:
             mapped = ", mappable" if ram["mappable"] else ""
             out.print(f"  RAM at {ram['offset']:#x}, {ram['size']:#x} bytes{mapped}", highlight=False)
+
+
+def _show_function(described: dict[str, Any], out: Console) -> None:
+    """Shows what the function is besides its BARs: identity, interrupts, capabilities, parameters."""
+    d = described
+    out.print(f"{d['vendor_id']:04x}:{d['device_id']:04x} {d['doc']}", highlight=False, markup=False)
+    facts = [f"class {d['class_code']:06x}", f"revision {d['revision']:02x}"]
+    facts.append(f"subsystem {d['subsystem_vendor_id']:04x}:{d['subsystem_id']:04x}")
+    facts += [f"interrupt pin INT{'ABCD'[d['interrupt_pin'] - 1]}"] if d["interrupt_pin"] else []
+    facts += [f"expansion ROM of {d['rom']:#x} bytes"] if d["rom"] else []
+    out.print(", ".join(facts), highlight=False)
+    if d["capabilities"]:
+        table = Table("capability", "kind", "id", "", box=None)
+        for c in d["capabilities"]:
+            width = 6 if c["extended"] else 4
+            vectors = c.get("vectors")
+            said = "" if vectors is None else "1 vector" if vectors == 1 else f"{vectors} vectors"
+            if "table" in c:
+                said += f"; table in BAR{c['bar']} at {c['table']:#x}, PBA at {c['pba']:#x}"
+            table.add_row(c["name"], c["kind"], f"{c['id']:#0{width}x}", said)
+        out.print()
+        show(table, out)
+    for c in d["capabilities"]:
+        if c["kind"] == "VendorSpecific":  # the other kinds have the registers of their specification
+            out.print()
+            show(_registers(f"Registers of {c['name']}, offsets in the capability", 0, c["registers"]), out)
+    if d["params"]:
+        table = Table("parameter", "type", "default", "", box=None)
+        for name, schema in d["params"].items():
+            default = json.dumps(schema["default"]) if "default" in schema else "(required)"
+            table.add_row(name, _type(schema), escape(default), escape(schema.get("description", "")))
+        out.print()
+        show(table, out)
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """A JSON schema's type in a word or two."""
+    if "enum" in schema or "const" in schema:
+        return " or ".join(json.dumps(value) for value in schema.get("enum", [schema.get("const")]))
+    if "anyOf" in schema:
+        return " or ".join(_type(option) for option in schema["anyOf"])
+    kind = schema.get("type", "table")
+    return " or ".join(kind) if isinstance(kind, list) else str(kind)
+
+
+def _registers(title: str, at: int, registers: list[dict[str, Any]]) -> Table:
+    """Registers with their fields; `at` is added to their offsets."""
+    table = Table("offset", "bits", "name", "mode", "reset", "hooks", "", box=None, title=title)
+    table.title_justify = "left"
+    for r in registers:
+        table.add_row(
+            f"{at + r['offset']:#06x}",
+            str(r["width"]),
+            r["name"],
+            r["mode"],
+            f"{r['reset']:#0{r['width'] // 4 + 2}x}",
+            ",".join(r["hooks"]),
+            escape(r["doc"]),
+        )
+        for f in r["fields"]:
+            bits = str(f["lo"]) if f["lo"] == f["hi"] else f"{f['hi']}:{f['lo']}"
+            table.add_row("", bits, f"  .{f['name']}", f["mode"], "", "", escape(f["doc"]), style="dim")
+            for v in f["values"]:
+                said = f"{v['value']} {v['name']}" + (f": {v['doc']}" if v["doc"] else "")
+                table.add_row("", "", "", "", "", "", escape(f"  {said}"), style="dim")
+    return table

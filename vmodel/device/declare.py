@@ -9,10 +9,10 @@ from itertools import combinations
 from typing import Any
 
 from vmodel.pci.bar import BankSlot, Bar, RamSlot
-from vmodel.pci.caps import Capability, Msix
+from vmodel.pci.caps import Capability, Msi, Msix
 from vmodel.pci.config import HeaderRegs, Identity
 from vmodel.pci.express import Pcie
-from vmodel.pci.extcaps import Pasid
+from vmodel.pci.extcaps import ExtendedCapability, Pasid
 from vmodel.pci.irq import Intx
 from vmodel.regs import Hook, Register, RegisterBank, RegisterError, hooks_of
 from vmodel.span import KiB, MiB, Span
@@ -166,9 +166,35 @@ class Declaration:
             "vendor_id": self.identity.vendor_id,
             "device_id": self.identity.device_id,
             "class_code": self.identity.class_code,
+            "revision": self.identity.revision,
+            "subsystem_vendor_id": self.identity.subsystem_vendor_id,
+            "subsystem_id": self.identity.subsystem_id,
             "doc": self.doc,
-            "capabilities": [type(part).__name__ for part in self.capabilities.values()],
+            "interrupt_pin": self.identity.interrupt_pin,
+            "rom": len(self.rom),
+            "capabilities": [self._describe_capability(name, part) for name, part in self.capabilities.items()],
             "bars": [self._describe_bar(bar) for bar in self.bars],
+        }
+
+    def _registers(self, bank: type[RegisterBank]) -> list[dict[str, Any]]:
+        """The registers of a bank, each with the kinds of its hooks."""
+        hooks: dict[str, list[str]] = {}
+        for hook in self.hooks:
+            if hook.register.bank is bank:
+                hooks.setdefault(hook.register.name, []).append(hook.kind)
+        return [{**register, "hooks": sorted(hooks.get(register["name"], ()))} for register in bank.describe()]
+
+    def _describe_capability(self, name: str, part: Capability) -> dict[str, Any]:
+        vectors = {"vectors": part.vectors} if isinstance(part, Msi | Msix) else {}
+        if isinstance(part, Msix):
+            vectors |= {"bar": part.bar.index, "table": part.table_offset, "pba": part.pba_offset}
+        return {
+            "name": name,
+            "kind": type(part).__name__,
+            "id": part.id,
+            "extended": isinstance(part, ExtendedCapability),
+            **vectors,
+            "registers": self._registers(part.bank),
         }
 
     def _describe_bar(self, bar: Bar) -> dict[str, Any]:
@@ -181,7 +207,7 @@ class Declaration:
                     "name": slot.bank.__name__,
                     "offset": slot.at,
                     "size": slot.bank.size,
-                    "registers": list(slot.bank.describe()),
+                    "registers": self._registers(slot.bank),
                 }
                 for slot in self.banks.values()
                 if slot.bar.index == bar.index
