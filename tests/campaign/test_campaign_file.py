@@ -51,6 +51,32 @@ def test_the_matrix(folder: Path) -> None:
     assert len({run.key for run in found}) == len(found)
 
 
+def test_modules_and_tools_of_machine_and_workload(folder: Path) -> None:
+    """A workload's own come after the machine's, and only for that workload; paths count from the campaign's file."""
+    (folder / "driver").mkdir()
+    for name in ("Kbuild", "main.c"):
+        (folder / "driver" / name).write_text(name)
+    machine = 'file = "edu.toml"\nmodules = ["uio"]\ntools = ["pciutils:lspci"]\n'
+    own = 'modules = ["driver/", "nvme"]\nextra_modules = ["ext4"]\ntools = ["nvme-cli:nvme"]\n'
+    text = GOOD.replace('file = "edu.toml"\n', machine).replace("timeout = 0.3\n", f"timeout = 0.3\n{own}", 1)
+    found = {run.workload: run for run in runs(folder, text)}
+    case = found["copy"].case
+    assert case.modules == ("uio", f"{folder}/driver/", "nvme")
+    assert (case.extra_modules, case.tools) == (("ext4",), ("pciutils:lspci", "nvme-cli:nvme"))
+    assert f"{folder}/driver/main.c" in found["copy"].inputs
+    case = found["careful"].case
+    assert (case.modules, case.extra_modules, case.tools) == (("uio",), (), ("pciutils:lspci",))
+    (folder / "driver" / "main.c").write_text("changed")
+    again = {run.workload: run for run in runs(folder, text)}
+    assert again["copy"].key != found["copy"].key and again["careful"].key == found["careful"].key
+    for wrong, said in (
+        (("driver/", "gone/"), "workload[0].modules[0]: there is no module or source folder 'gone/'"),
+        (("nvme-cli:nvme", "nvme"), "workload[0].tools[0]: 'nvme': must be PACKAGE:PROGRAM, as pciutils:lspci"),
+        (("pciutils:lspci", ":x"), "machine[0].tools[0]: ':x': must be PACKAGE:PROGRAM, as pciutils:lspci"),
+    ):
+        assert lines(folder, text.replace(*wrong)) == [f"c.toml: {said}"]
+
+
 def test_what_is_left_out(folder: Path) -> None:
     (folder / "b.toml").write_text((folder / "edu.toml").read_text())
     text = GOOD.replace("seeds = 2", "seeds = 1\ncontrol = false").replace(

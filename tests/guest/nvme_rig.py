@@ -69,7 +69,14 @@ name = "iommu0"
 kind = "{kind}"
 address = "0000:00:02.0"
 """
-TOOLS = ["nvme", "fio", "sfdisk", "mkfs.ext4", "e2fsck", "fstrim"]
+TOOLS = [
+    "nvme-cli:nvme",
+    "fio:fio",
+    "fdisk:sfdisk",
+    "e2fsprogs:mkfs.ext4",
+    "e2fsprogs:e2fsck",
+    "util-linux:fstrim",
+]
 #: Names a block device by its controller's address and the namespace's id: names like nvme0n1 come as drivers probe.
 NAMES = """
 controller() { cd /sys/bus/pci/devices/$1/nvme && echo nvme*; cd /root; }

@@ -16,8 +16,13 @@ from vmodel.testing.plugin import Vm
 pytestmark = [pytest.mark.guest, pytest.mark.machine("plugged.toml")]
 
 
+@pytest.mark.guest(tools=["pciutils:lspci"])
 def test_scripts_one_after_the_other(vm_booted: BootedGuest) -> None:
-    """Output, status, time, the kernel's log, a long script, and one that does not end: in one guest."""
+    """Output, status, time, the kernel's log, a tool, a long script, and one that does not end: in one guest."""
+    # A name from pci.ids, and the capabilities, which busybox's lspci does not print.
+    done = vm_booted.run("lspci -vv -s 00:04.0")
+    assert done.status == 0 and b"PCI bridge: Red Hat, Inc. QEMU PCIe Root port" in done.output
+    assert b"Express (v2) Root Port (Slot+)" in done.output
     for n in range(30):
         done = vm_booted.run(f"echo {n}; echo error >&2; exit {n}", 20)
         assert (done.status, done.output) == (n, b"%d\nerror\n" % n)

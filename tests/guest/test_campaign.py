@@ -22,6 +22,11 @@ def test_the_example(tmp_path: Path) -> None:
     head, *plans = (EXAMPLE / "campaign.toml").read_text().split("[[plan]]")
     head = head.replace('kernels = ["stable", "backports"]', 'kernels = ["stable"]').replace("seeds = 3", "seeds = [1]")
     assert head.count('"stable"') == 1 and "[1]" in head
+    # A workload's own modules and tools, without which it fails.
+    first = 'run = """\nlspci -s 0000:00:04.0 | grep -q Non-Volatile || exit 1'
+    head = head.replace('modules = ["nvme"]', "", 1).replace('run = """', first, 1)
+    head += '\nmodules = ["nvme"]\ntools = ["pciutils:lspci"]\n'
+    assert first in head
     chosen = [plan for plan in plans if '"lost completion"' in plan or '"flipped bit"' in plan]
     (tmp_path / "nvme.campaign.toml").write_text("[[plan]]".join([head, *chosen]))
     line = [sys.executable, "-m", "vmodel", "campaign", "nvme.campaign.toml", "-o", "runs"]

@@ -45,9 +45,16 @@ def image(path: Path, release: str = RELEASE) -> Path:
     return path
 
 
-def fake_deb(tmp_path: Path, members: list[tuple[str, bytes | str, int]], status: int = 0) -> Path:
+def fake_deb(
+    tmp_path: Path,
+    members: list[tuple[str, bytes | str, int]],
+    status: int = 0,
+    name: str = "package",
+    depends: str = "",
+) -> Path:
     """A "package": a tar file, and a dpkg-deb in PATH that prints it. A str is a link's target; "=x" a hard link's."""
-    path = tmp_path / "package.deb"
+    path = tmp_path / f"{name}.deb"
+    (tmp_path / f"{name}.deb.control").write_text(f"Package: {name}\n{depends}\n")
     with tarfile.open(path, "w") as archive:
         for name, content, mode in members:
             member = tarfile.TarInfo(name)
@@ -62,7 +69,9 @@ def fake_deb(tmp_path: Path, members: list[tuple[str, bytes | str, int]], status
                 with (tmp_path / "content").open("rb") as file:
                     archive.addfile(member, file)
     tool = tmp_path / "bin" / "dpkg-deb"
-    tool.write_text(f'#!/bin/sh\n/bin/cat "$2"\nexit {status}\n')
+    tool.write_text(
+        f'#!/bin/sh\ncase $1 in --field) /bin/cat "$2.control" ;; *) /bin/cat "$2" ;; esac\nexit {status}\n'
+    )
     tool.chmod(0o755)
     return path
 
@@ -72,6 +81,8 @@ class Archive:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         self.suites: dict[str, dict[str, str]] = {}
+        #: Packages that are no kernels.
+        self.packages: list[str] = []
         self.downloads: list[str] = []
         monkeypatch.setattr(debian.Apt, "_run", self.run)
         monkeypatch.setattr(get_qemu, "check_host", lambda: Path("/k.gpg"))
@@ -96,6 +107,8 @@ class Archive:
         match argv:
             case ["apt-get", "update"]:
                 return ""
+            case ["apt-cache", "pkgnames"]:
+                return "\n".join(self.packages)
             case ["apt-cache", "pkgnames", _]:
                 releases = {release for suite in self.suites.values() for release in suite.values()}
                 return "".join(f"linux-image-{name}\n" for name in ["amd64", "cloud-amd64", *releases])
@@ -108,6 +121,11 @@ class Archive:
                 return f"Package: {package}\nDepends: linux-base (>= 4), linux-image-{release} (= {version})\n"
             case ["apt-cache", "show", _, package]:
                 return f"Package: {package}\nDepends: kmod, linux-base\n"
+            case ["apt-get", "install", *_, package, "--print-uris"]:
+                return f"'{URI}{package}.deb' {package}.deb 5000000 SHA256:0\n"
+            case ["apt-get", "install", "--download-only", *_, package]:
+                self.downloads.append(package)
+                return ""
             case ["apt-get", "download", *packages, "--print-uris"]:
                 return "".join(f"'{URI}{name}.deb' {name}.deb 5000000 SHA256:0\n" for name in packages)
             case ["apt-get", "download", *packages]:

@@ -248,7 +248,8 @@ def test_all_is_what_the_tests_need(cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(get_qemu, "check_host", lambda: Path("/k.gpg"))
     assert get_qemu.main(["--all", "--mirror", URI]) == 1, "nothing has come"
     kernels = ["kernel-stable", "kernel-backports", "kernel-cloud"]
-    assert wanted == ["qemu", "busybox", *kernels, "headers-stable", "headers-backports", *get_qemu.OPTIONAL]
+    tools = [f"tool-{package}" for package in get_qemu.TEST_TOOLS]
+    assert wanted == ["qemu", "busybox", *kernels, "headers-stable", "headers-backports", *tools, *get_qemu.OPTIONAL]
 
 
 @pytest.mark.parametrize(

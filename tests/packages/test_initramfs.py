@@ -122,7 +122,7 @@ def test_build(tmp_path: Path, busybox: Path) -> None:
     found = read_back(build(kernel, busybox, command, ["nvme"], [tool, (tool, "/opt/t")], ["x", "nvme"]))
     assert stat.S_ISDIR(found["proc"].mode)
     assert found["bin/busybox"].mode == stat.S_IFREG | 0o755
-    assert found["bin/sh"].data == b"busybox"
+    assert found["bin/sh"].data == b"/bin/busybox"
     assert found["dev/console"].device == (5, 1)
     for place in ("root/tool", "opt/t"):
         assert (found[place].mode, found[place].data) == (stat.S_IFREG | 0o751, b"\0\1")

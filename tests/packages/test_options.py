@@ -91,6 +91,7 @@ kernel = "9.9"
 modules = ["driver/", "nvme"]
 files = ["check.sh"]
 shares = ["build:rw"]
+tools = ["pciutils:lspci"]
 append = "mycard.debug=1"
 cpus = 2
 qemu_args = ["-rtc", "base=utc"]
@@ -103,11 +104,19 @@ qemu_args = ["-rtc", "base=utc"]
 
 def test_lists_and_kernel_arguments_add_up(machine: Machine, folder: Path) -> None:
     shared = Share(folder / "driver", "/opt/d")
-    more = {"shares": [shared], "modules": ["uio"], "files": [folder / "x"], "append": "quiet", "timeout": 7.0}
+    more = {
+        "shares": [shared],
+        "modules": ["uio"],
+        "files": [folder / "x"],
+        "tools": ["fio:fio"],
+        "append": "quiet",
+        "timeout": 7.0,
+    }
     spec = spec_of(machine, ["-m", "1G"], KERNEL, command="true", **more)
     assert spec.modules == [f"{folder}/driver/", "nvme", "uio"]
     assert (spec.extra_modules, spec.files) == ([], [folder / "check.sh", folder / "x"])
     assert spec.shares == [Share(folder / "build", "/root/build", writable=True), shared]
+    assert spec.tools == ["pciutils:lspci", "fio:fio"]
     assert (spec.append, spec.timeout, spec.kernel) == ("mycard.debug=1 quiet", 7.0, KERNEL)
     assert spec.qemu_args == ["-smp", "2", "-rtc", "base=utc", "-m", "1G"]
 
@@ -127,6 +136,10 @@ def test_the_kernel(machine: Machine, cache: Path) -> None:
         ('modules = ["gone/"]', r"m.toml: guest.modules\[0\]: there is no module or source folder 'gone/'"),
         ('extra_modules = ["nvme", "a.ko"]', r"m.toml: guest.extra_modules\[1\]: there is no module .*'a.ko'"),
         ('files = ["gone"]', r"m.toml: guest.files\[0\]: there is no file 'gone'"),
+        (
+            'tools = ["fio:fio", "lspci"]',
+            r"m.toml: guest.tools\[1\]: 'lspci': must be PACKAGE:PROGRAM, as pciutils:lspci",
+        ),
         ('shares = ["check.sh"]', r"m.toml: guest.shares\[0\]: there is no folder 'check.sh'"),
     ],
 )

@@ -22,7 +22,7 @@ from vmodel.experiment.oracle import Outcome
 from vmodel.files import pieces
 from vmodel.guest.artifacts import KERNELS
 from vmodel.guest.modules import is_path
-from vmodel.guest.options import files_in, guest_file, module_at, module_files
+from vmodel.guest.options import files_in, guest_file, module_at, module_files, tool_at
 from vmodel.inject import Engine, FaultPlan, Match
 from vmodel.machine import Machine
 
@@ -106,6 +106,8 @@ class Matrix:
             for key in ("modules", "extra_modules"):
                 for k, entry in enumerate(getattr(workload, key)):
                     self._at(f"workload[{n}].{key}[{k}]", module_at, entry, self.base)
+            for k, entry in enumerate(workload.tools):
+                self._at(f"workload[{n}].tools[{k}]", tool_at, entry, self.base)
         self._fit()
 
     def _at(self, key: str, call: Any, *arguments: Any) -> Any:
@@ -128,6 +130,8 @@ class Matrix:
                 raise ConfigError(f"there is no file {table.file!r}", file=self.file, key=f"machine[{n}].file")
             for k, entry in enumerate(table.modules):
                 self._at(f"machine[{n}].modules[{k}]", module_at, entry, self.base)
+            for k, entry in enumerate(table.tools):
+                self._at(f"machine[{n}].tools[{k}]", tool_at, entry, self.base)
             yield table.name or path.stem, table, path
 
     def _load_plans(self) -> Iterator[tuple[str, PlanTable, FaultPlan]]:
@@ -213,6 +217,7 @@ class Matrix:
             files=tuple(guest_file(text, self.base) for text in workload.files),
             modules=tuple(module_at(entry, self.base) for entry in (*machine.modules, *workload.modules)),
             extra_modules=tuple(module_at(entry, self.base) for entry in workload.extra_modules),
+            tools=(*machine.tools, *workload.tools),
             append=machine.append,
             qemu_args=machine.qemu_args,
             timeout=workload.timeout,

@@ -155,6 +155,9 @@ class BootedMachineTable(_Table):
         default=None, examples=['"edu"'], description="for the report; by default the file's name"
     )
     modules: tuple[str, ...] = Field(default=(), examples=['["virtio_iommu"]'], description="modules to load at boot")
+    tools: tuple[str, ...] = Field(
+        default=(), examples=['["pciutils:lspci"]'], description="Debian's programs, PACKAGE:PROGRAM"
+    )
     append: str = Field(default="", examples=['"iommu.strict=1"'], description="kernel arguments")
     qemu_args: tuple[str, ...] = Field(default=(), examples=['["-smp", "2"]'], description="more arguments for QEMU")
 
@@ -180,6 +183,9 @@ class WorkloadTable(_Table):
     )
     extra_modules: tuple[str, ...] = Field(
         default=(), examples=['["nvme"]'], description="modules that `modprobe` can load"
+    )
+    tools: tuple[str, ...] = Field(
+        default=(), examples=['["pciutils:lspci"]'], description="Debian's programs, PACKAGE:PROGRAM"
     )
     timeout: Time = Field(default=30.0, examples=['"30s"'], description="for the script, and again for the check")
     boot_timeout: Time = Field(default=90.0, examples=['"90s"'], description="for the boot")

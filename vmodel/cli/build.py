@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vmodel.guest import artifacts, get_qemu, kbuild
+from vmodel.guest.tools import tool
 
 Source = Annotated[
     Path, typer.Argument(metavar="DIR", help="The module's folder, with a Kbuild or a Makefile.", show_default=False)
@@ -39,7 +41,7 @@ def build(source: Source, kernel: Kernels = None, output: Output = kbuild.OUTPUT
     for place in (source, output):
         kbuild.check_path(place)
     names = kernel or list(artifacts.KERNELS)
-    fetch_headers(names)
+    fetch_for(names, builds=True)
     for name in names:
         found = artifacts.find_kernel(name)
         try:
@@ -50,7 +52,12 @@ def build(source: Source, kernel: Kernels = None, output: Output = kbuild.OUTPUT
             print(os.path.relpath(module))
 
 
-def fetch_headers(kernels: list[str]) -> None:
-    """Fetches what modules for these kernels are built with, and the kernels, if the cache has not got it."""
-    names = [name for name in kernels if artifacts.KERNEL_NAME.fullmatch(name)]
-    get_qemu.fetch(names, headers=names)
+def fetch_for(kernels: Sequence[str], builds: bool, tools: Sequence[str] = ()) -> None:
+    """Fetches tools, "PACKAGE:PROGRAM", and these kernels with what modules for them are built with if one `builds`.
+
+    Only what the cache has not got.
+    """
+    names = [name for name in kernels if builds and artifacts.KERNEL_NAME.fullmatch(name)]
+    packages = [tool(text)[0] for text in tools]
+    if builds or packages:
+        get_qemu.fetch(names, headers=names, tools=packages)

@@ -9,7 +9,7 @@ import shlex
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +29,8 @@ from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
 from vmodel.guest.artifacts import KERNEL_HELP, find_busybox, find_kernel, find_qemu
-from vmodel.guest.options import at_option, guest_file, module_at
+from vmodel.guest.options import at_option, guest_file, module_at, tool_at
+from vmodel.guest.tools import program_path
 from vmodel.patience import slowness
 
 Folder = Annotated[
@@ -68,7 +69,7 @@ def campaign(
         print(f"{path}: {len(runs)} run{'' if len(runs) == 1 else 's'}")
         return
     if matrix.rig == GUESTS and scheduler is None:
-        check_host({run.case.kernel for run in runs})
+        check_host({run.case.kernel for run in runs}, {tool for run in runs for tool in run.case.tools})
     folder = output or Path(f"{path.stem}.runs")
     definition = {"kind": "campaign", "name": content.campaign.name, "file": text}
     with at_work(folder, definition, matrix.rig, jobs, scheduler) as (store, runner, _):
@@ -100,6 +101,9 @@ def sweep(
         list[str] | None,
         typer.Option("--file", metavar="F[:DEST]", help="A file for the guest; DEST is by default /root/NAME."),
     ] = None,
+    tool: Annotated[
+        list[str] | None, typer.Option("--tool", metavar="PACKAGE:PROGRAM", help="A Debian program for the guest.")
+    ] = None,
     append: Annotated[str, typer.Option(metavar="STR", help="Additional kernel arguments.")] = "",
     timeout: Annotated[float, typer.Option(metavar="S", help="Time limit of the workload, in seconds.")] = 30.0,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the actions' random numbers.")] = 0,
@@ -124,7 +128,7 @@ def sweep(
     if rig != GUESTS:
         load_rig(rig)
     elif scheduler is None:
-        check_host({kernel})
+        check_host({kernel}, tool or ())
     case = Case(
         machine=machine.absolute(),
         workload=workload,
@@ -132,6 +136,7 @@ def sweep(
         check=check,
         files=tuple(at_option("--file", guest_file, text) for text in file or ()),
         modules=tuple(at_option("--module", module_at, entry) for entry in module or ()),
+        tools=tuple(at_option("--tool", tool_at, entry) for entry in tool or ()),
         append=append,
         timeout=timeout,
     )
@@ -177,13 +182,15 @@ def at_work(
         raise OSError(errno.EIO, str(error), str(folder / DATABASE)) from error
 
 
-def check_host(kernels: set[str | None]) -> None:
+def check_host(kernels: Collection[str | None], tools: Collection[str] = ()) -> None:
     """Checks that this host can boot guests, before any run does.  ArtifactError: something is missing."""
     slowness()
     find_qemu()
     find_busybox()
     for kernel in kernels:
         find_kernel(kernel)
+    for tool in sorted(tools):
+        program_path(tool)
 
 
 def summarise(rows: Sequence[Row], folder: Path) -> int:

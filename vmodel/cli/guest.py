@@ -17,7 +17,7 @@ import typer
 from rich.table import Table
 
 from vmodel.cli import ending
-from vmodel.cli.build import fetch_headers
+from vmodel.cli.build import fetch_for
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
 from vmodel.cli.screen import Log, Screen, decoded, shared, unix_lines, with_places
 from vmodel.cli.serve import (
@@ -62,7 +62,8 @@ Shares = Annotated[
     typer.Option("--share", metavar="DIR[:PATH][:rw]", help="A folder that the guest sees, by default at /root/NAME."),
 ]
 Tools = Annotated[
-    list[str] | None, typer.Option("--tool", metavar="T", help="A Debian program to copy into the guest, as nvme.")
+    list[str] | None,
+    typer.Option("--tool", metavar="PACKAGE:PROGRAM", help="A Debian program for the guest, as pciutils:lspci."),
 ]
 ExtraModules = Annotated[
     list[str] | None, typer.Option("--extra-module", metavar="M", help="A kernel module for modprobe; not loaded.")
@@ -172,14 +173,17 @@ def guest(
             ],
             files=[options.at_option("--file", options.guest_file, entry) for entry in file or ()],
             shares=[options.at_option("--share", share_at, entry) for entry in share or ()],
-            tools=tool or (),
+            tools=[options.at_option("--tool", options.tool_at, entry) for entry in tool or ()],
             append=" ".join([*([_DEBUG_APPEND] if debug_model else ()), *(append or ())]),
             timeout=timeout,
             qemu=artifacts.find_qemu(),
             gdb=gdb,
         )
-        if any(map(modules.is_source, (*spec.modules, *spec.extra_modules))):
-            fetch_headers([kernel or machine.content.guest.kernel or artifacts.STABLE])
+        fetch_for(
+            [kernel or machine.content.guest.kernel or artifacts.STABLE],
+            any(map(modules.is_source, (*spec.modules, *spec.extra_modules))),
+            spec.tools,
+        )
         with Stop.on_signals() as stop, served(machine, run_dir, faults, wanted, debug=debug_model) as (server, folder):
             spec.qemu_args = [*spec.qemu_args, *machine.qemu_args(folder, debug=debug_model)]
             result = error = None

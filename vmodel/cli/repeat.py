@@ -117,5 +117,5 @@ def _ended(path: Path, trust: bool) -> tuple[Row, Result, list[Row]]:
     for name in changed_inputs(row):
         print(f"vmodel: warning: {name} has changed since the run", file=sys.stderr)
     if row.run.rig == GUESTS:
-        check_host({row.run.case.kernel})
+        check_host({row.run.case.kernel}, row.run.case.tools)
     return row, row.result, others

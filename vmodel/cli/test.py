@@ -15,6 +15,8 @@ import typer
 from vmodel.cli.serve import loaded
 from vmodel.config_file import parse_toml, read_text
 from vmodel.guest import artifacts, get_qemu, kbuild, modules
+from vmodel.guest.tools import tool
+from vmodel.machine.schema import GuestTable
 
 Kernels = Annotated[
     list[str] | None,
@@ -68,12 +70,15 @@ def _parallel(jobs: int | None) -> list[str]:
 
 def _prepare(kernels: list[str]) -> None:
     """Fetches what guests need, and builds the current folder's modules for each kernel."""
-    sources = sorted({source for file in _machine_files() for source in _sources(file)})
+    tables = list(_guest_tables())
+    entries = {entry for table in tables for entry in (*table.modules, *table.extra_modules)}
+    sources = sorted(filter(modules.is_source, entries))
     for source in sources:
         kbuild.check_source(Path(source))
         kbuild.check_path(Path(source))
     names = [name for name in kernels if artifacts.KERNEL_NAME.fullmatch(name)]
-    get_qemu.fetch(names, headers=names if sources else ())
+    packages = sorted({tool(text)[0] for table in tables for text in table.tools})
+    get_qemu.fetch(names, headers=names if sources else (), tools=packages)
     for source in sources:
         for name in kernels:
             found, start = artifacts.find_kernel(name), time.monotonic()
@@ -85,14 +90,8 @@ def _prepare(kernels: list[str]) -> None:
             print(f"{shown}: built for {found.release} in {time.monotonic() - start:.1f} s")
 
 
-def _machine_files() -> Iterator[Path]:
+def _guest_tables() -> Iterator[GuestTable]:
     for path in sorted(Path().glob("*.toml")):
         if "machine" in parse_toml(read_text(path), path):
-            yield path
-
-
-def _sources(file: Path) -> list[str]:
-    with loaded(file) as machine:
-        table = machine.content.guest
-        entries = [*table.modules, *table.extra_modules]
-    return [entry for entry in entries if modules.is_source(entry)]
+            with loaded(path) as machine:
+                yield machine.content.guest

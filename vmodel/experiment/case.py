@@ -53,6 +53,8 @@ class Case(BaseModel):
     modules: tuple[str, ...] = ()
     #: Modules that the workload can load by `modprobe`.
     extra_modules: tuple[str, ...] = ()
+    #: Debian's programs that workload and check use, as "pciutils:lspci".
+    tools: tuple[str, ...] = ()
     #: More kernel arguments, and parameters of modules (MODULE.NAME=VALUE).
     append: str = ""
     #: More arguments of QEMU, before those of the machine.

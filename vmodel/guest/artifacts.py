@@ -6,7 +6,7 @@ The cache, `${XDG_CACHE_HOME:-~/.cache}/vmodel`, has one folder for each part.  
     qemu/          qemu-system-x86_64 (wrapper), root/ (from Debian's packages, with every library that it needs)
     busybox/       busybox (static)
     iasl/          iasl (wrapper), root/ (as for qemu); for the tests only
-    tools/         root/: Debian's programs for guests, see tools.py; optional
+    tool-fio/      root/: the programs of Debian's package fio for guests, see tools.py; optional
     browser/       chromium-headless-shell (wrapper), root/ (as for qemu); for the tests only
     clang/         clang (wrapper), root/ (with headers, too), bin/: ld, addr2line; for the tests only
     kernel-stable/ boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/; the stamp has the RELEASE

@@ -31,7 +31,8 @@ from vmodel.guest.artifacts import (
     probe_qemu,
 )
 from vmodel.guest.groups import end
-from vmodel.guest.tools import LIBS, program_files, programs
+from vmodel.guest.tools import LIBS
+from vmodel.mistakes import guess
 
 SUITE = "trixie"
 BACKPORTS = f"{SUITE}-backports"
@@ -149,6 +150,14 @@ class Apt:
         if compiler is None:
             raise ArtifactError(f"the package {package} names no compiler: its layout changed")
         return [package, *sorted(set(needed))], compiler[1]
+
+    def check_package(self, name: str) -> None:
+        """ArtifactError: the archive has no package of this name."""
+        names = self._run(["apt-cache", "pkgnames"]).split()
+        if name not in names:
+            close = guess(name, names)
+            hint = f": did you mean {close!r}?" if close else ""
+            raise ArtifactError(f"{SUITE} and {BACKPORTS} have no package {name!r}{hint}")
 
     def _role_release(self, role: str) -> str:
         package, suites = _ROLES[role]
@@ -414,28 +423,6 @@ exec {run} "$root/{home}/bin/clang" "$@"
     if not found or not has_fuzzer(wrapper):
         raise ArtifactError(f"Debian's clang builds no fuzz targets here; it prints {text[:80]!r}")
     return found[1]
-
-
-def unpack_tools(debs: Sequence[Path], folder: Path) -> None:
-    """Unpacks the programs for guests into `folder`/root, with the libraries that they need and no others.
-
-    ArtifactError: a program or a library is not in the packages.
-    """
-    root = folder / "root"
-    wanted = {f"usr/{place}/{name}" for name in programs() for place in ("bin", "sbin")}
-    # Debian's mkfs.ext4 is a link to it.
-    wanted |= {"usr/sbin/mke2fs"}
-
-    def place(name: str) -> str | None:
-        name = name if name.startswith("usr/") else f"usr/{name}"
-        return name if name in wanted or (name.startswith(f"{LIBS}/") and ".so" in name) else None
-
-    for deb in debs:
-        unpack(deb, root, place)
-    keep = {path.resolve() for _, path in program_files(root, programs())}
-    for path in list(root.rglob("*")):
-        if not path.is_dir() and path.resolve() not in keep:
-            path.unlink()
 
 
 def _wrapper(folder: Path, name: str, arguments: str = "", before: str = "") -> Path:

@@ -56,19 +56,19 @@ from vmodel.guest.debian import (
     unpack_kernel,
     unpack_qemu,
     unpack_source,
-    unpack_tools,
 )
 from vmodel.guest.headers import Headers, find_headers, gcc_packages, unpack_gcc, unpack_headers
-from vmodel.guest.tools import TOOLS, find_tools
+from vmodel.guest.programs import unpack_tool
+from vmodel.guest.tools import PACKAGE_NAME, find_tool
 from vmodel.interrupts import interruptible
 
 #: Parts that are fetched on request only, and the function that finds each.
-OPTIONAL = {"iasl": find_iasl, "tools": find_tools, "browser": find_browser, "clang": find_clang}
+OPTIONAL = {"iasl": find_iasl, "browser": find_browser, "clang": find_clang}
 #: Linux's source, which is fetched for scripts/build-kernel only.
 SOURCE = "source"
 _FIND = {**OPTIONAL, SOURCE: find_source}
-
-
+#: The packages whose programs our tests run in guests.
+TEST_TOOLS = ("e2fsprogs", "fdisk", "fio", "nvme-cli", "pciutils", "util-linux")
 #: Seconds between lines with the state of a step, where there is no terminal.
 _QUIET = 300.0
 
@@ -124,22 +124,24 @@ def fetch(
     dry_run: bool = False,
     optional: Collection[str] = (),
     headers: Collection[str] = (),
+    tools: Collection[str] = (),
     steps: Steps | None = None,
 ) -> None:
     """Fetches what is missing in the cache: QEMU (unless the host's is suitable), busybox, kernels by role or version.
 
     `optional`: more parts, of OPTIONAL or SOURCE.  `headers`: the kernels for which modules are to be built.  The debug
-    kernel is not fetched: it must be there, which has its headers, too.  `mirror`: a URI; by
-    default that of the host's apt.  `refresh`: also fetches parts of the cache again if the archive has other packages
-    now, or if a file is missing.  `dry_run`: fetches package lists only, and prints what else would be fetched.
+    kernel is not fetched: it must be there, which has its headers, too.  `tools`: packages with programs for guests.
+    `mirror`: a URI; by default that of the host's apt.  `refresh`: also fetches parts of the cache again if the archive
+    has other packages now, or if a file is missing.  `dry_run`: fetches package lists only, and prints what else would
+    be fetched.
     Nothing is downloaded if nothing is missing.  A second call, in any process, waits for the first.  ArtifactError.
     """
     steps = steps or Steps()
     cache = cache_dir()
-    if DEBUG in (*kernels, *headers):
+    if DEBUG in (*kernels, *headers, tools):
         find_kernel(DEBUG)
         kernels, headers = ([name for name in names if name != DEBUG] for names in (kernels, headers))
-    if not missing_parts(kernels, refresh, optional, headers):
+    if not missing_parts(kernels, refresh, optional, headers, tools):
         return
     if re.search(r"[:;]", str(cache)):
         raise ArtifactError("a cache folder with ':' or ';' in its path cannot hold libraries; set XDG_CACHE_HOME")
@@ -148,7 +150,7 @@ def fetch(
         for left in cache.glob("tmp-*"):  # of a run that was killed; the holder of the lock owns all of them
             shutil.rmtree(left, ignore_errors=True)
         # Again: another run may have fetched them meanwhile.
-        parts = missing_parts(kernels, refresh, optional, headers)
+        parts = missing_parts(kernels, refresh, optional, headers, tools)
         if parts:
             keyring = check_host()
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache, ignore_cleanup_errors=True) as work:
@@ -156,12 +158,17 @@ def fetch(
 
 
 def missing_parts(
-    kernels: Sequence[str], refresh: bool = False, optional: Collection[str] = (), headers: Collection[str] = ()
+    kernels: Sequence[str],
+    refresh: bool = False,
+    optional: Collection[str] = (),
+    headers: Collection[str] = (),
+    tools: Collection[str] = (),
 ) -> list[str]:
     """The names of the cache's folders that must be fetched."""
     missing = [] if read_stamp(cache_dir() / "busybox") and not refresh else ["busybox"]
     missing += [f"kernel-{name}" for name in dict.fromkeys(kernels) if refresh or not _has(find_kernel, name)]
     missing += [f"headers-{name}" for name in dict.fromkeys(headers) if refresh or not _has(_headers_of, name)]
+    missing += [f"tool-{name}" for name in dict.fromkeys(tools) if refresh or not _has(find_tool, name)]
     missing += [part for part in optional if refresh or not _has(_FIND[part])]
     try:
         suitable = (None if refresh else cached_qemu()) or host_qemu()
@@ -217,11 +224,6 @@ def _unpack_busybox(debs: Sequence[Path], folder: Path) -> dict[str, str]:
     return {}
 
 
-def _unpack_tools(debs: Sequence[Path], folder: Path) -> dict[str, str]:
-    unpack_tools(debs, folder)
-    return {}
-
-
 def _unpack_source(debs: Sequence[Path], folder: Path) -> dict[str, str]:
     for deb in debs:
         unpack_source(deb, folder / "linux")
@@ -237,7 +239,6 @@ _FIXED = {
     "qemu": ([QEMU_PACKAGE], _versioned(unpack_qemu)),
     "busybox": ([BUSYBOX_PACKAGE], _unpack_busybox),
     "iasl": ([IASL_PACKAGE], _versioned(unpack_iasl)),
-    "tools": (list(TOOLS), _unpack_tools),
     "browser": ([BROWSER_PACKAGE], _versioned(unpack_browser)),
     "clang": (list(CLANG_PACKAGES), _versioned(unpack_clang)),
 }
@@ -272,23 +273,36 @@ def _headers_parts(name: str, release: str, apt: Apt) -> list[_Part]:
     ]
 
 
+def _tool_part(package: str, apt: Apt) -> _Part:
+    """The programs of a package.  ArtifactError: the archive has no such package."""
+    apt.check_package(package)
+
+    def unpacked(debs: Sequence[Path], folder: Path) -> dict[str, str]:
+        unpack_tool(debs, folder, package)
+        return {}
+
+    return _Part(f"tool-{package}", [package], [], unpacked)
+
+
 def _parts(names: Sequence[str], apt: Apt) -> list[_Part]:
     """What these parts are made of, as the archive has it now; without those that are there already."""
     found: dict[str, _Part] = {}
     for name in names:
-        kind, _, kernel = name.partition("-")
+        kind, _, which = name.partition("-")
         if name in _FIXED:
             packages, unpack = _FIXED[name]
             new = [_Part(name, packages, [], unpack)]
         elif name == SOURCE:
             new = [_Part(name, [], [apt.source_package()], _unpack_source)]
         elif kind == "kernel":
-            new = [_kernel_part(kernel, apt)]
+            new = [_kernel_part(which, apt)]
+        elif kind == "tool":
+            new = [_tool_part(which, apt)]
         else:
             # A kernel that is fetched now may be another than the one that is there.
-            fetched = f"kernel-{kernel}" in names
-            release = apt.kernel_packages(kernel)[0] if fetched else find_kernel(kernel).release
-            new = _headers_parts(kernel, release, apt)
+            fetched = f"kernel-{which}" in names
+            release = apt.kernel_packages(which)[0] if fetched else find_kernel(which).release
+            new = _headers_parts(which, release, apt)
         found |= {part.name: part for part in new if part.name not in found}
     for part in found.values():
         part.files = apt.install_files(part.install) if part.install else apt.files(part.download)
@@ -350,8 +364,9 @@ def _locked(path: Path, steps: Steps) -> Iterator[None]:
         yield
 
 
-def paths(kernels: Sequence[str], optional: Collection[str] = ()) -> dict[str, str]:
-    """The output of `--print`: qemu, qemu-version, busybox, [iasl, tools, browser, clang,] kernel-NAME, modules-NAME.
+def paths(kernels: Sequence[str], optional: Collection[str] = (), tools: Collection[str] = ()) -> dict[str, str]:
+    """The output of `--print`: qemu, qemu-version, busybox, [iasl, browser, clang, tool-PACKAGE,] kernel-NAME,
+    modules-NAME.
 
     ArtifactError: a part is missing.
     """
@@ -362,6 +377,7 @@ def paths(kernels: Sequence[str], optional: Collection[str] = ()) -> dict[str, s
         "busybox": str(find_busybox()),
     }
     rows |= {part: str(OPTIONAL[part]()) for part in optional}
+    rows |= {f"tool-{package}": str(find_tool(package)) for package in tools}
     for name in kernels:
         kernel = find_kernel(name)
         rows |= {f"kernel-{name}": str(kernel.image), f"modules-{name}": str(kernel.modules)}
@@ -386,7 +402,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--iasl", action="store_true", help="also fetch ACPICA's iasl, which only tests need")
     parser.add_argument(
-        "--tools", action="store_true", help="also fetch programs for guests: nvme, fio, mkfs.ext4, ..."
+        "--tool",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="also fetch the programs of a Debian package for guests, as nvme-cli; repeatable",
     )
     parser.add_argument("--browser", action="store_true", help="also fetch Chromium, which only tests need")
     parser.add_argument("--clang", action="store_true", help="also fetch clang for fuzz targets, which only tests need")
@@ -402,13 +422,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.all:
         kernels = list(dict.fromkeys([*(options.kernel or ()), *KERNELS, CLOUD]))
     optional = [part for part in OPTIONAL if options.all or getattr(options, part)]
+    tools: list[str] = list(dict.fromkeys([*options.tool, *(TEST_TOOLS if options.all else ())]))
+    for name in tools:
+        if not PACKAGE_NAME.fullmatch(name):
+            parser.error(f"--tool {name!r}: must be the name of a Debian package, such as nvme-cli")
     for name in kernels:
         if not KERNEL_NAME.fullmatch(name):
             parser.error(f"--kernel {name!r}: must be {', '.join(ROLES)}, or a version such as 6.12")
 
     try:
         with interruptible():
-            return _carry_out(options, kernels, optional)
+            return _carry_out(options, kernels, optional, tools)
     except ArtifactError as error:
         print(f"get-qemu: {error}", file=sys.stderr)
         return 1
@@ -420,7 +444,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _carry_out(options: argparse.Namespace, kernels: Sequence[str], optional: Sequence[str]) -> int:
+def _carry_out(
+    options: argparse.Namespace, kernels: Sequence[str], optional: Sequence[str], tools: Sequence[str]
+) -> int:
     if not options.print:
         fetch(
             kernels,
@@ -429,10 +455,11 @@ def _carry_out(options: argparse.Namespace, kernels: Sequence[str], optional: Se
             dry_run=options.dry_run,
             optional=optional,
             headers=kernels if options.headers else KERNELS if options.all else (),
+            tools=tools,
         )
     if options.dry_run:
         return 0
-    found = paths(kernels, optional)
+    found = paths(kernels, optional, tools)
     if options.print:
         for key, value in found.items():
             print(f"{key}={value}")

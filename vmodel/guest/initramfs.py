@@ -16,12 +16,12 @@ from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import Kernel
 from vmodel.guest.modules import files_of, in_order
 from vmodel.guest.shares import MODULES, Share, check, mount_lines
-from vmodel.guest.tools import find_tools, missing, program_files
+from vmodel.guest.tools import find_tool, interpreter, missing, program_path, tool, tool_files
 
 #: A folder that is copied has at most this many bytes: it takes the guest's memory.
 _LARGEST_FOLDER = 256 << 20
-#: Commands that /init needs before `busybox --install` has created the others.
-_APPLETS = ("sh", "mount")
+#: Links to busybox before `busybox --install` has created those in /bin: for /init, and for scripts' first lines.
+_APPLETS = ("bin/sh", "bin/mount", "usr/bin/env")
 
 
 class Cpio:
@@ -175,7 +175,7 @@ def build(
 
     `modules` are loaded in this order, dependencies first; `modprobe` can load `extra_modules`.  Both are names, paths
     of .ko files, or source folders (see modules.py).
-    `tools` are Debian's programs; in /bin they take precedence over busybox's applets of the same name.
+    `tools` are Debian's programs, as "pciutils:lspci"; they take precedence over busybox's applets of the same name.
     `files`: (path on the host, path in the guest), or a path for /root/NAME.  They keep their modes.  A folder comes
     with all that is in it.  `shares` are mounted before `modules` are loaded.  `gdb`: /init waits for it, see gdb.py.
     ArtifactError: busybox, a tool or a module is missing.  ConfigError: a file is missing, its path is used twice, or
@@ -188,8 +188,6 @@ def build(
     archive.node("dev/console", 5, 1)
     archive.node("dev/null", 1, 3)
     archive.file("bin/busybox", _read(busybox), 0o755)
-    for applet in _APPLETS:
-        archive.link(f"bin/{applet}", "busybox")
     load, extra = files_of(modules, kernel), files_of(extra_modules, kernel)
     own: dict[str, Path | None] = dict.fromkeys(MODULES) if shares and kernel.modules else {}
     # A module that is given by its path in one of both is that one in both.
@@ -204,14 +202,12 @@ def build(
         dep += " ".join([f"{module.name}.ko:", *(f"{need}.ko" for need in reversed(below) if need in needs)]) + "\n"
         below[module.name] = needs
     archive.file(f"{home}/modules.dep", dep.encode())
-    if tools:
-        for target, source in program_files(find_tools(), tools):
-            archive.file(target, _read(source), 0o755)
     sources: dict[Path, None] = {}
     for entry in files:
         source, target = entry if isinstance(entry, tuple) else (entry, f"root/{entry.name}")
         _copy(archive, source, target)
         sources[source] = None
+    _add_tools(archive, tools)
     for source in sources:
         _check_program(source, archive)
     script = command if isinstance(command, str) else shlex.join(command)
@@ -225,6 +221,38 @@ def build(
         lines.append(" ".join(["gdb", *(name for name, path in load.items() if path)]))
     archive.file("init", _INIT.format(load="\n".join(lines)).encode(), 0o755)
     return archive.finish()
+
+
+def _add_tools(archive: Cpio, tools: Sequence[str]) -> None:
+    """Adds programs with what they need, links to them in /bin, and links to busybox for what is not there then.
+
+    A file that the user puts at the same place takes precedence.
+    """
+    for target, source in tool_files(tools).items():
+        if target in archive.names():
+            continue
+        if source.is_symlink():  # to a folder
+            archive.link(target, str(source.readlink()))
+        else:
+            archive.file(target, _read(source), source.stat().st_mode & 0o777)
+    paths = {text: program_path(text) for text in tools}
+    for path in paths.values():
+        _link(archive, f"bin/{Path(path).name}", f"/{path}")
+    for applet in _APPLETS:
+        _link(archive, applet, "/bin/busybox")
+    for text, path in paths.items():
+        named = interpreter(find_tool(tool(text)[0]) / "root" / path)
+        wanted = named.lstrip("/") if "/" in named else f"bin/{named}"
+        name = Path(wanted).name
+        if f"usr/{wanted}" in archive.names():
+            _link(archive, wanted, f"/usr/{wanted}")
+        if named and not {wanted, f"usr/{wanted}"} & archive.names():
+            raise ConfigError(f"{text} is a script for {named}, which is not in the guest: add the tool {name}:{name}")
+
+
+def _link(archive: Cpio, path: str, target: str) -> None:
+    if path not in archive.names():
+        archive.link(path, target)
 
 
 def _check_program(source: Path, archive: Cpio) -> None:

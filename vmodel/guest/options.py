@@ -13,6 +13,7 @@ from vmodel.guest.kbuild import source_files
 from vmodel.guest.modules import is_path
 from vmodel.guest.running import GuestSpec
 from vmodel.guest.shares import share_at
+from vmodel.guest.tools import tool
 from vmodel.machine import Machine
 from vmodel.span import MiB, number
 
@@ -56,6 +57,12 @@ def module_at(entry: str, base: Path) -> str:
     if not module_files(str(path)):
         raise ConfigError(f"there is no module or source folder {entry!r}")
     return f"{path}/" if path.is_dir() else str(path)
+
+
+def tool_at(entry: str, base: Path) -> str:
+    """A program of Debian's, "PACKAGE:PROGRAM", as it is.  ConfigError: it has another form."""
+    tool(entry)
+    return entry
 
 
 def module_files(entry: str) -> list[Path]:
@@ -106,6 +113,7 @@ def spec_of(
         "extra_modules": at("extra_modules", module_at, table.extra_modules),
         "files": at("files", guest_file, table.files),
         "shares": at("shares", share_at, table.shares),
+        "tools": at("tools", tool_at, table.tools),
         "qemu_args": [*(["-smp", str(table.cpus)] if table.cpus else []), *table.qemu_args],
     }
     for key, value in sums.items():

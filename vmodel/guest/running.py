@@ -121,7 +121,7 @@ class GuestSpec:
     qemu: Qemu | None = None
     #: Kernel modules that `modprobe` can load in the guest.
     extra_modules: Sequence[str] = ()
-    #: Debian's programs that the command uses, such as "nvme": see tools.py.
+    #: Debian's programs that the command uses, as "pciutils:lspci": see tools.py.
     tools: Sequence[str] = ()
     #: Folders of the host that the guest sees as they are, without a copy.
     shares: Sequence[Share] = ()

@@ -1,13 +1,15 @@
-"""Debian's programs for guests, with the shared libraries that they need.  `scripts/get-qemu --tools` fetches them.
+"""Debian's programs for guests.  `scripts/get-qemu --tool PACKAGE` fetches a package, and so do commands with `--tool`.
 
-The cache's folder `tools/root` has Debian's layout: programs in usr/bin and usr/sbin, libraries in `LIBS` and folders
-below.  In the guest, programs are in /bin and libraries in `LIBS`, where ld.so looks for them.
+The cache's folder `tool-PACKAGE/root` has Debian's layout, with what the package's programs need (programs.py) and no
+more.  In the guest, files have the same paths; /bin has links to the programs that the guest was asked for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
+import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,69 +19,90 @@ from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import InterpSegment
 
+from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import FETCH_COMMAND, ArtifactError, cache_dir, read_stamp
+from vmodel.mistakes import guess
 
-#: Debian's packages, and the programs of each that guests may use.
-TOOLS = {
-    "nvme-cli": ("nvme",),
-    "fio": ("fio",),
-    "e2fsprogs": ("mkfs.ext4", "e2fsck"),
-    "util-linux": ("fstrim", "blockdev"),
-    "fdisk": ("sfdisk",),
-}
 LIBS = "usr/lib/x86_64-linux-gnu"
 #: The dynamic loader's path, which each program names.
 LOADER = "lib64/ld-linux-x86-64.so.2"
+#: Folders of programs, the first ones first.
+PROGRAMS = ("usr/bin/", "usr/sbin/", "usr/games/")
+#: Beside the root folder: all files, and for each program their numbers in this list, the program's own first.
+MANIFEST = "manifest.json"
+#: A package's name.  No other text becomes an argument of apt, or a folder's name.
+PACKAGE_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+_PROGRAM_NAME = re.compile(r"[\w+@][\w.+@-]*", re.ASCII)
+_SHEBANG = re.compile(rb"#![ \t]*(/\S+)(?:[ \t]+(\S+))?")
 
 
-def find_tools() -> Path:
-    """The root folder of the cache's tools.  ArtifactError: they are not in the cache."""
-    part = cache_dir() / "tools"
+def tool(text: str) -> tuple[str, str]:
+    """(package, program) of "PACKAGE:PROGRAM".  ConfigError: it has another form."""
+    package, colon, program = text.partition(":")
+    if not colon or not PACKAGE_NAME.fullmatch(package) or not _PROGRAM_NAME.fullmatch(program):
+        parts = sorted(path.name for path in cache_dir().glob("tool-*"))
+        known = [name.removeprefix("tool-") for name in parts if text in _programs(cache_dir() / name)]
+        raise ConfigError(
+            f"{text!r}: must be PACKAGE:PROGRAM, as {known[0] if known else 'pciutils'}:{text if known else 'lspci'}"
+        )
+    return package, program
+
+
+def find_tool(package: str) -> Path:
+    """The part of a package in the cache.  ArtifactError: it is not in there."""
+    part = cache_dir() / f"tool-{package}"
     if not read_stamp(part):
-        raise ArtifactError(f"no tools for guests found; run {FETCH_COMMAND} --tools")
-    return part / "root"
+        raise ArtifactError(f"no programs of the package {package!r} found; run {FETCH_COMMAND} --tool {package}")
+    return part
 
 
-def programs() -> list[str]:
-    """The names of all tools, sorted."""
-    return sorted(name for names in TOOLS.values() for name in names)
+def _programs(part: Path) -> dict[str, list[str]]:
+    """The files of each program in a part, the program's own first."""
+    try:
+        manifest = json.loads((part / MANIFEST).read_text())
+        return {name: [manifest["files"][n] for n in files] for name, files in manifest["programs"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise ArtifactError(f"{part} is damaged; remove it") from None
 
 
-def program_files(root: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """(path in the guest, path on the host) of programs and the libraries that they need.
+def tool_files(tools: Iterable[str]) -> dict[str, Path]:
+    """{path in the guest: file on the host} of programs, as "PACKAGE:PROGRAM", and of what they need.
 
-    ArtifactError: a program or a library is missing.
+    Programs are at their own paths.  Of files that several packages have, the first package's is taken.
+    ConfigError: a text has another form.  ArtifactError: a package or a program is missing.
     """
-    libraries: dict[str, Path] = {}
-    todo: list[tuple[str, Path]] = []
-    for name in dict.fromkeys(names):
-        path = next((found for place in ("bin", "sbin") if (found := root / "usr" / place / name).is_file()), None)
-        if path is None:
-            raise ArtifactError(f"there is no tool {name!r} for guests (tools are: {', '.join(programs())})")
-        yield f"bin/{name}", path
-        todo.append((name, path))
-    while todo:
-        whose, path = todo.pop()
-        try:
-            with path.open("rb") as file:
-                wanted = needed(file)
-        except ValueError as error:
-            raise ArtifactError(str(error), file=path) from None
-        for name in wanted:
-            if name not in libraries:
-                libraries[name] = _library(root, name, whose)
-                todo.append((name, libraries[name]))
-    for name, path in sorted(libraries.items()):
-        yield (LOADER if name == Path(LOADER).name else f"{LIBS}/{name}"), path
+    found: dict[str, Path] = {}
+    for text in dict.fromkeys(tools):
+        part = find_tool(tool(text)[0])
+        for path in _files_of(part, *tool(text)):
+            found.setdefault(LOADER if Path(path).name == Path(LOADER).name else path, part / "root" / path)
+    return found
 
 
-def _library(root: Path, name: str, whose: str) -> Path:
-    # Some are in a folder of their own, which their users' RUNPATH names.  In the guest all are in one folder.
-    for path in (root / LIBS / name, *sorted((root / LIBS).glob(f"*/{name}"))):
-        if path.is_file():
-            return path
-    missing = f"{whose} needs the library {name}, which is not among the tools"
-    raise ArtifactError(f"{missing}; run {FETCH_COMMAND} --tools --refresh")
+def program_path(text: str) -> str:
+    """The path of a program, "PACKAGE:PROGRAM", in the guest.  ConfigError, ArtifactError: as for `tool_files`."""
+    return _files_of(find_tool(tool(text)[0]), *tool(text))[0]
+
+
+def _files_of(part: Path, package: str, program: str) -> list[str]:
+    programs = _programs(part)
+    if program not in programs:
+        close = guess(program, list(programs))
+        what = f"did you mean {package}:{close}? It" if close else "it"
+        raise ArtifactError(
+            f"the package {package!r} has no program {program!r}: {what} has {', '.join(sorted(programs))}"
+        )
+    return programs[program]
+
+
+def interpreter(program: Path) -> str:
+    """The path of the interpreter of a script, for `env NAME` that name; "" for other files."""
+    with program.open("rb") as file:
+        found = _SHEBANG.match(file.read(256))
+    if found is None:
+        return ""
+    path, word = (part.decode(errors="replace") if part else "" for part in found.groups())
+    return word if Path(path).name == "env" and word else path
 
 
 def needed(program: BinaryIO) -> list[str]:

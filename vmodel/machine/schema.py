@@ -300,6 +300,11 @@ class GuestTable(_Strict):
         description="folders of the host that the guest sees as they are: DIR or DIR:PATH, by default /root/NAME; "
         "`:rw` behind it: it may write to it",
     )
+    tools: list[str] = Field(
+        default_factory=list,
+        examples=['["pciutils:lspci"]'],
+        description="Debian's programs for the guest, PACKAGE:PROGRAM, with the libraries and data that they need",
+    )
     append: str = Field(
         default="", examples=['"mycard.debug=1"'], description="kernel arguments, parameters of modules, too"
     )

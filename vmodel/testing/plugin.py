@@ -41,7 +41,18 @@ if TYPE_CHECKING:
 _GUESTS = frozenset(("vm", "vm_booted", "experiment"))
 #: The arguments of the mark `guest`.
 _SPEC = frozenset(
-    ("modules", "extra_modules", "files", "shares", "append", "qemu_args", "timeout", "without", "allow_reboot")
+    (
+        "modules",
+        "extra_modules",
+        "files",
+        "shares",
+        "tools",
+        "append",
+        "qemu_args",
+        "timeout",
+        "without",
+        "allow_reboot",
+    )
 )
 #: The property of a test's report that has the release of its guests' kernel.
 _KERNEL = "vmodel_kernel"
@@ -82,8 +93,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "machine(file): the machine of a test; relative to the test's folder")
     config.addinivalue_line(
         "markers",
-        "guest(modules, extra_modules, files, shares, append, qemu_args, timeout, without, allow_reboot): boots a real"
-        " kernel in QEMU (slow); the arguments describe the guest",
+        "guest(modules, extra_modules, files, shares, tools, append, qemu_args, timeout, without, allow_reboot): boots"
+        " a real kernel in QEMU (slow); the arguments describe the guest",
     )
 
 
@@ -337,6 +348,7 @@ def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The arguments of a test's `guest` marks; the nearest mark takes precedence."""
     from vmodel.guest.options import module_at
     from vmodel.guest.shares import share_at
+    from vmodel.guest.tools import program_path
 
     found: dict[str, Any] = {}
     for mark in request.node.iter_markers("guest"):
@@ -347,6 +359,9 @@ def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
     if "shares" in found:
         with _on_one_line():
             found["shares"] = [share_at(entry, request.path.parent) for entry in found["shares"]]
+    for entry in found.get("tools", ()):
+        with _on_one_line():
+            program_path(entry)
     if "files" in found:
         found["files"] = [_file(request.path.parent, entry) for entry in found["files"]]
     return found
