@@ -71,7 +71,7 @@ def test_modules_and_tools_of_machine_and_workload(folder: Path) -> None:
     assert again["copy"].key != found["copy"].key and again["careful"].key == found["careful"].key
     for wrong, said in (
         (("driver/", "gone/"), "workload[0].modules[0]: there is no module or source folder 'gone/'"),
-        (("nvme-cli:nvme", "nvme"), "workload[0].tools[0]: 'nvme': must be PACKAGE:PROGRAM, as pciutils:lspci"),
+        (("nvme-cli:nvme", "none"), "workload[0].tools[0]: 'none': must be PACKAGE:PROGRAM, as pciutils:lspci"),
         (("pciutils:lspci", ":x"), "machine[0].tools[0]: ':x': must be PACKAGE:PROGRAM, as pciutils:lspci"),
     ):
         assert lines(folder, text.replace(*wrong)) == [f"c.toml: {said}"]
