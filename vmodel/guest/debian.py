@@ -31,8 +31,7 @@ from vmodel.guest.artifacts import (
     probe_qemu,
 )
 from vmodel.guest.groups import end
-from vmodel.guest.tools import LIBS
-from vmodel.mistakes import guess
+from vmodel.guest.tools import LIBS, nearest
 
 SUITE = "trixie"
 BACKPORTS = f"{SUITE}-backports"
@@ -155,7 +154,7 @@ class Apt:
         """ArtifactError: the archive has no package of this name."""
         names = self._run(["apt-cache", "pkgnames"]).split()
         if name not in names:
-            close = guess(name, names)
+            close = nearest(name, names)
             hint = f": did you mean {close!r}?" if close else ""
             raise ArtifactError(f"{SUITE} and {BACKPORTS} have no package {name!r}{hint}")
 

@@ -7,6 +7,7 @@ more.  In the guest, files have the same paths; /bin has links to the programs t
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import json
 import re
@@ -21,7 +22,6 @@ from elftools.elf.segments import InterpSegment
 
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import FETCH_COMMAND, ArtifactError, cache_dir, read_stamp
-from vmodel.mistakes import guess
 
 LIBS = "usr/lib/x86_64-linux-gnu"
 #: The dynamic loader's path, which each program names.
@@ -87,12 +87,17 @@ def program_path(text: str) -> str:
 def _files_of(part: Path, package: str, program: str) -> list[str]:
     programs = _programs(part)
     if program not in programs:
-        close = guess(program, list(programs))
+        close = nearest(program, programs)
         what = f"did you mean {package}:{close}? It" if close else "it"
         raise ArtifactError(
             f"the package {package!r} has no program {program!r}: {what} has {', '.join(sorted(programs))}"
         )
     return programs[program]
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """As `vmodel.mistakes.guess`, which needs pydantic: what fetches QEMU must not."""
+    return next(iter(difflib.get_close_matches(word, known, 1)), None)
 
 
 def interpreter(program: Path) -> str:
