@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.packages.archive import URI, Archive, cached, fake_deb, fake_qemu
+from tests.packages.cpio import read_back
 from tests.packages.program_files import elf
-from tests.packages.test_initramfs import read_back
 from vmodel.errors import ConfigError
 from vmodel.guest import get_qemu
 from vmodel.guest.artifacts import ArtifactError, Kernel
