@@ -2,7 +2,7 @@
 
 A program gets the libraries that it needs, and the data of its package.  Dependencies are followed to the data of other
 packages: of those whose libraries it needs, and of those that have only data, such as pci.ids of lspci.  They end at a
-package that has programs of its own, as there is no telling whether this program calls those.  A script gets its
+package that has programs of its own, which this program may or may not call.  A script gets its
 interpreter, and the data of all that its package depends on.
 """
 
