@@ -517,11 +517,11 @@ class _RegisterFields:
 
 @dataclass(frozen=True)
 class Hook:
-    """The mark that `on_read`, `on_write` or `on_write_each` puts on a method."""
+    """The mark that `on_read`, `on_write`, `on_read_each` or `on_write_each` puts on a method."""
 
     kind: str  # "read" or "write"
     register: Register
-    #: For `on_write_each`: the register's index among its arguments; else None.
+    #: For the latter two: the register's index among its arguments; else None.
     index: int | None = dataclasses.field(default=None, compare=False)
 
 
@@ -566,6 +566,14 @@ def on_read(*registers: Register) -> Callable[[_F], _F]:
     The result is not stored.  What a read does to the register, as RC, comes after the hook, unless that has set it.
     """
     return _hook("read", registers)
+
+
+def on_read_each(*registers: Register) -> Callable[[_F], _F]:
+    """Marks a device's method `(self, index: int, stored: int) -> int` as the read hook of similar registers.
+
+    `index` is the read register's position in `registers`.  Otherwise as `on_read`.
+    """
+    return _hook("read", registers, indexed=True)
 
 
 def hooks_of(method: object) -> tuple[Hook, ...]:

@@ -173,6 +173,17 @@ def test_msi(driver: Client, toy: Toy) -> None:
         event.close()
 
 
+def test_more_vectors_than_fds_of_a_message(driver: Client, toy: Toy) -> None:
+    events = driver.eventfds(Irq.MSIX, 70)
+    driver.region_write(Region.CONFIG, capability(driver, 0x11) + 2, b"\x00\x80")
+    for n in (0, 15, 16, 69):
+        on_device(toy, driver, lambda n=n: toy.msix.fire(n))
+        assert [n for n, event in enumerate(events) if not event.quiet(0)] == [n]
+        assert events[n].wait() == 1
+    for event in events:
+        event.close()
+
+
 def test_msix_masks_and_pending_bits(driver: Client, toy: Toy) -> None:
     at = capability(driver, 0x11)
     table, pba = 0, toy.msix.pba_offset

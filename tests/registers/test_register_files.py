@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vmodel.device import MmioBar, PciDevice, ResetKind, on_write, on_write_each
+from vmodel.device import MmioBar, PciDevice, ResetKind, on_read_each, on_write, on_write_each
 from vmodel.register_files import Array, FileArray, RamArea, RegisterFile
 from vmodel.register_map import RegisterMap
 from vmodel.regs import RO, WO, Bit, Layout, Reg16, Reg32, Reg64, RegisterBank, RegisterError
@@ -58,6 +58,10 @@ class Device(PciDevice):
     def _control(self, n: int, new: int) -> None:
         self.seen.append(("control", n, new))
 
+    @on_read_each(*(channel.ADDRESS for channel in Card.CHANNEL))
+    def _address(self, n: int, stored: int) -> int:
+        return stored + n
+
     @on_write(Card.DEBUG.CONTROL, Card.GRID[1][2], Card.CHANNEL[2].TAG[1])
     def _other(self, new: int) -> None:
         self.seen.append(new)
@@ -95,7 +99,7 @@ def test_the_guest_and_the_model_see_the_same(device: Any) -> None:
     regs, write, read = device.regs, device.backend.region_write, device.backend.region_read
     assert regs.CHANNEL[2].CONTROL == 0x10 and read(0, 0x180, 4) == 0x10
     regs.CHANNEL[1].ADDRESS = 0x1122334455667788
-    assert read(0, 0x148, 8) == 0x1122334455667788
+    assert read(0, 0x148, 8) == 0x1122334455667788 + 1  # by its read hook
     regs.GRID[1][0] = 7
     assert read(0, 0x8C, 4) == 7
     write(0, 0x92, 2, 0xABCD)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.examples import examples
 from vmodel._shim import FunctionRegions
-from vmodel.device import MmioBar, PciDevice, on_read, on_write, on_write_each
+from vmodel.device import MmioBar, PciDevice, on_read, on_read_each, on_write, on_write_each
 from vmodel.regs import (
     RC,
     RESERVED,
@@ -191,6 +191,7 @@ def test_wrong_hooks_fail_at_definition() -> None:
     [
         (on_read(Regs.A), lambda self: 0, r"Device.hook: must be hook\(self, stored: int\): too many positional"),
         (on_write(Regs.A), lambda self, old, new: None, r"must be hook\(self, new: int\): missing a required"),
+        (on_read_each(Regs.A), lambda self, stored: 0, r"must be hook\(self, index: int, stored: int\): too many"),
         (on_write_each(Regs.A), lambda self, new: None, r"must be hook\(self, index: int, new: int\): too many"),
     ],
 )

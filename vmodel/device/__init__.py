@@ -28,7 +28,7 @@ from vmodel.pci.config import ConfigSpace
 from vmodel.pci.express import Pcie
 from vmodel.pci.irq import Intx
 from vmodel.points import Points
-from vmodel.regs import RegisterError, on_read, on_write, on_write_each
+from vmodel.regs import RegisterError, on_read, on_read_each, on_write, on_write_each
 from vmodel.span import KiB
 from vmodel.timers import Timer
 
@@ -45,6 +45,7 @@ __all__ = [
     "ResetKind",
     "VendorSpecific",
     "on_read",
+    "on_read_each",
     "on_write",
     "on_write_each",
     "outside",

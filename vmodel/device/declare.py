@@ -245,14 +245,18 @@ def _collect(model: type[Any]) -> tuple[dict[str, Any], dict[Hook, str]]:
 _CALLED_WITH = {"on_reset": "kind: ResetKind", "setup": "", "save_extra": "", "restore_extra": "data: bytes"}
 
 
+#: What a hook gets, by its kind.
+_GIVEN = {"read": "stored: int", "write": "new: int"}
+
+
 def _check_arguments(model: type[Any], name: str, method: Callable[..., Any], hook: Hook | None = None) -> None:
     """RegisterError: a hook, or a method that the framework calls, cannot be called with the arguments that it gets."""
     if hook is None:
         arguments = _CALLED_WITH[name]
     elif hook.index is not None:
-        arguments = "index: int, new: int"
+        arguments = f"index: int, {_GIVEN[hook.kind]}"
     else:
-        arguments = "stored: int" if hook.kind == "read" else "new: int"
+        arguments = _GIVEN[hook.kind]
     wanted = ["self", *filter(None, arguments.split(", "))]
     try:
         inspect.signature(method).bind(*wanted)

@@ -440,10 +440,17 @@ class Client(Closing):
         self.request(Command.DEVICE_SET_IRQS, wire.IrqSet.build({**request, "data": data}), fds)
 
     def eventfds(self, index: int = Irq.INTX, count: int = 1) -> list[EventFd]:
-        """Sets an eventfd for each of the first `count` vectors of a type; returns them."""
+        """Sets an eventfd for each of the first `count` vectors of a type; returns them.
+
+        In several requests, if they are more than the server takes in a message: the capability max_msg_fds, or 1.
+        """
         events = [EventFd() for _ in range(count)]
         flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.TRIGGER
-        self.set_irqs(index, flags, 0, count, fds=[event.fd for event in events])
+        limit = self.capabilities.get("max_msg_fds", 1)
+        step = max(limit, 1) if isinstance(limit, int) else 1
+        for start in range(0, count, step):
+            fds = [event.fd for event in events[start : start + step]]
+            self.set_irqs(index, flags, start, len(fds), fds=fds)
         return events
 
     def reset(self) -> None:
