@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +85,12 @@ def program(name: str) -> None:
             raise FileNotFoundError(f"no {name} in $PATH")
 
     _need(f"the program {name}", find)
+
+
+def checkout(variable: str, of: str, *parts: str) -> Path:
+    """The folder that an environment variable names, which has these parts."""
+    if not (folder := os.environ.get(variable)):
+        pytest.skip(f"needs {of}: ${variable} is not set")
+    for part in parts:
+        assert (Path(folder) / part).exists(), f"${variable} has no {part}"
+    return Path(folder).absolute()
