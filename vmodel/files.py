@@ -6,9 +6,15 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """vmodel's cache, which need not exist.  A relative XDG_CACHE_HOME is ignored, as the XDG specification says."""
+    base = Path(environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "vmodel"
 
 
 def create(path: Path) -> BinaryIO:

@@ -27,11 +27,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmodel.errors import ConfigError
+from vmodel.files import cache_dir as cache_dir
 
 #: The command that fetches missing parts; errors that it fixes name it.  An installed wheel has no scripts/.
 FETCH_COMMAND = (
@@ -86,12 +87,6 @@ class Kernel:
         """(major, minor) of its release.  Code that depends on the kernel compares this, never a name."""
         numbers = re.match(r"(\d+)\.(\d+)", self.release)
         return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-
-
-def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """The cache folder, which need not exist.  A relative XDG_CACHE_HOME is ignored, as the XDG specification says."""
-    base = Path(environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "vmodel"
 
 
 def parse_qemu_version(text: str) -> tuple[int, ...]:

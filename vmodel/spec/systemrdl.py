@@ -85,21 +85,29 @@ def _place(reference: SourceRefBase | None, file: Path, path: str = "") -> Sourc
     return SourcePlace(Path(reference.path) if isinstance(reference, FileSourceRef) else file, 0, path)
 
 
-def read_systemrdl(path: Path, name: str | None) -> FileDraft:
-    """The address map `name` of a SystemRDL file; None: the last one.  ConfigError."""
+def read_systemrdl(path: Path, name: str | None, read: list[Path] | None = None) -> FileDraft:
+    """The address map `name` of a SystemRDL file; None: the last one.  `read` gets the files.  ConfigError."""
     text = read_text(path)
     for n, line in enumerate(text.splitlines(), 1):
         if "<%" in line:
             raise SourcePlace(path, n).error("embedded Perl is not run: expand it first")
-    # Perl code of an included file may do nothing at all.
-    return _read(path, name, lambda compiler: compiler.compile_file(str(path)))
+
+    def compile_(compiler: RDLCompiler) -> None:
+        # Perl code of an included file may do nothing at all.
+        info = compiler.compile_file(str(path))
+        if read is not None:
+            read.extend([path, *map(Path, info.included_files)])
+
+    return _read(path, name, compile_)
 
 
-def read_ipxact(path: Path, name: str | None) -> FileDraft:
-    """The memory map `name` of an IP-XACT component; None: the last one.  ConfigError."""
+def read_ipxact(path: Path, name: str | None, read: list[Path] | None = None) -> FileDraft:
+    """The memory map `name` of an IP-XACT component; None: the last one.  `read` gets the file.  ConfigError."""
     from peakrdl_ipxact import IPXACTImporter
 
     read_text(path)
+    if read is not None:
+        read.append(path)
     return _read(path, name, lambda compiler: _imported(IPXACTImporter(compiler), path))
 
 
