@@ -131,7 +131,13 @@ uint64_t vms_key(uint32_t region, uint64_t offset, uint32_t count)
     return (uint64_t)region << 60 | (uint64_t)count << 56 | offset;
 }
 
-static void leave_pending(vms_chan *chan, int kind, const header *h, const access_head *a)
+/* What an exit has as an access's key. */
+static uint64_t key_of(const region *r, const access_head *a)
+{
+    return region_refuses(r, a->offset, a->count) ? 0 : vms_key(a->region, a->offset, a->count);
+}
+
+static void leave_pending(vms_chan *chan, int kind, const header *h, const region *r, const access_head *a)
 {
     vms_run *run = &chan->run;
 
@@ -148,7 +154,7 @@ static void leave_pending(vms_chan *chan, int kind, const header *h, const acces
     run->region = a->region;
     run->offset = a->offset;
     run->count = a->count;
-    run->key = vms_key(a->region, a->offset, a->count);
+    run->key = key_of(r, a);
     run->value = 0;
     run->len = a->count;
 }
@@ -176,16 +182,24 @@ static int do_read(vms_chan *chan, const header *h, const uint8_t *body, size_t 
             put_reply(chan, h->id, h->command, 0, &a, sizeof a, data, a.count);
         return 0;
     }
-    leave_pending(chan, VMS_EXIT_READ, h, &a);
+    leave_pending(chan, VMS_EXIT_READ, h, r, &a);
     chan->run.data = chan->reply_data;
     memset(chan->reply_data, r->fill, a.count);
     return 1;
 }
 
-static void batch(vms_chan *chan, const access_head *a, const uint8_t *data)
+static void batch(vms_chan *chan, const region *r, const access_head *a, const uint8_t *data)
 {
     chan->run.accesses[chan->run.n_accesses++] =
-        (vms_access){ a->offset, little(data, a->count), vms_key(a->region, a->offset, a->count), a->region, a->count };
+        (vms_access){ a->offset, little(data, a->count), key_of(r, a), a->region, a->count };
+}
+
+/* Whether the batch takes no further write: behind one to config space, which may switch a region on or off, it is not
+ * known which are refused. */
+static int batch_is_full(const vms_chan *chan)
+{
+    size_t n = chan->run.n_accesses;
+    return n == VMS_BATCH || (n && chan->run.accesses[n - 1].region == VMS_CONFIG);
 }
 
 /* 1: leaves an exit; 0: done; -1: a batch is open and this write has to come after it. */
@@ -208,7 +222,7 @@ static int do_write(vms_chan *chan, const header *h, const uint8_t *body, size_t
     }
     const uint8_t *data = body + sizeof a;
     int posted = (h->flags & FLAG_NO_REPLY) != 0;
-    if (chan->run.n_accesses == 0 && region_try_write(r, a.offset, data, a.count)) {
+    if (region_try_write(r, a.offset, data, a.count, chan->run.n_accesses != 0)) {
         chan->func->stats.writes++;
         chan->func->stats.served++;
         if (!posted)
@@ -218,13 +232,13 @@ static int do_write(vms_chan *chan, const header *h, const uint8_t *body, size_t
     if (posted && a.count <= 8) {
         /* Behind an open batch even a plain write goes to Python: order counts. */
         chan->func->stats.writes++;
-        batch(chan, &a, data);
-        return chan->run.n_accesses == VMS_BATCH;
+        batch(chan, r, &a, data);
+        return batch_is_full(chan);
     }
     if (chan->run.n_accesses)
         return -1;
     chan->func->stats.writes++;
-    leave_pending(chan, VMS_EXIT_WRITE, h, &a);
+    leave_pending(chan, VMS_EXIT_WRITE, h, r, &a);
     chan->run.data = (uint8_t *)(uintptr_t)data;
     chan->run.value = a.count <= 8 ? little(data, a.count) : 0;
     return 1;
@@ -256,14 +270,14 @@ static int do_multi(vms_chan *chan, const header *h, const uint8_t *body, size_t
             r = check_access(chan, &a, 1, &error);
         if (!r)
             break;
-        if (chan->run.n_accesses == VMS_BATCH)
+        if (batch_is_full(chan))
             return 1;
         chan->multi_done++;
         chan->func->stats.writes++;
-        if (chan->run.n_accesses == 0 && region_try_write(r, a.offset, e.data, a.count))
+        if (region_try_write(r, a.offset, e.data, a.count, chan->run.n_accesses != 0))
             chan->func->stats.served++;
         else
-            batch(chan, &a, e.data);
+            batch(chan, r, &a, e.data);
     }
     if (chan->run.n_accesses)
         return 1; /* Python first; the reply follows when we come back */

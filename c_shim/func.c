@@ -95,7 +95,7 @@ int vms_region_enable(vms_func *func, uint32_t index, int on)
 int vms_region_tap(vms_func *func, uint32_t index, uint32_t exits)
 {
     region *r = defined(func, index);
-    if (!r || exits & ~(VMS_EXIT_ON_READ | VMS_EXIT_ON_WRITE))
+    if (!r || exits & ~(VMS_EXIT_ON_READ | VMS_EXIT_ON_WRITE | VMS_EXIT_REFUSED))
         return -EINVAL;
     atomic_store_explicit(&r->tapped, exits, memory_order_relaxed);
     return 0;
@@ -262,9 +262,10 @@ static piece next_piece(const region *r, uint64_t offset, size_t n)
     return (piece){ a, offset - a->start, left < n ? (size_t)left : n };
 }
 
-/* Whether the access may begin here at all, by its size and alignment. */
-static int refused(const region *r, uint64_t offset, size_t n)
+uint32_t region_refuses(const region *r, uint64_t offset, size_t n)
 {
+    if (r->disabled)
+        return VMS_REFUSED_OFF;
     piece p = next_piece(r, offset, n);
     if (n > 8 || !p.a || !p.a->policy)
         return 0;
@@ -272,12 +273,32 @@ static int refused(const region *r, uint64_t offset, size_t n)
     uint8_t need = power ? (uint8_t)n : VMS_SIZE_ODD;
     if (power && (offset & (n - 1)))
         need |= VMS_MISALIGNED;
-    return need & ~p.a->policy[p.at].sizes;
+    return need & ~p.a->policy[p.at].sizes ? VMS_REFUSED_SIZE : 0;
+}
+
+static uint8_t refused_fill(const region *r, uint32_t why)
+{
+    return why == VMS_REFUSED_OFF ? 0xFF : r->fill;
+}
+
+int vms_region_refuses(vms_func *func, uint32_t index, uint64_t offset, size_t n, uint32_t *why, uint8_t *fill)
+{
+    region *r = defined(func, index);
+    if (!r || !n || !region_has(r, offset, n))
+        return -EINVAL;
+    *why = region_refuses(r, offset, n);
+    *fill = refused_fill(r, *why);
+    return 0;
+}
+
+static int tapped(const region *r, unsigned exits)
+{
+    return (atomic_load_explicit(&r->tapped, memory_order_relaxed) & exits) != 0;
 }
 
 static int exits(const region *r, uint64_t offset, size_t n, uint8_t which)
 {
-    if (atomic_load_explicit(&r->tapped, memory_order_relaxed) & which)
+    if (tapped(r, which))
         return 1;
     while (n) {
         piece p = next_piece(r, offset, n);
@@ -338,9 +359,10 @@ static void write_plain(const region *r, uint64_t offset, const uint8_t *buf, si
 
 int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n)
 {
-    if (r->disabled || refused(r, offset, n)) {
-        memset(buf, r->disabled ? 0xFF : r->fill, n);
-        return 1;
+    uint32_t why = region_refuses(r, offset, n);
+    if (why) {
+        memset(buf, refused_fill(r, why), n);
+        return !tapped(r, VMS_EXIT_REFUSED);
     }
     if (exits(r, offset, n, VMS_EXIT_ON_READ))
         return 0;
@@ -348,11 +370,11 @@ int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n)
     return 1;
 }
 
-int region_try_write(const region *r, uint64_t offset, const uint8_t *buf, size_t n)
+int region_try_write(const region *r, uint64_t offset, const uint8_t *buf, size_t n, int behind)
 {
-    if (r->disabled || refused(r, offset, n))
-        return 1;
-    if (exits(r, offset, n, VMS_EXIT_ON_WRITE))
+    if (region_refuses(r, offset, n))
+        return !tapped(r, VMS_EXIT_REFUSED);
+    if (behind || exits(r, offset, n, VMS_EXIT_ON_WRITE))
         return 0;
     write_plain(r, offset, buf, n);
     return 1;

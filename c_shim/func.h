@@ -54,8 +54,12 @@ static inline int region_has(const region *r, uint64_t offset, uint64_t n)
 
 void func_ref(vms_func *func);
 
-/* Tries to answer without Python.  1: done; 0: Python has to. */
+/* VMS_REFUSED_* of an access inside the region, 0: none. */
+uint32_t region_refuses(const region *r, uint64_t offset, size_t n);
+
+/* Tries to answer without Python.  1: done; 0: Python has to.  behind: Python has earlier writes to do, which this one
+ * must not overtake. */
 int region_try_read(const region *r, uint64_t offset, uint8_t *buf, size_t n);
-int region_try_write(const region *r, uint64_t offset, const uint8_t *buf, size_t n);
+int region_try_write(const region *r, uint64_t offset, const uint8_t *buf, size_t n, int behind);
 
 #endif

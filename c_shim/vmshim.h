@@ -292,11 +292,13 @@ int vms_requester_chosen_by(vms_requester *requester, uint32_t pasid, vms_memory
 
 /* ---- function: regions -------------------------------------------------------------------- */
 
+#define VMS_CONFIG 7u
 #define VMS_REGIONS 9u /* BAR0-5, ROM, config space, VGA: VFIO_PCI_*_REGION_INDEX */
 
 /* Who serves an access to a byte of a bank. */
 #define VMS_EXIT_ON_READ 1u  /* Python answers reads */
 #define VMS_EXIT_ON_WRITE 2u /* Python takes writes; the shim stores nothing */
+#define VMS_EXIT_REFUSED 4u  /* of a tap: accesses that vms_region_refuses() exit as well, with the key 0 */
 
 typedef struct vms_func vms_func;
 int vms_func_create(vms_func **out);
@@ -307,8 +309,12 @@ int vms_region_define(vms_func *func, uint32_t region, uint64_t size, uint8_t fi
  * return all ones, writes are dropped. */
 int vms_region_enable(vms_func *func, uint32_t region, int on);
 /* Any thread: all reads (VMS_EXIT_ON_READ) or writes (VMS_EXIT_ON_WRITE) of the region exit, whatever the policy of
- * their bytes; 0: none.  Accesses refused because the region is off, or by their size, do not exit. */
+ * their bytes, those that are refused (VMS_EXIT_REFUSED); 0: none. */
 int vms_region_tap(vms_func *func, uint32_t region, uint32_t exits);
+#define VMS_REFUSED_OFF 1u  /* the region is off */
+#define VMS_REFUSED_SIZE 2u /* a size or alignment that is not allowed there, see VMS_SIZE_* */
+/* Whether and why (VMS_REFUSED_*, else 0) an access has no effect; each byte of a read is *fill then. */
+int vms_region_refuses(vms_func *func, uint32_t region, uint64_t offset, size_t n, uint32_t *why, uint8_t *fill);
 /* A bank of registers: `size` bytes of backing store at *backing with a policy for each byte (all bytes
  * read-only and plain at first).  The memory lives as long as the function.  EEXIST: overlap. */
 int vms_area_bank(vms_func *func, uint32_t region, uint64_t start, uint64_t size, uint8_t **backing);
@@ -365,7 +371,7 @@ enum vms_exit_reason {
 
 typedef struct vms_access {
     uint64_t offset, value; /* value: little-endian, zero-extended */
-    uint64_t key;           /* vms_key() of the access */
+    uint64_t key;           /* vms_key() of the access; 0: it is perhaps refused */
     uint32_t region, count;
 } vms_access;
 
@@ -382,7 +388,7 @@ typedef struct vms_run {
                          process had no room for its fds, of which none are in fds: refuse it */
     uint32_t region, count;
     uint64_t offset;
-    uint64_t key;     /* READ, WRITE: VMS_KEY of the access, for one look-up */
+    uint64_t key;     /* READ, WRITE: vms_key() of the access, for one look-up; 0: it is perhaps refused */
     uint64_t value;   /* READ: to be filled; WRITE: what was written */
     uint8_t *data;    /* payload, valid until the next vms_run(); READ over 8 bytes: room for count */
     size_t len;

@@ -141,6 +141,8 @@ class AccessEvent(Event):
     size: int
     #: What is written; None: it is a read.
     data: bytes | None = field(default=None, metadata=_by())
+    #: Why it has no effect; empty: it is not refused.  Only the stage LOG gets events of refused accesses.
+    refused: str = field(default="", metadata=_by())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -333,9 +335,9 @@ class Points:
         self.wanted = frozenset().union(*(points for points, _ in stages))
         self.detailed = not _DETAILS.isdisjoint(self.wanted)
 
-    def has(self, stage: TapStage) -> bool:
-        """Whether a stage has a sink."""
-        return stage in self._stages
+    def of(self, stage: TapStage) -> frozenset[Point]:
+        """The points at which the sink of a stage intercepts events; none: it has no sink."""
+        return self._stages[stage][0] if stage in self._stages else frozenset()
 
     def armed(self, point: Point) -> bool:
         """Whether a sink intercepts events there.  A model with a faster path for unarmed points asks first."""
@@ -359,6 +361,13 @@ class Points:
             return b""
 
         self(event, carry_out)
+
+    def refused(self, event: AccessEvent, answer: bytes) -> None:
+        """Shows an access that has no effect, and reads as `answer`, to the stage LOG: no rule counts or changes it."""
+        points, sink = self._stages.get(TapStage.LOG, (frozenset[Point](), None))
+        if sink is not None and event.point in points:
+            event.device, event.phase = self.device, self.phase.value
+            sink(event, lambda _: answer)
 
     def completion(
         self,

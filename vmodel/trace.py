@@ -264,7 +264,7 @@ class Trace(Closing):
         for name, device in self._devices.items():
             needed = [follower.points.get(name, frozenset()) for follower in self._followers.values()]
             wanted = frozenset[Point]().union(*needed)
-            if wanted or device.backend.points.has(TapStage.LOG):
+            if wanted or device.backend.points.of(TapStage.LOG):
                 tap(device.backend, wanted, self, TapStage.LOG)
 
     def commands(self) -> dict[str, Command]:
@@ -344,6 +344,8 @@ class Trace(Closing):
                 record["data"] = data[:_SHOWN].hex()
                 if len(data) <= _NAMED:
                     record["registers"] = self._registers(event, data)
+            if event.refused:
+                record["fault"] = f"refused, {event.refused}"
             return record
         for f in fields(event):
             value = getattr(event, f.name)

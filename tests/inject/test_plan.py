@@ -297,8 +297,8 @@ def test_each_point_has_a_class_of_events_whose_fields_keys_ask_about(point: Poi
             fitting.add(key)
     names = {field.name for field in fields(kind)}
     assert fitting == set(keys_of(kind)) and set(keys_of(kind).values()) <= names
-    # Of the fields that have no key, nothing is asked: what is written, and what says of whom the event is.
-    unasked = {"point", "device", "others", "phase", "data", "id", "length", "blocks"}
+    # Of the fields without a key, nothing is asked: what is written, what says of whom the event is, what no rule gets.
+    unasked = {"point", "device", "others", "phase", "data", "refused", "id", "length", "blocks"}
     if kind is ConfigEvent:
         unasked.add("region")
     assert names - set(keys_of(kind).values()) <= unasked

@@ -68,6 +68,18 @@ def test_write_multi(driver: Client, toy: Toy) -> None:
     assert toy.writes[2:] == list(range(1000))
 
 
+@pytest.mark.parametrize("posted", [False, True])
+def test_refused_writes_behind_one_for_python(driver: Client, toy: Toy, posted: bool) -> None:
+    """A write that waits behind a hook's is refused as any other: by its size, or if memory space is off by then."""
+    driver.write_multi([(0, 4, b"\1\0\0\0"), (0, 0x38, b"\1\0"), (0, 0x38, b"\2\0\0\0")], posted=posted)
+    driver.info()
+    assert (toy.writes, toy.regs.WHOLE) == ([1], 2)
+    off, on = (Region.CONFIG, 4, b"\4\0"), (Region.CONFIG, 4, b"\6\0")
+    driver.write_multi([off, (0, 4, b"\2\0\0\0"), (0, 0, b"\2\0\0\0"), on, (0, 8, b"\3" * 8)], posted=posted)
+    driver.info()
+    assert (toy.writes, toy.regs.PLAIN, toy.regs.COPY_FROM) == ([1], 0x1111_1111, 0x0303030303030303)
+
+
 def test_a_bug_in_a_model_reads_as_all_ones(driver: Client, toy: Toy, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         assert read(driver, 0x30) == 0xFFFF_FFFF

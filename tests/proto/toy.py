@@ -24,6 +24,7 @@ class ToyRegs(RegisterBank, size=0x1000):
     READ_DMA = Reg32(0x2C)
     BROKEN = Reg32(0x30)
     PIN = Reg32(0x34, doc="raises the pin")
+    WHOLE = Reg32(0x38, sizes=(4,), doc="accesses of other sizes are refused")
 
 
 class Toy(PciDevice):

@@ -13,7 +13,7 @@ from tests.waiting import meanwhile, until
 from vmodel import trace as traces
 from vmodel.device import MmioBar, Msix, PciDevice, on_write
 from vmodel.devices.edu import Edu, EduRegs
-from vmodel.errors import ConfigError
+from vmodel.errors import ConfigError, DmaFault
 from vmodel.inject import Engine, FaultPlan, Rule, parse_rule
 from vmodel.regs import RO, W1C, Bit, Bits, Layout, Reg16, Reg32, RegisterBank, Values
 from vmodel.testing.fakes import FakeDriver, FakeMemory
@@ -38,6 +38,7 @@ class CardRegs(RegisterBank, size=0x20):
     NEXT_ONE = Reg16(0x06, RO, reset=0x1234)
     EVENTS = Reg32(0x08, layout=type("Events", (Layout,), {"DONE": Bit(0, W1C)}))
     GO = Reg32(0x0C)
+    WHOLE = Reg32(0x10, sizes=(4,))
 
 
 class Card(PciDevice):
@@ -145,6 +146,62 @@ def test_what_a_write_causes_comes_after_it(card: FakeDriver, trace: Trace, memo
     assert lines(trace, number) == [
         "write GO = 0x80000000",
         "dma.write 0x80000000+4: NO_WINDOW at 0x80000000, 0 bytes done",
+    ]
+
+
+def test_refused_accesses(card: FakeDriver, trace: Trace) -> None:
+    """Accesses that have no effect are recorded, and only while somebody follows do they leave the shim.
+
+    They have none then, either, and no fault rule gets them.
+    """
+    sizes, off = (
+        f"refused, {why}"
+        for why in (
+            "size or alignment not allowed there",
+            "its space is off in the Command register, or the function is in D3hot",
+        )
+    )
+
+    def access() -> int:
+        before = card.device.backend.function.stats()
+        card.client.region_write(0, 0x10, b"\x01\0", posted=True)
+        assert card.client.region_read(0, 0x11, 1) == b"\xff"
+        card.config_write(4, 2, 0)
+        card.client.region_write(0, 0, b"\x01\0\0\0")
+        assert card.client.region_read(0, 0, 32) == b"\xff" * 32
+        card.config_write(4, 2, 6)
+        assert (card.device.regs.WHOLE, card.device.regs.CC) == (0, 0)
+        after = card.device.backend.function.stats()
+        return after.served - before.served
+
+    in_shim = access()
+    number = trace.follow(Wanted.of([], [], ["mmio"]))
+    injected: list[object] = []
+    with Engine(FaultPlan(rule=(parse_rule("mmio.write do=drop"),)), {"card0": card.device}) as engine:
+        engine.journal.listeners.append(injected.append)
+        assert access() == in_shim - 4
+        assert lines(trace, number) == [
+            f"write WHOLE[15:0] = 0x0001: {sizes}",
+            f"read WHOLE[15:8] = 0xff: {sizes}",
+            f"write CC = 0x00000001 (EN=1): {off}",
+            f"read BAR0+0x0, 32 bytes: {off}",
+        ]
+        assert not injected
+    trace.leave(number)
+    assert access() == in_shim
+
+
+def test_a_view_that_is_refused(card: FakeDriver, trace: Trace, memory: FakeMemory) -> None:
+    """A model that looks at memory without a copy reads it, too."""
+    number = trace.follow(Wanted.of([], [], ["dma"]))
+    dma, address = card.device.dma, memory.alloc(64)
+    with dma.view(address, 4):
+        pass
+    with pytest.raises(DmaFault), dma.view(0x8000_0000, 4):
+        pass
+    assert lines(trace, number) == [
+        f"dma.read {address:#x}+4",
+        "dma.read 0x80000000+4: NO_WINDOW at 0x80000000, 0 bytes done",
     ]
 
 

@@ -11,12 +11,17 @@ from vmodel._vmshim import ffi, lib
 REGIONS: int = lib.VMS_REGIONS
 EXIT_ON_READ: int = lib.VMS_EXIT_ON_READ
 EXIT_ON_WRITE: int = lib.VMS_EXIT_ON_WRITE
+EXIT_REFUSED: int = lib.VMS_EXIT_REFUSED
 SIZE_ODD: int = lib.VMS_SIZE_ODD
 MISALIGNED: int = lib.VMS_MISALIGNED
 #: Every size from 1 to 8 bytes, aligned or not; the bits 1, 2, 4 and 8 are those sizes.
 ALL_SIZES: int = lib.VMS_SIZE_1 | lib.VMS_SIZE_2 | lib.VMS_SIZE_4 | lib.VMS_SIZE_8 | SIZE_ODD | MISALIGNED
 
 _signal = lib.vms_signal
+_REFUSALS = {
+    lib.VMS_REFUSED_OFF: "its space is off in the Command register, or the function is in D3hot",
+    lib.VMS_REFUSED_SIZE: "size or alignment not allowed there",
+}
 
 
 class Policy:
@@ -60,8 +65,14 @@ class FunctionRegions:
         check(lib.vms_region_enable(self.handle, region, on))
 
     def tap_region(self, region: int, exits: int) -> None:
-        """All accesses of these kinds (EXIT_ON_*) exit; 0: as their policy says."""
+        """All accesses of these kinds (EXIT_ON_*, EXIT_REFUSED) exit; 0: as their policy says."""
         check(lib.vms_region_tap(self.handle, region, exits))
+
+    def refusal(self, region: int, offset: int, count: int) -> tuple[str, bytes] | None:
+        """Why an access has no effect, and what it reads; None: it is not refused."""
+        why, fill = ffi.new("uint32_t *"), ffi.new("uint8_t *")
+        check(lib.vms_region_refuses(self.handle, region, offset, count, why, fill))
+        return (_REFUSALS[why[0]], bytes([fill[0]]) * count) if why[0] else None
 
     def _view(self, pointer: Any, size: int) -> memoryview:
         # The view keeps the function alive, not only its memory's address.

@@ -227,6 +227,9 @@ class Regions:
             whole = self._whole_reads.get(key)
             if whole is not None:
                 return whole()
+            if not key and (refusal := self._function.refusal(region, offset, count)):
+                data = refusal[1]
+                return int.from_bytes(data, "little") if count <= 8 else data
             if region in self._before:
                 self._before[region](Span.sized(offset, count))
             data = b"".join(
@@ -245,6 +248,8 @@ class Regions:
             whole = self._whole_writes.get(key)
             if whole is not None:
                 whole(value)  # type: ignore[arg-type]
+                return
+            if not key and self._function.refusal(region, offset, count):
                 return
             data = value.to_bytes(count, "little") if isinstance(value, int) else value
             for at, size, area in _split(self._writers.get(region, ()), offset, count):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Required, TypedDict
 
-from vmodel._shim import EXIT_ON_READ, EXIT_ON_WRITE
+from vmodel._shim import EXIT_ON_READ, EXIT_ON_WRITE, EXIT_REFUSED, FunctionRegions
 from vmodel._shim import key as access_key
 from vmodel.device.backend import VfioBackend
 from vmodel.device.regions import Regions
@@ -98,8 +98,13 @@ class DmaTap:
     @contextmanager
     def view(self, dma: Dma, iova: int, size: int, *, writable: bool) -> Iterator[memoryview]:
         """A copy, written back at the end: accesses to memory itself could not be intercepted."""
-        with dma.view(iova, size, writable=writable):
-            copy = bytearray(self.read(dma, iova, size))
+
+        def carry_out(event: DmaEvent) -> bytes:
+            self._translate(dma, event, write=writable)
+            with dma.view(event.address, event.size, writable=writable) as there:
+                return bytes(there)
+
+        copy = bytearray(self._points(DmaEvent(Point.DMA_READ, **_request(dma, iova, size)), carry_out))
         with memoryview(copy) as shown:
             yield shown if writable else shown.toreadonly()
         if writable:
@@ -149,16 +154,22 @@ def _request(dma: Dma, iova: int, size: int) -> _Request:
 
 
 class TappedRegions:
-    """Passes accesses by the guest to the points; the shim carries out none of them by itself."""
+    """Passes accesses by the guest to the points; the shim carries out none of them by itself.
 
-    def __init__(self, regions: Regions, points: Points, wanted: Collection[Point]) -> None:
+    Refused accesses exit as well while the stage LOG wants the region's, with the key 0.
+    """
+
+    def __init__(self, regions: Regions, function: FunctionRegions, points: Points, wanted: Collection[Point]) -> None:
         self._regions = regions
+        self._function = function
         self._points = points
         self._wanted = wanted
 
     def read(self, key: int, region: int, offset: int, count: int) -> int | bytes:
         """Passes a read of `count` bytes to mmio.read or config.read, if that is armed.  See Regions.read."""
         point = Point.CONFIG_READ if region == Region.CONFIG else Point.MMIO_READ
+        if not key and (answer := self._refused(point, region, offset, count, None)):
+            return int.from_bytes(answer, "little") if count <= 8 else answer
         if point not in self._wanted:
             return self._regions.read(key, region, offset, count)
         data = self._points(_ACCESS[point](point, region=region, address=offset, size=count), self._read)
@@ -167,11 +178,23 @@ class TappedRegions:
     def write(self, key: int, region: int, offset: int, count: int, value: int | bytes) -> None:
         """Passes a write to mmio.write or config.write, if that is armed.  See Regions.write."""
         point = Point.CONFIG_WRITE if region == Region.CONFIG else Point.MMIO_WRITE
+        data = value.to_bytes(count, "little") if isinstance(value, int) else value
+        if not key and self._refused(point, region, offset, count, data):
+            return
         if point not in self._wanted:
             self._regions.write(key, region, offset, count, value)
             return
-        data = value.to_bytes(count, "little") if isinstance(value, int) else value
         self._points(_ACCESS[point](point, region=region, address=offset, size=count, data=data), self._write)
+
+    def _refused(self, point: Point, region: int, offset: int, count: int, data: bytes | None) -> bytes:
+        """If an access is refused, shows it to the points and returns what it reads; else empty."""
+        refusal = self._function.refusal(region, offset, count)
+        if refusal is None:
+            return b""
+        why, answer = refusal
+        event = _ACCESS[point](point, region=region, address=offset, size=count, data=data, refused=why)
+        self._points.refused(event, answer)
+        return answer
 
     def _read(self, event: AccessEvent) -> bytes:
         key = access_key(event.region, event.address, event.size)
@@ -205,11 +228,12 @@ def _interrupt(points: Points, carry_out: Callable[[int], None], kind: str, vect
 
 
 def _tap_regions(backend: VfioBackend, wanted: frozenset[Point]) -> None:
-    plain = backend.plain_regions
-    backend.regions = TappedRegions(plain, backend.points, wanted) if wanted & _ACCESS.keys() else plain
-    declared = backend.declaration
+    plain, function, points = backend.plain_regions, backend.function, backend.points
+    armed = wanted & _ACCESS.keys()
+    backend.regions = TappedRegions(plain, function, points, armed) if armed else plain
+    declared, logged = backend.declaration, points.of(TapStage.LOG)
     for index in (*(bar.index for bar in declared.bars), *((Region.ROM,) if declared.rom else ()), Region.CONFIG):
         config = index == Region.CONFIG
         read, write = (Point.CONFIG_READ, Point.CONFIG_WRITE) if config else (Point.MMIO_READ, Point.MMIO_WRITE)
         exits = (EXIT_ON_READ if read in wanted else 0) | (EXIT_ON_WRITE if write in wanted else 0)
-        backend.function.tap_region(index, exits)
+        function.tap_region(index, exits | (EXIT_REFUSED if logged & {read, write} else 0))
