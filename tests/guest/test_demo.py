@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
+from vmodel.control import ask, socket_of
 from vmodel.guest.artifacts import find_kernel
 from vmodel.patience import patience
 
@@ -154,9 +157,37 @@ def test_every_device_is_at_its_address(tmp_path: Path) -> None:
     }
 
 
-def test_standard_input(tmp_path: Path) -> None:
-    line = [*VMODEL, "guest", EXAMPLE, "--run-dir", tmp_path, "--interactive", "--", "sh", "-c", "read a; echo got $a"]
-    assert run(*line, stdin="a line\n").stdout == "got a line\n"
+def test_standard_input_and_what_a_driver_does(tmp_path: Path) -> None:
+    """The driver begins once somebody follows: `vmodel log -f` and -v have its accesses, each by its own filter."""
+    shutil.copytree(Path(__file__).parent / "driver", tmp_path / "driver")
+    folder = tmp_path / "run"
+    here = ["guest", str(EXAMPLE), "--run-dir", str(folder), "--interactive", "--extra-module", "driver/"]
+    filters = ["--verbose", "--device", "edu0", "--register", "regs.STATUS"]
+    script = ["--", "sh", "-c", "read a; modprobe factorial number=5; echo got $a"]
+    log = ["log", str(EXAMPLE), "--run-dir", str(folder), "-f", "--device", "edu0", "--register", "FACTORIAL"]
+
+    def started(line: list[str]) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*VMODEL, *line], cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    with started([*here, *filters, *script]) as guest:
+        try:
+            socket = socket_of(folder, "edu")
+            until(socket.exists, "the server is there", seconds=60)
+            with started(log) as follower:
+                try:
+                    until(lambda: ask(socket, "trace.followers") == 1, "somebody follows", seconds=30, pause=0.05)
+                    out, err = guest.communicate("a line\n", timeout=patience(90))
+                    found, said = follower.communicate(timeout=patience(20))
+                finally:
+                    follower.kill()
+        finally:
+            guest.kill()
+    assert (guest.returncode, out) == (0, "got a line\n"), err
+    accesses = ["edu0 write FACTORIAL = 0x00000005", "edu0 read FACTORIAL = 0x00000078"]
+    assert ([line.partition(" ")[2] for line in found.splitlines()], follower.returncode, said) == (accesses, 0, "")
+    logged = [line.partition("vmodel.trace: ")[2] for line in err.splitlines() if "vmodel.trace: " in line]
+    assert logged and all(line.startswith("edu0 read STATUS = 0x000000") for line in logged), err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -181,13 +212,15 @@ def test_a_guest_that_is_stopped(number: int, tmp_path: Path) -> None:
 
 
 def test_run_with_qemus_default_devices(tmp_path: Path) -> None:
-    """QEMU's display and network card make room for ours; `quit` ends it with status 0."""
+    """QEMU's display and network card make room for ours; `quit` ends it with status 0; -v logs one device."""
     machine = tmp_path / "m.toml"
     machine.write_text(CROWDED)
-    line = [*VMODEL, "run", machine, "--run-dir", tmp_path / "run", "--", "-display", "none", "-monitor", "stdio", "-S"]
-    done = run(*line, stdin="info pci\nquit\n")
+    line = ["run", machine, "--run-dir", tmp_path / "run", "-v", "--device", "d1", "--register", "COMMAND"]
+    done = run(*VMODEL, *line, "--", "-display", "none", "-monitor", "stdio", "-S", stdin="info pci\nquit\n")
     assert done.returncode == 0, done
     assert len(re.findall("PCI device 1234:11e8", done.stdout)) == 4
+    logged = re.findall(r"vmodel\.trace: (.*)", done.stderr)
+    assert logged and all(line.startswith("d1 config ") for line in logged), done.stderr
     assert list((tmp_path / "run").iterdir()) == []
 
 
