@@ -49,9 +49,9 @@ def test_scripts_one_after_the_other(vm_booted: BootedGuest) -> None:
 
 
 def test_from_boot_to_power_off(vm: Vm, artifacts: Path) -> None:
-    result = vm.run("cat /sys/bus/pci/devices/0000:00:03.0/device; cat /proc/cmdline; exit 3", append="one=more")
+    result = vm.run("cat /sys/bus/pci/devices/0000:00:03.0/device; cat /proc/cmdline; nproc; exit 3", append="one=more")
     assert (result.status, result.powered_off) == (3, True)
-    assert result.output.startswith(b"0x11e8\n") and b" one=more\n" in result.output
+    assert result.output.startswith(b"0x11e8\n") and b" one=more\n1\n" in result.output
     assert (artifacts / "guest-1" / "output.log").read_bytes() == result.output
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,9 @@ import vmodel.inject
 import vmodel.machine
 import vmodel.testing.fakes  # noqa: F401
 from vmodel.experiment.oracle import Outcome
+from vmodel.guest.artifacts import Kernel
+from vmodel.guest.served import Served
+from vmodel.testing.plugin import Vm
 
 pytest_plugins = "pytester"
 
@@ -132,7 +136,7 @@ def test_the_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) ->
         ("@pytest.mark.machine('no.toml')\ndef test_a(machine): pass", "*no.toml: cannot be read: No such file*"),
         (
             "@pytest.mark.machine('edu.toml')\n@pytest.mark.guest(module=['x'])\ndef test_a(vm): pass",
-            "*guest(module): arguments are allow_reboot, append, extra_modules, files, *",
+            "*guest(module): arguments are allow_reboot, append, cpus, extra_modules, files, *",
         ),
         ("def test_a(inject): inject('dma.write do=nothing')", "*do: *"),
     ],
@@ -150,6 +154,25 @@ def test_the_machine_of_a_mark(machine, inject) -> None:  # type: ignore[no-unty
     assert list(machine.devices) == ["edu0"]
     inject("mmio.read device=edu0 do=ones")
     assert [rule["state"] for rule in inject.rules] == ["armed"]
+
+
+@pytest.mark.parametrize(
+    ("mark", "table", "cpus"),
+    [
+        ({}, "", ["2"]),
+        ({}, "cpus = 1", ["1", "1"]),
+        ({"cpus": 3}, "cpus = 1", ["1", "3"]),
+        ({"qemu_args": ["-smp", "4"]}, "", ["4"]),
+        ({}, 'qemu_args = ["-smp", "4,sockets=2"]', ["4,sockets=2"]),
+    ],
+)
+def test_two_cpus_by_default(tmp_path: Path, mark: dict[str, Any], table: str, cpus: list[str]) -> None:
+    """The mark comes before the machine file, and QEMU's own argument before both; the last one counts for QEMU."""
+    (tmp_path / "m.toml").write_text(f'[machine]\nname = "m"\n[guest]\n{table}\n')
+    kernel = Kernel("6.12.0-mine", tmp_path / "bzImage", None)
+    with Served(tmp_path / "m.toml") as served:
+        args = [*Vm(served, kernel, mark, tmp_path).spec("true").qemu_args]
+    assert [args[n + 1] for n, arg in enumerate(args) if arg == "-smp"] == cpus
 
 
 @pytest.mark.slow

@@ -309,7 +309,7 @@ class GuestTable(_Strict):
         default="", examples=['"mycard.debug=1"'], description="kernel arguments, parameters of modules, too"
     )
     cpus: Annotated[int, Field(ge=1, le=64)] | None = Field(
-        default=None, examples=["2"], description="CPUs of the guest; QEMU's default is 1"
+        default=None, examples=["2"], description="CPUs of the guest; 2 in tests by default, else 1"
     )
     qemu_args: list[str] = Field(
         default_factory=list, examples=['["-rtc", "base=utc"]'], description="more arguments for QEMU"

@@ -19,7 +19,7 @@ import contextlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +48,15 @@ _SPEC = frozenset(
         "shares",
         "tools",
         "append",
+        "cpus",
         "qemu_args",
         "timeout",
         "without",
         "allow_reboot",
     )
 )
+#: CPUs of a test's guest, unless the machine file or the mark `guest` says otherwise: one CPU hides a driver's races.
+_CPUS = 2
 #: The property of a test's report that has the release of its guests' kernel.
 _KERNEL = "vmodel_kernel"
 _failed = pytest.StashKey[bool]()
@@ -93,8 +96,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "machine(file): the machine of a test; relative to the test's folder")
     config.addinivalue_line(
         "markers",
-        "guest(modules, extra_modules, files, shares, tools, append, qemu_args, timeout, without, allow_reboot): boots"
-        " a real kernel in QEMU (slow); the arguments describe the guest",
+        "guest(modules, extra_modules, files, shares, tools, append, cpus, qemu_args, timeout, without,"
+        " allow_reboot): boots a real kernel in QEMU (slow); the arguments describe the guest",
     )
 
 
@@ -374,6 +377,15 @@ def _file(base: Path, entry: Any) -> Path | tuple[Path, str]:
     return base / source, target
 
 
+def _smp(options: dict[str, Any], cpus: object, qemu_args: Sequence[str]) -> list[str]:
+    """QEMU's arguments for the number of CPUs.  `options`: the mark's, of which `cpus` is removed.
+
+    `cpus` and `qemu_args` are those of the machine file.  An `-smp` among QEMU's arguments is all that counts.
+    """
+    wanted = options.pop("cpus", None) or cpus or _CPUS
+    return [] if "-smp" in (*qemu_args, *options.get("qemu_args", ())) else ["-smp", str(wanted)]
+
+
 class Vm:
     """Boots guests with a test's machine."""
 
@@ -392,7 +404,9 @@ class Vm:
         from vmodel.guest.options import spec_of
 
         merged = {**self._options, **options}
-        args = [*merged.pop("qemu_args", ()), *self._served.qemu_args(merged.pop("without", ()))]
+        table = self._served.machine.content.guest
+        smp = _smp(merged, table.cpus, table.qemu_args)
+        args = [*smp, *merged.pop("qemu_args", ()), *self._served.qemu_args(merged.pop("without", ()))]
         return spec_of(self._served.machine, args, self._kernel, command=command, **merged)
 
     def logs(self) -> Path:
@@ -450,9 +464,15 @@ def experiment(
 
     The second argument is a rule, a plan's file, a FaultPlan, or None; keywords are fields of `Case`.
     """
+    from vmodel.config_file import parse_toml, read_text
     from vmodel.experiment import Case
 
     options = _marked(request)
+    with _on_one_line():
+        table = parse_toml(read_text(vmodel_machine_file), vmodel_machine_file).get("guest")
+    table = table if isinstance(table, dict) else {}  # the rig reports mistakes in it
+    smp = _smp(options, table.get("cpus"), table.get("qemu_args", ()))
+    options["qemu_args"] = (*smp, *options.get("qemu_args", ()))
     if "timeout" in options:
         options["boot_timeout"] = options.pop("timeout")
     if unfit := {"without", "allow_reboot", "shares"} & set(options):
