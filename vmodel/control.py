@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from vmodel.errors import ConfigError
 from vmodel.logs import limited
+from vmodel.patience import patience
 from vmodel.server import BACKOFF, STOP_TIMEOUT, listen
 from vmodel.threads import place
 
@@ -112,7 +113,7 @@ class Control:
                 finally:
                     self._silent.pop(sock, None)
                 answer = json.dumps(self._reply(request)) + "\n"
-                sock.settimeout(_TIMEOUT)
+                sock.settimeout(patience(_TIMEOUT))
                 sock.sendall(answer.encode())
         except Exception as error:
             log.info("control: %s", error)
@@ -166,9 +167,9 @@ class Control:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-def _receive(sock: socket.socket, most: int, end: bytes | None = None, patience: float = _TIMEOUT) -> bytes:
+def _receive(sock: socket.socket, most: int, end: bytes | None = None, seconds: float = _TIMEOUT) -> bytes:
     """Reads up to `end`, or to the end of the stream.  OSError: it does not arrive in time, or is over `most` bytes."""
-    data, deadline = bytearray(), time.monotonic() + patience
+    data, deadline = bytearray(), time.monotonic() + patience(seconds)
     while end is None or end not in data:
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
         piece = sock.recv(min(64 * 1024, most + 1 - len(data)))
@@ -182,8 +183,8 @@ def _receive(sock: socket.socket, most: int, end: bytes | None = None, patience:
 
 def _connect(sock: socket.socket, path: Path) -> None:
     """Connects, within the time that `sock` has afterwards.  OSError."""
-    deadline = time.monotonic() + _TIMEOUT
-    sock.settimeout(_TIMEOUT)
+    deadline = time.monotonic() + patience(_TIMEOUT)
+    sock.settimeout(patience(_TIMEOUT))
     while True:
         try:
             return sock.connect(str(path))
@@ -193,8 +194,8 @@ def _connect(sock: socket.socket, path: Path) -> None:
             time.sleep(0.01)
 
 
-def ask(path: Path, command: str, *, patience: float = _TIMEOUT, **arguments: Any) -> Any:
-    """Sends a request to the server at `path`; returns its result, which has to come in `patience` seconds.
+def ask(path: Path, command: str, *, within: float = _TIMEOUT, **arguments: Any) -> Any:
+    """Sends a request to the server at `path`; returns its result, which has to come `within` so many seconds.
 
     ConfigError: there is no server, or it refuses.
     """
@@ -202,7 +203,7 @@ def ask(path: Path, command: str, *, patience: float = _TIMEOUT, **arguments: An
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             _connect(sock, path)
             sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
-            reply = json.loads(_receive(sock, _MAX_ANSWER, patience=patience))
+            reply = json.loads(_receive(sock, _MAX_ANSWER, seconds=within))
     except (FileNotFoundError, ConnectionRefusedError):
         raise NoServer(
             f"no server runs in {path.parent}: start `vmodel serve` or `run`, or name its --run-dir"

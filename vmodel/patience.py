@@ -1,4 +1,4 @@
-"""$VMODEL_SLOW: a factor that makes all time-outs of guests longer, for a slow or busy machine."""
+"""$VMODEL_SLOW: a factor that makes time-outs of guests and commands longer, for a slow or busy machine."""
 
 from __future__ import annotations
 

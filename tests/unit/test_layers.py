@@ -80,7 +80,7 @@ def test_devices_know_no_transport(path: Path) -> None:
 
 
 def test_the_fetcher_needs_nothing_built() -> None:
-    """`doctor` and get-qemu say what is missing even where the shim does not load: nothing above layer 1."""
+    """`doctor` and get-qemu say what is missing even where the shim does not load."""
     seen, todo = set(), ["vmodel.guest.get_qemu", "vmodel.cli.doctor"]
     while todo:
         module = todo.pop()
@@ -89,7 +89,8 @@ def test_the_fetcher_needs_nothing_built() -> None:
             continue
         seen.add(module)
         todo += imports(path)
-        assert layer(module) in (1, LAYERS["vmodel.guest"], LAYERS["vmodel.cli"]), module
+        known = module == "vmodel.patience"  # the rest of layer 2 has the shim
+        assert known or layer(module) in (1, LAYERS["vmodel.guest"], LAYERS["vmodel.cli"]), module
     assert "vmodel.guest.artifacts" in seen
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,8 @@ from vmodel.devices.edu import Edu
 from vmodel.errors import ConfigError
 from vmodel.patience import patience, slowness, spoken
 from vmodel.testing.fakes import FakeDriver, FakeMemory
+
+PACKAGE = Path(__file__).parents[2] / "vmodel"
 
 
 def test_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +58,15 @@ def test_who_waits_waits_longer(monkeypatch: pytest.MonkeyPatch) -> None:
         assert time.monotonic() - began >= 0.16
         driver.close()
         driver.device.close()
+
+
+@pytest.mark.parametrize("place", ["cli", "guest", "campaign", "control.py"])
+def test_no_time_out_is_fixed(place: str) -> None:
+    """What docs/testing.md says of $VMODEL_SLOW: all time-outs of commands, guests, builds and campaigns have it."""
+    found = PACKAGE / place
+    for path in [found] if found.is_file() else found.rglob("*.py"):
+        fixed = re.findall(r"\b(?:timeout=|settimeout\()(?:\d|_[A-Z]).*", path.read_text())
+        assert not fixed, f"{path.name}: by patience()"
 
 
 # ---- what a machine may lack --------------------------------------------------------------------------

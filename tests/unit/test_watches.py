@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from tests.waiting import until
 from vmodel.device import MmioBar, PciDevice
-from vmodel.device.watches import MOST
+from vmodel.device.watches import MOST, Watches
 from vmodel.errors import GuestError
 from vmodel.regs import Reg32, RegisterBank
 from vmodel.testing.fakes import FakeDriver, FakeMemory
@@ -111,3 +112,24 @@ def test_the_device_s_end_closes_them(pair: tuple[socket.socket, socket.socket])
     pair[0].close()
     with pytest.raises(BrokenPipeError):  # no duplicate of the fd is left
         pair[1].send(b"b")
+
+
+def test_an_end_that_hangs_is_bounded_and_logged(
+    pair: tuple[socket.socket, socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the device's thread takes no call, the log names the place, and whoever closes the device goes on."""
+    hangs, free = threading.Event(), threading.Event()
+
+    def post(call: object) -> None:
+        hangs.set()
+        assert free.wait(60)
+
+    watches = Watches("line0", post, lambda what, error: None)
+    watches.add(pair[0].fileno(), lambda: None)
+    pair[1].send(b"x")
+    assert hangs.wait(60)
+    with caplog.at_level(logging.ERROR):
+        watches.close()
+    free.set()
+    (line,) = caplog.messages
+    assert line.startswith("line0: the thread that watches its fds does not end, it is in ") and "post" in line

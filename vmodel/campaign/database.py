@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vmodel.errors import ConfigError
+from vmodel.patience import patience
 
 #: The version of the tables below.
 FORMAT = "1"
@@ -64,7 +65,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
     try:
         # For reading, "ro": SQLite would otherwise follow what a journal says, and write to or delete files.
         mode = "rw" if write else "ro"
-        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=patience(30))
     except sqlite3.Error as error:
         raise ConfigError(unreadable(path, error)) from error
     try:

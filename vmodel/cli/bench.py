@@ -25,6 +25,7 @@ from vmodel.cli.chart import Chart, Series, draw
 from vmodel.cli.output import AsJson, console, show
 from vmodel.devices.nvme.command import SUBMISSION_SIZE, NvmeCommand
 from vmodel.errors import ConfigError
+from vmodel.patience import patience
 from vmodel.span import PAGE, KiB, MiB
 from vmodel.testing.nvme import READ, WRITE, CommandStream, Latency, NvmeDriver, Pair, prps
 
@@ -148,7 +149,7 @@ def _cpu_seconds(server: int) -> float:
 
 def _measure(path: Path, server: int, seconds: float) -> Iterator[Figure]:
     data = max(BLOCKS) * _ENTRIES
-    with NvmeDriver.connect(path, ram_size=data + 8 * MiB, timeout=30) as driver:
+    with NvmeDriver.connect(path, ram_size=data + 8 * MiB, timeout=patience(30)) as driver:
         pair = driver.create(1, _ENTRIES)
         buffers, lists = driver.take(data), driver.take(_ENTRIES * PAGE)
         _fill(driver, pair, buffers, lists)

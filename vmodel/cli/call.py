@@ -18,6 +18,7 @@ from vmodel.cli.output import console, show
 from vmodel.cli.serve import MachinePath, RunDir
 from vmodel.device.outside import TIMEOUT
 from vmodel.errors import ConfigError
+from vmodel.patience import patience
 
 #: Seconds that an answer may take beyond the call's own.
 _ANSWER = 5.0
@@ -51,8 +52,8 @@ def call(
             table.add_row(escape(found["call"]), escape(found["doc"]))
         show(table, console())
         return
-    request = {"method": method, "arguments": positional, "named": named, "seconds": timeout}
-    answer = control.ask(server, "call", patience=timeout + _ANSWER, **request)
+    request = {"method": method, "arguments": positional, "named": named, "seconds": min(patience(timeout), LONGEST)}
+    answer = control.ask(server, "call", within=timeout + _ANSWER, **request)
     if "failed" in answer:
         print(f"vmodel: {answer['failed']}", file=sys.stderr)
         raise typer.Exit(1)

@@ -12,6 +12,7 @@ import tty
 
 from vmodel.closing import Closing
 from vmodel.guest.running import Guest
+from vmodel.patience import patience
 
 #: The key that ends the guest, and how it is called: Ctrl-] as of telnet and virsh.
 ESCAPE, ESCAPE_NAME = b"\x1d", "Ctrl-]"
@@ -31,7 +32,9 @@ class Terminal(Closing):
         self._lock = threading.Lock()
         self._before = termios.tcgetattr(fd)
         line = ["stty", "-g"]
-        saved = subprocess.run(line, stdin=fd, stdout=subprocess.PIPE, text=True, check=True, timeout=20).stdout.strip()
+        saved = subprocess.run(
+            line, stdin=fd, stdout=subprocess.PIPE, text=True, check=True, timeout=patience(20)
+        ).stdout.strip()
         self._keeper: subprocess.Popen[bytes] | None = subprocess.Popen(
             ["sh", "-c", _RESTORE, "sh", saved], stdin=subprocess.PIPE, stdout=fd, stderr=subprocess.DEVNULL
         )

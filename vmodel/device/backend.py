@@ -117,7 +117,7 @@ class VfioBackend:
         #: Fault points, which experiments can arm; see vmodel.points.
         self.points = Points(name)
         self.agenda = Agenda(self.function.wake, lambda error: self.failed("a callback", error))
-        self.watches = Watches(lambda call: self.defer(call, None), self.failed)
+        self.watches = Watches(self.name, lambda call: self.defer(call, None), self.failed)
         #: The device's thread did not end (Server.stop) and may still use the device: nothing else may.
         self.abandoned = False
         #: How many exceptions the model's hooks and callbacks have raised.

@@ -9,7 +9,13 @@ import threading
 from collections.abc import Callable
 
 from vmodel.errors import DmaFault, GuestError
+from vmodel.logs import limited
+from vmodel.threads import place
 
+log = limited(__name__)
+
+#: Seconds that the thread gets to end, as a device's own does.
+STOP_TIMEOUT = 1.0
 #: Most fds that a device may watch at a time.
 MOST = 32
 
@@ -30,9 +36,11 @@ class Watch:
 class Watches:
     """The watched fds of one device."""
 
-    def __init__(self, post: Callable[[Callable[[], None]], None], failed: Callable[[str, Exception], None]) -> None:
-        """`post` runs a call on the device's thread; `failed` gets exceptions of calls."""
-        self._post, self._failed = post, failed
+    def __init__(
+        self, name: str, post: Callable[[Callable[[], None]], None], failed: Callable[[str, Exception], None]
+    ) -> None:
+        """`name` is the device's; `post` runs a call on its thread; `failed` gets exceptions of calls."""
+        self._name, self._post, self._failed = name, post, failed
         self._lock = threading.Lock()
         #: By our own duplicate of the fd: one that its owner closes is never mistaken for another file.
         self._watched: dict[int, Watch] = {}
@@ -79,14 +87,18 @@ class Watches:
                 os.close(watch.fd)
 
     def close(self) -> None:
-        """Ends all watches and the thread."""
+        """Ends all watches and the thread.  If that does not end within STOP_TIMEOUT, the log says where it is."""
         for watch in list(self._watched.values()):
             self.drop(watch)
         if self._thread is not None and self._epoll is not None:
             os.eventfd_write(self._end, 1)
-            self._thread.join()
-            self._epoll.close()
-            os.close(self._end)
+            self._thread.join(STOP_TIMEOUT)
+            if self._thread.is_alive():  # it keeps what it waits for
+                where = place(self._thread.ident)
+                log.error("%s: the thread that watches its fds does not end, it is in %s", self._name, where)
+            else:
+                self._epoll.close()
+                os.close(self._end)
             self._thread = self._epoll = None
 
     def _main(self, epoll: select.epoll, end: int) -> None:

@@ -33,6 +33,7 @@ from pathlib import Path
 
 from vmodel.errors import ConfigError
 from vmodel.files import cache_dir as cache_dir
+from vmodel.patience import patience
 
 #: The command that fetches missing parts; errors that it fixes name it.  An installed wheel has no scripts/.
 FETCH_COMMAND = (
@@ -183,7 +184,12 @@ def has_fuzzer(clang: Path) -> bool:
     code = "int LLVMFuzzerTestOneInput(const char *data, long size) { return data && size < 0; }"
     with tempfile.TemporaryDirectory() as work:
         line = [str(clang), "-x", "c", "-fsanitize=fuzzer,address,undefined", "-o", f"{work}/target", "-"]
-        return subprocess.run(line, input=code, text=True, capture_output=True, timeout=60, check=False).returncode == 0
+        return (
+            subprocess.run(
+                line, input=code, text=True, capture_output=True, timeout=patience(60), check=False
+            ).returncode
+            == 0
+        )
 
 
 def find_source() -> Path:
@@ -307,4 +313,6 @@ def _kernel_at(image: Path) -> Kernel:
 
 def output(argv: Sequence[str]) -> str:
     """A program's stdout.  OSError: it cannot be run; SubprocessError: it took 30 s, or its exit status is not 0."""
-    return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=True).stdout
+    return subprocess.run(
+        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience(30), check=True
+    ).stdout

@@ -141,7 +141,10 @@ def _has_header(name: str) -> bool:
         return Path("/usr/include", name).is_file()
     line = ["gcc", "-fsyntax-only", "-xc", "-"]
     text = f"#include <{name}>\n"
-    return subprocess.run(line, input=text, text=True, capture_output=True, timeout=60, check=False).returncode == 0
+    return (
+        subprocess.run(line, input=text, text=True, capture_output=True, timeout=patience(60), check=False).returncode
+        == 0
+    )
 
 
 def price(options: int, jobs: int, free: float, download: bool) -> str:

@@ -17,6 +17,7 @@ from elftools.elf.elffile import ELFFile
 
 from vmodel.guest.artifacts import cache_dir
 from vmodel.guest.tools import reading_elf
+from vmodel.patience import patience
 
 #: Finds the file of a module by its name; None: it is unknown.
 Find = Callable[[str], Path | None]
@@ -68,7 +69,7 @@ def _place(module: Path, function: str, offset: int, size: int) -> str:
     for section, start in sections:
         line = [program, "-i", "-e", str(module), "-j", section, f"{start + offset:#x}"]
         try:
-            said = subprocess.run(line, capture_output=True, text=True, timeout=_TIMEOUT, check=True).stdout
+            said = subprocess.run(line, capture_output=True, text=True, timeout=patience(_TIMEOUT), check=True).stdout
         except (OSError, subprocess.SubprocessError):
             return ""
         # The innermost of inlined functions comes first; often it is one of the kernel's headers.
