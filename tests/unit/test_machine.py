@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def test_two_devices_of_one_file_share_the_class(tmp_path: Path) -> None:
     model = load_model("toy.py:Toy", tmp_path)
     assert load_model("toy.py:Toy", tmp_path) is model
     assert load_model(f"{tmp_path}/toy.py:Toy") is model
+
+
+def test_a_model_imports_what_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a script does: `vmodel regs import` writes such modules.  None of them hides one of Python's."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "toy.py").write_text(f"import colorsys\nfrom toy_regs_beside import MEANING\n{MODEL}")
+    (tmp_path / "toy_regs_beside.py").write_text("MEANING = 42\n")
+    (tmp_path / "colorsys.py").write_text("1 / 0\n")
+    assert load_model("toy.py:Toy", tmp_path).__name__ == "Toy"
 
 
 def test_a_model_by_its_module() -> None:

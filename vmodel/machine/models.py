@@ -81,6 +81,9 @@ def _load_file(what: str, path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None  # as the suffix is .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[alias] = module
+    # As of a script, what is beside it can be imported; last, so that nothing there hides a module of Python's.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     try:
         spec.loader.exec_module(module)
     except BaseException as error:

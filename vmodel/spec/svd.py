@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,7 +87,7 @@ class _SvdReader:
         for pattern, base in (
             (r"\+?0[xX]([0-9a-fA-F]{1,16})", 16),
             (r"(?:#|0b)([01]{1,64})", 2),
-            (r"\+?(\d{1,20})", 10),
+            (r"\+?([0-9]{1,20})", 10),
         ):
             found = re.fullmatch(pattern, text)
             if found:
@@ -105,18 +105,25 @@ class _SvdReader:
             self._number(element, "resetMask", outer.reset_mask),
         )
 
-    def _derived(self, element: Element, siblings: Sequence[Element], seen: tuple[Element, ...] = ()) -> Element:
-        """The element with what it is derived from; that is named by itself or by a path, of which the end counts."""
+    def _derived(
+        self, element: Element, named: Mapping[tuple[str, str], Element], seen: tuple[Element, ...] = ()
+    ) -> Element:
+        """The element with what it is derived from; that is named by itself or by a path, of which the end counts.
+
+        `named`: it and those beside it, by tag and name.
+        """
         wanted = element.attributes.get("derivedFrom")
         if wanted is None:
             return element
-        names = {self._text(other, "name"): other for other in siblings if other.tag == element.tag}
-        base = names.get(wanted) or names.get(wanted.rpartition(".")[2])
+        base = named.get((element.tag, wanted)) or named.get((element.tag, wanted.rpartition(".")[2]))
         if base is None:
-            self._refuse(element, near("derivedFrom", element.tag, wanted, list(names)))
+            known = [name for tag, name in named if tag == element.tag]
+            self._refuse(element, near("derivedFrom", element.tag, wanted, known))
         if base is element or base in seen:
             self._refuse(element, f"is derived from itself, by way of {wanted}")
-        base = self._derived(base, siblings, (*seen, element))
+        if len(seen) >= MAX_DEPTH:
+            self._refuse(element, f"more than {MAX_DEPTH} elements derived from one another")
+        base = self._derived(base, named, (*seen, element))
         merged = Element(element.tag, {}, element.line)
         own = {child.tag for child in element.children}
         kept = [child for child in base.children if child.tag not in own and child.tag not in ("dim", "dimIndex")]
@@ -124,8 +131,9 @@ class _SvdReader:
         return merged
 
     def _each(self, element: Element, *tags: str) -> Iterator[Element]:
+        named = {(child.tag, self._text(child, "name")): child for child in element.all(*tags)}
         for child in element.all(*tags):
-            yield self._derived(child, element.children)
+            yield self._derived(child, named)
 
     # ---- device, peripherals, clusters ----------------------------------------------------------
 
