@@ -21,7 +21,8 @@ from vmodel.threads import place
 
 log = limited(__name__)
 
-_MAX_REQUEST = 64 * 1024
+#: Largest request.
+_MAX_REQUEST = 1024 * 1024
 #: Seconds that a client has to send its request, and then to read the answer.
 _TIMEOUT = 5.0
 #: Largest answer that `ask` reads.
@@ -197,12 +198,15 @@ def _connect(sock: socket.socket, path: Path) -> None:
 def ask(path: Path, command: str, *, within: float = _TIMEOUT, **arguments: Any) -> Any:
     """Sends a request to the server at `path`; returns its result, which has to come `within` so many seconds.
 
-    ConfigError: there is no server, or it refuses.
+    ConfigError: there is no server, it refuses, or the request is too long.
     """
+    request = json.dumps({"command": command, **arguments}).encode() + b"\n"
+    if len(request) > _MAX_REQUEST:
+        raise ConfigError(f"{len(request):,} bytes for the server in {path.parent}: at most {_MAX_REQUEST:,}")
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             _connect(sock, path)
-            sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            sock.sendall(request)
             reply = json.loads(_receive(sock, _MAX_ANSWER, seconds=within))
     except (FileNotFoundError, ConnectionRefusedError):
         raise NoServer(

@@ -138,4 +138,8 @@ def exception_line(error: BaseException) -> str:
         if file.is_file() and not file.is_relative_to(Path(__file__).parent):
             place = f" ({file.name} line {trace.tb_lineno})"
         trace = trace.tb_next
-    return f"{type(error).__name__}: {one_line(error)}{'' if isinstance(error, SyntaxError) else place}"
+    try:
+        said = one_line(error)
+    except Exception:
+        said = "its __str__ failed, too"
+    return f"{type(error).__name__}: {said}{'' if isinstance(error, SyntaxError) else place}"

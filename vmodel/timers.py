@@ -35,7 +35,7 @@ class Agenda:
     were cancelled.
     """
 
-    def __init__(self, wake: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    def __init__(self, wake: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
         """`wake` wakes the device's thread when another thread adds work; `failed` gets exceptions of callbacks."""
         self._wake = wake
         self._failed = failed
@@ -132,5 +132,5 @@ class Agenda:
     def _call(self, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:
+        except BaseException as error:
             self._failed(error)

@@ -62,6 +62,17 @@ def machine(tmp_path: Path) -> Path:
     return path
 
 
+def test_long_arguments(machine: Path, tmp_path: Path) -> None:
+    """As long as a command line may be; what is longer is refused with its length."""
+    run = tmp_path / "run"
+    with serving(machine, "--run-dir", run):
+        text = "x" * 120_000
+        done = vmodel("call", machine, "uart0.feed", f'"{text}"', "--run-dir", run)
+        assert (done.returncode, done.stdout) == (0, f'["{text}"]\n')
+        with pytest.raises(ConfigError, match=r"^1,\d{3},\d{3} bytes for the server in .*: at most 1,048,576"):
+            ask(socket_of(run, "m"), "call", method="uart0.feed", arguments=["x" * (1 << 20)], named={}, seconds=1)
+
+
 def test_calls(machine: Path, tmp_path: Path) -> None:
     def call(*words: str) -> subprocess.CompletedProcess[str]:
         return vmodel("call", "--run-dir", tmp_path, machine, *words)

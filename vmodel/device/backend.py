@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
@@ -75,7 +76,7 @@ class ModelError:
     """An exception of a model that is a bug: neither a GuestError nor a DmaFault.  `what`: the access or callback."""
 
     what: str
-    error: Exception
+    error: BaseException
 
     def __str__(self) -> str:
         return f"{self.what}: {exception_line(self.error)}"
@@ -233,8 +234,10 @@ class VfioBackend:
         infos[Region.CONFIG] = RegionInfo(self.config.size)
         return infos
 
-    def failed(self, what: str, error: Exception) -> None:
-        """Logs and counts an exception of the model; `what` names the hook or callback."""
+    def failed(self, what: str, error: BaseException) -> None:
+        """Logs and counts an exception of the model, even a SystemExit; `what` names the hook or callback."""
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise error  # the user's Ctrl-C
         self.errors += 1
         if isinstance(error, GuestError | DmaFault):
             self.log.info("%s: %s: %s", self.name, what, error)
@@ -245,7 +248,7 @@ class VfioBackend:
             self.model_errors.append(found)
         self.log.error("%s: the model failed: %s", self.name, found, exc_info=error)
 
-    def _access_failed(self, kind: str, region: int, offset: int, error: Exception) -> None:
+    def _access_failed(self, kind: str, region: int, offset: int, error: BaseException) -> None:
         self.failed(f"{kind} of {self.place(region, offset)}", error)
 
     def place(self, region: int, offset: int) -> str:
@@ -337,7 +340,7 @@ class VfioBackend:
         self.update_enables()
         try:
             self._model.on_reset(kind)
-        except Exception as error:
+        except BaseException as error:
             self.failed("on_reset", error)
 
     def reset_device(self) -> None:

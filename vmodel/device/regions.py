@@ -166,7 +166,7 @@ class Regions:
     """All accesses to one function that exit to Python."""
 
     def __init__(
-        self, function: FunctionRegions, failed: Callable[[str, int, int, Exception], None], owner: Owner
+        self, function: FunctionRegions, failed: Callable[[str, int, int, BaseException], None], owner: Owner
     ) -> None:
         """`failed` gets exceptions of hooks; a read whose hook fails returns all ones, as a master abort does."""
         self.owner = owner
@@ -236,7 +236,7 @@ class Regions:
                 self._function.plain_read(region, at, size) if area is None else area.read(at, size)
                 for at, size, area in _split(self._readers.get(region, ()), offset, count)
             )
-        except Exception as error:
+        except BaseException as error:
             self._failed("a read", region, offset, error)
             data = b"\xff" * count
         return int.from_bytes(data, "little") if count <= 8 else data
@@ -260,7 +260,7 @@ class Regions:
                     area.write(at, piece)
             if region in self._after:
                 self._after[region](Span.sized(offset, count))
-        except Exception as error:
+        except BaseException as error:
             self._failed("a write", region, offset, error)
 
 

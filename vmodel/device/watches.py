@@ -37,7 +37,7 @@ class Watches:
     """The watched fds of one device."""
 
     def __init__(
-        self, name: str, post: Callable[[Callable[[], None]], None], failed: Callable[[str, Exception], None]
+        self, name: str, post: Callable[[Callable[[], None]], None], failed: Callable[[str, BaseException], None]
     ) -> None:
         """`name` is the device's; `post` runs a call on its thread; `failed` gets exceptions of calls."""
         self._name, self._post, self._failed = name, post, failed
@@ -120,7 +120,7 @@ class Watches:
                 watch.call()
         except (GuestError, DmaFault) as error:
             self._failed("a watch", error)
-        except Exception as error:
+        except BaseException as error:
             self._failed("a watch, which has ended with this", error)
             self.drop(watch)
         with self._lock:
