@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.machine("plugged.toml")]
 
 
 @pytest.mark.guest(tools=["pciutils:lspci"])
-def test_scripts_one_after_the_other(vm_booted: BootedGuest) -> None:
+def test_scripts_one_after_the_other(vm_booted: BootedGuest, caplog: pytest.LogCaptureFixture) -> None:
     """Output, status, time, the kernel's log, a tool, a long script, and one that does not end: in one guest."""
     # A name from pci.ids, and the capabilities, which busybox's lspci does not print.
     done = vm_booted.run("lspci -vv -s 00:04.0")
@@ -37,10 +38,15 @@ def test_scripts_one_after_the_other(vm_booted: BootedGuest) -> None:
     with pytest.raises(ConfigError, match="more than 24576"):
         vm_booted.run("#" * 30_000)
     mark = vm_booted.mark()
-    assert vm_booted.run("echo so far; sleep 100", 0.5).status is None
+    with caplog.at_level(logging.WARNING):
+        done = vm_booted.run("echo so far; sleep 100", 0.5)
+    assert (done.status, done.output) == (None, b"so far\n") and done.ended - done.started < 60
+    assert "the console's end:\n" in done.hang and "\n  CPU 0: " in done.hang
+    (said,) = caplog.messages
+    assert said.startswith("the script: did not end in 0.5 s") and said.endswith(done.hang)
     assert vm_booted.alive()
-    vm_booted.guest.examiner().blocked()
     assert "Show Blocked State" in vm_booted.console(mark)
+    assert vm_booted.run("sleep 100", 0.5, examine=False).hang == ""
     assert vm_booted.run("exit 5").status == 5
     result = vm_booted.power_off()
     assert result.powered_off and not vm_booted.alive(1)

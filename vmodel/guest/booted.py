@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import logging
 import re
 import secrets
 import threading
@@ -24,6 +25,8 @@ from vmodel.guest.kernel_lines import Line, lines_of
 from vmodel.guest.monitor import Monitor
 from vmodel.guest.running import Guest, GuestOff, GuestResult, GuestRunError, GuestSpec, GuestTimeout
 from vmodel.patience import patience, spoken
+
+log = logging.getLogger("vmodel.guest")
 
 #: The largest script, in bytes.  A longer one has to be a file of the guest.
 MAX_SCRIPT = 24 * 1024
@@ -86,6 +89,8 @@ class Done:
     ended: float
     #: When each piece of its output arrived.
     came: tuple[float, ...] = ()
+    #: If it did not end within its time limit: the console's end, where each CPU is, and the blocked tasks, as lines.
+    hang: str = ""
 
 
 #: Carries out a request of a script on the host: takes its arguments, returns the exit status.
@@ -142,10 +147,13 @@ class BootedGuest(Starting):
     def start(self) -> None:
         """Boots the guest, and waits until it takes scripts.  GuestRunError: it did not boot.  See also Guest.start."""
         self.guest.start()
+        self._await_boot(0, self._boot_timeout, "boot")
+
+    def _await_boot(self, before: int, timeout: float, name: str) -> None:
         try:
-            self._await(lambda: self._boots > 0, self._boot_timeout, "boot")
+            self._await(lambda: self._boots > before, timeout, name)
         except GuestTimeout as error:
-            raise GuestTimeout(f"{error}{self.guest.hang()}") from None
+            raise GuestTimeout(f"{error}{self.guest.stuck()}") from None
 
     @property
     def monitor(self) -> Monitor:
@@ -244,10 +252,11 @@ class BootedGuest(Starting):
         self._await(lambda: key in self._answers, timeout, verb)
         return self._answers.pop(key)
 
-    def run(self, script: str, timeout: float = 60.0) -> Done:
+    def run(self, script: str, timeout: float = 60.0, *, examine: bool = True) -> Done:
         """Runs a shell script in /root, for up to `timeout` seconds.
 
-        A script that exceeds them is not ended; the guest can run no other script after it.
+        A script that exceeds them is not ended, and the guest is examined unless `examine` says otherwise: the result
+        and the log say why it hangs.  A guest that takes no interrupts any more panics then.
         ConfigError: the script is longer than MAX_SCRIPT.
         """
         encoded = base64.b64encode(script.encode() + b"\n")
@@ -261,18 +270,24 @@ class BootedGuest(Starting):
         def over() -> bool:
             return key in self._answers or started < self._crashed < time.monotonic() - _GRACE
 
-        status = None
+        status, hang = None, ""
         self._send(f"run {self._number} {limit} {encoded.decode()}")
-        with contextlib.suppress(GuestRunError):
+        error: GuestRunError | None = None
+        try:
             self._await(over, timeout, "the script")
-            with self._changed:
-                if key in self._answers:
-                    status = int(self._answers.pop(key))
+        except GuestRunError as raised:
+            error = raised
         ended = time.monotonic()
+        with self._changed:
+            if key in self._answers:
+                status = int(self._answers.pop(key))
         with self._changed:
             came = self._output[first:]
         output = b"".join(data for _, data in came)
-        return Done(status, output, started, ended, tuple(at for at, _ in came))
+        if examine and isinstance(error, GuestTimeout):
+            hang = self.guest.stuck()
+            log.warning("%s%s", error, hang)
+        return Done(status, output, started, ended, tuple(at for at, _ in came), hang)
 
     def alive(self, timeout: float = 5.0) -> bool:
         """Whether the agent answers within `timeout` seconds."""
@@ -300,7 +315,7 @@ class BootedGuest(Starting):
         """
         before = self._boots
         self.monitor.execute("system_reset")
-        self._await(lambda: self._boots > before, timeout or self._boot_timeout, "reset")
+        self._await_boot(before, timeout or self._boot_timeout, "reset")
 
     def power_off(self) -> GuestResult:
         """Makes the guest power off, and returns its result.  GuestRunError: it does not power off."""
@@ -310,7 +325,7 @@ class BootedGuest(Starting):
             with self._changed:
                 self._changed.wait(0.1)
             if time.monotonic() > deadline:
-                raise GuestTimeout(f"the guest did not power off in {spoken(self._boot_timeout)}")
+                raise GuestTimeout(f"the guest did not power off in {spoken(self._boot_timeout)}{self.guest.stuck()}")
         return self.guest.wait()
 
     # ---- the console ------------------------------------------------------------------------

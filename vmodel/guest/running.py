@@ -437,7 +437,7 @@ class Guest(Starting):
                 # By its arguments the kernel reboots after a panic, or halts.
                 deadline = min(deadline, now + patience(_GRACE_PANIC))
             if now >= deadline:
-                killed = self._tail() if panic or verdict else f"{self._tail()}{self.hang()}"
+                killed = self._tail() if panic or verdict else self.stuck()
                 self.kill()
         self._reader.join(10)
         wall = time.monotonic() - self._started
@@ -475,6 +475,10 @@ class Guest(Starting):
     def examiner(self) -> hang.Examiner:
         """Examines the guest while it hangs.  MonitorError: QEMU does not answer."""
         return hang.Examiner(self.monitor, self._ports["console"].ours.sendall, lambda: self.console)
+
+    def stuck(self) -> str:
+        """The console's end, and then as `hang`: what continues the text about a time-out."""
+        return f"{self._tail()}{self.hang()}"
 
     def hang(self) -> str:
         """Why the guest hangs, as lines that continue an error's text; it cannot be used afterwards.
