@@ -21,7 +21,8 @@ def test_the_page_s_test_passes(tmp_path: Path) -> None:
         "-p",
         "no:cacheprovider",
         "test_uart.py",
+        "test_pty_uart.py",
     ]
     env = environ(PYTEST_ADDOPTS="")
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=patience(60))
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr

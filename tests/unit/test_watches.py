@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import socket
 import threading
+import tty
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.waiting import until
 from vmodel.device import MmioBar, PciDevice
 from vmodel.device.watches import MOST, Watches
@@ -92,7 +96,7 @@ def test_a_call_that_fails(
 
 
 def test_what_cannot_be_watched(driver: FakeDriver, tmp_path: Path, pair: tuple[socket.socket, socket.socket]) -> None:
-    with (tmp_path / "x").open("w") as file, pytest.raises(PermissionError):
+    with (tmp_path / "x").open("w") as file, pytest.raises(PermissionError, match="always readable"):
         driver.device.watch(file.fileno(), lambda: None)
     with pytest.raises(OSError, match="Bad file"):
         driver.device.watch(-1, lambda: None)
@@ -100,6 +104,80 @@ def test_what_cannot_be_watched(driver: FakeDriver, tmp_path: Path, pair: tuple[
         driver.device.watch(pair[0].fileno(), lambda: None)
     with pytest.raises(OSError, match="more than 32 fds"):
         driver.device.watch(pair[0].fileno(), lambda: None)
+
+
+def test_a_pty(driver: FakeDriver) -> None:
+    """What is typed at the other end, with a Ctrl-D as a byte; EIO once nobody has the other end open."""
+    needs.pty()
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    got = bytearray()
+    ends: list[int | None] = []
+
+    def incoming() -> None:
+        try:
+            got.extend(os.read(ours, 64))
+        except OSError as error:
+            ends.append(error.errno)
+            watch.cancel()
+
+    watch = driver.device.watch(ours, incoming)
+    os.write(theirs, b"a\x04b\n")
+    until(lambda: bytes(got) == b"a\x04b\n", "the bytes")
+    os.close(theirs)
+    until(lambda: ends == [errno.EIO], "the end")
+    driver.settle()
+    assert ends == [errno.EIO] and driver.device.errors == 0
+    os.close(ours)
+
+
+def test_an_eventfd(driver: FakeDriver) -> None:
+    """Its counter adds up what was written before the call."""
+    fd = os.eventfd(0)
+    got: list[int] = []
+    driver.device.watch(fd, lambda: got.append(os.eventfd_read(fd)))
+    driver.settle()
+    assert got == []
+    os.eventfd_write(fd, 3)
+    until(lambda: got == [3], "the counter")
+    for _ in range(100):
+        os.eventfd_write(fd, 2)
+    until(lambda: sum(got) == 203, "all of it")
+    os.close(fd)
+    driver.settle()
+    assert sum(got) == 203
+
+
+def test_a_fifo_whose_writer_goes_and_comes_back(driver: FakeDriver, tmp_path: Path) -> None:
+    """At its end the call runs again and again until it cancels or there is a writer; the guest is served, too."""
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    got = bytearray()
+    ends: list[bytes] = []
+
+    def incoming() -> None:
+        data = os.read(reader, 64)
+        got.extend(data)
+        if not data:
+            ends.append(data)
+
+    watch = driver.device.watch(reader, incoming)
+    driver.settle()
+    assert ends == [], "there was no writer yet: that is no end"
+    for text in (b"first", b"second"):
+        with (tmp_path / "fifo").open("wb", buffering=0) as writer:
+            writer.write(text)
+            until(lambda text=text: got.endswith(text), "what was written")  # type: ignore[misc]
+        before = len(ends)
+        until(lambda before=before: len(ends) > before + 2, "the end")  # type: ignore[misc]
+        driver.write(LineRegs.X, 7)
+        assert driver.read(LineRegs.X) == 7
+    watch.cancel()
+    driver.settle()
+    before = len(ends)
+    driver.settle()
+    assert (bytes(got), len(ends), driver.device.errors) == (b"firstsecond", before, 0)
+    os.close(reader)
 
 
 def test_the_device_s_end_closes_them(pair: tuple[socket.socket, socket.socket]) -> None:

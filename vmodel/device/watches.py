@@ -59,8 +59,10 @@ class Watches:
             own = os.dup(fd)
             try:
                 self._epoll.register(own, select.EPOLLIN | select.EPOLLONESHOT)
-            except OSError:
+            except OSError as error:
                 os.close(own)
+                if error.errno == errno.EPERM:
+                    raise OSError(errno.EPERM, "a regular file or folder is always readable: read it instead") from None
                 raise
             watch = self._watched[own] = Watch(self, own, call)
             return watch
