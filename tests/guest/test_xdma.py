@@ -20,7 +20,6 @@ from vmodel.patience import patience
 pytestmark = pytest.mark.guest
 EXAMPLE = Path(__file__).parents[2] / "examples" / "xdma"
 DRIVER = "dma_ip_drivers/XDMA/linux-kernel"
-BASH = "bash/bin/bash-static"
 TESTS = "cd tests && ./run_test.sh"
 
 
@@ -45,12 +44,10 @@ def kernel(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(kernel: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the example with the driver, which is built, and what its tests need."""
-    source = needs.checkout("VMODEL_XDMA", "AMD's driver of XDMA", DRIVER, BASH)
+    source = needs.checkout("VMODEL_XDMA", "AMD's driver of XDMA", DRIVER)
     folder = tmp_path_factory.mktemp("xdma")
     shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
     shutil.copytree(source / DRIVER, folder / DRIVER)
-    (folder / BASH).parent.mkdir(parents=True)
-    shutil.copy(source / BASH, folder / BASH)
     make = ["make", "-C", "tools", "clean", "all", "CC=gcc -static"]
     subprocess.run(make, cwd=folder / DRIVER, check=True, capture_output=True, timeout=patience(120))
     # Linux 6.15 no longer reads the variable in which the driver's Makefile has this.

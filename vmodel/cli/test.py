@@ -92,6 +92,8 @@ def _prepare(kernels: list[str]) -> None:
 
 def _guest_tables() -> Iterator[GuestTable]:
     for path in sorted(Path().glob("*.toml")):
-        if "machine" in parse_toml(read_text(path), path):
+        tables = parse_toml(read_text(path), path)
+        # A campaign's file lists machine files.
+        if "machine" in tables and "campaign" not in tables:
             with loaded(path) as machine:
                 yield machine.content.guest
