@@ -1,6 +1,6 @@
 """ci/ and the project's own workflow: their YAML is right for its service, and their shell for sh.
 
-What the GitLab template runs is run by tests/guest/test_project.py.
+What the action and the template run, tests/guest/test_project.py runs, too.
 """
 
 from __future__ import annotations
