@@ -22,10 +22,15 @@ class RegisterError(VmodelError):
 _MODES = "RO, RW, WO, W1C, W1S, RC, RESERVED or another Mode of vmodel.regs"
 
 
+#: Most names that a message lists.
+_LISTED = 40
+
+
 def near(what: str, kind: str, name: str, known: Sequence[str]) -> str:
     """A message that `what` has no `kind` of that name, with the known name most like it, or all of them."""
     close = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(known) or 'none'}"
+    listed = ", ".join([*known[:_LISTED], *(["..."] if len(known) > _LISTED else [])])
+    hint = f"; did you mean {close[0]}?" if close else f": there are {listed or 'none'}"
     return f"{what} has no {kind} {name}{hint}"
 
 
@@ -46,6 +51,7 @@ def fit(value: SupportsIndex, bits: int, what: str) -> int:
     This is the rule for all that a model stores in registers and fields, and that its hooks return.  ValueError: it is
     another number; TypeError: it is none.  Both name `what`.
     """
+    __tracebackhide__ = True  # for pytest: the line that has the value counts
     try:
         number = operator.index(value)
     except TypeError:

@@ -44,6 +44,40 @@ MODEL = """
 """
 
 
+MISTAKES = {
+    'card.read("STAUS")': "LookupError: edu0 has no register STAUS; did you mean STATUS?",
+    'card.write("STATUS", 1 << 32)': "ValueError: 0x100000000 does not fit into STATUS (32 bits)",
+    'card.write(EduRegs.STATUS, "1")': "TypeError: STATUS (32 bits): must be a number, not '1'",
+    "card.write((0, 0), 1 << 16, 2)": "ValueError: 0x10000 does not fit into 2 bytes (16 bits)",
+    "card.interrupt(timeout=0)": "TimeoutError: edu0 has not sent interrupt 0 within 0 s",
+    "card.interrupt(7)": "LookupError: edu0 has 1 interrupts enabled: there is no 7",
+    "card.wait(lambda: False, timeout=0)": "TimeoutError: the condition was not true within 0 s",
+    "card.read((9, 0), 4)": "OSError: [Errno 22] Invalid argument",
+    "card.memory.read(1 << 40, 4)": "ValueError: 0x4 bytes at 0x10000000000 are outside the memory",
+    'card.call("nothing")': "OutsideError: edu0 has no methods for the outside: a model marks them with @outside",
+    "card.read(0x20)": "TypeError: a register is EduRegs.STATUS, a name, or (BAR, offset), not 32",
+    'card.client.close() or card.read("STATUS")': "OSError: [Errno 9] Bad file descriptor",
+    'inject("dma.read nth=1 do=abrt")': "ConfigError: the rule 'dma.read nth=1 do=abrt': do: 'abrt': there",
+    "fake_driver(5)": "TypeError: a device is an instance of a PciDevice, as Edu('edu0'), not 5",
+}
+
+
+def test_mistakes_are_shown_at_the_tests_line(pytester: pytest.Pytester) -> None:
+    """Not inside of vmodel: the last line of source that pytest shows is the test's."""
+    tests = "".join(f"def test_{n}(card, fake_driver, inject):\n    {line}\n" for n, line in enumerate(MISTAKES))
+    pytester.makepyfile(
+        "import pytest\nfrom vmodel.devices.edu import Edu, EduRegs\n@pytest.fixture\ndef card(fake_driver):\n"
+        f"    return fake_driver(Edu('edu0'))\n{tests}"
+    )
+    result = pytester.runpytest("--tb=short")
+    result.assert_outcomes(failed=len(MISTAKES))
+    shown = re.split(r"^_+ test_\d+ _+$", result.stdout.str(), flags=re.MULTILINE)[1:]
+    for (line, said), text in zip(MISTAKES.items(), shown, strict=True):
+        places = re.findall(r"^(\S+\.py):\d+: in ", text, flags=re.MULTILINE)
+        assert places == ["test_mistakes_are_shown_at_the_tests_line.py"], text
+        assert f"    {line}\n" in text and said in text, text
+
+
 def test_what_is_injected_is_kept_when_a_test_fails(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         MODEL

@@ -29,6 +29,9 @@ from vmodel.threads import place
 if TYPE_CHECKING:
     from vmodel.device import PciDevice
 
+#: For pytest: what fails here is shown at the line of the test that called.
+__tracebackhide__ = True
+
 #: Seconds for a call to return.
 TIMEOUT = 10.0
 _MARK = "_vmodel_outside"

@@ -16,6 +16,7 @@ from typing import Any
 from vmodel.closing import Closing
 from vmodel.device import PciDevice
 from vmodel.device.outside import TIMEOUT, call
+from vmodel.fields import fit, near
 from vmodel.patience import patience, spoken
 from vmodel.pci.caps import Msi, Msix
 from vmodel.register_map import RegisterMap
@@ -25,6 +26,8 @@ from vmodel.span import PAGE, MiB
 from vmodel.vfio_user.client import Client, EventFd
 from vmodel.vfio_user.wire import Irq, Region
 
+#: For pytest: what fails here is shown at the line of the test that called.
+__tracebackhide__ = True
 #: Bits of the Command register: I/O space, memory space, bus mastering.
 _IO, _MEMORY, _MASTER = 1, 2, 4
 _ENABLE_MSI, _ENABLE_MSIX = 1 << 0, 1 << 15
@@ -95,7 +98,9 @@ class FakeDriver(Closing):
     """
 
     def __init__(self, device: PciDevice, memory: FakeMemory, *, enable: bool = True) -> None:
-        """`enable`: calls `enable`; otherwise the device stays as after a reset."""
+        """`enable`: calls `enable`; otherwise the device stays as after a reset.  TypeError: `device` is none."""
+        if not isinstance(device, PciDevice):
+            raise TypeError(f"a device is an instance of a PciDevice, as Edu('edu0'), not {device!r}")
         self.device = device
         self.memory = memory
         #: An eventfd for each enabled vector.
@@ -126,12 +131,16 @@ class FakeDriver(Closing):
             for region, at, bank in self.device.backend.banks.values():
                 if type(bank) is where.bank:
                     return region, at + where.offset, size or where.size
+        elif not isinstance(where, str):
+            raise TypeError(f"a register is EduRegs.STATUS, a name, or (BAR, offset), not {where!r}")
         else:
             found = self._names.find(where, config=False)
             if len(found) == 1:
                 return found[0].region, found[0].span.start, size or found[0].span.size
             if found:
                 raise LookupError(f"{where!r} is ambiguous: {', '.join(place.full_name for place in found)}")
+            known = [place.name for place in self._names.places if place.region != Region.CONFIG]
+            raise LookupError(near(self.device.name, "register", where, known))
         raise LookupError(f"{self.device.name} has no register {where}")
 
     def read(self, where: Register | str | tuple[int, int], size: int | None = None) -> int:
@@ -142,9 +151,14 @@ class FakeDriver(Closing):
     def write(
         self, where: Register | str | tuple[int, int], value: int, size: int | None = None, *, posted: bool = False
     ) -> None:
-        """Writes a register.  `posted`: does not wait for the reply, as writes of a guest do not.  LookupError."""
+        """Writes a register.  `posted`: does not wait for the reply, as writes of a guest do not.
+
+        LookupError: no such register; ValueError, TypeError: `value` is no number of that size (see vmodel.fields.fit).
+        """
         region, offset, count = self._place(where, size)
-        self.client.region_write(region, offset, value.to_bytes(count, "little"), posted=posted)
+        what = where.name if isinstance(where, Register) else where if isinstance(where, str) else f"{count} bytes"
+        data = fit(value, 8 * count, what).to_bytes(count, "little")
+        self.client.region_write(region, offset, data, posted=posted)
 
     def config_read(self, offset: int, size: int) -> int:
         """Reads `size` bytes of config space."""
@@ -198,8 +212,15 @@ class FakeDriver(Closing):
         self.interrupts = self.client.eventfds(irq, count)
 
     def interrupt(self, vector: int = 0, timeout: float = 5.0) -> int:
-        """Waits for an interrupt; returns their number since the last call.  TimeoutError: none within `timeout` s."""
-        return self.interrupts[vector].wait(timeout)
+        """Waits for an interrupt; returns their number since the last call.
+
+        TimeoutError: none within `timeout` seconds; LookupError: no such vector is enabled.
+        """
+        if not 0 <= vector < len(self.interrupts):
+            raise LookupError(f"{self.device.name} has {len(self.interrupts)} interrupts enabled: there is no {vector}")
+        if self.interrupts[vector].quiet(patience(timeout)):
+            raise TimeoutError(f"{self.device.name} has not sent interrupt {vector} within {spoken(timeout)}")
+        return self.interrupts[vector].wait(0)
 
     def quiet(self, vectors: Collection[int] | None = None) -> bool:
         """Whether no interrupt of these vectors (by default all) is left after `settle`."""

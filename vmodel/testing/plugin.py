@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+#: For pytest: what fails here is shown at the line of the test that called.
+__tracebackhide__ = True
+
 # Fixtures import what they need when they are used, as pytest loads this file at each start.
 if TYPE_CHECKING:
     from vmodel.device import PciDevice
@@ -197,12 +200,16 @@ def vmodel_devices() -> dict[str, PciDevice]:
 
 def _plan(faults: str | Path | FaultPlan, base: Path) -> FaultPlan:
     """A plan, from a rule, a plan's file or a plan.  ConfigError."""
+    from vmodel.errors import ConfigError
     from vmodel.inject import FaultPlan, parse_rule
 
-    if isinstance(faults, Path) or (isinstance(faults, str) and faults.endswith(".toml")):
-        return FaultPlan.load(base / faults)
-    if isinstance(faults, str):
-        return FaultPlan().extended([parse_rule(faults, "the rule")])
+    try:
+        if isinstance(faults, Path) or (isinstance(faults, str) and faults.endswith(".toml")):
+            return FaultPlan.load(base / faults)
+        if isinstance(faults, str):
+            return FaultPlan().extended([parse_rule(faults, "the rule")])
+    except ConfigError as error:
+        raise error.with_traceback(None) from None  # its text says where the mistake is
     return faults
 
 

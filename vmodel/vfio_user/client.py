@@ -46,6 +46,9 @@ from vmodel.vfio_user.wire import (
     IrqSetFlags,
 )
 
+#: For pytest: what fails here is shown at the line of the test that called.
+__tracebackhide__ = True
+
 __all__ = ["DEFAULT_CAPABILITIES", "Client", "ClientRegion", "Closed", "EventFd", "IoFd", "Message", "Ram", "Stream"]
 
 _T = TypeVar("_T")

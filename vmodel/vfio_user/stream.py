@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 from vmodel.vfio_user import wire
 
+#: For pytest: what fails here is shown at the line of the test that called.
+__tracebackhide__ = True
+
 #: Longest message that is accepted, in bytes: QEMU's largest transfer, and room for the structures.
 MOST_BYTES = (64 << 20) + 4096
 #: Most fds that the kernel passes in one message (SCM_MAX_FD).
