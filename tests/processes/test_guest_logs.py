@@ -11,7 +11,7 @@ from vmodel.cli.screen import Screen
 from vmodel.errors import ConfigError
 from vmodel.guest import initramfs, running
 from vmodel.guest.artifacts import Kernel, Qemu
-from vmodel.guest.running import Guest, GuestOff, GuestSpec, LogError
+from vmodel.guest.running import Guest, GuestOff, GuestSpec, GuestTimeout, LogError
 
 #: Writes more than a socket holds on the command's port, then the command's status if it has one.
 QEMU = f"""#!{sys.executable}
@@ -61,6 +61,19 @@ def test_the_accelerator(spec: GuestSpec, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("VMODEL_ACCEL", "kmv")
     with pytest.raises(ConfigError, match="VMODEL_ACCEL='kmv': must be tcg or kvm"), Guest(spec):
         pass
+
+
+@pytest.mark.parametrize(("accelerator", "said"), [("kvm", True), ("tcg", False)])
+def test_a_kvm_with_which_no_guest_boots(
+    accelerator: str, said: bool, spec: GuestSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "qemu").write_text("#!/bin/sh\nexec sleep 1000\n")
+    monkeypatch.setenv("VMODEL_ACCEL", accelerator)
+    monkeypatch.setattr(Guest, "hang", lambda self: "")  # this QEMU has no monitor
+    spec.timeout = 0.2
+    with Guest(spec) as guest, pytest.raises(GuestTimeout) as error:
+        guest.wait()
+    assert ("its kernel has printed nothing: VMODEL_ACCEL=tcg boots it without KVM" in str(error.value)) is said
 
 
 def test_another_reason_comes_first(spec: GuestSpec, logs: Path, tmp_path: Path) -> None:

@@ -505,6 +505,9 @@ class Guest(Starting):
         lines = [printable(line) for line in self.console.splitlines() if line.strip()][-5:]
         kept = f"; logs are in {self.artifacts}" if self.artifacts else ""
         kept = f"; {self._log_error}" if self._log_error else kept
+        if not lines and self.line[1:3] == ["-accel", "kvm"]:
+            # In a virtual machine there may be a /dev/kvm with which no guest boots.
+            return f"{kept}; its kernel has printed nothing: VMODEL_ACCEL=tcg boots it without KVM"
         return f"{kept}; the console's end:\n  " + "\n  ".join(lines) if lines else kept
 
 
