@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.kernels import CHOSEN
+from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import CLOUD, Kernel, find_kernel
 from vmodel.guest.booted import BootedGuest
 from vmodel.guest.initramfs import build as build_initramfs
@@ -48,3 +49,10 @@ def test_a_share_that_cannot_be_mounted(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("vmodel.guest.initramfs.build", without)
     with pytest.raises(ShareError, match=f"the folder {tmp_path} was not mounted at /opt/x"):
         run_guest(GuestSpec(command="true", shares=[Share(tmp_path, "/opt/x")]))
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    """Linux would panic: it unpacks them into at most half of the memory that is left beside them."""
+    (tmp_path / "large").write_bytes(bytes(180 << 20))
+    with pytest.raises(ConfigError, match="more than a third of its memory, 512 MiB: give it more, or share a folder"):
+        run_guest(GuestSpec(command="true", files=[tmp_path / "large"]))

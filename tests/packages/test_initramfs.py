@@ -103,9 +103,13 @@ def test_build(tmp_path: Path, busybox: Path) -> None:
 
 
 def test_a_script_is_taken_as_it_is(tmp_path: Path, busybox: Path) -> None:
-    script = "echo $((1 + 1)) {a} %s\n# ünï"
-    found = read_back(build(kernel_with(tmp_path / "m", {}), busybox, script))
-    assert found["vmodel-command"].data == script.encode() + b"\n"
+    """Also if it, or a path, is no UTF-8, as any word on a command line may be."""
+    script = "echo $((1 + 1)) {a} %s\n# ünï \udcff"
+    share = Share(tmp_path, "/\udcff")
+    kernel = kernel_with(tmp_path / "m", {"9p.ko": elf(), "9pnet_virtio.ko": elf()})
+    found = read_back(build(kernel, busybox, script, shares=[share]))
+    assert found["vmodel-command"].data == os.fsencode(script) + b"\n"
+    assert b"'/\xff'" in found["init"].data
 
 
 @pytest.mark.parametrize("target", ["init", "/init", "bin/busybox", "vmodel-command", "bin", "init/x", "../x", ""])

@@ -64,10 +64,20 @@ def test_shares(folder: Path) -> None:
     assert share_at("build:/opt/x/", folder) == Share(build, "/opt/x")
     assert share_at(f"{build}:/b:rw", Path("/elsewhere")) == Share(build, "/b", writable=True)
     assert share_at(".", build) == Share(build, "/root/build")
-    for text in ("gone", "check.sh"):
+    for text in ("gone", "check.sh", ""):
         with pytest.raises(ConfigError, match=f"there is no folder '{text}'"):
             share_at(text, folder)
-    for text in ("build:x", "build:ro", "build:rw:rw", "build:/", "build:/../x", "build:/a:/b", "build:", "build::rw"):
+    for text in (
+        "build:x",
+        "build:ro",
+        "build:rw:rw",
+        "build:/",
+        "build:/../x",
+        "build:/a:/b",
+        "build:",
+        "build::rw",
+        "build:/a\0",
+    ):
         with pytest.raises(ConfigError, match=r"must be DIR\[:PATH\]\[:rw\]"):
             share_at(text, folder)
 

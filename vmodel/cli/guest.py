@@ -155,7 +155,7 @@ def guest(
         timeout = float("inf") if on_tty or gdb or debug_model else 300.0
     if on_tty and debug_model:
         raise ConfigError("-i and --debug-model: both take the terminal: use one of them")
-    if timeout <= 0:
+    if not timeout > 0:  # neither is NaN
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
     slowness()
     fails = ending.kinds(fail_on)

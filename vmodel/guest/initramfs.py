@@ -46,7 +46,7 @@ class Cpio:
 
     def link(self, path: str, target: str) -> None:
         """Adds a symbolic link to `target`."""
-        self._add(path, stat.S_IFLNK | 0o777, target.encode())
+        self._add(path, stat.S_IFLNK | 0o777, os.fsencode(target))
 
     def node(self, path: str, major: int, minor: int) -> None:
         """Adds a character device."""
@@ -64,7 +64,7 @@ class Cpio:
     def _clean(self, path: str) -> str:
         name = str(PurePosixPath(path.lstrip("/")))
         # The kernel silently skips an entry whose name is longer than PATH_MAX.
-        if name == "." or ".." in name.split("/") or "\0" in name or len(name.encode()) > 4095:
+        if name == "." or ".." in name.split("/") or "\0" in name or len(os.fsencode(name)) > 4095:
             raise ConfigError(f"{path[:80]!r} cannot be the path of a file in the guest")
         return name
 
@@ -89,7 +89,7 @@ class Cpio:
 
     def _entry(self, name: str, mode: int, data: bytes, device: tuple[int, int]) -> None:
         self._inode += 1
-        encoded = name.encode() + b"\0"
+        encoded = os.fsencode(name) + b"\0"
         # c_ino c_mode c_uid c_gid c_nlink c_mtime c_filesize c_maj c_min c_rmaj c_rmin c_namesize c_chksum
         fields = (self._inode, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
         head = b"070701" + b"".join(b"%08X" % value for value in fields) + encoded
@@ -211,7 +211,7 @@ def build(
     for source in sources:
         _check_program(source, archive)
     script = command if isinstance(command, str) else shlex.join(command)
-    archive.file("vmodel-command", script.encode() + b"\n", 0o755)
+    archive.file("vmodel-command", os.fsencode(script) + b"\n", 0o755)
     lines = [f"load {name}" for name in own]
     lines += [shlex.join(("share", *line)) for line in mount_lines(shares)]
     lines += ["echo 0 > /sys/bus/pci/drivers_autoprobe"] if gdb else []
@@ -219,7 +219,7 @@ def build(
     lines += [f"{'own' if load.get(module.name) else 'load'} {module.name}" for module in in_order(kernel, load)]
     if gdb:
         lines.append(" ".join(["gdb", *(name for name, path in load.items() if path)]))
-    archive.file("init", _INIT.format(load="\n".join(lines)).encode(), 0o755)
+    archive.file("init", os.fsencode(_INIT.format(load="\n".join(lines))), 0o755)
     return archive.finish()
 
 

@@ -8,6 +8,7 @@ own, for the exit status.  So kernel messages do not mix with the other two.  Ev
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import selectors
@@ -36,6 +37,7 @@ from vmodel.guest.places import Places, finder
 from vmodel.guest.shares import Share
 from vmodel.patience import patience, spoken
 from vmodel.printable import printable
+from vmodel.span import number
 
 #: Kernel arguments: a quick boot under TCG (the crypto self-tests alone take 0.7 s), and a panic ends the run.
 _APPEND = (
@@ -55,6 +57,16 @@ stty sane rows {rows} cols {columns}
 export TERM={term}
 exec setsid -c sh -c 'trap : INT QUIT TSTP; "$@"; status=$?; stty raw -echo; exit $status' sh {command}
 """
+
+
+def _memory(qemu_args: Sequence[str]) -> int:
+    """The guest's memory in bytes; 0: it is not said in a simple form."""
+    found = 0
+    for option, value in itertools.pairwise(qemu_args):
+        if option == "-m":
+            with contextlib.suppress(ValueError):
+                found = number(value)
+    return found
 
 
 class GuestRunError(Exception):
@@ -229,6 +241,12 @@ class Guest(Starting):
             spec.shares,
             spec.gdb,
         )
+        # Linux unpacks it into a file system of at most half of the memory that is left.
+        if 3 * len(made) > (memory := _memory(spec.qemu_args)) > 0:
+            raise ConfigError(
+                f"the guest's files have {len(made) >> 20} MiB, more than a third of its memory, {memory >> 20} MiB:"
+                " give it more, or share a folder instead"
+            )
         with naming(image):
             image.write_bytes(made)
         self.line = [str(qemu.path), "-accel", accelerator(), "-cpu", "max", "-nodefaults", "-no-user-config"]

@@ -38,14 +38,14 @@ def share_at(text: str, base: Path) -> Share:
     """
     name, *rest = text.split(":")
     source = (base / name).resolve()
-    if not source.is_dir():
+    if not name or not source.is_dir():
         raise ConfigError(f"there is no folder {name!r}")
     writable = rest[-1:] == ["rw"]
     if writable:
         rest.pop()
     target = rest.pop() if rest else f"/root/{source.name}"
     path = PurePosixPath(target)
-    if rest or not path.is_absolute() or ".." in path.parts or str(path) in ("/", "/root/"):
+    if rest or not path.is_absolute() or ".." in path.parts or "\0" in target or str(path) in ("/", "/root/"):
         raise ConfigError(f"{text!r}: must be DIR[:PATH][:rw]; PATH is absolute, in the guest")
     return Share(source, str(path), writable)
 
