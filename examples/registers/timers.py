@@ -7,6 +7,7 @@ from vmodel.spec import load
 from vmodel.timers import Timer
 
 CardRegs = load("card.rdl")
+Repeat = CardRegs.TIMER[0].CONTROL.layout.REPEAT.values
 
 
 class Timers(PciDevice):
@@ -36,7 +37,7 @@ class Timers(PciDevice):
     def expired(self, n: int) -> None:
         timer = self.regs.TIMER[n]
         timer.COUNT = min(timer.COUNT + 1, 0xFFFF)
-        if timer.fields.CONTROL.REPEAT:
+        if timer.fields.CONTROL.REPEAT == Repeat.PERIODIC:
             self.start(n)
         else:
             timer.fields.CONTROL.RUNNING = 0

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from vmodel.device import MmioBar, PciDevice, ResetKind, on_read, on_write, on_write_each
+from vmodel.device import MmioBar, PciDevice, ResetKind, VendorSpecific, on_read, on_write, on_write_each
 from vmodel.errors import GuestError
 from vmodel.register_files import Array, FileArray
 from vmodel.regs import RC, RO, W1C, WO, Bit, Bits, Layout, Mode, Reg32, RegisterBank
+from vmodel.vfio_user.wire import Region
 
 
 class Control(Layout):
@@ -193,3 +194,25 @@ def test_after_an_exception_the_register_is_as_the_hook_left_it() -> None:
     card.does = lambda regs, new: None
     card.backend.region_write(0, 4, 4, 0x51)
     assert card.regs.PLAIN == 0x51
+
+
+class Quota(RegisterBank, size=8):
+    QUOTA = Reg32(4, reset=8)
+
+
+class WithCapability(PciDevice):
+    vendor_id, device_id, class_code = 0x1234, 0x0001, 0xFF0000
+    cap = VendorSpecific(Quota)
+
+    @on_write(Quota.QUOTA)
+    def quota(self, new: int) -> None:
+        self.cap.regs.QUOTA = min(new, 8)
+
+
+def test_a_register_of_config_space() -> None:
+    card = WithCapability()
+    (at,) = [at for name, at, _ in card.config.places if name == "cap"]
+    for value, stored in ((70, 8), (5, 5), (0x100, 8)):
+        card.backend.region_write(Region.CONFIG, at + 4, 4, value)
+        assert card.cap.regs.QUOTA == stored == card.backend.region_read(Region.CONFIG, at + 4, 4)
+    assert card.errors == 0
