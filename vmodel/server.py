@@ -279,10 +279,16 @@ class Connection:
         return event.is_set()
 
     def _call_on_thread(self, call: Callable[[], _T], gpa: int, access: Access) -> _T:
-        """Runs `call` on the function's thread and returns its result.  DmaFault(CLIENT): not in time."""
+        """Runs `call` on the function's thread and returns its result.
+
+        DmaFault(CLIENT): not in time, which is that of a message, and a second to begin.  What has not begun then is
+        revoked.
+        """
         done: Future[_T] = Future()
 
         def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
             try:
                 done.set_result(call())
             except BaseException as error:
@@ -292,6 +298,7 @@ class Connection:
         try:
             return done.result(self.limits.message_timeout + 1)
         except TimeoutError:
+            done.cancel()
             raise DmaFault(Reason.CLIENT, gpa, access) from None
 
     def _request(self, command: Command, head: bytes, data: bytes, gpa: int, access: Access) -> bytes:

@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.proto.toy import Toy
 from tests.waiting import until
 from vmodel.errors import DmaFault, Reason
 from vmodel.patience import patience
+from vmodel.server import Connection
 from vmodel.vfio_user import wire
 from vmodel.vfio_user.client import Client
 from vmodel.vfio_user.wire import Command, Region
@@ -136,6 +138,22 @@ def test_dma_from_another_thread(driver: Client, toy: Toy) -> None:
 
     until(ended, "the end of the thread that reads by DMA")
     assert seen == [b"abcd"]
+
+
+def test_dma_from_another_thread_that_is_given_up(driver: Client, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device's thread has not begun it in time, it fails, and does not happen later."""
+    driver.share(0, 0x4000, by_fd=False)
+    courier = toy.dma.courier
+    assert isinstance(courier, Connection)
+    monkeypatch.setattr(courier, "limits", replace(courier.limits, message_timeout=0.1))
+    busy, free = threading.Event(), threading.Event()
+    toy.post(lambda: busy.set() or free.wait(60))
+    assert busy.wait(60)
+    with pytest.raises(DmaFault) as caught:
+        toy.dma.write(0, b"late")
+    free.set()
+    driver.info()
+    assert caught.value.reason is Reason.CLIENT and driver.dma_log == []
 
 
 def test_overlap_and_unmap(client: Client, toy: Toy) -> None:

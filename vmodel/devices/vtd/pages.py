@@ -87,7 +87,10 @@ class PageRequests:
     # ---- the device's thread ---------------------------------------------------------------
 
     def ask(self, device: PciDevice, source: int, request: PageRequest) -> PageResponse:
-        """Puts a device's request into the queue and waits for its response, on the device's thread."""
+        """Puts a device's request into the queue and waits up to PATIENCE for its response, on the device's thread.
+
+        The device's client is served meanwhile.  Without one the thread only waits: what answers is the unit's client.
+        """
         key = source, request.pasid, request.group_index % _INDICES
         waiting = Waiting(device)
         with self._lock:
