@@ -79,7 +79,7 @@ class Fake:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_BEGIN", "_QUIET"):
+    for name in ("_BEGIN", "_QUIET", "_PANIC"):
         monkeypatch.setattr(hang, name, 0.05)
 
 

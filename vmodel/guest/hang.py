@@ -1,7 +1,7 @@
 """Why a guest hangs, seen from outside: which tasks are blocked, and where each CPU is.
 
 The kernel prints both by SysRq: a break on its serial console, then a key (Linux's admin-guide/sysrq.rst).  That needs
-a CPU which takes the console's interrupt.  If none does, an NMI makes the kernel panic and print where CPU 0 was.
+a CPU which takes the console's interrupt.  If none does, an NMI makes the kernel panic and print where all CPUs are.
 QEMU knows the registers of all CPUs in any case.
 """
 
@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from vmodel.guest.monitor import Monitor, MonitorError
 from vmodel.patience import patience
 
-#: Kernel arguments that it needs: SysRq whatever the kernel's default is, and a panic at an NMI without another cause.
-APPEND = "sysrq_always_enabled unknown_nmi_panic"
-#: Seconds until the kernel begins to answer; without a further line, the answer is over; the most that an answer takes.
+#: Kernel arguments that it needs: SysRq whatever the kernel's default is, a panic at an NMI without another cause, and
+#: the backtraces of all CPUs at a panic (panic_print's bit 6): QEMU's NMI reaches only the boot CPU.
+APPEND = "sysrq_always_enabled unknown_nmi_panic panic_print=0x40"
+#: Seconds until the kernel begins to answer; without a further line, the answer is over; the most that it takes then.
 _BEGIN, _QUIET, _MOST = 2.0, 0.5, 5.0
+#: Seconds until it prints a panic by an NMI: Linux 6.12 does so once it has stopped the other CPUs, or given that up.
+_PANIC = 15.0
 _TASK = re.compile(r"task:(\S+)\s+state:D\b.*?\bpid:(\d+)")
 _CPU = re.compile(r"NMI backtrace for cpu (\d+)( skipped: idling)?")
 _RIP = re.compile(r"RIP: [0-9a-f]{4}:(\S+(?: \[\w+\])?)")
@@ -69,7 +72,7 @@ class Examiner:
         if not said and nmi:
             before = len(self._console())
             self._monitor.execute("inject-nmi")
-            said = self._answer(before, "Kernel panic")
+            said = self._answer(before, "Kernel panic", _PANIC)
         places = _places(said)
         return Cpus(tuple(_line(cpu, places.get(int(cpu[1]), "")) for cpu in _REGISTERS.finditer(registers)), registers)
 
@@ -77,11 +80,11 @@ class Examiner:
         before = len(self._console())
         self._monitor.execute("chardev-send-break", {"id": "console"})
         self._send(key)
-        return self._answer(before, "sysrq: ")
+        return self._answer(before, "sysrq: ", _BEGIN)
 
-    def _answer(self, before: int, begin: str) -> str:
-        """The console's text since `before`, once it contains `begin` and has ended; empty: it does not begin."""
-        start = changed = time.monotonic()
+    def _answer(self, before: int, begin: str, within: float) -> str:
+        """The console's text since `before`, once it contains `begin` and has ended; empty: not `within` seconds."""
+        start = begun = changed = time.monotonic()
         size = before
         while True:
             time.sleep(0.02)
@@ -89,9 +92,10 @@ class Examiner:
             if len(text) + before != size:
                 size, changed = len(text) + before, now
             if begin not in text:
-                if now - start > patience(_BEGIN):
+                if now - start > patience(within):
                     return ""
-            elif now - changed > patience(_QUIET) or now - start > patience(_MOST):
+                begun = now
+            elif now - changed > patience(_QUIET) or now - begun > patience(_MOST):
                 return text
 
 

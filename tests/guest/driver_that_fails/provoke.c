@@ -6,6 +6,8 @@
 #include <linux/module.h>
 #include <linux/notifier.h>
 #include <linux/reboot.h>
+#include <linux/sched.h>
+#include <linux/smp.h>
 #include <linux/string.h>
 
 static char *how = "";
@@ -36,6 +38,24 @@ static int provoke_spin(void *data)
 	return 0;
 }
 
+/* All CPUs spin.  All threads are there before the first runs, and this CPU's comes last. */
+static int spin(void)
+{
+	static struct task_struct *threads[NR_CPUS];
+	unsigned int cpu, here = raw_smp_processor_id();
+
+	for_each_online_cpu(cpu) {
+		threads[cpu] = kthread_create_on_cpu(provoke_spin, NULL, cpu, "provoke-spin/%u");
+		if (IS_ERR(threads[cpu]))
+			return PTR_ERR(threads[cpu]);
+	}
+	for_each_online_cpu(cpu)
+		if (cpu != here)
+			wake_up_process(threads[cpu]);
+	wake_up_process(threads[here]);
+	return 0;
+}
+
 static int provoke_block(void *data)
 {
 	wait_for_completion(&never);
@@ -51,7 +71,7 @@ static int __init provoke_init(void)
 	else if (!strcmp(how, "panic-at-off"))
 		register_reboot_notifier(&at_off);
 	else if (!strcmp(how, "spin"))
-		kthread_run(provoke_spin, NULL, "provoke-spin");
+		return spin();
 	else if (!strcmp(how, "block"))
 		kthread_run(provoke_block, NULL, "provoke-block");
 	else
