@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import pty
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -77,14 +75,29 @@ def serving(*arguments: str | Path, **env: str) -> Iterator[tuple[subprocess.Pop
             run.kill()
 
 
+#: Makes standard input the terminal of its session, then becomes Python with these arguments.
+_TAKES_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def on_terminal(*arguments: str, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], int]:
+    """Python on a terminal of its own, and the fd of the terminal's other end.  (pty.fork is not for threads.)"""
+    needs.pty()
+    ours, theirs = os.openpty()
+    line = [sys.executable, "-I", "-S", "-c", _TAKES_TERMINAL, *arguments]
+    try:
+        run = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
+    finally:
+        os.close(theirs)
+    return run, ours
+
+
 def in_terminal(*arguments: str | Path, env: Mapping[str, str] = {}, keys: bytes = b"", until: bytes = b"") -> bytes:
     """What a terminal shows; `keys` are pressed once `until` has come."""
-    needs.pty()
-    pid, fd = pty.fork()
-    if pid == 0:
-        os.execve(
-            sys.executable, [sys.executable, "-m", "vmodel", *map(str, arguments)], environ(**{"TERM": "xterm", **env})
-        )
+    run, fd = on_terminal("-m", "vmodel", *map(str, arguments), env=environ(**{"TERM": "xterm", **env}))
     shown, deadline = b"", time.monotonic() + patience(30)
     while time.monotonic() < deadline:
         if not select.select([fd], [], [], 1)[0]:
@@ -97,6 +110,6 @@ def in_terminal(*arguments: str | Path, env: Mapping[str, str] = {}, keys: bytes
             os.write(fd, keys)
             keys = b""
     else:
-        os.kill(pid, signal.SIGKILL)
+        run.kill()
     os.close(fd)
-    return shown + b"status %d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return shown + b"status %d" % run.wait(patience(30))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import pty
 import select
-import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests import needs
+from tests.cli.commands import on_terminal
 from vmodel.patience import patience
 
 pytestmark = pytest.mark.guest
@@ -43,14 +40,11 @@ THINKING = 6.0
 
 def test_a_breakpoint_in_a_hook(tmp_path: Path) -> None:
     """The user looks at a variable, thinks for longer than QEMU waits otherwise, and changes what the guest reads."""
-    needs.pty()
     (tmp_path / "card.py").write_text(CARD)
     (tmp_path / "m.toml").write_text(MACHINE)
-    line = [sys.executable, "-m", "vmodel", "guest", f"{tmp_path}/m.toml", "--run-dir", f"{tmp_path}/run"]
+    line = ["-m", "vmodel", "guest", f"{tmp_path}/m.toml", "--run-dir", f"{tmp_path}/run"]
     line += ["--debug-model", "--", "sh", "-c", SCRIPT]
-    pid, fd = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, line)
+    run, fd = on_terminal(*line, env=os.environ)
     steps = [(b"(Pdb) ", b"p hex(answer)\n"), (b"'0x77'", b"answer = 0x99\n"), (b"(Pdb) ", b"c\n")]
     shown, seen, deadline = b"", 0, time.monotonic() + patience(120)
     while time.monotonic() < deadline:
@@ -66,8 +60,8 @@ def test_a_breakpoint_in_a_hook(tmp_path: Path) -> None:
                 time.sleep(THINKING)
             os.write(fd, steps.pop(0)[1])
     else:
-        os.kill(pid, signal.SIGKILL)
+        run.kill()
     os.close(fd)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = run.wait(patience(30))
     assert status == 0 and b"\n0x00000099\r\n" in shown, shown.decode(errors="replace")
     assert b"has not returned" not in shown, "a debugger is no hang"

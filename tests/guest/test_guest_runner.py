@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.guest.kernels import CHOSEN
+from tests.waiting import until
 from vmodel.guest import modules
-from vmodel.guest.artifacts import Kernel, find_kernel
+from vmodel.guest.artifacts import Kernel, find_kernel, find_qemu
 from vmodel.guest.running import (
     Guest,
     GuestOff,
@@ -166,6 +167,27 @@ def test_qemu_killed() -> None:
             guest.expect(rb"never")
         with pytest.raises(QemuDied):
             guest.wait()
+
+
+KILLED = """
+from vmodel.guest.running import Guest, GuestSpec
+with Guest(GuestSpec(command="sleep 1000")) as guest:
+    guest.monitor.execute("query-status")  # it has carried out its arguments
+    print(guest.pid, flush=True)
+    guest.wait()
+"""
+
+
+def test_qemu_ends_when_vmodel_is_killed() -> None:
+    if find_qemu().version < (10, 2):
+        pytest.skip("needs QEMU 10.2, which ends with its parent")
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        qemu = Path(f"/proc/{int(run.stdout.readline())}")
+        assert b"exit-with-parent=on" in (qemu / "cmdline").read_bytes()
+        run.kill()
+    # What nobody waits for in a container stays as a zombie, which has no command line.
+    until(lambda: not qemu.exists() or not (qemu / "cmdline").read_bytes(), "the end of QEMU", 10)
 
 
 def test_qemu_refuses_its_arguments() -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from vmodel.campaign.rig import GUESTS
+from vmodel.campaign.runner import executor
 from vmodel.control import Control
-from vmodel.files import create
+from vmodel.files import append, create
 from vmodel.inject.journal import Journal
 from vmodel.machine import parse
 
@@ -70,3 +72,28 @@ def test_create_is_exclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         create(tmp_path / "file")
     assert caught.value.errno == errno.EEXIST
     assert not victim.exists()
+
+
+def test_a_log_in_a_foreign_folder(tmp_path: Path) -> None:
+    """Somebody else's folder: what is there is appended to only if it is a file, and no link leads out of it."""
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("mine")
+    (tmp_path / "nowhere").symlink_to("created")
+    for name in ("link", "nowhere"):
+        with pytest.raises(OSError, match=f"is a symbolic link: '{tmp_path}/{name}'"):
+            append(tmp_path / name)
+    assert (tmp_path / "mine").read_bytes() == b"mine" and not (tmp_path / "created").exists()
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="No such device"):
+        append(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(OSError, match="is not a regular file"):
+        append(tmp_path / "fifo")
+    os.close(reader)
+    for text in (b"one", b"two"):
+        with append(tmp_path / "log") as file:
+            file.write(text)
+    assert (tmp_path / "log").read_bytes() == b"onetwo"
+    (tmp_path / "workers.log").symlink_to("mine")
+    with pytest.raises(OSError, match="is a symbolic link"), executor(GUESTS, tmp_path):
+        pass

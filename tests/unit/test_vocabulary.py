@@ -78,16 +78,17 @@ def wrong_names(text: str) -> Iterator[str]:
                     yield f"{node.lineno}: def {node.name}; write: {instead}"
 
 
-def files() -> list[tuple[Path, Callable[[str], Lines]]]:
+def files(root: Path = ROOT) -> list[tuple[Path, Callable[[str], Lines]]]:
     found: list[tuple[Path, Callable[[str], Lines]]] = []
     for folder in ("vmodel", "tests", "examples", "c_shim"):
         for ending, reader in ((".py", python), (".c", c), (".h", c)):
-            found += [(path, reader) for path in (ROOT / folder).rglob(f"*{ending}")]
-    found += [(path, markdown) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]]
+            found += [(path, reader) for path in (root / folder).rglob(f"*{ending}")]
+    found += [(path, markdown) for path in [*root.glob("*.md"), *(root / "docs").rglob("*.md")]]
     found += [
-        (path, python if path.suffix == ".py" else shell) for path in (ROOT / "scripts").iterdir() if path.is_file()
+        (path, python if path.suffix == ".py" else shell) for path in (root / "scripts").iterdir() if path.is_file()
     ]
-    return sorted(found, key=lambda item: item[0])
+    # An editor's lock is a link that leads nowhere.
+    return sorted(((path, reader) for path, reader in found if path.is_file()), key=lambda item: item[0])
 
 
 def test_the_words() -> None:
@@ -100,6 +101,16 @@ def test_the_words() -> None:
         if path.suffix == ".py" and where.parts[0] == "vmodel":
             wrong += [f"{where}:{mistake}" for mistake in wrong_names(text)]
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path) -> None:
+    """As editors leave them beside a file that is open."""
+    for folder in ("vmodel", "docs", "scripts"):
+        (tmp_path / folder).mkdir()
+    for name in ("vmodel/.#dma.py", "docs/.#index.md", ".#README.md", "scripts/.#test"):
+        (tmp_path / name).symlink_to("user@host.1234")
+    (tmp_path / "vmodel" / "dma.py").touch()
+    assert [path.name for path, _ in files(tmp_path)] == ["dma.py"]
 
 
 def test_every_kind_of_file_is_read() -> None:

@@ -14,6 +14,7 @@ from vmodel.campaign.progress import Reporter
 from vmodel.campaign.rig import harness_error
 from vmodel.campaign.store import ResultStore, Row
 from vmodel.campaign.worker import Processes
+from vmodel.files import append
 
 #: How often the worker of one run may die until the run counts as a harness error.
 MOST_DEATHS = 3
@@ -22,11 +23,7 @@ MOST_DEATHS = 3
 @contextmanager
 def executor(rig: str, folder: Path, *, jobs: int = 1, scheduler: str | None = None) -> Iterator[Executor]:
     """`jobs` processes on this machine, or the Dask cluster at `scheduler`; closed on exit.  ConfigError."""
-    made: Executor
-    if scheduler is not None:
-        made = Cluster(rig, scheduler)
-    else:
-        made = Processes(rig, jobs, (folder / "workers.log").open("ab"))
+    made: Executor = Cluster(rig, scheduler) if scheduler else Processes(rig, jobs, append(folder / "workers.log"))
     try:
         yield made
     finally:

@@ -32,6 +32,8 @@ log = logging.getLogger("vmodel.guest")
 MAX_SCRIPT = 24 * 1024
 #: Seconds that a guest gets after an oops, to print the rest of it.
 _GRACE = 2.0
+#: The end of a console's line in which a crash is looked for, in bytes.  The kernel's lines are shorter.
+_LONGEST_LINE = 4096
 _CRASH = re.compile(rb"Oops\b|Kernel panic|kernel BUG at|BUG: (unable to handle|kernel NULL)")
 #: Marks in the kernel's log where a script begins.
 BEGIN = "vmodel: a script begins:"
@@ -132,7 +134,8 @@ class BootedGuest(Starting):
         #: The pieces of the console's text, with the time of each; likewise of the output, without the agent's answers.
         self._console: list[tuple[float, bytes]] = []
         self._output: list[tuple[float, bytes]] = []
-        self._rest = b""
+        #: Output from the first mark on that is not answered yet: an answer of the agent's, as far as it has arrived.
+        self._rest = bytearray()
         self._answers: dict[str, str] = {}
         self._asked: list[tuple[str, list[str]]] = []
         #: The console's last line, as far as it has arrived, and the time of the last sign of a crash.
@@ -170,7 +173,8 @@ class BootedGuest(Starting):
         now = time.monotonic()
         with self._changed:
             self._console.append((now, data))
-            *lines, self._line = (self._line + data).split(b"\n")
+            *lines, rest = (self._line + data).split(b"\n")
+            self._line = rest[-_LONGEST_LINE:]
             if any(map(_CRASH.search, lines)):
                 self._crashed = now
             self._changed.notify_all()
@@ -179,24 +183,24 @@ class BootedGuest(Starting):
         now = time.monotonic()
         mark = b"\x1e" + self._token.encode() + b" "
         with self._changed:
-            self._rest += data
-            while (at := self._rest.find(b"\x1e")) >= 0:
-                if at:
-                    self._output.append((now, self._rest[:at]))
-                    self._rest = self._rest[at:]
-                if not self._rest.startswith(mark[: len(self._rest)]):
-                    self._output.append((now, self._rest[:1]))  # output of a script
-                    self._rest = self._rest[1:]
+            rest, seen, start, at = self._rest, len(self._rest), 0, 0
+            rest += data
+            # Each byte is looked at once, also in a flood of marks or of an answer's bytes.
+            while (at := rest.find(b"\x1e", at)) >= 0:
+                if not rest.startswith(mark[: len(rest) - at], at):
+                    at += 1  # output of a script
                     continue
-                line, newline, rest = self._rest.partition(b"\n")
-                if not newline:
+                end = rest.find(b"\n", max(at, seen))
+                if end < 0:
                     break
-                self._rest = rest
-                self._answered(line[len(mark) :].decode(errors="replace"))
-            else:
-                if self._rest:
-                    self._output.append((now, self._rest))
-                    self._rest = b""
+                if at > start:
+                    self._output.append((now, bytes(rest[start:at])))
+                self._answered(rest[at + len(mark) : end].decode(errors="replace"))
+                start = at = end + 1
+            at = len(rest) if at < 0 else at
+            if at > start:
+                self._output.append((now, bytes(rest[start:at])))
+            del rest[:at]
             self._changed.notify_all()
 
     def _answered(self, line: str) -> None:
