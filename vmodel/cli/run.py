@@ -28,6 +28,7 @@ from vmodel.cli.serve import (
     traced,
 )
 from vmodel.guest import artifacts
+from vmodel.guest.keeper import Keeper
 
 Arguments = Annotated[
     list[str] | None,
@@ -67,7 +68,9 @@ def run(
         qemu = artifacts.find_qemu()
         with served(machine, run_dir, faults, wanted, debug=debug_model) as (_, folder):
             line = [str(qemu.path), *machine.qemu_args(folder, debug=debug_model), *(arguments or [])]
-            status = _wait(subprocess.Popen(line), stop)
+            process = subprocess.Popen(line)
+            with Keeper(process):
+                status = _wait(process, stop)
         found = [ending.Kind.MODEL] if ending.model_errors(machine) else []
         status = ending.status_of(status, found, found)
     raise typer.Exit(status if status >= 0 else 128 - status)

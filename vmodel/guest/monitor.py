@@ -63,7 +63,7 @@ class Monitor(Closing):
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop).result(patience(_TIMEOUT))
         except (QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError) as error:
-            raise MonitorError(f"QMP: {error or type(error).__name__}") from error
+            raise MonitorError(f"QMP: {str(error) or type(error).__name__}") from error
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Executes a command; returns QEMU's answer.  MonitorError: QEMU refuses it, or does not answer in 20 s."""

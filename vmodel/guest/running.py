@@ -31,6 +31,7 @@ from vmodel.guest import shares as folders
 from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
 from vmodel.guest.gdb import READY, Gdb
 from vmodel.guest.headers import debug_modules
+from vmodel.guest.keeper import Keeper
 from vmodel.guest.modules import built
 from vmodel.guest.monitor import Monitor, MonitorError
 from vmodel.guest.places import Places, finder
@@ -213,6 +214,7 @@ class Guest(Starting):
         self._log_error = ""
         self._started = 0.0
         self._monitor: Monitor | None = None
+        self._keeper: Keeper | None = None
         self._connecting = threading.Lock()
         self._gdb: Gdb | None = None
 
@@ -279,6 +281,7 @@ class Guest(Starting):
                 stderr=log,
                 pass_fds=[port.theirs.fileno() for port in self._ports.values()],
             )
+        self._keeper = Keeper(self._process, folder)
         for port in self._ports.values():
             port.theirs.close()
         self._reader.start()
@@ -358,9 +361,11 @@ class Guest(Starting):
 
     def close(self) -> None:
         """Ends QEMU if it runs, and removes temporary files."""
-        if self._monitor is not None:
-            self._monitor.close()
         self.kill()
+        if self._keeper is not None:
+            self._keeper.close()
+        if self._monitor is not None:  # after QEMU's end, which it does not wait for
+            self._monitor.close()
         if self._reader.ident is not None:
             self._reader.join(10)
         for port in self._ports.values():
