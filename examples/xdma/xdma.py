@@ -197,8 +197,9 @@ class Engine:
         """Stores a new value of Control: starts or stops the channel."""
         old, self.regs.CONTROL = self.regs.CONTROL, new
         if Control(new).RUN and not Control(old).RUN:
-            self.regs.STATUS = Status.BUSY.mask
+            self.regs.STATUS = Status.BUSY.mask  # events of the last list are gone
             self.regs.COMPLETED = 0
+            self.card.interrupts()
             self.block = []
             self.address = self.sgdma.FIRST_HIGH << 32 | self.sgdma.FIRST_LOW
             self.adjacent = self.sgdma.ADJACENT & 0x3F

@@ -5,6 +5,7 @@ The driver is not here: examples/xdma/README.md has the commands that make the f
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -84,3 +85,5 @@ def test_faults(folder: Path, kernel: str) -> None:
     done = vmodel(folder, "campaign", campaign, "-j", "2", "--output", folder / f"{kernel}.runs")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 of 5 runs are not as expected" in done.stdout + done.stderr
+    results = [json.loads(path.read_text()) for path in (folder / f"{kernel}.runs").glob("*/result.json")]
+    assert [result["check_status"] for result in results] == [0] * 5  # the next copy works

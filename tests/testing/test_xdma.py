@@ -191,6 +191,15 @@ def test_events_are_levels(host: Host) -> None:
     assert host.card.read("IRQ.CHANNEL_PENDING") == 0 and host.card.read("H2C[0].STATUS") == STOPPED
 
 
+def test_events_that_nobody_takes(host: Host) -> None:
+    """As after a lost interrupt: they end when Run is set again (PG195, Status), so that the next list interrupts."""
+    for _ in range(3):
+        host.start("H2C[0]", host.descriptors([(0x1000, 0, 1)]))
+        assert host.card.interrupt(0) == 1
+        host.card.write("H2C[0].CONTROL_CLEAR", RUN)
+        assert host.card.read("H2C[0].STATUS") == STOPPED | COMPLETED
+
+
 def test_lines_of_the_cards_logic(host: Host) -> None:
     """From the card's register, and from outside."""
     host.card.write("LINES", 1 << 3)
