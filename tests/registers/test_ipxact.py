@@ -42,6 +42,17 @@ def test_a_component(tmp_path: Path) -> None:
     assert done.mode is Mode.W1C and done.doc == "It is done."
 
 
+def test_names_of_values(tmp_path: Path) -> None:
+    named = """<ipxact:enumeratedValues>
+     <ipxact:enumeratedValue><ipxact:name>BUSY</ipxact:name><ipxact:value>0</ipxact:value></ipxact:enumeratedValue>
+     <ipxact:enumeratedValue><ipxact:name>READY</ipxact:name><ipxact:description>Take it.</ipxact:description>
+      <ipxact:value>1</ipxact:value></ipxact:enumeratedValue></ipxact:enumeratedValues>"""
+    path = tmp_path / "card.xml"
+    path.write_text(COMPONENT.replace("</ipxact:field>", f"{named}</ipxact:field>"))
+    values = load(path).registers[0].layout.DONE.values
+    assert [(v.name, int(v), v.doc) for v in values] == [("BUSY", 0, ""), ("READY", 1, "Take it.")]
+
+
 @pytest.mark.parametrize("text", ["<component>", "<component></component>", COMPONENT.replace("0x10<", "ten<")])
 def test_components_that_are_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "card.xml"
