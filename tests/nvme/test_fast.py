@@ -17,6 +17,7 @@ from tests.examples import examples
 from tests.nvme.driver import Driver, Pair, prps, start
 from vmodel._shim import Domain
 from vmodel.devices.nvme.command import NvmeCommand
+from vmodel.trace import Trace, Wanted, what
 
 #: Guest memory that commands move data to and from, and where their lists are.
 DATA, DATA_SIZE = 32 << 20, 1 << 20
@@ -331,6 +332,19 @@ def test_counters_agree(tmp_path: Path) -> None:
     first, second = both.contents()
     assert first == second
     assert first[2] == [7, 8, 7 * 4096, 8 * 4096]
+    both.close()
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("memory", "NO_WINDOW"), ("iommu", "NOT_MAPPED")])
+def test_what_is_refused_while_somebody_follows(kind: str, reason: str, tmp_path: Path) -> None:
+    """`vmodel log` has the transfer that the client's memory, or an IOMMU, refuses: the fast path is off meanwhile."""
+    both = Twins(tmp_path, kind)
+    driver, pair = both.drivers[0], both.pairs[0]
+    with Trace({driver.device.name: driver.device}) as trace:
+        number = trace.follow(Wanted.of([], [], ["dma"]))
+        assert pair.send(READ, nsid=1, dptr=prps(NOWHERE)).status != 0
+        lines = [what(record) for record in trace.take(number) or []]
+    assert f"dma.write {NOWHERE:#x}+4096: {reason} at {NOWHERE:#x}, 0 bytes done" in lines
     both.close()
 
 
