@@ -210,7 +210,7 @@ def ask(path: Path, command: str, *, within: float = _TIMEOUT, **arguments: Any)
             reply = json.loads(_receive(sock, _MAX_ANSWER, seconds=within))
     except (FileNotFoundError, ConnectionRefusedError):
         raise NoServer(
-            f"no server runs in {path.parent}: start `vmodel serve` or `run`, or name its --run-dir"
+            f"no server runs in {path.parent}: start `vmodel serve`, `run` or `guest`, or name its --run-dir"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         if not path.exists():

@@ -177,7 +177,7 @@ def test_watch_of_a_server_that_ends(tmp_path: Path, file: Path) -> None:
 
 def test_no_server(tmp_path: Path, file: Path) -> None:
     line = ["iommu", "show", file, "--run-dir", tmp_path]
-    said = f"no server runs in {tmp_path}: start `vmodel serve` or `run`, or name its --run-dir"
+    said = f"no server runs in {tmp_path}: start `vmodel serve`, `run` or `guest`, or name its --run-dir"
     for extra in ([], ["--json"], ["--watch"]):
         assert refused(vmodel(*line, *extra)) == said
     with socket.socket(socket.AF_UNIX) as dead:

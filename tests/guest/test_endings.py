@@ -72,9 +72,21 @@ def test_a_command_that_does_not_end(arguments: list[str], script: str, status: 
     assert "Traceback" not in done.stderr
 
 
+def test_a_module_that_oopses_while_it_loads(tmp_path: Path) -> None:
+    """The oops is why it did not load: it is said with its line, and the status is its own if --fail-on has it."""
+    arguments = ["--module", f"{PROVOKE}/", "--append", "provoke.how=oops-in-init"]
+    done = guest(tmp_path, *arguments, script="true")
+    assert done.returncode == 72, done.stderr
+    oops, failed = said(done)
+    assert re.fullmatch(r"vmodel: kernel oops: BUG: kernel NULL pointer dereference, .*provoke\.c:\d+\)", oops), oops
+    assert failed.startswith("vmodel: module provoke did not load")
+    done = guest(tmp_path, *arguments, "--fail-on", "model", script="true")
+    assert done.returncode == 125, done.stderr
+
+
 #: By what the driver does: patterns of the lines that are printed, and what the kernel prints on its console.
 HANGS = {
-    "block": ([r"blocked: provoke-block:\d+ in provoke_block\+.*"], "sysrq: Show Blocked State"),
+    "block": ([r"blocked: provoke-block:\d+ in provoke_block\+.*provoke\.c:\d+\)"], "sysrq: Show Blocked State"),
     "spin": (
         [rf"CPU {n}: in the kernel at 0x\w+, interrupts off: provoke-spin/{n}:\d+ in provoke_spin\+.*" for n in (0, 1)],
         "Kernel panic - not syncing: NMI",

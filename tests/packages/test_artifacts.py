@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -90,6 +92,22 @@ def test_a_spoilt_stamp_is_a_missing_part(cache: Path, stamp: str) -> None:
     fake_qemu(cache / "qemu" / "qemu-system-x86_64")
     assert get_qemu.missing_parts(["stable"]) == ["qemu", "busybox", "kernel-stable"]
     assert artifacts.find_kernels() == {}
+
+
+def test_headers_and_compiler_of_a_cache_that_was_moved(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their scripts and Makefiles contain the cache's path: they are fetched again, and everything else stays."""
+    apt: Any = SimpleNamespace(header_packages=lambda release: (["headers"], "14"))
+    monkeypatch.setattr(get_qemu, "unpack_gcc", lambda *arguments: None)
+    monkeypatch.setattr(get_qemu, "unpack_headers", lambda *arguments: None)
+    cached(cache, "busybox")
+    cached(cache, "kernel-stable", release=RELEASE)
+    for part in get_qemu._headers_parts("stable", RELEASE, apt):
+        cached(cache, part.name, **part.unpack([], cache))
+    assert get_qemu.missing_parts(["stable"], headers=["stable"]) == ["qemu"]
+    moved = cache.parent.rename(cache.parent.with_name("moved"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(moved))
+    assert get_qemu.missing_parts(["stable"], headers=["stable"]) == ["qemu", "headers-stable"]
+    assert not get_qemu._is_current("gcc-14", "p")
 
 
 def test_kernels_by_name(cache: Path) -> None:

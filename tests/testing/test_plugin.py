@@ -306,8 +306,7 @@ def test_a_model_that_raises_fails_the_test(pytester: pytest.Pytester) -> None:
     key, late = (1 + next(n for n, line in enumerate(lines) if word in line) for word in ("{}[new]", '"late"'))
     result.stdout.fnmatch_lines(
         [
-            "the model failed:",
-            f"card0: a write of regs.B: KeyError: 7 ({name} line {key})",
+            f"the model failed: card0: a write of regs.B: KeyError: 7 ({name} line {key})",
             f"card0: a callback: ValueError: late ({name} line {late})",
         ]
     )
@@ -332,4 +331,4 @@ def test_a_machines_model_that_raises_fails_the_test(pytester: pytest.Pytester) 
     )
     result = pytester.runpytest()
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["c0: a callback: ValueError: late (card.py line *)"])
+    result.stdout.fnmatch_lines(["the model failed: c0: a callback: ValueError: late (card.py line *)"])

@@ -7,57 +7,63 @@ side.
 This is the namespace of all; the hot loops of device models are imported by themselves: `nvme`, `store`, `viommu`.
 """
 
-from vmodel._shim.channel import (
-    ACCESS,
-    BATCH,
-    EXIT_CLOSED,
-    EXIT_COMMAND,
-    EXIT_EVENT,
-    EXIT_POSTED,
-    EXIT_READ,
-    EXIT_REPLY,
-    EXIT_TIMEOUT,
-    EXIT_WAKE,
-    EXIT_WRITE,
-    FOREVER,
-    Channel,
-    key,
-)
-from vmodel._shim.domain import (
-    DOMAIN_BLOCKED,
-    DOMAIN_IDENTITY,
-    FLUSH_KEEP_OWN,
-    UNMAP_DEFER,
-    Budget,
-    Domain,
-    Mapped,
-)
-from vmodel._shim.fault import NO_PASID, ByMessage
-from vmodel._shim.function import (
-    ALL_SIZES,
-    EXIT_ON_READ,
-    EXIT_ON_WRITE,
-    EXIT_REFUSED,
-    MISALIGNED,
-    REGIONS,
-    SIZE_ODD,
-    FunctionRegions,
-    FunctionStats,
-    Policy,
-)
-from vmodel._shim.handle import check
-from vmodel._shim.memory import Files, Memory
-from vmodel._shim.requester import (
-    ATOMIC_CAS,
-    ATOMIC_FETCH_ADD,
-    ATOMIC_SWAP,
-    DMA_WRITE,
-    PROT_NONE,
-    STALE_ROUTE,
-    Pin,
-    Requester,
-    StaleNote,
-)
+try:
+    from vmodel._shim.channel import (
+        ACCESS,
+        BATCH,
+        EXIT_CLOSED,
+        EXIT_COMMAND,
+        EXIT_EVENT,
+        EXIT_POSTED,
+        EXIT_READ,
+        EXIT_REPLY,
+        EXIT_TIMEOUT,
+        EXIT_WAKE,
+        EXIT_WRITE,
+        FOREVER,
+        Channel,
+        key,
+    )
+    from vmodel._shim.domain import (
+        DOMAIN_BLOCKED,
+        DOMAIN_IDENTITY,
+        FLUSH_KEEP_OWN,
+        UNMAP_DEFER,
+        Budget,
+        Domain,
+        Mapped,
+    )
+    from vmodel._shim.fault import NO_PASID, ByMessage
+    from vmodel._shim.function import (
+        ALL_SIZES,
+        EXIT_ON_READ,
+        EXIT_ON_WRITE,
+        EXIT_REFUSED,
+        MISALIGNED,
+        REGIONS,
+        SIZE_ODD,
+        FunctionRegions,
+        FunctionStats,
+        Policy,
+    )
+    from vmodel._shim.handle import check
+    from vmodel._shim.memory import Files, Memory
+    from vmodel._shim.requester import (
+        ATOMIC_CAS,
+        ATOMIC_FETCH_ADD,
+        ATOMIC_SWAP,
+        DMA_WRITE,
+        PROT_NONE,
+        STALE_ROUTE,
+        Pin,
+        Requester,
+        StaleNote,
+    )
+except AttributeError as error:
+    if "cffi library" not in str(error):
+        raise
+    # The sources were updated, and the shim was not built again.
+    raise ImportError(f"it is older than vmodel's Python files: {error}", name="vmodel._vmshim") from error
 
 __all__ = [
     "ACCESS",

@@ -45,7 +45,7 @@ def shim_command() -> str:
 
 def _shim() -> Diagnosis:
     try:
-        importlib.import_module("vmodel._vmshim")
+        importlib.import_module("vmodel._shim")  # and not only _vmshim, which may be older than it
     except ImportError as error:
         return Diagnosis("C shim", False, str(error), shim_command())
     return Diagnosis("C shim", True, "loaded")

@@ -13,7 +13,7 @@ from vmodel.errors import ConfigError
 from vmodel.experiment.kernel_log import Where, findings
 from vmodel.experiment.oracle import Finding
 from vmodel.guest.kernel_lines import lines_of
-from vmodel.guest.running import GuestPanic, GuestRunError, GuestTimeout
+from vmodel.guest.running import GuestPanic, GuestRunError, GuestTimeout, ModuleError
 from vmodel.machine import Machine
 
 #: As of timeout(1), env(1) and others, which also run a command and return its status.
@@ -70,10 +70,12 @@ def status_of(command: int, found: Collection[Kind], fail_on: Collection[Kind]) 
     return command or next((status for kind, status in STATUS.items() if kind in found and kind in fail_on), 0)
 
 
-def status_of_error(error: GuestRunError) -> int:
-    """The exit status for a command that did not run to its end."""
+def status_of_error(error: GuestRunError, found: Collection[Kind], fail_on: Collection[Kind]) -> int:
+    """The exit status for a command that did not run to its end.  An oops may be why a module did not load."""
     if isinstance(error, GuestPanic):
         return STATUS[Kind.PANIC]
+    if isinstance(error, ModuleError) and Kind.OOPS in found and Kind.OOPS in fail_on:
+        return STATUS[Kind.OOPS]
     return TIMED_OUT if isinstance(error, GuestTimeout) else OWN_FAILURE
 
 

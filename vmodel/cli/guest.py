@@ -37,6 +37,7 @@ from vmodel.cli.serve import (
 )
 from vmodel.cli.terminal import ESCAPE_NAME, Terminal
 from vmodel.errors import ConfigError
+from vmodel.experiment.oracle import Finding
 from vmodel.guest import artifacts, modules, options
 from vmodel.guest.monitor import MonitorError
 from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec, on_terminal
@@ -186,30 +187,33 @@ def guest(
         )
         with Stop.on_signals() as stop, served(machine, run_dir, faults, wanted, debug=debug_model) as (server, folder):
             spec.qemu_args = [*spec.qemu_args, *machine.qemu_args(folder, debug=debug_model)]
-            result = error = None
+            ended: GuestResult | GuestRunError
+            reports: list[tuple[ending.Kind, Finding]] = []
             try:
                 with Terminal(sys.stdin.fileno()) if on_tty else contextlib.nullcontext() as terminal:
                     if interactive:
                         spec.command = _announced(command, terminal)
                     quiet = interactive or debug_model
-                    result = _watch(spec, artifacts_dir, stop, interactive, quiet, terminal, out, err)
-            except GuestRunError as raised:
-                error = raised
+                    ended, reports = _watch(spec, artifacts_dir, stop, interactive, quiet, terminal, out, err)
+            except GuestRunError as error:
+                ended = error
             err.end_line()
-            if stats and result is not None:
-                summary(server, machine, result)
+            if stats and isinstance(ended, GuestResult):
+                summary(server, machine, ended)
         # The server has stopped: a hook that does not return is known now.
         found = [ending.Kind.MODEL] if ending.model_errors(machine) else []
         if stop.number:
             raise typer.Exit(128 + stop.number)
-        if error is not None:
-            print(f"vmodel: {error}", file=sys.stderr)
-            raise typer.Exit(ending.status_of_error(error))
-        assert result is not None
-        for kind, finding in ending.kernel_findings(result.console, result.places.of):
+        for kind, finding in reports:
+            # A GuestPanic says it itself; after a time-out the examination has caused it.
+            if kind is ending.Kind.PANIC and isinstance(ended, GuestRunError):
+                continue
             print(f"vmodel: kernel {kind}: {finding.text}", file=sys.stderr)
             found.append(kind)
-    raise typer.Exit(ending.status_of(result.status, found, fails))
+        if isinstance(ended, GuestRunError):
+            print(f"vmodel: {ended}", file=sys.stderr)
+            raise typer.Exit(ending.status_of_error(ended, found, fails))
+    raise typer.Exit(ending.status_of(ended.status, found, fails))
 
 
 def _watch(
@@ -221,7 +225,7 @@ def _watch(
     terminal: Terminal | None,
     out: Screen,
     err: Screen,
-) -> GuestResult:
+) -> tuple[GuestResult | GuestRunError, list[tuple[ending.Kind, Finding]]]:
     messages = console(sys.stderr)
     release = spec.kernel.release if spec.kernel else ""
     spin = messages.is_terminal and not quiet
@@ -250,7 +254,12 @@ def _watch(
                 threading.Thread(target=_forward, args=(listening, sys.stdin.fileno(), running), daemon=True).start()
             if spec.gdb:
                 threading.Thread(target=_debugged, args=(running, err), daemon=True).start()
-            return running.wait()
+            ended: GuestResult | GuestRunError
+            try:
+                ended = running.wait()
+            except GuestRunError as error:
+                ended = error
+            return ended, ending.kernel_findings(running.console, running.places.of)
 
 
 def _announced(command: list[str], terminal: Terminal | None) -> list[str] | str:

@@ -279,12 +279,15 @@ def natural(text: str) -> list[tuple[int, str]]:
 
 
 def read_stamp(part: Path) -> dict[str, str]:
-    """A part's stamp; {} if the part is absent or its stamp is damaged: then it is fetched again."""
+    """A part's stamp; {} if the part must be fetched again: it is absent, or its stamp is damaged or of another place.
+
+    A stamp has a `folder` if the part's files contain the path of the cache, so that the part cannot be moved.
+    """
     try:
         stamp = json.loads((part / "stamp.json").read_text())
     except (OSError, ValueError):
         return {}
-    return stamp if isinstance(stamp, dict) else {}
+    return stamp if isinstance(stamp, dict) and stamp.get("folder", str(part)) == str(part) else {}
 
 
 def host_qemu() -> Qemu | None:

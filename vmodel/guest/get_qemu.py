@@ -257,19 +257,19 @@ def _kernel_part(name: str, apt: Apt) -> _Part:
 def _headers_parts(name: str, release: str, apt: Apt) -> list[_Part]:
     """The headers of a kernel, and its compiler."""
     packages, compiler = apt.header_packages(release)
-    gcc = cache_dir() / f"gcc-{compiler}"
+    gcc, headers = cache_dir() / f"gcc-{compiler}", cache_dir() / f"headers-{name}"
 
     def unpacked(debs: Sequence[Path], folder: Path) -> dict[str, str]:
-        unpack_headers(debs, folder, cache_dir() / f"headers-{name}", release, gcc)
-        return {"release": release, "compiler": compiler}
+        unpack_headers(debs, folder, headers, release, gcc)
+        return {"release": release, "compiler": compiler, "folder": str(headers)}
 
     def unpacked_gcc(debs: Sequence[Path], folder: Path) -> dict[str, str]:
         unpack_gcc(debs, folder, gcc, compiler)
-        return {"version": compiler}
+        return {"version": compiler, "folder": str(gcc)}
 
     return [
         _Part(gcc.name, gcc_packages(compiler), [], unpacked_gcc),
-        _Part(f"headers-{name}", [], packages, unpacked, f" ({release})"),
+        _Part(headers.name, [], packages, unpacked, f" ({release})"),
     ]
 
 

@@ -45,7 +45,7 @@ class Places:
             return ""
         function, offset, size, module = found.groups()
         # A stack has the addresses behind the calls; only the instruction pointer is an address itself.
-        exact = "RIP:" in line or "WARNING:" in line
+        exact = "RIP:" in line or "WARNING:" in line or line.startswith("CPU ")  # the last: of `hang`
         key = (module, function, f"{max(int(offset, 16) - (not exact), 0):x}")
         if key not in self._known:
             path = self._find(module)

@@ -48,6 +48,8 @@ _APPEND = (
 #: Seconds that a guest gets to power off after its command has ended, and to print the rest of a panic.
 _GRACE_OFF = 20.0
 _GRACE_PANIC = 1.0
+#: The same if there was no command, as a module did not load: after an oops in it no guest powers off.
+_GRACE_FAILED = 3.0
 
 
 # A terminal is hung up when its session's first process ends, which loses output that has not been sent: so this is a
@@ -456,7 +458,8 @@ class Guest(Starting):
                 self._changed.wait(0.1)
             now = time.monotonic()
             if verdict is None and (verdict := self._verdict()):
-                deadline = min(deadline, now + patience(_GRACE_OFF))
+                grace = _GRACE_OFF if verdict[1] == b"status" else _GRACE_FAILED
+                deadline = min(deadline, now + patience(grace))
             if panic is None and (panic := self._panic()):
                 # By its arguments the kernel reboots after a panic, or halts.
                 deadline = min(deadline, now + patience(_GRACE_PANIC))
@@ -516,7 +519,7 @@ class Guest(Starting):
         if self.artifacts is not None and registers:
             with naming(path := self.artifacts / "registers.log"):
                 path.write_text(registers)
-        return "".join(f"\n  {printable(line)}" for line in lines)
+        return "".join(f"\n  {printable(self.places.in_text(line))}" for line in lines)
 
     def _verdict(self) -> re.Match[bytes] | None:
         with self._changed:

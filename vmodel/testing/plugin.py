@@ -265,7 +265,7 @@ def _check_models(request: pytest.FixtureRequest, devices: Iterable[PciDevice]) 
     """Fails a test in which a model has raised an exception that is a bug, unless it has the mark for that."""
     found = [f"{device.name}: {error}" for device in devices for error in device.backend.model_errors]
     if found and request.node.get_closest_marker("allow_model_errors") is None:
-        pytest.fail("the model failed:\n" + "\n".join(found), pytrace=False)
+        pytest.fail("the model failed: " + "\n".join(found), pytrace=False)  # the summary has the first line
 
 
 # ---- without a guest ------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ static int __init provoke_init(void)
 {
 	if (!strcmp(how, "warn"))
 		WARN(1, "provoked\n");
+	else if (!strcmp(how, "oops-in-init"))
+		provoke_oops(NULL);
 	else if (!strcmp(how, "oops"))
 		kthread_run(provoke_oops, NULL, "provoke-oops");
 	else if (!strcmp(how, "panic-at-off"))
