@@ -120,6 +120,9 @@ def test_a_project_that_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "card.toml").write_text('[machine]\nname = "card"\nmemry = "1G"\n')
     (tmp_path / "campaign.toml").write_text('[campaign]\nname = "x"\n[[machine]]\nfile = "card.toml"\n')  # is none
     assert refused(vmodel("test", cwd=tmp_path)).startswith("card.toml: machine.memry: ")
+    (tmp_path / "card.toml").write_text('[machine]\nname = "card"\n[guest]\ntools = ["nvme-cli:nvme", ":x"]\n')
+    said = refused(vmodel("test", cwd=tmp_path))
+    assert said == "card.toml: guest.tools[1]: ':x': must be PACKAGE:PROGRAM, as pciutils:lspci"
     (tmp_path / "card.toml").write_text("[machine")
     assert "is not valid TOML" in refused(vmodel("test", cwd=tmp_path))
 

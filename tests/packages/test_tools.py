@@ -105,13 +105,21 @@ def test_a_program_its_libraries_and_data(packages: Packages) -> None:
             "usr/bin/lspci": elf("libpci.so.3", "libc.so.6"),
             "usr/sbin/update-pciids": b"#!/bin/sh\n",
             "etc/pci.conf": b"conf",
+            f"{LIBS}/libplugin.so.0": elf("libc.so.6"),
             "usr/share/man/man8/lspci.8.gz": b"page",
             "usr/lib/systemd/system/x.service": b"unit",
         },
         "Depends: libc6 (>= 2.34), libpci3 (= 1:3.13.0-2), debconf (>= 0.5) | debconf-2.0",
     )
     part = packages.unpack("pciutils")
-    data = ["etc/pci.conf", "usr/bin/lspci", f"{LIBS}/libpci.so.3", f"{LIBS}/libz.so.1", "usr/share/misc/pci.ids"]
+    data = [
+        f"{LIBS}/libplugin.so.0",
+        "etc/pci.conf",
+        "usr/bin/lspci",
+        f"{LIBS}/libpci.so.3",
+        f"{LIBS}/libz.so.1",
+        "usr/share/misc/pci.ids",
+    ]
     assert needs("pciutils:lspci") == sorted(data)
     assert program_path("pciutils:lspci") == "usr/bin/lspci"
     assert LOADER in tool_files(["pciutils:lspci"]), "where programs look for it"

@@ -14,6 +14,7 @@ import typer
 
 from vmodel.cli.serve import loaded
 from vmodel.config_file import parse_toml, read_text
+from vmodel.errors import ConfigError
 from vmodel.guest import artifacts, get_qemu, kbuild, modules
 from vmodel.guest.tools import tool
 from vmodel.machine.schema import GuestTable
@@ -70,14 +71,14 @@ def _parallel(jobs: int | None) -> list[str]:
 
 def _prepare(kernels: list[str]) -> None:
     """Fetches what guests need, and builds the current folder's modules for each kernel."""
-    tables = list(_guest_tables())
-    entries = {entry for table in tables for entry in (*table.modules, *table.extra_modules)}
+    tables = dict(_guest_tables())
+    entries = {entry for table in tables.values() for entry in (*table.modules, *table.extra_modules)}
     sources = sorted(filter(modules.is_source, entries))
     for source in sources:
         kbuild.check_source(Path(source))
         kbuild.check_path(Path(source))
     names = [name for name in kernels if artifacts.KERNEL_NAME.fullmatch(name)]
-    packages = sorted({tool(text)[0] for table in tables for text in table.tools})
+    packages = sorted({package for path, table in tables.items() for package in _packages(path, table)})
     get_qemu.fetch(names, headers=names if sources else (), tools=packages)
     for source in sources:
         for name in kernels:
@@ -90,10 +91,19 @@ def _prepare(kernels: list[str]) -> None:
             print(f"{shown}: built for {found.release} in {time.monotonic() - start:.1f} s")
 
 
-def _guest_tables() -> Iterator[GuestTable]:
+def _packages(path: Path, table: GuestTable) -> Iterator[str]:
+    """The packages of a machine file's tools.  ConfigError: one has another form."""
+    for n, text in enumerate(table.tools):
+        try:
+            yield tool(text)[0]
+        except ConfigError as error:
+            raise ConfigError(str(error), file=path, key=f"guest.tools[{n}]") from None
+
+
+def _guest_tables() -> Iterator[tuple[Path, GuestTable]]:
     for path in sorted(Path().glob("*.toml")):
         tables = parse_toml(read_text(path), path)
         # A campaign's file lists machine files.
         if "machine" in tables and "campaign" not in tables:
             with loaded(path) as machine:
-                yield machine.content.guest
+                yield path, machine.content.guest

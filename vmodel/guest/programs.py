@@ -146,7 +146,9 @@ class _Selection:
             for name in left:
                 done.add(name)
                 used |= dict.fromkeys(self._followed(name))
-                data = [path for path in self._packages[name].data if not _LIBRARY.fullmatch(path)]
+                data = self._packages[name].data
+                if name != self._package:  # whose libraries its programs may open without naming them in the file
+                    data = [path for path in data if not _LIBRARY.fullmatch(path)]
                 self._add(data, files, used, plugins=True)
         return [program, *sorted(files.keys() - {program})]
 
