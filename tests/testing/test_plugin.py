@@ -173,6 +173,18 @@ def test_the_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) ->
             "*guest(module): arguments are allow_reboot, append, cpus, extra_modules, files, *",
         ),
         ("def test_a(inject): inject('dma.write do=nothing')", "*do: *"),
+        *(
+            (f"@pytest.mark.{mark}\ndef test_a(vm): pass", f"*{said}")
+            for mark, said in (
+                ("guest(tools='pciutils:lspci')", "guest(tools='pciutils:lspci'): must be a list of texts"),
+                ("guest(modules=[5])", "guest(modules=*): must be a list of texts"),
+                ("guest(timeout=float('nan'))", "guest(timeout=nan): must be a number of seconds"),
+                ("guest(cpus=0)", "guest(cpus=0): must be a number from 1 to 64"),
+                ("guest('driver/')", "guest('driver/'): arguments have names, as modules=*"),
+                ("machine(None)", 'machine takes a file, as machine("edu.toml")'),
+                ("machine()", 'machine takes a file, as machine("edu.toml")'),
+            )
+        ),
     ],
 )
 def test_mistakes(pytester: pytest.Pytester, test: str, said: str) -> None:
@@ -180,7 +192,7 @@ def test_mistakes(pytester: pytest.Pytester, test: str, said: str) -> None:
     pytester.makepyfile(f"import pytest\n{test}")
     result = pytester.runpytest()
     assert result.ret != 0
-    (result.stderr if "arguments are" in said else result.stdout).fnmatch_lines([said])
+    (result.stderr if result.ret == pytest.ExitCode.USAGE_ERROR else result.stdout).fnmatch_lines([said])
 
 
 @pytest.mark.machine("../../examples/edu.toml")

@@ -42,22 +42,21 @@ if TYPE_CHECKING:
 
 #: Fixtures that boot a guest.  Their tests get the mark `guest`, so that `-m "not guest"` deselects them.
 _GUESTS = frozenset(("vm", "vm_booted", "experiment"))
-#: The arguments of the mark `guest`.
-_SPEC = frozenset(
-    (
-        "modules",
-        "extra_modules",
-        "files",
-        "shares",
-        "tools",
-        "append",
-        "cpus",
-        "qemu_args",
-        "timeout",
-        "without",
-        "allow_reboot",
-    )
-)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
+
+
+_TEXTS = ("a list of texts", _is_texts)
+#: The arguments of the mark `guest`: what each must be.
+_SPEC: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("modules", "extra_modules", "files", "shares", "tools", "qemu_args", "without"), _TEXTS),
+    "append": ("a text", lambda value: isinstance(value, str)),
+    "cpus": ("a number from 1 to 64", lambda value: type(value) is int and 1 <= value <= 64),
+    "timeout": ("a number of seconds", lambda value: type(value) in (int, float) and value > 0),
+    "allow_reboot": ("True or False", lambda value: isinstance(value, bool)),
+}
 #: CPUs of a test's guest, unless the machine file or the mark `guest` says otherwise: one CPU hides a driver's races.
 _CPUS = 2
 #: The property of a test's report that has the release of its guests' kernel.
@@ -122,9 +121,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks tests whose fixtures boot guests, and checks the arguments of the mark `guest`."""
     for item in items:
         for mark in item.iter_markers("guest"):
-            if unknown := set(mark.kwargs) - _SPEC:
+            if unknown := mark.kwargs.keys() - _SPEC.keys():
                 known = ", ".join(sorted(_SPEC))
                 raise pytest.UsageError(f"{item.nodeid}: guest({', '.join(sorted(unknown))}): arguments are {known}")
+            for name, value in mark.kwargs.items():
+                if not _SPEC[name][1](value):
+                    raise pytest.UsageError(f"{item.nodeid}: guest({name}={value!r}): must be {_SPEC[name][0]}")
+            if mark.args:
+                raise pytest.UsageError(
+                    f"{item.nodeid}: guest({mark.args[0]!r}): arguments have names, as modules=[...]"
+                )
+        for mark in item.iter_markers("machine"):
+            if len(mark.args) != 1 or not isinstance(mark.args[0], str | Path) or mark.kwargs:
+                raise pytest.UsageError(f'{item.nodeid}: machine takes a file, as machine("edu.toml")')
         names = getattr(item, "fixturenames", ())
         if _GUESTS.intersection(names) and item.get_closest_marker("guest") is None:
             item.add_marker(pytest.mark.guest)
