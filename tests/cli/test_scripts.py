@@ -46,6 +46,7 @@ def calls(script: Path, *arguments: str, status: int = 0) -> list[list[str]]:
     ("name", "source"),
     [
         ("bench", "tests/bench/run.py"),
+        ("build-kernel", "vmodel/guest/build_kernel.py"),
         ("demo", ""),
         ("docs", "scripts/docs"),
         ("fuzz", "tests/fuzz/run.py"),

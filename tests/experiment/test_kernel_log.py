@@ -10,7 +10,8 @@ from vmodel.experiment.kernel_log import findings, normal
 from vmodel.experiment.oracle import Effect, Finding
 from vmodel.guest.kernel_lines import Line, lines_of, merged
 
-#: What kernels print, in the formats of 6.12 ("_new": of 7.2), with made-up addresses.
+#: What kernels print, in the formats of 6.12 ("_new": of 7.2), with made-up addresses.  Those with levels are of the
+#: debug kernel and the driver with planted bugs (tests/guest/buggy), without registers.
 SPLATS = {path.stem: path.read_text() for path in (Path(__file__).parent / "splats").glob("*.log")}
 
 
@@ -29,6 +30,13 @@ def signs(text: str) -> list[str]:
         (SPLATS["protection"], ["oops"]),
         (SPLATS["bug_at"], ["memory", "bug"]),
         (SPLATS["kasan"], ["kasan"]),
+        (SPLATS["kasan_debug"], ["kasan"]),
+        (SPLATS["lockdep"], ["lockdep"]),
+        (SPLATS["atomic"], ["bug"]),
+        (SPLATS["dma_api"], ["dma-api", "dma-api"]),
+        (SPLATS["ubsan"], ["ubsan", "ubsan"]),
+        (SPLATS["debug_objects"], ["debug-objects"]),
+        (SPLATS["asked_for"], []),
         (SPLATS["warn"], ["warn"]),
         (SPLATS["warn_new"], ["warn"]),
         (SPLATS["hung_task"], ["hung-task", "hung-task"]),
@@ -42,6 +50,32 @@ def signs(text: str) -> list[str]:
 )
 def test_signs(text: str, expected: list[str]) -> None:
     assert signs(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "sign"),
+    [
+        ("kmemleak: 3 new suspected memory leaks (see /sys/kernel/debug/kmemleak)", "kmemleak"),
+        ("WARNING: possible recursive locking detected", "lockdep"),
+        ("WARNING: possible irq lock inversion dependency detected", "lockdep"),
+        ("WARNING: inconsistent lock state", "lockdep"),
+        ("WARNING: HARDIRQ-safe -> HARDIRQ-unsafe lock order detected", "lockdep"),
+        ("WARNING: bad unlock balance detected!", "lockdep"),
+        ("WARNING: held lock freed!", "lockdep"),
+        ("WARNING: sh/69 still has locks held!", "lockdep"),
+        ("WARNING: lock held when returning to user space!", "lockdep"),
+        ("WARNING: suspicious RCU usage", "lockdep"),
+        ("[ BUG: Invalid wait context ]", "lockdep"),
+        ("BUG: MAX_LOCKDEP_ENTRIES too low!", "lockdep"),
+        ("BUG: scheduling while atomic: sh/69/0x00000002", "bug"),
+        ("DMA-API: preallocated 65536 debug entries", None),
+        ("DMA-API: debugging enabled by kernel config", None),
+        ("kmemleak: Kernel memory leak detector initialized (mem pool available: 15183)", None),
+    ],
+)
+def test_lines_of_the_debug_kernel(text: str, sign: str | None) -> None:
+    """Their texts are those of 6.12."""
+    assert signs(f"[    1.000001] {text}") == ([sign] if sign else [])
 
 
 def test_each_line_of_iommus() -> None:
@@ -92,6 +126,15 @@ def test_effects() -> None:
             SPLATS["warn"],
             "warn: WARNING: drivers/iommu/dma-iommu.c __iommu_dma_unmap in __iommu_dma_unmap <"
             " iommu_dma_unmap_page < nvme_unmap_data",
+        ),
+        (
+            SPLATS["lockdep"],
+            "lockdep: WARNING: possible circular locking dependency detected in lock_order < __mutex_lock < buggy_set",
+        ),
+        (
+            SPLATS["dma_api"],
+            "dma-api: DMA-API: buggy PCI: device driver frees DMA memory with different size [device address=#] [map"
+            " size=# bytes] [unmap size=# bytes] in mapped < buggy_set < param_attr_store",
         ),
         (
             SPLATS["hung_task"],

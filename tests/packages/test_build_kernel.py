@@ -144,7 +144,7 @@ def test_the_price_comes_first(cache: Path, capsys: pytest.CaptureFixture[str]) 
     assert build_kernel.main(["--dry-run", "--jobs", "2"]) == 0
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f" minutes with 2 compilers at a time; a download of 153 MB; 4.5 GB in {cache} meanwhile (" in said
+    assert f" minutes with 2 compilers at a time; a download of 153 MB; 3.6 GB in {cache} meanwhile (" in said
     assert not list(cache.glob("*"))
 
 
@@ -152,7 +152,7 @@ def test_the_price_comes_first(cache: Path, capsys: pytest.CaptureFixture[str]) 
 def test_too_little_room(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=2_000_000_000))
     assert build_kernel.main(["--yes"]) == 1
-    assert f"needs 4.5 GB in {cache}, and 2.0 GB are free; make room" in capsys.readouterr().err
+    assert f"needs 3.6 GB in {cache}, and 2.0 GB are free; make room" in capsys.readouterr().err
 
 
 class Stdin(io.StringIO):

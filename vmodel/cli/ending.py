@@ -36,6 +36,7 @@ _SIGNS = {
     "panic": Kind.PANIC,
     **dict.fromkeys(("oops", "bug", "kasan", "memory"), Kind.OOPS),
     **dict.fromkeys(("warn", "softlockup", "hardlockup", "hung-task", "rcu-stall"), Kind.WARN),
+    **dict.fromkeys(("lockdep", "ubsan", "dma-api", "debug-objects", "kmemleak"), Kind.WARN),
 }
 
 FailOn = Annotated[

@@ -51,11 +51,22 @@ SIGNS = (
         r"^Oops\b",
         r"^(stack segment|general protection fault|double fault|traps: PANIC)\b.*\[#\d+\]",
     ),
+    # The kernel's limits for lockdep's tables are no bug of a driver.
+    _sign(
+        "lockdep",
+        Effect.NOTICED,
+        r"^WARNING: (possible (circular|recursive|irq lock)|inconsistent lock|\S+-safe -> |Nested lock was not)",
+        r"^WARNING: (bad (unlock balance|contention)|held lock freed|.* still has locks held|lock held when returning)",
+        r"^WARNING: (suspicious RCU usage|chain_key collision)",
+        r"^\[ BUG: Invalid wait context \]",
+        r"^BUG: (MAX_LOCK\w*|MAX_STACK_TRACE_ENTRIES) too low",
+    ),
     _sign("bug", Effect.CRASH, r"^kernel BUG at ", r"^BUG: "),
     _sign("warn", Effect.NOTICED, r"^WARNING: (CPU: \d+ PID: \d+ )?(at )?\S+:\d+", r"^WARNING: at \S+\+0x"),
-    _sign(
-        "warn", Effect.NOTICED, r"^WARNING: (possible|suspicious|inconsistent|bad unlock)", r"^UBSAN: ", r"^DMA-API: "
-    ),
+    _sign("ubsan", Effect.NOTICED, r"^UBSAN: "),
+    _sign("dma-api", Effect.NOTICED, r"^DMA-API: (?!debugging|preallocated|dma_debug_entry pool|Mapped at)"),
+    _sign("debug-objects", Effect.NOTICED, r"^ODEBUG: (?!.*selftest)"),
+    _sign("kmemleak", Effect.NOTICED, r"^kmemleak: \d+ new suspected memory leaks"),
     _sign("blocked-task", Effect.NOTICED, r"^task:\S.* state:D\b"),
     _sign(
         "aer",
@@ -125,15 +136,22 @@ SIGNS = (
     _sign("virtio", Effect.NOTICED, r"\bid \d+ is not a head!", r"\bid \d+ out of range"),
 )
 
+#: Failures that somebody has asked for, in debugfs or /proc/PID/fail-nth: with a stack, and no finding.
+_ASKED_FOR = _sign("asked-for", Effect.NOTICED, r"^FAULT_INJECTION: forcing a failure")
+
 #: Messages about a slow or busy host that emulates the CPU, not about drivers.
 _NOISE = re.compile(
     r"^hrtimer: interrupt took|^clocksource: |^perf: interrupt took|^workqueue: .*hogged CPU|^TSC |^tsc: |^random: "
     r"|^sched: |^kauditd|^audit: |^sysrq: |^-+\[ (cut here|end trace)|^psi: |^Loading of module with unavailable key"
     r"|: loading out-of-tree module taints|module verification failed|^SMP alternatives|^sched_clock:"
     r"|^printk: |^process '.*' started with executable stack"
+    # what frames a report
+    r"|^={20,}$|^Disabling lock debugging due to kernel taint"
 )
 _CUT = re.compile(r"^-+\[ cut here \]-+")
 _END = re.compile(r"^-+\[ end trace|^</TASK>|^ </TASK>")
+#: What may come behind the end; lockdep's kernels have the first four there.
+_AFTER = re.compile(r"^(irq event stamp: |(hard|soft)irqs last +(en|dis)abled at |-+\[ end trace|DMA-API: Mapped at)")
 #: Lines that belong to a splat if they follow its first line.
 _BODY = re.compile(
     r"^(?:\s|$|Call Trace|\S+\+0x[0-9a-f]+/0x|\[<|Stack|task:"
@@ -143,17 +161,28 @@ _BODY = re.compile(
     r"|Oops|general protection fault|#PF|PGD|P4D|-+\[|Modules linked|Kernel Offset|note: |Disabling lock debugging"
     # watchdogs, interrupts
     r"|Sending NMI|NMI |rcu: |\(|handlers:|\w+ event stamp|hardirqs|softirqs|Show|\"echo"
+    # what the debug kernel adds
+    r"|in_atomic\(\): |preempt_count: |RCU nest depth|\d+ locks? held by|no locks held by|Preemption disabled at"
+    r"|INFO: lockdep is turned off"
     # KASAN, KFENCE, bad pages
     r"|=====|(?:Read|Write) of|The buggy|which belongs|Allocated by|Freed by|Memory state|addr:|vma"
     r"|(?:page|flags|raw): |page dumped|kfence-#)"
 )
+#: Reports of which each line belongs to them, whatever it says, until one of these: at most so many.
+_WHOLE = {"kasan": re.compile(r"^={20,}$"), **dict.fromkeys(("lockdep", "ubsan", "asked-for"), _END)}
+_LONGEST = 300
+#: A WARN's message has at most so many lines.
+_MESSAGE = 4
 _FUNCTION = re.compile(r"(\?\s+)?\b([A-Za-z_][\w.]*)\+0x[0-9a-f]+/0x[0-9a-f]+")
 #: Functions that print a splat, or in which any task sleeps: they do not identify a bug.
 _GENERIC = re.compile(
     r"^(show_\w+|dump_stack\w*|__?die\w*|page_fault_oops|kernelmode_fixup_or_oops|\w*exc_\w+|panic|vpanic|__warn\w*|report_bug"
     r"|handle_bug|warn_slowpath\w*|(__)?schedule|io_schedule\w*|schedule_\w+|__wait_for_common|bit_wait\w*"
     r"|preempt_schedule\w*|kasan_\w+|__kasan\w+|print_\w*report\w*|watchdog\w*|__hrtimer\w*|hrtimer\w*|sched_show_task\w*"
-    r"|asm_\w+|entry_\w+|do_syscall_64|x64_sys_call|ret_from_fork\w*)$"
+    r"|asm_\w+|entry_\w+|do_syscall_64|x64_sys_call|ret_from_fork\w*"
+    # the debug kernel's checks
+    r"|__asan_\w+|(__)?ubsan_\w+|check_(noncircular|prev\w*|unmap|sync|wait_context)|validate_chain|mark_lock\w*"
+    r"|(__)?lock_acquire[.\w]*|__might_\w+[.\w]*|lockdep_\w+|debug_\w+|__debug_\w+|should_fail\w*)$"
 )
 _MOST_FUNCTIONS = 3
 
@@ -178,16 +207,24 @@ class _Splat:
     place: str = ""
     #: Whether more lines may belong to it.
     open: bool = True
+    #: Whether it was the message of a WARN so far, and how many lines it has after that.
+    message: bool = False
+    lines: int = 0
 
     def takes(self, text: str) -> bool:
         """Whether the next line belongs to it; if so, collects the line."""
+        if after := _AFTER.match(text):
+            self.open = after[0].startswith("DMA-API")  # the stack of the mapping follows
+            return True
         if not self.open:
             return False
         if text.startswith("task:") and self.sign.name != "hung-task":
             return False
-        if not _BODY.match(text):
+        end = _WHOLE.get(self.sign.name)
+        self.lines += 1
+        if not _BODY.match(text) and (end is None or self.lines > _LONGEST):
             return False
-        if _END.match(text):
+        if (end or _END).match(text):
             self.open = False
         self.place = self.place or self.where(text)
         for unsure, name in _FUNCTION.findall(text):
@@ -218,6 +255,7 @@ class _Splat:
 _SPLATS = frozenset(
     (
         *("panic", "oops", "bug", "kasan", "memory", "warn"),
+        *("lockdep", "ubsan", "dma-api", "debug-objects", "asked-for"),
         *("softlockup", "hardlockup", "rcu-stall", "hung-task", "blocked-task"),
     )
 )
@@ -239,7 +277,15 @@ def findings(lines: Iterable[Line], *, unknown: bool = True, where: Where = _now
     cut = False
     for line in lines:
         text = line.text
-        sign = next((sign for sign in SIGNS if sign.pattern.search(text)), None)
+        if _CUT.match(text):
+            current, cut = None, True
+            continue
+        sign = next((sign for sign in (_ASKED_FOR, *SIGNS) if sign.pattern.search(text)), None)
+        if current is not None and current.message:
+            current.lines += 1
+            current.message = sign is None and current.lines < _MESSAGE and not _BODY.match(text)
+            if current.message or (sign is not None and sign.name == "warn"):
+                continue  # the rest of the message, and the WARN of it
         inside = current is not None and current.takes(text)
         # "Oops: 0002 [#1]" and "general protection fault" begin a splat, or are the second line of an oops or a BUG.
         if inside and (sign is None or sign.name in ("oops", "blocked-task", "rcu-stall")):
@@ -247,7 +293,7 @@ def findings(lines: Iterable[Line], *, unknown: bool = True, where: Where = _now
         if sign is None and cut:
             cut = False  # the message of a WARN, whose splat begins with the next line
             continue
-        cut = bool(_CUT.match(text))
+        message, cut = cut, False
         if sign is None and not line.foreign and line.level is not None and line.level <= _WARNING:
             counts = unknown and not inside and text.strip() and not _NOISE.search(text)
             sign = _UNKNOWN[line.level <= _ERROR] if counts else None
@@ -255,9 +301,9 @@ def findings(lines: Iterable[Line], *, unknown: bool = True, where: Where = _now
             if not inside:
                 current = None
             continue
-        current = _Splat(sign, line, open=sign.name in _SPLATS, where=where)
+        current = _Splat(sign, line, open=sign.name in _SPLATS, where=where, message=message)
         made.append(current)
-    return summed(splat.finding() for splat in made)
+    return summed(splat.finding() for splat in made if splat.sign is not _ASKED_FOR)
 
 
 def summed(found: Iterable[Finding]) -> list[Finding]:
