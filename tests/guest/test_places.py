@@ -96,3 +96,31 @@ faults = ["dma.write nth=1 do=drop"]
     assert oops and oops[0]["example"].endswith(f"({line_of('the oops')})"), said["signatures"]
     log = (folder / said["runs"][0]["artefacts"]["kernel log"]).read_text()
     assert f"({line_of('the oops')})\n" in log and f"({line_of('the call')})\n" in log
+
+
+def test_in_a_test_that_fails(folder: Path) -> None:
+    """pytest's report has what the kernel said, be it of a guest that has ended."""
+    (folder / "test_it.py").write_text(
+        """
+import pytest
+
+pytestmark = [pytest.mark.machine("edu.toml"), pytest.mark.guest(modules=["broken/"])]
+OOPS = "echo oops > /sys/module/broken/parameters/how"
+
+
+def test_runs(vm_booted):
+    assert vm_booted.run(OOPS).status == 0
+
+
+def test_ended(vm):
+    with vm.boot() as guest:
+        guest.run(OOPS)
+    assert 0
+"""
+    )
+    line = [sys.executable, "-m", "pytest", "-q", "test_it.py"]
+    ran = subprocess.run(line, cwd=folder, env=environ(), capture_output=True, text=True, timeout=patience(240))
+    said = [line for line in ran.stdout.splitlines() if line.startswith("BUG: kernel NULL pointer dereference")]
+    assert ran.returncode == 1 and len(said) == 2, ran.stdout
+    assert all(line.endswith(f" ({line_of('the oops')})") for line in said)
+    assert ran.stdout.count("- the guest's kernel -") == 2

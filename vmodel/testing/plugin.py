@@ -63,6 +63,9 @@ _CPUS = 2
 _KERNEL = "vmodel_kernel"
 _failed = pytest.StashKey[bool]()
 _kept = pytest.StashKey[Path]()
+_booted = pytest.StashKey["list[BootedGuest]"]()
+#: Most messages of kernels in the report of a test.
+_MOST_MESSAGES = 10
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -141,12 +144,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Records whether a test has failed, and adds the folder of its logs to the report."""
+    """Records whether a test has failed; adds what its guests' kernels reported, and the folder of its logs."""
     report = yield
     item.stash[_failed] = item.stash.get(_failed, False) or report.failed  # type: ignore[attr-defined]
+    if report.failed and call.when == "call" and (said := _kernels_said(item)):  # type: ignore[attr-defined]
+        report.sections.append(("the guest's kernel", "\n".join(said[:_MOST_MESSAGES])))  # type: ignore[attr-defined]
     if report.failed and _kept in item.stash:  # type: ignore[attr-defined]
         report.sections.append(("vmodel", f"logs will be in {item.stash[_kept]}"))  # type: ignore[attr-defined]
     return report
+
+
+def _kernels_said(item: pytest.Item) -> list[str]:
+    """Oopses, warnings and other problems that the kernels of a test's guests have reported, with file and line."""
+    guests = [booted.guest for booted in item.stash.get(_booted, [])]
+    if not guests:
+        return []
+    from vmodel.experiment.kernel_log import findings
+    from vmodel.guest.kernel_lines import lines_of
+
+    return [
+        finding.text
+        for guest in guests
+        for finding in findings(lines_of(guest.console), unknown=False, where=guest.places.of)
+    ]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -406,6 +426,8 @@ class Vm:
     """Boots guests with a test's machine."""
 
     def __init__(self, served: Served, kernel: Kernel, options: dict[str, Any], artifacts: Path) -> None:
+        #: The guests of `boot`.
+        self.booted: list[BootedGuest] = []
         self._served = served
         self._kernel = kernel
         self._options = options
@@ -442,13 +464,16 @@ class Vm:
 
         host = self._served.host_commands(lambda: guest.monitor)
         guest = BootedGuest(self.spec("", **options), artifacts=self.logs(), host=host)
+        self.booted.append(guest)
         return guest
 
 
 @pytest.fixture
 def vm(request: pytest.FixtureRequest, vmodel_served: Served, guest_kernel: Kernel, artifacts: Path) -> Vm:
     """Guests with the machine: `vm.run(command)` for one command, `with vm.boot() as guest` for several scripts."""
-    return Vm(vmodel_served, guest_kernel, _marked(request), artifacts)
+    made = Vm(vmodel_served, guest_kernel, _marked(request), artifacts)
+    request.node.stash[_booted] = made.booted
+    return made
 
 
 @pytest.fixture
