@@ -18,6 +18,7 @@ import pydantic
 from vmodel.device.backend import VfioBackend
 from vmodel.device.declare import Declaration
 from vmodel.device.outside import outside
+from vmodel.device.vectors import check_vectors
 from vmodel.device.watches import Watch
 from vmodel.dma import Dma
 from vmodel.errors import PeerError
@@ -123,6 +124,9 @@ class PciDevice:
         if hasattr(cls, "vendor_id"):
             cls.declaration = Declaration.of(cls)
             cls._reserved = _FRAMEWORK | cls.declaration.names
+            if not any("for_params" in vars(base) for base in cls.__mro__ if base is not PciDevice):
+                # Else parameters change what there is.
+                check_vectors(cls, cls.declaration.capabilities)
             # Laying out a device once finds all other mistakes now, not when a machine starts.
             VfioBackend(cls.declaration, object.__new__(cls), cls.__name__).close()
 
