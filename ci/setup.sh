@@ -27,7 +27,7 @@ python -m pip install -q --disable-pip-version-check "$VMODEL" $VMODEL_PACKAGES
 vmodel kernels add $VMODEL_KERNELS
 if [ "$VMODEL_ACCEL" = auto ]; then
     VMODEL_ACCEL=tcg
-    [ ! -e /dev/kvm ] || [ -w /dev/kvm ] || $as_root chmod a+rw /dev/kvm || true
+    [ ! -e /dev/kvm ] || [ -w /dev/kvm ] || $as_root chmod a+rw /dev/kvm 2>/dev/null || true
     # In a virtual machine there may be a /dev/kvm with which no guest boots.
     probe="$VMODEL_VENV/share/doc/vmodel/examples/edu.toml"
     if [ -w /dev/kvm ] && VMODEL_ACCEL=kvm vmodel guest "$probe" --timeout 20 -- true >/dev/null 2>&1; then

@@ -100,11 +100,12 @@ faults = ["dma.write nth=1 do=drop"]
 
 def test_in_a_test_that_fails(folder: Path) -> None:
     """pytest's report has what the kernel said, be it of a guest that has ended."""
-    (folder / "test_it.py").write_text(
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_it.py").write_text(
         """
 import pytest
 
-pytestmark = [pytest.mark.machine("edu.toml"), pytest.mark.guest(modules=["broken/"])]
+pytestmark = [pytest.mark.machine("../edu.toml"), pytest.mark.guest(modules=["../broken/"])]
 OOPS = "echo oops > /sys/module/broken/parameters/how"
 
 
@@ -118,9 +119,9 @@ def test_ended(vm):
     assert 0
 """
     )
-    line = [sys.executable, "-m", "pytest", "-q", "test_it.py"]
+    line = [sys.executable, "-m", "pytest", "-q", "tests"]
     ran = subprocess.run(line, cwd=folder, env=environ(), capture_output=True, text=True, timeout=patience(240))
     said = [line for line in ran.stdout.splitlines() if line.startswith("BUG: kernel NULL pointer dereference")]
     assert ran.returncode == 1 and len(said) == 2, ran.stdout
-    assert all(line.endswith(f" ({line_of('the oops')})") for line in said)
+    assert all(line.endswith(f" ({line_of('the oops')})") for line in said), said
     assert ran.stdout.count("- the guest's kernel -") == 2
