@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from vmodel.patience import patience, spoken
@@ -49,3 +50,11 @@ def meanwhile(*works: Callable[[], object]) -> Iterator[None]:
     assert not any(thread.is_alive() for thread in threads), "a call does not return"
     if errors:
         raise errors[0]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs: one that ended may be left as a zombie, as nobody in a container waits for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.kernels import CHOSEN
-from tests.waiting import until
+from tests.waiting import runs, until
 from vmodel.guest import kbuild
 from vmodel.guest.artifacts import CLOUD, cache_dir, find_kernel
 from vmodel.guest.kbuild import BuildError, build
@@ -198,7 +198,7 @@ def test_what_a_build_leaves_behind_ends(source: Path, tmp_path: Path) -> None:
 
 
 def alive(pid_file: Path) -> bool:
-    return Path(f"/proc/{pid_file.read_text().strip()}").exists()
+    return runs(int(pid_file.read_text()))
 
 
 def test_a_build_that_prints_without_end(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.commands import environ
-from tests.waiting import until
+from tests.waiting import runs, until
 from vmodel.guest.keeper import Keeper
 from vmodel.patience import patience
 
@@ -38,7 +38,7 @@ def test_a_driver_that_is_killed(number: int, tmp_path: Path) -> None:
         os.kill(pid, 0)
         driver.send_signal(number)
         driver.wait(patience(20))
-    until(lambda: not Path(f"/proc/{pid}").exists(), "the end of its process")
+    until(lambda: not runs(pid), "the end of its process")
     until(lambda: not scratch.exists(), "the removal of its folder")
 
 

@@ -26,7 +26,7 @@ from typing import BinaryIO
 from vmodel.closing import Starting
 from vmodel.errors import ConfigError
 from vmodel.files import naming
-from vmodel.guest import hang, initramfs, spawn
+from vmodel.guest import hang, initramfs
 from vmodel.guest import shares as folders
 from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
 from vmodel.guest.gdb import READY, Gdb
@@ -254,7 +254,6 @@ class Guest(Starting):
         with naming(image):
             image.write_bytes(made)
         self.line = [str(qemu.path), "-accel", accelerator(), "-cpu", "max", "-nodefaults", "-no-user-config"]
-        self.line += spawn.ends_with_parent(qemu)
         self.line += ["-display", "none", "-kernel", str(kernel.image), "-initrd", str(image)]
         self.line += ["-append", f"{_APPEND}{' nokaslr' if spec.gdb else ''} {spec.append}".strip()]
         if not any("memory-backend=" in arg for arg in spec.qemu_args):
@@ -276,7 +275,7 @@ class Guest(Starting):
                 port.log = (self.artifacts / f"{name}.log").open("wb", buffering=0)
         with self._qemu_log.open("wb") as log:
             self._started = time.monotonic()
-            self._process = spawn.start(
+            self._process = subprocess.Popen(
                 self.line,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
