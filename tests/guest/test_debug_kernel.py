@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
 from tests import needs
 from vmodel.experiment.kernel_log import findings
+from vmodel.guest.artifacts import DEBUG, find_kernel
 from vmodel.guest.booted import BootedGuest
+from vmodel.guest.headers import debug_modules
 from vmodel.guest.kernel_lines import lines_of
+from vmodel.guest.places import Places, finder
 
 pytestmark = [pytest.mark.guest, pytest.mark.machine("buggy.toml")]
 SOURCE = Path(__file__).parent / "buggy" / "driver" / "buggy.c"
@@ -82,3 +87,13 @@ def test_failures_that_are_asked_for(vm_booted: BootedGuest) -> None:
     log = vm_booted.dmesg()
     assert "FAULT_INJECTION: forcing a failure." in log
     assert findings(lines_of(log, "kernel log")) == [], log
+
+
+def test_its_own_modules_have_places_too() -> None:
+    kernel = find_kernel(DEBUG)
+    (folder,) = debug_modules(kernel)
+    with (folder / "nvme.ko").open("rb") as file:
+        (probe,) = ELFFile(file).get_section_by_name(".symtab").get_symbol_by_name("nvme_probe")
+    line = f"  nvme_probe+0x40/{probe['st_size']:#x} [nvme]"
+    found = Places(finder({}, [folder], kernel.release)).of(line)
+    assert re.fullmatch(r"linux/drivers/nvme/host/pci\.c:\d+", found)

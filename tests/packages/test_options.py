@@ -177,5 +177,12 @@ def test_memory_in_which_no_kernel_boots(tmp_path: Path, memory: str, boots: boo
                 spec_of(made, (), debian, command="true")
             said = f'{file}: machine.memory: {memory!r}: Debian\'s kernel {debian.release} needs "96M" or more to boot'
             assert str(raised.value) == said
+        # KASAN takes an eighth of it, and more.
+        debug = Kernel("6.12.117-vmodel-debug", Path("bzImage"), None)
+        if memory == "1G":
+            assert spec_of(made, (), debug, command="true").kernel is debug
+        else:
+            with pytest.raises(ConfigError, match=r'the debug kernel 6\.12\.117-vmodel-debug needs "128M" or more'):
+                spec_of(made, (), debug, command="true")
     finally:
         made.close()

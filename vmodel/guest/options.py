@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vmodel.errors import ConfigError
-from vmodel.guest.artifacts import Kernel, find_kernel
+from vmodel.guest.artifacts import DEBUG_RELEASE, Kernel, find_kernel
 from vmodel.guest.kbuild import source_files
 from vmodel.guest.modules import is_path
 from vmodel.guest.running import GuestSpec
@@ -22,6 +22,8 @@ Place = TypeVar("Place")
 #: Debian's kernels for amd64 boot in no less memory, in bytes.  Measured with the smallest initramfs in steps of 8 MiB:
 #: 6.12 and its cloud kernel boot in 80 MiB, 7.3 in 88 MiB.  In less they panic, most before they print anything.
 LEAST_MEMORY = 96 * MiB
+#: The debug kernel boots in this, and hangs in 96 MiB: KASAN takes an eighth of all memory.
+LEAST_FOR_DEBUG = 128 * MiB
 #: In the release of Debian's kernels, as 6.12.117+deb13-amd64.
 _DEBIAN = "+deb"
 
@@ -82,11 +84,13 @@ def at_option(option: str, call: Callable[[str, Path], Place], entry: str) -> Pl
 
 
 def _check_memory(machine: Machine, kernel: Kernel) -> None:
-    """ConfigError: Debian's kernel does not boot in so little memory, and would not say why."""
+    """ConfigError: Debian's kernel, or the debug kernel, does not boot in so little memory, and would not say why."""
     size = number(machine.memory)
-    if _DEBIAN in kernel.release and size < LEAST_MEMORY:
-        least = f"{LEAST_MEMORY // MiB}M"
-        text = f'{machine.memory!r}: Debian\'s kernel {kernel.release} needs "{least}" or more to boot'
+    debug = kernel.release.endswith(DEBUG_RELEASE)
+    needed = LEAST_FOR_DEBUG if debug else LEAST_MEMORY if _DEBIAN in kernel.release else 0
+    if size < needed:
+        whose = "the debug" if debug else "Debian's"
+        text = f'{machine.memory!r}: {whose} kernel {kernel.release} needs "{needed // MiB}M" or more to boot'
         raise ConfigError(text, file=machine.file, key="machine.memory")
 
 

@@ -76,7 +76,8 @@ def _place(module: Path, function: str, offset: int, size: int) -> str:
         # The innermost of inlined functions comes first; often it is one of the kernel's headers.
         places = [text.partition(" (")[0] for text in said.splitlines() if not text.startswith("??")]
         own = [text for text in places if not Path(text).is_relative_to(cache_dir()) and text.startswith("/")]
-        for text in own or places:
+        # The kernel's own modules have linux/FILE: their source before the headers that it uses.
+        for text in own or sorted(places, key=lambda text: ".h:" in text):
             path, _, number = text.rpartition(":")
             path = os.path.normpath(path)  # a test names its driver as ../driver
             if number.isdecimal():
