@@ -16,7 +16,7 @@ from vmodel.guest.headers import debug_modules
 from vmodel.guest.kernel_lines import lines_of
 from vmodel.guest.places import Places, finder
 
-pytestmark = [pytest.mark.guest, pytest.mark.machine("buggy.toml")]
+pytestmark = [pytest.mark.guest(timeout=600.0), pytest.mark.machine("buggy.toml")]
 SOURCE = Path(__file__).parent / "buggy" / "driver" / "buggy.c"
 HOW = "/sys/module/buggy/parameters/how"
 DEBUGFS = "/sys/kernel/debug"
@@ -50,7 +50,7 @@ def test_planted_bugs(vm_booted: BootedGuest) -> None:
     """Each is one finding with the name of what found it and the place in the source; nothing else is one."""
     vm_booted.dmesg()
     for how, sign, begins in BUGS:
-        done = vm_booted.run(f"echo {how} > {HOW}", 60)
+        done = vm_booted.run(f"echo {how} > {HOW}", 180)
         assert done.status == 0, (how, done.output)
         log = vm_booted.dmesg()
         found = findings(lines_of(log, "kernel log"), where=vm_booted.guest.places.of)
@@ -63,13 +63,13 @@ def test_leaks(vm_booted: BootedGuest) -> None:
     """Of a mapping when the driver releases its device, and of memory when kmemleak is asked."""
     vm_booted.dmesg()
     for _ in range(3):
-        assert vm_booted.run(f"echo leak > {HOW}").status == 0
-    vm_booted.run(f"echo scan > {DEBUGFS}/kmemleak; sleep 6; echo scan > {DEBUGFS}/kmemleak", 120)
+        assert vm_booted.run(f"echo leak > {HOW}", 180).status == 0
+    vm_booted.run(f"echo scan > {DEBUGFS}/kmemleak; sleep 6; echo scan > {DEBUGFS}/kmemleak", 300)
     log = vm_booted.dmesg()
     found = findings(lines_of(log, "kernel log"))
     assert [one.sign for one in found] == ["kmemleak"], log
-    assert b"[buggy]" in vm_booted.run(f"cat {DEBUGFS}/kmemleak").output
-    assert vm_booted.run(f"echo dma-leak > {HOW}; echo 0000:00:03.0 > {UNBIND}").status == 0
+    assert b"[buggy]" in vm_booted.run(f"cat {DEBUGFS}/kmemleak", 180).output
+    assert vm_booted.run(f"echo dma-leak > {HOW}; echo 0000:00:03.0 > {UNBIND}", 180).status == 0
     log = vm_booted.dmesg()
     found = findings(lines_of(log, "kernel log"), where=vm_booted.guest.places.of)
     assert [one.sign for one in found] == ["dma-api"], log
@@ -83,7 +83,7 @@ def test_failures_that_are_asked_for(vm_booted: BootedGuest) -> None:
     script += (
         f"for n in 1 2 3; do sh -c 'echo '$n' > /proc/self/fail-nth; cat {HOW}x /proc/version' > /dev/null; done; true"
     )
-    assert vm_booted.run(script, 60).status == 0
+    assert vm_booted.run(script, 180).status == 0
     log = vm_booted.dmesg()
     assert "FAULT_INJECTION: forcing a failure." in log
     assert findings(lines_of(log, "kernel log")) == [], log
