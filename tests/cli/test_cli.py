@@ -352,7 +352,7 @@ def test_regs_shows_the_whole_function(tmp_path: Path) -> None:
         "cap VendorSpecific 0x09",
         "msix Msix 0x11 3 vectors; table in BAR4 at 0x0, PBA at 0x1000",
         "msi Msi 0x05 1 vector",
-        "0x0004 16 QUOTA RW 0x0000 write",
+        "0x0004 16 QUOTA 0x0000 write",
         "1 FAST: with [red]care[/red]",
         "ram 4096 or 65536 4096 bytes of [b]RAM[/b]",
         "key string or null null",

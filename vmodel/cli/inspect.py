@@ -168,7 +168,7 @@ def _registers(title: str, at: int, registers: list[dict[str, Any]]) -> Table:
             f"{at + r['offset']:#06x}",
             str(r["width"]),
             r["name"],
-            r["mode"],
+            "" if r["fields"] else r["mode"],  # with fields: that of bits without one
             f"{r['reset']:#0{r['width'] // 4 + 2}x}",
             ",".join(r["hooks"]),
             escape(r["doc"]),

@@ -15,7 +15,8 @@ def _rows(bank: type[RegisterBank], at: int) -> Iterator[tuple[str, ...]]:
     """Yields the cells of each register, field and memory, in ascending order; `at`: the bank's offset in its BAR."""
     for register in bank.registers:
         reset = f"{register.reset:#0{register.width // 4 + 2}x}"
-        yield f"{at + register.offset:#x}", str(register.width), register.name, register.mode.name, reset, register.doc
+        mode = "" if register.fields else register.mode.name  # with fields: that of bits without one
+        yield f"{at + register.offset:#x}", str(register.width), register.name, mode, reset, register.doc
         for field in register.fields:
             bits = str(field.lo) if field.lo == field.hi else f"{field.hi}:{field.lo}"
             yield "", bits, f".{field.name}", (field.mode or register.mode).name, "", field.doc
