@@ -69,8 +69,10 @@ int dma_route(vms_requester *requester, uint32_t pasid, uint64_t iova, attachmen
     if (!requester->enabled)
         return dma_fail(requester, fault, VMS_REASON_BUS_MASTER_OFF, iova);
     *at = pasid == VMS_NO_PASID ? requester->attached : requester_pasid(requester, pasid);
-    if (pasid != VMS_NO_PASID && !*at)
+    if (!*at && pasid != VMS_NO_PASID)
         return dma_fail(requester, fault, VMS_REASON_PASID, iova);
+    if (!*at && requester->blocked)
+        return dma_fail(requester, fault, VMS_REASON_BLOCKED, iova);
     if (requester->stale && *at)
         stale_route(requester->stale, *at, iova, fault->access);
     return 0;

@@ -109,9 +109,36 @@ int vms_requester_flush(vms_requester *requester, uint32_t pasid, uint64_t start
     return 0;
 }
 
+/* Puts an attachment, or NULL, in the place of the one of this PASID.  Under requester->attaching. */
+static void put(vms_requester *requester, uint32_t pasid, attachment *fresh, int blocked)
+{
+    attachment *old;
+
+    pthread_mutex_lock(&requester->lock);
+    if (pasid == VMS_NO_PASID) {
+        old = requester->attached;
+        requester->attached = fresh;
+        requester->blocked = blocked;
+    } else {
+        old = requester_pasid(requester, pasid);
+        if (old)
+            span_tree_remove(&requester->pasids, &old->pasid);
+        if (fresh)
+            span_tree_insert(&requester->pasids, &fresh->pasid);
+    }
+    if (old)
+        iotlb_invalidate(requester->iotlb, old, 0, UINT64_MAX);
+    pthread_mutex_unlock(&requester->lock);
+    if (old) {
+        domain_unlisten(old->domain, &old->listener);
+        witness_destroy(old->witness);
+        free(old);
+    }
+}
+
 int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *domain)
 {
-    attachment *fresh = NULL, *old;
+    attachment *fresh = NULL;
     iotlb *tlb = NULL;
 
     if (domain) {
@@ -136,28 +163,19 @@ int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *d
     pthread_mutex_unlock(&requester->lock);
     if (fresh)
         domain_listen(domain, &fresh->listener);
-
-    pthread_mutex_lock(&requester->lock);
-    if (pasid == VMS_NO_PASID) {
-        old = requester->attached;
-        requester->attached = fresh;
-    } else {
-        old = requester_pasid(requester, pasid);
-        if (old)
-            span_tree_remove(&requester->pasids, &old->pasid);
-        if (fresh)
-            span_tree_insert(&requester->pasids, &fresh->pasid);
-    }
-    if (old)
-        iotlb_invalidate(requester->iotlb, old, 0, UINT64_MAX);
-    pthread_mutex_unlock(&requester->lock);
-    if (old) {
-        domain_unlisten(old->domain, &old->listener);
-        witness_destroy(old->witness);
-        free(old);
-    }
+    put(requester, pasid, fresh, 0);
     pthread_mutex_unlock(&requester->attaching);
     free(tlb);
+    return 0;
+}
+
+int vms_requester_block(vms_requester *requester)
+{
+    pthread_mutex_lock(&requester->attaching);
+    put(requester, VMS_NO_PASID, NULL, 1);
+    while (requester->pasids.root)
+        put(requester, (uint32_t)requester->pasids.root->start, NULL, 1);
+    pthread_mutex_unlock(&requester->attaching);
     return 0;
 }
 

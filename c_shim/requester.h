@@ -14,7 +14,8 @@ struct vms_requester {
     pthread_mutex_t attaching; /* one change of attachments at a time; outermost */
     pthread_mutex_t lock;      /* all below */
     int enabled;
-    attachment *attached; /* without a PASID; NULL: no translation */
+    attachment *attached; /* without a PASID; NULL: no translation, unless blocked */
+    int blocked;
     span_tree pasids;
     iotlb *iotlb; /* NULL: never attached */
     unsigned victim;

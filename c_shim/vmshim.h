@@ -232,6 +232,9 @@ int vms_requester_enable(vms_requester *requester, int on);
 /* Accesses with this PASID (or VMS_NO_PASID) go through `domain` from now on; NULL: no translation without a PASID, a
  * fault with one.  Returns when no access goes through the old domain any more. */
 int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *domain);
+/* Takes all domains away, those of PASIDs, too: each access is a fault until the next vms_requester_attach without a
+ * PASID.  Needs no memory.  Returns when no access goes through a domain any more. */
+int vms_requester_block(vms_requester *requester);
 /* The IOTLB is a TLB of the device's own (PCIe ATS; off at creation): see VMS_FLUSH_KEEP_OWN. */
 int vms_requester_own_tlb(vms_requester *requester, int on);
 /* Invalidates [start, last] of the domain attached to this PASID (or VMS_NO_PASID), if any, in this IOTLB. */

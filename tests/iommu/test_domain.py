@@ -122,11 +122,11 @@ def test_flags_need_capabilities(one: tuple[World, Endpoint, Dma], flag: AllocFl
 def test_no_group_no_domain(world: World) -> None:
     endpoint = world.plug(world.function("00:03.0"), bypass=True)
     table = make(TableFormat.X86, 4)
-    assert "no IOMMU covers it" in refused(errno.ENODEV, paging_domain_alloc, endpoint)
+    assert "it bypasses the IOMMUs" in refused(errno.ENODEV, paging_domain_alloc, endpoint)
     refused(errno.ENODEV, dma_domain_alloc, endpoint)
     refused(errno.ENODEV, sva_domain_alloc, endpoint, world.memory, table)
     refused(errno.ENODEV, walked_domain_alloc, endpoint, world.memory, table)
-    assert can_attach(IdentityDomain(), endpoint) == ("no IOMMU isolates 00:03.0: no IOMMU covers it")
+    assert can_attach(IdentityDomain(), endpoint) == ("no IOMMU isolates 00:03.0: it bypasses the IOMMUs")
 
 
 # ---- map and unmap ---------------------------------------------------------------------------------

@@ -119,14 +119,11 @@ def test_a_pasid_without_a_domain(world: World) -> None:
 
 
 def test_what_never_got_there(world: World) -> None:
-    """Without bus mastering, an IOMMU or a group nothing is recorded."""
+    """Without bus mastering or an IOMMU nothing is recorded."""
     faults = world.system.iommus[0].faults
-    endpoint, dma = world.device("00:03.0")
+    _, dma = world.device("00:03.0")
     dma.bus_master = False
     assert fails(dma.read, 0, 4).reason is Reason.BUS_MASTER_OFF
-    world.system.remove(endpoint)
-    dma.bus_master = True
-    assert fails(dma.read, 0, 4).reason is Reason.BLOCKED
     outside = world.plug(world.function("00:04.0"), bypass=True)
     assert fails(world.dmas[outside.name].read, RAM, 4).reason is Reason.NO_WINDOW
     assert faults.total == 0
@@ -227,9 +224,10 @@ def test_the_end_says_how_many_faults_were_not_logged(world: World, caplog: pyte
     with Server():
         for _ in range(25):
             fails(dma.read, RAM, 4)
-    said = [line for line in caplog.messages if "faults were not logged" in line]
-    assert len(said) == 1 and said[0].startswith("iommu0: ")
-    assert int(said[0].split()[1]) == 25 - sum(" at iova " in line for line in caplog.messages)
+    # IOMMUs of other tests may be there still.
+    own = [line for line in caplog.messages if line.startswith("iommu0: ")]
+    (said,) = [line for line in own if "faults were not logged" in line]
+    assert int(said.split()[1]) == 25 - sum(" at iova " in line for line in own)
 
 
 # ---- page requests -------------------------------------------------------------------------------

@@ -108,12 +108,12 @@ def test_without_a_group_table_it_is_identity() -> None:
     made.close()
 
 
-@pytest.mark.parametrize("more", ['iommu = "none"', ""])
-def test_a_device_that_no_iommu_covers(more: str) -> None:
+@pytest.mark.parametrize(("more", "why"), [('iommu = "none"', "it bypasses the IOMMUs"), ("", "no IOMMU covers it")])
+def test_a_device_that_no_iommu_covers(more: str, why: str) -> None:
     covers = 'covers = ["0000:00:04.0"]\n' if not more else ""
     made = machine(IOMMU + covers + EDU + more)
     endpoint = made.system["edu0"]
-    assert (endpoint.iommu, endpoint.group, endpoint.why) == (None, None, "no IOMMU covers it")
+    assert (endpoint.iommu, endpoint.group, endpoint.why) == (None, None, why)
     fd = with_memory(made)
     made.devices["edu0"].dma.write(0, b"x")  # as it is
     made.close()

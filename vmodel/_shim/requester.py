@@ -84,6 +84,10 @@ class Requester:
         """Accesses with this PASID go through `domain` from now on; None as in vms_requester_attach."""
         check(lib.vms_requester_attach(self.handle, pasid, ffi.NULL if domain is None else domain.handle))
 
+    def block(self) -> None:
+        """Takes all domains away: each access is a fault until the next `attach` without a PASID.  Cannot fail."""
+        check(lib.vms_requester_block(self.handle))
+
     def own_tlb(self, on: bool) -> None:
         """Whether its IOTLB is a TLB of the device's own, which FLUSH_KEEP_OWN leaves alone."""
         check(lib.vms_requester_own_tlb(self.handle, on))

@@ -40,22 +40,36 @@ class Endpoint:
         iommu: Iommu | None,
         requester: _shim.Requester | None = None,
         reserved: Iterable[ReservedRegion] = (),
+        *,
+        bypass: bool = False,
     ) -> None:
         self.name = name
         self.source = source
-        self.iommu = iommu
-        self.requester_id = None if iommu is None else iommu.driver.requester_id(source)
+        self.iommu: Iommu | None = None
+        #: Whether it was added with `bypass`: it is behind no IOMMU, whatever covers it.
+        self.bypasses = bypass
+        self.requester_id: int | None = None
         self.group: Group | None = None
-        self.why = "" if iommu is not None else "no IOMMU covers it"
-        self.reserved = [*(iommu.capabilities.reserved if iommu is not None else ()), *reserved]
+        self.why = "it bypasses the IOMMUs" if bypass else "no IOMMU covers it"
+        self.reserved = list(reserved)
         self.driver: object | None = None
         self._requester = requester
         self._requests = itertools.count(1)
         self._pri_failed = False
-        if requester is not None:
-            watched = iommu is not None and iommu.report_stale
-            requester.on_stale = self._stale if watched else None
-            requester.check_stale(watched)
+        if iommu is not None:
+            self.cover(iommu)
+        elif requester is not None:  # it may come from an earlier endpoint
+            requester.on_stale = None
+            requester.check_stale(False)
+
+    def cover(self, iommu: Iommu) -> None:
+        """Puts it behind an IOMMU.  It has no group yet."""
+        self.iommu, self.why = iommu, ""
+        self.requester_id = iommu.driver.requester_id(self.source)
+        self.reserved = [*iommu.capabilities.reserved, *self.reserved]
+        if self._requester is not None:
+            self._requester.on_stale = self._stale if iommu.report_stale else None
+            self._requester.check_stale(iommu.report_stale)
 
     @property
     def needs_direct(self) -> bool:
@@ -70,6 +84,11 @@ class Endpoint:
         if self._requester is not None:
             shim = None if domain is None else domain.shim
             self._requester.attach(shim, _shim.NO_PASID if pasid is None else pasid)
+
+    def block(self) -> None:
+        """Takes all domains away: each access is a fault until the next `attach` without a PASID.  Cannot fail."""
+        if self._requester is not None:
+            self._requester.block()
 
     def set_ats(self, on: bool) -> None:
         """Turns PCIe ATS on or off: with it, the device caches translations itself until `invalidate`."""
@@ -120,11 +139,11 @@ class Endpoint:
         Returns whether the access is to be tried again.
         """
         iommu, group = self.iommu, self.group
-        if iommu is None or group is None or fault.reason is Reason.BUS_MASTER_OFF:  # the access reached no IOMMU
+        if iommu is None or fault.reason is Reason.BUS_MASTER_OFF:  # the access reached no IOMMU
             return False
-        if ask and iommu.resolver is not None and iommu.resolver(self, fault):
+        if group is not None and ask and self._resolve(iommu, fault):
             return True
-        domain = group.domain_of(fault.pasid)
+        domain = iommu.blocked if group is None else group.domain_of(fault.pasid)
         if ask and domain is not None and self._ask(domain, fault):
             return True
         iommu.record(
@@ -140,10 +159,19 @@ class Endpoint:
                 fault.level,
                 fault.stage,
                 "no" if domain is None else domain.type.value,
-                group.number,
+                None if group is None else group.number,
             )
         )
         return False
+
+    def _resolve(self, iommu: Iommu, fault: DmaFault) -> bool:
+        if iommu.resolver is None:
+            return False
+        try:
+            return iommu.resolver(self, fault)
+        except Exception:
+            _failures.exception("%s: finding the domain of %s failed", iommu.name, self.name)
+            return False
 
     def _ask(self, domain: Domain, fault: DmaFault) -> bool:
         assert self.iommu is not None

@@ -37,9 +37,10 @@ class FaultRecord:
         level = f" at level {self.level}" if self.level else ""
         stage = f" of stage {self.stage}" if self.stage else ""
         kind = "|".join(flag.name or "" for flag in Access if flag in self.access) or "-"
+        group = "no group" if self.group is None else f"group {self.group}"
         return (
             f"{self.iommu}: {self.requester} [{self.requester_id:#x}]{pasid}: {kind} at iova {self.iova:#x}: "
-            f"{self.reason.name}{level}{stage} ({self.domain} domain, group {self.group})"
+            f"{self.reason.name}{level}{stage} ({self.domain} domain, {group})"
         )
 
 

@@ -6,6 +6,7 @@ Domains are attached to groups, and owners own groups.  Linux: drivers/iommu/iom
 from __future__ import annotations
 
 import errno
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from vmodel.span import Span
 if TYPE_CHECKING:
     from vmodel.iommu.endpoint import Endpoint
     from vmodel.iommu.iommu import Iommu
+
+log = logging.getLogger(__name__)
 
 
 def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> str | None:
@@ -109,13 +112,21 @@ class Group:
             for endpoint in self.endpoints:
                 endpoint.attach(domain, pasid)
         except OSError:  # out of memory: members that were attached already go back
-            for endpoint in self.endpoints:
-                endpoint.attach(old, pasid)
+            self._back(old, pasid)
             raise
         if domain is not None:
             domain.users += 1
         if old is not None:
             old.users -= 1
+
+    def _back(self, old: Domain | None, pasid: int | None) -> None:
+        """Attaches all members to `old`.  One for which there is no memory is blocked until the next attachment."""
+        for endpoint in self.endpoints:
+            try:
+                endpoint.attach(old, pasid)
+            except OSError:
+                log.warning("%s: no memory for its domain: its accesses are blocked", endpoint.name)
+                endpoint.block()
 
     def _switch(self, domain: Domain) -> None:
         self._attach_all(domain)
@@ -193,7 +204,8 @@ class Group:
     def join(self, endpoint: Endpoint) -> None:
         """Adds a device, maybe hot-plugged; it has the group's domains before its first DMA.
 
-        IommuError(EINVAL): an attached domain does not fit it.  The device is then blocked, and no member.
+        IommuError(EINVAL): an attached domain does not fit it.  OSError(ENOMEM): no memory for an attachment.  On
+        either the device is blocked, and no member.
         """
         with self._lock:
             endpoint.group = self
@@ -203,23 +215,22 @@ class Group:
                 for pasid, domain in self.pasids.items():
                     self._check(domain, pasid)
                 _map_direct(self.default_domain, endpoint)
-            except IommuError:
-                self.endpoints.remove(endpoint)
-                endpoint.group = None
-                endpoint.attach(self.iommu.blocked)
+                for pasid, domain in self.pasids.items():
+                    endpoint.attach(domain, pasid)
+                endpoint.attach(self.domain)
+            except OSError:  # IommuError is one
+                self._take_away(endpoint)
                 raise
-            endpoint.attach(self.domain)
-            for pasid, domain in self.pasids.items():
-                endpoint.attach(domain, pasid)
+
+    def _take_away(self, endpoint: Endpoint) -> None:
+        endpoint.block()
+        self.endpoints.remove(endpoint)
+        endpoint.group = None
 
     def leave(self, endpoint: Endpoint) -> None:
         """Removes a device: it is detached from all domains, and its accesses are blocked."""
         with self._lock:
-            endpoint.attach(self.iommu.blocked)
-            for pasid in self.pasids:
-                endpoint.attach(None, pasid)
-            self.endpoints.remove(endpoint)
-            endpoint.group = None
+            self._take_away(endpoint)
             if not self.endpoints and self.owner is None:  # an owner must detach and release itself
                 self._switch(self.iommu.blocked)
                 for pasid in list(self.pasids):
@@ -270,10 +281,9 @@ class Group:
                 self._check(self.iommu.blocked)
                 if self.in_use:
                     raise IommuError(errno.EBUSY, f"group {self.number}: a domain is already attached")
-            self._claims += 1
-            if self.owner is None:
-                self.owner = owner
                 self._switch(self.iommu.blocked)
+                self.owner = owner
+            self._claims += 1
 
     def release_dma_owner(self, owner: object) -> None:
         """Takes back one claim; the last one restores the default domain.
@@ -286,8 +296,8 @@ class Group:
             if self._claims == 1:
                 if self.domain is not self.iommu.blocked or self.pasids:
                     raise IommuError(errno.EBUSY, f"group {self.number}: a domain is still attached")
-                self.owner = None
                 self._switch(self.default_domain)
+                self.owner = None
             self._claims -= 1
 
     def __str__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import threading
 from collections.abc import Iterable, Iterator
 
@@ -18,6 +19,8 @@ from vmodel.iommu.group import Group
 from vmodel.iommu.grouping import find_group
 from vmodel.iommu.iommu import Iommu
 from vmodel.pci.topology import Function, Topology
+
+log = logging.getLogger(__name__)
 
 
 class System:
@@ -36,11 +39,28 @@ class System:
         self._numbers = itertools.count()
 
     def add_iommu(self, iommu: Iommu) -> Iommu:
-        """Adds an IOMMU; it must be added before the devices that it covers.  IommuError(EEXIST): the name is used."""
+        """Adds an IOMMU.  Devices that it covers, and that no other IOMMU does, are behind it from now on.
+
+        A device whose group has a domain that does not fit it, or has no memory for it, is in no group, and is blocked.
+        IommuError(EEXIST): the name is used.  (Linux bus_iommu_probe)
+        """
         with self._lock:
             if any(other.name == iommu.name for other in self.iommus):
                 raise IommuError(errno.EEXIST, f"an IOMMU {iommu.name!r} already exists")
             self.iommus.append(iommu)
+            found = [e for e in self.endpoints if e.iommu is None and not e.bypasses and e.source in iommu]
+            # All of them first: none gets a group that counts on another one's staying outside.
+            self.endpoints = [e for e in self.endpoints if e not in found]
+            for endpoint in found:
+                endpoint.cover(iommu)
+                endpoint.block()
+            for endpoint in found:
+                try:
+                    self._find_group(endpoint)
+                except OSError as error:  # IommuError is one
+                    endpoint.why = f"no isolation: {error}"
+                    log.warning("%s is blocked: %s", endpoint.name, endpoint.why)
+                self.endpoints.append(endpoint)
         return iommu
 
     def add(
@@ -55,31 +75,42 @@ class System:
     ) -> Endpoint:
         """Adds a device, at the start or hot-plugged, and attaches it to its group's domain before its first DMA.
 
-        `iommu`: the IOMMU to use instead of the first that covers the device; `bypass`: use none.  DMA of a device
-        without a group is not translated.  IommuError: EEXIST the device already exists; EINVAL its group has a domain
-        that does not fit it.
+        `iommu`: the IOMMU to use instead of the first that covers the device; `bypass`: use none.  DMA of a device that
+        no IOMMU covers is not translated.  A covered device that cannot be in a group does no DMA: each access is a
+        fault, and `why` has the reason.  IommuError: EEXIST the device already exists; EINVAL its group has a domain
+        that does not fit it, so it was not added, and does no DMA.
         """
         with self._lock:
             if any(e.source == source for e in self.endpoints):
                 raise IommuError(errno.EEXIST, f"{source} already exists")
             if iommu is None and not bypass:
                 iommu = next((candidate for candidate in self.iommus if source in candidate), None)
-            endpoint = Endpoint(name or getattr(source, "name", ""), source, iommu, requester, reserved)
-            if iommu is not None:
-                found = find_group(self, endpoint)
-                endpoint.why = found.why
-                if found.isolated:
-                    group = found.group or Group(iommu, next(self._numbers), iommu.identity, self._lock)
-                    group.join(endpoint)
-                    if found.group is None:
-                        self.groups.append(group)
-            if endpoint.group is None:
+            endpoint = Endpoint(name or getattr(source, "name", ""), source, iommu, requester, reserved, bypass=bypass)
+            if iommu is None:
                 endpoint.attach(None)  # its requester may still have a domain from an earlier add()
+            else:
+                self._find_group(endpoint)
             self.endpoints.append(endpoint)
             return endpoint
 
+    def _find_group(self, endpoint: Endpoint) -> None:
+        """Puts a covered device into its group, or blocks it.  IommuError: see `add`."""
+        iommu = endpoint.iommu
+        assert iommu is not None
+        endpoint.block()
+        found = find_group(self, endpoint)
+        endpoint.why = found.why
+        if found.isolated:
+            group = found.group or Group(iommu, next(self._numbers), iommu.identity, self._lock)
+            group.join(endpoint)
+            if found.group is None:
+                self.groups.append(group)
+
     def remove(self, endpoint: Endpoint) -> None:
-        """Removes and detaches a device; the last one of a group removes the group.  ValueError: it was not added."""
+        """Removes and detaches a device; the last one of a group removes the group.  ValueError: it was not added.
+
+        A device that an IOMMU covers does no DMA afterwards.
+        """
         with self._lock:
             self.endpoints.remove(endpoint)
             group = endpoint.group

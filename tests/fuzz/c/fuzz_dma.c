@@ -171,8 +171,12 @@ static void change_domain(world *w, input *in, uint8_t what)
         vms_domain_clear(domain, iova, iova + size - 1, 0);
         break;
     case 4: {
-        unsigned which = take8(in) % 6;
+        unsigned which = take8(in) % 7;
         w->by_tables |= which == 2;
+        if (which == 6) {
+            vms_requester_block(w->requester);
+            break;
+        }
         vms_requester_attach(w->requester, what & 16 ? 5 : VMS_NO_PASID, which == 5 ? NULL : w->domain[which]);
         break;
     }
