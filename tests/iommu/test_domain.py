@@ -250,8 +250,9 @@ def test_can_attach(lack: dict[str, Any], reason: str) -> None:
     old = paging_domain_alloc(second)
     old.map(IOVA, GPA, PAGE)
     group.attach(old)
-    assert refused(errno.EINVAL, group.attach, domain) == f"group 1, {second.name}: {reason} (EINVAL)"
-    assert reason in refused(errno.EINVAL, group.set_default, domain)
+    assert refused(errno.EINVAL, group.replace, domain) == f"group 1, {second.name}: {reason} (EINVAL)"
+    dma_domain = PagingDomain(DomainType.DMA, first.iommu, ALL)
+    assert reason in refused(errno.EINVAL, group.set_default, dma_domain)
     assert (group.domain, dma.read(IOVA, 1), domain.users) == (old, b"\0", 0)
     world.close()
 

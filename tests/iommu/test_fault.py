@@ -443,7 +443,7 @@ def test_the_domain_goes_while_a_page_is_on_its_way(world: World) -> None:
     group = group_of(device.endpoint)
 
     def handler(_: PageRequest) -> PageResponse:
-        thread = threading.Thread(target=group.attach, args=(group.iommu.blocked,), daemon=True)
+        thread = threading.Thread(target=group.replace, args=(group.iommu.blocked,), daemon=True)
         thread.start()
         thread.join(5)
         assert not thread.is_alive()

@@ -71,9 +71,11 @@ def test_attach_is_for_all_members(world: World, pair: tuple[Endpoint, Endpoint]
     group.attach(old)
     assert [dma.read(IOVA, 1) for dma in dmas] == [b"O"] * 2
     assert (group.domain_of(), old.users, group.default_domain.users) == (old, 1, 0)
-    group.attach(new)
+    refused(errno.EBUSY, f"{old.name} is attached", group.attach, new)
+    group.replace(new)
     assert [dma.read(IOVA, 1) for dma in dmas] == [b"N"] * 2
-    group.attach(new)
+    refused(errno.EBUSY, f"{new.name} is attached", group.attach, new)
+    group.replace(new)
     assert (old.users, new.users) == (0, 1)
     group.detach()
     assert [dma.read(IOVA, 1) for dma in dmas] == [b"I"] * 2
@@ -88,7 +90,7 @@ def test_what_does_not_fit_changes_nothing(world: World, pair: tuple[Endpoint, E
     group.attach(old)
     foreign = world.system.add_iommu(iommu("smmu-v3", "other"))
     stranger = world.plug(PlatformDevice("x"), iommu=iommu("smmu-v3", "third", params={"platform": {"x": 1}}))
-    refused(errno.EINVAL, "00:03.0: format: it has tables of Arm SMMUv3", group.attach, mapped(stranger, NEW))
+    refused(errno.EINVAL, "00:03.0: format: it has tables of Arm SMMUv3", group.replace, mapped(stranger, NEW))
     assert (group.domain, old.users, dma.read(IOVA, 1)) == (old, 1, b"O")
     assert foreign in world.system.iommus
 
@@ -123,7 +125,7 @@ def test_no_memory_half_way(world: World, pair: tuple[Endpoint, Endpoint], pasid
         dma = dma.with_pasid(pasid)
     short.left = 1
     with pytest.raises(OSError, match="no memory"):
-        group.attach(new) if pasid is None else group.replace_pasid(new, pasid)
+        group.replace(new) if pasid is None else group.replace_pasid(new, pasid)
     assert (group.domain_of(pasid), old.users, new.users) == (old, 1, 0)
     assert dma.read(IOVA, 1) == b"O"
     assert short.read(IOVA, 1, _shim.NO_PASID if pasid is None else pasid) == b"O"
@@ -177,7 +179,7 @@ def test_replacing_is_atomic(world: World, pair: tuple[Endpoint, Endpoint], pasi
     with meanwhile(*(functools.partial(work, line) for line in lines)):
         for n in range(4000):
             if pasid is None:
-                group.attach(domains[n & 1])
+                group.replace(domains[n & 1])
             else:
                 group.replace_pasid(domains[n & 1], pasid)
             if n >= 500 and len(seen) >= 2:
@@ -191,7 +193,7 @@ def test_after_replacing_the_old_one_is_out_of_reach(world: World, pair: tuple[E
     old, new = mapped(pair[0], OLD), mapped(pair[0], NEW, IOVA + PAGE)
     group.attach(old)
     assert dma.read(IOVA, 1) == b"O"  # and it is in the IOTLB
-    group.attach(new)
+    group.replace(new)
     assert fault_of(dma) is Reason.NOT_MAPPED
     assert dma.read(IOVA + PAGE, 1) == b"N"
 
@@ -213,14 +215,28 @@ def test_default_domain(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
     group.detach()
     assert (group.domain, dma.read(IOVA, 1), own.users, second.users) == (second, b"N", 0, 1)
     group.claim_dma_owner("vm")
-    group.set_default(first)
+    refused(errno.EPERM, "is owned by vm", group.set_default, first)
+    group.set_default(first, forced=True)
     assert fault_of(dma) is Reason.BLOCKED
     group.release_dma_owner("vm")
     assert (dma.read(IOVA, 1), first.users, second.users) == (b"O", 1, 0)
     group.claim_dma_owner("vm")
     group.attach(first)
-    group.set_default(second)  # an owner's stays, even where it was the kernel's
+    group.set_default(second, forced=True)  # an owner's stays, even where it was the kernel's
     assert (group.domain, dma.read(IOVA, 1)) == (first, b"O")
+
+
+def test_default_domains_that_linux_refuses(pair: tuple[Endpoint, Endpoint]) -> None:
+    """Linux iommu_group_store_type: identity, DMA and DMA-FQ (EINVAL), and no driver is bound (EPERM)."""
+    group = group_of(pair[0])
+    refused(errno.EINVAL, "unmanaged is no type", group.set_default, mapped(pair[0], OLD))
+    refused(errno.EINVAL, "blocked is no type", group.set_default, group.iommu.blocked)
+    pair[1].bind("nvme")
+    refused(errno.EPERM, "00:03.1 is bound to nvme", group.set_default, dma_domain_alloc(pair[0]))
+    pair[1].unbind()
+    group.set_default(domain := dma_domain_alloc(pair[0]))
+    assert group.domain is domain
+    group.set_default(group.iommu.identity)
 
 
 def regions(*found: tuple[int, int, RegionType]) -> list[ReservedRegion]:
@@ -272,7 +288,7 @@ def test_direct_region_must_stay(world: World) -> None:
     text = "00:03.0 has a direct-mapped region, which must stay mapped"
     refused(errno.EINVAL, text, group.claim_dma_owner, "vm")
     refused(errno.EINVAL, text, group.attach, group.iommu.blocked)
-    refused(errno.EINVAL, text, group.set_default, group.iommu.blocked)
+    refused(errno.EINVAL, text, functools.partial(group.set_default, forced=True), group.iommu.blocked)
     assert (group.owner, dma.read(IOVA, 1)) == (None, b"I")
     relaxed, _ = world.device("00:04.0", reserved=regions((0x1000, 0x1FFF, RELAXABLE)))
     group_of(relaxed).claim_dma_owner("vm")

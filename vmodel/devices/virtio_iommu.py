@@ -189,14 +189,14 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         """Sets the domain of endpoints that the driver has not attached: identity or blocked (5.13.6.1)."""
         default = self.iommu.identity if self.config_regs.BYPASS else self.iommu.blocked
         for group in self._groups():
-            group.set_default(default)
+            group.set_default(default, forced=True)
             self._attach_group(group)
 
     def _attach_group(self, group: Group) -> None:
         """Attaches a group to the domain of the member that was attached last, else to its default domain."""
         members = set(self._members(group))
         number = next((self._attached[n] for n in reversed(self._attached) if n in members), None)
-        group.attach(group.default_domain if number is None else self._domains[number].domain)
+        group.replace(group.default_domain if number is None else self._domains[number].domain)
 
     def _groups(self) -> list[Group]:
         return [group for group in self.system.groups if group.iommu is self.iommu]
@@ -309,7 +309,7 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
         if not bypass and any(wanted.paging.is_mapped(region.span) for region in _regions(endpoint)):
             raise _Refused(RequestStatus.UNSUPP)  # the domain maps IOVAs that this endpoint has reserved
         try:
-            group.attach(wanted.domain)
+            group.replace(wanted.domain)
         except IommuError:
             raise _Refused(RequestStatus.UNSUPP) from None
         self._remove_endpoint(endpoint_id)

@@ -133,10 +133,20 @@ class Group:
         self.domain = domain
 
     def attach(self, domain: Domain) -> None:
-        """Attaches a domain in place of the current one.
+        """Attaches a domain in place of the default or the blocked one (Linux iommu_attach_group).
 
-        IommuError: EINVAL the domain does not fit a member, with can_attach's reason; ENODEV the group has no members
-        left.  On an error nothing changes.
+        IommuError: EBUSY another domain is attached, see `replace`; EINVAL the domain does not fit a member, with
+        can_attach's reason; ENODEV the group has no members left.  On an error nothing changes.
+        """
+        with self._lock:
+            if self.domain not in (self.default_domain, self.iommu.blocked):
+                raise IommuError(errno.EBUSY, f"group {self.number}: {self.domain.name} is attached: replace it")
+            self.replace(domain)
+
+    def replace(self, domain: Domain) -> None:
+        """Attaches a domain in place of any other, without a moment in between (Linux iommu_replace_group_handle).
+
+        IommuError as `attach`, but EBUSY.
         """
         with self._lock:
             self._check(domain)
@@ -147,19 +157,32 @@ class Group:
         with self._lock:
             self._switch(self.iommu.blocked if self.owner is not None else self.default_domain)
 
-    def set_default(self, domain: Domain) -> None:
-        """Sets the default domain, which is attached at once unless the group has an owner.
+    def set_default(self, domain: Domain, *, forced: bool = False) -> None:
+        """Sets the default domain, which is attached at once unless a user's is (Linux: the file `type` in sysfs).
 
-        Direct-mapped regions of the members are mapped in it.  IommuError as `attach`; EEXIST: such a region overlaps a
-        different mapping.
+        Direct-mapped regions of the members are mapped in it.  `forced`: whatever domain and whoever owns the group, as
+        an IOMMU that a guest drives does it, and a machine file.  IommuError: EINVAL the domain is not IDENTITY, DMA or
+        DMA_FQ, or does not fit a member; EPERM a driver is bound, or the group has an owner; EEXIST a direct-mapped
+        region overlaps a different mapping.
         """
         with self._lock:
+            if not forced:
+                self._check_default(domain)
             self._check(domain)
             for endpoint in self.endpoints:
                 _map_direct(domain, endpoint)
             if self.domain is self.default_domain and self.owner is None:
                 self._switch(domain)
             self.default_domain = domain
+
+    def _check_default(self, domain: Domain) -> None:
+        if domain.type not in (DomainType.IDENTITY, DomainType.DMA, DomainType.DMA_FQ):
+            raise IommuError(errno.EINVAL, f"group {self.number}: {domain.type.value} is no type of default domains")
+        if self.owner is not None:
+            raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")
+        for endpoint in self.endpoints:
+            if endpoint.driver is not None:
+                raise IommuError(errno.EPERM, f"group {self.number}: {endpoint.name} is bound to {endpoint.driver}")
 
     def attach_pasid(self, domain: Domain, pasid: int) -> None:
         """Attaches `domain` to a PASID: accesses with `pasid` go through it.

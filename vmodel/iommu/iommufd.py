@@ -311,7 +311,7 @@ class Device(Object):
             for device in moving:
                 device._reserve(hwpt.ioas)
             if pasid is None:
-                self.group.attach(hwpt.domain)
+                self.group.replace(hwpt.domain)
             else:
                 self.group.replace_pasid(hwpt.domain, pasid)
         except IommuError:

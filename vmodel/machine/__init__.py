@@ -188,7 +188,7 @@ class Machine:
 
     def _set_default(self, n: int, group: Group, domain: Domain) -> None:
         try:
-            group.set_default(domain)
+            group.set_default(domain, forced=True)
         except IommuError as error:
             raise self._wrong(n, "domain", error.strerror or "") from None
 

@@ -112,7 +112,7 @@ class Contexts:
                 if group is not None:
                     for pasid in list(group.pasids):
                         group.detach_pasid(pasid)
-                    group.set_default(self.unread if on else self.plain)
+                    group.set_default(self.unread if on else self.plain, forced=True)
 
     def protect(self, spans: Iterable[Span]) -> None:
         """Sets protected memory (11.4.7): untranslated requests to it are blocked, without a fault record."""
@@ -228,7 +228,7 @@ class Contexts:
 
     def _attach(self, group: Group, domain: Domain, pasid: int | None) -> None:
         if pasid is None:
-            group.set_default(domain)
+            group.set_default(domain, forced=True)
         elif pasid in group.pasids:
             group.replace_pasid(domain, pasid)
         else:
@@ -252,7 +252,7 @@ class Contexts:
             if left is not None:
                 self._apply(left, pasid)
             elif pasid is None:
-                group.set_default(self.unread)
+                group.set_default(self.unread, forced=True)
             elif pasid in group.pasids:
                 group.detach_pasid(pasid)
 
