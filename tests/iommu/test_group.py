@@ -153,6 +153,22 @@ def test_pasids(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
     assert (group.domain_of(7), new.users) == (None, 0)
 
 
+def test_pasids_of_each_device(world: World) -> None:
+    """Linux iommu_attach_device_pasid: below every member's max_pasids; members without PASIDs do not count."""
+    mark(world)
+    functions = [world.function(f"00:03.{n}") for n in range(3)]
+    some, none, more = (world.plug(f, max_pasids=n) for f, n in zip(functions, (16, 0, 64), strict=True))
+    group = group_of(some)
+    assert group is none.group is more.group
+    domain = mapped(some, OLD)
+    refused(errno.EINVAL, "00:03.0: PASID 16 is not from 1 to 15", group.attach_pasid, domain, 16)
+    group.attach_pasid(domain, 15)
+    assert [world.dmas[e.name].with_pasid(15).read(IOVA, 1) for e in (some, more)] == [b"O"] * 2
+    assert fault_of(world.dmas["00:03.1"].with_pasid(15)) is Reason.PASID
+    late = world.plug(world.function("00:03.3"), max_pasids=0)
+    assert late.group is group and fault_of(world.dmas["00:03.3"].with_pasid(15)) is Reason.PASID
+
+
 def test_no_pasids() -> None:
     world = World(iommu("pamu", params={"liodns": {"0000:00:03.0": 1}}))
     endpoint, _ = world.device("00:03.0")
@@ -234,6 +250,7 @@ def test_default_domains_that_linux_refuses(pair: tuple[Endpoint, Endpoint]) -> 
     pair[1].bind("nvme")
     refused(errno.EPERM, "00:03.1 is bound to nvme", group.set_default, dma_domain_alloc(pair[0]))
     pair[1].unbind()
+    pair[1].bind("pcieport")  # does no DMA by itself
     group.set_default(domain := dma_domain_alloc(pair[0]))
     assert group.domain is domain
     group.set_default(group.iommu.identity)

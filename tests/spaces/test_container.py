@@ -13,6 +13,7 @@ from vmodel.iommu import paging_domain_alloc
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.container import DMA_LIMIT, Container
 from vmodel.iommu.domain import DomainType, Mapping
+from vmodel.iommu.group import can_attach
 from vmodel.span import PAGE, GiB, KiB, MiB, Span
 
 IOVA = 16 * MiB
@@ -68,8 +69,9 @@ def test_platform_devices_beside_pci(world: World) -> None:
 
 
 def test_equal_iommus_share_a_domain(world: World) -> None:
-    first, same = world.iommu(), world.iommu()
-    other = world.iommu(fault_queue_depth=9)
+    # The depth of a fault queue, and more than a table needs, are no reason for tables of its own.
+    first, same = world.iommu(), world.iommu(fault_queue_depth=9, input_bits=52)
+    other = world.iommu(enforce_snoop=False)
     devices = [world.add(first), world.add(first, 1), world.add(same), world.add(other)]
     container = of(*devices)
     domains = [device.group.domain for device in devices]
@@ -79,6 +81,33 @@ def test_equal_iommus_share_a_domain(world: World) -> None:
     assert len(container.domains[0]) == len(container.domains[1]) == 1
     container.remove_group(devices[0].group)
     assert devices[0].reads(IOVA) is None and devices[1].reads(IOVA) == 0
+
+
+@pytest.mark.parametrize("kind", ["smmu-v3", "virtio-iommu"])
+def test_tables_of_one_instance(world: World, kind: str) -> None:
+    """Linux arm_smmu_attach_dev, viommu_attach_dev: EINVAL for a domain of another instance."""
+    first, second = world.add(world.iommu(kind)), world.add(world.iommu(kind))
+    container = of(first, second)
+    assert len(container.domains) == 2
+    why = can_attach(container.domains[0], second.endpoint)
+    assert why is not None and why.startswith("instance: ")
+
+
+def test_dma_that_is_not_coherent(world: World) -> None:
+    """Linux vfio_register_group_dev: IOMMU_CAP_CACHE_COHERENCY is required."""
+    device = world.add(world.iommu("smmu-v3", coherent=False))
+    with refused(errno.EINVAL):
+        Container().add_group(device.group)
+    assert device.group.owner is None
+
+
+def test_a_port_below_the_same_bridge(world: World) -> None:
+    """Linux pcieport has driver_managed_dma: a group with such a port is viable."""
+    device = world.add(world.iommu())
+    device.endpoint.bind("pcieport")
+    of(device)
+    device.endpoint.unbind()
+    device.endpoint.bind("pcieport")  # also while it has an owner
 
 
 def test_an_equal_iommu_of_another_kind_has_its_own(world: World) -> None:
@@ -252,7 +281,7 @@ def test_page_sizes(world: World) -> None:
 
 
 def test_replay_that_does_not_fit(world: World) -> None:
-    first, few = world.add(world.iommu()), world.add(world.iommu(max_mappings=1))
+    first, few = world.add(world.iommu()), world.add(world.iommu(max_mappings=1, enforce_snoop=False))
     short = world.add(world.iommu(output_bits=32))
     container = of(first)
     container.map(IOVA, 0, PAGE)

@@ -427,8 +427,8 @@ def test_a_hwpt_by_hand(world: World, context: Context, ioas: Ioas) -> None:
 
 
 def test_equal_iommus_share_an_automatic_hwpt(world: World, context: Context, ioas: Ioas) -> None:
-    one, same, more = world.iommu(), world.iommu(), world.iommu(input_bits=52, output_bits=52, fault_queue_depth=9)
-    first, second, third = (Bound(context, world.add(iommu).endpoint) for iommu in (one, same, more))
+    one, more, less = world.iommu(), world.iommu(input_bits=52, fault_queue_depth=9), world.iommu(input_bits=39)
+    first, second, third = (Bound(context, world.add(iommu).endpoint) for iommu in (one, more, less))
     hwpt = first.attach(ioas)
     assert second.attach(ioas) is hwpt and hwpt.users == 2
     assert third.attach(ioas) is not hwpt and len(ioas.hwpts) == 2
@@ -737,9 +737,21 @@ def test_dirty_tracking_of_a_hwpt(world: World, context: Context, ioas: Ioas) ->
     for span, page in ((area, 0), (area, 3 * PAGE), (Span.sized(IOVA + 1, PAGE), PAGE), (area, 2 * MiB)):
         with refused(errno.EINVAL):
             tracking.get_dirty_bitmap(span, page)
+    device.dma.write(IOVA, b"x")
+    tracking.set_dirty_tracking(True)  # once more: it begins anew (Linux iopt_set_dirty_tracking)
+    assert bits(tracking.get_dirty_bitmap(area)) == set()
     tracking.set_dirty_tracking(False)
     with refused(errno.EINVAL):
         tracking.get_dirty_bitmap(area)
+
+
+def test_dma_that_is_not_coherent(world: World, context: Context) -> None:
+    """Linux iommufd_bind_iommu: without IOMMU_CAP_CACHE_COHERENCY no bind, as users cannot flush caches."""
+    smmu = world.add(world.iommu("smmu-v3", coherent=False))
+    with refused(errno.EINVAL):
+        Bound(context, smmu.endpoint)
+    assert smmu.group.owner is None
+    Bound(context, world.add(world.iommu("vt-d", coherent=False)).endpoint)  # only its walks are not
 
 
 def test_dirty_tracking_of_an_ioas(world: World, context: Context, ioas: Ioas) -> None:

@@ -57,13 +57,16 @@ class Container:
     def add_group(self, group: Group) -> None:
         """Claims a group, and attaches it to a domain that fits it, or to a new one with all mappings.
 
-        IommuError: EINVAL the group is already in the container, a mapping overlaps one of its reserved regions or is
-        beyond its aperture, or it has no address or page size in common with the others; EBUSY, EPERM as
+        IommuError: EINVAL the group is already in the container, its DMA is not coherent with caches
+        (IOMMU_CAP_CACHE_COHERENCY), a mapping overlaps one of its reserved regions or is beyond its aperture, or it has
+        no address or page size in common with the others; EBUSY, EPERM as
         Group.claim_dma_owner; EOPNOTSUPP writes are being tracked, and its IOMMU cannot; else as PagingDomain.map of
         the existing mappings.  On an error nothing changes.
         """
         if group in self._groups:
             raise IommuError(errno.EINVAL, f"{group} is already in {self.name}")
+        if not group.iommu.cache_coherency:
+            raise IommuError(errno.EINVAL, f"{self.name}: {group}: {group.iommu.name} cannot make DMA coherent")
         group.claim_dma_owner(self)
         try:
             self._check(group)

@@ -294,6 +294,8 @@ class PagingDomain(Domain):
         The result is a little-endian bitmap, one bit for each `page_size` bytes, padded to a multiple of 8 bytes.
         IommuError(EINVAL): tracking is off, or `span` is not made of whole pages.
         """
+        if not self.tracking:
+            raise IommuError(errno.EINVAL, f"{self.name}: dirty tracking is off")
         try:
             return self.shim.dirty_report(span.start, span.size, page_size, not clear)
         except (OSError, OverflowError) as error:

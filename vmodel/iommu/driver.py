@@ -51,6 +51,10 @@ class Driver(ABC):
     #: The default capabilities of such an IOMMU.
     default: ClassVar[Capabilities]
     Params: ClassVar[type[KindParams]] = KindParams
+    #: Whether its tables are good for this one instance only, so that another one refuses its domains.
+    own_tables: ClassVar[bool] = False
+    #: Whether DMA is coherent with the CPU's caches only if its walks are (Linux ARM_SMMU_FEAT_COHERENCY).
+    coherent_by_walks: ClassVar[bool] = False
     #: Parameters that apply only to an IOMMU that a guest drives.
     served_params: ClassVar[frozenset[str]] = frozenset()
 

@@ -22,6 +22,8 @@ from vmodel.span import Span
 
 _failures = limited(f"{__name__}.failures")
 
+#: Linux's drivers that leave DMA to others (driver_managed_dma): what is bound to them does none by itself.
+DRIVERS_WITHOUT_DMA = frozenset(("pcieport", "pci-stub"))
 #: Reasons that a page request may fix.  Any other fault would occur again at the next try.
 _ASKABLE = frozenset((Reason.NOT_MAPPED, Reason.PERMISSION, Reason.ACCESS_FLAG))
 
@@ -42,6 +44,7 @@ class Endpoint:
         reserved: Iterable[ReservedRegion] = (),
         *,
         bypass: bool = False,
+        max_pasids: int | None = None,
     ) -> None:
         self.name = name
         self.source = source
@@ -52,6 +55,8 @@ class Endpoint:
         self.group: Group | None = None
         self.why = "it bypasses the IOMMUs" if bypass else "no IOMMU covers it"
         self.reserved = list(reserved)
+        #: How many PASIDs it can use: 0 without PCIe's PASID capability; None: as many as the IOMMU has.
+        self.max_pasids = max_pasids
         self.driver: object | None = None
         self._requester = requester
         self._requests = itertools.count(1)
@@ -113,14 +118,19 @@ class Endpoint:
             for note in notes:
                 iommu.stale(StaleUse(iommu.name, self.name, self.requester_id or 0, note))
 
+    def uses_default_domain(self, owner: object = None) -> bool:
+        """Whether a driver other than `owner` is bound that does DMA by the kernel's default domain."""
+        return self.driver is not None and self.driver != owner and self.driver not in DRIVERS_WITHOUT_DMA
+
     def bind(self, driver: object) -> None:
         """Binds a driver.
 
-        IommuError(EBUSY): another driver is bound, or the group has another owner or a domain of a user's.
+        IommuError(EBUSY): another driver is bound, or the group has another owner or a domain of a user's.  (Linux
+        iommu_device_use_default_domain)
         """
         if self.driver is not None and self.driver != driver:
             raise IommuError(errno.EBUSY, f"{self.name} is in use by {self.driver}")
-        group = self.group
+        group = None if driver in DRIVERS_WITHOUT_DMA else self.group
         if group is not None and group.owner is not None and group.owner != driver:
             raise IommuError(errno.EBUSY, f"{self.name}: {group} is owned by {group.owner}")
         if group is not None and group.owner is None and group.in_use:

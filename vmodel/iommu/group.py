@@ -31,8 +31,9 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
     if pasid is not None:
         if not can.pasid_bits:
             return f"{iommu.name} has no PASIDs"
-        if not 1 <= pasid < 1 << can.pasid_bits:
-            return f"PASID {pasid} is not from 1 to {(1 << can.pasid_bits) - 1}"
+        last = min(endpoint.max_pasids or 1 << 20, 1 << can.pasid_bits) - 1
+        if not 1 <= pasid <= last:
+            return f"PASID {pasid} is not from 1 to {last}"
     elif domain.type is DomainType.SVA:
         return "an SVA domain is for a PASID"
     if domain.type is DomainType.BLOCKED and endpoint.needs_direct:
@@ -41,6 +42,8 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
         return None  # identity and blocked
     if domain.made_for.driver.kind != iommu.driver.kind:
         return f"format: it has tables of {domain.made_for.driver.title}, {iommu.name} is {iommu.driver.title}"
+    if domain.made_for is not iommu and iommu.driver.own_tables:
+        return f"instance: its tables are {domain.made_for.name}'s, and {iommu.driver.title} shares none"
     if isinstance(domain, TableDomain):
         return _can_walk(domain, iommu, endpoint)
     assert isinstance(domain, PagingDomain)
@@ -57,12 +60,12 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
 
 
 def shares_tables(domain: PagingDomain, group: Group) -> bool:
-    """Whether a group can share a domain's tables: its IOMMU is of the same kind, with equal capabilities."""
-    made_for = domain.made_for
-    return (
-        made_for is not None
-        and made_for.capabilities == group.iommu.capabilities
-        and all(can_attach(domain, endpoint) is None for endpoint in group.endpoints)
+    """Whether a group can share a domain's tables: they fit its IOMMU, and both make DMA snoop, or neither.
+
+    (Linux iommufd_device_auto_get_domain, vfio_iommu_type1_attach_group)
+    """
+    return domain.enforces_snoop == group.iommu.capabilities.enforce_snoop and all(
+        can_attach(domain, endpoint) is None for endpoint in group.endpoints
     )
 
 
@@ -109,7 +112,7 @@ class Group:
         """Attaches all members.  Each access of a member sees either the old domain or the new one, never none."""
         old = self.domain_of(pasid)
         try:
-            for endpoint in self.endpoints:
+            for endpoint in self._users_of(pasid):
                 endpoint.attach(domain, pasid)
         except OSError:  # out of memory: members that were attached already go back
             self._back(old, pasid)
@@ -119,9 +122,13 @@ class Group:
         if old is not None:
             old.users -= 1
 
+    def _users_of(self, pasid: int | None) -> list[Endpoint]:
+        """The members that a domain is attached to: with `pasid`, those that have PASIDs."""
+        return [endpoint for endpoint in self.endpoints if pasid is None or endpoint.max_pasids != 0]
+
     def _back(self, old: Domain | None, pasid: int | None) -> None:
         """Attaches all members to `old`.  One for which there is no memory is blocked until the next attachment."""
-        for endpoint in self.endpoints:
+        for endpoint in self._users_of(pasid):
             try:
                 endpoint.attach(old, pasid)
             except OSError:
@@ -181,7 +188,7 @@ class Group:
         if self.owner is not None:
             raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")
         for endpoint in self.endpoints:
-            if endpoint.driver is not None:
+            if endpoint.uses_default_domain():
                 raise IommuError(errno.EPERM, f"group {self.number}: {endpoint.name} is bound to {endpoint.driver}")
 
     def attach_pasid(self, domain: Domain, pasid: int) -> None:
@@ -239,7 +246,8 @@ class Group:
                     self._check(domain, pasid)
                 _map_direct(self.default_domain, endpoint)
                 for pasid, domain in self.pasids.items():
-                    endpoint.attach(domain, pasid)
+                    if endpoint in self._users_of(pasid):
+                        endpoint.attach(domain, pasid)
                 endpoint.attach(self.domain)
             except OSError:  # IommuError is one
                 self._take_away(endpoint)
@@ -285,8 +293,11 @@ class Group:
         return self.domain is not self.default_domain or bool(self.pasids)
 
     def viable(self, owner: object) -> bool:
-        """Whether each member is bound to `owner` or to no driver."""
-        return all(endpoint.driver is None or endpoint.driver == owner for endpoint in self.endpoints)
+        """Whether each member is bound to `owner`, to no driver, or to one that does no DMA by itself.
+
+        (Linux struct pci_driver.driver_managed_dma)
+        """
+        return not any(endpoint.uses_default_domain(owner) for endpoint in self.endpoints)
 
     def claim_dma_owner(self, owner: object) -> None:
         """Claims the group: it is blocked until the owner attaches a domain (Linux iommu_group_claim_dma_owner).
@@ -298,7 +309,7 @@ class Group:
             if self.owner is not None and self.owner != owner:
                 raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")
             if not self.viable(owner):
-                others = ", ".join(f"{e.name} ({e.driver})" for e in self.endpoints if e.driver not in (None, owner))
+                others = ", ".join(f"{e.name} ({e.driver})" for e in self.endpoints if e.uses_default_domain(owner))
                 raise IommuError(errno.EPERM, f"group {self.number} is not viable: in use by others: {others}")
             if self.owner is None:
                 self._check(self.iommu.blocked)

@@ -87,6 +87,11 @@ class Iommu:
         self._fault_lines = Warnings(log, self.name, "faults")
         self._stale_lines = Warnings(log, self.name, "stale uses")
 
+    @property
+    def cache_coherency(self) -> bool:
+        """Whether it can make DMA coherent with the CPU's caches (Linux IOMMU_CAP_CACHE_COHERENCY)."""
+        return self.capabilities.coherent or not self.driver.coherent_by_walks
+
     def on_fault(self, handler: Callable[[FaultRecord], None]) -> Callable[[], None]:
         """Calls `handler` with each record, on the thread of the access.  The function that it returns removes it."""
         self._handlers.append(handler)

@@ -152,8 +152,14 @@ class Hwpt(Object):
             self.fault.users -= 1
 
     def set_dirty_tracking(self, on: bool) -> None:
-        """IOMMU_HWPT_SET_DIRTY_TRACKING.  IommuError: ENOENT nested; EOPNOTSUPP allocated without DIRTY_TRACKING."""
-        self._own().set_dirty_tracking(on)
+        """IOMMU_HWPT_SET_DIRTY_TRACKING: on, with an empty log, also if it was on already; or off.
+
+        IommuError: ENOENT nested; EOPNOTSUPP allocated without DIRTY_TRACKING.  (Linux iopt_set_dirty_tracking)
+        """
+        domain = self._own()
+        if on and domain.tracking:
+            domain.set_dirty_tracking(False)
+        domain.set_dirty_tracking(on)
 
     def get_dirty_bitmap(self, span: Span, page_size: int = PAGE, *, clear: bool = True) -> bytes:
         """IOMMU_HWPT_GET_DIRTY_BITMAP, as PagingDomain.read_dirty.
@@ -183,13 +189,17 @@ class Device(Object):
     """An endpoint bound to a context (VFIO_DEVICE_BIND_IOMMUFD)."""
 
     def __init__(self, context: Context, endpoint: Endpoint) -> None:
-        """IommuError: EINVAL already bound; ENODEV the endpoint has no group; EBUSY, EPERM as Group.claim_dma_owner."""
+        """IommuError: EINVAL already bound, or DMA is not coherent with caches (IOMMU_CAP_CACHE_COHERENCY); ENODEV the
+        endpoint has no group; EBUSY, EPERM as Group.claim_dma_owner.
+        """
         self.endpoint = endpoint
         if any(device.endpoint is endpoint for device in context.devices):
             raise IommuError(errno.EINVAL, f"{endpoint.name} is already bound to {context}")
         if endpoint.group is None:
             raise IommuError(errno.ENODEV, f"{endpoint.name} has no group: {endpoint.why}")
         self.group = endpoint.group
+        if not self.group.iommu.cache_coherency:
+            raise IommuError(errno.EINVAL, f"{endpoint.name}: {self.group.iommu.name} cannot make DMA coherent")
         self.group.claim_dma_owner(context)
         super().__init__(context)
         self._attached: dict[int | None, Hwpt] = {}

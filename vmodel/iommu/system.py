@@ -72,20 +72,23 @@ class System:
         iommu: Iommu | None = None,
         bypass: bool = False,
         reserved: Iterable[ReservedRegion] = (),
+        max_pasids: int | None = None,
     ) -> Endpoint:
         """Adds a device, at the start or hot-plugged, and attaches it to its group's domain before its first DMA.
 
-        `iommu`: the IOMMU to use instead of the first that covers the device; `bypass`: use none.  DMA of a device that
-        no IOMMU covers is not translated.  A covered device that cannot be in a group does no DMA: each access is a
-        fault, and `why` has the reason.  IommuError: EEXIST the device already exists; EINVAL its group has a domain
-        that does not fit it, so it was not added, and does no DMA.
+        `iommu`: the IOMMU to use instead of the first that covers the device; `bypass`: use none; `max_pasids`: how
+        many PASIDs the device can use, 0 without PCIe's PASID capability, None: as many as the IOMMU has.  DMA of a
+        device that no IOMMU covers is not translated.  A covered device that cannot be in a group does no DMA: each
+        access is a fault, and `why` has the reason.  IommuError: EEXIST the device already exists; EINVAL its group has
+        a domain that does not fit it, so it was not added, and does no DMA.
         """
         with self._lock:
             if any(e.source == source for e in self.endpoints):
                 raise IommuError(errno.EEXIST, f"{source} already exists")
             if iommu is None and not bypass:
                 iommu = next((candidate for candidate in self.iommus if source in candidate), None)
-            endpoint = Endpoint(name or getattr(source, "name", ""), source, iommu, requester, reserved, bypass=bypass)
+            name = name or getattr(source, "name", "")
+            endpoint = Endpoint(name, source, iommu, requester, reserved, bypass=bypass, max_pasids=max_pasids)
             if iommu is None:
                 endpoint.attach(None)  # its requester may still have a domain from an earlier add()
             else:

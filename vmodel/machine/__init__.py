@@ -55,6 +55,7 @@ from vmodel.machine.check import Check
 from vmodel.machine.models import load_model, load_served
 from vmodel.machine.schema import GroupTable, IommuTable, MachineFile, MappingTable, coverage
 from vmodel.mistakes import exception_line
+from vmodel.pci.extcaps import Pasid
 from vmodel.qemu import bridge_args, device_args, memory_args, spare_default_devices
 from vmodel.server import MAX_SOCKET_PATH, Server
 from vmodel.span import Span
@@ -69,6 +70,12 @@ class MachineErrors(ConfigError):
     def __init__(self, errors: Sequence[ConfigError]) -> None:
         super().__init__("\n".join(map(str, errors)))
         self.errors = list(errors)
+
+
+def _pasids(device: PciDevice) -> int:
+    """How many PASIDs a device can use, by its capability."""
+    parts = device.declaration.capabilities.values()
+    return next((1 << part.width for part in parts if isinstance(part, Pasid)), 0)
 
 
 class Machine:
@@ -134,6 +141,7 @@ class Machine:
                 device.dma.requester if device is not None else None,
                 iommu=by_name.get(wish or ""),
                 bypass=wish == "none" or function.name in served,
+                max_pasids=0 if device is None else _pasids(device),
             )
             if device is not None:
                 device.dma.endpoint = endpoint

@@ -278,6 +278,7 @@ class Pasid(ExtendedCapability):
     def __init__(self, *, width: int = 20, execute: bool = False, privileged: bool = False) -> None:
         if not 1 <= width <= 20:
             raise RegisterError(f"a PASID has 1 to 20 bits, not {width}")
+        self.width = width
         self.capability = width << 8 | execute << 1 | privileged << 2
 
     def fill(self) -> None:

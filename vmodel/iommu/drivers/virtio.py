@@ -14,6 +14,7 @@ class VirtioIommu(Driver):
 
     kind, title = "virtio-iommu", "virtio-iommu"
     formats = frozenset()
+    own_tables = True
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(52)),
         input_bits=48,
