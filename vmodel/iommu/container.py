@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import errno
 import itertools
+import threading
 from collections.abc import Sequence
 
+from vmodel.closing import Closing
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.allocate import paging_domain_alloc
 from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, off_limits, unmap_in_all
+from vmodel.iommu.context import locked
 from vmodel.iommu.domain import AllocFlags, Mapping, PagingDomain
 from vmodel.iommu.group import Group, shares_tables
 from vmodel.span import PAGE, Span
@@ -27,10 +30,15 @@ _EVERYTHING = Span(0, (1 << 64) - 1)
 _numbers = itertools.count(1)
 
 
-class Container:
-    """Groups with a common set of mappings.  `dma_limit`: the most mappings."""
+class Container(Closing):
+    """Groups with a common set of mappings.  `dma_limit`: the most mappings.
+
+    Any thread may call it.  A context manager: `close` gives the groups back.
+    """
 
     def __init__(self, name: str = "", dma_limit: int = DMA_LIMIT) -> None:
+        self.lock = threading.RLock()
+        self._closed = False
         self.name = name or f"container{next(_numbers)}"
         self.dma_limit = dma_limit
         self._groups: dict[Group, PagingDomain] = {}
@@ -54,6 +62,7 @@ class Container:
         """The domains of the groups, each once."""
         return list(dict.fromkeys(self._groups.values()))
 
+    @locked
     def add_group(self, group: Group) -> None:
         """Claims a group, and attaches it to a domain that fits it, or to a new one with all mappings.
 
@@ -63,6 +72,8 @@ class Container:
         Group.claim_dma_owner; EOPNOTSUPP writes are being tracked, and its IOMMU cannot; else as PagingDomain.map of
         the existing mappings.  On an error nothing changes.
         """
+        if self._closed:
+            raise IommuError(errno.EBADF, f"{self.name} is closed")
         if group in self._groups:
             raise IommuError(errno.EINVAL, f"{group} is already in {self.name}")
         if not group.iommu.cache_coherency:
@@ -105,6 +116,7 @@ class Container:
             domain.set_dirty_tracking(True)
         return domain
 
+    @locked
     def remove_group(self, group: Group) -> None:
         """Releases a group; removing the last group removes all mappings.
 
@@ -121,6 +133,13 @@ class Container:
             self._areas = Areas()
             self._tracking = False
             self._gone.clear()
+
+    @locked
+    def close(self) -> None:
+        """Releases all groups, and so removes all mappings.  No group can be added any more (EBADF)."""
+        self._closed = True
+        for group in self.groups:
+            self.remove_group(group)
 
     # ---- capabilities ----------------------------------------------------------------------
 
@@ -156,12 +175,14 @@ class Container:
         self._set_up()
         return self.dma_limit - len(self._areas)
 
+    @locked
     def mappings(self) -> list[Mapping]:
         """All mappings, ascending, each as it was made."""
         return list(self._areas)
 
     # ---- the map ---------------------------------------------------------------------------
 
+    @locked
     def map(self, iova: int, gpa: int, size: int, access: Access = Access.READ | Access.WRITE) -> None:
         """VFIO_IOMMU_MAP_DMA, with a GPA instead of a process's address.
 
@@ -196,6 +217,7 @@ class Container:
             raise IommuError(errno.EINVAL, f"{what}: not whole pages of {page:#x}")
         return Span.sized(iova, size)
 
+    @locked
     def unmap(self, iova: int, size: int) -> int:
         """VFIO_IOMMU_UNMAP_DMA: removes all mappings in the range; returns the bytes removed, 0 if there are none.
 
@@ -210,6 +232,7 @@ class Container:
                 raise IommuError(errno.EINVAL, f"{self.name}: unmap of {span} would cut the mapping {area.span}")
         return self._remove(found)
 
+    @locked
     def unmap_all(self) -> int:
         """VFIO_DMA_UNMAP_FLAG_ALL; returns the bytes removed.  IommuError(EINVAL): there is no group."""
         self._set_up()
@@ -223,6 +246,7 @@ class Container:
 
     # ---- dirty tracking --------------------------------------------------------------------
 
+    @locked
     def set_dirty_tracking(self, on: bool) -> None:
         """VFIO_IOMMU_DIRTY_PAGES, start and stop, on all domains.
 
@@ -238,6 +262,7 @@ class Container:
             self._gone.clear()
         self._tracking = on
 
+    @locked
     def read_dirty(self, span: Span, page_size: int = PAGE) -> bytes:
         """Reads and clears the pages that groups, also removed ones, have written to, as PagingDomain.read_dirty.
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeVar
 
+from vmodel.closing import Closing
 from vmodel.errors import IommuError
 from vmodel.iommu.group import Group
 
@@ -13,6 +17,27 @@ if TYPE_CHECKING:
     from vmodel.iommu.iommufd import Device, Hwpt
 
 _contexts = itertools.count(1)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class _Lockable(Protocol):
+    @property
+    def lock(self) -> threading.RLock: ...
+
+
+_S = TypeVar("_S", bound=_Lockable)
+
+
+def locked(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
+    """Makes a method hold its object's `lock`: any thread may call it."""
+
+    @functools.wraps(method)
+    def run(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class Object:
@@ -20,6 +45,7 @@ class Object:
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        self.lock = context.lock
         self.id = context.register(self)
         self.users = 0
 
@@ -39,10 +65,19 @@ class Object:
         return f"{type(self).__name__.lower()} {self.id}"
 
 
-class Context:
-    """One open /dev/iommu; it owns the groups of the devices that are bound to it."""
+class Context(Closing):
+    """One open /dev/iommu; it owns the groups of the devices that are bound to it.
+
+    Any thread may call it and its objects.  A context manager: `close` gives everything back.
+
+    >>> with Context() as context:  # doctest: +SKIP
+    ...     device = Device(context, endpoint)
+    """
 
     def __init__(self) -> None:
+        #: Held by each call of the context and its objects, not while a page request waits.
+        self.lock = threading.RLock()
+        self._closed = False
         self._objects: dict[int, Object] = {}
         self._ids = itertools.count(1)
         self._number = next(_contexts)
@@ -51,8 +86,11 @@ class Context:
         #: The HWPT of each group, and of each PASID of a group.
         self.attached: dict[tuple[Group, int | None], Hwpt] = {}
 
+    @locked
     def register(self, item: Object) -> int:
-        """Adds an object; returns its id."""
+        """Adds an object; returns its id.  IommuError(EBADF): the context is closed."""
+        if self._closed:
+            raise IommuError(errno.EBADF, f"{self} is closed")
         number = next(self._ids)
         self._objects[number] = item
         return number
@@ -67,6 +105,7 @@ class Context:
             raise IommuError(errno.ENOENT, f"{self} has no object {number}")
         return item
 
+    @locked
     def destroy(self, number: int) -> None:
         """IOMMU_DESTROY.  IommuError: EBUSY it is in use; ENOENT there is no such object."""
         item = self[number]
@@ -75,9 +114,23 @@ class Context:
         item.release()
         del self._objects[number]
 
+    @locked
     def unregister(self, item: Object) -> None:
         """Removes an object whose creation failed."""
         del self._objects[item.id]
+
+    @locked
+    def close(self) -> None:
+        """Detaches and unbinds all devices, and destroys all objects; their groups have no owner any more.
+
+        As the end of a process does it: first the fds of its devices, then that of /dev/iommu (iommufd_fops_release).
+        """
+        self._closed = True
+        for device in list(self.devices):
+            device.detach_all()
+        while self._objects:
+            for item in [item for item in self._objects.values() if not item.users]:
+                self.destroy(item.id)
 
     def __str__(self) -> str:
         return f"iommufd context {self._number}"

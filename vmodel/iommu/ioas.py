@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, unmap_in_all
-from vmodel.iommu.context import Context, Object
+from vmodel.iommu.context import Context, Object, locked
 from vmodel.iommu.domain import Mapping
 from vmodel.span import PAGE, Span
 
@@ -46,6 +46,7 @@ class Ioas(Object):
         """
         return max((min(hwpt.paging.page_sizes) for hwpt in self.hwpts), default=PAGE)
 
+    @locked
     def iova_ranges(self) -> list[Span]:
         """IOMMU_IOAS_IOVA_RANGES: the IOVAs that may be mapped, given the attached devices."""
         ranges = [Span(0, _LAST)]
@@ -53,6 +54,7 @@ class Ioas(Object):
             ranges = common(ranges, [hwpt.paging.aperture])
         return holes(ranges, [span for span, _ in self._reserved])
 
+    @locked
     def allow_iovas(self, spans: Iterable[Span]) -> None:
         """IOMMU_IOAS_ALLOW_IOVAS: these spans stay mappable, and IOVAs are allocated from them; none: from anywhere.
 
@@ -87,6 +89,7 @@ class Ioas(Object):
 
     # ---- mappings --------------------------------------------------------------------------
 
+    @locked
     def map(self, gpa: int, size: int, access: Access = _RW, iova: int | None = None) -> int:
         """IOMMU_IOAS_MAP, at `iova`, or at an allocated IOVA; returns the IOVA.
 
@@ -147,6 +150,7 @@ class Ioas(Object):
                 return start
         raise IommuError(errno.ENOSPC, f"{self}: no free IOVAs for {size:#x} bytes")
 
+    @locked
     def unmap(self, iova: int, size: int) -> int:
         """IOMMU_IOAS_UNMAP; returns the bytes removed.  IOVA 0 and 2**64 - 1 bytes: as `unmap_all`.
 
@@ -171,6 +175,7 @@ class Ioas(Object):
             raise IommuError(errno.ENOENT, f"{self}: nothing is mapped in {span}")
         return removed
 
+    @locked
     def unmap_all(self) -> int:
         """IOMMU_IOAS_UNMAP of everything; returns the bytes removed.  IommuError(ENOENT): it has been destroyed."""
         self.check()
@@ -182,6 +187,7 @@ class Ioas(Object):
             self._areas.remove(area)
         return sum(area.span.size for area in areas)
 
+    @locked
     def copy(self, source: Ioas, source_iova: int, size: int, access: Access = _RW, iova: int | None = None) -> int:
         """IOMMU_IOAS_COPY: copies the mappings of a range of `source`, at `iova` or allocated IOVAs; returns the IOVA.
 
@@ -205,12 +211,14 @@ class Ioas(Object):
             raise IommuError(errno.EPERM, f"{source}: {span} is read-only")
         return self._insert(pieces, access, iova)
 
+    @locked
     def mappings(self) -> list[Mapping]:
         """All mappings, ascending, each as it was made."""
         return list(self._areas)
 
     # ---- dirty tracking --------------------------------------------------------------------
 
+    @locked
     def set_dirty_tracking(self, on: bool) -> None:
         """As Hwpt.set_dirty_tracking, for all HWPTs.
 
@@ -222,6 +230,7 @@ class Ioas(Object):
         for hwpt in self.hwpts:
             hwpt.paging.set_dirty_tracking(on)
 
+    @locked
     def get_dirty_bitmap(self, span: Span, page_size: int = PAGE, *, clear: bool = True) -> bytes:
         """The pages written to through any HWPT, as PagingDomain.read_dirty.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from vmodel.errors import IommuError
 from vmodel.iommu.allocate import nested_domain_alloc, paging_domain_alloc
 from vmodel.iommu.areas import off_limits
-from vmodel.iommu.context import Context, Object
+from vmodel.iommu.context import Context, Object, locked
 from vmodel.iommu.domain import AllocFlags, Domain, PagingDomain, TableDomain
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import PageRequest, PageResponse
@@ -151,6 +151,7 @@ class Hwpt(Object):
         if self.fault is not None:
             self.fault.users -= 1
 
+    @locked
     def set_dirty_tracking(self, on: bool) -> None:
         """IOMMU_HWPT_SET_DIRTY_TRACKING: on, with an empty log, also if it was on already; or off.
 
@@ -161,6 +162,7 @@ class Hwpt(Object):
             domain.set_dirty_tracking(False)
         domain.set_dirty_tracking(on)
 
+    @locked
     def get_dirty_bitmap(self, span: Span, page_size: int = PAGE, *, clear: bool = True) -> bytes:
         """IOMMU_HWPT_GET_DIRTY_BITMAP, as PagingDomain.read_dirty.
 
@@ -178,6 +180,7 @@ class Hwpt(Object):
             raise IommuError(errno.ENOENT, f"{self} is nested: its parent tracks writes")
         return self.domain
 
+    @locked
     def invalidate(self, span: Span | None = None) -> None:
         """IOMMU_HWPT_INVALIDATE: flushes stage 1, all or `span` (IOVA).  IommuError(EINVAL): it is not nested."""
         if not isinstance(self.domain, TableDomain):
@@ -193,17 +196,22 @@ class Device(Object):
         endpoint has no group; EBUSY, EPERM as Group.claim_dma_owner.
         """
         self.endpoint = endpoint
-        if any(device.endpoint is endpoint for device in context.devices):
-            raise IommuError(errno.EINVAL, f"{endpoint.name} is already bound to {context}")
-        if endpoint.group is None:
-            raise IommuError(errno.ENODEV, f"{endpoint.name} has no group: {endpoint.why}")
-        self.group = endpoint.group
-        if not self.group.iommu.cache_coherency:
-            raise IommuError(errno.EINVAL, f"{endpoint.name}: {self.group.iommu.name} cannot make DMA coherent")
-        self.group.claim_dma_owner(context)
-        super().__init__(context)
         self._attached: dict[int | None, Hwpt] = {}
-        context.devices.append(self)
+        with context.lock:
+            if any(device.endpoint is endpoint for device in context.devices):
+                raise IommuError(errno.EINVAL, f"{endpoint.name} is already bound to {context}")
+            if endpoint.group is None:
+                raise IommuError(errno.ENODEV, f"{endpoint.name} has no group: {endpoint.why}")
+            self.group = endpoint.group
+            if not self.group.iommu.cache_coherency:
+                raise IommuError(errno.EINVAL, f"{endpoint.name}: {self.group.iommu.name} cannot make DMA coherent")
+            super().__init__(context)
+            try:
+                self.group.claim_dma_owner(context)
+            except OSError:
+                context.unregister(self)
+                raise
+            context.devices.append(self)
 
     def release(self) -> None:
         self.context.devices.remove(self)
@@ -221,6 +229,7 @@ class Device(Object):
             can.page_sizes,
         )
 
+    @locked
     def hwpt_alloc(
         self,
         parent: Ioas | Hwpt,
@@ -272,6 +281,7 @@ class Device(Object):
 
     # ---- attach ----------------------------------------------------------------------------
 
+    @locked
     def attach(self, target: Ioas | Hwpt, pasid: int | None = None) -> Hwpt:
         """VFIO_DEVICE_ATTACH_IOMMUFD_PT: attaches a HWPT, or for an IOAS one that fits; returns the HWPT.
 
@@ -302,6 +312,7 @@ class Device(Object):
         self._record(hwpt, pasid)
         return hwpt
 
+    @locked
     def replace(self, target: Ioas | Hwpt, pasid: int | None = None) -> Hwpt:
         """Replaces the HWPT of all devices of the group, atomically; returns the new HWPT.
 
@@ -338,6 +349,7 @@ class Device(Object):
         self._drop_auto(old)
         return hwpt
 
+    @locked
     def detach(self, pasid: int | None = None) -> None:
         """VFIO_DEVICE_DETACH_IOMMUFD_PT.  IommuError(EINVAL): the device is not attached."""
         hwpt = self._attached.get(pasid)
@@ -354,6 +366,14 @@ class Device(Object):
                 self.group.detach_pasid(pasid)
             self._cancel_requests(hwpt, pasid)
         self._drop_auto(hwpt)
+
+    @locked
+    def detach_all(self) -> None:
+        """Detaches the device, and each of its PASIDs."""
+        for pasid in [pasid for pasid in self._attached if pasid is not None]:
+            self.detach(pasid)
+        if None in self._attached:
+            self.detach()
 
     def _resolve(self, target: Ioas | Hwpt, shared: Hwpt | None) -> Hwpt:
         target.check(self.context)
