@@ -133,7 +133,7 @@ def test_one_that_was_removed_and_comes_again(world: World) -> None:
 
 
 def test_an_iommu_that_comes_later() -> None:
-    """It takes the devices that are there: those that cannot be told apart together, as if it had come first."""
+    """It takes the devices that are there: those that it cannot distinguish in one group, as if it had come first."""
     world = World()
     mark(world)
     first, dma = world.device("00:03.0")

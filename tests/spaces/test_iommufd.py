@@ -738,7 +738,7 @@ def test_dirty_tracking_of_a_hwpt(world: World, context: Context, ioas: Ioas) ->
         with refused(errno.EINVAL):
             tracking.get_dirty_bitmap(span, page)
     device.dma.write(IOVA, b"x")
-    tracking.set_dirty_tracking(True)  # once more: it begins anew (Linux iopt_set_dirty_tracking)
+    tracking.set_dirty_tracking(True)  # once more: the log is empty again (Linux iopt_set_dirty_tracking)
     assert bits(tracking.get_dirty_bitmap(area)) == set()
     tracking.set_dirty_tracking(False)
     with refused(errno.EINVAL):
