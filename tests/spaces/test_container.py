@@ -101,6 +101,15 @@ def test_dma_that_is_not_coherent(world: World) -> None:
     assert device.group.owner is None
 
 
+def test_msis_that_are_not_isolated(world: World) -> None:
+    """Linux vfio_iommu_type1_attach_group: EPERM, unless the parameter allow_unsafe_interrupts is set."""
+    device = world.add(world.iommu(isolated_msi=False))
+    with refused(errno.EPERM):
+        Container().add_group(device.group)
+    assert device.group.owner is None
+    Container(allow_unsafe_interrupts=True).add_group(device.group)
+
+
 def test_a_port_below_the_same_bridge(world: World) -> None:
     """Linux pcieport has driver_managed_dma: a group with such a port is viable."""
     device = world.add(world.iommu())

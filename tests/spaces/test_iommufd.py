@@ -16,6 +16,7 @@ from tests.waiting import until
 from vmodel.errors import Access, DmaFault
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import AllocFlags, DomainType, Mapping
+from vmodel.iommu.drivers import KINDS
 from vmodel.iommu.fault import PageRequest, PageResponse
 from vmodel.iommu.iommufd import Context, FaultObject, Hwpt, Ioas
 from vmodel.iommu.iommufd import Device as Bound
@@ -752,6 +753,21 @@ def test_dma_that_is_not_coherent(world: World, context: Context) -> None:
         Bound(context, smmu.endpoint)
     assert smmu.group.owner is None
     Bound(context, world.add(world.iommu("vt-d", coherent=False)).endpoint)  # only its walks are not
+
+
+def test_msis_that_are_not_isolated(world: World, context: Context) -> None:
+    """Linux iommufd_bind_iommu: EPERM, unless the parameter allow_unsafe_interrupts is set."""
+    device = world.add(world.iommu(isolated_msi=False))
+    with refused(errno.EPERM):
+        Bound(context, device.endpoint)
+    assert device.group.owner is None and context.devices == []
+    Bound(Context(allow_unsafe_interrupts=True), device.endpoint)
+
+
+def test_msi_isolation_of_each_kind() -> None:
+    """Linux sets IRQ_DOMAIN_FLAG_ISOLATED_MSI for the interrupt remapping of Intel and AMD, and for the ITS of Arm."""
+    isolated = [kind for kind in sorted(KINDS) if KINDS[kind].default.isolated_msi]
+    assert isolated == ["amd-vi", "smmu-v3", "vt-d"]
 
 
 def test_dirty_tracking_of_an_ioas(world: World, context: Context, ioas: Ioas) -> None:

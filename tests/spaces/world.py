@@ -68,7 +68,7 @@ class World:
             params = {"liodns": {name: n + 1 for n, name in enumerate(names)}}
         elif driver is SmmuV3:
             params = {"platform": {name: n + 1 for n, name in enumerate(names)}}
-        can: Capabilities = replace(driver.default, **changes)
+        can: Capabilities = replace(driver.default, **{"isolated_msi": True, **changes})
         covers = [Coverage.segment(number), Coverage.platform(*names)]
         self.topology.add_root(number)
         iommu = Iommu(f"{kind}{number}", driver(params), covers, can)

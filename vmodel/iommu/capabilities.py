@@ -45,7 +45,8 @@ class Capabilities:
 
     `page_sizes` in bytes; `input_bits` and `output_bits`: widths of IOVA and GPA; `aperture`: the IOVAs that a paging
     domain may use, None for all of `input_bits`; `coherent`: table walks snoop the CPU's caches; `enforce_snoop`: DMA
-    can be forced to snoop; `pasid_bits`: 0 for no PASIDs; `stall`: a faulting access can wait without PRI;
+    can be forced to snoop; `isolated_msi`: a device's MSI can only be one of its own interrupts (Linux
+    IRQ_DOMAIN_FLAG_ISOLATED_MSI); `pasid_bits`: 0 for no PASIDs; `stall`: a faulting access can wait without PRI;
     `fault_queue_depth` in records; `strict`: each unmap of a kernel domain flushes the IOTLB at once, else after
     `flush_unmaps` unmaps or `flush_ms` milliseconds; `max_mappings`: limit of one domain; `max_memory`: limit in bytes
     for the mappings of all its domains together.
@@ -57,6 +58,7 @@ class Capabilities:
     aperture: Span | None = None
     coherent: bool = True
     enforce_snoop: bool = True
+    isolated_msi: bool = True
     dirty_tracking: bool = True
     pasid_bits: int = 20
     nesting: bool = True

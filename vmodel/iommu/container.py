@@ -36,7 +36,9 @@ class Container(Closing):
     Any thread may call it.  A context manager: `close` gives the groups back.
     """
 
-    def __init__(self, name: str = "", dma_limit: int = DMA_LIMIT) -> None:
+    def __init__(self, name: str = "", dma_limit: int = DMA_LIMIT, *, allow_unsafe_interrupts: bool = False) -> None:
+        """`allow_unsafe_interrupts`: also groups whose MSIs are not isolated (the parameter of vfio_iommu_type1)."""
+        self.allow_unsafe_interrupts = allow_unsafe_interrupts
         self.lock = threading.RLock()
         self._closed = False
         self.name = name or f"container{next(_numbers)}"
@@ -68,7 +70,7 @@ class Container(Closing):
 
         IommuError: EINVAL the group is already in the container, its DMA is not coherent with caches
         (IOMMU_CAP_CACHE_COHERENCY), a mapping overlaps one of its reserved regions or is beyond its aperture, or it has
-        no address or page size in common with the others; EBUSY, EPERM as
+        no address or page size in common with the others; EPERM its MSIs are not isolated; EBUSY, EPERM as
         Group.claim_dma_owner; EOPNOTSUPP writes are being tracked, and its IOMMU cannot; else as PagingDomain.map of
         the existing mappings.  On an error nothing changes.
         """
@@ -78,6 +80,9 @@ class Container(Closing):
             raise IommuError(errno.EINVAL, f"{group} is already in {self.name}")
         if not group.iommu.cache_coherency:
             raise IommuError(errno.EINVAL, f"{self.name}: {group}: {group.iommu.name} cannot make DMA coherent")
+        if not group.iommu.capabilities.isolated_msi and not self.allow_unsafe_interrupts:
+            text = f"{self.name}: {group}: {group.iommu.name} does not isolate MSIs: allow_unsafe_interrupts"
+            raise IommuError(errno.EPERM, text)
         group.claim_dma_owner(self)
         try:
             self._check(group)

@@ -74,7 +74,9 @@ class Context(Closing):
     ...     device = Device(context, endpoint)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, allow_unsafe_interrupts: bool = False) -> None:
+        """`allow_unsafe_interrupts`: also devices whose MSIs are not isolated (iommufd's module parameter)."""
+        self.allow_unsafe_interrupts = allow_unsafe_interrupts
         #: Held by each call of the context and its objects, not while a page request waits.
         self.lock = threading.RLock()
         self._closed = False

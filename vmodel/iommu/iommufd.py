@@ -193,7 +193,7 @@ class Device(Object):
 
     def __init__(self, context: Context, endpoint: Endpoint) -> None:
         """IommuError: EINVAL already bound, or DMA is not coherent with caches (IOMMU_CAP_CACHE_COHERENCY); ENODEV the
-        endpoint has no group; EBUSY, EPERM as Group.claim_dma_owner.
+        endpoint has no group; EPERM its MSIs are not isolated; EBUSY, EPERM as Group.claim_dma_owner.
         """
         self.endpoint = endpoint
         self._attached: dict[int | None, Hwpt] = {}
@@ -205,6 +205,9 @@ class Device(Object):
             self.group = endpoint.group
             if not self.group.iommu.cache_coherency:
                 raise IommuError(errno.EINVAL, f"{endpoint.name}: {self.group.iommu.name} cannot make DMA coherent")
+            if not self.group.iommu.capabilities.isolated_msi and not context.allow_unsafe_interrupts:
+                text = f"{endpoint.name}: {self.group.iommu.name} does not isolate MSIs: allow_unsafe_interrupts"
+                raise IommuError(errno.EPERM, text)
             super().__init__(context)
             try:
                 self.group.claim_dma_owner(context)

@@ -183,6 +183,9 @@ class CapabilitiesTable(_Strict):
     )
     coherent: bool | None = Field(default=None, examples=["true"], description="table walks snoop the CPU's caches")
     enforce_snoop: bool | None = Field(default=None, examples=["true"], description="DMA can be forced to snoop")
+    isolated_msi: bool | None = Field(
+        default=None, examples=["true"], description="a device's MSI can only be one of its own interrupts"
+    )
     dirty_tracking: bool | None = Field(default=None, examples=["true"], description="records which pages DMA wrote")
     pasid_bits: int | None = Field(default=None, examples=["20"], description="width of a PASID, 0 to 20; 0: none")
     nesting: bool | None = Field(default=None, examples=["true"], description="walks a guest's tables over its own")

@@ -23,6 +23,7 @@ class Pamu(Driver):
         output_bits=36,
         aperture=Span(0, (1 << 36) - 1),
         enforce_snoop=False,
+        isolated_msi=False,
         dirty_tracking=False,
         pasid_bits=0,
         nesting=False,

@@ -23,6 +23,7 @@ class PowerPe(Driver):
     default = Capabilities(
         page_sizes=frozenset((4 * KiB, 64 * KiB, 16 * MiB)),
         input_bits=60,
+        isolated_msi=False,  # in Linux only Intel, AMD and Arm declare it
         dirty_tracking=False,
         pasid_bits=0,
         nesting=False,

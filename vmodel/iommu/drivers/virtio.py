@@ -18,6 +18,7 @@ class VirtioIommu(Driver):
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(52)),
         input_bits=48,
+        isolated_msi=False,  # it remaps no interrupts
         pasid_bits=0,
         nesting=False,
         page_requests=False,
