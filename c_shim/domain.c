@@ -213,7 +213,7 @@ static void page_of(const vms_domain *domain, const mapping *item, uint64_t addr
     }
 }
 
-/* Removes whole pages of [at, last], up to a hole or a page that would be split. */
+/* Removes the pages that begin in [at, last], up to a hole; the last one may reach further. */
 static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t *removed)
 {
     mapping_tree *tree = &domain->mappings;
@@ -227,11 +227,7 @@ static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t 
             return 0;
         if (to < item.last) {
             page_of(domain, &item, to, &page, &page_last);
-            if (page_last != to) {
-                if (page <= at)
-                    return 0;
-                to = page - 1;
-            }
+            to = page_last;
         }
         uint64_t prot = item.target & PAGE_MASK, gpa = item.target & ~PAGE_MASK;
         mapping head = { item.start, at - 1, item.target };
@@ -248,7 +244,7 @@ static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t 
             mapping_tree_remove(tree, item.start);
         }
         *removed += to - at + 1;
-        if (to == last)
+        if (to >= last)
             return 0;
         at = to + 1;
     }

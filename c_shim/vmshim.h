@@ -185,8 +185,8 @@ void vms_domain_destroy(vms_domain *domain);
  * last_gpa, wraps; EEXIST: overlap; ENOSPC: too many; ENOMEM: the budget or the system has no memory.  Nothing has
  * changed then. */
 int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t prot);
-/* Removes mappings from iova on, in whole pages (each the largest that alignment and the page sizes allow), until
- * `size` bytes are gone or there is no mapping, or a page would be cut.  Returns how many times 4 KiB are gone, or,
+/* Removes mappings from iova on, in whole pages (each the largest that alignment and the page sizes allow), until at
+ * least `size` bytes are gone or there is no mapping: nothing if iova is inside of a page.  Returns how many times 4 KiB are gone, or,
  * when nothing is, -errno.  EINVAL: alignment; ENOMEM, ENOSPC: no room for what is left of a mapping on both sides.
  * Without VMS_UNMAP_DEFER it returns when no IOTLB has the range any more and no access through it is in flight. */
 #define VMS_UNMAP_DEFER 1u

@@ -204,7 +204,9 @@ def test_access_and_offsets(one: tuple[World, Endpoint, Dma]) -> None:
 
 
 def test_unmap(one: tuple[World, Endpoint, Dma]) -> None:
-    """Linux: up to the first hole; a page goes whole or not at all; what was gone counts as nothing."""
+    """Linux generic_pt, __unmap_range: up to the first hole; a range that ends in a large entry takes all of it, and
+    the length that is returned is larger; one that begins within a large entry takes nothing.
+    """
     domain = paging_domain_alloc(one[1])
     domain.map(IOVA, GPA, 4 * PAGE)
     domain.map(IOVA + 6 * PAGE, GPA, PAGE)
@@ -212,9 +214,14 @@ def test_unmap(one: tuple[World, Endpoint, Dma]) -> None:
     assert domain.unmap(IOVA, 8 * PAGE) == 0
     assert [m.span.start for m in domain.mappings()] == [IOVA + 6 * PAGE]
     domain.map(1 * GiB, 0, 2 * MiB)
-    assert domain.unmap(1 * GiB, PAGE) == 0  # one page of 2 MiB
+    assert domain.unmap(1 * GiB + PAGE, PAGE) == 0  # inside of one page of 2 MiB
     assert domain.iova_to_phys(1 * GiB) == 0
-    assert domain.unmap(1 * GiB, 2 * MiB) == 2 * MiB
+    assert domain.unmap(1 * GiB, PAGE) == 2 * MiB
+    assert domain.iova_to_phys(1 * GiB + MiB) is None
+    domain.map(1 * GiB, 0, 6 * MiB)
+    assert domain.unmap(1 * GiB, 2 * MiB + PAGE) == 4 * MiB
+    assert [(m.span.start, m.span.size) for m in domain.mappings()][-1] == (1 * GiB + 4 * MiB, 2 * MiB)
+    assert domain.unmap(1 * GiB + 4 * MiB, 2 * MiB) == 2 * MiB
     domain.map(1 * GiB, PAGE, 2 * MiB)  # aligned otherwise: 512 pages
     assert domain.unmap(1 * GiB + PAGE, PAGE) == PAGE
     assert (domain.iova_to_phys(1 * GiB), domain.iova_to_phys(1 * GiB + PAGE)) == (PAGE, None)

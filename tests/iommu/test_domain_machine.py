@@ -110,7 +110,7 @@ class ModelDomain:
         at, gone = iova, {}
         while at < iova + size:
             unit = self.units.get(at)
-            if not unit or unit.page != at or at + unit.page_size > iova + size:
+            if not unit or unit.page != at:
                 break
             for here in range(at, at + unit.page_size, self.unit):
                 gone[here] = self.units[here]

@@ -188,11 +188,11 @@ class PagingDomain(Domain):
         return first is not None and first[0] <= span.last
 
     def unmap(self, iova: int, size: int) -> int:
-        """Unmaps up to `size` bytes; returns the number of bytes unmapped (Linux iommu_unmap).
+        """Unmaps `size` bytes; returns the number of bytes unmapped (Linux iommu_unmap, generic_pt's __unmap_range).
 
-        It stops at the first hole, and before a page that is only partly in the range: a page (of the largest size
-        that alignment allows) is unmapped as a whole or not at all.  IommuError(EINVAL): not whole pages of the
-        smallest size.
+        It stops at the first hole.  A page (of the largest size that alignment allows) is one entry of the table, and
+        goes as a whole: if the range ends inside of one, more than `size` bytes are unmapped; if it begins inside of
+        one, nothing is.  IommuError(EINVAL): not whole pages of the smallest size.
         """
         if self.deferred:
             return self._unmap_later(iova, size)
