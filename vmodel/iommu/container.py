@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from vmodel.closing import Closing
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.allocate import paging_domain_alloc
-from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, off_limits, unmap_in_all
+from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, off_limits, unmap_in_all
 from vmodel.iommu.context import locked
 from vmodel.iommu.domain import AllocFlags, Mapping, PagingDomain
 from vmodel.iommu.group import Group, shares_tables
@@ -25,6 +25,8 @@ from vmodel.span import PAGE, Span
 
 #: The default limit of mappings in one container (parameter dma_entry_limit of the Linux module).
 DMA_LIMIT = 65535
+#: The most pages of a dirty report (Linux DIRTY_BITMAP_PAGES_MAX).
+_MOST_DIRTY = (1 << 31) - 1
 _EVERYTHING = Span(0, (1 << 64) - 1)
 
 _numbers = itertools.count(1)
@@ -46,8 +48,6 @@ class Container(Closing):
         self._groups: dict[Group, PagingDomain] = {}
         self._areas = Areas()
         self._tracking = False
-        #: Domains whose groups have been removed, kept for the writes that they logged since tracking began.
-        self._gone: list[PagingDomain] = []
 
     def __str__(self) -> str:
         return self.name
@@ -71,7 +71,7 @@ class Container(Closing):
         IommuError: EINVAL the group is already in the container, its DMA is not coherent with caches
         (IOMMU_CAP_CACHE_COHERENCY), a mapping overlaps one of its reserved regions or is beyond its aperture, or it has
         no address or page size in common with the others; EPERM its MSIs are not isolated; EBUSY, EPERM as
-        Group.claim_dma_owner; EOPNOTSUPP writes are being tracked, and its IOMMU cannot; else as PagingDomain.map of
+        Group.claim_dma_owner; else as PagingDomain.map of
         the existing mappings.  On an error nothing changes.
         """
         if self._closed:
@@ -111,14 +111,10 @@ class Container(Closing):
 
     def _fresh(self, group: Group) -> PagingDomain:
         can, flags = group.iommu.capabilities, AllocFlags.NONE
-        if can.dirty_tracking:
-            flags |= AllocFlags.DIRTY_TRACKING
         if can.enforce_snoop:
             flags |= AllocFlags.ENFORCE_SNOOP
         domain = paging_domain_alloc(group.endpoints[0], flags)
         fill(domain, self._areas)
-        if self._tracking:
-            domain.set_dirty_tracking(True)
         return domain
 
     @locked
@@ -131,13 +127,10 @@ class Container(Closing):
             raise IommuError(errno.EINVAL, f"{group} is not in {self.name}")
         group.detach()
         group.release_dma_owner(self)
-        domain = self._groups.pop(group)
-        if self._tracking and domain not in self.domains:
-            self._gone.append(domain)
+        del self._groups[group]
         if not self._groups:
             self._areas = Areas()
             self._tracking = False
-            self._gone.clear()
 
     @locked
     def close(self) -> None:
@@ -253,26 +246,29 @@ class Container(Closing):
 
     @locked
     def set_dirty_tracking(self, on: bool) -> None:
-        """VFIO_IOMMU_DIRTY_PAGES, start and stop, on all domains.
-
-        IommuError: EINVAL no group; EOPNOTSUPP one domain does not support it.
-        """
+        """VFIO_IOMMU_DIRTY_PAGES, start and stop.  IommuError(EINVAL): there is no group."""
         self._set_up()
-        if on and not all(domain.tracks for domain in self.domains):
-            raise IommuError(errno.EOPNOTSUPP, f"{self.name}: one of its IOMMUs cannot track writes")
-        for domain in self.domains:
-            if domain.tracks:
-                domain.set_dirty_tracking(on)
-        if not on:
-            self._gone.clear()
         self._tracking = on
 
     @locked
     def read_dirty(self, span: Span, page_size: int = PAGE) -> bytes:
-        """Reads and clears the pages that groups, also removed ones, have written to, as PagingDomain.read_dirty.
+        """VFIO_IOMMU_DIRTY_PAGES, get bitmap: each page of `span` that is mapped is dirty, whatever was written.
 
-        IommuError(EINVAL): tracking is off, or `span` is not made of whole pages.
+        VFIO asks no IOMMU: its devices may write to what is mapped (vfio_iommu_type1.c, update_user_bitmap); iommufd's
+        HWPTs know better.  The result has the form of PagingDomain.read_dirty.  IommuError(EINVAL): no group, tracking
+        is off, `page_size` is not the smallest of all domains, or `span` has too many pages, or parts of one, or cuts a
+        mapping.
         """
+        self._set_up()
+        page = min(self.page_sizes)
+        if page_size != page or (span.start | span.size) & (page - 1) or span.size // page > _MOST_DIRTY:
+            raise IommuError(errno.EINVAL, f"{self.name}: dirty report of {span}: not in pages of {page:#x}")
         if not self._tracking:
             raise IommuError(errno.EINVAL, f"{self.name}: dirty tracking is off")
-        return merged_dirty([*self.domains, *self._gone], span, page_size, True)
+        bits = 0
+        for area in self._areas.over(span):
+            if not span.covers(area.span):
+                raise IommuError(errno.EINVAL, f"{self.name}: {span} cuts the mapping {area.span}")
+            first = (area.span.start - span.start) // page
+            bits |= ((1 << area.span.size // page) - 1) << first
+        return bits.to_bytes((span.size // page + 63) // 64 * 8, "little")
