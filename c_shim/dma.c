@@ -118,7 +118,7 @@ int dma_translate(vms_requester *requester, const attachment *at, uint64_t iova,
         if (access & VMS_PROT_WRITE) {
             dirty_mark(&requester->memory->dirty, gpa, gpa + (out->n - 1));
             if (out->log)
-                dirty_mark(&out->log->dirty, out->log_at, out->log_at + (out->n - 1));
+                domain_wrote(out->log, out->log_at, out->log_at + (out->n - 1));
         }
         return dma_fail(requester, fault, VMS_REASON_NO_FILE, iova);
     }
@@ -138,7 +138,7 @@ void dma_wrote(vms_requester *requester, const place *p)
 {
     dirty_mark(&requester->memory->dirty, p->gpa, p->gpa + (p->n - 1));
     if (p->log)
-        dirty_mark(&p->log->dirty, p->log_at, p->log_at + (p->n - 1));
+        domain_wrote(p->log, p->log_at, p->log_at + (p->n - 1));
 }
 
 int dma_transfer(vms_requester *requester, const attachment *at, uint64_t iova, uint8_t *buf, uint64_t len,

@@ -213,6 +213,27 @@ static void page_of(const vms_domain *domain, const mapping *item, uint64_t addr
     }
 }
 
+/* A table's entry has one dirty bit, whatever its size. */
+void domain_log(vms_domain *domain, uint64_t start, uint64_t last)
+{
+    uint64_t unused;
+    mapping item;
+
+    pthread_rwlock_rdlock(&domain->lock);
+    for (;;) {
+        uint64_t end = last;
+        if (mapping_tree_find(&domain->mappings, start, &item)) { /* else it was unmapped meanwhile */
+            page_of(domain, &item, last < item.last ? last : item.last, &unused, &end);
+            page_of(domain, &item, start, &start, &unused);
+        }
+        dirty_mark(&domain->dirty, start, end);
+        if (end >= last)
+            break;
+        start = end + 1;
+    }
+    pthread_rwlock_unlock(&domain->lock);
+}
+
 /* Removes the pages that begin in [at, last], up to a hole; the last one may reach further. */
 static int unmap_pages(vms_domain *domain, uint64_t at, uint64_t last, uint64_t *removed)
 {

@@ -52,6 +52,15 @@ struct translation {
     uint64_t log_start;
 };
 
+void domain_log(vms_domain *domain, uint64_t start, uint64_t last);
+
+/* Notes a write to the IOVAs [start, last] if dirty tracking is on: the pages as the IOMMU's tables have them. */
+static inline void domain_wrote(vms_domain *domain, uint64_t start, uint64_t last)
+{
+    if (atomic_load_explicit(&domain->dirty.on, memory_order_acquire))
+        domain_log(domain, start, last);
+}
+
 /* A domain of this kind, whose ->translate is still to be set. */
 int domain_create(uint32_t kind, vms_domain **out);
 void domain_ref(vms_domain *domain);

@@ -23,7 +23,7 @@ static void mark_pin(const vms_pin *pin)
         const struct touched *page = &pin->pages[i];
         dirty_mark(&pin->memory->dirty, page->gpa, page->gpa + (PAGE - 1));
         if (pin->log)
-            dirty_mark(&pin->log->dirty, page->log_at, page->log_at + (PAGE - 1));
+            domain_wrote(pin->log, page->log_at, page->log_at + (PAGE - 1));
     }
 }
 

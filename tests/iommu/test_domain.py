@@ -478,6 +478,23 @@ def test_dirty(one: tuple[World, Endpoint, Dma]) -> None:
     refused(errno.EINVAL, domain.read_dirty, whole, 3 * PAGE)
 
 
+def test_dirty_by_entry(one: tuple[World, Endpoint, Dma]) -> None:
+    """An entry has one dirty bit, whatever its size (Linux generic_pt, record_dirty): 2 MiB are 512 dirty pages."""
+    _, endpoint, dma = one
+    domain = paging_domain_alloc(endpoint, AllocFlags.DIRTY_TRACKING)
+    group_of(endpoint).attach(domain)
+    domain.map(4 * MiB, 2 * MiB, 2 * MiB + PAGE)
+    domain.map(8 * MiB, PAGE, 2 * MiB)  # aligned otherwise: entries of 4 KiB
+    domain.set_dirty_tracking(True)
+    dma.write(5 * MiB, b"x")
+    assert domain.read_dirty(Span.sized(4 * MiB, PAGE), clear=False) == b"\1" + bytes(7)
+    assert int.from_bytes(domain.read_dirty(Span.sized(4 * MiB, 4 * MiB)), "little") == (1 << 512) - 1
+    dma.write(6 * MiB - 1, b"xx")
+    dma.write(8 * MiB + 9 * PAGE, b"x")
+    assert int.from_bytes(domain.read_dirty(Span.sized(4 * MiB, 2 * MiB + PAGE)), "little") == (1 << 513) - 1
+    assert int.from_bytes(domain.read_dirty(Span.sized(8 * MiB, 2 * MiB)), "little") == 1 << 9
+
+
 def test_no_dirty_tracking(one: tuple[World, Endpoint, Dma]) -> None:
     domain = paging_domain_alloc(one[1])
     refused(errno.EOPNOTSUPP, domain.set_dirty_tracking, True)

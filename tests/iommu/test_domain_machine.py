@@ -422,7 +422,10 @@ class DomainMachine(RuleBasedStateMachine):
             if write:
                 self.ram[gpa : gpa + size] = data[done : done + size]
                 if isinstance(at, ModelDomain) and at.dirty is not None:
-                    at.dirty.add(here // PAGE)
+                    unit = at.units.get(here // at.unit * at.unit)
+                    # An entry of the table has one dirty bit.  A stale translation may have none any more.
+                    first, last = (unit.page, unit.page + unit.page_size - 1) if unit else (here, here + size - 1)
+                    at.dirty.update(range(first // PAGE, last // PAGE + 1))
             else:
                 data[done : done + size] = self.ram[gpa : gpa + size]
             done += size
