@@ -735,7 +735,8 @@ def test_dirty_tracking_of_a_hwpt(world: World, context: Context, ioas: Ioas) ->
     assert bits(tracking.get_dirty_bitmap(area, clear=False)) == {3, 9}
     assert bits(tracking.get_dirty_bitmap(Span.sized(IOVA, 4 * PAGE))) == {3}
     assert bits(tracking.get_dirty_bitmap(area)) == {9} and bits(tracking.get_dirty_bitmap(area)) == set()
-    for span, page in ((area, 0), (area, 3 * PAGE), (Span.sized(IOVA + 1, PAGE), PAGE), (area, 2 * MiB)):
+    beyond, odd = Span.sized(IOVA + MiB - PAGE, 2 * PAGE), Span.sized(IOVA + 1, PAGE)
+    for span, page in ((area, 0), (area, 3 * PAGE), (odd, PAGE), (area, 2 * MiB), (beyond, PAGE)):
         with refused(errno.EINVAL):
             tracking.get_dirty_bitmap(span, page)
     device.dma.write(IOVA, b"x")

@@ -218,6 +218,11 @@ class Ioas(Object):
 
     # ---- dirty tracking --------------------------------------------------------------------
 
+    def check_mapped(self, span: Span) -> None:
+        """IommuError(EINVAL): a part of `span` is not mapped (Linux __iommu_read_and_clear_dirty)."""
+        if left := holes([span], [area.span for area in self._areas.over(span)]):
+            raise IommuError(errno.EINVAL, f"{self}: nothing is mapped at iova {left[0].start:#x}")
+
     @locked
     def set_dirty_tracking(self, on: bool) -> None:
         """As Hwpt.set_dirty_tracking, for all HWPTs.
@@ -234,8 +239,9 @@ class Ioas(Object):
     def get_dirty_bitmap(self, span: Span, page_size: int = PAGE, *, clear: bool = True) -> bytes:
         """The pages written to through any HWPT, as PagingDomain.read_dirty.
 
-        IommuError(EINVAL): one HWPT does not track writes.
+        IommuError(EINVAL): one HWPT does not track writes, or a part of `span` is not mapped.
         """
+        self.check_mapped(span)
         for hwpt in self.hwpts:
             if not hwpt.paging.tracking:
                 raise IommuError(errno.EINVAL, f"{self}: {hwpt} does not track writes")

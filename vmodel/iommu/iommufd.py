@@ -166,12 +166,13 @@ class Hwpt(Object):
     def get_dirty_bitmap(self, span: Span, page_size: int = PAGE, *, clear: bool = True) -> bytes:
         """IOMMU_HWPT_GET_DIRTY_BITMAP, as PagingDomain.read_dirty.
 
-        IommuError: ENOENT nested; EINVAL not whole pages, or tracking is off; EOPNOTSUPP allocated without
-        DIRTY_TRACKING.
+        IommuError: ENOENT nested; EINVAL not whole pages, a part of `span` is not mapped, or tracking is off;
+        EOPNOTSUPP allocated without DIRTY_TRACKING.
         """
         domain = self._own()
         if not domain.tracks:
             raise IommuError(errno.EOPNOTSUPP, f"{self} was allocated without dirty tracking")
+        self.ioas.check_mapped(span)
         return domain.read_dirty(span, page_size, clear=clear)
 
     def _own(self) -> PagingDomain:
