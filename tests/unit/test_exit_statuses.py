@@ -31,7 +31,9 @@ def test_a_status(command: int, found: str, fail_on: str, status: int) -> None:
 
 def test_statuses_of_commands_that_do_not_end() -> None:
     ends = {GuestPanic: 71, GuestTimeout: 124, GuestOff: 125, LogError: 125, ModuleError: 125, QemuDied: 125}
-    assert {kind: status_of_error(kind("")) for kind in ends} == ends
+    for found, more in ((set(), {}), ({Kind.OOPS}, {ModuleError: 72})):
+        assert {kind: status_of_error(kind(""), found, kinds(FAIL_ON)) for kind in ends} == ends | more
+    assert status_of_error(ModuleError(""), {Kind.OOPS}, {Kind.MODEL}) == 125
 
 
 @pytest.mark.parametrize("text", ["", "panic,", "Panic", "all", "oops;warn"])
