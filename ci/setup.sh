@@ -17,7 +17,7 @@ needed='import ensurepip, glob, os, sysconfig as s
 os.stat(s.get_path("include") + "/Python.h") and glob.glob("/usr/share/keyrings/debian-archive-keyring.*")[0]'
 if ! { command -v cc && python3 -c "$needed"; } >/dev/null 2>&1; then
     $as_root apt-get update -qq
-    $as_root apt-get install -qq -y --no-install-recommends python3-venv python3-dev gcc libc6-dev debian-archive-keyring
+    $as_root apt-get install -qq -y --no-install-recommends python3-venv python3-dev gcc libc6-dev debian-archive-keyring python-apt-common
 fi
 python3 -m venv "$VMODEL_VENV"
 PATH="$VMODEL_VENV/bin:$PATH"

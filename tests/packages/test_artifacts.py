@@ -212,8 +212,22 @@ def test_no_apt_is_one_line(cache: Path, capsys: pytest.CaptureFixture[str], mon
 
 def test_no_debian_archive_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debian, "output", lambda argv: "Ubuntu|http://u.example/ubuntu/|noble|main\n")
-    with pytest.raises(ArtifactError, match=r"scripts/get-qemu --mirror URI$"):
-        debian.host_mirror()
+    monkeypatch.setattr(debian, "TEMPLATE", template := tmp_path / "Debian.info")
+    for text in (None, "ChangelogURI: http://c.example/\n", b"\xff"):
+        if text is not None:
+            template.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ArtifactError, match=r"python-apt-common.* scripts/get-qemu --mirror URI$"):
+            debian.host_mirror()
+
+
+def test_ubuntu_knows_debians_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its package python-apt-common, in whose file this is the entry of one release."""
+    monkeypatch.setattr(debian, "output", lambda argv: "Ubuntu|http://u.example/ubuntu/|noble|main\n")
+    monkeypatch.setattr(debian, "TEMPLATE", template := tmp_path / "Debian.info")
+    template.write_text(
+        "ChangelogURI: https://c.example/%s\n\nSuite: sid\nBaseURI: https://d.example/debian/\nMatchURI: x\n"
+    )
+    assert debian.host_mirror() == "https://d.example/debian/"
 
 
 def test_a_failed_fetch_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,8 @@ CLANG = "19"
 CLANG_PACKAGES = (f"clang-{CLANG}", f"libclang-rt-{CLANG}-dev")
 #: Files of Chromium's packages that it does not need without a graphics card, more than half of all bytes.
 _NOT_DRAWN = re.compile(r"libLLVM|libgallium|libz3|/dri/|/gconv/|/locales/|libVk|libvk_|crashpad|\.TOC$")
+#: What apt's tools on Ubuntu know of Debian's archive.
+TEMPLATE = Path("/usr/share/python-apt/templates/Debian.info")
 KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
 #: The host's settings of apt that concern how to reach the archive.  None of them weakens verification: the settings
 #: for signatures (Allow*) and dates (Check-*) keep apt's defaults.
@@ -257,7 +259,7 @@ def pick_mirror(rows: Sequence[str]) -> str | None:
 
 
 def host_mirror() -> str:
-    """The URI of the Debian archive that this host's apt uses.  ArtifactError: it uses none."""
+    """The URI of the Debian archive that this host's apt uses, or on Ubuntu that its tools know.  ArtifactError."""
     ask = [
         "apt-get",
         "indextargets",
@@ -270,7 +272,13 @@ def host_mirror() -> str:
             mirror = pick_mirror(output(argv).splitlines())
             if mirror:
                 return mirror
-    raise ArtifactError(f"this host's apt uses no Debian archive; name a mirror of it: {FETCH_COMMAND} --mirror URI")
+    with contextlib.suppress(OSError, ValueError):
+        if found := re.search(r"^BaseURI: (\S+)$", TEMPLATE.read_text(), re.MULTILINE):
+            return found[1]
+    raise ArtifactError(
+        "this host's apt uses no Debian archive: apt-get install python-apt-common, which knows it, or name a mirror:"
+        f" {FETCH_COMMAND} --mirror URI"
+    )
 
 
 def transport() -> list[str]:
