@@ -147,8 +147,8 @@ def test_no_group_no_domain(world: World) -> None:
         (1 << 64, GPA, PAGE, RW, errno.ERANGE),
         (IOVA, GPA, 1 << 64, RW, errno.ERANGE),
         (-PAGE, GPA, PAGE, RW, errno.ERANGE),
-        (IOVA + 0x10000, GPA, PAGE, RW, errno.EEXIST),
-        (IOVA + 0xF000, GPA, 2 * PAGE, RW, errno.EEXIST),
+        (IOVA + 0x10000, GPA, PAGE, RW, errno.EADDRINUSE),
+        (IOVA + 0xF000, GPA, 2 * PAGE, RW, errno.EADDRINUSE),
     ],
 )
 def test_map_errors(
@@ -201,6 +201,36 @@ def test_access_and_offsets(one: tuple[World, Endpoint, Dma]) -> None:
         None,
         None,
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("vt-d", errno.EADDRINUSE),
+        ("amd-vi", errno.EADDRINUSE),
+        ("smmu-v3", errno.EEXIST),
+        ("virtio-iommu", errno.EINVAL),
+    ],
+)
+def test_what_overlaps(kind: str, code: int) -> None:
+    """Linux 7.3: generic_pt/iommu_pt.h has EADDRINUSE, io-pgtable-arm.c EEXIST; virtio-iommu's device answers INVAL."""
+    world = World(iommu(kind))
+    domain = paging_domain_alloc(world.device("00:03.0")[0])
+    domain.map(IOVA, GPA, 2 * PAGE)
+    assert "overlaps a mapping" in refused(code, domain.map, IOVA + PAGE, 0, PAGE)
+    world.close()
+
+
+def test_parents_of_smmu_v3() -> None:
+    """Linux arm_smmu_domain_alloc_paging_flags: NEST_PARENT goes with no other flag."""
+    world = World(iommu("smmu-v3"))
+    endpoint, _ = world.device("00:03.0")
+    parent = AllocFlags.NEST_PARENT
+    for flags in (parent | AllocFlags.DIRTY_TRACKING, parent | AllocFlags.PASID):
+        assert "neither tracks writes nor" in refused(errno.EOPNOTSUPP, paging_domain_alloc, endpoint, flags)
+    for flags in (parent, AllocFlags.DIRTY_TRACKING | AllocFlags.PASID):
+        paging_domain_alloc(endpoint, flags)
+    world.close()
 
 
 def test_unmap(one: tuple[World, Endpoint, Dma]) -> None:

@@ -135,6 +135,6 @@ def test_a_bitmap_of_several_domains(world: World) -> None:
 def test_what_was_there_stays(world: World) -> None:
     tables = domain(world)
     map_in_all([tables], AREAS[2:])
-    with refused(errno.EEXIST):
+    with refused(errno.EADDRINUSE):
         map_in_all([tables], AREAS)
     assert list(tables.mappings()) == AREAS[2:]

@@ -11,6 +11,8 @@ from vmodel.iommu.iommu import Iommu
 from vmodel.iommu.pgtable import Table
 from vmodel.memory import GuestMemory
 
+_NOT_OF_PARENTS = AllocFlags.DIRTY_TRACKING | AllocFlags.PASID
+
 
 def _iommu_of(endpoint: Endpoint) -> Iommu:
     if endpoint.iommu is None or endpoint.group is None:
@@ -21,7 +23,8 @@ def _iommu_of(endpoint: Endpoint) -> Iommu:
 def paging_domain_alloc(endpoint: Endpoint, flags: AllocFlags = AllocFlags.NONE) -> PagingDomain:
     """A user-managed domain for a device (Linux iommu_paging_domain_alloc_flags).
 
-    IommuError: ENODEV the device has no group; EOPNOTSUPP its IOMMU does not support one of `flags`.
+    IommuError: ENODEV the device has no group; EOPNOTSUPP its IOMMU does not support one of `flags`, or the
+    combination.
     """
     iommu = _iommu_of(endpoint)
     can = iommu.capabilities
@@ -33,6 +36,9 @@ def paging_domain_alloc(endpoint: Endpoint, flags: AllocFlags = AllocFlags.NONE)
     ):
         if flag in flags and not ability:
             raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} does not support {flag.name}")
+    if AllocFlags.NEST_PARENT in flags and iommu.driver.parent_alone and flags & _NOT_OF_PARENTS:
+        text = f"{iommu.name}: a parent of nested domains neither tracks writes nor has PASIDs"
+        raise IommuError(errno.EOPNOTSUPP, text)
     return PagingDomain(DomainType.UNMANAGED, iommu, flags)
 
 

@@ -138,6 +138,7 @@ class PagingDomain(Domain):
         self.tracking = False
         self._map = shim.try_map
         self._unmap = shim.try_unmap
+        self._overlap = made_for.driver.overlap
         self._flush_after = can.flush_unmaps
         self._flush_seconds = can.flush_ms / 1000
         self._waiting: list[Span] = []
@@ -168,13 +169,16 @@ class PagingDomain(Domain):
         """Maps `size` bytes.
 
         IommuError: EINVAL not whole pages of the smallest size, or no access; ERANGE outside of the aperture or beyond
-        the output width; EEXIST overlaps a mapping; ENOSPC too many mappings; ENOMEM `max_memory` of the IOMMU is used
-        up.
+        the output width; EADDRINUSE overlaps a mapping (EEXIST on SMMUv3, EINVAL on virtio-iommu, as in Linux); ENOSPC
+        too many mappings; ENOMEM `max_memory` of the IOMMU is used up.
         """
         try:
             rc = self._map(iova, gpa, size, access)
         except OverflowError:
             rc = -errno.ERANGE
+        if rc == -errno.EEXIST:
+            text = f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}: overlaps a mapping"
+            raise IommuError(self._overlap, text)
         if rc:
             raise _why(-rc, f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}")
 
@@ -373,7 +377,6 @@ _NO_ACCESS = Access(_shim.PROT_NONE)
 _WHY = {
     errno.EINVAL: "not whole pages, or no access",
     errno.ERANGE: "outside of the aperture or beyond the output width",
-    errno.EEXIST: "overlaps a mapping",
     errno.ENOSPC: "too many mappings",
     errno.ENOMEM: "max_memory is used up",
 }

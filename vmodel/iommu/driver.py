@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ class Driver(ABC):
     Params: ClassVar[type[KindParams]] = KindParams
     #: Whether its tables are good for this one instance only, so that another one refuses its domains.
     own_tables: ClassVar[bool] = False
+    #: The errno of a mapping that overlaps another one in a domain.
+    overlap: ClassVar[int] = errno.EEXIST
+    #: Whether a parent of nested domains can neither track writes nor be attached to PASIDs.
+    parent_alone: ClassVar[bool] = False
     #: Whether DMA is coherent with the CPU's caches only if its walks are (Linux ARM_SMMU_FEAT_COHERENCY).
     coherent_by_walks: ClassVar[bool] = False
     #: Parameters that apply only to an IOMMU that a guest drives.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, field_validator
@@ -21,6 +22,7 @@ class AmdVi(Driver):
     kind, title = "amd-vi", "AMD-Vi"
     formats = frozenset((TableFormat.AMD_V1, TableFormat.X86))
     nested_formats = frozenset((TableFormat.X86,))
+    overlap = errno.EADDRINUSE  # Linux generic_pt
     # Version 1 tables support every power of two (2.2.3).
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(36)), fault_queue_depth=512, reserved=(X86_MSI,)

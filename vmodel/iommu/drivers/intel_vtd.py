@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -18,6 +19,7 @@ class IntelVtd(Driver):
     kind, title = "vt-d", "Intel VT-d"
     formats = frozenset((TableFormat.VTD_SECOND, TableFormat.X86))
     nested_formats = frozenset((TableFormat.X86,))
+    overlap = errno.EADDRINUSE  # Linux generic_pt
     served_params = frozenset(("scalable", "ats"))
     default = Capabilities(input_bits=48, fault_queue_depth=8, reserved=(X86_MSI,))
 
