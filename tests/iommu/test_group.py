@@ -13,9 +13,9 @@ from tests.waiting import meanwhile, until
 from vmodel import _shim
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault, IommuError, Reason
-from vmodel.iommu import Endpoint, dma_domain_alloc, paging_domain_alloc
+from vmodel.iommu import Endpoint, System, dma_domain_alloc, paging_domain_alloc
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.domain import Domain, DomainType, PagingDomain
+from vmodel.iommu.domain import AllocFlags, Domain, DomainType, PagingDomain
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.iommu.group import Group
 from vmodel.span import PAGE, Span
@@ -240,6 +240,22 @@ def test_default_domain(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
     group.attach(first)
     group.set_default(second, forced=True)  # an owner's stays, even where it was the kernel's
     assert (group.domain, dma.read(IOVA, 1)) == (first, b"O")
+
+
+@pytest.mark.parametrize("default", [DomainType.IDENTITY, DomainType.DMA, DomainType.DMA_FQ])
+def test_the_type_of_default_domains(world: World, default: DomainType) -> None:
+    """Linux: iommu.passthrough and iommu.strict choose it, and an untrusted device has DMA in any case."""
+    mark(world)
+    world.system.default = default
+    plain, outside = world.plug(world.function("00:03.0")), world.plug(world.function("00:04.0"), untrusted=True)
+    assert group_of(plain).default_domain.type is default
+    assert group_of(outside).domain.type is DomainType.DMA
+    assert fault_of(world.dmas["00:04.0"]) is Reason.NOT_MAPPED
+    lazy = PagingDomain(DomainType.DMA_FQ, world.system.iommus[0], AllocFlags.NONE)
+    for domain in (group_of(outside).iommu.identity, lazy):
+        refused(errno.EINVAL, "00:04.0 is untrusted", group_of(outside).set_default, domain)
+    with pytest.raises(ValueError, match="blocked is no type"):
+        System(default=DomainType.BLOCKED)
 
 
 def test_default_domains_that_linux_refuses(pair: tuple[Endpoint, Endpoint]) -> None:

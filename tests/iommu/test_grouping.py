@@ -235,6 +235,17 @@ def test_group_mf(make: Callable[..., World], kind: str, order: tuple[int, ...])
     assert any(e.why.endswith("are functions of one device (group_mf)") for e in world.system.endpoints)
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_group_mf_of_one_device(world: World, order: tuple[int, ...]) -> None:
+    """One function's bit joins those of its device, in whatever order they come, and no other device's."""
+    functions = [world.function(f"00:03.{n}", acs=ISOLATION, group_mf=n == 1) for n in range(3)]
+    for n in order:
+        world.plug(functions[n])
+    for n in range(2):
+        world.plug(world.function(f"00:04.{n}", acs=ISOLATION))
+    assert groups(world) == expect("00:03.0 00:03.1 00:03.2", "00:04.0", "00:04.1")
+
+
 WHY: list[tuple[Callable[[World], Groups], str, str]] = [
     (root_bus, "00:02.0", "on the root bus, with a requester id of its own"),
     (root_bus, "00:03.2", "00:03.2 and 00:03.1 are functions of one device, without ACS"),

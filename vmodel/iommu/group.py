@@ -185,6 +185,9 @@ class Group:
     def _check_default(self, domain: Domain) -> None:
         if domain.type not in (DomainType.IDENTITY, DomainType.DMA, DomainType.DMA_FQ):
             raise IommuError(errno.EINVAL, f"group {self.number}: {domain.type.value} is no type of default domains")
+        for endpoint in self.endpoints:
+            if endpoint.untrusted and domain.type is not DomainType.DMA:
+                raise IommuError(errno.EINVAL, f"group {self.number}: {endpoint.name} is untrusted: only a DMA domain")
         if self.owner is not None:
             raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")
         for endpoint in self.endpoints:

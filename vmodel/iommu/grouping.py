@@ -122,4 +122,7 @@ def _by_topology(function: Function, other: Function, group_mf: bool) -> str:
         return ""
     if not anchor.has_acs and not theirs.has_acs:
         return f"{names} are functions of one device, without ACS"
-    return f"{names} are functions of one device (group_mf)" if group_mf else ""
+    # The device's bit: whichever of its functions has it.
+    if group_mf or any(f.group_mf for f in anchor.home.functions if f.bdf.slot == anchor.bdf.slot and not f.physical):
+        return f"{names} are functions of one device (group_mf)"
+    return ""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from vmodel import _shim
 from vmodel.errors import IommuError
 from vmodel.iommu.capabilities import ReservedRegion
-from vmodel.iommu.domain import PagingDomain
+from vmodel.iommu.domain import AllocFlags, Domain, DomainType, PagingDomain
 from vmodel.iommu.driver import Source
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.group import Group
@@ -26,10 +26,23 @@ log = logging.getLogger(__name__)
 class System:
     """The IOMMUs, endpoints and groups of one machine.
 
-    `group_mf`: all functions of a multifunction device form one group (never its virtual functions).
+    `group_mf`: all functions of a multifunction device form one group (never its virtual functions); `default`: the
+    type of new groups' default domains, IDENTITY, DMA or DMA_FQ, as Linux's iommu.passthrough and iommu.strict choose
+    it.  ValueError: another type.
+
+    >>> system = System(default=DomainType.DMA)  # as iommu.passthrough=0 iommu.strict=1
     """
 
-    def __init__(self, topology: Topology | None = None, *, group_mf: bool = False) -> None:
+    def __init__(
+        self,
+        topology: Topology | None = None,
+        *,
+        group_mf: bool = False,
+        default: DomainType = DomainType.IDENTITY,
+    ) -> None:
+        if default not in (DomainType.IDENTITY, DomainType.DMA, DomainType.DMA_FQ):
+            raise ValueError(f"{default.value} is no type of default domains")
+        self.default = default
         self.topology = topology or Topology()
         self.group_mf = group_mf
         self.iommus: list[Iommu] = []
@@ -73,12 +86,14 @@ class System:
         bypass: bool = False,
         reserved: Iterable[ReservedRegion] = (),
         max_pasids: int | None = None,
+        untrusted: bool = False,
     ) -> Endpoint:
         """Adds a device, at the start or hot-plugged, and attaches it to its group's domain before its first DMA.
 
         `iommu`: the IOMMU to use instead of the first that covers the device; `bypass`: use none; `max_pasids`: how
-        many PASIDs the device can use, 0 without PCIe's PASID capability, None: as many as the IOMMU has.  DMA of a
-        device that no IOMMU covers is not translated.  A covered device that cannot be in a group does no DMA: each
+        many PASIDs the device can use, 0 without PCIe's PASID capability, None: as many as the IOMMU has; `untrusted`:
+        it is behind an external port, and a new group gets a DMA domain whatever the default is.  DMA of a device that
+        no IOMMU covers is not translated.  A covered device that cannot be in a group does no DMA: each
         access is a fault, and `why` has the reason.  IommuError: EEXIST the device already exists; EINVAL its group has
         a domain that does not fit it, so it was not added, and does no DMA.
         """
@@ -89,6 +104,7 @@ class System:
                 iommu = next((candidate for candidate in self.iommus if source in candidate), None)
             name = name or getattr(source, "name", "")
             endpoint = Endpoint(name, source, iommu, requester, reserved, bypass=bypass, max_pasids=max_pasids)
+            endpoint.untrusted = untrusted
             if iommu is None:
                 endpoint.attach(None)  # its requester may still have a domain from an earlier add()
             else:
@@ -104,10 +120,18 @@ class System:
         found = find_group(self, endpoint)
         endpoint.why = found.why
         if found.isolated:
-            group = found.group or Group(iommu, next(self._numbers), iommu.identity, self._lock)
+            group = found.group or Group(iommu, next(self._numbers), self._default(iommu, endpoint), self._lock)
             group.join(endpoint)
             if found.group is None:
                 self.groups.append(group)
+
+    def _default(self, iommu: Iommu, endpoint: Endpoint) -> Domain:
+        """The default domain of a device's new group (Linux iommu_get_default_domain_type)."""
+        kind = DomainType.DMA if endpoint.untrusted else self.default
+        if kind is DomainType.IDENTITY:
+            return iommu.identity
+        tracking = iommu.capabilities.dirty_tracking
+        return PagingDomain(kind, iommu, AllocFlags.DIRTY_TRACKING if tracking else AllocFlags.NONE)
 
     def remove(self, endpoint: Endpoint) -> None:
         """Removes and detaches a device; the last one of a group removes the group.  ValueError: it was not added.

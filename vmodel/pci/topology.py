@@ -104,7 +104,8 @@ class Function:
 
     Attributes: `bdf`; `name`; `kind`; `acs`: the ACS controls that are enabled, None without the capability;
     `acs_offered`: those that it supports; `dma_aliases`: other devfns of its bus that its DMA requests may carry;
-    `physical`: the physical function of a virtual one (SR-IOV); `secondary`: the bus below a bridge.
+    `physical`: the physical function of a virtual one (SR-IOV); `group_mf`: all functions of its device share a group,
+    whatever ACS they have; `secondary`: the bus below a bridge.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Function:
         acs_offered: AcsFlags = ISOLATION,
         dma_aliases: tuple[int, ...] = (),
         physical: Function | None = None,
+        group_mf: bool = False,
     ) -> None:
         self.bdf = bdf
         self.kind = kind
@@ -125,6 +127,7 @@ class Function:
         self.acs_offered = acs_offered
         self.dma_aliases = dma_aliases
         self.physical = physical
+        self.group_mf = group_mf
         self.secondary: Bus | None = None
         self.bus: Bus | None = None
 
