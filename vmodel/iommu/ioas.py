@@ -14,13 +14,15 @@ from vmodel.errors import Access, IommuError
 from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, unmap_in_all
 from vmodel.iommu.context import Context, Object, locked
 from vmodel.iommu.domain import Mapping
-from vmodel.span import PAGE, Span
+from vmodel.span import PAGE, MiB, Span
 
 if TYPE_CHECKING:
     from vmodel.iommu.iommufd import Hwpt
 
 _LAST = (1 << 64) - 1
 _RW = Access.READ | Access.WRITE
+#: Allocated IOVAs are aligned to no more, whatever the GPA is: a huge page of the CPU (Linux iopt_alloc_iova).
+_HUGE_PAGE = 2 * MiB
 #: Spans that are never allocated automatically (Linux iopt_alloc_iova).
 _NEVER_CHOSEN = [Span(0, PAGE - 1), Span(_LAST - PAGE + 1, _LAST)]
 
@@ -138,11 +140,11 @@ class Ioas(Object):
         return iova
 
     def _choose(self, gpa: int, size: int) -> int:
-        """Allocates IOVAs: the first fit with the alignment of the GPA, so that large pages are possible; never 0."""
+        """Allocates IOVAs: the first fit with the alignment of the GPA, up to 2 MiB, for large pages; never 0."""
         if size >= _LAST // 2:
             raise IommuError(errno.EOVERFLOW, f"{self}: {size:#x} bytes are too many to allocate IOVAs for")
         wanted = 1 << (size - 1).bit_length()
-        align = max(min(wanted, gpa & -gpa) if gpa else wanted, self.alignment)
+        align = max(min(wanted, gpa & -gpa or wanted, _HUGE_PAGE), self.alignment)
         room = common(self.iova_ranges(), self._allowed or [Span(0, _LAST)])
         for hole in holes(room, [*_NEVER_CHOSEN, *(area.span for area in self._areas)]):
             start = (hole.start + align - 1) & -align

@@ -30,7 +30,10 @@ _PAGING_FLAGS = AllocFlags.NEST_PARENT | AllocFlags.DIRTY_TRACKING | AllocFlags.
 
 @dataclass(frozen=True)
 class HwInfo:
-    """A device's IOMMU, as IOMMU_GET_HW_INFO describes it; `page_sizes` in bytes."""
+    """A device and its IOMMU, as IOMMU_GET_HW_INFO describes them.
+
+    `page_sizes` in bytes; `pasid_bits`: 0 if the device, or the IOMMU, has no PASIDs.
+    """
 
     kind: str
     coherent: bool
@@ -224,12 +227,15 @@ class Device(Object):
     def get_info(self) -> HwInfo:
         """IOMMU_GET_HW_INFO."""
         can = self.group.iommu.capabilities
+        pasids = 1 << can.pasid_bits
+        if self.endpoint.max_pasids is not None:
+            pasids = min(pasids, self.endpoint.max_pasids)
         return HwInfo(
             self.group.iommu.driver.kind,
             can.coherent,
             can.enforce_snoop,
             can.dirty_tracking,
-            can.pasid_bits,
+            max(pasids.bit_length() - 1, 0),
             can.page_sizes,
         )
 
@@ -355,10 +361,14 @@ class Device(Object):
 
     @locked
     def detach(self, pasid: int | None = None) -> None:
-        """VFIO_DEVICE_DETACH_IOMMUFD_PT.  IommuError(EINVAL): the device is not attached."""
+        """VFIO_DEVICE_DETACH_IOMMUFD_PT; as in Linux nothing happens if the device, or the PASID, is not attached.
+
+        IommuError(ENOENT): the device was destroyed.
+        """
+        self.check()
         hwpt = self._attached.get(pasid)
         if hwpt is None:
-            raise IommuError(errno.EINVAL, f"{self} is not attached")
+            return
         self._remove(pasid)
         if pasid is None:
             hwpt.ioas.unreserve(self)

@@ -1,0 +1,356 @@
+"""Checks of an IOAS's calls, from the cases of iommufd_ioas and iommufd_mock_domain in Linux's iommufd selftest."""
+
+from __future__ import annotations
+
+from tests.linux.mock import (
+    APERTURE,
+    BUFFER,
+    BUFFER_SIZE,
+    LAST,
+    MOCK_PAGE,
+    PAGE,
+    PASID_BITS,
+    WITH_DOMAIN,
+    Difference,
+    Mock,
+    Row,
+)
+from vmodel.iommu.iommufd import Ioas
+from vmodel.span import GiB, Span
+
+NONE = ("no_domain",)
+
+
+def ten(mock: Mock) -> list[int]:
+    """Ten mappings, one page each, side by side."""
+    return [mock.map(n) for n in range(10)]
+
+
+def four_of_eight(mock: Mock) -> None:
+    """Four mappings of 8 pages, one each 16 pages, from the fifth page on."""
+    for n in range(4):
+        mock.map(4 + 16 * n, 8)
+
+
+MAP = [
+    Row(
+        "iommufd_ioas.area",
+        f"{pages} pages over a mapping of two",
+        lambda mock, at=at, pages=pages: mock.map(at, pages),  # type: ignore[misc]
+        "EEXIST",
+        before=lambda mock: mock.map(16, 2),
+    )
+    for at, pages in ((16, 2), (16, 1), (17, 1), (15, 2), (15, 3))
+] + [
+    Row(
+        "iommufd_ioas.ioas_iova_alloc",
+        "a size that is not made of whole pages of the IOMMU",
+        lambda mock: mock.map_any(MOCK_PAGE + 1),
+        "EINVAL",
+        variants=WITH_DOMAIN,
+    ),
+    Row(
+        "iommufd_ioas.ioas_iova_alloc",
+        "a page of the IOMMU, half of one of the CPU",
+        lambda mock: mock.ioas.unmap(mock.map_any(MOCK_PAGE), MOCK_PAGE),
+        MOCK_PAGE,
+    ),
+    Row(
+        "iommufd_ioas.ioas_iova_alloc",
+        "three pages of the IOMMU",
+        lambda mock: mock.ioas.unmap(mock.map_any(3 * MOCK_PAGE), 3 * MOCK_PAGE),
+        3 * MOCK_PAGE,
+    ),
+    # PAGE_SIZE 4096: the hole after the reserved region has room, but none that is aligned to 32 KiB.
+    Row(
+        "iommufd_ioas.reserved_overflow",
+        "the aligned IOVA would be 2**64",
+        lambda mock: mock.map_any(0x5000),
+        "ENOSPC",
+        before=lambda mock: mock.reserve(6, 0xFFFF_FFFF_FFFF_8001),
+    ),
+    # drivers/iommu/iommufd/io_pagetable.c:141: no more alignment than a huge page of the CPU.
+    Row(
+        "iommufd_ioas.area_auto_iova",
+        "1 GiB is aligned to 2 MiB only",
+        lambda mock: mock.map_any(GiB, 0),
+        BUFFER,
+        before=lambda mock: mock.map_any(MOCK_PAGE),
+        variants=NONE,
+    ),
+]
+
+UNMAP = [
+    Row("iommufd_ioas.area", f"nothing is mapped at page {at}", lambda mock, at=at: mock.unmap(at), "ENOENT")  # type: ignore[misc]
+    for at in (0, 1, 9)
+] + [
+    Row(
+        "iommufd_ioas.area",
+        "each of ten mappings",
+        lambda mock: [mock.unmap(n) for n in range(10)],
+        [PAGE] * 10,
+        before=ten,
+    ),
+    Row(
+        "iommufd_ioas.area",
+        "its first half",
+        lambda mock: mock.unmap(16),
+        "ENOENT",
+        before=lambda mock: mock.map(16, 2),
+    ),
+    Row(
+        "iommufd_ioas.area",
+        "its second half",
+        lambda mock: mock.unmap(17),
+        "ENOENT",
+        before=lambda mock: mock.map(16, 2),
+    ),
+    Row("iommufd_ioas.area", "all", lambda mock: mock.ioas.unmap(0, LAST), 10 * PAGE, before=ten),
+    Row("iommufd_ioas.area", "all of an empty one", lambda mock: mock.ioas.unmap(0, LAST), 0),
+    Row(
+        "iommufd_ioas.unmap_fully_contained_areas",
+        "the first is cut",
+        lambda mock: mock.unmap(0, 8),
+        "ENOENT",
+        before=four_of_eight,
+    ),
+    Row(
+        "iommufd_ioas.unmap_fully_contained_areas",
+        "the last is cut",
+        lambda mock: mock.unmap(4 + 3 * 16 + 8 - 4, 8),
+        "ENOENT",
+        before=four_of_eight,
+    ),
+    Row(
+        "iommufd_ioas.unmap_fully_contained_areas",
+        "all four, with the holes around them",
+        lambda mock: mock.unmap(0, 3 * 16 + 8 + 4),
+        32 * PAGE,
+        before=four_of_eight,
+    ),
+]
+
+
+def copied(mock: Mock, target: Ioas, iova: int) -> tuple[int, bool]:
+    """Copies the page at `base`; where it is, and whether it is the same memory."""
+    at = target.copy(mock.ioas, mock.base, PAGE, iova=iova)
+    [page] = [mapping for mapping in target.mappings() if mapping.span.start == at]
+    return at - mock.base, page.gpa == BUFFER
+
+
+def sweep(mock: Mock, offset: int) -> object:
+    """Copies a page of the IOMMU from `offset` in the buffer's mapping to another IOAS, and unmaps it."""
+    other = Ioas(mock.context)
+    at = other.copy(mock.ioas, APERTURE.start + offset, MOCK_PAGE, iova=APERTURE.start)
+    [page] = other.mappings()
+    assert page.gpa == BUFFER + offset
+    return other.unmap(at, MOCK_PAGE)
+
+
+def map_buffer(mock: Mock) -> int:
+    return mock.ioas.map(BUFFER, BUFFER_SIZE, iova=APERTURE.start)
+
+
+COPY = [
+    Row(
+        "iommufd_ioas.copy_area",
+        "inside of an IOAS",
+        lambda mock: copied(mock, mock.ioas, mock.base + PAGE),
+        (PAGE, True),
+        before=lambda mock: mock.map(0),
+    ),
+    Row(
+        "iommufd_ioas.copy_area",
+        "to another IOAS, at 0",
+        lambda mock: copied(mock, Ioas(mock.context), 0)[1],
+        True,
+        before=lambda mock: mock.map(0),
+    ),
+]
+COPY += [
+    Row(
+        "iommufd_ioas.copy_sweep",
+        f"from {offset:#x} in a mapping of {BUFFER_SIZE:#x}",
+        lambda mock, offset=offset: sweep(mock, offset),  # type: ignore[misc]
+        MOCK_PAGE if 0 <= offset <= BUFFER_SIZE - MOCK_PAGE else "ENOENT",
+        before=map_buffer,
+    )
+    for offset in (-PAGE, -MOCK_PAGE, 0, MOCK_PAGE, PAGE, BUFFER_SIZE - MOCK_PAGE, BUFFER_SIZE)
+]
+
+APERTURE_ONLY = [(APERTURE.start, APERTURE.last)]
+RANGES = [
+    Row("iommufd_ioas.iova_ranges", "all", Mock.ranges, [(0, LAST)], variants=NONE),
+    Row("iommufd_ioas.iova_ranges", "the aperture", Mock.ranges, APERTURE_ONLY, variants=WITH_DOMAIN),
+    Row("iommufd_ioas.iova_ranges", "its alignment", lambda mock: mock.ioas.alignment, MOCK_PAGE, variants=WITH_DOMAIN),
+    Row(
+        "iommufd_ioas.iova_ranges",
+        "two, around what is reserved",
+        Mock.ranges,
+        [(0, PAGE - 1), (2 * PAGE, LAST)],
+        before=lambda mock: mock.reserve(PAGE, PAGE),
+        variants=NONE,
+    ),
+    Row(
+        "iommufd_ioas.iova_ranges",
+        "the aperture, what is reserved is outside",
+        Mock.ranges,
+        APERTURE_ONLY,
+        before=lambda mock: mock.reserve(PAGE, PAGE),
+        variants=WITH_DOMAIN,
+    ),
+]
+
+
+def allow(mock: Mock, *spans: Span) -> None:
+    mock.ioas.allow_iovas(spans)
+
+
+def wide(mock: Mock) -> Span:
+    return Span(mock.base, mock.base + 600 * PAGE)
+
+
+ALLOW = [
+    Row(
+        "iommufd_ioas.area_auto_iova",
+        "over a reserved region, or outside of the aperture",
+        lambda mock: allow(mock, Span(PAGE, 600 * PAGE)),
+        "EADDRINUSE",
+        before=lambda mock: mock.reserve(4 * PAGE, 100 * PAGE),
+    ),
+    Row("iommufd_ioas.area_allowed", "what may be mapped", lambda mock: allow(mock, wide(mock)), None),
+    Row("iommufd_ioas.area_allowed", "none: anywhere", allow, None, before=lambda mock: allow(mock, wide(mock))),
+    Row(
+        "iommufd_ioas.area_allowed",
+        "over a reserved region",
+        lambda mock: allow(mock, wide(mock)),
+        "EADDRINUSE",
+        before=lambda mock: mock.reserve(mock.base + PAGE, PAGE),
+    ),
+]
+
+RESERVE = [
+    Row(
+        "iommufd_ioas.area_allowed",
+        "in an allowed range",
+        lambda mock: mock.reserve(mock.base + PAGE, PAGE),
+        "EADDRINUSE",
+        before=lambda mock: allow(mock, wide(mock)),
+    ),
+    Row(
+        "iommufd_ioas.area_allowed",
+        "what was allowed once",
+        lambda mock: mock.reserve(mock.base + PAGE, PAGE),
+        None,
+        before=lambda mock: (allow(mock, wide(mock)), allow(mock)),
+    ),
+]
+
+DESTROY = [
+    Row("iommufd_ioas.ioas_destroy", "free", lambda mock: mock.ioas.destroy(), None, variants=NONE),
+    Row("iommufd_ioas.ioas_destroy", "in use", lambda mock: mock.ioas.destroy(), "EBUSY", variants=WITH_DOMAIN),
+    Row(
+        "iommufd_ioas.ioas_area_destroy",
+        "with a mapping",
+        lambda mock: mock.ioas.destroy(),
+        None,
+        before=lambda mock: mock.map(0),
+        variants=NONE,
+    ),
+    Row(
+        "iommufd_ioas.ioas_area_destroy",
+        "with a mapping, in use",
+        lambda mock: mock.ioas.destroy(),
+        "EBUSY",
+        before=lambda mock: mock.map(0),
+        variants=WITH_DOMAIN,
+    ),
+    Row("iommufd.cmd_fail", "no such object", lambda mock: mock.context.destroy(0), "ENOENT", variants=NONE),
+    Row("iommufd.cmd_ex_fail", "no such object", lambda mock: mock.context.destroy(0), "ENOENT", variants=NONE),
+]
+
+CLOSE = [
+    Row("iommufd.simple_close", "nothing in it", lambda mock: None, None, variants=NONE),
+    Row("iommufd_ioas.ioas_auto_destroy", "an IOAS, and its devices", lambda mock: None, None),
+    Row("iommufd_ioas.ioas_area_auto_destroy", "ten mappings", lambda mock: len(ten(mock)), 10),
+]
+
+ATTACH = [
+    Row(
+        "iommufd_ioas.hwpt_attach",
+        "another device to the HWPT of the first",
+        lambda mock: mock.add().attach(mock.hwpts[0]) is mock.hwpts[0],
+        True,
+        variants=WITH_DOMAIN,
+    ),
+    Row("iommufd_ioas.hwpt_attach", "no such HWPT", lambda mock: mock.context[0], "ENOENT", variants=NONE),
+]
+
+INFO = [
+    Row(
+        "iommufd_ioas.get_hw_info",
+        "a device without PASIDs",
+        lambda mock: mock.bound[0].get_info().pasid_bits,
+        0,
+        variants=WITH_DOMAIN,
+    ),
+    Row(
+        "iommufd_ioas.get_hw_info",
+        "a device with PASIDs",
+        lambda mock: mock.add(max_pasids=1 << PASID_BITS).get_info().pasid_bits,
+        PASID_BITS,
+        variants=WITH_DOMAIN,
+    ),
+    # drivers/iommu/iommufd/device.c:1722: the logarithm of the device's own number, rounded down.
+    Row(
+        "iommufd_ioas.get_hw_info",
+        "a device with fewer PASIDs than the IOMMU",
+        lambda mock: mock.add(max_pasids=100).get_info().pasid_bits,
+        6,
+        variants=WITH_DOMAIN,
+    ),
+]
+
+BYTES = "Linux divides memory into bytes until an IOMMU is attached; mappings here are made of pages of 4 KiB at least"
+DIFFERENCES: list[Row] = [
+    Difference(
+        "iommufd_ioas.iova_ranges",
+        "alignment without an IOMMU",
+        lambda mock: mock.ioas.alignment,
+        MOCK_PAGE,
+        variants=NONE,
+        linux=1,
+        why=BYTES,
+    ),
+    Difference(
+        "iommufd_ioas.ioas_iova_alloc",
+        "one byte, without an IOMMU",
+        lambda mock: mock.ioas.unmap(mock.map_any(1), 1),
+        "EINVAL",
+        variants=NONE,
+        linux=1,
+        why=BYTES,
+    ),
+    Difference(
+        "iommufd_ioas.copy_sweep",
+        "from an odd offset to an IOAS without an IOMMU",
+        lambda mock: sweep(mock, 511),
+        "EINVAL",
+        before=map_buffer,
+        linux=MOCK_PAGE,
+        why=BYTES,
+    ),
+    Difference(
+        "iommufd_mock_domain.basic",
+        "an address without memory behind it",
+        lambda mock: mock.map_any(PAGE, GiB) and mock.devices[0].reads(APERTURE.start),
+        None,
+        variants=WITH_DOMAIN,
+        linux="EFAULT",
+        why="a GPA need not be memory: it may be the BAR of a device, or be plugged later; DMA to it faults",
+    ),
+]
+
+ROWS = [*MAP, *UNMAP, *COPY, *RANGES, *ALLOW, *RESERVE, *DESTROY, *CLOSE, *ATTACH, *INFO]
+#: Cases of functions of test_ioas.py, in which each step counts on those before it.
+WHOLE = ["iommufd_ioas.area_auto_iova", "iommufd_mock_domain.all_aligns", "iommufd_mock_domain.all_aligns_copy"]
