@@ -19,7 +19,6 @@ class Verdict(enum.Enum):
     #: vmodel answers one of its checks differently: a row of DIFFERENCES beside the others.
     DIFFERS = "differ"
     NOT_MODELLED = "not modelled"
-    NOT_YET = "not yet ported"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Case:
         return self.name.split(".")[0]
 
 
-ABI = "they are about the layout of ioctls: sizes, pointers, ids of a wrong type, arrays that are too small"
+ABI = "the layout of ioctls: sizes, pointers and their alignment, flags and arrays in them, ids of a wrong type"
 OPTION = "IOMMU_OPTION"
 ACCESS = "access objects (IOMMU_TEST_OP_CREATE_ACCESS)"
 PROCESS = "processes: CHANGE_PROCESS, fork, the accounting and sharing of pinned pages; a mapping leads to a GPA"
@@ -44,7 +43,6 @@ VFIO = "VFIO's ioctls on /dev/iommu; `container.Container` is VFIO's type 1, wit
 VIOMMU = "vIOMMU, vDEVICE, vEVENTQ and HW_QUEUE"
 BYTES = "without an IOMMU Linux divides memory into bytes; here into pages of 4 KiB"
 MEMORY = "a GPA need not be memory, so that `map` does not fail with EFAULT; DMA to it faults"
-LATER = "no test yet"
 
 _WHAT = {
     Verdict.HOLDS: {
@@ -54,10 +52,17 @@ _WHAT = {
             iommufd_ioas.ioas_area_destroy iommufd_ioas.ioas_area_auto_destroy iommufd_ioas.area
             iommufd_ioas.unmap_fully_contained_areas iommufd_ioas.area_auto_iova iommufd_ioas.reserved_overflow
             iommufd_ioas.area_allowed iommufd_ioas.copy_area
+            iommufd_mock_domain.replace iommufd_mock_domain.alloc_hwpt
+            iommufd_dirty_tracking.enforce_dirty iommufd_dirty_tracking.set_dirty_tracking
+            iommufd_dirty_tracking.pasid_set_dirty_tracking iommufd_dirty_tracking.device_dirty_capability
             """,
     },
     Verdict.IN_PART: {
-        ABI: "iommufd.cmd_fail iommufd.cmd_ex_fail iommufd_ioas.get_hw_info",
+        ABI: """
+            iommufd.cmd_fail iommufd.cmd_ex_fail iommufd_ioas.get_hw_info iommufd_ioas.alloc_hwpt_nested
+            iommufd_dirty_tracking.get_dirty_bitmap iommufd_dirty_tracking.get_dirty_bitmap_no_clear
+            """,
+        VIOMMU: "iommufd_device_pasid.pasid_attach",
         FILE: "iommufd_mock_domain.all_aligns iommufd_mock_domain.all_aligns_copy",
     },
     Verdict.DIFFERS: {
@@ -84,15 +89,6 @@ _WHAT = {
             iommufd_viommu.viommu_auto_destroy iommufd_viommu.viommu_negative_tests
             iommufd_viommu.viommu_alloc_nested_iopf iommufd_viommu.viommu_alloc_with_data iommufd_viommu.vdevice_alloc
             iommufd_viommu.vdevice_cache iommufd_viommu.hw_queue iommufd_viommu.vdevice_tombstone
-            """,
-    },
-    Verdict.NOT_YET: {
-        LATER: """
-            iommufd_ioas.alloc_hwpt_nested iommufd_mock_domain.replace iommufd_mock_domain.alloc_hwpt
-            iommufd_dirty_tracking.enforce_dirty iommufd_dirty_tracking.set_dirty_tracking
-            iommufd_dirty_tracking.pasid_set_dirty_tracking iommufd_dirty_tracking.device_dirty_capability
-            iommufd_dirty_tracking.get_dirty_bitmap iommufd_dirty_tracking.get_dirty_bitmap_no_clear
-            iommufd_device_pasid.pasid_attach
             """,
     },
 }

@@ -9,12 +9,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tests.spaces.world import RW, Device, World
 from vmodel.errors import Access, IommuError
 from vmodel.iommu import Iommu
-from vmodel.iommu.iommufd import Context, Hwpt, Ioas
+from vmodel.iommu.domain import AllocFlags
+from vmodel.iommu.iommufd import Context, FaultObject, Hwpt, Ioas
 from vmodel.iommu.iommufd import Device as Bound
+from vmodel.iommu.pgtable import Table, TableFormat
 from vmodel.span import KiB, MiB, Span
 
 #: The IOMMU's smallest page and its IOVAs (iommufd_test.h, MOCK_PAGE_SIZE and MOCK_APERTURE_*); the CPU's page.
@@ -26,18 +29,26 @@ LAST = (1 << 64) - 1
 BUFFER = 2 * MiB
 BUFFER_SIZE = 16 * PAGE
 PASID_BITS = 20
-#: Variants of the fixture iommufd_ioas: how many devices are attached to the IOAS.
+#: As AMD's first format: any power of two.
+PAGE_SIZES = frozenset(MOCK_PAGE << n for n in range(19))
+#: Variants of fixtures: how many devices are attached to the IOAS.  First those of iommufd_ioas.
 VARIANTS = {"no_domain": 0, "mock_domain": 1, "two_mock_domain": 2}
 WITH_DOMAIN = ("mock_domain", "two_mock_domain")
+DEVICES = {**VARIANTS, "one_domain": 1, "two_domains": 2, "no_pasid": 2, "has_pasid": 1}
+
+
+#: A user's table, at the first IOVA of the aperture.
+TABLE = Table(TableFormat.X86, 4, APERTURE.start, 48, 48)
 
 
 class Mock:
     """One IOMMU, an IOAS, and devices in groups of their own that are attached to it."""
 
-    def __init__(self, world: World, devices: int) -> None:
+    def __init__(self, world: World, devices: int, page_sizes: frozenset[int] = PAGE_SIZES) -> None:
         self.world = world
         self.context = Context()
         self.ioas = Ioas(self.context)
+        self.page_sizes = page_sizes
         self.iommu = self.make_iommu()
         self.devices: list[Device] = []
         self.bound: list[Bound] = []
@@ -50,7 +61,7 @@ class Mock:
 
     def make_iommu(self, **changes: object) -> Iommu:
         return self.world.iommu(
-            page_sizes=frozenset(MOCK_PAGE << n for n in range(19)),
+            page_sizes=self.page_sizes,
             aperture=APERTURE,
             output_bits=51,
             pasid_bits=PASID_BITS,
@@ -90,6 +101,30 @@ class Mock:
         return all(d.reads(iova) == gpa and d.reads(iova + last) == gpa + last for d in self.devices)
 
 
+class Stacked(Mock):
+    """A mock with HWPTs of each sort for its first device, which has PASIDs."""
+
+    def __init__(self, world: World, devices: int) -> None:
+        super().__init__(world, devices)
+        self.device = self.bound[0]
+        self.devices[0].endpoint.max_pasids = 1 << PASID_BITS
+        self.fault = FaultObject(self.context)
+        self.parent = self.device.hwpt_alloc(self.ioas, AllocFlags.NEST_PARENT)
+        self.plain = self.device.hwpt_alloc(self.ioas)
+        self.special = self.device.hwpt_alloc(self.ioas, AllocFlags.PASID)
+        self.nested = [self.nest(AllocFlags.PASID) for _ in range(2)]
+        self.waiting = self.nest(AllocFlags.PASID, self.fault)
+
+    def nest(self, flags: AllocFlags = AllocFlags.NONE, fault: FaultObject | None = None, **changes: Any) -> Hwpt:
+        """A HWPT of a user's table over `parent`, or with one of the arguments of hwpt_alloc changed."""
+        arguments = {"parent": self.parent, "table": TABLE, "memory": self.world.memory, **changes}
+        return self.device.hwpt_alloc(flags=flags, fault=fault, **arguments)
+
+    def domain(self, pasid: int) -> object:
+        """The domain of a PASID of the device (IOMMU_TEST_OP_PASID_CHECK_HWPT)."""
+        return self.device.group.domain_of(pasid)
+
+
 @dataclass(frozen=True)
 class Row:
     """One check of a case: after `before`, `call` returns `expect`, or is refused with its errno.
@@ -99,9 +134,9 @@ class Row:
 
     case: str
     says: str
-    call: Callable[[Mock], object]
+    call: Callable[[Any], object]
     expect: object
-    before: Callable[[Mock], object] = lambda mock: None
+    before: Callable[[Any], object] = lambda mock: None
     variants: tuple[str, ...] = tuple(VARIANTS)
 
 
@@ -115,11 +150,17 @@ class Difference(Row):
 
 def answer(row: Row, mock: Mock) -> object:
     """What the call returns; the name of the errno if it is refused."""
-    row.before(mock)
     try:
         return row.call(mock)
     except IommuError as error:
-        return errno.errorcode[error.errno or 0]
+        # Linux's name: Python's is ENOTSUP.
+        return "EOPNOTSUPP" if error.errno == errno.EOPNOTSUPP else errno.errorcode[error.errno or 0]
+
+
+def check(row: Row, mock: Mock) -> None:
+    """The check of a row."""
+    row.before(mock)
+    assert answer(row, mock) == row.expect
 
 
 def by_variant(rows: list[Row]) -> list[tuple[Row, str]]:
