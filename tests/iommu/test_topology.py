@@ -16,7 +16,6 @@ from vmodel.pci.topology import (
     bridges_above,
     dma_aliases,
     isolates,
-    quirk_aliases,
 )
 
 
@@ -163,22 +162,6 @@ def test_ids_behind_bridges(world: World) -> None:
 
 def test_aliases_of_its_own(world: World) -> None:
     assert aliases(world.function("00:03.2", dma_aliases=(0x18, 0x41))) == ["00:03.2", "00:03.0", "00:08.1"]
-
-
-@pytest.mark.parametrize(
-    ("vendor", "device", "function", "found"),
-    [
-        (0x1180, 0xE832, 3, (0x18,)),  # Ricoh
-        (0x1180, 0xE832, 0, ()),
-        (0x1180, 0xE833, 3, ()),
-        (0x1B4B, 0x9230, 0, (0x19,)),  # Marvell
-        (0x1B4B, 0x9230, 1, ()),
-        (0x1103, 0x0642, 0, (0x19,)),
-        (0x8086, 0x9230, 0, ()),
-    ],
-)
-def test_quirks(vendor: int, device: int, function: int, found: tuple[int, ...]) -> None:
-    assert quirk_aliases(vendor, device, Bdf(0, 2, 3, function)) == found
 
 
 @pytest.mark.parametrize("missing", [*ISOLATION])

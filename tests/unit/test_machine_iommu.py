@@ -149,6 +149,30 @@ def test_group_mf() -> None:
         made.close()
 
 
+@pytest.mark.parametrize(
+    ("vendor", "acs", "apart", "why"),
+    [
+        # QEMU makes a PCIe endpoint on the root bus an integrated one, and Linux knows that Intel's are isolated.
+        ("0x8086, 0x0001", "", True, "by a quirk: pci_quirk_rciep_acs of f1"),
+        ("0x1234, 0x0001", "", False, "f1 and f0 are functions of one device, without ACS"),
+        ("0x1180, 0xe832", "acs = Acs()", False, "(DMA alias), by a quirk: quirk_dma_func0_alias of f1"),
+        ("0x1180, 0xe833", "acs = Acs()", True, "on the root bus, with a requester id of its own"),
+    ],
+)
+def test_quirks_by_the_ids_of_a_model(tmp_path: Path, vendor: str, acs: str, apart: bool, why: str) -> None:
+    text = f"    vendor_id, device_id = {vendor}\n    class_code = 0xff0000\n    pcie = Pcie()\n    {acs}\n"
+    imports = (
+        "from vmodel.device import PciDevice\nfrom vmodel.pci.express import Pcie\nfrom vmodel.pci.extcaps import Acs\n"
+    )
+    (tmp_path / "card.py").write_text(f"{imports}class Card(PciDevice):\n{text}")
+    devices = [edu(f"f{n}", f"0000:00:03.{n}").replace('"edu"', '"card.py:Card"') for n in (0, 1)]
+    made = parse(MACHINE + IOMMU + "".join(devices), tmp_path / "m.toml")
+    groups = [made.system[name].group for name in ("f0", "f1")]
+    assert (groups[0] is not groups[1]) is apart
+    assert made.system["f1"].why.endswith(why)
+    made.close()
+
+
 def test_qemu_arguments_of_bridges(tmp_path: Path) -> None:
     text = (
         bridge("rp0", "root-port", "0000:00:04.0", 1)

@@ -60,6 +60,8 @@ class Driver(ABC):
     parent_alone: ClassVar[bool] = False
     #: Whether DMA is coherent with the CPU's caches only if its walks are (Linux ARM_SMMU_FEAT_COHERENCY).
     coherent_by_walks: ClassVar[bool] = False
+    #: Whether firmware describes it by an IVRS table, on which quirks of AMD's southbridges depend.
+    in_ivrs: ClassVar[bool] = False
     #: Parameters that apply only to an IOMMU that a guest drives.
     served_params: ClassVar[frozenset[str]] = frozenset()
 
@@ -84,8 +86,13 @@ class Driver(ABC):
 
 
 def topmost(function: Function) -> Bdf:
-    """The requester id that the root complex sees in a function's DMA: the alias nearest to the root."""
-    return list(dma_aliases(function))[-1].bdf
+    """The requester id that the root complex sees in a function's DMA: the alias nearest to the root.
+
+    An NTB's own DMA has its own id; its aliases are those of devices on the other side.
+    """
+    aliases = list(dma_aliases(function))
+    proxies = function.alias_quirk is not None and function.alias_quirk.proxy
+    return next((alias for alias in aliases[::-1] if alias.by is not function or not proxies), aliases[0]).bdf
 
 
 def pci_id(bdf: Bdf) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.iommu.group import Group
-from vmodel.pci.topology import Function, PortType, acs_on_path, bridges_above, dma_aliases, isolates
+from vmodel.pci.topology import Function, PortType, acs_on_path, bridges_above, dma_aliases, isolates, ports_beside
 
 if TYPE_CHECKING:
     from vmodel.iommu.endpoint import Endpoint
@@ -60,9 +60,24 @@ def _alone(endpoint: Endpoint) -> str:
         return "it has an id of its own"
     if why := _anchor(source)[1]:
         return f"{why}; the first one there"
+    ports = [source, *(port for bridge in bridges_above(source) for port in ports_beside(bridge))]
+    quirks = _acs_by_quirk(*(port for port in ports if port.has_acs))
     if source.physical is not None:
-        return "a virtual function, isolated by ACS" if _bridges(source) else "a virtual function on the root bus"
-    return "isolated by ACS up to the root" if _bridges(source) else "on the root bus, with a requester id of its own"
+        return f"a virtual function, {'isolated by ACS' if _bridges(source) else 'on the root bus'}{quirks}"
+    return f"{'isolated by ACS up to the root' if _bridges(source) else _ON_ROOT_BUS}{quirks}"
+
+
+_ON_ROOT_BUS = "on the root bus, with a requester id of its own"
+
+
+def _acs_by_quirk(*functions: Function) -> str:
+    """Which quirks decided whether functions have ACS, to append to a reason."""
+    return _by_quirk(*((function, function.acs_by_quirk) for function in functions))
+
+
+def _by_quirk(*origins: tuple[Function, str]) -> str:
+    found = dict.fromkeys(f"{origin} of {function.name}" for function, origin in origins if origin)
+    return f", by a quirk: {', '.join(found)}" if found else ""
 
 
 def _bridges(function: Function) -> bool:
@@ -99,11 +114,20 @@ def _anchor(function: Function) -> tuple[Function, str]:
     for alias in dma_aliases(function):  # a bridge may replace the requester id by its own
         if alias.by is not function:
             anchor, why = alias.by, f"its DMA carries the id of {alias.by.kind.value} {alias.by.name}, {alias.bdf}"
+            why += _by_quirk((anchor, anchor.bridge_quirk))
     for bridge in bridges_above(anchor):
         if acs_on_path(bridge):
             break
         anchor, why = bridge, f"no ACS on the path from {bridge.kind.value} {bridge.name} to the root"
+        path = (bridge, *bridges_above(bridge))
+        why += _acs_by_quirk(*(port for above in path for port in ports_beside(above) if not port.has_acs))
     return anchor, why
+
+
+def _alias_quirk(function: Function, other: Function) -> str:
+    """The quirk by which a function's DMA carries an id of another one, or "": none does."""
+    shared = {other.bdf.devfn, *other.dma_aliases} & {*function.dma_aliases}
+    return function.alias_quirk.origin if shared and function.alias_quirk is not None else ""
 
 
 def _by_topology(function: Function, other: Function, group_mf: bool) -> str:
@@ -115,13 +139,15 @@ def _by_topology(function: Function, other: Function, group_mf: bool) -> str:
         return ""
     names = f"{f'{why}; ' if why else ''}{anchor.name} and {theirs.name}"
     if anchor.kind is theirs.kind is PortType.DOWNSTREAM and not isolates(anchor):
-        return f"{names} are ports of one switch, of which one has no ACS"
+        quirks = _acs_by_quirk(*(port for port in ports_beside(anchor) if not port.has_acs))
+        return f"{names} are ports of one switch, of which one has no ACS{quirks}"
     if {anchor.bdf.devfn, *anchor.dma_aliases} & {theirs.bdf.devfn, *theirs.dma_aliases}:
-        return f"{names} have a requester id in common (DMA alias)"
+        by = _by_quirk((anchor, _alias_quirk(anchor, theirs)), (theirs, _alias_quirk(theirs, anchor)))
+        return f"{names} have a requester id in common (DMA alias){by}"
     if anchor.bdf.slot != theirs.bdf.slot or anchor.physical is not None or theirs.physical is not None:
         return ""
     if not anchor.has_acs and not theirs.has_acs:
-        return f"{names} are functions of one device, without ACS"
+        return f"{names} are functions of one device, without ACS{_acs_by_quirk(anchor, theirs)}"
     # The device's bit: whichever of its functions has it.
     if group_mf or any(f.group_mf for f in anchor.home.functions if f.bdf.slot == anchor.bdf.slot and not f.physical):
         return f"{names} are functions of one device (group_mf)"

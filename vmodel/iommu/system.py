@@ -61,6 +61,7 @@ class System:
             if any(other.name == iommu.name for other in self.iommus):
                 raise IommuError(errno.EEXIST, f"an IOMMU {iommu.name!r} already exists")
             self.iommus.append(iommu)
+            self.topology.has_ivrs |= iommu.driver.in_ivrs
             found = [e for e in self.endpoints if e.iommu is None and not e.bypasses and e.source in iommu]
             # All of them first: none gets a group that counts on another one's staying outside.
             self.endpoints = [e for e in self.endpoints if e not in found]

@@ -22,7 +22,7 @@ from vmodel.machine.schema import BRIDGES, MachineFile
 from vmodel.mistakes import Location, explain, guess
 from vmodel.pci.express import Pcie
 from vmodel.pci.extcaps import Acs
-from vmodel.pci.topology import ISOLATION, AcsFlags, Bdf, Function, PortType, Topology, quirk_aliases
+from vmodel.pci.topology import ISOLATION, AcsFlags, Bdf, Function, PortType, Topology
 
 _SECTIONS = ("machine", "limits", "iommu", "bridge", "device", "group")
 
@@ -246,8 +246,8 @@ class Check:
             kind = PortType.CONVENTIONAL
         # An operating system that uses an IOMMU enables the controls that a function supports.
         offered = next((AcsFlags(c.capability) & ISOLATION for c in capabilities if isinstance(c, Acs)), None)
-        aliases = quirk_aliases(model.vendor_id, model.device_id, bdf)
-        return Function(bdf, kind, name=name, acs=offered, acs_offered=offered or ISOLATION, dma_aliases=aliases)
+        identity = model.declaration.identity
+        return Function(bdf, kind, name=name, acs=offered, acs_offered=offered or ISOLATION, identity=identity)
 
     def _numbering(self) -> None:
         """Checks secondary bus numbers: the firmware assigns them in the order in which it finds the bridges."""

@@ -2,15 +2,23 @@
 
 The rules of aliases and ACS are those of Linux (drivers/pci/search.c, pci_for_each_dma_alias; drivers/pci/pci.c,
 pci_acs_enabled), which follow the PCI Express Base Specification (6.12) and the PCI Express to PCI/PCI-X Bridge
-Specification (2.3).
+Specification (2.3), and the exceptions of `quirks`.
 """
 
 from __future__ import annotations
 
-import enum
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vmodel.pci.ports import ISOLATION as ISOLATION
+from vmodel.pci.ports import AcsFlags as AcsFlags
+from vmodel.pci.ports import PortType as PortType
+from vmodel.pci.quirks import BridgeEffect, acs_quirk, alias_quirk, bridge_quirk, missing_acs
+
+if TYPE_CHECKING:
+    from vmodel.pci.config import Identity
 
 _TEXT = re.compile(r"([0-9a-f]{4}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])", re.IGNORECASE)
 
@@ -61,49 +69,20 @@ class Bdf:
         return f"{self.segment:04x}:{self.bus:02x}:{self.device:02x}.{self.function:x}"
 
 
-class PortType(enum.Enum):
-    """What a function is on the fabric (PCIe 7.5.3.2, Device/Port Type)."""
-
-    ENDPOINT = "PCIe endpoint"
-    INTEGRATED = "root complex integrated endpoint"
-    CONVENTIONAL = "conventional PCI device"
-    ROOT_PORT = "root port"
-    UPSTREAM = "switch upstream port"
-    DOWNSTREAM = "switch downstream port"
-    PCIE_TO_PCI = "PCIe-to-PCI bridge"
-    PCI_TO_PCIE = "PCI-to-PCIe bridge"
-    PCI_BRIDGE = "conventional PCI bridge"
-
-    @property
-    def is_bridge(self) -> bool:
-        """Whether there is a secondary bus."""
-        return self not in (PortType.ENDPOINT, PortType.INTEGRATED, PortType.CONVENTIONAL)
-
-
-class AcsFlags(enum.IntFlag):
-    """Bits of the ACS control register (PCIe 7.7.11.3)."""
-
-    NONE = 0
-    SOURCE_VALIDATION = 1
-    TRANSLATION_BLOCKING = 2
-    REQUEST_REDIRECT = 4
-    COMPLETION_REDIRECT = 8
-    UPSTREAM_FORWARDING = 16
-    EGRESS_CONTROL = 32
-    DIRECT_TRANSLATED = 64
-
-
-#: The controls that isolation needs, as far as the port supports them; Linux's REQ_ACS_FLAGS.
-ISOLATION = (
-    AcsFlags.SOURCE_VALIDATION | AcsFlags.REQUEST_REDIRECT | AcsFlags.COMPLETION_REDIRECT | AcsFlags.UPSTREAM_FORWARDING
-)
+#: What bridges do with requester ids; those of other kinds do nothing.
+_EFFECTS = {
+    PortType.PCIE_TO_PCI: BridgeEffect.SECONDARY_ALIAS,
+    PortType.PCI_TO_PCIE: BridgeEffect.OWN_ID,
+    PortType.PCI_BRIDGE: BridgeEffect.OWN_ID,
+}
 
 
 class Function:
     """One PCI function.
 
     Attributes: `bdf`; `name`; `kind`; `acs`: the ACS controls that are enabled, None without the capability;
-    `acs_offered`: those that it supports; `dma_aliases`: other devfns of its bus that its DMA requests may carry;
+    `acs_offered`: those that it supports; `identity`: its ids, by which Linux knows its quirks, None: it has none;
+    `dma_aliases`: other devfns of its bus that its DMA requests may carry, those of a quirk last;
     `physical`: the physical function of a virtual one (SR-IOV); `group_mf`: all functions of its device share a group,
     whatever ACS they have; `secondary`: the bus below a bridge.
     """
@@ -119,13 +98,18 @@ class Function:
         dma_aliases: tuple[int, ...] = (),
         physical: Function | None = None,
         group_mf: bool = False,
+        identity: Identity | None = None,
     ) -> None:
         self.bdf = bdf
         self.kind = kind
         self.name = name or str(bdf)
         self.acs = acs
         self.acs_offered = acs_offered
-        self.dma_aliases = dma_aliases
+        self.identity = identity
+        #: The quirk by which its DMA requests carry other devfns, if there is one.
+        self.alias_quirk = None if identity is None else alias_quirk(identity)
+        by_quirk = () if self.alias_quirk is None else self.alias_quirk.aliases(bdf.devfn)
+        self.dma_aliases = tuple(dict.fromkeys((*dma_aliases, *by_quirk)))
         self.physical = physical
         self.group_mf = group_mf
         self.secondary: Bus | None = None
@@ -148,14 +132,59 @@ class Function:
     @property
     def has_acs(self) -> bool:
         """Whether peer-to-peer requests cannot bypass the IOMMU here (PCIe 6.12.1; pci_acs_enabled)."""
+        return self._acs()[0]
+
+    @property
+    def acs_by_quirk(self) -> str:
+        """The function of Linux with the quirk that decided `has_acs`; "": the capability alone has that result."""
+        return self._acs()[1]
+
+    def _acs(self) -> tuple[bool, str]:
+        wanted = ISOLATION & self.acs_offered
+        plain = self._acs_of_capability(wanted)
+        if self.identity is None:
+            return plain, ""
+        southbridge = self.multifunction and self.home.bridge is None and self.home.topology.has_ivrs
+        quirk = acs_quirk(self.identity, self.kind, southbridge)
+        if quirk is not None:
+            result, by = plain if quirk.isolates is None else quirk.isolates, quirk.origin
+        else:
+            result = self._acs_of_capability(wanted & ~missing_acs(self.identity))
+            by = "pci_disable_broken_acs_cap"
+        return result, by if result is not plain else ""
+
+    def _acs_of_capability(self, wanted: AcsFlags) -> bool:
         if self.kind in (PortType.CONVENTIONAL, PortType.PCI_BRIDGE, PortType.PCI_TO_PCIE, PortType.PCIE_TO_PCI):
             return False
         if self.kind not in (PortType.ROOT_PORT, PortType.DOWNSTREAM) and not self.multifunction:
             return True  # there are no other functions to be isolated from
         if self.acs is None:
             return False
-        wanted = ISOLATION & self.acs_offered
         return self.acs & wanted == wanted
+
+    @property
+    def bridge_effect(self) -> BridgeEffect:
+        """How a bridge handles the requester ids of what is behind it."""
+        return self._bridge()[0]
+
+    @property
+    def bridge_quirk(self) -> str:
+        """The function of Linux with the quirk that decided `bridge_effect`; "": none did."""
+        return self._bridge()[1]
+
+    def _bridge(self) -> tuple[BridgeEffect, str]:
+        plain = _EFFECTS.get(self.kind, BridgeEffect.NO_ALIAS)
+        quirk = None if self.identity is None or not self.kind.is_bridge else bridge_quirk(self.identity)
+        if quirk is None:
+            return plain, ""
+        if quirk.effect is BridgeEffect.SECONDARY_ALIAS:
+            # A bridge that hides that it leads from PCIe to PCI: a PCIe port leads to it, or a bridge from PCI to PCIe.
+            above = self.home.bridge if self.kind is PortType.PCI_BRIDGE else None
+            if above is None or above.kind in (PortType.PCI_BRIDGE, PortType.PCIE_TO_PCI):
+                return plain, ""
+        if quirk.effect is BridgeEffect.NO_ALIAS and self.kind is not PortType.PCIE_TO_PCI:
+            return plain, ""
+        return quirk.effect, quirk.origin
 
     def __repr__(self) -> str:
         return f"<{self.bdf} {self.kind.value} {self.name}>"
@@ -167,7 +196,8 @@ class Function:
 class Bus:
     """One bus: its functions, and the bridge above it (None: a root bus)."""
 
-    def __init__(self, segment: int, number: int, bridge: Function | None) -> None:
+    def __init__(self, topology: Topology, segment: int, number: int, bridge: Function | None) -> None:
+        self.topology = topology
         self.segment = segment
         self.number = number
         self.bridge = bridge
@@ -186,9 +216,13 @@ class Alias:
 
 
 class Topology:
-    """All buses of a machine."""
+    """All buses of a machine.
+
+    `has_ivrs`: the firmware has an IVRS table, which describes an AMD IOMMU; a quirk depends on that.
+    """
 
     def __init__(self) -> None:
+        self.has_ivrs = False
         self._buses: dict[tuple[int, int], Bus] = {}
         self._functions: dict[Bdf, Function] = {}
 
@@ -199,7 +233,7 @@ class Topology:
     def _add_bus(self, segment: int, number: int, bridge: Function | None) -> Bus:
         if (segment, number) in self._buses:
             raise ValueError(f"bus {segment:04x}:{number:02x} is there already")
-        bus = self._buses[segment, number] = Bus(segment, number, bridge)
+        bus = self._buses[segment, number] = Bus(self, segment, number, bridge)
         return bus
 
     def add(self, function: Function, secondary: int | None = None) -> Function:
@@ -278,7 +312,9 @@ def _misplaced(function: Function, bus: Bus) -> str | None:
     kind = function.kind
     above = None if bus.bridge is None else bus.bridge.kind
     conventional = above in (PortType.PCI_BRIDGE, PortType.PCIE_TO_PCI)
-    if kind in (PortType.ROOT_PORT, PortType.INTEGRATED) and above is not None:
+    # A root complex whose IOMMU is below a bridge to PCIe (ThunderX2).
+    rooted = above is PortType.PCI_TO_PCIE and function.bridge_effect is BridgeEffect.TRANSLATION_ROOT
+    if kind in (PortType.ROOT_PORT, PortType.INTEGRATED) and above is not None and not rooted:
         return "must be on a root bus"
     if kind is PortType.UPSTREAM and above not in (PortType.ROOT_PORT, PortType.DOWNSTREAM, PortType.PCI_TO_PCIE):
         return "must be behind a root port or a downstream port"
@@ -310,11 +346,19 @@ def dma_aliases(function: Function) -> Iterator[Alias]:
     for devfn in function.dma_aliases:
         yield Alias(function, Bdf.of(segment, bus << 8 | devfn))
     for bridge in bridges_above(function):
-        if bridge.kind is PortType.PCIE_TO_PCI:  # replaces the requester id by (secondary bus, devfn 0)
+        effect = bridge.bridge_effect
+        if effect is BridgeEffect.TRANSLATION_ROOT:
+            return
+        if effect is BridgeEffect.SECONDARY_ALIAS:
             assert bridge.secondary is not None
             yield Alias(bridge, Bdf(segment, bridge.secondary.number, 0, 0))
-        elif bridge.kind in (PortType.PCI_TO_PCIE, PortType.PCI_BRIDGE):
+        elif effect is BridgeEffect.OWN_ID:
             yield Alias(bridge, bridge.bdf)
+
+
+def ports_beside(bridge: Function) -> list[Function]:
+    """The ports whose ACS decides whether a bridge isolates: those of its switch, or itself."""
+    return bridge.home.functions if bridge.kind is PortType.DOWNSTREAM else [bridge]
 
 
 def isolates(bridge: Function) -> bool:
@@ -323,30 +367,9 @@ def isolates(bridge: Function) -> bool:
     A downstream port without ACS forwards requests to all other ports of its switch, even to ports with ACS; see
     docs/decisions/0004-switches-without-acs.md.
     """
-    ports = bridge.home.functions if bridge.kind is PortType.DOWNSTREAM else [bridge]
-    return all(port.has_acs for port in ports)
+    return all(port.has_acs for port in ports_beside(bridge))
 
 
 def acs_on_path(bridge: Function) -> bool:
     """Whether ACS isolates from `bridge` all the way to the root."""
     return isolates(bridge) and all(isolates(above) for above in bridges_above(bridge))
-
-
-#: Vendor and device ids of functions whose DMA carries the requester id of function 0, or 1, of their slot (Linux
-#: drivers/pci/quirks.c, quirk_dma_func0_alias and quirk_dma_func1_alias).
-_AS_FUNCTION_0 = {0x1180: (0xE476, 0xE832), 0x6766: (0x3D40, 0x3D41)}  # Ricoh, Glenfly
-_AS_FUNCTION_1 = {  # Marvell SATA controllers and relatives
-    0x1B4B: (0x9120, 0x9123, 0x9125, 0x9128, 0x9130, 0x9170, 0x9172, 0x917A)  # noqa: RUF005
-    + (0x9182, 0x9183, 0x91A0, 0x9215, 0x9220, 0x9230, 0x9235),
-    0x1103: (0x0642, 0x0645),
-    0x197B: (0x2392,),
-    0x1C28: (0x0122,),
-}
-
-
-def quirk_aliases(vendor: int, device: int, bdf: Bdf) -> tuple[int, ...]:
-    """The devfns that DMA of this hardware carries besides its own; empty for most."""
-    for table, function in ((_AS_FUNCTION_0, 0), (_AS_FUNCTION_1, 1)):
-        if device in table.get(vendor, ()) and bdf.function != function:
-            return (bdf.device << 3 | function,)
-    return ()
