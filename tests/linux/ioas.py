@@ -15,10 +15,13 @@ from tests.linux.mock import (
     Mock,
     Row,
 )
+from tests.spaces.world import RW
+from vmodel.errors import Access
 from vmodel.iommu.iommufd import Ioas
 from vmodel.span import GiB, Span
 
 NONE = ("no_domain",)
+NO_ACCESS = Access(0)
 
 
 def ten(mock: Mock) -> list[int]:
@@ -69,7 +72,7 @@ MAP = [
         "ENOSPC",
         before=lambda mock: mock.reserve(6, 0xFFFF_FFFF_FFFF_8001),
     ),
-    # drivers/iommu/iommufd/io_pagetable.c:141: no more alignment than a huge page of the CPU.
+    # drivers/iommu/iommufd/io_pagetable.c:147: no more alignment than a huge page of the CPU.
     Row(
         "iommufd_ioas.area_auto_iova",
         "1 GiB is aligned to 2 MiB only",
@@ -145,6 +148,21 @@ def sweep(mock: Mock, offset: int) -> object:
     [page] = other.mappings()
     assert page.gpa == BUFFER + offset
     return other.unmap(at, MOCK_PAGE)
+
+
+def nothing(mock: Mock) -> None:
+    """Before a call that needs nothing."""
+
+
+def copy(mock: Mock, access: Access = RW, iova: int | None = None, source: int | None = None) -> int:
+    """Copies a page inside of the IOAS, from `base` by default."""
+    return mock.ioas.copy(mock.ioas, mock.base if source is None else source, PAGE, access, iova)
+
+
+def read_only_copy(mock: Mock) -> None:
+    """A writable page, and a read-only copy of it after it."""
+    mock.map(0)
+    copy(mock, Access.READ, mock.base + PAGE)
 
 
 def map_buffer(mock: Mock) -> int:
@@ -349,6 +367,73 @@ DIFFERENCES: list[Row] = [
         linux="EFAULT",
         why="a GPA need not be memory: it may be the BAR of a device, or be plugged later; DMA to it faults",
     ),
+]
+
+#: Checks that the selftest does not have: `case` is the line of Linux that they are from.
+LINES = [
+    Row("drivers/iommu/iommufd/" + line, says, call, expect, before=before, variants=("mock_domain",))
+    for line, says, before, call, expect in (
+        ("ioas.c:257", "map of 2**64 - 1 bytes", nothing, lambda mock: mock.ioas.map(0, LAST, NO_ACCESS), "EOVERFLOW"),
+        (
+            "ioas.c:257",
+            "map at the last IOVA",
+            nothing,
+            lambda mock: mock.ioas.map(0, 1, NO_ACCESS, LAST),
+            "EOVERFLOW",
+        ),
+        (
+            "ioas.c:261",
+            "map without access",
+            nothing,
+            lambda mock: mock.ioas.map(1, 0, NO_ACCESS),
+            "EINVAL",
+        ),
+        ("ioas.c:301", "copy to the last IOVA", nothing, lambda mock: copy(mock, iova=LAST), "EOVERFLOW"),
+        (
+            "ioas.c:305",
+            "copy without access, of nothing",
+            nothing,
+            lambda mock: copy(mock, NO_ACCESS),
+            "EINVAL",
+        ),
+        ("ioas.c:356", "unmap of the last byte", nothing, lambda mock: mock.ioas.unmap(LAST, 1), "EOVERFLOW"),
+        ("ioas.c:356", "unmap of no bytes", nothing, lambda mock: mock.ioas.unmap(LAST, 0), "EOVERFLOW"),
+        (
+            "io_pagetable.c:216",
+            "copy, writable, over a mapping: what is read-only comes last",
+            lambda mock: mock.map(0, access=Access.READ),
+            lambda mock: copy(mock, iova=mock.base),
+            "EEXIST",
+        ),
+        (
+            "io_pagetable.c:216",
+            "copy, writable, of what was mapped read-only",
+            lambda mock: mock.map(0, access=Access.READ),
+            copy,
+            "EPERM",
+        ),
+        (
+            "io_pagetable.c:216",
+            "copy, writable, of a read-only copy of what is writable",
+            read_only_copy,
+            lambda mock: copy(mock, iova=mock.base + 2 * PAGE, source=mock.base + PAGE) - mock.base,
+            2 * PAGE,
+        ),
+        (
+            "io_pagetable.c:221",
+            "memory that is not aligned, over a mapping: alignment comes last",
+            lambda mock: mock.map(0),
+            lambda mock: mock.ioas.map(BUFFER + 1, PAGE, iova=mock.base),
+            "EEXIST",
+        ),
+        (
+            "io_pagetable.c:153",
+            "memory that is not aligned, at an IOVA that is allocated",
+            nothing,
+            lambda mock: mock.map_any(PAGE, BUFFER + 1),
+            "EINVAL",
+        ),
+    )
 ]
 
 ROWS = [*MAP, *UNMAP, *COPY, *RANGES, *ALLOW, *RESERVE, *DESTROY, *CLOSE, *ATTACH, *INFO]

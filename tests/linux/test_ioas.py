@@ -15,6 +15,7 @@ from tests.linux.ioas import (
     DESTROY,
     DIFFERENCES,
     INFO,
+    LINES,
     MAP,
     RANGES,
     RESERVE,
@@ -90,6 +91,11 @@ def test_attach(world: World, row: Row, variant: str) -> None:
 
 @pytest.mark.parametrize(("row", "variant"), by_variant(INFO), ids=name)
 def test_get_info(world: World, row: Row, variant: str) -> None:
+    check(row, Mock(world, DEVICES[variant]))
+
+
+@pytest.mark.parametrize(("row", "variant"), by_variant(LINES), ids=name)
+def test_lines_of_linux(world: World, row: Row, variant: str) -> None:
     check(row, Mock(world, DEVICES[variant]))
 
 

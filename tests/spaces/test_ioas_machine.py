@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, settings
@@ -40,10 +41,21 @@ class Area:
     size: int
     gpa: int
     access: Access
+    #: Whether copies of it may have WRITE.
+    writable: bool
 
     @property
     def pages(self) -> range:
         return range(self.start, self.start + self.size)
+
+
+#: GPA and size in pages, and whether it is writable.
+Piece = tuple[int, int, bool]
+
+
+def too_much(pieces: list[Piece], access: Access) -> bool:
+    """Whether `access` has WRITE, and a piece is read-only."""
+    return Access.WRITE in access and not all(writable for _, _, writable in pieces)
 
 
 @dataclass
@@ -97,24 +109,24 @@ class IoasMachine(RuleBasedStateMachine):
             return errno.EINVAL
         return errno.EEXIST if self.spaces[n].taken(pages) else 0
 
-    def chosen(self, n: int, at: int | None, pieces: list[tuple[int, int]], access: Access) -> None:
-        """A map or copy to wherever there is room: there is, or there was none."""
-        size = sum(size for _, size in pieces)
+    def chosen(self, n: int, call: Callable[[], int], pieces: list[Piece], access: Access) -> None:
+        """A map or copy to wherever there is room: there is, or there was none; then, it must not be read-only."""
+        size = sum(size for _, size, _ in pieces)
         space = self.spaces[n]
         free = [page for page in range(ROOM.start // PAGE, ROOM.last // PAGE + 1) if not space.at(page)]
         gpa = pieces[0][0]
         align = 1 << (size - 1).bit_length()
         align = min(align, gpa & -gpa) if gpa else align
         fits = [page for page in free if page % align == 0 and all(page + k in free for k in range(size))]
-        if at is None:
-            assert not fits
-            return
-        assert at == fits[0] * PAGE
-        self.note(space, at // PAGE, pieces, access)
+        wrong = errno.ENOSPC if not fits else errno.EPERM if too_much(pieces, access) else 0
+        at = self.verdict(call, wrong)
+        if not wrong:
+            assert at == fits[0] * PAGE
+            self.note(space, fits[0], pieces, access)
 
-    def note(self, space: Space, start: int, pieces: list[tuple[int, int]], access: Access) -> None:
-        for gpa, size in pieces:
-            space.areas.append(Area(start, size, gpa, access))
+    def note(self, space: Space, start: int, pieces: list[Piece], access: Access) -> None:
+        for gpa, size, writable in pieces:
+            space.areas.append(Area(start, size, gpa, access, writable))
             start += size
 
     # ---- the map ---------------------------------------------------------------------------
@@ -126,16 +138,13 @@ class IoasMachine(RuleBasedStateMachine):
         at = self.verdict(lambda: ioas.map(gpa * PAGE, size * PAGE, access, start * PAGE), wrong)
         if not wrong:
             assert at == start * PAGE
-            self.note(self.spaces[n], start, [(gpa, size)], access)
+            self.note(self.spaces[n], start, [(gpa, size, Access.WRITE in access)], access)
 
     @rule(n=SPACES, size=st.integers(1, 4), gpa=GPA_PAGES, access=st.sampled_from([RW, R]))
     def map_chosen(self, n: int, size: int, gpa: int, access: Access) -> None:
-        try:
-            at = self.spaces[n].ioas.map(gpa * PAGE, size * PAGE, access)
-        except IommuError as error:
-            assert error.errno == errno.ENOSPC
-            at = None
-        self.chosen(n, at, [(gpa, size)], access)
+        ioas = self.spaces[n].ioas
+        piece = gpa, size, Access.WRITE in access
+        self.chosen(n, lambda: ioas.map(gpa * PAGE, size * PAGE, access), [piece], access)
 
     @rule(n=SPACES, start=PAGE_NUMBERS | st.integers(64, 79), size=st.integers(0, 12))
     def unmap(self, n: int, start: int, size: int) -> None:
@@ -164,27 +173,23 @@ class IoasMachine(RuleBasedStateMachine):
         start = data.draw(st.sampled_from(sorted(page for area in source.areas for page in area.pages)))
         pages = range(start, start + size)
         areas = [source.at(page) for page in pages]
-        pieces: list[tuple[int, int]] = []
+        pieces: list[Piece] = []
         last: Area | None = None
         for page, area in zip(pages, areas, strict=True):
             if area is None:
                 break
             if area is last:
-                pieces[-1] = pieces[-1][0], pieces[-1][1] + 1
+                pieces[-1] = pieces[-1][0], pieces[-1][1] + 1, area.writable
             else:
-                pieces.append((area.gpa + page - area.start, 1))
+                pieces.append((area.gpa + page - area.start, 1, area.writable))
             last = area
         wrong = 0
-        if not size:
+        if not size or not access:
             wrong = errno.EINVAL
         elif None in areas:
             wrong = errno.ENOENT
-        elif Access.WRITE in access and any(area and Access.WRITE not in area.access for area in areas):
-            wrong = errno.EPERM
-        elif not access:
-            wrong = errno.EINVAL
         elif fixed:
-            wrong = self.placing(to, place, size)
+            wrong = self.placing(to, place, size) or (errno.EPERM if too_much(pieces, access) else 0)
         ioas = self.spaces[to].ioas
         if wrong or fixed:
             iova = place * PAGE if fixed else None
@@ -192,12 +197,7 @@ class IoasMachine(RuleBasedStateMachine):
             if not wrong:
                 self.note(self.spaces[to], place, pieces, access)
             return
-        try:
-            at = ioas.copy(source.ioas, start * PAGE, size * PAGE, access)
-        except IommuError as error:
-            assert error.errno == errno.ENOSPC
-            at = None
-        self.chosen(to, at, pieces, access)
+        self.chosen(to, lambda: ioas.copy(source.ioas, start * PAGE, size * PAGE, access), pieces, access)
 
     # ---- devices ---------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vmodel import _shim
@@ -63,11 +63,15 @@ class AllocFlags(enum.IntFlag):
 
 @dataclass(frozen=True)
 class Mapping:
-    """The IOVAs `span` map to GPAs from `gpa` on, with the permissions `access`."""
+    """The IOVAs `span` map to GPAs from `gpa` on, with the permissions `access`.
+
+    `writable`: copies of it may have WRITE (in an Ioas; Linux struct iopt_pages).
+    """
 
     span: Span
     gpa: int
     access: Access
+    writable: bool = field(default=True, compare=False, repr=False)
 
 
 class Domain:

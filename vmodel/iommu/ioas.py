@@ -99,29 +99,42 @@ class Ioas(Object):
         or too many mappings; ERANGE the GPA is beyond an IOMMU's output width; ENOENT the IOAS has been destroyed.  On
         an error nothing changes.
         """
+        self._check_arguments(size, access, iova)
         self._check_range("gpa", gpa, size)
-        return self._insert([(gpa, size)], access, iova)
+        return self._insert([(gpa, size, Access.WRITE in access)], access, iova)
+
+    def _check_arguments(self, size: int, access: Access, iova: int | None) -> None:
+        """The checks that Linux makes first (iommufd_ioas_map, iommufd_ioas_copy)."""
+        self.check()
+        if size >= _LAST or not 0 <= (iova or 0) < _LAST:
+            raise IommuError(errno.EOVERFLOW, f"{self}: {size:#x} bytes, iova {iova}: past 2**64")
+        if not access:
+            raise IommuError(errno.EINVAL, f"{self}: a mapping without read or write access")
 
     def _check_range(self, what: str, start: int, size: int) -> None:
         self.check()
+        if not 0 <= start < _LAST or size >= _LAST or start + size - 1 > _LAST:
+            raise IommuError(errno.EOVERFLOW, f"{self}: {what} {start:#x}, {size:#x} bytes: past 2**64")
         if size <= 0:
             raise IommuError(errno.EINVAL, f"{self}: {size} bytes")
-        if start < 0 or start + size - 1 > _LAST:
-            raise IommuError(errno.EOVERFLOW, f"{self}: {what} {start:#x}, {size:#x} bytes: past 2**64")
 
-    def _insert(self, pieces: list[tuple[int, int]], access: Access, iova: int | None) -> int:
-        """Maps pieces (gpa, size) at consecutive IOVAs, each as a mapping of its own; returns the first IOVA."""
-        if not access:
-            raise IommuError(errno.EINVAL, f"{self}: a mapping without read or write access")
-        for gpa, size in pieces:
+    def _insert(self, pieces: list[tuple[int, int, bool]], access: Access, iova: int | None) -> int:
+        """Maps pieces at consecutive IOVAs, each as a mapping of its own; returns the first IOVA.
+
+        A piece is (gpa, size, writable).  The order of the checks is Linux's (iopt_alloc_area_pages).
+        """
+        total = sum(size for _, size, _ in pieces)
+        if total & (self.alignment - 1):
+            raise IommuError(errno.EINVAL, f"{self}: {total:#x} bytes: not aligned to {self.alignment:#x}")
+        first = at = self._choose(pieces[0][0], total) if iova is None else self._fixed(iova, total)
+        areas = []
+        for gpa, size, writable in pieces:
+            if Access.WRITE in access and not writable:
+                raise IommuError(errno.EPERM, f"{self}: gpa {gpa:#x}, {size:#x} bytes: read-only")
             if (gpa | size) & (self.alignment - 1):
                 text = f"{self}: gpa {gpa:#x}, {size:#x} bytes: not aligned to {self.alignment:#x}"
                 raise IommuError(errno.EINVAL, text)
-        total = sum(size for _, size in pieces)
-        first = at = self._choose(pieces[0][0], total) if iova is None else self._fixed(iova, total)
-        areas = []
-        for gpa, size in pieces:
-            areas.append(Mapping(Span.sized(at, size), gpa, access))
+            areas.append(Mapping(Span.sized(at, size), gpa, access, writable))
             at += size
         map_in_all([hwpt.paging for hwpt in self.hwpts], areas)
         for area in areas:
@@ -144,7 +157,9 @@ class Ioas(Object):
         if size >= _LAST // 2:
             raise IommuError(errno.EOVERFLOW, f"{self}: {size:#x} bytes are too many to allocate IOVAs for")
         wanted = 1 << (size - 1).bit_length()
-        align = max(min(wanted, gpa & -gpa or wanted, _HUGE_PAGE), self.alignment)
+        align = min(wanted, gpa & -gpa or wanted, _HUGE_PAGE)
+        if align < self.alignment:
+            raise IommuError(errno.EINVAL, f"{self}: gpa {gpa:#x} is not aligned to {self.alignment:#x}")
         room = common(self.iova_ranges(), self._allowed or [Span(0, _LAST)])
         for hole in holes(room, [*_NEVER_CHOSEN, *(area.span for area in self._areas)]):
             start = (hole.start + align - 1) & -align
@@ -194,23 +209,22 @@ class Ioas(Object):
         """IOMMU_IOAS_COPY: copies the mappings of a range of `source`, at `iova` or allocated IOVAs; returns the IOVA.
 
         IommuError: ENOENT `source` does not map the whole range, or is of another context; EINVAL no size, or not
-        aligned; EOVERFLOW wraps; EPERM `access` has WRITE and a mapping of the source does not; else as `map`.
+        aligned; EOVERFLOW wraps; EPERM `access` has WRITE and a mapping of the source was made without it, at first, if
+        it is a copy itself; else as `map`.
         """
         source.check(self.context)
+        self._check_arguments(size, access, iova)
         self._check_range("iova", source_iova, size)
         span, at = Span.sized(source_iova, size), source_iova
-        pieces: list[tuple[int, int]] = []
-        found = list(source._areas.over(span))
-        for area in found:
+        pieces: list[tuple[int, int, bool]] = []
+        for area in source._areas.over(span):
             if area.span.start > at:
                 break
             last = min(area.span.last, span.last)
-            pieces.append((area.gpa + (at - area.span.start), last - at + 1))
+            pieces.append((area.gpa + (at - area.span.start), last - at + 1, area.writable))
             at = last + 1
         if at <= span.last:
             raise IommuError(errno.ENOENT, f"{source} has no mapping at iova {at:#x}")
-        if Access.WRITE in access and any(Access.WRITE not in area.access for area in found):
-            raise IommuError(errno.EPERM, f"{source}: {span} is read-only")
         return self._insert(pieces, access, iova)
 
     @locked
