@@ -123,6 +123,8 @@ class VtdDevice(IommuDevice):
             self.points,
         )
         self.pages = PageRequests(self.regs, self.contexts.dma, self._page_event, self.defer)
+        for endpoint in self.covered():
+            endpoint.max_pasids = None  # the unit translates by the guest's tables whatever PASID a request carries
         iommu.resolver = self._resolve
         iommu.on_fault(self._on_fault)
         self.on_reset(ResetKind.DEVICE)
