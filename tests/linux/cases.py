@@ -39,7 +39,8 @@ OPTION = "IOMMU_OPTION"
 ACCESS = "access objects (IOMMU_TEST_OP_CREATE_ACCESS)"
 PROCESS = "processes: CHANGE_PROCESS, fork, the accounting and sharing of pinned pages; a mapping leads to a GPA"
 FILE = "IOMMU_IOAS_MAP_FILE and dma-buf"
-VFIO = "VFIO's ioctls on /dev/iommu; `container.Container` is VFIO's type 1, with tests of its own (tests/spaces)"
+VFIO = "VFIO's ioctls on /dev/iommu"
+TYPE1 = "`container.Container` is VFIO's own type 1, version 2: EINVAL where iommufd has ENOENT or ENODEV"
 VIOMMU = "vIOMMU, vDEVICE, vEVENTQ and HW_QUEUE"
 BYTES = "without an IOMMU Linux divides memory into bytes; here into pages of 4 KiB"
 MEMORY = "a GPA need not be memory, so that `map` does not fail with EFAULT; DMA to it faults"
@@ -47,7 +48,7 @@ MEMORY = "a GPA need not be memory, so that `map` does not fail with EFAULT; DMA
 _WHAT = {
     Verdict.HOLDS: {
         "": """
-            iommufd.simple_close
+            iommufd.simple_close vfio_compat_mock_domain.simple_close
             iommufd_ioas.ioas_auto_destroy iommufd_ioas.ioas_destroy iommufd_ioas.hwpt_attach
             iommufd_ioas.ioas_area_destroy iommufd_ioas.ioas_area_auto_destroy iommufd_ioas.area
             iommufd_ioas.unmap_fully_contained_areas iommufd_ioas.area_auto_iova iommufd_ioas.reserved_overflow
@@ -61,6 +62,7 @@ _WHAT = {
         ABI: """
             iommufd.cmd_fail iommufd.cmd_ex_fail iommufd_ioas.get_hw_info iommufd_ioas.alloc_hwpt_nested
             iommufd_dirty_tracking.get_dirty_bitmap iommufd_dirty_tracking.get_dirty_bitmap_no_clear
+            vfio_compat_mock_domain.get_info vfio_compat_mock_domain.map
             """,
         VIOMMU: "iommufd_device_pasid.pasid_attach",
         FILE: "iommufd_mock_domain.all_aligns iommufd_mock_domain.all_aligns_copy",
@@ -68,6 +70,7 @@ _WHAT = {
     Verdict.DIFFERS: {
         BYTES: "iommufd_ioas.iova_ranges iommufd_ioas.ioas_iova_alloc iommufd_ioas.copy_sweep",
         MEMORY: "iommufd_mock_domain.basic",
+        TYPE1: "vfio_compat_mock_domain.huge_map iommufd.unmap_cmd iommufd.map_cmd",
     },
     Verdict.NOT_MODELLED: {
         ABI: "iommufd.cmd_length",
@@ -81,9 +84,8 @@ _WHAT = {
             """,
         FILE: "iommufd_ioas.dmabuf_simple iommufd_ioas.dmabuf_revoke",
         VFIO: """
-            iommufd.simple_ioctls iommufd.unmap_cmd iommufd.map_cmd iommufd.info_cmd iommufd.set_iommu_cmd
-            iommufd.vfio_ioas vfio_compat_mock_domain.simple_close vfio_compat_mock_domain.option_huge_pages
-            vfio_compat_mock_domain.get_info vfio_compat_mock_domain.map vfio_compat_mock_domain.huge_map
+            iommufd.simple_ioctls iommufd.info_cmd iommufd.set_iommu_cmd iommufd.vfio_ioas
+            vfio_compat_mock_domain.option_huge_pages
             """,
         VIOMMU: """
             iommufd_viommu.viommu_auto_destroy iommufd_viommu.viommu_negative_tests

@@ -148,7 +148,7 @@ class Difference(Row):
     why: str = ""
 
 
-def answer(row: Row, mock: Mock) -> object:
+def answer(row: Row, mock: object) -> object:
     """What the call returns; the name of the errno if it is refused."""
     try:
         return row.call(mock)
@@ -157,7 +157,7 @@ def answer(row: Row, mock: Mock) -> object:
         return "EOPNOTSUPP" if error.errno == errno.EOPNOTSUPP else errno.errorcode[error.errno or 0]
 
 
-def check(row: Row, mock: Mock) -> None:
+def check(row: Row, mock: object) -> None:
     """The check of a row."""
     row.before(mock)
     assert answer(row, mock) == row.expect
