@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Makes the kernel fail in the way that the parameter `how` names, when it is loaded. */
 #include <linux/completion.h>
+#include <linux/delay.h>
 #include <linux/irqflags.h>
 #include <linux/kthread.h>
 #include <linux/module.h>
@@ -32,6 +33,7 @@ static int provoke_oops(void *data)
 /* Interrupts of this CPU are off for good: it answers nobody. */
 static int provoke_spin(void *data)
 {
+	msleep(500); /* until modprobe is done: it must not wait for a CPU that spins, on one that does not spin yet */
 	local_irq_disable();
 	for (;;)
 		cpu_relax();
