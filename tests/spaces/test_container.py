@@ -447,6 +447,9 @@ def test_all_that_is_mapped_is_dirty(world: World) -> None:
     container.unmap(IOVA, 2 * PAGE)
     assert dirty(container) == {5, 70}
     assert dirty(container, Span.sized(IOVA, PAGE)) == set()
+    container.map(IOVA + 13 * PAGE, 0, 20 * PAGE)  # beside others, over the ends of bytes
+    container.map(IOVA + 33 * PAGE, 0, PAGE)
+    assert dirty(container) == {5, 70, *range(13, 34)}
     container.set_dirty_tracking(False)
     container.set_dirty_tracking(False)
     with refused(errno.EINVAL):

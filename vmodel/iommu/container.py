@@ -71,8 +71,7 @@ class Container(Closing):
         IommuError: EINVAL the group is already in the container, its DMA is not coherent with caches
         (IOMMU_CAP_CACHE_COHERENCY), a mapping overlaps one of its reserved regions or is beyond its aperture, or it has
         no address or page size in common with the others; EPERM its MSIs are not isolated; EBUSY, EPERM as
-        Group.claim_dma_owner; else as PagingDomain.map of
-        the existing mappings.  On an error nothing changes.
+        Group.claim_dma_owner; else as PagingDomain.map of the existing mappings.  On an error nothing changes.
         """
         if self._closed:
             raise IommuError(errno.EBADF, f"{self.name} is closed")
@@ -265,10 +264,14 @@ class Container(Closing):
             raise IommuError(errno.EINVAL, f"{self.name}: dirty report of {span}: not in pages of {page:#x}")
         if not self._tracking:
             raise IommuError(errno.EINVAL, f"{self.name}: dirty tracking is off")
-        bits = 0
+        bitmap = bytearray((span.size // page + 63) // 64 * 8)
         for area in self._areas.over(span):
             if not span.covers(area.span):
                 raise IommuError(errno.EINVAL, f"{self.name}: {span} cuts the mapping {area.span}")
+            # Only the bytes of this mapping are touched: there may be many, and the bitmap may be large.
             first = (area.span.start - span.start) // page
-            bits |= ((1 << area.span.size // page) - 1) << first
-        return bits.to_bytes((span.size // page + 63) // 64 * 8, "little")
+            end = first + area.span.size // page
+            part = slice(first // 8, (end + 7) // 8)
+            bits = ((1 << end - first) - 1) << first % 8 | int.from_bytes(bitmap[part], "little")
+            bitmap[part] = bits.to_bytes(part.stop - part.start, "little")
+        return bytes(bitmap)
