@@ -13,8 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.examples import examples
 from tests.spaces.world import RAM, Device, World
 from vmodel.errors import Access, DmaFault, IommuError
-from vmodel.iommu.context import Context
-from vmodel.iommu.ioas import Ioas
+from vmodel.iommu.iommufd import Context, Ioas
 from vmodel.iommu.iommufd import Device as Bound
 from vmodel.span import PAGE, Span
 

@@ -18,9 +18,9 @@ from vmodel.closing import Closing
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.allocate import paging_domain_alloc
 from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, off_limits, unmap_in_all
-from vmodel.iommu.context import locked
 from vmodel.iommu.domain import AllocFlags, Mapping, PagingDomain
 from vmodel.iommu.group import Group, shares_tables
+from vmodel.iommu.locking import locked
 from vmodel.span import PAGE, Span
 
 #: The default limit of mappings in one container (parameter dma_entry_limit of the Linux module).

@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import errno
-import functools
 import itertools
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from vmodel.closing import Closing
 from vmodel.errors import IommuError
 from vmodel.iommu.group import Group
+from vmodel.iommu.locking import locked
 
 if TYPE_CHECKING:
-    from vmodel.iommu.iommufd import Device, Hwpt
+    from vmodel.iommu.iommufd.device import Device
+    from vmodel.iommu.iommufd.hwpt import Hwpt
 
 _contexts = itertools.count(1)
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-class _Lockable(Protocol):
-    @property
-    def lock(self) -> threading.RLock: ...
-
-
-_S = TypeVar("_S", bound=_Lockable)
-
-
-def locked(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
-    """Makes a method hold its object's `lock`: any thread may call it."""
-
-    @functools.wraps(method)
-    def run(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with self.lock:
-            return method(self, *args, **kwargs)
-
-    return run
 
 
 class Object:

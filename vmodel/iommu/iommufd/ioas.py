@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, unmap_in_all
-from vmodel.iommu.context import Context, Object, locked
 from vmodel.iommu.domain import Mapping
+from vmodel.iommu.iommufd.context import Context, Object
+from vmodel.iommu.locking import locked
 from vmodel.span import PAGE, MiB, Span
 
 if TYPE_CHECKING:
-    from vmodel.iommu.iommufd import Hwpt
+    from vmodel.iommu.iommufd.hwpt import Hwpt
 
 _LAST = (1 << 64) - 1
 _RW = Access.READ | Access.WRITE

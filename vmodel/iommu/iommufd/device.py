@@ -1,195 +1,25 @@
-"""The objects of iommufd: `Ioas`, `Hwpt`, `Device`, `FaultObject`.
-
-errno values are those of Linux (include/uapi/linux/iommufd.h, drivers/iommu/iommufd).
-"""
+"""`Device`: an endpoint bound to a context (Linux drivers/iommu/iommufd/device.c)."""
 
 from __future__ import annotations
 
 import errno
-import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 from vmodel.errors import IommuError
 from vmodel.iommu.allocate import nested_domain_alloc, paging_domain_alloc
 from vmodel.iommu.areas import off_limits
-from vmodel.iommu.context import Context, Object, locked
-from vmodel.iommu.domain import AllocFlags, Domain, PagingDomain, TableDomain
+from vmodel.iommu.domain import AllocFlags, PagingDomain, TableDomain
 from vmodel.iommu.endpoint import Endpoint
-from vmodel.iommu.fault import PageRequest, PageResponse
 from vmodel.iommu.group import can_attach, shares_tables
-from vmodel.iommu.ioas import Ioas
+from vmodel.iommu.iommufd.context import Context, Object
+from vmodel.iommu.iommufd.fault_object import FaultObject
+from vmodel.iommu.iommufd.hw_info import HwInfo
+from vmodel.iommu.iommufd.hwpt import Hwpt
+from vmodel.iommu.iommufd.ioas import Ioas
+from vmodel.iommu.locking import locked
 from vmodel.iommu.pgtable import Table
 from vmodel.memory import GuestMemory
-from vmodel.span import PAGE, Span
-
-__all__ = ["Context", "Device", "FaultObject", "HwInfo", "Hwpt", "Ioas"]
 
 _PAGING_FLAGS = AllocFlags.NEST_PARENT | AllocFlags.DIRTY_TRACKING | AllocFlags.PASID | AllocFlags.ENFORCE_SNOOP
-
-
-@dataclass(frozen=True)
-class HwInfo:
-    """A device and its IOMMU, as IOMMU_GET_HW_INFO describes them.
-
-    `page_sizes` in bytes; `pasid_bits`: 0 if the device, or the IOMMU, has no PASIDs.
-    """
-
-    kind: str
-    coherent: bool
-    enforce_snoop: bool
-    dirty_tracking: bool
-    pasid_bits: int
-    page_sizes: frozenset[int]
-
-
-class FaultObject(Object):
-    """Page requests that wait for a response (IOMMU_FAULT_QUEUE_ALLOC); they fail after `timeout` seconds."""
-
-    def __init__(self, context: Context, timeout: float = 5.0) -> None:
-        super().__init__(context)
-        self.timeout = timeout
-        self._ready = threading.Condition()
-        #: Keyed by id(): requests of different devices may be equal.
-        self._unread: dict[int, PageRequest] = {}
-        self._waiting: dict[int, tuple[PageRequest, PageResponse | None]] = {}
-
-    def handle(self, request: PageRequest) -> PageResponse:
-        """The domain's page handler: waits for `respond`, on the thread of the access.  INVALID after `timeout`."""
-        key = id(request)
-        with self._ready:
-            self._unread[key] = request
-            self._waiting[key] = request, None
-            self._ready.notify_all()
-            self._ready.wait_for(lambda: self._waiting[key][1] is not None, self.timeout)
-            self._unread.pop(key, None)
-            _, response = self._waiting.pop(key)
-            return PageResponse.INVALID if response is None else response
-
-    def read(self, timeout: float = 0.0) -> list[PageRequest]:
-        """The requests that have not been read yet; waits up to `timeout` seconds for one."""
-        with self._ready:
-            self._ready.wait_for(lambda: bool(self._unread), timeout)
-            found = list(self._unread.values())
-            self._unread.clear()
-            return found
-
-    def respond(self, request: PageRequest, response: PageResponse) -> None:
-        """Answers a request that was read, with SUCCESS or INVALID.
-
-        IommuError(EINVAL): the request is not waiting, or was not read; or another response.
-        """
-        if response not in (PageResponse.SUCCESS, PageResponse.INVALID):
-            raise IommuError(errno.EINVAL, f"{self}: a response must be SUCCESS or INVALID, not {response!r}")
-        key = id(request)
-        with self._ready:
-            if key in self._unread or key not in self._waiting or self._waiting[key][1] is not None:
-                raise IommuError(errno.EINVAL, f"{self}: no such request is waiting: {request}")
-            self._waiting[key] = request, response
-            self._ready.notify_all()
-
-    def cancel(self, requesters: Iterable[str], pasid: int | None) -> None:
-        """Answers INVALID to the waiting requests of devices that are being detached."""
-        names = set(requesters)
-        with self._ready:
-            for key, (request, response) in self._waiting.items():
-                if response is None and request.requester in names and request.pasid == pasid:
-                    self._waiting[key] = request, PageResponse.INVALID
-            self._ready.notify_all()
-
-
-class Hwpt(Object):
-    """A hardware page table: a paging domain with the mappings of an IOAS, or a domain nested in such a one.
-
-    `Device.hwpt_alloc` makes it, or `Device.attach` for an IOAS (`auto`: its last device destroys it).
-    """
-
-    def __init__(
-        self,
-        context: Context,
-        domain: Domain,
-        parent: Ioas | Hwpt,
-        fault: FaultObject | None = None,
-        *,
-        auto: bool = False,
-        for_pasids: bool = False,
-    ) -> None:
-        super().__init__(context)
-        self.domain = domain
-        self.parent = parent
-        self.fault = fault
-        self.auto = auto
-        #: Whether it may be attached to PASIDs, and to a group that has HWPTs for PASIDs.
-        self.for_pasids = for_pasids
-        try:
-            if isinstance(parent, Ioas):
-                parent.add_hwpt(self)
-            else:
-                parent.users += 1
-        except IommuError:
-            context.unregister(self)
-            raise
-        if fault is not None:
-            fault.users += 1
-            domain.page_handler = fault.handle
-
-    @property
-    def paging(self) -> PagingDomain:
-        """The domain with the mappings: its own, or its parent's."""
-        if isinstance(self.domain, PagingDomain):
-            return self.domain
-        assert isinstance(self.parent, Hwpt)
-        return self.parent.paging
-
-    @property
-    def ioas(self) -> Ioas:
-        """The IOAS whose mappings it has."""
-        return self.parent if isinstance(self.parent, Ioas) else self.parent.ioas
-
-    def release(self) -> None:
-        if isinstance(self.parent, Ioas):
-            self.parent.remove_hwpt(self)
-        else:
-            self.parent.users -= 1
-        if self.fault is not None:
-            self.fault.users -= 1
-
-    @locked
-    def set_dirty_tracking(self, on: bool) -> None:
-        """IOMMU_HWPT_SET_DIRTY_TRACKING: on, with an empty log, also if it was on already; or off.
-
-        IommuError: ENOENT nested; EOPNOTSUPP allocated without DIRTY_TRACKING.  (Linux iopt_set_dirty_tracking)
-        """
-        domain = self._own()
-        if on and domain.tracking:
-            domain.set_dirty_tracking(False)
-        domain.set_dirty_tracking(on)
-
-    @locked
-    def get_dirty_bitmap(self, span: Span, page_size: int = PAGE, *, clear: bool = True) -> bytes:
-        """IOMMU_HWPT_GET_DIRTY_BITMAP, as PagingDomain.read_dirty.
-
-        IommuError: ENOENT nested; EINVAL not whole pages, a part of `span` is not mapped, or tracking is off;
-        EOPNOTSUPP allocated without DIRTY_TRACKING.
-        """
-        domain = self._own()
-        if not domain.tracks:
-            raise IommuError(errno.EOPNOTSUPP, f"{self} was allocated without dirty tracking")
-        self.ioas.check_mapped(span)
-        return domain.read_dirty(span, page_size, clear=clear)
-
-    def _own(self) -> PagingDomain:
-        self.check()
-        if not isinstance(self.domain, PagingDomain):
-            raise IommuError(errno.ENOENT, f"{self} is nested: its parent tracks writes")
-        return self.domain
-
-    @locked
-    def invalidate(self, span: Span | None = None) -> None:
-        """IOMMU_HWPT_INVALIDATE: flushes stage 1, all or `span` (IOVA).  IommuError(EINVAL): it is not nested."""
-        if not isinstance(self.domain, TableDomain):
-            raise IommuError(errno.EINVAL, f"{self} is not nested")
-        self.domain.flush(span)
 
 
 class Device(Object):
