@@ -122,7 +122,8 @@ int vms_viommu_run(vms_requester *requester, vms_virtqueue *queue, const vms_vio
     /* No part may reach past the last address, so that sums do not wrap.  Where the index cannot be written nothing
      * may be done.  It is what the driver has seen already. */
     if (!queue->size || queue->size > 32768 || queue->descriptors > -(16ull * queue->size) ||
-        queue->driver > -(6 + 2ull * queue->size) || queue->device > -(6 + 8ull * queue->size) || put(requester, queue->device + 2, &index, sizeof index) < 0 ||
+        queue->driver > -(6 + 2ull * queue->size) || queue->device > -(6 + 8ull * queue->size) ||
+        put(requester, queue->device + 2, &index, sizeof index) < 0 ||
         get(requester, queue->driver + 2, &available, sizeof available) < 0)
         return 0;
     available = le16toh(available);

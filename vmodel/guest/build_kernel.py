@@ -36,7 +36,7 @@ from vmodel.guest.artifacts import (
     read_stamp,
 )
 from vmodel.guest.get_qemu import SOURCE, Steps, fetch
-from vmodel.guest.groups import end, lines
+from vmodel.guest.groups import output
 from vmodel.guest.headers import find_headers
 from vmodel.guest.kbuild import check_path
 from vmodel.interrupts import interruptible
@@ -231,28 +231,16 @@ class _Make:
             "KBUILD_BUILD_USER": "vmodel",
             "KBUILD_BUILD_HOST": "vmodel",
         }
-        process = subprocess.Popen(
-            line,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environ,
-            cwd=self.linux,
-            start_new_session=True,  # Ctrl-C reaches only this process, which then ends make
-        )
-        assert process.stdout is not None
+        run = output(line, environ=environ, folder=self.linux, seconds=patience(_TIMEOUT), most=_LARGEST)
         try:
-            with self._log.open("w", buffering=1) as log:
-                for count, data in enumerate(lines(process, patience(_TIMEOUT), _LARGEST), 1):
+            with self._log.open("w", buffering=1) as log, run as (process, printed):
+                for count, data in enumerate(printed, 1):
                     log.write(f"{(text := data.decode(errors='replace'))}\n")
                     if on_line and text.startswith("  "):
                         on_line(count)
         except TimeoutError:
             text = f"make did not end in {spoken(_TIMEOUT)}; {BUILD_COMMAND} goes on from there"
             raise ArtifactError(text) from None
-        finally:
-            end(process)
-            process.stdout.close()
         if process.returncode:
             raise ArtifactError(f"make failed: {complaint(self._log.read_text())}; all of it is in {self._log}")
 

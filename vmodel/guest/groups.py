@@ -9,7 +9,33 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def output(
+    line: Sequence[str], *, environ: Mapping[str, str], folder: Path, seconds: float, most: int
+) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[bytes]]]:
+    """A program in a group of its own, and its lines, stderr too, as `lines` yields them; it ends with the context.
+
+    Ctrl-C reaches only this process, which then ends the program.
+    """
+    process = subprocess.Popen(
+        line,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environ,
+        cwd=folder,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        yield process, lines(process, seconds, most)
+    finally:
+        end(process)
+        process.stdout.close()
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -14,14 +14,13 @@ import json
 import os
 import re
 import shlex
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import Kernel
-from vmodel.guest.groups import end, lines
+from vmodel.guest.groups import output
 from vmodel.guest.headers import Headers, find_headers
 from vmodel.patience import patience, spoken
 
@@ -237,34 +236,23 @@ def _make(
     environ = {"PATH": f"{headers.programs}:/usr/bin:/bin", "LC_ALL": "C.UTF-8", "TMPDIR": str(folder)}
     said: list[str] = []
     others: list[str] = []
-    process = subprocess.Popen(
-        line,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environ,
-        cwd=folder,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
+    run = output(line, environ=environ, folder=folder, seconds=patience(_TIMEOUT), most=_LARGEST)
     try:
-        for data in lines(process, patience(_TIMEOUT), _LARGEST):
-            text = _in_source(data.decode(errors="replace").rstrip(), source, folder)
-            if _NOISE.match(text):
-                others.append(text)
-                continue
-            said.append(text)
-            if on_line:
-                on_line(text)
+        with run as (process, printed):
+            for data in printed:
+                text = _in_source(data.decode(errors="replace").rstrip(), source, folder)
+                if _NOISE.match(text):
+                    others.append(text)
+                    continue
+                said.append(text)
+                if on_line:
+                    on_line(text)
     except TimeoutError:
         raise BuildError(f"the build of {source} did not end in {spoken(_TIMEOUT)}") from None
     except OSError as error:
         if error.errno != errno.EFBIG:
             raise
         raise BuildError(f"the build of {source} was stopped: {error.strerror}") from None
-    finally:
-        end(process)
-        process.stdout.close()
     if process.returncode:
         errors = [text for text in said if re.search(r"\berror: |^ERROR: ", text)]
         raise BuildError("\n".join(errors or said[-10:] or others[-10:] or ["make was stopped"]))
