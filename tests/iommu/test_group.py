@@ -18,6 +18,8 @@ from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import AllocFlags, Domain, DomainType, PagingDomain
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.iommu.group import Group
+from vmodel.pci.config import Identity
+from vmodel.pci.topology import PortType
 from vmodel.span import PAGE, Span
 
 IOVA, OLD, NEW = 0x10_0000, 0x20_0000, 0x30_0000
@@ -256,6 +258,56 @@ def test_the_type_of_default_domains(world: World, default: DomainType) -> None:
         refused(errno.EINVAL, "00:04.0 is untrusted", group_of(outside).set_default, domain)
     with pytest.raises(ValueError, match="blocked is no type"):
         System(default=DomainType.BLOCKED)
+
+
+@pytest.mark.parametrize(
+    "kind, identity, max_pasids",
+    [
+        ("pamu", None, None),  # drivers/iommu/fsl_pamu_domain.c:431, .default_domain
+        ("power-pe", None, None),  # arch/powerpc/kernel/iommu.c:1265, .default_domain
+        ("amd-vi", None, 1024),  # drivers/iommu/amd/iommu.c:3184, a device that can use PASIDs
+        ("smmu-v3", Identity(0x19E5, 0xA12E, 0), None),  # drivers/iommu/arm/arm-smmu-v3/arm-smmu-v3.c:4370
+    ],
+)
+def test_the_driver_chooses_the_default_domain(kind: str, identity: Identity | None, max_pasids: int | None) -> None:
+    """Whatever the command line says: drivers/iommu/iommu.c, iommu_get_default_domain_type (:1901)."""
+    world = World(iommu(kind, params={"liodns": {"0000:01:00.0": 1, "0000:02:00.0": 2}} if kind == "pamu" else {}))
+    world.system.default = DomainType.DMA
+    world.port("00:1c.0", 1), world.port("00:1d.0", 2)
+    one = world.function("01:00.0", PortType.ENDPOINT, identity=identity)
+    found = world.plug(one, max_pasids=max_pasids)
+    assert group_of(found).default_domain is group_of(found).iommu.identity
+    # :1938: no other type can be written to the file `type`.
+    refused(errno.EINVAL, "needs a domain of type identity", group_of(found).set_default, dma_domain_alloc(found))
+    # :1928: the probe of an untrusted device fails.
+    other = world.function("02:00.0", PortType.ENDPOINT, identity=identity)
+    refused(errno.EINVAL, "02:00.0 is untrusted", lambda: world.plug(other, max_pasids=max_pasids, untrusted=True))
+    world.close()
+
+
+@pytest.mark.parametrize("kind", ["vt-d", "amd-vi", "smmu-v3", "virtio-iommu"])
+def test_a_driver_that_leaves_the_choice(kind: str) -> None:
+    world = World(iommu(kind))
+    world.system.default = DomainType.DMA
+    found = world.plug(world.function("00:03.0"), max_pasids=0)
+    assert group_of(found).default_domain.type is DomainType.DMA
+    world.close()
+
+
+def test_flushes_that_are_deferred_later(pair: tuple[Endpoint, Endpoint], world: World) -> None:
+    """drivers/iommu/iommu.c:3277: DMA-FQ written to `type` changes a DMA domain that a driver uses."""
+    group = group_of(pair[0])
+    domain = PagingDomain(DomainType.DMA, group.iommu, AllocFlags.NONE)
+    group.set_default(domain)
+    pair[0].bind("nvme")
+    domain.map(IOVA, OLD, PAGE)
+    domain.defer_flushes()
+    assert (group.default_domain.type, world.dmas["00:03.0"].read(IOVA, 1)) == (DomainType.DMA_FQ, b"O")
+    domain.unmap(IOVA, PAGE)
+    assert world.dmas["00:03.0"].read(IOVA, 1) == b"O"
+    domain.flush()
+    assert fault_of(world.dmas["00:03.0"]) is Reason.NOT_MAPPED
+    refused(errno.EINVAL, "unmanaged domains cannot", mapped(pair[0], OLD).defer_flushes)
 
 
 def test_default_domains_that_linux_refuses(pair: tuple[Endpoint, Endpoint]) -> None:

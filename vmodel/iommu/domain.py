@@ -149,6 +149,15 @@ class PagingDomain(Domain):
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
 
+    def defer_flushes(self) -> None:
+        """Makes a DMA domain a DMA-FQ one, in use or not (Linux: DMA-FQ written to `type`, also with a driver).
+
+        IommuError(EINVAL): it is of another type.
+        """
+        if self.type not in (DomainType.DMA, DomainType.DMA_FQ):
+            raise IommuError(errno.EINVAL, f"{self.name}: {self.type.value} domains cannot defer flushes")
+        self.type, self.deferred = DomainType.DMA_FQ, True
+
     @property
     def coherent(self) -> bool:
         """Whether walks of its tables snoop the CPU's caches."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pydantic
 
 from vmodel.iommu.capabilities import Capabilities
+from vmodel.iommu.domain import DomainType
 from vmodel.iommu.pgtable import TableFormat
 from vmodel.pci.topology import Bdf, Function, dma_aliases
 
@@ -79,6 +80,13 @@ class Driver(ABC):
     def describe_id(self, requester_id: int) -> str:
         """An id for people; by default as the address of a PCI requester."""
         return str(Bdf.of(requester_id >> 16, requester_id & 0xFFFF))
+
+    def default_domain_type(self, source: Source, max_pasids: int | None) -> DomainType | None:
+        """The type that default domains of a device must have; None: any.  `max_pasids` as that of Endpoint.
+
+        (Linux iommu_ops: def_domain_type, and default_domain, whose type PLATFORM is IDENTITY here)
+        """
+        return None
 
     def partition(self, source: Source) -> tuple[Hashable, str] | None:
         """(key, reason): devices with equal keys share a group.  None: topology decides."""

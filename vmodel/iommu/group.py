@@ -169,8 +169,8 @@ class Group:
 
         Direct-mapped regions of the members are mapped in it.  `forced`: whatever domain and whoever owns the group, as
         an IOMMU that a guest drives does it, and a machine file.  IommuError: EINVAL the domain is not IDENTITY, DMA or
-        DMA_FQ, or does not fit a member; EPERM a driver is bound, or the group has an owner; EEXIST a direct-mapped
-        region overlaps a different mapping.
+        DMA_FQ, not what Driver.default_domain_type needs, or does not fit a member; EPERM a driver is bound, or the
+        group has an owner; EEXIST a direct-mapped region overlaps a different mapping.
         """
         with self._lock:
             if not forced:
@@ -185,14 +185,18 @@ class Group:
     def _check_default(self, domain: Domain) -> None:
         if domain.type not in (DomainType.IDENTITY, DomainType.DMA, DomainType.DMA_FQ):
             raise IommuError(errno.EINVAL, f"group {self.number}: {domain.type.value} is no type of default domains")
-        for endpoint in self.endpoints:
-            if endpoint.untrusted and domain.type is not DomainType.DMA:
-                raise IommuError(errno.EINVAL, f"group {self.number}: {endpoint.name} is untrusted: only a DMA domain")
         if self.owner is not None:
             raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")
         for endpoint in self.endpoints:
             if endpoint.uses_default_domain():
                 raise IommuError(errno.EPERM, f"group {self.number}: {endpoint.name} is bound to {endpoint.driver}")
+        for endpoint in self.endpoints:
+            needed = self.iommu.driver.default_domain_type(endpoint.source, endpoint.max_pasids)
+            if needed not in (None, domain.type):
+                text = f"group {self.number}: {endpoint.name}: {self.iommu.driver.title} needs a domain of type "
+                raise IommuError(errno.EINVAL, text + needed.value)
+            if endpoint.untrusted and domain.type is not DomainType.DMA:
+                raise IommuError(errno.EINVAL, f"group {self.number}: {endpoint.name} is untrusted: only a DMA domain")
 
     def attach_pasid(self, domain: Domain, pasid: int) -> None:
         """Attaches `domain` to a PASID: accesses with `pasid` go through it.

@@ -127,8 +127,14 @@ class System:
                 self.groups.append(group)
 
     def _default(self, iommu: Iommu, endpoint: Endpoint) -> Domain:
-        """The default domain of a device's new group (Linux iommu_get_default_domain_type)."""
-        kind = DomainType.DMA if endpoint.untrusted else self.default
+        """The default domain of a device's new group (Linux iommu_get_default_domain_type).
+
+        IommuError(EINVAL): the device is untrusted, and the IOMMU's driver must not translate it.
+        """
+        needed = iommu.driver.default_domain_type(endpoint.source, endpoint.max_pasids)
+        if endpoint.untrusted and needed not in (None, DomainType.DMA):
+            raise IommuError(errno.EINVAL, f"{endpoint.name} is untrusted: {iommu.driver.title} cannot translate it")
+        kind = needed or (DomainType.DMA if endpoint.untrusted else self.default)
         if kind is DomainType.IDENTITY:
             return iommu.identity
         tracking = iommu.capabilities.dirty_tracking

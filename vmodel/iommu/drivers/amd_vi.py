@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, field_validator
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
+from vmodel.iommu.domain import DomainType
 from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
 from vmodel.iommu.pgtable import TableFormat
 from vmodel.pci.topology import Bdf
@@ -62,3 +63,7 @@ class AmdVi(Driver):
 
     def why_not(self, source: Source) -> str:
         return f"it has no entry in the device table of {self.params.device_table} entries"
+
+    def default_domain_type(self, source: Source, max_pasids: int | None) -> DomainType | None:
+        # GPUs with PASIDs; Linux amd_iommu_def_domain_type, without memory encryption.
+        return DomainType.IDENTITY if max_pasids else None

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from pydantic import Field
 
 from vmodel.iommu.capabilities import Capabilities
+from vmodel.iommu.domain import DomainType
 from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source
 from vmodel.span import KiB, Span
 
@@ -51,6 +52,9 @@ class Pamu(Driver):
 
     def describe_id(self, requester_id: int) -> str:
         return f"LIODN {requester_id}"
+
+    def default_domain_type(self, source: Source, max_pasids: int | None) -> DomainType | None:
+        return DomainType.IDENTITY
 
     def partition(self, source: Source) -> tuple[Hashable, str] | None:
         if not isinstance(source, PlatformDevice) and not self.params.partitioned:

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from pydantic import Field
 
 from vmodel.iommu.capabilities import Capabilities
+from vmodel.iommu.domain import DomainType
 from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, topmost
 from vmodel.span import KiB, MiB
 
@@ -47,6 +48,9 @@ class PowerPe(Driver):
 
     def describe_id(self, requester_id: int) -> str:
         return f"PE {requester_id >> 16:04x}:{requester_id & 0xFFFF:02x}"
+
+    def default_domain_type(self, source: Source, max_pasids: int | None) -> DomainType | None:
+        return DomainType.IDENTITY
 
     def partition(self, source: Source) -> tuple[Hashable, str] | None:
         assert not isinstance(source, PlatformDevice)  # it has no id

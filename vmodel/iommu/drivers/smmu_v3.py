@@ -5,8 +5,12 @@ from __future__ import annotations
 from pydantic import Field
 
 from vmodel.iommu.capabilities import ARM_MSI, Capabilities
+from vmodel.iommu.domain import DomainType
 from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, topmost
 from vmodel.iommu.pgtable import TableFormat
+
+#: Vendor and device id of HiSilicon's tuning and trace device, which must be mapped 1:1 (Linux IS_HISI_PTT_DEVICE).
+_HISI_PTT = (0x19E5, 0xA12E)
 
 
 class StreamMap(KindParams):
@@ -59,3 +63,8 @@ class SmmuV3(Driver):
 
     def describe_id(self, requester_id: int) -> str:
         return f"stream {requester_id:#x}"
+
+    def default_domain_type(self, source: Source, max_pasids: int | None) -> DomainType | None:
+        identity = None if isinstance(source, PlatformDevice) else source.identity
+        found = identity is not None and (identity.vendor_id, identity.device_id) == _HISI_PTT
+        return DomainType.IDENTITY if found else None
