@@ -17,7 +17,7 @@ from tests.linux.mock import (
 )
 from tests.spaces.world import RW
 from vmodel.errors import Access
-from vmodel.iommu.iommufd import Ioas
+from vmodel.iommu.iommufd import HwInfoType, Ioas
 from vmodel.span import GiB, Span
 
 NONE = ("no_domain",)
@@ -325,6 +325,20 @@ INFO = [
         "a device with fewer PASIDs than the IOMMU",
         lambda mock: mock.add(max_pasids=100).get_info().pasid_bits,
         6,
+        variants=WITH_DOMAIN,
+    ),
+    Row(
+        "iommufd_ioas.get_hw_info",
+        "a type that it has not",
+        lambda mock: mock.bound[0].get_info(0xFEEDBEEF),
+        "EOPNOTSUPP",
+        variants=WITH_DOMAIN,
+    ),
+    Row(
+        "iommufd_ioas.get_hw_info",
+        "its own type",
+        lambda mock: len(mock.bound[0].get_info(HwInfoType.INTEL_VTD).data),
+        24,
         variants=WITH_DOMAIN,
     ),
 ]

@@ -57,6 +57,8 @@ class Endpoint:
         self.reserved = list(reserved)
         #: How many PASIDs it can use: 0 without PCIe's PASID capability; None: as many as the IOMMU has.
         self.max_pasids = max_pasids
+        #: Whether it has PCIe's ATS capability.
+        self.has_ats = False
         #: Whether it is behind an external port (Linux pci_dev.untrusted).
         self.untrusted = False
         self.driver: object | None = None

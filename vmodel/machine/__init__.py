@@ -55,7 +55,7 @@ from vmodel.machine.check import Check
 from vmodel.machine.models import load_model, load_served
 from vmodel.machine.schema import GroupTable, IommuTable, MachineFile, MappingTable, coverage
 from vmodel.mistakes import exception_line
-from vmodel.pci.extcaps import Pasid
+from vmodel.pci.extcaps import Ats, Pasid
 from vmodel.qemu import bridge_args, device_args, memory_args, spare_default_devices
 from vmodel.server import MAX_SOCKET_PATH, Server
 from vmodel.span import Span
@@ -144,6 +144,7 @@ class Machine:
                 max_pasids=0 if device is None else _pasids(device),
             )
             if device is not None:
+                endpoint.has_ats = any(isinstance(part, Ats) for part in device.declaration.capabilities.values())
                 device.dma.endpoint = endpoint
 
     def _serve_iommus(self) -> None:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from vmodel.devices.vtd.codes import FaultCode, Stage, walk_code
-from vmodel.devices.vtd.regs import Ecap, VtdCap
 from vmodel.devices.vtd.tables import Directory, Entry, Refused, Tables
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, IommuError, Reason
 from vmodel.iommu.allocate import walked_domain_alloc
 from vmodel.iommu.domain import AllocFlags, BlockedDomain, Domain, DomainType, PagingDomain, TableDomain
+from vmodel.iommu.drivers.vtd_capability import Ecap, VtdCap
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import FaultRecord, PageHandler
 from vmodel.iommu.group import Group

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vmodel.devices.vtd.contexts import Contexts
-from vmodel.devices.vtd.regs import MOST_ADDRESS_MASK, RootAddress, TranslationTableMode
+from vmodel.devices.vtd.regs import RootAddress, TranslationTableMode
+from vmodel.iommu.drivers.vtd_capability import MOST_ADDRESS_MASK
 from vmodel.iommu.fault import PageResponse
 from vmodel.regs import Bit, Bits, Layout
 from vmodel.span import PAGE, Span

@@ -1,4 +1,4 @@
-"""The registers of a remapping unit (11.4), and the values of its capability registers."""
+"""The registers of a remapping unit (11.4)."""
 
 from __future__ import annotations
 
@@ -7,61 +7,12 @@ import enum
 from vmodel.errors import ConfigError
 from vmodel.iommu.capabilities import Capabilities
 from vmodel.iommu.drivers.intel_vtd import IntelVtd
+from vmodel.iommu.drivers.vtd_capability import IOTLB_AT, MOST_RECORDS, Ecap, VtdCap
 from vmodel.regs import RO, RW, W1C, WO, Bit, Bits, Layout, Reg32, Reg64, RegisterBank
-from vmodel.span import PAGE, GiB, MiB
+from vmodel.span import PAGE
 
-#: Offsets of the IOTLB registers and of the fault recording registers, and the most of the latter.
-IOTLB_AT, RECORDS_AT, MOST_RECORDS = 0x100, 0x200, 8
-#: A page-selective invalidation covers at most 2**18 pages.
-MOST_ADDRESS_MASK = 18
 #: Granularity of protected memory: 1 << PROTECTED_BITS bytes.
 PROTECTED_BITS = 21
-
-
-class VtdCap(Layout):
-    """Capability register (11.4.2)."""
-
-    ND = Bits(0, 2, doc="domain-ids of 4 + 2 ND bits")
-    AFL = Bit(3)
-    RWBF = Bit(4)
-    PLMR = Bit(5, doc="there is a low protected memory region")
-    PHMR = Bit(6)
-    CM = Bit(7, doc="caching mode: entries that are not present may be cached")
-    SAGAW = Bits(8, 12, doc="widths of second-stage tables: bit 1 is 39 (3 levels), bit 2 48, bit 3 57")
-    MGAW = Bits(16, 21, doc="widest IOVA in bits, less 1")
-    ZLR = Bit(22)
-    FRO = Bits(24, 33, doc="offset of the fault recording registers, in 16 bytes")
-    SLLPS = Bits(34, 37, doc="large pages: 2 MiB, 1 GiB")
-    PSI = Bit(39)
-    NFR = Bits(40, 47, doc="number of fault recording registers, less 1")
-    MAMV = Bits(48, 53)
-    DWD = Bit(54)
-    DRD = Bit(55)
-    FS1GP = Bit(56, doc="first-stage tables have pages of 1 GiB")
-    FS5LP = Bit(60, doc="first-stage tables may have 5 levels")
-
-
-class Ecap(Layout):
-    """Extended capability register (11.4.3)."""
-
-    C = Bit(0, doc="tables are read from the CPU's caches")
-    QI = Bit(1)
-    DT = Bit(2, doc="devices may have TLBs")
-    IR = Bit(3)
-    PT = Bit(6, doc="pass-through")
-    SC = Bit(7, doc="SNP in tables")
-    IRO = Bits(8, 17, doc="offset of the IOTLB registers, in 16 bytes")
-    NEST = Bit(26, doc="nested translation")
-    PRS = Bit(29, doc="page requests")
-    PSS = Bits(35, 39, doc="bits of PASIDs, less 1")
-    PASID = Bit(40, doc="requests may have PASIDs")
-    PDS = Bit(42, doc="page requests can be drained")
-    SMTS = Bit(43, doc="scalable mode")
-    SSADS = Bit(45, doc="accessed and dirty flags in second-stage tables")
-    SSTS = Bit(46, doc="second-stage tables in scalable mode")
-    FSTS = Bit(47, doc="first-stage tables")
-    SMPWCS = Bit(48, doc="like C, for tables that PASID table entries point to")
-    RPS = Bit(49, doc="RID_PASID may be chosen")
 
 
 class Global(Layout):
@@ -278,70 +229,11 @@ class RecordRegs(RegisterBank, size=16 * MOST_RECORDS):
     INFO7 = Reg64(0x78, RO, layout=FaultInfo)
 
 
-def widest(can: Capabilities, kind: IntelVtd.Params) -> int:
-    """MGAW in bits.  ConfigError: a unit cannot have these capabilities."""
+def check(can: Capabilities, kind: IntelVtd.Params) -> None:
+    """ConfigError: a unit that a guest drives cannot have these capabilities."""
     if can.input_bits <= 30:  # a table of three levels translates more
         raise ConfigError(f"input_bits {can.input_bits}: a VT-d unit that a guest drives needs at least 31")
     if PAGE not in can.page_sizes:
         raise ConfigError("page_sizes: a VT-d unit that a guest drives has pages of 4 KiB in any case")
     if kind.scalable and can.input_bits < 48:  # first-stage tables have four levels
         raise ConfigError(f"input_bits {can.input_bits}: a VT-d unit with scalable mode needs at least 48")
-    return min(can.input_bits, 57 if kind.scalable else 48)
-
-
-def record_count(can: Capabilities) -> int:
-    """Number of fault recording registers."""
-    return min(can.fault_queue_depth, MOST_RECORDS)
-
-
-def capability(can: Capabilities, kind: IntelVtd.Params) -> int:
-    """CAP.  SAGAW has all table widths up to the one that MGAW needs.  ConfigError as `widest`."""
-    bits = widest(can, kind)
-    value = 0
-    for field, number in (
-        (VtdCap.ND, 6),
-        (VtdCap.PLMR, 1),
-        (VtdCap.PHMR, 1),
-        (VtdCap.SAGAW, 0b0010 | (bits > 39) << 2 | (bits > 48) << 3),
-        (VtdCap.MGAW, bits - 1),
-        (VtdCap.ZLR, 1),
-        (VtdCap.FRO, RECORDS_AT // 16),
-        (VtdCap.SLLPS, (2 * MiB in can.page_sizes) | (GiB in can.page_sizes) << 1),
-        (VtdCap.PSI, 1),
-        (VtdCap.NFR, record_count(can) - 1),
-        (VtdCap.MAMV, MOST_ADDRESS_MASK),
-        (VtdCap.DWD, 1),
-        (VtdCap.DRD, 1),
-        (VtdCap.FS1GP, int(kind.scalable)),
-        (VtdCap.FS5LP, int(kind.scalable and bits == 57)),
-    ):
-        value = field.put(value, number)
-    return value
-
-
-def extended_capability(can: Capabilities, kind: IntelVtd.Params) -> int:
-    """The value of ECAP."""
-    scalable, pasids = kind.scalable, kind.scalable and can.pasid_bits > 0
-    requests = kind.ats and pasids and can.page_requests
-    value = 0
-    for field, number in (
-        (Ecap.C, can.coherent),
-        (Ecap.QI, True),
-        (Ecap.DT, kind.ats),
-        (Ecap.PT, True),
-        (Ecap.SC, can.enforce_snoop),
-        (Ecap.IRO, IOTLB_AT // 16),
-        (Ecap.NEST, scalable and can.nesting),
-        (Ecap.PRS, requests),
-        (Ecap.PDS, requests),
-        (Ecap.PSS, can.pasid_bits - 1 if pasids else 0),
-        (Ecap.PASID, pasids),
-        (Ecap.SMTS, scalable),
-        (Ecap.SSADS, scalable and can.dirty_tracking),
-        (Ecap.SSTS, scalable),
-        (Ecap.FSTS, scalable),
-        (Ecap.SMPWCS, scalable and can.coherent),
-        (Ecap.RPS, scalable),
-    ):
-        value = field.put(value, int(number))
-    return value

@@ -6,9 +6,10 @@ import struct
 from dataclasses import dataclass, field
 
 from vmodel.devices.vtd.codes import FaultCode, Stage
-from vmodel.devices.vtd.regs import Ecap, RootAddress, TranslationTableMode, VtdCap
+from vmodel.devices.vtd.regs import RootAddress, TranslationTableMode
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault
+from vmodel.iommu.drivers.vtd_capability import Ecap, VtdCap
 from vmodel.regs import Bit, Bits, Layout
 
 

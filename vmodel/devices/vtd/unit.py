@@ -44,10 +44,8 @@ from vmodel.devices.vtd.queue import (
 )
 from vmodel.devices.vtd.regs import (
     PROTECTED_BITS,
-    RECORDS_AT,
     CompletionStatus,
     ContextCommand,
-    Ecap,
     FaultInfo,
     FaultStatus,
     Global,
@@ -59,11 +57,16 @@ from vmodel.devices.vtd.regs import (
     RecordRegs,
     RootAddress,
     VtdRegs,
-    capability,
-    extended_capability,
-    record_count,
+    check,
 )
 from vmodel.errors import Access, DmaFault, PeerError, Reason
+from vmodel.iommu.drivers.vtd_capability import (
+    RECORDS_AT,
+    Ecap,
+    record_count,
+    vtd_capability,
+    vtd_extended_capability,
+)
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import FaultRecord, PageRequest, PageResponse
 from vmodel.iommu.iommu import Iommu
@@ -110,7 +113,9 @@ class VtdDevice(IommuDevice):
     def serve(self, iommu: Iommu, system: System) -> None:
         super().serve(iommu, system)
         can, params = iommu.capabilities, iommu.driver.params
-        self._cap, self._ecap = capability(can, params), extended_capability(can, params)
+        check(can, params)
+        self._cap = vtd_capability(can, scalable=params.scalable)
+        self._ecap = vtd_extended_capability(can, scalable=params.scalable, ats=params.ats)
         self._record_count = record_count(can)
         self.contexts = Contexts(
             iommu,

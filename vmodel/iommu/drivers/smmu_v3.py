@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from vmodel.iommu.capabilities import ARM_MSI, Capabilities
@@ -40,6 +42,9 @@ class SmmuV3(Driver):
             default=None, description="requester ids to stream ids; without it, segment << 16 | requester id"
         )
         platform: dict[str, int] = Field(default_factory=dict, description="devices that are not PCI: their stream ids")
+        vcmdqs: Literal[0, 1, 2, 4, 8, 16, 32, 64, 128] = Field(
+            default=0, description="command queues for each VM, by NVIDIA's CMDQ-V (iommufd's HW_QUEUE); 0: no CMDQ-V"
+        )
         stream_bits: int = Field(default=32, ge=1, le=32, description="width of stream ids")
 
     def requester_id(self, source: Source) -> int | None:

@@ -12,9 +12,10 @@ from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.group import can_attach, shares_tables
 from vmodel.iommu.iommufd.context import Context, Object
 from vmodel.iommu.iommufd.fault_object import FaultObject
-from vmodel.iommu.iommufd.hw_info import HwInfo
+from vmodel.iommu.iommufd.hw_info import HwInfo, hw_info
 from vmodel.iommu.iommufd.hwpt import Hwpt
 from vmodel.iommu.iommufd.ioas import Ioas
+from vmodel.iommu.iommufd.registers import HwInfoType
 from vmodel.iommu.locking import locked
 from vmodel.iommu.pgtable import Table
 from vmodel.memory import GuestMemory
@@ -54,20 +55,13 @@ class Device(Object):
         self.context.devices.remove(self)
         self.group.release_dma_owner(self.context)
 
-    def get_info(self) -> HwInfo:
-        """IOMMU_GET_HW_INFO."""
-        can = self.group.iommu.capabilities
-        pasids = 1 << can.pasid_bits
-        if self.endpoint.max_pasids is not None:
-            pasids = min(pasids, self.endpoint.max_pasids)
-        return HwInfo(
-            self.group.iommu.driver.kind,
-            can.coherent,
-            can.enforce_snoop,
-            can.dirty_tracking,
-            max(pasids.bit_length() - 1, 0),
-            can.page_sizes,
-        )
+    def get_info(self, wanted: int = HwInfoType.NONE) -> HwInfo:
+        """IOMMU_GET_HW_INFO; `wanted`: a HwInfoType, by default that of the device's IOMMU.
+
+        IommuError: EOPNOTSUPP the IOMMU has no information of this type; ENOENT the device was destroyed.
+        """
+        self.check()
+        return hw_info(self.endpoint, self.group.iommu, wanted)
 
     @locked
     def hwpt_alloc(
