@@ -142,7 +142,7 @@ class PagingDomain(Domain):
         self.tracking = False
         self._map = shim.try_map
         self._unmap = shim.try_unmap
-        self._overlap = made_for.driver.overlap
+        self._map_errors = made_for.driver.map_errors
         self._flush_after = can.flush_unmaps
         self._flush_seconds = can.flush_ms / 1000
         self._waiting: list[Span] = []
@@ -181,19 +181,19 @@ class PagingDomain(Domain):
     def map(self, iova: int, gpa: int, size: int, access: Access = Access.READ | Access.WRITE) -> None:
         """Maps `size` bytes.
 
-        IommuError: EINVAL not whole pages of the smallest size, or no access; ERANGE outside of the aperture or beyond
-        the output width; EADDRINUSE overlaps a mapping (EEXIST on SMMUv3, EINVAL on virtio-iommu, as in Linux); ENOSPC
-        too many mappings; ENOMEM `max_memory` of the IOMMU is used up.
+        IommuError: EINVAL no bytes, or no access; ENXIO not whole pages of the smallest size; EOVERFLOW past 2**64;
+        ERANGE outside of the aperture or beyond the output width; EADDRINUSE overlaps a mapping; ENOSPC too many
+        mappings; ENOMEM `max_memory` of the IOMMU is used up.  Kinds whose driver in Linux does not use generic_pt have
+        EINVAL, ERANGE and EEXIST for ENXIO, EOVERFLOW and EADDRINUSE (virtio-iommu: EINVAL for the last, too).
         """
         try:
             rc = self._map(iova, gpa, size, access)
         except OverflowError:
             rc = -errno.ERANGE
-        if rc == -errno.EEXIST:
-            text = f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}: overlaps a mapping"
-            raise IommuError(self._overlap, text)
         if rc:
-            raise _why(-rc, f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}")
+            code = self._map_errors.find(-rc, iova, gpa, size, access, self.output_bits)
+            what = f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}"
+            raise IommuError(code, f"{what}: overlaps a mapping") if rc == -errno.EEXIST else _why(code, what)
 
     def map_inaccessible(self, iova: int, gpa: int, size: int) -> None:
         """As `map`, but without any permission: the mapping exists, and each access to it faults."""
@@ -389,6 +389,8 @@ _NO_ACCESS = Access(_shim.PROT_NONE)
 
 _WHY = {
     errno.EINVAL: "not whole pages, or no access",
+    errno.ENXIO: "not whole pages",
+    errno.EOVERFLOW: "past 2**64",
     errno.ERANGE: "outside of the aperture or beyond the output width",
     errno.ENOSPC: "too many mappings",
     errno.ENOMEM: "max_memory is used up",

@@ -41,6 +41,34 @@ def bdf_text(value: str) -> str:
     return str(Bdf.parse(value))
 
 
+@dataclass(frozen=True)
+class MapErrors:
+    """The errno values of mappings that a driver in Linux refuses.
+
+    `overlap`: of another mapping; `misaligned`: not whole pages; `wraps`: past 2**64; `output_first`: a GPA beyond the
+    output width is noticed before either of the last two.
+    """
+
+    overlap: int = errno.EEXIST
+    misaligned: int = errno.EINVAL
+    wraps: int = errno.ERANGE
+    output_first: bool = False
+
+    def find(self, code: int, iova: int, gpa: int, size: int, access: int, output_bits: int) -> int:
+        """The errno of a mapping that the shim has refused with `code`."""
+        if code == errno.EEXIST:
+            return self.overlap
+        if code == errno.EINVAL and access and size > 0:
+            if self.output_first and gpa >> output_bits:
+                return errno.ERANGE
+            return self.wraps if iova + size > 1 << 64 else self.misaligned
+        return self.wraps if code == errno.ERANGE and access and iova + size > 1 << 64 else code
+
+
+#: Linux drivers/iommu/generic_pt/iommu_pt.h, map_range.
+GENERIC_PT = MapErrors(errno.EADDRINUSE, errno.ENXIO, errno.EOVERFLOW, output_first=True)
+
+
 class Driver(ABC):
     """A kind of IOMMU.  `params`: an instance of its Params, or data for one (pydantic.ValidationError)."""
 
@@ -55,8 +83,8 @@ class Driver(ABC):
     Params: ClassVar[type[KindParams]] = KindParams
     #: Whether its tables are good for this one instance only, so that another one refuses its domains.
     own_tables: ClassVar[bool] = False
-    #: The errno of a mapping that overlaps another one in a domain.
-    overlap: ClassVar[int] = errno.EEXIST
+    #: How its domains refuse mappings.
+    map_errors: ClassVar[MapErrors] = MapErrors()
     #: Whether a parent of nested domains can neither track writes nor be attached to PASIDs.
     parent_alone: ClassVar[bool] = False
     #: Whether DMA is coherent with the CPU's caches only if its walks are (Linux ARM_SMMU_FEAT_COHERENCY).

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, field_validator
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
 from vmodel.iommu.domain import DomainType
-from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
+from vmodel.iommu.driver import GENERIC_PT, Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
 from vmodel.iommu.pgtable import TableFormat
 from vmodel.pci.topology import Bdf
 from vmodel.span import KiB
@@ -24,7 +23,7 @@ class AmdVi(Driver):
     in_ivrs = True
     formats = frozenset((TableFormat.AMD_V1, TableFormat.X86))
     nested_formats = frozenset((TableFormat.X86,))
-    overlap = errno.EADDRINUSE  # Linux generic_pt
+    map_errors = GENERIC_PT
     # Version 1 tables support every power of two (2.2.3).
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(36)), fault_queue_depth=512, reserved=(X86_MSI,)

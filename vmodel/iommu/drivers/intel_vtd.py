@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
-from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
+from vmodel.iommu.driver import GENERIC_PT, Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
 from vmodel.iommu.pgtable import TableFormat
 from vmodel.pci.topology import Bdf
 
@@ -19,7 +18,7 @@ class IntelVtd(Driver):
     kind, title = "vt-d", "Intel VT-d"
     formats = frozenset((TableFormat.VTD_SECOND, TableFormat.X86))
     nested_formats = frozenset((TableFormat.X86,))
-    overlap = errno.EADDRINUSE  # Linux generic_pt
+    map_errors = GENERIC_PT
     served_params = frozenset(("scalable", "ats"))
     default = Capabilities(input_bits=48, fault_queue_depth=8, reserved=(X86_MSI,))
 

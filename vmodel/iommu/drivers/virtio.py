@@ -7,7 +7,7 @@ import errno
 from pydantic import Field
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
-from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, topmost
+from vmodel.iommu.driver import Driver, KindParams, MapErrors, PlatformDevice, Source, topmost
 from vmodel.span import KiB
 
 
@@ -17,7 +17,7 @@ class VirtioIommu(Driver):
     kind, title = "virtio-iommu", "virtio-iommu"
     formats = frozenset()
     own_tables = True
-    overlap = errno.EINVAL  # the device answers INVAL (virtio 5.13.6.5.2)
+    map_errors = MapErrors(overlap=errno.EINVAL)  # the device answers INVAL (virtio 5.13.6.5.2)
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(52)),
         input_bits=48,
