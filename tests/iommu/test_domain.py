@@ -136,7 +136,7 @@ def test_no_group_no_domain(world: World) -> None:
 @pytest.mark.parametrize(
     ("iova", "gpa", "size", "access", "generic", "other"),
     [
-        (IOVA + 1, GPA, PAGE, RW, errno.ENXIO, errno.EINVAL),  # :955; iommu.c:2636
+        (IOVA + 1, GPA, PAGE, RW, errno.ENXIO, errno.EINVAL),  # :955; iommu.c:2635
         (IOVA, GPA + 0x800, PAGE, RW, errno.ENXIO, errno.EINVAL),
         (IOVA, GPA, PAGE - 1, RW, errno.ENXIO, errno.EINVAL),
         (IOVA, GPA, 0, RW, errno.EINVAL, errno.EINVAL),  # :121; Linux does nothing for SMMUv3, and succeeds
