@@ -41,7 +41,7 @@ PROCESS = "processes: CHANGE_PROCESS, fork, the accounting and sharing of pinned
 FILE = "IOMMU_IOAS_MAP_FILE and dma-buf"
 VFIO = "VFIO's ioctls on /dev/iommu"
 TYPE1 = "`container.Container` is VFIO's own type 1, version 2: EINVAL where iommufd has ENOENT or ENODEV"
-VIOMMU = "vIOMMU, vDEVICE, vEVENTQ and HW_QUEUE"
+MMAP = "mmap of /dev/iommu"
 BYTES = "without an IOMMU Linux divides memory into bytes; here into pages of 4 KiB"
 MEMORY = "a GPA need not be memory, so that `map` does not fail with EFAULT; DMA to it faults"
 
@@ -56,15 +56,19 @@ _WHAT = {
             iommufd_mock_domain.replace iommufd_mock_domain.alloc_hwpt
             iommufd_dirty_tracking.enforce_dirty iommufd_dirty_tracking.set_dirty_tracking
             iommufd_dirty_tracking.pasid_set_dirty_tracking iommufd_dirty_tracking.device_dirty_capability
+            iommufd_device_pasid.pasid_attach
+            iommufd_viommu.viommu_auto_destroy iommufd_viommu.viommu_negative_tests
+            iommufd_viommu.viommu_alloc_nested_iopf iommufd_viommu.vdevice_alloc
+            iommufd_viommu.hw_queue iommufd_viommu.vdevice_tombstone
             """,
     },
     Verdict.IN_PART: {
         ABI: """
             iommufd.cmd_fail iommufd.cmd_ex_fail iommufd_ioas.get_hw_info iommufd_ioas.alloc_hwpt_nested
             iommufd_dirty_tracking.get_dirty_bitmap iommufd_dirty_tracking.get_dirty_bitmap_no_clear
-            vfio_compat_mock_domain.get_info vfio_compat_mock_domain.map
+            vfio_compat_mock_domain.get_info vfio_compat_mock_domain.map iommufd_viommu.vdevice_cache
             """,
-        VIOMMU: "iommufd_device_pasid.pasid_attach",
+        MMAP: "iommufd_viommu.viommu_alloc_with_data",
         FILE: "iommufd_mock_domain.all_aligns iommufd_mock_domain.all_aligns_copy",
     },
     Verdict.DIFFERS: {
@@ -86,11 +90,6 @@ _WHAT = {
         VFIO: """
             iommufd.simple_ioctls iommufd.info_cmd iommufd.set_iommu_cmd iommufd.vfio_ioas
             vfio_compat_mock_domain.option_huge_pages
-            """,
-        VIOMMU: """
-            iommufd_viommu.viommu_auto_destroy iommufd_viommu.viommu_negative_tests
-            iommufd_viommu.viommu_alloc_nested_iopf iommufd_viommu.viommu_alloc_with_data iommufd_viommu.vdevice_alloc
-            iommufd_viommu.vdevice_cache iommufd_viommu.hw_queue iommufd_viommu.vdevice_tombstone
             """,
     },
 }

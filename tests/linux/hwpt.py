@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.linux.mock import APERTURE, PASID_BITS, WITH_DOMAIN, Mock, Row, Stacked
 from vmodel.iommu.domain import AllocFlags
-from vmodel.iommu.iommufd import FaultObject, Hwpt, Ioas
+from vmodel.iommu.iommufd import FaultObject, Hwpt, Ioas, VtdS1Invalidate
 from vmodel.iommu.pgtable import Table, TableFormat
 
 ONE, TWO, BOTH = ("one_domain",), ("two_domains",), ("one_domain", "two_domains")
@@ -52,6 +52,12 @@ ALLOC_NESTED = [
         ("the parent is in use", lambda mock: mock.parent.destroy(), "EBUSY"),
         ("the fault object is in use", lambda mock: mock.fault.destroy(), "EBUSY"),
         ("only a nested one is invalidated", lambda mock: mock.parent.invalidate(), "EINVAL"),
+        ("no entries", lambda mock: mock.nested[0].invalidate([]), 0),
+        ("two entries", lambda mock: mock.nested[0].invalidate([VtdS1Invalidate(), VtdS1Invalidate(npages=1)]), 2),
+        ("an entry of another type", lambda mock: mock.nested[0].invalidate([b"entry"]), "EINVAL"),
+        ("too many entries", lambda mock: mock.nested[0].invalidate([VtdS1Invalidate()] * ((1 << 19) + 1)), "EINVAL"),
+        ("flags of an entry", lambda mock: mock.nested[0].invalidate([VtdS1Invalidate(flags=2)]), "EOPNOTSUPP"),
+        ("the address of an entry", lambda mock: mock.nested[0].invalidate([VtdS1Invalidate(1, 1)]), "EINVAL"),
         ("each is free at last", drop, [None] * 6),
         ("attached: in use", lambda mock: mock.device.replace(mock.nested[0]) and mock.nested[0].destroy(), "EBUSY"),
         ("the other: in use", lambda mock: switched(mock) and mock.nested[1].destroy(), "EBUSY"),

@@ -117,8 +117,12 @@ class Stacked(Mock):
 
     def nest(self, flags: AllocFlags = AllocFlags.NONE, fault: FaultObject | None = None, **changes: Any) -> Hwpt:
         """A HWPT of a user's table over `parent`, or with one of the arguments of hwpt_alloc changed."""
-        arguments = {"parent": self.parent, "table": TABLE, "memory": self.world.memory, **changes}
+        arguments = {"parent": self.parent, **self.tables(), **changes}
         return self.device.hwpt_alloc(flags=flags, fault=fault, **arguments)
+
+    def tables(self) -> dict[str, Any]:
+        """A user's table for hwpt_alloc."""
+        return {"table": TABLE, "memory": self.world.memory}
 
     def domain(self, pasid: int) -> object:
         """The domain of a PASID of the device (IOMMU_TEST_OP_PASID_CHECK_HWPT)."""

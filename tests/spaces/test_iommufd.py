@@ -401,7 +401,7 @@ def test_hwpt_alloc_refused(world: World, context: Context, ioas: Ioas) -> None:
         (vtd, parent, AllocFlags.NONE, {"memory": world.memory}, errno.EINVAL),
         (vtd, plain, AllocFlags.NONE, stage1, errno.EINVAL),
         (vtd, nested, AllocFlags.NONE, stage1, errno.EINVAL),
-        (smmu, parent, AllocFlags.NONE, arm, errno.EINVAL),  # a parent of another kind
+        (smmu, parent, AllocFlags.NONE, arm, errno.EOPNOTSUPP),  # only by a vIOMMU
         (vtd, gone, AllocFlags.NONE, {}, errno.EINVAL),
         (vtd, foreign, AllocFlags.NONE, {}, errno.EINVAL),
         (vtd, ioas, AllocFlags.NONE, {"fault": dead}, errno.ENOENT),

@@ -87,6 +87,8 @@ class Driver(ABC):
     map_errors: ClassVar[MapErrors] = MapErrors()
     #: Whether a parent of nested domains can neither track writes nor be attached to PASIDs.
     parent_alone: ClassVar[bool] = False
+    #: Whether nested HWPTs need a vIOMMU (Linux: the driver has no domain_alloc_nested).
+    nested_by_viommu: ClassVar[bool] = False
     #: Whether DMA is coherent with the CPU's caches only if its walks are (Linux ARM_SMMU_FEAT_COHERENCY).
     coherent_by_walks: ClassVar[bool] = False
     #: Whether firmware describes it by an IVRS table, on which quirks of AMD's southbridges depend.

@@ -25,7 +25,7 @@ _failures = limited(f"{__name__}.failures")
 #: Linux's drivers that leave DMA to others (driver_managed_dma): what is bound to them does none by itself.
 DRIVERS_WITHOUT_DMA = frozenset(("pcieport", "pci-stub"))
 #: Reasons that a page request may fix.  Any other fault would occur again at the next try.
-_ASKABLE = frozenset((Reason.NOT_MAPPED, Reason.PERMISSION, Reason.ACCESS_FLAG))
+ASKABLE = frozenset((Reason.NOT_MAPPED, Reason.PERMISSION, Reason.ACCESS_FLAG))
 
 
 class Endpoint:
@@ -190,7 +190,7 @@ class Endpoint:
     def _ask(self, domain: Domain, fault: DmaFault) -> bool:
         assert self.iommu is not None
         handler = domain.page_handler
-        if handler is None or self._pri_failed or fault.reason not in _ASKABLE or not self.iommu.capabilities.can_wait:
+        if handler is None or self._pri_failed or fault.reason not in ASKABLE or not self.iommu.capabilities.can_wait:
             return False
         request = PageRequest(self.name, fault.pasid, fault.iova, fault.access, next(self._requests))
         try:

@@ -20,7 +20,7 @@ class AmdVi(Driver):
     """Each segment has a device table; the IVRS gives the requester id of each device's requests (5.2.2, alias)."""
 
     kind, title = "amd-vi", "AMD-Vi"
-    in_ivrs = True
+    in_ivrs = nested_by_viommu = True
     formats = frozenset((TableFormat.AMD_V1, TableFormat.X86))
     nested_formats = frozenset((TableFormat.X86,))
     map_errors = GENERIC_PT

@@ -30,7 +30,7 @@ class SmmuV3(Driver):
     kind, title = "smmu-v3", "Arm SMMUv3"
     formats = frozenset((TableFormat.ARM_S1, TableFormat.ARM_S2))
     nested_formats = frozenset((TableFormat.ARM_S1,))
-    own_tables = coherent_by_walks = parent_alone = True
+    own_tables = coherent_by_walks = parent_alone = nested_by_viommu = True
     default = Capabilities(
         input_bits=48, output_bits=48, enforce_snoop=False, stall=True, fault_queue_depth=128, reserved=(ARM_MSI,)
     )

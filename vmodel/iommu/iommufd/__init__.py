@@ -7,11 +7,20 @@ from vmodel.iommu.iommufd.context import Context, Object
 from vmodel.iommu.iommufd.device import Device
 from vmodel.iommu.iommufd.fault_object import FaultObject
 from vmodel.iommu.iommufd.hw_info import HwCapability, HwInfo
+from vmodel.iommu.iommufd.hw_queue import HwQueue, HwQueueType
 from vmodel.iommu.iommufd.hwpt import Hwpt
+from vmodel.iommu.iommufd.invalidate import InvalidationError, VtdS1Invalidate
 from vmodel.iommu.iommufd.ioas import Ioas
+from vmodel.iommu.iommufd.nested import AmdGuestDte, NestedData, SmmuV3Ste, Stage1, VtdStage1
 from vmodel.iommu.iommufd.registers import AmdInfo, CmdqvInfo, HwInfoType, HwRegisters, SmmuV3Info, VtdInfo
+from vmodel.iommu.iommufd.vdevice import Vdevice
+from vmodel.iommu.iommufd.veventq import Vevent, Veventq, VeventqType
+from vmodel.iommu.iommufd.viommu import Viommu, ViommuType
+from vmodel.iommu.iommufd.viommu_types import VIOMMUS
 
 __all__ = [
+    "VIOMMUS",
+    "AmdGuestDte",
     "AmdInfo",
     "CmdqvInfo",
     "Context",
@@ -20,10 +29,24 @@ __all__ = [
     "HwCapability",
     "HwInfo",
     "HwInfoType",
+    "HwQueue",
+    "HwQueueType",
     "HwRegisters",
     "Hwpt",
+    "InvalidationError",
     "Ioas",
+    "NestedData",
     "Object",
     "SmmuV3Info",
+    "SmmuV3Ste",
+    "Stage1",
+    "Vdevice",
+    "Vevent",
+    "Veventq",
+    "VeventqType",
+    "Viommu",
+    "ViommuType",
     "VtdInfo",
+    "VtdS1Invalidate",
+    "VtdStage1",
 ]

@@ -111,7 +111,8 @@ class Context(Closing):
             device.detach_all()
         while self._objects:
             for item in [item for item in self._objects.values() if not item.users]:
-                self.destroy(item.id)
+                if self.find(item.id) is item:  # a vDEVICE goes with its device
+                    self.destroy(item.id)
 
     def __str__(self) -> str:
         return f"iommufd context {self._number}"

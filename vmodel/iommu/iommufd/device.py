@@ -5,17 +5,22 @@ from __future__ import annotations
 import errno
 
 from vmodel.errors import IommuError
-from vmodel.iommu.allocate import nested_domain_alloc, paging_domain_alloc
+from vmodel.iommu.allocate import paging_domain_alloc
 from vmodel.iommu.areas import off_limits
-from vmodel.iommu.domain import AllocFlags, PagingDomain, TableDomain
+from vmodel.iommu.domain import AllocFlags, PagingDomain
 from vmodel.iommu.endpoint import Endpoint
-from vmodel.iommu.group import can_attach, shares_tables
+from vmodel.iommu.group import shares_tables
 from vmodel.iommu.iommufd.context import Context, Object
 from vmodel.iommu.iommufd.fault_object import FaultObject
 from vmodel.iommu.iommufd.hw_info import HwInfo, hw_info
 from vmodel.iommu.iommufd.hwpt import Hwpt
 from vmodel.iommu.iommufd.ioas import Ioas
+from vmodel.iommu.iommufd.nested import NestedData
+from vmodel.iommu.iommufd.nested_hwpt import nested_hwpt
 from vmodel.iommu.iommufd.registers import HwInfoType
+from vmodel.iommu.iommufd.vdevice import Vdevice
+from vmodel.iommu.iommufd.viommu import Viommu, viommu_alloc
+from vmodel.iommu.iommufd.viommu_types import VIOMMUS
 from vmodel.iommu.locking import locked
 from vmodel.iommu.pgtable import Table
 from vmodel.memory import GuestMemory
@@ -32,6 +37,7 @@ class Device(Object):
         """
         self.endpoint = endpoint
         self._attached: dict[int | None, Hwpt] = {}
+        self.vdevice: Vdevice | None = None
         with context.lock:
             if any(device.endpoint is endpoint for device in context.devices):
                 raise IommuError(errno.EINVAL, f"{endpoint.name} is already bound to {context}")
@@ -51,7 +57,14 @@ class Device(Object):
                 raise
             context.devices.append(self)
 
+    @property
+    def attached(self) -> dict[int | None, Hwpt]:
+        """The HWPT of the device (None), and of each of its PASIDs."""
+        return dict(self._attached)
+
     def release(self) -> None:
+        if self.vdevice is not None:
+            self.vdevice.destroy()
         self.context.devices.remove(self)
         self.group.release_dma_owner(self.context)
 
@@ -66,36 +79,41 @@ class Device(Object):
     @locked
     def hwpt_alloc(
         self,
-        parent: Ioas | Hwpt,
+        parent: Ioas | Hwpt | Viommu,
         flags: AllocFlags = AllocFlags.NONE,
         *,
         table: Table | None = None,
+        data: NestedData | None = None,
         memory: GuestMemory | None = None,
         fault: FaultObject | None = None,
     ) -> Hwpt:
-        """IOMMU_HWPT_ALLOC: a paging HWPT over an IOAS, or over a HWPT a nested one with a guest's `table` in `memory`.
+        """IOMMU_HWPT_ALLOC: a paging HWPT over an IOAS, or over a HWPT or a vIOMMU a nested one with a guest's tables.
 
-        IommuError: EINVAL a table without memory, or a parent that was destroyed, cannot be a parent, or is for another
-        kind of IOMMU; EOPNOTSUPP not supported by the IOMMU, a table over an IOAS, no table over a HWPT, or flags that
-        exclude each other; EADDRINUSE as Ioas.add_hwpt; ENOENT the device or the fault object was destroyed.
+        The tables are in `memory`: for VT-d `data` is a VtdStage1, or `table` says where they are; SMMUv3 and AMD-Vi
+        need a vIOMMU, and a SmmuV3Ste or an AmdGuestDte.
+
+        IommuError: EINVAL data without memory, or a parent that was destroyed, cannot be a parent, or is for another
+        kind of IOMMU; EOPNOTSUPP not supported by the IOMMU, data over an IOAS, none over a HWPT, or flags that
+        exclude each other; EIO an illegal stream table entry; EADDRINUSE as Ioas.add_hwpt; ENOENT the device or the
+        fault object was destroyed.
         """
         self.check()
         if self.context.find(parent.id) is not parent:
             raise IommuError(errno.EINVAL, f"{self.context} has no {parent}")
-        if (table is None) != (memory is None):
-            raise IommuError(errno.EINVAL, f"{self}: `table` and `memory` need each other")
+        given = [item for item in (table, data) if item is not None]
+        if len(given) != (memory is not None):
+            raise IommuError(errno.EINVAL, f"{self}: one of `table` and `data`, and `memory`, need each other")
         if fault is not None:
             fault.check(self.context)
             if not self.group.iommu.capabilities.can_wait:
                 raise IommuError(errno.EOPNOTSUPP, f"{self.group.iommu.name} has no page requests")
-        domain = (
-            self._paging(flags, table, fault)
-            if isinstance(parent, Ioas)
-            else self._nested(parent, flags, table, memory)
-        )
-        return Hwpt(self.context, domain, parent, fault, for_pasids=bool(flags & AllocFlags.PASID))
+        for_pasids = bool(flags & AllocFlags.PASID)
+        if isinstance(parent, Ioas):
+            domain = self._paging(flags, table or data, fault)
+            return Hwpt(self.context, domain, parent, fault, for_pasids=for_pasids)
+        return nested_hwpt(self, parent, flags, given[0] if given else None, memory, fault)
 
-    def _paging(self, flags: AllocFlags, table: Table | None = None, fault: FaultObject | None = None) -> PagingDomain:
+    def _paging(self, flags: AllocFlags, table: object = None, fault: FaultObject | None = None) -> PagingDomain:
         if table is not None or flags & ~_PAGING_FLAGS or (fault is not None and AllocFlags.NEST_PARENT in flags):
             raise IommuError(errno.EOPNOTSUPP, f"{self}: a paging HWPT with {flags!r}, or with table or page requests")
         # DMA snoops whenever the IOMMU can enforce it: users have no means to make caches coherent.
@@ -103,15 +121,14 @@ class Device(Object):
             flags |= AllocFlags.ENFORCE_SNOOP
         return paging_domain_alloc(self.endpoint, flags)
 
-    def _nested(self, parent: Hwpt, flags: AllocFlags, table: Table | None, memory: GuestMemory | None) -> TableDomain:
-        if not isinstance(parent.domain, PagingDomain):
-            raise IommuError(errno.EINVAL, f"{parent} is nested itself")
-        if table is None or memory is None or flags & ~AllocFlags.PASID:
-            raise IommuError(errno.EOPNOTSUPP, f"{self}: a nested HWPT without a table, or with {flags!r}")
-        domain = nested_domain_alloc(self.endpoint, parent.domain, memory, table)
-        if (why := can_attach(parent.domain, self.endpoint)) is not None:
-            raise IommuError(errno.EINVAL, f"{self}: {parent}: {why}")
-        return domain
+    @locked
+    def viommu_alloc(self, parent: Hwpt, kind: int) -> Viommu:
+        """IOMMU_VIOMMU_ALLOC: a vIOMMU of type `kind` (ViommuType) of the device's IOMMU, over a nesting parent.
+
+        IommuError: EOPNOTSUPP the IOMMU has no such type; ENOENT the device or the parent was destroyed, or the parent
+        is nested; EINVAL it was not allocated with NEST_PARENT, or is another IOMMU's.
+        """
+        return viommu_alloc(self, parent, kind, VIOMMUS.get(self.group.iommu.driver.kind))
 
     # ---- attach ----------------------------------------------------------------------------
 
@@ -137,6 +154,7 @@ class Device(Object):
             if pasid is None:
                 self._reserve(hwpt.ioas)
             if shared is None:
+                hwpt.prepare(self.group, pasid)
                 self._attach_group(hwpt, pasid)
         except IommuError:
             if pasid is None:
@@ -165,8 +183,11 @@ class Device(Object):
             self._check_fits(hwpt, pasid)
             for device in moving:
                 device._reserve(hwpt.ioas)
+            hwpt.prepare(self.group, pasid)
             if pasid is None:
                 self.group.replace(hwpt.domain)
+                old.detached(self.group)
+                hwpt.attached(self.group)
             else:
                 self.group.replace_pasid(hwpt.domain, pasid)
         except IommuError:
@@ -200,6 +221,7 @@ class Device(Object):
             del self.context.attached[self.group, pasid]
             if pasid is None:
                 self.group.detach()
+                hwpt.detached(self.group)
             else:
                 self.group.detach_pasid(pasid)
             self._cancel_requests(hwpt, pasid)
@@ -245,6 +267,7 @@ class Device(Object):
     def _attach_group(self, hwpt: Hwpt, pasid: int | None) -> None:
         if pasid is None:
             self.group.attach(hwpt.domain)
+            hwpt.attached(self.group)
         else:
             self.group.attach_pasid(hwpt.domain, pasid)
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vmodel.errors import IommuError
 from vmodel.iommu.domain import Domain, PagingDomain, TableDomain
+from vmodel.iommu.group import Group
 from vmodel.iommu.iommufd.context import Context, Object
 from vmodel.iommu.iommufd.fault_object import FaultObject
+from vmodel.iommu.iommufd.invalidate import InvalidationError, VtdS1Invalidate, invalidate_vtd, run
 from vmodel.iommu.iommufd.ioas import Ioas
+from vmodel.iommu.iommufd.nested import Stage1
 from vmodel.iommu.locking import locked
 from vmodel.span import PAGE, Span
+
+if TYPE_CHECKING:
+    from vmodel.iommu.iommufd.viommu import Viommu
 
 
 class Hwpt(Object):
@@ -28,8 +36,13 @@ class Hwpt(Object):
         *,
         auto: bool = False,
         for_pasids: bool = False,
+        stage1: Stage1 | None = None,
+        viommu: Viommu | None = None,
     ) -> None:
         super().__init__(context)
+        #: If it is nested, what the user's data say, and the vIOMMU that it was allocated from.
+        self.stage1 = stage1
+        self.viommu = viommu
         self.domain = domain
         self.parent = parent
         self.fault = fault
@@ -39,6 +52,9 @@ class Hwpt(Object):
         try:
             if isinstance(parent, Ioas):
                 parent.add_hwpt(self)
+            elif viommu is not None:
+                viommu.users += 1
+                viommu.hwpts.append(self)
             else:
                 parent.users += 1
         except IommuError:
@@ -51,10 +67,15 @@ class Hwpt(Object):
     @property
     def paging(self) -> PagingDomain:
         """The domain with the mappings: its own, or its parent's."""
-        if isinstance(self.domain, PagingDomain):
-            return self.domain
-        assert isinstance(self.parent, Hwpt)
-        return self.parent.paging
+        if isinstance(self.parent, Hwpt):
+            return self.parent.paging
+        assert isinstance(self.domain, PagingDomain)
+        return self.domain
+
+    @property
+    def nested(self) -> bool:
+        """Whether a user's tables are over a parent."""
+        return isinstance(self.parent, Hwpt)
 
     @property
     def ioas(self) -> Ioas:
@@ -64,6 +85,9 @@ class Hwpt(Object):
     def release(self) -> None:
         if isinstance(self.parent, Ioas):
             self.parent.remove_hwpt(self)
+        elif self.viommu is not None:
+            self.viommu.users -= 1
+            self.viommu.hwpts.remove(self)
         else:
             self.parent.users -= 1
         if self.fault is not None:
@@ -95,13 +119,72 @@ class Hwpt(Object):
 
     def _own(self) -> PagingDomain:
         self.check()
-        if not isinstance(self.domain, PagingDomain):
+        if self.nested:
             raise IommuError(errno.ENOENT, f"{self} is nested: its parent tracks writes")
-        return self.domain
+        return self.paging
+
+    # ---- nested ----------------------------------------------------------------------------
+
+    def prepare(self, group: Group, pasid: int | None) -> None:
+        """Before a group is attached: what Linux's drivers check; reads the user's tables if nobody uses it.
+
+        IommuError: EINVAL the IOMMU cannot use the data, or is not that of the vIOMMU; ENOENT as Viommu.virt_ids.
+        """
+        if self.stage1 is None:
+            return
+        if self.stage1.unfit is not None:
+            raise IommuError(errno.EINVAL, f"{self}: {self.stage1.unfit}")
+        if self.viommu is not None:
+            made_for = self.viommu.iommu
+            own = group.iommu.driver.own_tables or group.iommu.driver.kind != made_for.driver.kind
+            if own and group.iommu is not made_for:
+                raise IommuError(errno.EINVAL, f"{self} is for {made_for.name}, not {group.iommu.name}")
+            if pasid is None:
+                self.viommu.virt_ids(self, group)
+        if not self.users:
+            self.reload()
+
+    def reload(self) -> None:
+        """Reads what the user's data points to again, and attaches the groups to the domain that results."""
+        if self.stage1 is None:
+            return
+        domain = self.stage1.read()
+        if self.fault is not None and isinstance(domain, TableDomain):
+            domain.page_handler = self.fault.handle
+        for (group, pasid), hwpt in self.context.attached.items():
+            if hwpt is self and pasid is None:
+                group.replace(domain)
+            elif hwpt is self and pasid is not None:
+                group.replace_pasid(domain, pasid)
+        self.domain = domain
+
+    def attached(self, group: Group) -> None:
+        """A group is attached to it, without a PASID."""
+        if self.viommu is not None:
+            self.viommu.attached(self, group)
+
+    def detached(self, group: Group) -> None:
+        """A group is not attached to it any more."""
+        if self.viommu is not None:
+            self.viommu.detached(group)
 
     @locked
-    def invalidate(self, span: Span | None = None) -> None:
-        """IOMMU_HWPT_INVALIDATE: flushes stage 1, all or `span` (IOVA).  IommuError(EINVAL): it is not nested."""
-        if not isinstance(self.domain, TableDomain):
-            raise IommuError(errno.EINVAL, f"{self} is not nested")
-        self.domain.flush(span)
+    def invalidate(self, what: Span | Sequence[VtdS1Invalidate] | None = None) -> int:
+        """IOMMU_HWPT_INVALIDATE: flushes stage 1: all, a span (IOVA), or as entries say; returns how many were done.
+
+        InvalidationError, an IommuError with the number `done` before the one that is refused: EINVAL it is not nested,
+        too many, or as invalidate_vtd; EOPNOTSUPP a flag, or a HWPT of a vIOMMU (see Viommu.invalidate); ENOENT it was
+        destroyed.
+        """
+        if isinstance(what, Span):
+            first, last = what.start // PAGE, what.last // PAGE
+            what = [VtdS1Invalidate(first * PAGE, last - first + 1)]
+        entries = [VtdS1Invalidate()] if what is None else what
+        if self.context.find(self.id) is self and not self.nested:
+            raise InvalidationError(errno.EINVAL, f"{self} is not nested")
+        kind = VtdS1Invalidate if isinstance(self.domain, TableDomain) and self.viommu is None else None
+        return run(self, entries, kind, self._invalidate_one)
+
+    def _invalidate_one(self, entry: VtdS1Invalidate) -> None:
+        assert isinstance(self.domain, TableDomain)
+        invalidate_vtd(self.domain, entry)

@@ -38,6 +38,8 @@ class Ioas(Object):
         self._allowed: list[Span] | None = None
         #: Reserved spans, each with its owner; `unreserve` removes those of an owner.
         self._reserved: list[tuple[Span, object]] = []
+        #: Pinned spans, each with its owner: they stay mapped until `unpin`.
+        self._pinned: list[tuple[Span, object]] = []
 
     # ---- addresses -------------------------------------------------------------------------
 
@@ -173,31 +175,61 @@ class Ioas(Object):
         """IOMMU_IOAS_UNMAP; returns the bytes removed.  IOVA 0 and 2**64 - 1 bytes: as `unmap_all`.
 
         IommuError: EINVAL no size; EOVERFLOW wraps; ENOENT nothing is mapped in the range, or a mapping is only partly
-        in it (the mappings before that one are removed, as in Linux), or the IOAS has been destroyed.
+        in it, or the IOAS has been destroyed; EBUSY a mapping is pinned.  The mappings before the one that is refused
+        are removed, as in Linux.
         """
         if iova == 0 and size == _LAST:
             return self.unmap_all()
         self._check_range("iova", iova, size)
         span = Span.sized(iova, size)
-        found: list[Mapping] = []
-        cut = None
-        for area in self._areas.over(span):
-            if not span.covers(area.span):
-                cut = area
-                break
-            found.append(area)
-        removed = self._remove(found)
-        if cut is not None:
-            raise IommuError(errno.ENOENT, f"{self}: unmap of {span} would cut the mapping {cut.span}")
-        if not found:
+        removed = self._remove_in(span)
+        if not removed:
             raise IommuError(errno.ENOENT, f"{self}: nothing is mapped in {span}")
         return removed
 
     @locked
     def unmap_all(self) -> int:
-        """IOMMU_IOAS_UNMAP of everything; returns the bytes removed.  IommuError(ENOENT): it has been destroyed."""
+        """IOMMU_IOAS_UNMAP of everything; returns the bytes removed.
+
+        IommuError: ENOENT it has been destroyed; EBUSY as `unmap`.
+        """
         self.check()
-        return self._remove(list(self._areas))
+        return self._remove_in(Span(0, _LAST))
+
+    def _remove_in(self, span: Span) -> int:
+        """Removes all mappings of `span`, up to one that cannot be removed.  (Linux iopt_unmap_iova_range)"""
+        found: list[Mapping] = []
+        refused: IommuError | None = None
+        for area in self._areas.over(span):
+            if self._is_pinned(area):
+                refused = IommuError(errno.EBUSY, f"{self}: the mapping {area.span} is pinned")
+            elif not span.covers(area.span):
+                refused = IommuError(errno.ENOENT, f"{self}: unmap of {span} would cut the mapping {area.span}")
+            if refused is not None:
+                break
+            found.append(area)
+        removed = self._remove(found)
+        if refused is not None:
+            raise refused
+        return removed
+
+    def pin(self, span: Span, owner: object) -> list[Mapping]:
+        """Keeps `span` mapped until `unpin(owner)`: `unmap` of it is EBUSY; returns its mappings, ascending.
+
+        IommuError(ENOENT): a part of it is not mapped.  (Linux iommufd_access_pin_pages)
+        """
+        areas = list(self._areas.over(span))
+        if holes([span], [area.span for area in areas]):
+            raise IommuError(errno.ENOENT, f"{self}: a part of {span} is not mapped")
+        self._pinned.append((span, owner))
+        return areas
+
+    def unpin(self, owner: object) -> None:
+        """Frees all spans that `owner` has pinned."""
+        self._pinned = [(span, by) for span, by in self._pinned if by is not owner]
+
+    def _is_pinned(self, area: Mapping) -> bool:
+        return any(span.overlaps(area.span) for span, _ in self._pinned)
 
     def _remove(self, areas: list[Mapping]) -> int:
         unmap_in_all((hwpt.paging for hwpt in self.hwpts), areas)
