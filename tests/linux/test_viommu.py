@@ -54,7 +54,7 @@ def test_page_requests(world: World) -> None:
 
 
 def test_events(world: World) -> None:
-    """vdevice_alloc: the id is that of the vDEVICE when the HWPT was attached; lost events are told of once."""
+    """vdevice_alloc: the id is that of the vDEVICE when the HWPT was attached; lost events are reported once."""
     mock = WithViommu(world)
     queue = mock.viommu.veventq_alloc(EVENTS, 2)
     for size in (0, 7):

@@ -11,7 +11,7 @@ from vmodel.regs import Bit, Bits, Layout
 from vmodel.span import Span
 
 
-class Op(enum.IntEnum):
+class SmmuOp(enum.IntEnum):
     """Opcodes."""
 
     CFGI_CD = 0x05
@@ -62,19 +62,19 @@ class Atc1(Layout):
 
 _LEAF = 1
 _MASKS = {
-    Op.TLBI_NSNH_ALL: (0, 0),
-    Op.TLBI_NH_ALL: (Tlbi0.VMID.mask, 0),
-    Op.TLBI_NH_ASID: (Tlbi0.VMID.mask | Tlbi0.ASID.mask, 0),
-    Op.TLBI_NH_VA: (Tlbi0.VMID.mask | Tlbi0.ASID.mask, _LEAF | Tlbi1.ADDRESS.mask),
-    Op.TLBI_NH_VAA: (Tlbi0.VMID.mask, _LEAF | Tlbi1.ADDRESS.mask),
-    Op.ATC_INV: (Atc0.SID.mask, Atc1.SIZE.mask | Atc1.ADDRESS.mask),
-    Op.CFGI_CD: (Atc0.SID.mask, _LEAF),
-    Op.CFGI_CD_ALL: (Atc0.SID.mask, 0),
+    SmmuOp.TLBI_NSNH_ALL: (0, 0),
+    SmmuOp.TLBI_NH_ALL: (Tlbi0.VMID.mask, 0),
+    SmmuOp.TLBI_NH_ASID: (Tlbi0.VMID.mask | Tlbi0.ASID.mask, 0),
+    SmmuOp.TLBI_NH_VA: (Tlbi0.VMID.mask | Tlbi0.ASID.mask, _LEAF | Tlbi1.ADDRESS.mask),
+    SmmuOp.TLBI_NH_VAA: (Tlbi0.VMID.mask, _LEAF | Tlbi1.ADDRESS.mask),
+    SmmuOp.ATC_INV: (Atc0.SID.mask, Atc1.SIZE.mask | Atc1.ADDRESS.mask),
+    SmmuOp.CFGI_CD: (Atc0.SID.mask, _LEAF),
+    SmmuOp.CFGI_CD_ALL: (Atc0.SID.mask, 0),
 }
 #: More bits of word 0 where the SMMU has substreams.
 _SUBSTREAMS = {
-    Op.ATC_INV: Atc0.SSV.mask | Atc0.SSID.mask | Atc0.GLOBAL.mask,
-    Op.CFGI_CD: Atc0.SSID.mask,
+    SmmuOp.ATC_INV: Atc0.SSV.mask | Atc0.SSID.mask | Atc0.GLOBAL.mask,
+    SmmuOp.CFGI_CD: Atc0.SSID.mask,
 }
 #: SCALE above 31 needs IDR5.DS, which is not there.
 _RANGE = (Tlbi0.NUM.mask | Tlbi0.SCALE.mask & ~(1 << 25), Tlbi1.TG.mask | Tlbi1.TTL.mask)
@@ -90,14 +90,14 @@ def command_words(entry: bytes) -> tuple[int, int]:
 def check_command(words: tuple[int, int], can: Capabilities) -> None:
     """IommuError(EIO): a command, a field or a value that users must not send."""
     code = words[0] & Tlbi0.OP.mask
-    if code not in set(Op):
+    if code not in set(SmmuOp):
         raise IommuError(errno.EIO, f"command {code:#x}")
-    op = Op(code)
+    op = SmmuOp(code)
     first, second = _MASKS[op]
-    if op in (Op.TLBI_NH_VA, Op.TLBI_NH_VAA):
+    if op in (SmmuOp.TLBI_NH_VA, SmmuOp.TLBI_NH_VAA):
         _check_range(*words)
         first, second = first | _RANGE[0], second | _RANGE[1]
-    if op is Op.ATC_INV and (not can.page_requests or Atc1(words[1]).SIZE > 52):
+    if op is SmmuOp.ATC_INV and (not can.page_requests or Atc1(words[1]).SIZE > 52):
         raise IommuError(errno.EIO, "ATC_INV without ATS, or of too large a size")
     if can.pasid_bits:
         first |= _SUBSTREAMS.get(op, 0)

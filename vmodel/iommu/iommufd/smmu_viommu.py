@@ -13,7 +13,7 @@ from vmodel.iommu.iommufd.hw_queue import HwQueueType
 from vmodel.iommu.iommufd.hwpt import Hwpt
 from vmodel.iommu.iommufd.nested import NestedData, SmmuV3Ste
 from vmodel.iommu.iommufd.registers import CMDQS, cmdqv_of
-from vmodel.iommu.iommufd.smmu_commands import Atc0, Atc1, Op, Tlbi0, check_command, command_words, range_of
+from vmodel.iommu.iommufd.smmu_commands import Atc0, Atc1, SmmuOp, Tlbi0, check_command, command_words, range_of
 from vmodel.iommu.iommufd.smmu_nested import SmmuEvent, SmmuNested
 from vmodel.iommu.iommufd.veventq import VeventqType
 from vmodel.iommu.iommufd.viommu import Viommu
@@ -75,23 +75,23 @@ class SmmuV3Viommu(Viommu):
         """IommuError: EINVAL not 16 bytes; EIO a command, a field or a StreamID that a guest must not have."""
         words = command_words(entry)
         check_command(words, self.iommu.capabilities)
-        op = Op(words[0] & 0xFF)
-        if op in (Op.CFGI_CD, Op.CFGI_CD_ALL, Op.ATC_INV):
+        op = SmmuOp(words[0] & 0xFF)
+        if op in (SmmuOp.CFGI_CD, SmmuOp.CFGI_CD_ALL, SmmuOp.ATC_INV):
             self._for_device(op, words)
             return
-        span = range_of(words) if op in (Op.TLBI_NH_VA, Op.TLBI_NH_VAA) else None
-        asid = int(Tlbi0(words[0]).ASID) if op in (Op.TLBI_NH_VA, Op.TLBI_NH_ASID) else None
+        span = range_of(words) if op in (SmmuOp.TLBI_NH_VA, SmmuOp.TLBI_NH_VAA) else None
+        asid = int(Tlbi0(words[0]).ASID) if op in (SmmuOp.TLBI_NH_VA, SmmuOp.TLBI_NH_ASID) else None
         for hwpt in self.hwpts:
             stage1 = hwpt.stage1
             if isinstance(hwpt.domain, TableDomain) and isinstance(stage1, SmmuNested) and asid in (None, stage1.asid):
                 hwpt.domain.flush(span, own=False)  # the TLBs of devices: ATC_INV
 
-    def _for_device(self, op: Op, words: tuple[int, int]) -> None:
+    def _for_device(self, op: SmmuOp, words: tuple[int, int]) -> None:
         vdevice = self.vdevices.get(int(Atc0(words[0]).SID))
         if vdevice is None:
             raise IommuError(errno.EIO, f"no vDEVICE has StreamID {int(Atc0(words[0]).SID):#x}")
         endpoint = vdevice.device.endpoint
-        if op is Op.ATC_INV:
+        if op is SmmuOp.ATC_INV:
             _invalidate_atc(endpoint, Atc0(words[0]), Atc1(words[1]))
             return
         for hwpt in set(vdevice.device.attached.values()):
