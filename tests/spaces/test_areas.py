@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.spaces.world import RW, World, refused
 from vmodel.iommu import paging_domain_alloc
-from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, off_limits, unmap_in_all
+from vmodel.iommu.areas import Areas, common, fill, holes, joined, map_in_all, merged_dirty, off_limits, unmap_in_all
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import AllocFlags, Mapping, PagingDomain
+from vmodel.patience import patience
 from vmodel.span import PAGE, Span
 
 END = 40
@@ -38,11 +41,13 @@ def test_areas_keep_their_order(spans: list[Span], over: Span) -> None:
         areas.add(Mapping(span, span.start * 2, RW))
     assert [area.span for area in areas] == sorted(model)
     assert [area.span for area in areas.over(over)] == sorted(span for span in model if span.overlaps(over))
+    assert areas.spans == joined(model)
     assert areas.overlaps(over) == any(span.overlaps(over) for span in model)
     for span in model[::2]:
         areas.remove(Mapping(span, span.start * 2, RW))
     left = sorted(model[1::2])
     assert [area.span for area in areas] == left and len(areas) == len(left)
+    assert areas.spans == joined(left)
 
 
 def test_areas_may_go_while_they_are_listed() -> None:
@@ -77,6 +82,29 @@ def test_common(one: list[Span], other: list[Span]) -> None:
     both = common(apart(one), apart(other))
     assert addresses(both) == addresses(apart(one)) & addresses(apart(other))
     assert both == sorted(both)
+
+
+@given(st.lists(SPANS))
+def test_joined(spans: list[Span]) -> None:
+    found = joined(spans)
+    assert addresses(found) == addresses(spans)
+    assert all(a.last + 1 < b.start for a, b in itertools.pairwise(found))
+
+
+def test_time_by_how_many_there_are() -> None:
+    """Not by its square: a user may make as many mappings with gaps between them as it likes."""
+    areas, n = Areas(), 50_000
+    taken = [Span(2 * at, 2 * at) for at in range(n)]
+    begin = time.monotonic()
+    for span in taken:
+        areas.add(Mapping(span, 0, RW))
+    free = holes([Span(0, 2 * n - 1)], areas.spans)
+    assert free == common(free, [Span(2 * at + 1, 2 * at + 1) for at in range(n)])
+    assert all(areas.overlaps(span) for span in taken)
+    for area in reversed(list(areas)):
+        areas.remove(area)
+    assert not areas.spans
+    assert time.monotonic() - begin < patience(15)
 
 
 def test_off_limits() -> None:

@@ -265,6 +265,9 @@ def test_allow_iovas(world: World, context: Context, ioas: Ioas) -> None:
     pamu.attach(ioas)
     other.attach(ioas)
     assert ioas.map(0, PAGE) == PAGE
+    # Neighbours are one (Linux iopt_alloc_iova, by interval_tree_for_each_span).
+    ioas.allow_iovas([Span.sized(MiB + PAGE, PAGE), Span.sized(MiB, PAGE)])
+    assert ioas.map(0, 2 * PAGE) == MiB
 
 
 # ---- copy ------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 from vmodel.errors import IommuError
@@ -12,32 +12,53 @@ from vmodel.iommu.domain import Mapping, PagingDomain
 from vmodel.span import PAGE, Span
 
 
+def _start(span: Span) -> int:
+    return span.start
+
+
 class Areas:
     """A sorted set of mappings that do not overlap."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._by_start: dict[int, Mapping] = {}
+        #: What is mapped, ascending: neighbours are one span.
+        self._runs: list[Span] = []
 
     def add(self, area: Mapping) -> None:
         """Adds a mapping; the caller has checked that it overlaps no other."""
-        self._starts.insert(bisect_left(self._starts, area.span.start), area.span.start)
-        self._by_start[area.span.start] = area
+        span = area.span
+        self._starts.insert(bisect_left(self._starts, span.start), span.start)
+        self._by_start[span.start] = area
+        low = high = bisect_left(self._runs, span.start, key=_start)
+        if low and self._runs[low - 1].last + 1 == span.start:
+            low -= 1
+            span = Span(self._runs[low].start, span.last)
+        if high < len(self._runs) and self._runs[high].start == span.last + 1:
+            span = Span(span.start, self._runs[high].last)
+            high += 1
+        self._runs[low:high] = [span]
 
     def remove(self, area: Mapping) -> None:
-        """Removes a mapping of the set.  KeyError: it is not in the set."""
-        del self._starts[bisect_left(self._starts, area.span.start)]
+        """Removes a mapping of the set.  KeyError: it is not in the set.  Of many, remove the last one first."""
         del self._by_start[area.span.start]
+        del self._starts[bisect_left(self._starts, area.span.start)]
+        at = bisect_right(self._runs, area.span.start, key=_start) - 1
+        self._runs[at : at + 1] = holes([self._runs[at]], [area.span])
+
+    @property
+    def spans(self) -> list[Span]:
+        """What is mapped, ascending; neighbours are one span."""
+        return list(self._runs)
 
     def over(self, span: Span) -> Iterator[Mapping]:
         """The mappings that overlap `span`, ascending."""
         at = bisect_left(self._starts, span.start)
         if at and self._by_start[self._starts[at - 1]].span.last >= span.start:
             at -= 1
-        for start in self._starts[at:]:
-            if start > span.last:
-                return
-            yield self._by_start[start]
+        while at < len(self._starts) and self._starts[at] <= span.last:  # a copy would take time by what is behind it
+            yield self._by_start[self._starts[at]]
+            at += 1
 
     def overlaps(self, span: Span) -> bool:
         """Whether any mapping overlaps `span`."""
@@ -92,26 +113,44 @@ def off_limits(regions: Iterable[ReservedRegion]) -> list[Span]:
 
 
 def holes(usable: Iterable[Span], taken: Iterable[Span]) -> list[Span]:
-    """The parts of `usable` that are not in `taken`, ascending."""
-    left = sorted(usable)
-    for cut in sorted(taken):
-        kept: list[Span] = []
-        for span in left:
-            if not span.overlaps(cut):
-                kept.append(span)
-                continue
-            if span.start < cut.start:
-                kept.append(Span(span.start, cut.start - 1))
-            if cut.last < span.last:
-                kept.append(Span(cut.last + 1, span.last))
-        left = kept
-    return left
+    """The parts of `usable`, which do not overlap, that are not in `taken`, ascending."""
+    cuts = sorted(taken)
+    found, at = [], 0
+    for span in sorted(usable):
+        start = span.start
+        while start <= span.last and at < len(cuts) and cuts[at].start <= span.last:
+            if start < cuts[at].start:
+                found.append(Span(start, cuts[at].start - 1))
+            start = max(start, cuts[at].last + 1)
+            if start <= span.last:  # else it may cut the next one, too
+                at += 1
+        if start <= span.last:
+            found.append(Span(start, span.last))
+    return found
 
 
 def common(one: Iterable[Span], other: Iterable[Span]) -> list[Span]:
-    """The intersection of two sets of spans, ascending."""
-    other = list(other)
-    return sorted(Span(max(a.start, b.start), min(a.last, b.last)) for a in one for b in other if a.overlaps(b))
+    """The intersection of two sets of spans that do not overlap in themselves, ascending."""
+    left, right = sorted(one), sorted(other)
+    found, i, j = [], 0, 0
+    while i < len(left) and j < len(right):
+        if left[i].overlaps(right[j]):
+            found.append(Span(max(left[i].start, right[j].start), min(left[i].last, right[j].last)))
+        if left[i].last < right[j].last:
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+def joined(spans: Iterable[Span]) -> list[Span]:
+    """The same addresses, ascending, where neighbours are one span."""
+    found: list[Span] = []
+    for span in sorted(spans):
+        if found and found[-1].last + 1 >= span.start:
+            span = Span(found[-1].start, max(found.pop().last, span.last))
+        found.append(span)
+    return found
 
 
 def merged_dirty(domains: Iterable[PagingDomain], span: Span, page_size: int, clear: bool) -> bytes:

@@ -237,7 +237,7 @@ class Container(Closing):
 
     def _remove(self, areas: list[Mapping]) -> int:
         unmap_in_all(self.domains, areas)
-        for area in areas:
+        for area in reversed(areas):
             self._areas.remove(area)
         return sum(area.span.size for area in areas)
 

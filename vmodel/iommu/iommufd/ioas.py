@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vmodel.errors import Access, IommuError
-from vmodel.iommu.areas import Areas, common, fill, holes, map_in_all, merged_dirty, unmap_in_all
+from vmodel.iommu.areas import Areas, common, fill, holes, joined, map_in_all, merged_dirty, unmap_in_all
 from vmodel.iommu.domain import Mapping
 from vmodel.iommu.iommufd.context import Context, Object
 from vmodel.iommu.locking import locked
@@ -69,9 +69,8 @@ class Ioas(Object):
         wanted = sorted(spans)
         if any(a.overlaps(b) for a, b in itertools.pairwise(wanted)) or any(a.start == a.last for a in wanted):
             raise IommuError(errno.EINVAL, f"{self}: allowed ranges overlap, or one has a single byte")
-        for span in wanted:
-            if not any(valid.covers(span) for valid in self.iova_ranges()):
-                raise IommuError(errno.EADDRINUSE, f"{self}: {span} is reserved for a device")
+        if beyond := holes(wanted, self.iova_ranges()):
+            raise IommuError(errno.EADDRINUSE, f"{self}: {beyond[0]} is reserved for a device")
         self._allowed = wanted or None
 
     def reserve(self, span: Span, owner: object) -> None:
@@ -163,8 +162,8 @@ class Ioas(Object):
         align = min(wanted, gpa & -gpa or wanted, _HUGE_PAGE)
         if align < self.alignment:
             raise IommuError(errno.EINVAL, f"{self}: gpa {gpa:#x} is not aligned to {self.alignment:#x}")
-        room = common(self.iova_ranges(), self._allowed or [Span(0, _LAST)])
-        for hole in holes(room, [*_NEVER_CHOSEN, *(area.span for area in self._areas)]):
+        room = common(self.iova_ranges(), joined(self._allowed or [Span(0, _LAST)]))
+        for hole in holes(room, [*_NEVER_CHOSEN, *self._areas.spans]):
             start = (hole.start + align - 1) & -align
             if start + size - 1 <= hole.last:
                 return start
@@ -233,7 +232,7 @@ class Ioas(Object):
 
     def _remove(self, areas: list[Mapping]) -> int:
         unmap_in_all((hwpt.paging for hwpt in self.hwpts), areas)
-        for area in areas:
+        for area in reversed(areas):
             self._areas.remove(area)
         return sum(area.span.size for area in areas)
 
