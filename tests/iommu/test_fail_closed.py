@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.examples import examples
-from tests.iommu.world import World, group_of, iommu
+from tests.iommu.world import World, failing_attach, group_of, iommu
 from vmodel._shim import Requester
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, IommuError, Reason
 from vmodel.iommu import Endpoint, Iommu, paging_domain_alloc
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.domain import Domain, PagingDomain
+from vmodel.iommu.domain import Domain, DomainType, PagingDomain
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.pci.topology import ISOLATION, Function, PortType
 from vmodel.span import PAGE, Span
@@ -165,41 +165,61 @@ def test_a_resolver_that_fails(world: World, caplog: pytest.LogCaptureFixture) -
     assert "iommu0: finding the domain of 00:03.0 failed" in caplog.text
 
 
-def test_an_owner_that_comes_when_memory_runs_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the blocked domain there is no owner."""
+def test_owners_come_and_go_when_memory_runs_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocking needs no memory; without memory for the default domain the group is blocked, and has no owner.
+
+    Linux: __iommu_group_set_domain_nofail.
+    """
     mark(world)
     endpoint, dma = world.device("00:03.0")
-    with failing_attach(monkeypatch, 1), pytest.raises(OSError, match="no memory"):
-        group_of(endpoint).claim_dma_owner("vfio")
-    assert (group_of(endpoint).owner, reached(dma)) == (None, ALL)
-    group_of(endpoint).claim_dma_owner("vfio")
-    with failing_attach(monkeypatch, 1), pytest.raises(OSError, match="no memory"):
-        group_of(endpoint).release_dma_owner("vfio")
-    assert (group_of(endpoint).owner, reached(dma)) == ("vfio", NOTHING)
-    group_of(endpoint).release_dma_owner("vfio")
-    assert (group_of(endpoint).owner, reached(dma)) == (None, ALL)
+    group = group_of(endpoint)
+    with failing_attach(monkeypatch, 1):
+        group.claim_dma_owner("vfio")
+    assert (group.owner, reached(dma)) == ("vfio", NOTHING)
+    group.attach(domain := paging_domain_alloc(endpoint))
+    domain.map(0, PAGE, PAGE)
+    assert reached(dma) == [PAGE, *NOTHING[1:]]
+    with failing_attach(monkeypatch, 1):
+        group.detach()
+    assert (group.domain.type, domain.users, reached(dma)) == (DomainType.BLOCKED, 0, NOTHING)
+    with failing_attach(monkeypatch, 1):
+        group.release_dma_owner("vfio")
+    assert (group.owner, group.domain.type, reached(dma)) == (None, DomainType.BLOCKED, NOTHING)
+    group.detach()
+    assert (group.domain.type, reached(dma)) == (DomainType.IDENTITY, ALL)
 
 
-class failing_attach:
-    """The n-th attachment of a domain fails, as if there were no memory."""
+def test_one_that_cannot_be_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no memory for the log of stale uses."""
+    world = World()
+    mark(world)
+    _, dma = world.device("00:03.0")
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
-        self._patch, self._nth = monkeypatch, nth
+    def fails(_requester: Requester, on: bool) -> None:
+        if on:
+            raise OSError(errno.ENOMEM, "no memory")
 
-    def __enter__(self) -> None:
-        plain = Requester.attach
+    monkeypatch.setattr(Requester, "check_stale", fails)
+    world.system.add_iommu(iommu(params={"report_stale": True}))
+    assert world.system["00:03.0"].why.startswith("no isolation: ")
+    assert reached(dma) == NOTHING
+    late = Dma(world.memory)
+    late.bus_master = True
+    with pytest.raises(OSError, match="no memory"):
+        world.system.add(world.function("00:04.0"), late.requester)
+    assert reached(late) == NOTHING
+    world.close()
 
-        def attach(requester: Requester, domain: Any, *pasid: int) -> None:
-            if domain is not None:
-                self._nth -= 1
-                if self._nth == 0:
-                    raise OSError(errno.ENOMEM, "no memory")
-            plain(requester, domain, *pasid)
 
-        self._patch.setattr(Requester, "attach", attach)
-
-    def __exit__(self, *_: object) -> None:
-        self._patch.undo()
+def test_one_that_no_iommu_covers_is_removed() -> None:
+    """An IOMMU that comes later does not see it."""
+    world = World()
+    mark(world)
+    endpoint, dma = world.device("00:03.0")
+    world.system.remove(endpoint)
+    world.system.add_iommu(iommu())
+    assert reached(dma) == NOTHING
+    world.close()
 
 
 def test_teardown_under_load(world: World) -> None:
@@ -269,7 +289,7 @@ class FailClosed(RuleBasedStateMachine):
         self.maps: dict[Domain, dict[int, int]] = {}
         #: By requester: its DMA, and its endpoint while it is plugged in.
         self.plugged: dict[Dma, Endpoint] = {}
-        #: Those that an IOMMU has covered, and that are out.
+        #: Those that are out.
         self.out: list[tuple[Function | PlatformDevice, Dma]] = []
         self.patch = pytest.MonkeyPatch()
 
@@ -303,8 +323,7 @@ class FailClosed(RuleBasedStateMachine):
         dma, endpoint = list(self.plugged.items())[n % len(self.plugged)]
         self.world.system.remove(endpoint)
         del self.plugged[dma]
-        if endpoint.iommu is not None:
-            self.out.append((endpoint.source, dma))
+        self.out.append((endpoint.source, dma))
 
     @precondition(lambda self: self.out)
     @rule(n=st.integers(0, 30))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
+
+from vmodel._shim import Requester
 from vmodel.dma import Dma
 from vmodel.errors import Access
 from vmodel.iommu import Coverage, Endpoint, Iommu, System
@@ -97,3 +101,25 @@ def group_of(endpoint: Endpoint) -> Group:
     """There must be one."""
     assert endpoint.group is not None, endpoint.why
     return endpoint.group
+
+
+class failing_attach:
+    """The n-th attachment of a domain fails, as if there were no memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+        self._patch, self._nth = monkeypatch, nth
+
+    def __enter__(self) -> None:
+        plain = Requester.attach
+
+        def attach(requester: Requester, domain: Any, *pasid: int) -> None:
+            if domain is not None:
+                self._nth -= 1
+                if self._nth == 0:
+                    raise OSError(errno.ENOMEM, "no memory")
+            plain(requester, domain, *pasid)
+
+        self._patch.setattr(Requester, "attach", attach)
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.iommu.world import failing_attach
 from tests.spaces.world import World, refused
 from tests.waiting import meanwhile, until
 from vmodel.errors import DmaFault, IommuError
@@ -83,6 +84,77 @@ def test_a_container_gives_its_groups_back(world: World) -> None:
     container.close()
     with Container() as other:
         other.add_group(first.group)
+
+
+def everything(context: Context, *spaces: Ioas) -> list[object]:
+    counted = [(space.users, len(space.hwpts), space.iova_ranges(), space.mappings()) for space in spaces]
+    attached = {key: hwpt.id for key, hwpt in context.attached.items()}
+    return [counted, attached, [device.users for device in context.devices], sorted(context._objects)]
+
+
+@pytest.mark.parametrize("how", ["attach", "replace", "attach a PASID", "replace of a PASID"])
+def test_no_memory_for_an_attachment(world: World, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Nothing changes, and it can be tried again."""
+    device = world.add(world.iommu())
+    with Context() as context:
+        old, new = Ioas(context), Ioas(context)
+        bound = Bound(context, device.endpoint)
+        hwpt = bound.hwpt_alloc(new, AllocFlags.PASID)
+        first = bound.hwpt_alloc(old, AllocFlags.PASID)
+        if how == "replace":
+            bound.attach(old)
+        if how == "replace of a PASID":
+            bound.attach(first, 7)
+        before = everything(context, old, new)
+
+        def call() -> None:
+            match how:
+                case "attach":
+                    bound.attach(new)
+                case "replace":
+                    bound.replace(new)
+                case "attach a PASID":
+                    bound.attach(hwpt, 7)
+                case _:
+                    bound.replace(hwpt, 7)
+
+        with failing_attach(monkeypatch, 1), pytest.raises(OSError, match="no memory"):
+            call()
+        assert everything(context, old, new) == before
+        call()
+        assert everything(context, old, new) != before
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["iommufd", "type 1"])
+def test_the_end_when_memory_runs_out(world: World, monkeypatch: pytest.MonkeyPatch, kind: str, nth: int) -> None:
+    """Whatever is missing, the end of a process ends its DMA, and the groups have no owner."""
+    devices = [world.add(iommu := world.iommu()), world.add(iommu, 1)]
+    space: Context | Container
+    if kind == "iommufd":
+        space = Context()
+        ioas = Ioas(space)
+        for device in devices:
+            Bound(space, device.endpoint).attach(ioas)
+        ioas.map(0, PAGE, iova=IOVA)
+    else:
+        space = Container()
+        for device in devices:
+            space.add_group(device.group)
+        space.map(IOVA, 0, PAGE)
+    assert [device.reads(IOVA) for device in devices] == [0, 0]
+    with failing_attach(monkeypatch, nth):
+        space.close()
+    assert [device.reads(IOVA) for device in devices] == [None, None]
+    assert [device.group.owner for device in devices] == [None, None]
+
+
+def test_a_container_without_memory_for_a_group(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, container = world.add(world.iommu()), Container()
+    with failing_attach(monkeypatch, 2), pytest.raises(OSError, match="no memory"):  # the first one is the claim's
+        container.add_group(device.group)
+    assert (device.group.owner, container.groups, device.group.domain.type) == (None, [], DomainType.IDENTITY)
+    container.add_group(device.group)
 
 
 @pytest.mark.parametrize("kind", ["iommufd", "type 1"])

@@ -310,8 +310,8 @@ class VirtioIommuDevice(IommuDevice, VirtioDevice):
             raise _Refused(RequestStatus.UNSUPP)  # the domain maps IOVAs that this endpoint has reserved
         try:
             group.replace(wanted.domain)
-        except IommuError:
-            raise _Refused(RequestStatus.UNSUPP) from None
+        except OSError as error:  # IommuError is one
+            raise _Refused(RequestStatus.NOMEM if error.errno == errno.ENOMEM else RequestStatus.UNSUPP) from None
         self._remove_endpoint(endpoint_id)
         self._domains[number] = wanted
         wanted.endpoints.add(endpoint_id)

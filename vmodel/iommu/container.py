@@ -89,7 +89,7 @@ class Container(Closing):
             if domain is None:  # `or` would be wrong: a domain without mappings is falsy
                 domain = self._fresh(group)
             group.attach(domain)
-        except IommuError:
+        except OSError:  # IommuError is one
             group.release_dma_owner(self)
             raise
         self._groups[group] = domain

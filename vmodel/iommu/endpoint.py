@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from vmodel import _shim
 from vmodel.errors import DmaFault, IommuError, Reason
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.domain import Domain
+from vmodel.iommu.domain import Domain, DomainType
 from vmodel.iommu.driver import Source
 from vmodel.iommu.fault import FaultRecord, PageRequest, PageResponse
 from vmodel.iommu.group import Group
@@ -89,10 +89,20 @@ class Endpoint:
         """Attaches `domain`: accesses, or those with `pasid`, go through it from now on.
 
         None: without `pasid`, accesses are not translated; with `pasid`, the PASID has no domain, so they fault.
+        OSError(ENOMEM): no memory, and nothing has changed; a blocked domain needs none.
         """
-        if self._requester is not None:
-            shim = None if domain is None else domain.shim
-            self._requester.attach(shim, _shim.NO_PASID if pasid is None else pasid)
+        if self._requester is None:
+            return
+        number = _shim.NO_PASID if pasid is None else pasid
+        try:
+            self._requester.attach(None if domain is None else domain.shim, number)
+        except OSError:
+            if domain is None or domain.type is not DomainType.BLOCKED:
+                raise
+            if pasid is None:
+                self._requester.block()
+            else:
+                self._requester.attach(None, number)
 
     def block(self) -> None:
         """Takes all domains away: each access is a fault until the next `attach` without a PASID.  Cannot fail."""

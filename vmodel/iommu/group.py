@@ -139,6 +139,17 @@ class Group:
         self._attach_all(domain)
         self.domain = domain
 
+    def _restore_default(self) -> None:
+        """Attaches the default domain, or without memory for it the blocked one, which needs none.
+
+        A user's domain must not stay when the user has gone.  (Linux __iommu_group_set_domain_nofail)
+        """
+        try:
+            self._switch(self.default_domain)
+        except OSError:
+            log.warning("%s: no memory for its default domain: it is blocked until `detach`", self)
+            self._switch(self.iommu.blocked)
+
     def attach(self, domain: Domain) -> None:
         """Attaches a domain in place of the default or the blocked one (Linux iommu_attach_group).
 
@@ -160,9 +171,12 @@ class Group:
             self._switch(domain)
 
     def detach(self) -> None:
-        """Attaches the default domain, or with an owner the blocked one (Linux iommu_detach_group)."""
+        """Attaches the default domain, or with an owner the blocked one (Linux iommu_detach_group).  It cannot fail."""
         with self._lock:
-            self._switch(self.iommu.blocked if self.owner is not None else self.default_domain)
+            if self.owner is not None:
+                self._switch(self.iommu.blocked)
+            else:
+                self._restore_default()
 
     def set_default(self, domain: Domain, *, forced: bool = False) -> None:
         """Sets the default domain, which is attached at once unless a user's is (Linux: the file `type` in sysfs).
@@ -327,7 +341,7 @@ class Group:
             self._claims += 1
 
     def release_dma_owner(self, owner: object) -> None:
-        """Takes back one claim; the last one restores the default domain.
+        """Takes back one claim; the last one restores the default domain; without memory for it the group is blocked.
 
         IommuError: EINVAL `owner` is not the owner; EBUSY a domain of the owner's is still attached.
         """
@@ -337,7 +351,7 @@ class Group:
             if self._claims == 1:
                 if self.domain is not self.iommu.blocked or self.pasids:
                     raise IommuError(errno.EBUSY, f"group {self.number}: a domain is still attached")
-                self._switch(self.default_domain)
+                self._restore_default()
                 self.owner = None
             self._claims -= 1
 

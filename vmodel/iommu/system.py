@@ -66,11 +66,16 @@ class System:
             # All of them first: none gets a group that counts on another one's staying outside.
             self.endpoints = [e for e in self.endpoints if e not in found]
             for endpoint in found:
-                endpoint.cover(iommu)
                 endpoint.block()
             for endpoint in found:
                 try:
-                    self._find_group(endpoint)
+                    endpoint.cover(iommu)
+                except OSError as error:
+                    endpoint.why = f"no isolation: {error}"
+            for endpoint in found:
+                try:
+                    if not endpoint.why:
+                        self._find_group(endpoint)
                 except OSError as error:  # IommuError is one
                     endpoint.why = f"no isolation: {error}"
                     log.warning("%s is blocked: %s", endpoint.name, endpoint.why)
@@ -103,6 +108,8 @@ class System:
                 raise IommuError(errno.EEXIST, f"{source} already exists")
             if iommu is None and not bypass:
                 iommu = next((candidate for candidate in self.iommus if source in candidate), None)
+            if requester is not None and iommu is not None:
+                requester.block()  # before anything that can fail
             name = name or getattr(source, "name", "")
             endpoint = Endpoint(name, source, iommu, requester, reserved, bypass=bypass, max_pasids=max_pasids)
             endpoint.untrusted = untrusted
@@ -143,12 +150,14 @@ class System:
     def remove(self, endpoint: Endpoint) -> None:
         """Removes and detaches a device; the last one of a group removes the group.  ValueError: it was not added.
 
-        A device that an IOMMU covers does no DMA afterwards.
+        It does no DMA afterwards.
         """
         with self._lock:
             self.endpoints.remove(endpoint)
             group = endpoint.group
-            if group is not None:
+            if group is None:
+                endpoint.block()
+            else:
                 group.leave(endpoint)
                 if not group.endpoints:
                     self.groups.remove(group)

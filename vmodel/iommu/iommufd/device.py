@@ -156,7 +156,7 @@ class Device(Object):
             if shared is None:
                 hwpt.prepare(self.group, pasid)
                 self._attach_group(hwpt, pasid)
-        except IommuError:
+        except OSError:  # IommuError is one
             if pasid is None:
                 hwpt.ioas.unreserve(self)
             self._drop_auto(hwpt)
@@ -190,7 +190,7 @@ class Device(Object):
                 hwpt.attached(self.group)
             else:
                 self.group.replace_pasid(hwpt.domain, pasid)
-        except IommuError:
+        except OSError:  # IommuError is one
             for device in moving:
                 hwpt.ioas.unreserve(device)
             self._drop_auto(hwpt)
