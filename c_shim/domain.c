@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #define PROT_ALL (VMS_PROT_READ | VMS_PROT_WRITE)
+#define KEPT (PROT_ALL | VMS_MAP_NO_CACHE | VMS_MAP_SNOOP) /* with a mapping */
 #define PAGE_MASK ((uint64_t)4095)
 
 /* ---- translation --------------------------------------------------------------------------- */
@@ -185,10 +186,11 @@ static uint64_t smallest_page(const vms_domain *domain)
 
 int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t prot)
 {
-    if (domain->kind != VMS_DOMAIN_PAGING || !size || (prot != VMS_PROT_NONE && (!prot || (prot & ~PROT_ALL))) ||
+    if (domain->kind != VMS_DOMAIN_PAGING || !size ||
+        (prot != VMS_PROT_NONE && (!(prot & PROT_ALL) || (prot & ~KEPT))) ||
         ((iova | gpa | size) & (smallest_page(domain) - 1)))
         return -EINVAL;
-    mapping item = { iova, iova + (size - 1), gpa | (prot & PROT_ALL) };
+    mapping item = { iova, iova + (size - 1), gpa | (prot & KEPT) };
     if (item.last < iova || iova < domain->first || item.last > domain->last || gpa + (size - 1) < gpa ||
         gpa + (size - 1) > domain->last_gpa)
         return -ERANGE;
@@ -340,7 +342,7 @@ size_t vms_domain_list(vms_domain *domain, uint64_t iova, vms_mapping *out, size
 
     pthread_rwlock_rdlock(&domain->lock);
     while (n < room && mapping_tree_from(&domain->mappings, iova, &item)) {
-        out[n++] = (vms_mapping){ item.start, item.last, item.target & ~PAGE_MASK, item.target & PROT_ALL, 0 };
+        out[n++] = (vms_mapping){ item.start, item.last, item.target & ~PAGE_MASK, item.target & KEPT, 0 };
         if (item.last == UINT64_MAX)
             break;
         iova = item.last + 1;

@@ -48,6 +48,10 @@ size_t vms_files_mapped(vms_files *files);
 #define VMS_PROT_READ 1u
 #define VMS_PROT_WRITE 2u
 #define VMS_PROT_NONE 4u /* of a mapping, alone: it exists, and allows no access */
+/* Of a mapping, beside READ and WRITE: kept with it and listed, and of no effect on accesses here.  Caches of a CPU are
+ * Python's matter. */
+#define VMS_MAP_NO_CACHE 8u /* made without IOMMU_CACHE */
+#define VMS_MAP_SNOOP 16u   /* the entry forces requests to snoop */
 
 typedef struct vms_memory vms_memory;
 typedef struct vms_window {
@@ -160,7 +164,7 @@ typedef struct vms_table {
 typedef struct vms_mapping {
     uint64_t start, last; /* IOVA, inclusive */
     uint64_t gpa;         /* of start */
-    uint32_t prot;        /* VMS_PROT_* */
+    uint32_t prot;        /* VMS_PROT_*; in a list VMS_MAP_*, too */
     uint32_t level;       /* a walk: of the entry; else 0 */
 } vms_mapping;
 

@@ -61,8 +61,12 @@ class _Line:
         self.courier: Courier | None = None
         self.endpoint: Endpoint | None = None
         self.refused: Callable[[Reason], None] | None = None
+        #: Whether Enable No Snoop is set in Device Control; None: the device has none.
+        self.no_snoop_enabled: Callable[[], bool] | None = None
         self.message_bytes = [0, 0]
         self.resolved = 0
+        #: Where accesses begin that are not tapped: the requester, or a cache in front of it.
+        self.base: _shim.Requester | _Interceptor = self.requester
         self.port = _Port(self.requester)
 
 
@@ -79,35 +83,38 @@ class Tap(Protocol):
 
 
 class _Intercepted(Exception):
-    """The device is tapped: `tap` carries out the access."""
+    """The device is tapped: `by.tap` carries out the access."""
 
-    def __init__(self, tap: Tap) -> None:
-        self.tap = tap
+    def __init__(self, by: _Interceptor) -> None:
+        self.by = by
 
 
 class _Interceptor:
-    """Stands in for a requester while its device is tapped.  So an untapped access has no check to make."""
+    """Stands in for a requester while its device is tapped.  So an untapped access has no check to make.
 
-    def __init__(self, tap: Tap) -> None:
-        self._tap = tap
+    `below`: by what the tap carries out accesses.
+    """
+
+    def __init__(self, tap: Tap, below: _shim.Requester | _Interceptor) -> None:
+        self.tap, self.below = tap, below
 
     def read(self, iova: int, size: int, pasid: int) -> NoReturn:
-        raise _Intercepted(self._tap)
+        raise _Intercepted(self)
 
     def readinto(self, iova: int, buffer: object, pasid: int) -> NoReturn:
-        raise _Intercepted(self._tap)
+        raise _Intercepted(self)
 
     def write(self, iova: int, data: object, pasid: int) -> NoReturn:
-        raise _Intercepted(self._tap)
+        raise _Intercepted(self)
 
     def gather(self, pieces: object, buffer: object, flags: int, pasid: int) -> NoReturn:
-        raise _Intercepted(self._tap)
+        raise _Intercepted(self)
 
     def pin(self, iova: int, size: int, flags: int, pasid: int) -> NoReturn:
-        raise _Intercepted(self._tap)
+        raise _Intercepted(self)
 
     def atomic(self, iova: int, op: int, size: int, operand: int, compare: int, pasid: int) -> NoReturn:
-        raise _Intercepted(self._tap)
+        raise _Intercepted(self)
 
 
 class _Port:
@@ -115,8 +122,8 @@ class _Port:
 
     __slots__ = ("requester",)
 
-    def __init__(self, requester: _shim.Requester) -> None:
-        self.requester: _shim.Requester | _Interceptor = requester
+    def __init__(self, requester: _shim.Requester | _Interceptor) -> None:
+        self.requester = requester
 
 
 class Dma:
@@ -128,32 +135,56 @@ class Dma:
     continues.
     """
 
-    __slots__ = ("_line", "_pasid", "_port")
+    __slots__ = ("_line", "_no_snoop", "_pasid", "_port")
 
     def __init__(self, memory: GuestMemory) -> None:
         self._line = _Line(memory)
         self._port = self._line.port
         self._pasid = _shim.NO_PASID
+        self._no_snoop = False
 
     def with_pasid(self, pasid: int) -> Dma:
         """The same device's DMA with a PASID (0 to 2**20 - 1)."""
         if not 0 <= pasid < 1 << 20:
             raise ValueError(f"a PASID has 20 bits, {pasid:#x} more")
-        return self._twin(self._port, pasid)
+        return self._twin(self._port, pasid, self._no_snoop)
 
-    def _twin(self, port: _Port, pasid: int) -> Dma:
+    def no_snoop(self) -> Dma:
+        """The same device's DMA with the attribute No Snoop (PCIe 5.0, 2.2.6.5).
+
+        It counts only while Enable No Snoop is set in Device Control (7.5.3.4), so never without a PCI Express
+        capability; and only a `vmodel.cpu_cache.CpuCache` shows it.
+        """
+        return self._twin(self._port, self._pasid, True)
+
+    def _twin(self, port: _Port, pasid: int, no_snoop: bool) -> Dma:
         other = Dma.__new__(Dma)
-        other._line, other._port, other._pasid = self._line, port, pasid
+        other._line, other._port, other._pasid, other._no_snoop = self._line, port, pasid, no_snoop
         return other
 
     def tap(self, tap: Tap | None) -> None:
         """Passes each access of the device, with or without a PASID, to `tap`; None ends that.  Any thread."""
-        self._line.port.requester = self._line.requester if tap is None else _Interceptor(tap)
+        self._line.port.requester = self._line.base if tap is None else _Interceptor(tap, self._line.base)
+
+    def set_cache(self, cache: Tap | None) -> None:
+        """Passes each access to `cache` as well, behind any other tap; None ends that.  Not while the device is tapped.
+
+        RuntimeError: it is tapped.
+        """
+        line = self._line
+        if line.port.requester is not line.base:
+            raise RuntimeError("the device is tapped")
+        line.base = line.requester if cache is None else _Interceptor(cache, line.requester)
+        line.port.requester = line.base
 
     @property
     def untapped(self) -> Dma:
         """The same DMA without a tap in front of it."""
-        return self._twin(_Port(self._line.requester), self._pasid)
+        return self._twin(_Port(self._line.base), self._pasid, self._no_snoop)
+
+    def _below(self, by: _Interceptor) -> Dma:
+        """What the tap of an interceptor carries accesses out by."""
+        return self._twin(_Port(by.below), self._pasid, self._no_snoop)
 
     @property
     def requester(self) -> _shim.Requester:
@@ -197,6 +228,27 @@ class Dma:
         if self._line.refused is not None and access & Access.READ:
             self._line.refused(reason)
 
+    def translate(self, iova: int, access: Access) -> int:
+        """The GPA of `iova`, without an access to memory.  DmaFault, after the IOMMU had a chance to resolve it."""
+        requester, pasid = self._line.requester, self._pasid
+        return self._whole(lambda: requester.translate([iova], access, pasid)[0], iova, access)
+
+    def snoops(self, iova: int) -> bool:
+        """Whether an access at `iova` snoops the CPU's caches: by its attribute, Device Control, and the IOMMU."""
+        line = self._line
+        no_snoop = self._no_snoop and line.no_snoop_enabled is not None and line.no_snoop_enabled()
+        if line.endpoint is None:
+            return not no_snoop
+        return line.endpoint.snoops(iova, self.pasid, no_snoop=no_snoop)
+
+    def walk_snoops(self) -> bool:
+        """Whether the IOMMU walks tables in memory for an access, and the walk snoops the CPU's caches."""
+        return self._line.endpoint is not None and self._line.endpoint.walk_snoops(self.pasid)
+
+    def set_no_snoop_enable(self, enabled: Callable[[], bool]) -> None:
+        """Asks `enabled` for Enable No Snoop of Device Control; without it, no request has the attribute."""
+        self._line.no_snoop_enabled = enabled
+
     def on_refused(self, call: Callable[[Reason], None]) -> None:
         """Calls `call` whenever a request that gets a completion fails: config space's Status register records it."""
         self._line.refused = call
@@ -213,52 +265,52 @@ class Dma:
 
     def read(self, iova: int, size: int) -> bytes:
         """Reads `size` bytes from `iova` on."""
-        tap: Tap | None = None
+        by: _Interceptor | None = None
         try:
             return self._port.requester.read(iova, size, self._pasid)
         except _Intercepted as intercepted:
-            tap = intercepted.tap
+            by = intercepted.by
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
             if not self._resolved(fault):
                 raise
-        if tap is not None:
-            return tap.read(self.untapped, iova, size)
+        if by is not None:
+            return by.tap.read(self._below(by), iova, size)
         buffer = bytearray(size)
         self._go_on(iova, memoryview(buffer), Access.READ)
         return bytes(buffer)
 
     def readinto(self, iova: int, buffer: bytearray | memoryview) -> None:
         """Fills `buffer` (writable, contiguous) from `iova` on."""
-        tap: Tap | None = None
+        by: _Interceptor | None = None
         try:
             return self._port.requester.readinto(iova, buffer, self._pasid)
         except _Intercepted as intercepted:
-            tap = intercepted.tap
+            by = intercepted.by
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
             if not self._resolved(fault):
                 raise
-        if tap is not None:
-            return tap.readinto(self.untapped, iova, buffer)
+        if by is not None:
+            return by.tap.readinto(self._below(by), iova, buffer)
         return self._go_on(iova, memoryview(buffer).cast("B"), Access.READ)
 
     def write(self, iova: int, data: Buffer) -> None:
         """Writes all of `data` (contiguous) to `iova`."""
-        tap: Tap | None = None
+        by: _Interceptor | None = None
         try:
             return self._port.requester.write(iova, data, self._pasid)
         except _Intercepted as intercepted:
-            tap = intercepted.tap
+            by = intercepted.by
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
             if not self._resolved(fault):
                 raise
-        if tap is not None:
-            return tap.write(self.untapped, iova, data)
+        if by is not None:
+            return by.tap.write(self._below(by), iova, data)
         return self._go_on(iova, memoryview(data).cast("B"), Access.WRITE)
 
     def _go_on(self, iova: int, view: memoryview, access: Access) -> None:
@@ -329,20 +381,20 @@ class Dma:
             self._move_pieces(pieces, view, Access.WRITE)
 
     def _move_pieces(self, pieces: Sequence[tuple[int, int]], view: memoryview, access: Access) -> None:
-        tap: Tap | None = None
+        by: _Interceptor | None = None
         try:
             self._port.requester.gather(pieces, view, _shim.DMA_WRITE if access is Access.WRITE else 0, self._pasid)
             return
         except _Intercepted as intercepted:
-            tap = intercepted.tap
+            by = intercepted.by
         except _shim.ByMessage:
             pass
         except DmaFault as fault:
             if not self._resolved(fault):
                 raise
-        if tap is not None:
-            move = tap.gather_into if access is Access.READ else tap.scatter
-            move(self.untapped, pieces, view)
+        if by is not None:
+            move = by.tap.gather_into if access is Access.READ else by.tap.scatter
+            move(self._below(by), pieces, view)
             return
         # Repeats all pieces one by one, those that were moved already, too.
         at = 0
@@ -367,13 +419,13 @@ class Dma:
         """
         access = Access.READ | Access.WRITE if writable else Access.READ
         flags = _shim.DMA_WRITE if writable else 0
-        tap: Tap | None = None
+        by: _Interceptor | None = None
         try:
             pin = self._whole(lambda: self._port.requester.pin(iova, size, flags, self._pasid), iova, access)
         except _Intercepted as intercepted:
-            tap = intercepted.tap
-        if tap is not None:
-            with tap.view(self.untapped, iova, size, writable=writable) as copy:
+            by = intercepted.by
+        if by is not None:
+            with by.tap.view(self._below(by), iova, size, writable=writable) as copy:
                 yield copy
             return
         try:
@@ -401,8 +453,8 @@ class Dma:
             call = functools.partial(self._port.requester.atomic, *numbers, self._pasid)
             return self._whole(call, iova, Access.READ | Access.WRITE)
         except _Intercepted as intercepted:
-            tap = intercepted.tap
-        return tap.atomic(self.untapped, *numbers)
+            by = intercepted.by
+        return by.tap.atomic(self._below(by), *numbers)
 
     def _whole(self, call: Callable[[], _T], iova: int, access: Access) -> _T:
         """Carries out an access that cannot be split and for which the protocol has no message."""

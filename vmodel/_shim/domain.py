@@ -15,6 +15,8 @@ DOMAIN_IDENTITY: int = lib.VMS_DOMAIN_IDENTITY
 DOMAIN_BLOCKED: int = lib.VMS_DOMAIN_BLOCKED
 UNMAP_DEFER: int = lib.VMS_UNMAP_DEFER
 FLUSH_KEEP_OWN: int = lib.VMS_FLUSH_KEEP_OWN
+MAP_NO_CACHE: int = lib.VMS_MAP_NO_CACHE
+MAP_SNOOP: int = lib.VMS_MAP_SNOOP
 
 #: (first IOVA, last IOVA, GPA of the first, prot, level) of a mapping, or of what a walk has found.
 Mapped = tuple[int, int, int, int, int]

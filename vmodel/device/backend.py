@@ -27,7 +27,7 @@ from vmodel.mistakes import exception_line
 from vmodel.pci.bar import BankSlot
 from vmodel.pci.caps import Msi, Msix, Pm, ResetKind
 from vmodel.pci.config import ConfigSpace, StatusRegister
-from vmodel.pci.express import Pcie
+from vmodel.pci.express import DevCtl, Pcie
 from vmodel.pci.irq import Intx, Irqs
 from vmodel.points import ConnectionEvent, Point, Points, ResetEvent
 from vmodel.regs import Hook, RegisterBank
@@ -146,6 +146,7 @@ class VfioBackend:
         self._event_registers: list[tuple[int, int, int]] = []
         self.config = self._lay_out(multifunction)
         self.dma.on_refused(self._refused)
+        self.dma.set_no_snoop_enable(self._no_snoop)
         #: DEVICE_GET_REGION_INFO, by VFIO region index.
         self.region_infos = self._region_infos()
         self._state: State | None = None
@@ -301,6 +302,10 @@ class VfioBackend:
         for capability in self.config.capabilities:
             if isinstance(capability, Pcie):
                 capability.regs.DEVSTA |= errors
+
+    def _no_snoop(self) -> bool:
+        """Enable No Snoop of Device Control; False where there is none."""
+        return any(DevCtl(c.regs.DEVCTL).NO_SNOOP for c in self.config.capabilities if isinstance(c, Pcie))
 
     def _refused(self, reason: Reason) -> None:
         """A completion has come that is none of success (PCIe 5.0, 7.5.1.1.4)."""

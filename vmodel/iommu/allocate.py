@@ -32,7 +32,7 @@ def paging_domain_alloc(endpoint: Endpoint, flags: AllocFlags = AllocFlags.NONE)
         (AllocFlags.NEST_PARENT, can.nesting),
         (AllocFlags.DIRTY_TRACKING, can.dirty_tracking),
         (AllocFlags.PASID, can.pasid_bits > 0),
-        (AllocFlags.ENFORCE_SNOOP, can.enforce_snoop),
+        (AllocFlags.ENFORCE_SNOOP, endpoint.can_enforce_snoop),
     ):
         if flag in flags and not ability:
             raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} does not support {flag.name}")

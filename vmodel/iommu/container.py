@@ -38,9 +38,21 @@ class Container(Closing):
     Any thread may call it.  A context manager: `close` gives the groups back.
     """
 
-    def __init__(self, name: str = "", dma_limit: int = DMA_LIMIT, *, allow_unsafe_interrupts: bool = False) -> None:
-        """`allow_unsafe_interrupts`: also groups whose MSIs are not isolated (the parameter of vfio_iommu_type1)."""
+    def __init__(
+        self,
+        name: str = "",
+        dma_limit: int = DMA_LIMIT,
+        *,
+        allow_unsafe_interrupts: bool = False,
+        enforce_snoop: bool = True,
+    ) -> None:
+        """`allow_unsafe_interrupts`: also groups whose MSIs are not isolated (the parameter of vfio_iommu_type1).
+
+        `enforce_snoop`: DMA is made to snoop where that is possible, as Linux always does it; False shows what happens
+        without.
+        """
         self.allow_unsafe_interrupts = allow_unsafe_interrupts
+        self.enforce_snoop = enforce_snoop
         self.lock = threading.RLock()
         self._closed = False
         self.name = name or f"container{next(_numbers)}"
@@ -85,9 +97,11 @@ class Container(Closing):
         group.claim_dma_owner(self)
         try:
             self._check(group)
-            domain = next((d for d in self.domains if shares_tables(d, group)), None)
+            enforce = self._enforces(group)
+            alike = (d for d in self.domains if d.enforces_snoop == enforce)
+            domain = next((d for d in alike if shares_tables(d, group)), None)
             if domain is None:  # `or` would be wrong: a domain without mappings is falsy
-                domain = self._fresh(group)
+                domain = self._fresh(group, enforce)
             group.attach(domain)
         except OSError:  # IommuError is one
             group.release_dma_owner(self)
@@ -108,10 +122,12 @@ class Container(Closing):
         if self._groups and not self.page_sizes & can.page_sizes:
             raise IommuError(errno.EINVAL, f"{self.name}: {group} has no page size in common with the others")
 
-    def _fresh(self, group: Group) -> PagingDomain:
-        can, flags = group.iommu.capabilities, AllocFlags.NONE
-        if can.enforce_snoop:
-            flags |= AllocFlags.ENFORCE_SNOOP
+    def _enforces(self, group: Group) -> bool:
+        """Whether a domain for the group enforces snooping (Linux vfio_iommu_type1_attach_group: wherever it can)."""
+        return self.enforce_snoop and all(endpoint.can_enforce_snoop for endpoint in group.endpoints)
+
+    def _fresh(self, group: Group, enforce: bool) -> PagingDomain:
+        flags = AllocFlags.ENFORCE_SNOOP if enforce else AllocFlags.NONE
         domain = paging_domain_alloc(group.endpoints[0], flags)
         fill(domain, self._areas)
         return domain

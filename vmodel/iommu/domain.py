@@ -20,6 +20,7 @@ from vmodel.memory import GuestMemory
 from vmodel.span import PAGE, Span
 
 if TYPE_CHECKING:
+    from vmodel.iommu.group import Group
     from vmodel.iommu.iommu import Iommu
 
 _numbers = itertools.count(1)
@@ -65,17 +66,18 @@ class AllocFlags(enum.IntFlag):
 class Mapping:
     """The IOVAs `span` map to GPAs from `gpa` on, with the permissions `access`.
 
-    `writable`: copies of it may have WRITE (in an Ioas; Linux struct iopt_pages).
+    `writable`: copies of it may have WRITE (in an Ioas; Linux struct iopt_pages).  `cache`: Linux's IOMMU_CACHE.
     """
 
     span: Span
     gpa: int
     access: Access
     writable: bool = field(default=True, compare=False, repr=False)
+    cache: bool = field(default=True, repr=False)
 
 
 class Domain:
-    """The base of all domains.  `users` counts the groups (and PASIDs of groups) that are attached."""
+    """The base of all domains.  `groups`: those that are attached, once for each attachment (also of PASIDs)."""
 
     def __init__(self, kind: DomainType, shim: _shim.Domain, made_for: Iommu | None, name: str = "") -> None:
         self.type = kind
@@ -83,9 +85,21 @@ class Domain:
         #: The IOMMU that it was allocated for; None: it fits all.
         self.made_for = made_for
         self.name = name or f"{kind.value}{next(_numbers)}"
-        self.users = 0
+        self.groups: list[Group] = []
         #: Answers page requests when an access finds no page; None: the access fails.
         self.page_handler: PageHandler | None = None
+
+    @property
+    def users(self) -> int:
+        """How many groups, and PASIDs of groups, are attached."""
+        return len(self.groups)
+
+    def snoops(self, iova: int, *, no_snoop: bool) -> bool:
+        """Whether an access at `iova` snoops the CPU's caches; `no_snoop`: its request has that attribute.
+
+        Only paging domains, and domains nested in one, can overrule the request.
+        """
+        return not no_snoop
 
     def iova_to_phys(self, iova: int) -> int | None:
         """The GPA of `iova` by mappings or tables, ignoring IOTLBs; None: not mapped.  Sets no flags in tables."""
@@ -143,6 +157,13 @@ class PagingDomain(Domain):
         self._map = shim.try_map
         self._unmap = shim.try_unmap
         self._map_errors = made_for.driver.map_errors
+        self._coherency = made_for.driver.coherency
+        self._snoop_by_entry = made_for.driver.snoop_by_entry(flags)
+        self._enforced = False
+        #: What the shim keeps with each mapping beside permissions.
+        self._marks = 0
+        if AllocFlags.ENFORCE_SNOOP in flags:
+            self._enforce()
         self._flush_after = can.flush_unmaps
         self._flush_seconds = can.flush_ms / 1000
         self._waiting: list[Span] = []
@@ -165,8 +186,32 @@ class PagingDomain(Domain):
 
     @property
     def enforces_snoop(self) -> bool:
-        """Whether DMA through it always snoops."""
-        return bool(self.flags & AllocFlags.ENFORCE_SNOOP)
+        """Whether snooping is enforced, for all that was mapped since."""
+        return self._enforced
+
+    def enforce_cache_coherency(self) -> bool:
+        """Makes DMA snoop, whatever its requests say; returns whether (Linux's operation of this name).
+
+        False, and nothing changes: the IOMMU cannot, or a device that is attached cannot.  Devices that cannot are not
+        attached afterwards.  VT-d's second-stage entries keep what they were made with: call it before `map`.
+        """
+        if not self._coherency.enforces:
+            return False
+        devices = [endpoint for group in self.groups for endpoint in group.endpoints]
+        if not self._coherency.always and not all(device.can_enforce_snoop for device in devices):
+            return False
+        self._enforce()
+        return True
+
+    def _enforce(self) -> None:
+        self._enforced = True
+        self._marks = _shim.MAP_SNOOP if self._snoop_by_entry else 0
+
+    def snoops(self, iova: int, *, no_snoop: bool) -> bool:
+        found = self.shim.first(iova)
+        flags = found[3] if found is not None and found[0] <= iova else 0
+        forced = bool(flags & _shim.MAP_SNOOP) if self._snoop_by_entry else self._enforced
+        return self._coherency.snoops(cache=not flags & _shim.MAP_NO_CACHE, forced=forced, no_snoop=no_snoop)
 
     @property
     def tracks(self) -> bool:
@@ -178,8 +223,10 @@ class PagingDomain(Domain):
         """Whether it can be the stage 2 of nested domains."""
         return bool(self.flags & AllocFlags.NEST_PARENT)
 
-    def map(self, iova: int, gpa: int, size: int, access: Access = Access.READ | Access.WRITE) -> None:
-        """Maps `size` bytes.
+    def map(
+        self, iova: int, gpa: int, size: int, access: Access = Access.READ | Access.WRITE, *, cache: bool = True
+    ) -> None:
+        """Maps `size` bytes; `cache`: with IOMMU_CACHE, without which DMA is not coherent on Arm.
 
         IommuError: EINVAL no bytes, or no access; ENXIO not whole pages of the smallest size; EOVERFLOW past 2**64;
         ERANGE outside of the aperture or beyond the output width; EADDRINUSE overlaps a mapping; ENOSPC too many
@@ -187,13 +234,22 @@ class PagingDomain(Domain):
         EINVAL, ERANGE and EEXIST for ENXIO, EOVERFLOW and EADDRINUSE (virtio-iommu: EINVAL for the last, too).
         """
         try:
-            rc = self._map(iova, gpa, size, access)
+            if cache and not self._marks and access <= 3:  # the usual case
+                rc = self._map(iova, gpa, size, access)
+            else:
+                rc = self._map(iova, gpa, size, self._marked(access, cache))
         except OverflowError:
             rc = -errno.ERANGE
         if rc:
-            code = self._map_errors.find(-rc, iova, gpa, size, access, self.output_bits)
+            code = self._map_errors.find(-rc, iova, gpa, size, self._marked(access, cache), self.output_bits)
             what = f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}"
             raise IommuError(code, f"{what}: overlaps a mapping") if rc == -errno.EEXIST else _why(code, what)
+
+    def _marked(self, access: int, cache: bool) -> int:
+        """Permissions with what else the shim keeps; 0, which it refuses, for what is no permission."""
+        if access == _shim.PROT_NONE:
+            return access
+        return access | self._marks | (0 if cache else _shim.MAP_NO_CACHE) if 0 < access <= 3 else 0
 
     def map_inaccessible(self, iova: int, gpa: int, size: int) -> None:
         """As `map`, but without any permission: the mapping exists, and each access to it faults."""
@@ -285,7 +341,7 @@ class PagingDomain(Domain):
     def mappings(self) -> Iterator[Mapping]:
         """All mappings, ascending, each as it was made, minus the parts that were unmapped."""
         for start, last, gpa, prot, _ in self.shim.list():
-            yield Mapping(Span(start, last), gpa, Access(prot))
+            yield Mapping(Span(start, last), gpa, Access(prot & _RW), cache=not prot & _shim.MAP_NO_CACHE)
 
     def __len__(self) -> int:
         return self.shim.count()[0]
@@ -375,6 +431,10 @@ class TableDomain(Domain):
             raise _why(_code(error), f"{table}") from None
         super().__init__(kind, shim, made_for)
 
+    def snoops(self, iova: int, *, no_snoop: bool) -> bool:
+        # VT-d: Linux sets PGSNP of a nested PASID entry by its parent (pasid_pte_config_nested).
+        return not no_snoop or (isinstance(self.parent, PagingDomain) and self.parent.enforces_snoop)
+
     def flush(self, span: Span | None = None, *, own: bool = True) -> None:
         """Flushes cached translations, all or those in `span` (IOVA), from the IOTLBs.
 
@@ -386,6 +446,7 @@ class TableDomain(Domain):
 
 #: The shim's flag for a mapping without any permission.
 _NO_ACCESS = Access(_shim.PROT_NONE)
+_RW = Access.READ | Access.WRITE
 
 _WHY = {
     errno.EINVAL: "not whole pages, or no access",

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import pydantic
 
 from vmodel.iommu.capabilities import Capabilities
-from vmodel.iommu.domain import DomainType
+from vmodel.iommu.coherency import Coherency
+from vmodel.iommu.domain import AllocFlags, DomainType
 from vmodel.iommu.pgtable import TableFormat
 from vmodel.pci.topology import Bdf, Function, dma_aliases
 
@@ -91,6 +92,8 @@ class Driver(ABC):
     nested_by_viommu: ClassVar[bool] = False
     #: Whether DMA is coherent with the CPU's caches only if its walks are (Linux ARM_SMMU_FEAT_COHERENCY).
     coherent_by_walks: ClassVar[bool] = False
+    #: How DMA through its paging domains snoops.
+    coherency: ClassVar[Coherency] = Coherency()
     #: Whether firmware describes it by an IVRS table, on which quirks of AMD's southbridges depend.
     in_ivrs: ClassVar[bool] = False
     #: Parameters that apply only to an IOMMU that a guest drives.
@@ -110,6 +113,10 @@ class Driver(ABC):
     def describe_id(self, requester_id: int) -> str:
         """An id for people; by default as the address of a PCI requester."""
         return str(Bdf.of(requester_id >> 16, requester_id & 0xFFFF))
+
+    def snoop_by_entry(self, flags: AllocFlags) -> bool:
+        """Whether a bit of each entry of a paging domain with `flags` forces snooping, and not the whole domain."""
+        return False
 
     def default_domain_type(self, source: Source, max_pasids: int | None) -> DomainType | None:
         """The type that default domains of a device must have; None: any.  `max_pasids` as that of Endpoint.

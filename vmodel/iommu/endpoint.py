@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from vmodel import _shim
 from vmodel.errors import DmaFault, IommuError, Reason
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.domain import Domain, DomainType
+from vmodel.iommu.domain import Domain, DomainType, TableDomain
 from vmodel.iommu.driver import Source
 from vmodel.iommu.fault import FaultRecord, PageRequest, PageResponse
 from vmodel.iommu.group import Group
@@ -45,6 +45,7 @@ class Endpoint:
         *,
         bypass: bool = False,
         max_pasids: int | None = None,
+        enforce_snoop: bool | None = None,
     ) -> None:
         self.name = name
         self.source = source
@@ -59,6 +60,8 @@ class Endpoint:
         self.max_pasids = max_pasids
         #: Whether it has PCIe's ATS capability.
         self.has_ats = False
+        #: Whether its DMA can be made to snoop; None: as its IOMMU can.
+        self.enforce_snoop = enforce_snoop
         #: Whether it is behind an external port (Linux pci_dev.untrusted).
         self.untrusted = False
         self.driver: object | None = None
@@ -84,6 +87,23 @@ class Endpoint:
     def needs_direct(self) -> bool:
         """Whether it has a region that must always be mapped 1:1 (RegionType.DIRECT)."""
         return any(region.type is RegionType.DIRECT for region in self.reserved)
+
+    @property
+    def can_enforce_snoop(self) -> bool:
+        """Whether its DMA can be made to snoop (Linux IOMMU_CAP_ENFORCE_CACHE_COHERENCY, which is the device's)."""
+        if self.enforce_snoop is not None:
+            return self.enforce_snoop
+        return self.iommu is not None and self.iommu.capabilities.enforce_snoop
+
+    def snoops(self, iova: int, pasid: int | None = None, *, no_snoop: bool = False) -> bool:
+        """Whether an access snoops the CPU's caches; `no_snoop`: its request has that attribute."""
+        domain = None if self.group is None else self.group.domain_of(pasid)
+        return not no_snoop if domain is None else domain.snoops(iova, no_snoop=no_snoop)
+
+    def walk_snoops(self, pasid: int | None = None) -> bool:
+        """Whether accesses are translated by tables in memory, and walks of them snoop the CPU's caches."""
+        domain = None if self.group is None else self.group.domain_of(pasid)
+        return isinstance(domain, TableDomain) and self.iommu is not None and self.iommu.capabilities.coherent
 
     def attach(self, domain: Domain | None, pasid: int | None = None) -> None:
         """Attaches `domain`: accesses, or those with `pasid`, go through it from now on.

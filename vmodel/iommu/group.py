@@ -52,7 +52,7 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
         (can.usable.covers(domain.aperture), "aperture: its {domain.aperture} is more than {}'s"),
         (domain.output_bits <= can.output_bits, "output width: its {domain.output_bits} bits are more than {}'s"),
         (can.coherent or not domain.coherent, "coherency: {}'s walks do not snoop the CPU's caches"),
-        (can.enforce_snoop or not domain.enforces_snoop, "snoop: {} cannot make DMA snoop"),
+        (endpoint.can_enforce_snoop or not domain.enforces_snoop, "snoop: {} cannot make DMA snoop"),
         (can.dirty_tracking or not domain.tracks, "dirty tracking: {} has none"),
         (can.nesting or not domain.nests, "nesting: {} has none"),
     )
@@ -60,13 +60,8 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
 
 
 def shares_tables(domain: PagingDomain, group: Group) -> bool:
-    """Whether a group can share a domain's tables: they fit its IOMMU, and both make DMA snoop, or neither.
-
-    (Linux iommufd_device_auto_get_domain, vfio_iommu_type1_attach_group)
-    """
-    return domain.enforces_snoop == group.iommu.capabilities.enforce_snoop and all(
-        can_attach(domain, endpoint) is None for endpoint in group.endpoints
-    )
+    """Whether a domain fits all members of a group (Linux iommufd_device_auto_get_domain)."""
+    return all(can_attach(domain, endpoint) is None for endpoint in group.endpoints)
 
 
 def _can_walk(domain: TableDomain, iommu: Iommu, endpoint: Endpoint) -> str | None:
@@ -97,7 +92,7 @@ class Group:
         self.owner: object | None = None
         self._claims = 0
         self._lock = lock
-        default.users += 1
+        default.groups.append(self)
 
     # ---- domains ---------------------------------------------------------------------------
 
@@ -118,9 +113,9 @@ class Group:
             self._back(old, pasid)
             raise
         if domain is not None:
-            domain.users += 1
+            domain.groups.append(self)
         if old is not None:
-            old.users -= 1
+            old.groups.remove(self)
 
     def _users_of(self, pasid: int | None) -> list[Endpoint]:
         """The members that a domain is attached to: with `pasid`, those that have PASIDs."""

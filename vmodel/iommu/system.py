@@ -93,12 +93,15 @@ class System:
         reserved: Iterable[ReservedRegion] = (),
         max_pasids: int | None = None,
         untrusted: bool = False,
+        enforce_snoop: bool | None = None,
     ) -> Endpoint:
         """Adds a device, at the start or hot-plugged, and attaches it to its group's domain before its first DMA.
 
         `iommu`: the IOMMU to use instead of the first that covers the device; `bypass`: use none; `max_pasids`: how
         many PASIDs the device can use, 0 without PCIe's PASID capability, None: as many as the IOMMU has; `untrusted`:
-        it is behind an external port, and a new group gets a DMA domain whatever the default is.  DMA of a device that
+        it is behind an external port, and a new group gets a DMA domain whatever the default is; `enforce_snoop`:
+        whether its DMA can be made to snoop (on Arm a property of the root complex, CANWBS of the IORT), None: as its
+        IOMMU can.  DMA of a device that
         no IOMMU covers is not translated.  A covered device that cannot be in a group does no DMA: each
         access is a fault, and `why` has the reason.  IommuError: EEXIST the device already exists; EINVAL its group has
         a domain that does not fit it, so it was not added, and does no DMA.
@@ -111,7 +114,16 @@ class System:
             if requester is not None and iommu is not None:
                 requester.block()  # before anything that can fail
             name = name or getattr(source, "name", "")
-            endpoint = Endpoint(name, source, iommu, requester, reserved, bypass=bypass, max_pasids=max_pasids)
+            endpoint = Endpoint(
+                name,
+                source,
+                iommu,
+                requester,
+                reserved,
+                bypass=bypass,
+                max_pasids=max_pasids,
+                enforce_snoop=enforce_snoop,
+            )
             endpoint.untrusted = untrusted
             if iommu is None:
                 endpoint.attach(None)  # its requester may still have a domain from an earlier add()

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, field_validator
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
+from vmodel.iommu.coherency import Coherency
 from vmodel.iommu.domain import DomainType
 from vmodel.iommu.driver import GENERIC_PT, Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
 from vmodel.iommu.pgtable import TableFormat
@@ -24,6 +25,7 @@ class AmdVi(Driver):
     formats = frozenset((TableFormat.AMD_V1, TableFormat.X86))
     nested_formats = frozenset((TableFormat.X86,))
     map_errors = GENERIC_PT
+    coherency = Coherency(enforces=True, always=True)  # PT_FEAT_AMDV1_FORCE_COHERENCE: each entry has FC
     # Version 1 tables support every power of two (2.2.3).
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(36)), fault_queue_depth=512, reserved=(X86_MSI,)

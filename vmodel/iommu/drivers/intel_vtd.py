@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
+from vmodel.iommu.coherency import Coherency
+from vmodel.iommu.domain import AllocFlags
 from vmodel.iommu.driver import GENERIC_PT, Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
 from vmodel.iommu.pgtable import TableFormat
 from vmodel.pci.topology import Bdf
@@ -19,6 +21,7 @@ class IntelVtd(Driver):
     formats = frozenset((TableFormat.VTD_SECOND, TableFormat.X86))
     nested_formats = frozenset((TableFormat.X86,))
     map_errors = GENERIC_PT
+    coherency = Coherency(enforces=True)
     served_params = frozenset(("scalable", "ats"))
     default = Capabilities(input_bits=48, fault_queue_depth=8, reserved=(X86_MSI,))
 
@@ -37,6 +40,11 @@ class IntelVtd(Driver):
         )
         ats: bool = Field(False, description="a guest may enable ATS for devices, and in scalable mode page requests")
         report_stale: bool = Field(False, description="log and count each use of a stale translation")
+
+    def snoop_by_entry(self, flags: AllocFlags) -> bool:
+        # Second-stage entries have SNP; with first-stage tables PGSNP of the PASID entry is for all of them.  Linux
+        # takes first-stage ones where it can (intel_iommu_domain_alloc_first_stage).
+        return not self.params.scalable or bool(flags & (AllocFlags.NEST_PARENT | AllocFlags.DIRTY_TRACKING))
 
     def requester_id(self, source: Source) -> int | None:
         if isinstance(source, PlatformDevice):

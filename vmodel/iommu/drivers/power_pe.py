@@ -24,6 +24,7 @@ class PowerPe(Driver):
     default = Capabilities(
         page_sizes=frozenset((4 * KiB, 64 * KiB, 16 * MiB)),
         input_bits=60,
+        enforce_snoop=False,  # spapr_tce_iommu_capable
         isolated_msi=False,  # in Linux only Intel, AMD and Arm declare it
         dirty_tracking=False,
         pasid_bits=0,

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from vmodel.iommu.capabilities import ARM_MSI, Capabilities
+from vmodel.iommu.coherency import Coherency
 from vmodel.iommu.domain import DomainType
 from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, topmost
 from vmodel.iommu.pgtable import TableFormat
@@ -31,6 +32,7 @@ class SmmuV3(Driver):
     formats = frozenset((TableFormat.ARM_S1, TableFormat.ARM_S2))
     nested_formats = frozenset((TableFormat.ARM_S1,))
     own_tables = coherent_by_walks = parent_alone = nested_by_viommu = True
+    coherency = Coherency(enforces=True, by_mapping=True)  # the entry's memory type; `enforce_snoop` is CANWBS
     default = Capabilities(
         input_bits=48, output_bits=48, enforce_snoop=False, stall=True, fault_queue_depth=128, reserved=(ARM_MSI,)
     )

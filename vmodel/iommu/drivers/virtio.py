@@ -21,6 +21,7 @@ class VirtioIommu(Driver):
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(52)),
         input_bits=48,
+        enforce_snoop=False,  # viommu_capable
         isolated_msi=False,  # it remaps no interrupts
         pasid_bits=0,
         nesting=False,

@@ -31,8 +31,10 @@ _PAGING_FLAGS = AllocFlags.NEST_PARENT | AllocFlags.DIRTY_TRACKING | AllocFlags.
 class Device(Object):
     """An endpoint bound to a context (VFIO_DEVICE_BIND_IOMMUFD)."""
 
-    def __init__(self, context: Context, endpoint: Endpoint) -> None:
-        """IommuError: EINVAL already bound, or DMA is not coherent with caches (IOMMU_CAP_CACHE_COHERENCY); ENODEV the
+    def __init__(self, context: Context, endpoint: Endpoint, *, enforce_snoop: bool = True) -> None:
+        """`enforce_snoop`: its paging HWPTs make DMA snoop if it can, as in Linux; False shows what happens without.
+
+        IommuError: EINVAL already bound, or DMA is not coherent with caches (IOMMU_CAP_CACHE_COHERENCY); ENODEV the
         endpoint has no group; EPERM its MSIs are not isolated; EBUSY, EPERM as Group.claim_dma_owner.
         """
         self.endpoint = endpoint
@@ -50,6 +52,7 @@ class Device(Object):
                 text = f"{endpoint.name}: {self.group.iommu.name} does not isolate MSIs: allow_unsafe_interrupts"
                 raise IommuError(errno.EPERM, text)
             super().__init__(context)
+            self.enforces_snoop = enforce_snoop and endpoint.can_enforce_snoop
             try:
                 self.group.claim_dma_owner(context)
             except OSError:
@@ -116,8 +119,8 @@ class Device(Object):
     def _paging(self, flags: AllocFlags, table: object = None, fault: FaultObject | None = None) -> PagingDomain:
         if table is not None or flags & ~_PAGING_FLAGS or (fault is not None and AllocFlags.NEST_PARENT in flags):
             raise IommuError(errno.EOPNOTSUPP, f"{self}: a paging HWPT with {flags!r}, or with table or page requests")
-        # DMA snoops whenever the IOMMU can enforce it: users have no means to make caches coherent.
-        if self.group.iommu.capabilities.enforce_snoop:
+        # Wherever that is possible: users have no means to make caches coherent (iommufd_hwpt_paging_alloc).
+        if self.enforces_snoop:
             flags |= AllocFlags.ENFORCE_SNOOP
         return paging_domain_alloc(self.endpoint, flags)
 
@@ -242,7 +245,9 @@ class Device(Object):
         if shared is not None and shared.auto and shared.ioas is target:
             return shared
         for hwpt in target.hwpts:
-            if hwpt.auto and shares_tables(hwpt.paging, self.group):
+            # A device that could be made to snoop gets one that does not enforce it, too, as in Linux.
+            wanted = self.enforces_snoop or not hwpt.paging.enforces_snoop
+            if hwpt.auto and wanted and shares_tables(hwpt.paging, self.group):
                 return hwpt
         return Hwpt(self.context, self._paging(AllocFlags.NONE), target, auto=True)
 

@@ -66,7 +66,7 @@ def hw_info(endpoint: Endpoint, iommu: Iommu, wanted: int = HwInfoType.NONE) -> 
     return HwInfo(
         iommu.driver.kind,
         can.coherent,
-        can.enforce_snoop,
+        endpoint.can_enforce_snoop,
         can.dirty_tracking,
         max(pasids.bit_length() - 1, 0),
         can.page_sizes,
