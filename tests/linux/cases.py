@@ -36,13 +36,11 @@ class Case:
 
 ABI = "the layout of ioctls: sizes, pointers and their alignment, flags and arrays in them, ids of a wrong type"
 OPTION = "IOMMU_OPTION"
-ACCESS = "access objects (IOMMU_TEST_OP_CREATE_ACCESS)"
 PROCESS = "processes: CHANGE_PROCESS, fork, the accounting and sharing of pinned pages; a mapping leads to a GPA"
 FILE = "IOMMU_IOAS_MAP_FILE and dma-buf"
 VFIO = "VFIO's ioctls on /dev/iommu"
 TYPE1 = "`container.Container` is VFIO's own type 1, version 2: EINVAL where iommufd has ENOENT or ENODEV"
 MMAP = "mmap of /dev/iommu"
-BYTES = "without an IOMMU Linux divides memory into bytes; here into pages of 4 KiB"
 MEMORY = "a GPA need not be memory, so that `map` does not fail with EFAULT; DMA to it faults"
 
 _WHAT = {
@@ -52,7 +50,9 @@ _WHAT = {
             iommufd_ioas.ioas_auto_destroy iommufd_ioas.ioas_destroy iommufd_ioas.hwpt_attach
             iommufd_ioas.ioas_area_destroy iommufd_ioas.ioas_area_auto_destroy iommufd_ioas.area
             iommufd_ioas.unmap_fully_contained_areas iommufd_ioas.area_auto_iova iommufd_ioas.reserved_overflow
-            iommufd_ioas.area_allowed iommufd_ioas.copy_area
+            iommufd_ioas.area_allowed iommufd_ioas.copy_area iommufd_ioas.ioas_iova_alloc iommufd_ioas.copy_sweep
+            iommufd_ioas.access_domain_destory iommufd_ioas.access_pin iommufd_ioas.access_pin_unmap
+            iommufd_ioas.access_rw iommufd_ioas.access_rw_unaligned
             iommufd_mock_domain.replace iommufd_mock_domain.alloc_hwpt
             iommufd_dirty_tracking.enforce_dirty iommufd_dirty_tracking.set_dirty_tracking
             iommufd_dirty_tracking.pasid_set_dirty_tracking iommufd_dirty_tracking.device_dirty_capability
@@ -67,22 +67,18 @@ _WHAT = {
             iommufd.cmd_fail iommufd.cmd_ex_fail iommufd_ioas.get_hw_info iommufd_ioas.alloc_hwpt_nested
             iommufd_dirty_tracking.get_dirty_bitmap iommufd_dirty_tracking.get_dirty_bitmap_no_clear
             vfio_compat_mock_domain.get_info vfio_compat_mock_domain.map iommufd_viommu.vdevice_cache
+            iommufd_ioas.iova_ranges
             """,
         MMAP: "iommufd_viommu.viommu_alloc_with_data",
-        FILE: "iommufd_mock_domain.all_aligns iommufd_mock_domain.all_aligns_copy",
+        FILE: "iommufd_mock_domain.all_aligns iommufd_mock_domain.all_aligns_copy iommufd_mock_domain.user_copy",
     },
     Verdict.DIFFERS: {
-        BYTES: "iommufd_ioas.iova_ranges iommufd_ioas.ioas_iova_alloc iommufd_ioas.copy_sweep",
         MEMORY: "iommufd_mock_domain.basic",
         TYPE1: "vfio_compat_mock_domain.huge_map iommufd.unmap_cmd iommufd.map_cmd",
     },
     Verdict.NOT_MODELLED: {
         ABI: "iommufd.cmd_length",
         OPTION: "iommufd.global_options iommufd_ioas.ioas_option_huge_pages iommufd_ioas.ioas_align_change",
-        ACCESS: """
-            iommufd_ioas.access_domain_destory iommufd_ioas.access_pin iommufd_ioas.access_pin_unmap
-            iommufd_ioas.access_rw iommufd_ioas.access_rw_unaligned iommufd_mock_domain.user_copy
-            """,
         PROCESS: """
             change_process.basic iommufd_ioas.fork_gone iommufd_ioas.fork_present iommufd_mock_domain.ro_unshare
             """,

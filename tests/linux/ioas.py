@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from tests.linux.mock import (
     APERTURE,
     BUFFER,
@@ -16,7 +18,7 @@ from tests.linux.mock import (
     Row,
 )
 from tests.spaces.world import RW
-from vmodel.errors import Access
+from vmodel.errors import Access, IommuError
 from vmodel.iommu.iommufd import HwInfoType, Ioas
 from vmodel.span import GiB, Span
 
@@ -51,6 +53,13 @@ MAP = [
         lambda mock: mock.map_any(MOCK_PAGE + 1),
         "EINVAL",
         variants=WITH_DOMAIN,
+    ),
+    Row(
+        "iommufd_ioas.ioas_iova_alloc",
+        "each size, of any number of bytes, without an IOMMU",
+        lambda mock: [mock.ioas.unmap(mock.map_any(size), size) for size in range(1, 2 * PAGE)],
+        list(range(1, 2 * PAGE)),
+        variants=NONE,
     ),
     Row(
         "iommufd_ioas.ioas_iova_alloc",
@@ -141,13 +150,23 @@ def copied(mock: Mock, target: Ioas, iova: int) -> tuple[int, bool]:
     return at - mock.base, page.gpa == BUFFER
 
 
-def sweep(mock: Mock, offset: int) -> object:
-    """Copies a page of the IOMMU from `offset` in the buffer's mapping to another IOAS, and unmaps it."""
-    other = Ioas(mock.context)
-    at = other.copy(mock.ioas, APERTURE.start + offset, MOCK_PAGE, iova=APERTURE.start)
-    [page] = other.mappings()
-    assert page.gpa == BUFFER + offset
-    return other.unmap(at, MOCK_PAGE)
+def sweep(mock: Mock, last: int) -> list[int]:
+    """Copies a page of the IOMMU to another IOAS, from each 511th byte around a mapping that ends at `last`.
+
+    Returns the offsets from which it went.
+    """
+    other, found = Ioas(mock.context), []
+    for source in range(APERTURE.start - PAGE, last + 1, 511):
+        try:
+            at = other.copy(mock.ioas, source, MOCK_PAGE, iova=APERTURE.start)
+        except IommuError as error:
+            assert error.errno == errno.ENOENT
+            continue
+        [page] = other.mappings()
+        assert page.gpa == BUFFER + source - APERTURE.start
+        assert other.unmap(at, MOCK_PAGE) == MOCK_PAGE
+        found.append(source - APERTURE.start)
+    return found
 
 
 def nothing(mock: Mock) -> None:
@@ -163,10 +182,6 @@ def read_only_copy(mock: Mock) -> None:
     """A writable page, and a read-only copy of it after it."""
     mock.map(0)
     copy(mock, Access.READ, mock.base + PAGE)
-
-
-def map_buffer(mock: Mock) -> int:
-    return mock.ioas.map(BUFFER, BUFFER_SIZE, iova=APERTURE.start)
 
 
 COPY = [
@@ -188,12 +203,13 @@ COPY = [
 COPY += [
     Row(
         "iommufd_ioas.copy_sweep",
-        f"from {offset:#x} in a mapping of {BUFFER_SIZE:#x}",
-        lambda mock, offset=offset: sweep(mock, offset),  # type: ignore[misc]
-        MOCK_PAGE if 0 <= offset <= BUFFER_SIZE - MOCK_PAGE else "ENOENT",
-        before=map_buffer,
+        f"from offsets in a mapping of {size:#x}",
+        lambda mock, size=size: sweep(mock, APERTURE.start + size - 1),  # type: ignore[misc]
+        [offset for offset in range(-PAGE, size, 511) if 0 <= offset <= size - MOCK_PAGE],
+        before=lambda mock, size=size: mock.ioas.map(BUFFER, size, iova=APERTURE.start),  # type: ignore[misc]
+        variants=variants,
     )
-    for offset in (-PAGE, -MOCK_PAGE, 0, MOCK_PAGE, PAGE, BUFFER_SIZE - MOCK_PAGE, BUFFER_SIZE)
+    for size, variants in ((BUFFER_SIZE, WITH_DOMAIN), (BUFFER_SIZE - 1, NONE))
 ]
 
 APERTURE_ONLY = [(APERTURE.start, APERTURE.last)]
@@ -201,6 +217,7 @@ RANGES = [
     Row("iommufd_ioas.iova_ranges", "all", Mock.ranges, [(0, LAST)], variants=NONE),
     Row("iommufd_ioas.iova_ranges", "the aperture", Mock.ranges, APERTURE_ONLY, variants=WITH_DOMAIN),
     Row("iommufd_ioas.iova_ranges", "its alignment", lambda mock: mock.ioas.alignment, MOCK_PAGE, variants=WITH_DOMAIN),
+    Row("iommufd_ioas.iova_ranges", "alignment without an IOMMU", lambda mock: mock.ioas.alignment, 1, variants=NONE),
     Row(
         "iommufd_ioas.iova_ranges",
         "two, around what is reserved",
@@ -343,35 +360,7 @@ INFO = [
     ),
 ]
 
-BYTES = "Linux divides memory into bytes until an IOMMU is attached; mappings here are made of pages of 4 KiB at least"
 DIFFERENCES: list[Row] = [
-    Difference(
-        "iommufd_ioas.iova_ranges",
-        "alignment without an IOMMU",
-        lambda mock: mock.ioas.alignment,
-        MOCK_PAGE,
-        variants=NONE,
-        linux=1,
-        why=BYTES,
-    ),
-    Difference(
-        "iommufd_ioas.ioas_iova_alloc",
-        "one byte, without an IOMMU",
-        lambda mock: mock.ioas.unmap(mock.map_any(1), 1),
-        "EINVAL",
-        variants=NONE,
-        linux=1,
-        why=BYTES,
-    ),
-    Difference(
-        "iommufd_ioas.copy_sweep",
-        "from an odd offset to an IOAS without an IOMMU",
-        lambda mock: sweep(mock, 511),
-        "EINVAL",
-        before=map_buffer,
-        linux=MOCK_PAGE,
-        why=BYTES,
-    ),
     Difference(
         "iommufd_mock_domain.basic",
         "an address without memory behind it",

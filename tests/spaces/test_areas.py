@@ -36,7 +36,7 @@ def apart(spans: list[Span]) -> list[Span]:
 
 @given(st.lists(SPANS), SPANS)
 def test_areas_keep_their_order(spans: list[Span], over: Span) -> None:
-    areas, model = Areas(), apart(spans)
+    areas, model = Areas[Mapping](), apart(spans)
     for span in model:
         areas.add(Mapping(span, span.start * 2, RW))
     assert [area.span for area in areas] == sorted(model)
@@ -51,7 +51,7 @@ def test_areas_keep_their_order(spans: list[Span], over: Span) -> None:
 
 
 def test_areas_may_go_while_they_are_listed() -> None:
-    areas = Areas()
+    areas = Areas[Mapping]()
     for n in range(5):
         areas.add(Mapping(Span(n, n), 0, RW))
     for area in areas:
@@ -60,7 +60,7 @@ def test_areas_may_go_while_they_are_listed() -> None:
 
 
 def test_the_ends_of_64_bits() -> None:
-    areas, everything = Areas(), Span(0, 2**64 - 1)
+    areas, everything = Areas[Mapping](), Span(0, 2**64 - 1)
     ends = [Span(0, 0), Span(2**64 - 1, 2**64 - 1)]
     for span in ends:
         areas.add(Mapping(span, 0, RW))

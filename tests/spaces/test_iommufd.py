@@ -171,7 +171,7 @@ def test_unmap(world: World, context: Context, ioas: Ioas) -> None:
 
 
 def test_iova_ranges_follow_the_devices(world: World, context: Context, ioas: Ioas) -> None:
-    assert ioas.iova_ranges() == [Span(0, LAST)] and ioas.alignment == PAGE
+    assert ioas.iova_ranges() == [Span(0, LAST)] and ioas.alignment == 1
     vtd = Bound(context, world.add(world.iommu()).endpoint)
     smmu = Bound(context, world.add(world.iommu("smmu-v3", input_bits=40, page_sizes=frozenset((64 * KiB,)))).endpoint)
     vtd.attach(ioas)

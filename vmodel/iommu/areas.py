@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
 
-from vmodel.errors import IommuError
+from vmodel.errors import Access, IommuError
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.domain import Mapping, PagingDomain
+from vmodel.iommu.domain import PagingDomain
 from vmodel.span import PAGE, Span
 
 
@@ -16,16 +17,35 @@ def _start(span: Span) -> int:
     return span.start
 
 
-class Areas:
+class Mapped(Protocol):
+    """A mapping of an address space."""
+
+    @property
+    def span(self) -> Span:
+        """The IOVAs."""
+
+    @property
+    def gpa(self) -> int:
+        """The GPA of the first."""
+
+    @property
+    def access(self) -> Access:
+        """What DMA may do."""
+
+
+_M = TypeVar("_M", bound=Mapped)
+
+
+class Areas(Generic[_M]):
     """A sorted set of mappings that do not overlap."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
-        self._by_start: dict[int, Mapping] = {}
+        self._by_start: dict[int, _M] = {}
         #: What is mapped, ascending: neighbours are one span.
         self._runs: list[Span] = []
 
-    def add(self, area: Mapping) -> None:
+    def add(self, area: _M) -> None:
         """Adds a mapping; the caller has checked that it overlaps no other."""
         span = area.span
         self._starts.insert(bisect_left(self._starts, span.start), span.start)
@@ -39,7 +59,7 @@ class Areas:
             high += 1
         self._runs[low:high] = [span]
 
-    def remove(self, area: Mapping) -> None:
+    def remove(self, area: _M) -> None:
         """Removes a mapping of the set.  KeyError: it is not in the set.  Of many, remove the last one first."""
         del self._by_start[area.span.start]
         del self._starts[bisect_left(self._starts, area.span.start)]
@@ -51,7 +71,7 @@ class Areas:
         """What is mapped, ascending; neighbours are one span."""
         return list(self._runs)
 
-    def over(self, span: Span) -> Iterator[Mapping]:
+    def over(self, span: Span) -> Iterator[_M]:
         """The mappings that overlap `span`, ascending."""
         at = bisect_left(self._starts, span.start)
         if at and self._by_start[self._starts[at - 1]].span.last >= span.start:
@@ -64,16 +84,16 @@ class Areas:
         """Whether any mapping overlaps `span`."""
         return next(self.over(span), None) is not None
 
-    def __iter__(self) -> Iterator[Mapping]:
+    def __iter__(self) -> Iterator[_M]:
         return (self._by_start[start] for start in list(self._starts))
 
     def __len__(self) -> int:
         return len(self._starts)
 
 
-def fill(domain: PagingDomain, areas: Iterable[Mapping]) -> None:
+def fill(domain: PagingDomain, areas: Iterable[Mapped]) -> None:
     """Maps all areas in a domain, or none.  IommuError as PagingDomain.map."""
-    done: list[Mapping] = []
+    done: list[Mapped] = []
     try:
         for area in areas:
             domain.map(area.span.start, area.gpa, area.span.size, area.access)
@@ -84,7 +104,7 @@ def fill(domain: PagingDomain, areas: Iterable[Mapping]) -> None:
         raise
 
 
-def map_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapping]) -> None:
+def map_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapped]) -> None:
     """Maps all areas in all domains, or nothing.  IommuError as PagingDomain.map."""
     done: list[PagingDomain] = []
     try:
@@ -96,7 +116,7 @@ def map_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapping]) -> Non
         raise
 
 
-def unmap_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapping]) -> None:
+def unmap_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapped]) -> None:
     """Unmaps areas from all domains, which must have them, with one IOTLB flush for each domain."""
     for domain in domains:
         with domain.gather() as gather:

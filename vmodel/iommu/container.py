@@ -58,7 +58,7 @@ class Container(Closing):
         self.name = name or f"container{next(_numbers)}"
         self.dma_limit = dma_limit
         self._groups: dict[Group, PagingDomain] = {}
-        self._areas = Areas()
+        self._areas = Areas[Mapping]()
         self._tracking = False
 
     def __str__(self) -> str:
@@ -144,7 +144,7 @@ class Container(Closing):
         group.release_dma_owner(self)
         del self._groups[group]
         if not self._groups:
-            self._areas = Areas()
+            self._areas = Areas[Mapping]()
             self._tracking = False
 
     @locked

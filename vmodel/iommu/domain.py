@@ -64,15 +64,11 @@ class AllocFlags(enum.IntFlag):
 
 @dataclass(frozen=True)
 class Mapping:
-    """The IOVAs `span` map to GPAs from `gpa` on, with the permissions `access`.
-
-    `writable`: copies of it may have WRITE (in an Ioas; Linux struct iopt_pages).  `cache`: Linux's IOMMU_CACHE.
-    """
+    """The IOVAs `span` map to GPAs from `gpa` on, with the permissions `access`.  `cache`: Linux's IOMMU_CACHE."""
 
     span: Span
     gpa: int
     access: Access
-    writable: bool = field(default=True, compare=False, repr=False)
     cache: bool = field(default=True, repr=False)
 
 

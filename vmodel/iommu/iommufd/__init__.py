@@ -11,7 +11,9 @@ from vmodel.iommu.iommufd.hw_queue import HwQueue, HwQueueType
 from vmodel.iommu.iommufd.hwpt import Hwpt
 from vmodel.iommu.iommufd.invalidate import InvalidationError, VtdS1Invalidate
 from vmodel.iommu.iommufd.ioas import Ioas
+from vmodel.iommu.iommufd.kernel_access import KernelAccess
 from vmodel.iommu.iommufd.nested import AmdGuestDte, NestedData, SmmuV3Ste, Stage1, VtdStage1
+from vmodel.iommu.iommufd.process import AccountMode, Process, User
 from vmodel.iommu.iommufd.registers import AmdInfo, CmdqvInfo, HwInfoType, HwRegisters, SmmuV3Info, VtdInfo
 from vmodel.iommu.iommufd.vdevice import Vdevice
 from vmodel.iommu.iommufd.veventq import Vevent, Veventq, VeventqType
@@ -20,6 +22,7 @@ from vmodel.iommu.iommufd.viommu_types import VIOMMUS
 
 __all__ = [
     "VIOMMUS",
+    "AccountMode",
     "AmdGuestDte",
     "AmdInfo",
     "CmdqvInfo",
@@ -35,11 +38,14 @@ __all__ = [
     "Hwpt",
     "InvalidationError",
     "Ioas",
+    "KernelAccess",
     "NestedData",
     "Object",
+    "Process",
     "SmmuV3Info",
     "SmmuV3Ste",
     "Stage1",
+    "User",
     "Vdevice",
     "Vevent",
     "Veventq",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vmodel.closing import Closing
 from vmodel.errors import IommuError
 from vmodel.iommu.group import Group
+from vmodel.iommu.iommufd.process import AccountMode, Process
 from vmodel.iommu.locking import locked
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class Object:
 
     def release(self) -> None:
         """Called when the object is destroyed: a subclass releases its resources here."""
+
+    def stop(self) -> None:
+        """Called first when the context is closed, without its lock: a kernel driver destroys its object here."""
 
     def check(self, context: Context | None = None) -> None:
         """IommuError(ENOENT): the object has been destroyed, or is not of `context` (by default its own)."""
@@ -53,9 +57,16 @@ class Context(Closing):
     ...     device = Device(context, endpoint)
     """
 
-    def __init__(self, *, allow_unsafe_interrupts: bool = False) -> None:
-        """`allow_unsafe_interrupts`: also devices whose MSIs are not isolated (iommufd's module parameter)."""
+    def __init__(self, *, allow_unsafe_interrupts: bool = False, process: Process | None = None) -> None:
+        """`allow_unsafe_interrupts`: also devices whose MSIs are not isolated (iommufd's module parameter).
+
+        `process` uses the context: pinned memory counts against its limit.  None: one of root, with all capabilities.
+        """
         self.allow_unsafe_interrupts = allow_unsafe_interrupts
+        #: The process that calls.  It may be replaced at any time, as processes can share a context.
+        self.process = Process(ipc_lock=True, sys_resource=True) if process is None else process
+        #: What counts the memory that is mapped from now on, if the process has no CAP_IPC_LOCK.
+        self.account_mode = AccountMode.USER
         #: Held by each call of the context and its objects, not while a page request waits.
         self.lock = threading.RLock()
         self._closed = False
@@ -100,19 +111,23 @@ class Context(Closing):
         """Removes an object whose creation failed."""
         del self._objects[item.id]
 
-    @locked
     def close(self) -> None:
         """Detaches and unbinds all devices, and destroys all objects; their groups have no owner any more.
 
         As the end of a process does it: first the fds of its devices, then that of /dev/iommu (iommufd_fops_release).
         """
-        self._closed = True
-        for device in list(self.devices):
-            device.detach_all()
-        while self._objects:
-            for item in [item for item in self._objects.values() if not item.users]:
-                if self.find(item.id) is item:  # a vDEVICE goes with its device
-                    self.destroy(item.id)
+        with self.lock:
+            self._closed = True
+            for device in list(self.devices):
+                device.detach_all()
+            items = list(self._objects.values())
+        for item in items:
+            item.stop()
+        with self.lock:
+            while self._objects:
+                for item in [item for item in self._objects.values() if not item.users]:
+                    if self.find(item.id) is item:  # a vDEVICE goes with its device
+                        self.destroy(item.id)
 
     def __str__(self) -> str:
         return f"iommufd context {self._number}"

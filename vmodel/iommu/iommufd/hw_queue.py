@@ -7,8 +7,9 @@ import errno
 import itertools
 from typing import TYPE_CHECKING
 
-from vmodel.errors import IommuError
+from vmodel.errors import Access, IommuError
 from vmodel.iommu.iommufd.context import Object
+from vmodel.iommu.iommufd.pins import PinnedPages, pin_areas, release_pins
 from vmodel.span import PAGE, Span
 
 if TYPE_CHECKING:
@@ -34,13 +35,16 @@ class HwQueue(Object):
         super().__init__(viommu.context)
         self.viommu, self.type, self.index = viommu, kind, index
         self.iova, self.length = iova, length
-        self._ioas = viommu.hwpt.ioas
         pages = Span(iova & -PAGE, (iova + length - 1) | (PAGE - 1))
+        self._pins: list[PinnedPages] = []
         try:
-            self.gpa = self._pin(pages) + iova % PAGE
+            self._pins = pin_areas(viommu.hwpt.ioas, pages, Access.READ, locks=True)
+            if any(a.memory.last + 1 != b.memory.start for a, b in itertools.pairwise(self._pins)):
+                raise IommuError(errno.EFAULT, f"{viommu}: the memory of {pages} is not contiguous")
+            self.gpa = self._pins[0].memory.start + iova % PAGE
             viommu.hw_queue_init(index, self.gpa, length)
         except IommuError:
-            self._ioas.unpin(self)
+            release_pins(self._pins)
             viommu.context.unregister(self)
             raise
         viommu.users += 1
@@ -48,15 +52,9 @@ class HwQueue(Object):
         if index:
             viommu.hw_queues[index - 1].users += 1
 
-    def _pin(self, pages: Span) -> int:
-        pieces = self._ioas.pin(pages, self)
-        if any(a.gpa + a.span.size != b.gpa for a, b in itertools.pairwise(pieces)):
-            raise IommuError(errno.EFAULT, f"{self.viommu}: the memory of {pages} is not contiguous")
-        return pieces[0].gpa + (pages.start - pieces[0].span.start)
-
     def release(self) -> None:
         del self.viommu.hw_queues[self.index]
         if self.index:
             self.viommu.hw_queues[self.index - 1].users -= 1
-        self._ioas.unpin(self)
+        release_pins(self._pins)
         self.viommu.users -= 1

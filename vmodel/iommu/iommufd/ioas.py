@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from vmodel.errors import Access, IommuError
-from vmodel.iommu.areas import Areas, common, fill, holes, joined, map_in_all, merged_dirty, unmap_in_all
+from vmodel.iommu.areas import Areas, common, holes, joined, map_in_all, merged_dirty, unmap_in_all
 from vmodel.iommu.domain import Mapping
 from vmodel.iommu.iommufd.context import Context, Object
+from vmodel.iommu.iommufd.pages import MappedArea, Pages
 from vmodel.iommu.locking import locked
 from vmodel.span import PAGE, MiB, Span
 
 if TYPE_CHECKING:
     from vmodel.iommu.iommufd.hwpt import Hwpt
+    from vmodel.iommu.iommufd.kernel_access import KernelAccess
 
 _LAST = (1 << 64) - 1
 _RW = Access.READ | Access.WRITE
@@ -26,6 +28,8 @@ _RW = Access.READ | Access.WRITE
 _HUGE_PAGE = 2 * MiB
 #: Spans that are never allocated automatically (Linux iopt_alloc_iova).
 _NEVER_CHOSEN = [Span(0, PAGE - 1), Span(_LAST - PAGE + 1, _LAST)]
+#: How often an unmap notifies kernel accesses to unpin a mapping (Linux iopt_unmap_iova_range).
+_TRIES = 100
 
 
 class Ioas(Object):
@@ -34,12 +38,12 @@ class Ioas(Object):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.hwpts: list[Hwpt] = []
-        self._areas = Areas()
+        #: The kernel accesses that are attached.
+        self.accesses: list[KernelAccess] = []
+        self._areas = Areas[MappedArea]()
         self._allowed: list[Span] | None = None
         #: Reserved spans, each with its owner; `unreserve` removes those of an owner.
         self._reserved: list[tuple[Span, object]] = []
-        #: Pinned spans, each with its owner: they stay mapped until `unpin`.
-        self._pinned: list[tuple[Span, object]] = []
 
     # ---- addresses -------------------------------------------------------------------------
 
@@ -47,9 +51,11 @@ class Ioas(Object):
     def alignment(self) -> int:
         """The alignment, in bytes, of IOVAs, GPAs and sizes: the largest of the HWPTs' smallest pages.
 
-        Without a HWPT it is 4 KiB (in Linux one byte, as the CPU's page tables divide the memory into pages there).
+        It is 4 KiB, or more, while a kernel access can pin pages; without that and a HWPT it is one byte.
+        (iopt_calculate_iova_alignment)
         """
-        return max((min(hwpt.paging.page_sizes) for hwpt in self.hwpts), default=PAGE)
+        pages = [min(hwpt.paging.page_sizes) for hwpt in self.hwpts]
+        return max(pages + [access.alignment for access in self.accesses], default=1)
 
     @locked
     def iova_ranges(self) -> list[Span]:
@@ -103,7 +109,8 @@ class Ioas(Object):
         """
         self._check_arguments(size, access, iova)
         self._check_range("gpa", gpa, size)
-        return self._insert([(gpa, size, Access.WRITE in access)], access, iova)
+        pages = Pages(self.context.process, self.context.account_mode, gpa, writable=Access.WRITE in access)
+        return self._insert([(pages, gpa % PAGE, size)], access, iova)
 
     def _check_arguments(self, size: int, access: Access, iova: int | None) -> None:
         """The checks that Linux makes first (iommufd_ioas_map, iommufd_ioas_copy)."""
@@ -120,28 +127,50 @@ class Ioas(Object):
         if size <= 0:
             raise IommuError(errno.EINVAL, f"{self}: {size} bytes")
 
-    def _insert(self, pieces: list[tuple[int, int, bool]], access: Access, iova: int | None) -> int:
+    def _insert(self, pieces: list[tuple[Pages, int, int]], access: Access, iova: int | None) -> int:
         """Maps pieces at consecutive IOVAs, each as a mapping of its own; returns the first IOVA.
 
-        A piece is (gpa, size, writable).  The order of the checks is Linux's (iopt_alloc_area_pages).
+        A piece is (pages, first byte of them, size).  The order of the checks is Linux's (iopt_alloc_area_pages).
         """
-        total = sum(size for _, size, _ in pieces)
+        total = sum(size for _, _, size in pieces)
         if total & (self.alignment - 1):
             raise IommuError(errno.EINVAL, f"{self}: {total:#x} bytes: not aligned to {self.alignment:#x}")
-        first = at = self._choose(pieces[0][0], total) if iova is None else self._fixed(iova, total)
+        first = at = (
+            self._choose(pieces[0][0].address + pieces[0][1], total) if iova is None else self._fixed(iova, total)
+        )
         areas = []
-        for gpa, size, writable in pieces:
-            if Access.WRITE in access and not writable:
-                raise IommuError(errno.EPERM, f"{self}: gpa {gpa:#x}, {size:#x} bytes: read-only")
-            if (gpa | size) & (self.alignment - 1):
-                text = f"{self}: gpa {gpa:#x}, {size:#x} bytes: not aligned to {self.alignment:#x}"
+        for pages, start, size in pieces:
+            if Access.WRITE in access and not pages.writable:
+                raise IommuError(errno.EPERM, f"{self}: gpa {pages.gpa + start:#x}, {size:#x} bytes: read-only")
+            if (pages.gpa + start) & (self.alignment - 1):
+                text = f"{self}: gpa {pages.gpa + start:#x}: not aligned to {self.alignment:#x}"
                 raise IommuError(errno.EINVAL, text)
-            areas.append(Mapping(Span.sized(at, size), gpa, access, writable))
+            areas.append(MappedArea(Span.sized(at, size), access, pages, start))
             at += size
-        map_in_all([hwpt.paging for hwpt in self.hwpts], areas)
+        self._fill(areas, self.hwpts)
         for area in areas:
             self._areas.add(area)
         return first
+
+    def _fill(self, areas: Iterable[MappedArea], hwpts: list[Hwpt]) -> None:
+        """Maps and pins areas in HWPTs, or none of them (iopt_area_fill_domains)."""
+        done: list[MappedArea] = []
+        domains = [hwpt.paging for hwpt in hwpts]
+        try:
+            for area in areas if hwpts else ():
+                area.check()
+                map_in_all(domains, [area])
+                try:
+                    area.pin()
+                except IommuError:
+                    unmap_in_all(domains, [area])
+                    raise
+                done.append(area)
+        except IommuError:
+            unmap_in_all(domains, done)
+            for area in done:
+                area.unpin()
+            raise
 
     def _fixed(self, iova: int, size: int) -> int:
         if iova & (self.alignment - 1):
@@ -154,86 +183,87 @@ class Ioas(Object):
             raise IommuError(errno.EEXIST, f"{self}: {span} overlaps a mapping")
         return iova
 
-    def _choose(self, gpa: int, size: int) -> int:
-        """Allocates IOVAs: the first fit with the alignment of the GPA, up to 2 MiB, for large pages; never 0."""
+    def _choose(self, address: int, size: int) -> int:
+        """Allocates IOVAs: the first fit with the alignment of the memory, up to 2 MiB, for large pages; never 0."""
         if size >= _LAST // 2:
             raise IommuError(errno.EOVERFLOW, f"{self}: {size:#x} bytes are too many to allocate IOVAs for")
         wanted = 1 << (size - 1).bit_length()
-        align = min(wanted, gpa & -gpa or wanted, _HUGE_PAGE)
+        align = min(wanted, address & -address or wanted, _HUGE_PAGE)
         if align < self.alignment:
-            raise IommuError(errno.EINVAL, f"{self}: gpa {gpa:#x} is not aligned to {self.alignment:#x}")
+            raise IommuError(errno.EINVAL, f"{self}: {address:#x} is not aligned to {self.alignment:#x}")
         room = common(self.iova_ranges(), joined(self._allowed or [Span(0, _LAST)]))
         for hole in holes(room, [*_NEVER_CHOSEN, *self._areas.spans]):
-            start = (hole.start + align - 1) & -align
-            if start + size - 1 <= hole.last:
+            start = ((hole.start + align - 1) & -align) | address % PAGE
+            if start < hole.last and start + size - 1 <= hole.last:
                 return start
         raise IommuError(errno.ENOSPC, f"{self}: no free IOVAs for {size:#x} bytes")
 
-    @locked
     def unmap(self, iova: int, size: int) -> int:
         """IOMMU_IOAS_UNMAP; returns the bytes removed.  IOVA 0 and 2**64 - 1 bytes: as `unmap_all`.
 
-        IommuError: EINVAL no size; EOVERFLOW wraps; ENOENT nothing is mapped in the range, or a mapping is only partly
-        in it, or the IOAS has been destroyed; EBUSY a mapping is pinned.  The mappings before the one that is refused
-        are removed, as in Linux.
+        What a kernel access has pinned is unmapped when it has unpinned it: all accesses are notified, up to 101
+        times.  IommuError: EINVAL no size; EOVERFLOW wraps; ENOENT nothing is mapped in the range, or a mapping is
+        only partly in it, or the IOAS has been destroyed; EBUSY a HwQueue uses a mapping; EDEADLOCK a mapping is still
+        pinned, and cannot be pinned or accessed any more.  The mappings before the one that an error is about are
+        removed, as in Linux.
         """
         if iova == 0 and size == _LAST:
             return self.unmap_all()
-        self._check_range("iova", iova, size)
-        span = Span.sized(iova, size)
-        removed = self._remove_in(span)
+        with self.lock:
+            self._check_range("iova", iova, size)
+        removed = self._unmap_range(Span.sized(iova, size))
         if not removed:
-            raise IommuError(errno.ENOENT, f"{self}: nothing is mapped in {span}")
+            raise IommuError(errno.ENOENT, f"{self}: nothing is mapped in {iova:#x}, {size:#x} bytes")
         return removed
 
-    @locked
     def unmap_all(self) -> int:
         """IOMMU_IOAS_UNMAP of everything; returns the bytes removed.
 
-        IommuError: ENOENT it has been destroyed; EBUSY as `unmap`.
+        IommuError: ENOENT it has been destroyed; EDEADLOCK as `unmap`.
         """
-        self.check()
-        return self._remove_in(Span(0, _LAST))
+        return self._unmap_range(Span(0, _LAST))
 
-    def _remove_in(self, span: Span) -> int:
-        """Removes all mappings of `span`, up to one that cannot be removed.  (Linux iopt_unmap_iova_range)"""
-        found: list[Mapping] = []
-        refused: IommuError | None = None
+    def _unmap_range(self, span: Span) -> int:
+        """Linux iopt_unmap_iova_range; the lock is not held while kernel accesses are notified."""
+        removed = tries = 0
+        while True:
+            with self.lock:
+                self.check()
+                whole, stop = self._until_pinned(span)
+                removed += self._remove(whole)
+                if stop is None:
+                    return removed
+                if stop.locks:
+                    raise IommuError(errno.EBUSY, f"{self}: the mapping {stop.span} is in use by a HW_QUEUE")
+                if not span.covers(stop.span):
+                    raise IommuError(errno.ENOENT, f"{self}: unmap of {span} would cut the mapping {stop.span}")
+                if (whole[-1].span.last + 1 if whole else span.start) != stop.span.start:
+                    tries = 0
+                stop.leaving = True
+                span = Span(stop.span.start, span.last)
+                accesses = list(self.accesses)
+            for access in accesses:
+                if access in self.accesses and not access.ending:
+                    access.notify(stop.span.start, stop.span.size)
+            tries += 1
+            if tries > _TRIES:
+                raise IommuError(errno.EDEADLOCK, f"{self}: {stop.span} is still pinned")
+
+    def _until_pinned(self, span: Span) -> tuple[list[MappedArea], MappedArea | None]:
+        """The areas of `span` up to the first that is pinned by an access, or cut by the span; and that one."""
+        whole: list[MappedArea] = []
         for area in self._areas.over(span):
-            if self._is_pinned(area):
-                refused = IommuError(errno.EBUSY, f"{self}: the mapping {area.span} is pinned")
-            elif not span.covers(area.span):
-                refused = IommuError(errno.ENOENT, f"{self}: unmap of {span} would cut the mapping {area.span}")
-            if refused is not None:
-                break
-            found.append(area)
-        removed = self._remove(found)
-        if refused is not None:
-            raise refused
-        return removed
+            if area.accesses or not span.covers(area.span):
+                return whole, area
+            whole.append(area)
+        return whole, None
 
-    def pin(self, span: Span, owner: object) -> list[Mapping]:
-        """Keeps `span` mapped until `unpin(owner)`: `unmap` of it is EBUSY; returns its mappings, ascending.
-
-        IommuError(ENOENT): a part of it is not mapped.  (Linux iommufd_access_pin_pages)
-        """
-        areas = list(self._areas.over(span))
-        if holes([span], [area.span for area in areas]):
-            raise IommuError(errno.ENOENT, f"{self}: a part of {span} is not mapped")
-        self._pinned.append((span, owner))
-        return areas
-
-    def unpin(self, owner: object) -> None:
-        """Frees all spans that `owner` has pinned."""
-        self._pinned = [(span, by) for span, by in self._pinned if by is not owner]
-
-    def _is_pinned(self, area: Mapping) -> bool:
-        return any(span.overlaps(area.span) for span, _ in self._pinned)
-
-    def _remove(self, areas: list[Mapping]) -> int:
+    def _remove(self, areas: list[MappedArea]) -> int:
         unmap_in_all((hwpt.paging for hwpt in self.hwpts), areas)
         for area in reversed(areas):
             self._areas.remove(area)
+            if self.hwpts:
+                area.unpin()
         return sum(area.span.size for area in areas)
 
     @locked
@@ -247,22 +277,29 @@ class Ioas(Object):
         source.check(self.context)
         self._check_arguments(size, access, iova)
         self._check_range("iova", source_iova, size)
-        span, at = Span.sized(source_iova, size), source_iova
-        pieces: list[tuple[int, int, bool]] = []
-        for area in source._areas.over(span):
+        span = Span.sized(source_iova, size)
+        found = list(source.contiguous(span))
+        return self._insert([(area.pages, area.byte(part.start), part.size) for area, part in found], access, iova)
+
+    def contiguous(self, span: Span) -> Iterator[tuple[MappedArea, Span]]:
+        """The areas of `span`, ascending, and the part of it that each has.
+
+        IommuError(ENOENT), after those before it: a part is not mapped.  (Linux iopt_for_each_contig_area)
+        """
+        at = span.start
+        for area in self._areas.over(span):
             if area.span.start > at:
                 break
             last = min(area.span.last, span.last)
-            pieces.append((area.gpa + (at - area.span.start), last - at + 1, area.writable))
+            yield area, Span(at, last)
             at = last + 1
         if at <= span.last:
-            raise IommuError(errno.ENOENT, f"{source} has no mapping at iova {at:#x}")
-        return self._insert(pieces, access, iova)
+            raise IommuError(errno.ENOENT, f"{self} has no mapping at iova {at:#x}")
 
     @locked
     def mappings(self) -> list[Mapping]:
         """All mappings, ascending, each as it was made."""
-        return list(self._areas)
+        return [area.mapping for area in self._areas]
 
     # ---- dirty tracking --------------------------------------------------------------------
 
@@ -305,14 +342,37 @@ class Ioas(Object):
         """
         for beyond in holes([Span(0, _LAST)], [hwpt.paging.aperture]):
             self._check_unused(beyond)
-        page = min(hwpt.paging.page_sizes)
-        if any((area.span.start | area.span.size | area.gpa) & (page - 1) for area in self._areas):
-            raise IommuError(errno.EADDRINUSE, f"{self}: a mapping is not made of whole pages of {page:#x}")
-        fill(hwpt.paging, self._areas)
+        self._check_aligned(min(hwpt.paging.page_sizes))
+        self._fill(self._areas, [hwpt])
+        if self.hwpts:
+            # An area is pinned for all HWPTs together.
+            for area in self._areas:
+                area.unpin()
         self.hwpts.append(hwpt)
         self.users += 1
+
+    def _check_aligned(self, alignment: int) -> None:
+        """IommuError(EADDRINUSE): a mapping is not aligned (Linux iopt_check_iova_alignment)."""
+        if any((area.span.start | area.span.size | area.gpa) & (alignment - 1) for area in self._areas):
+            raise IommuError(errno.EADDRINUSE, f"{self}: a mapping is not made of whole pages of {alignment:#x}")
 
     def remove_hwpt(self, hwpt: Hwpt) -> None:
         """Removes a paging HWPT."""
         self.hwpts.remove(hwpt)
+        self.users -= 1
+        if not self.hwpts:
+            for area in self._areas:
+                area.unpin()
+
+    # ---- kernel accesses -------------------------------------------------------------------
+
+    def add_access(self, access: KernelAccess) -> None:
+        """Attaches a kernel access.  IommuError(EADDRINUSE): a mapping is not aligned as it needs."""
+        self._check_aligned(access.alignment)
+        self.accesses.append(access)
+        self.users += 1
+
+    def remove_access(self, access: KernelAccess) -> None:
+        """Detaches a kernel access."""
+        self.accesses.remove(access)
         self.users -= 1
