@@ -467,6 +467,30 @@ def test_groups() -> None:
     assert not any(line != line.rstrip() for line in tree)
 
 
+def test_groups_with_another_default(tmp_path: Path) -> None:
+    """As by iommu.strict on Linux's command line; a key of the file and untrusted devices have priority."""
+    file = tmp_path / "m.toml"
+    head = '[machine]\nname = "m"\n[[iommu]]\nname = "a"\nkind = "vt-d"\ncovers = ["0000:00:03.0"]\n'
+    other = '[[iommu]]\nname = "b"\nkind = "vt-d"\ncovers = ["0000:00:04.0-0000:00:05.0"]\ndefault_domain = "dma"\n'
+    more = ("", "", "untrusted = true\n")
+    devices = [
+        f'[[device]]\nname = "edu{n}"\nmodel = "edu"\naddress = "0000:00:0{n}.0"\n{text}'
+        for n, text in zip((3, 4, 5), more, strict=True)
+    ]
+    file.write_text(head + other + "".join(devices))
+    shown = vmodel("groups", file, "--default-domain", "dma-fq").stdout
+    assert [re.search(r"\((.*?)\)", line)[1] for line in shown.splitlines()[1:4]] == [  # type: ignore[index]
+        "DMA-FQ",
+        "DMA",
+        "DMA, untrusted",
+    ]
+    found = json.loads(vmodel("groups", file, "--json").stdout)
+    assert [group["type"] for group in found["groups"]] == ["identity", "DMA", "DMA"]
+    assert [device["untrusted"] for device in found["devices"]] == [False, False, True]
+    said = refused(vmodel("groups", file, "--default-domain", "DMA"))
+    assert said == "--default-domain 'DMA': must be identity, dma, dma-fq"
+
+
 @pytest.mark.slow
 def test_groups_for_tools(tmp_path: Path) -> None:
     found = json.loads(vmodel("groups", GROUPS, "--json").stdout)

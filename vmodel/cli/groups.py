@@ -17,7 +17,7 @@ from vmodel.errors import ConfigError
 from vmodel.iommu import sysfs
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.system import System
-from vmodel.machine import Machine
+from vmodel.machine import DEFAULT_DOMAINS, Machine
 from vmodel.pci.topology import Bus, Function
 
 Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw them as SVG.")]
@@ -25,17 +25,34 @@ Sysfs = Annotated[
     Path | None, typer.Option("--sysfs", metavar="DIR", help="Write them to DIR in the form of Linux's /sys/kernel.")
 ]
 
+DefaultDomain = Annotated[
+    str,
+    typer.Option(
+        "--default-domain",
+        metavar="identity|dma|dma-fq",
+        help="As if each IOMMU without default_domain had it: Linux's iommu.passthrough=1, iommu.strict=1 or 0.",
+    ),
+]
+
 #: Groups use these colours in turn, by their number.
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 
-def groups(path: MachinePath, as_json: AsJson = False, svg: Svg = None, sysfs_dir: Sysfs = None) -> None:
+def groups(
+    path: MachinePath,
+    as_json: AsJson = False,
+    svg: Svg = None,
+    sysfs_dir: Sysfs = None,
+    default_domain: DefaultDomain = "identity",
+) -> None:
     """Show a machine's IOMMU groups.
 
     The tree has segments, bridges and devices, and the reason why each is in its group.
     """
     log_to_stderr(False)
-    with loaded(path) as machine:
+    if default_domain not in DEFAULT_DOMAINS:
+        raise ConfigError(f"--default-domain {default_domain!r}: must be {', '.join(DEFAULT_DOMAINS)}")
+    with loaded(path, DEFAULT_DOMAINS[default_domain]) as machine:
         if svg is not None:
             _save(svg, draw(machine.system))
         if sysfs_dir is not None:
@@ -84,7 +101,7 @@ def _label(endpoint: Endpoint) -> str:
     if group is None:
         return f"{head}  [dim]no group: {escape(endpoint.why)}[/]"
     colour = _COLOURS[group.number % len(_COLOURS)]
-    kind = group.default_domain.type.value
+    kind = group.default_domain.type.value + (", untrusted" if endpoint.untrusted else "")
     return f"{head}  [{colour}]group {group.number}[/] [dim]({kind}) {escape(endpoint.why)}[/]"
 
 
@@ -130,6 +147,7 @@ def _device(endpoint: Endpoint) -> dict[str, Any]:
         "secondary": function.secondary.number if function.secondary is not None else None,
         "iommu": endpoint.iommu.name if endpoint.iommu is not None else None,
         "requester_id": endpoint.requester_id,
+        "untrusted": endpoint.untrusted,
         "group": endpoint.group.number if endpoint.group is not None else None,
         "why": endpoint.why,
     }

@@ -25,6 +25,7 @@ from vmodel.cli.output import Verbose, log_to_stderr
 from vmodel.control import Control
 from vmodel.errors import ConfigError
 from vmodel.inject import Engine, FaultPlan, live, parse_rule
+from vmodel.iommu.domain import DomainType
 from vmodel.server import Server
 from vmodel.trace import Trace, Wanted, log_verbosely
 
@@ -164,9 +165,9 @@ def leave(status: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def loaded(path: Path) -> Iterator[machines.Machine]:
+def loaded(path: Path, default_domain: DomainType = DomainType.IDENTITY) -> Iterator[machines.Machine]:
     """A machine and its devices, closed on exit.  ConfigError: the machine file is wrong."""
-    machine = machines.load(path)
+    machine = machines.load(path, default_domain=default_domain)
     try:
         yield machine
     finally:

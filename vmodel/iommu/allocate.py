@@ -43,13 +43,16 @@ def paging_domain_alloc(endpoint: Endpoint, flags: AllocFlags = AllocFlags.NONE)
 
 
 def dma_domain_alloc(endpoint: Endpoint) -> PagingDomain:
-    """A kernel-managed domain for a device; its IOTLB flushes are deferred unless the IOMMU is strict.
+    """A kernel-managed domain for a device.
 
+    Its IOTLB flushes are deferred unless the IOMMU is strict, or a member of the group is untrusted.
     IommuError(ENODEV): the device has no group.
     """
     iommu = _iommu_of(endpoint)
+    assert endpoint.group is not None
+    strict = iommu.capabilities.strict or any(member.untrusted for member in endpoint.group.endpoints)
     flags = AllocFlags.DIRTY_TRACKING if iommu.capabilities.dirty_tracking else AllocFlags.NONE
-    return PagingDomain(DomainType.DMA if iommu.capabilities.strict else DomainType.DMA_FQ, iommu, flags)
+    return PagingDomain(DomainType.DMA if strict else DomainType.DMA_FQ, iommu, flags)
 
 
 def nested_domain_alloc(endpoint: Endpoint, parent: PagingDomain, memory: GuestMemory, table: Table) -> TableDomain:

@@ -140,24 +140,44 @@ class System:
         found = find_group(self, endpoint)
         endpoint.why = found.why
         if found.isolated:
-            group = found.group or Group(iommu, next(self._numbers), self._default(iommu, endpoint), self._lock)
+            group = found.group or Group(iommu, next(self._numbers), self._default(iommu, [endpoint]), self._lock)
             group.join(endpoint)
             if found.group is None:
                 self.groups.append(group)
 
-    def _default(self, iommu: Iommu, endpoint: Endpoint) -> Domain:
-        """The default domain of a device's new group (Linux iommu_get_default_domain_type).
+    def _default_type(self, iommu: Iommu, endpoints: Iterable[Endpoint]) -> DomainType:
+        """The type of a group's default domain (Linux iommu_get_default_domain_type).
 
-        IommuError(EINVAL): the device is untrusted, and the IOMMU's driver must not translate it.
+        IommuError(EINVAL): a member is untrusted, and the IOMMU's driver must not translate the group.
         """
-        needed = iommu.driver.default_domain_type(endpoint.source, endpoint.max_pasids)
-        if endpoint.untrusted and needed not in (None, DomainType.DMA):
-            raise IommuError(errno.EINVAL, f"{endpoint.name} is untrusted: {iommu.driver.title} cannot translate it")
-        kind = needed or (DomainType.DMA if endpoint.untrusted else self.default)
+        endpoints = list(endpoints)
+        needs = {iommu.driver.default_domain_type(e.source, e.max_pasids) for e in endpoints} - {None}
+        # Where drivers contradict each other, identity wins (iommu_get_def_domain_type).
+        needed = DomainType.IDENTITY if DomainType.IDENTITY in needs else next(iter(needs), None)
+        untrusted = next((endpoint for endpoint in endpoints if endpoint.untrusted), None)
+        if untrusted is not None and needed not in (None, DomainType.DMA):
+            text = f"{untrusted.name} is untrusted: {iommu.driver.title} cannot translate it"
+            raise IommuError(errno.EINVAL, text)
+        return needed or (DomainType.DMA if untrusted is not None else iommu.default or self.default)
+
+    def _default(self, iommu: Iommu, endpoints: Iterable[Endpoint]) -> Domain:
+        kind = self._default_type(iommu, endpoints)
         if kind is DomainType.IDENTITY:
             return iommu.identity
         tracking = iommu.capabilities.dirty_tracking
         return PagingDomain(kind, iommu, AllocFlags.DIRTY_TRACKING if tracking else AllocFlags.NONE)
+
+    def set_defaults(self, groups: Iterable[Group]) -> None:
+        """Gives groups, without drivers and owners, the default domains that all their members need.
+
+        Linux does so at boot, when it knows all devices (bus_iommu_probe); one that is added later gets the default
+        domain that its group has.  IommuError: EINVAL a driver needs identity for an untrusted member; else as
+        Group.set_default.
+        """
+        with self._lock:
+            for group in groups:
+                if group.default_domain.type is not self._default_type(group.iommu, group.endpoints):
+                    group.set_default(self._default(group.iommu, group.endpoints))
 
     def remove(self, endpoint: Endpoint) -> None:
         """Removes and detaches a device; the last one of a group removes the group.  ValueError: it was not added.

@@ -44,7 +44,7 @@ from vmodel.errors import ConfigError, IommuError
 from vmodel.files import create
 from vmodel.iommu.allocate import dma_domain_alloc
 from vmodel.iommu.capabilities import RegionType
-from vmodel.iommu.domain import Domain
+from vmodel.iommu.domain import Domain, DomainType
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommu import Coverage, Iommu
@@ -56,12 +56,13 @@ from vmodel.machine.models import load_model, load_served
 from vmodel.machine.schema import GroupTable, IommuTable, MachineFile, MappingTable, coverage
 from vmodel.mistakes import exception_line
 from vmodel.pci.extcaps import Ats, Pasid
+from vmodel.pci.topology import Function
 from vmodel.qemu import bridge_args, device_args, memory_args, spare_default_devices
 from vmodel.server import MAX_SOCKET_PATH, Server
 from vmodel.span import Span
 from vmodel.vfio_user.version import Limits
 
-__all__ = ["Machine", "MachineErrors", "load", "load_model", "parse"]
+__all__ = ["DEFAULT_DOMAINS", "Machine", "MachineErrors", "load", "load_model", "parse"]
 
 
 class MachineErrors(ConfigError):
@@ -78,11 +79,29 @@ def _pasids(device: PciDevice) -> int:
     return next((1 << part.width for part in parts if isinstance(part, Pasid)), 0)
 
 
+#: The values of `default_domain`, as Linux's iommu.passthrough=1, and iommu.strict=1 and 0, choose them.
+DEFAULT_DOMAINS = {"identity": DomainType.IDENTITY, "dma": DomainType.DMA, "dma-fq": DomainType.DMA_FQ}
+#: Sections whose tables are functions.
+_NAMED = ("iommu", "bridge", "device")
+
+
+def _is_at_or_behind(source: object, name: str) -> bool:
+    """Whether a function has this name, or is behind a bridge that has it."""
+    while isinstance(source, Function):
+        if source.name == name:
+            return True
+        source = source.home.bridge
+    return False
+
+
 class Machine:
     """A machine as its file describes it, with its devices and IOMMUs."""
 
-    def __init__(self, raw: Mapping[str, Any], file: Path) -> None:
-        """`raw` is the file's content, parsed as TOML; `file` is for error messages.  MachineErrors."""
+    def __init__(self, raw: Mapping[str, Any], file: Path, *, default_domain: DomainType = DomainType.IDENTITY) -> None:
+        """`raw` is the file's content, parsed as TOML; `file` is for error messages.  MachineErrors.
+
+        `default_domain`: of IOMMUs that the guest does not drive and that have no such key.
+        """
         check = Check(raw, file)
         if check.content is None or check.errors:
             raise MachineErrors(check.errors)
@@ -94,12 +113,17 @@ class Machine:
         #: The devices by name, in the file's order.
         self.devices: dict[str, PciDevice] = {}
         #: IOMMUs, endpoints and groups.
-        self.system = System(self.topology, group_mf=check.content.machine.group_mf)
+        self.system = System(self.topology, group_mf=check.content.machine.group_mf, default=default_domain)
         self._functions = check.functions
+        #: Names of the tables with `untrusted`.
+        self._untrusted = [t.name for t in check.content.bridge if t.untrusted]
+        self._untrusted += [t.name for t in check.content.device if t.untrusted]
         try:
             self._make_devices(check)
             self._make_iommus(check)
+            self._check_untrusted()
             self._serve_iommus()
+            self._set_default_domains()
             self._set_domains()
         except BaseException:
             self.close()
@@ -128,7 +152,12 @@ class Machine:
         for n, table in enumerate(self.content.iommu):
             driver = check.drivers[n]
             covers = [Coverage.pci(*coverage(text)) for text in table.covers]
-            self.system.add_iommu(Iommu(table.name, driver, covers, table.capabilities.over(driver.default)))
+            iommu = Iommu(table.name, driver, covers, table.capabilities.over(driver.default))
+            if table.default_domain is not None:
+                iommu.default = DEFAULT_DOMAINS[table.default_domain]
+            elif table.address is not None:
+                iommu.default = DomainType.IDENTITY  # until the guest drives it
+            self.system.add_iommu(iommu)
             if table.address is not None:
                 self._make_iommu_device(table)
         served = {table.name for table in self.content.iommu}
@@ -136,16 +165,58 @@ class Machine:
         by_name = {iommu.name: iommu for iommu in self.system.iommus}
         for function in self.topology.functions():
             device, wish = self.devices.get(function.name), chosen.get(function.name)
-            endpoint = self.system.add(
-                function,
-                device.dma.requester if device is not None else None,
-                iommu=by_name.get(wish or ""),
-                bypass=wish == "none" or function.name in served,
-                max_pasids=0 if device is None else _pasids(device),
-            )
+            try:
+                endpoint = self.system.add(
+                    function,
+                    device.dma.requester if device is not None else None,
+                    iommu=by_name.get(wish or ""),
+                    bypass=wish == "none" or function.name in served,
+                    max_pasids=0 if device is None else _pasids(device),
+                    untrusted=self._is_untrusted(function),
+                )
+            except IommuError as error:
+                raise ConfigError(error.strerror or "", file=self.file, key=self._table_of(function.name)) from None
             if device is not None:
                 endpoint.has_ats = any(isinstance(part, Ats) for part in device.declaration.capabilities.values())
                 device.dma.endpoint = endpoint
+
+    def _table_of(self, name: str) -> str:
+        """The table of a device, bridge or IOMMU in the file."""
+        places = [(section, n, table) for section in _NAMED for n, table in enumerate(getattr(self.content, section))]
+        return next(f"{section}[{n}]" for section, n, table in places if table.name == name)
+
+    def _is_untrusted(self, function: Function) -> bool:
+        """Whether it, or a bridge above it, is (Linux set_pcie_untrusted)."""
+        if function.name in self._untrusted:
+            return True
+        above = function.home.bridge
+        return above is not None and self._is_untrusted(above)
+
+    def _check_untrusted(self) -> None:
+        """ConfigError: an external port without an IOMMU that could protect the guest, or that the guest drives."""
+        for name in self._untrusted:
+            behind = [e for e in self.system.endpoints if _is_at_or_behind(e.source, name)]
+            covered = [endpoint.iommu for endpoint in behind if endpoint.iommu is not None]
+            served = [iommu for iommu in covered if iommu.name in self.devices]
+            if not covered:
+                text = f"{name!r}: no IOMMU covers it, so it reaches all memory: leave this out"
+            elif served:
+                text = f"{name!r}: the guest drives {served[0].name!r}, and chooses its domain: leave this out"
+            else:
+                continue
+            raise ConfigError(text, file=self.file, key=f"{self._table_of(name)}.untrusted")
+
+    def _set_default_domains(self) -> None:
+        """Once all devices are there.  ConfigError: none of an IOMMU's groups can have its default domain."""
+        try:
+            self.system.set_defaults(g for g in self.system.groups if g.iommu.name not in self.devices)
+        except IommuError as error:
+            raise ConfigError(error.strerror or "", file=self.file) from None
+        for n, iommu in enumerate(self.system.iommus):
+            types = {group.default_domain.type for group in self.system.groups if group.iommu is iommu}
+            if iommu.default is not None and types and iommu.default not in types:
+                text = f"no group of it can have one: {iommu.driver.title} needs {', '.join(t.value for t in types)}"
+                raise ConfigError(text, file=self.file, key=f"iommu[{n}].default_domain")
 
     def _serve_iommus(self) -> None:
         for n, iommu in enumerate(self.system.iommus):
@@ -182,6 +253,10 @@ class Machine:
         if table.domain != "paging":
             if table.mapping:
                 raise self._wrong(n, "mapping", f'a domain "{table.domain}" has no mappings: only "paging" has')
+            untrusted = next((e.name for e in group.endpoints if e.untrusted), None)
+            if table.domain == "identity" and untrusted is not None:
+                text = f'"identity": {untrusted!r} is untrusted, and would reach all memory: "paging" or "blocked"'
+                raise self._wrong(n, "domain", text)
             self._set_default(n, group, group.iommu.identity if table.domain == "identity" else group.iommu.blocked)
             return
         domain = dma_domain_alloc(endpoint)
@@ -319,14 +394,17 @@ class Machine:
         return any(device.backend.abandoned for device in self.devices.values())
 
 
-def parse(text: str, file: Path) -> Machine:
+def parse(text: str, file: Path, *, default_domain: DomainType = DomainType.IDENTITY) -> Machine:
     """Makes the machine that `text` describes; `file` is for messages.  ConfigError, one line for each mistake."""
-    return Machine(parse_toml(text, file), file)
+    return Machine(parse_toml(text, file), file, default_domain=default_domain)
 
 
-def load(path: Path) -> Machine:
-    """Makes the machine that a file describes.  ConfigError, one line for each mistake."""
+def load(path: Path, *, default_domain: DomainType = DomainType.IDENTITY) -> Machine:
+    """Makes the machine that a file describes; `default_domain` as in Machine.
+
+    ConfigError, one line for each mistake.
+    """
     text = read_text(path)
     if not text.strip():
         raise ConfigError('is empty: a machine file needs a [machine] table with name = "edu-demo"', file=path)
-    return parse(text, path)
+    return parse(text, path, default_domain=default_domain)

@@ -126,6 +126,9 @@ class Check:
                     self.wrong("iommu", n, f"params.{key}", text)
 
     def _served_iommu(self, n: int, table: Mapping[str, Any]) -> None:
+        if "default_domain" in table:
+            text = "the guest drives this IOMMU, and chooses (iommu.passthrough, iommu.strict): leave it out"
+            self.wrong("iommu", n, "default_domain", text)
         if table["kind"] not in KINDS:
             return  # an unknown kind is one mistake, which `_driver` reports
         if table["kind"] not in IOMMUS:

@@ -136,6 +136,11 @@ class DeviceTable(_Strict):
         examples=['"iommu0"'],
         description='the name of an [[iommu]], or `"none"`; else the first that covers the address',
     )
+    untrusted: bool = Field(
+        default=False,
+        examples=["true"],
+        description="it is behind an external port: its group has the domain `dma`, whatever `default_domain` is",
+    )
     bootindex: Annotated[int, Field(ge=1, le=9999)] | None = Field(
         default=None,
         examples=["1"],
@@ -165,6 +170,9 @@ class BridgeTable(_Strict):
     )
     acs: bool | None = Field(
         default=None, examples=["false"], description="has ACS; by default root ports have it, and only they may"
+    )
+    untrusted: bool = Field(
+        default=False, examples=["true"], description="it is an external port: it and all behind it are untrusted"
     )
 
 
@@ -239,6 +247,12 @@ class IommuTable(_Strict):
         ["0000"],
         examples=['["0000:00:03.0-0000:00:1e.7"]'],
         description="segments, buses, addresses or ranges of addresses whose devices are behind it",
+    )
+    default_domain: Literal["identity", "dma", "dma-fq"] | None = Field(
+        default=None,
+        examples=['"dma"'],
+        description="domain of groups without a [[group]], as Linux's iommu.passthrough and iommu.strict choose it: "
+        "identity (without this key), or one without mappings",
     )
     params: dict[str, Any] = Field(default_factory=dict, examples=["{ }"], description="parameters of its kind")
     capabilities: CapabilitiesTable = Field(
