@@ -110,10 +110,11 @@ class Guest:
     def events(self, depth: int = 8) -> Veventq:
         return self.viommu.veventq_alloc(VeventqType.ARM_SMMUV3, depth)
 
-    def sees(self, iova: int = IOVA) -> int | None:
+    def sees(self, iova: int = IOVA, pasid: int | None = None) -> int | None:
         """Where in the VM's memory a read gets to, without disturbing the tables; None: it faults."""
+        dma = self.device.dma if pasid is None else self.device.dma.with_pasid(pasid)
         try:
-            data = self.device.dma.read(iova, 8)
+            data = dma.read(iova, 8)
         except DmaFault:
             return None
         return int.from_bytes(data, "little")
@@ -240,6 +241,60 @@ def test_two_levels_of_context_descriptors(guest: Guest) -> None:
         assert guest.sees() == seen
     guest.attach(guest.ste(V | S1 | 2 << 4 | 12 << 59, 1))
     assert guest.sees(IPA + DATA) == DATA, "S1DSS: bypass"
+
+
+@pytest.mark.parametrize("fmt", [0, 1, 2], ids=["linear", "leaves of 4 KiB", "leaves of 64 KiB"])
+def test_substreams(guest: Guest, fmt: int) -> None:
+    """Descriptor n is for PASID n: read at the first access, and again after CFGI_CD (5.3 for tables of two levels)."""
+    wide = {0: 0, 1: 6, 2: 10}[fmt]
+    pasid = 3 if not fmt else (1 << wide) + 3
+    leaf = 0x4_0000 if fmt else CD
+    guest.tables()
+    guest.descriptor()
+    if fmt:
+        guest.put(CD + 8, IPA + leaf | 1)
+    guest.descriptor(at=leaf + 64 * 3)
+    guest.viommu.vdevice_alloc(guest.bound, VSID)
+    guest.attach(guest.ste(V | S1 | fmt << 4 | 12 << 59, 1))
+    queue = guest.events()
+    assert guest.sees(pasid=pasid) == DATA and guest.sees(IPA + DATA) == DATA
+    assert guest.sees(IOVA + PAGE, pasid) is None
+    assert guest.sees(pasid=(1 << 12) + 3) is None, "beyond S1CDMAX"
+    events = [struct.unpack("<4Q", event.data)[0] for event in queue.read(1 << 12)]
+    assert [(word & 0xFF, word >> 11 & 1, word >> 12 & 0xF_FFFF, word >> 32) for word in events] == [
+        (0x10, 1, pasid, VSID),
+        (0x08, 1, (1 << 12) + 3, VSID),
+    ]
+    guest.tables(DATA + PAGE)
+    assert guest.sees(pasid=pasid) == DATA
+    guest.viommu.invalidate([command(NH_VA | ASID << 48, IOVA)])
+    assert guest.sees(pasid=pasid) == DATA + PAGE
+    guest.descriptor(at=leaf + 64 * 3, clear=1 << 31)
+    assert guest.sees(pasid=pasid) == DATA + PAGE, "the old one is cached"
+    guest.viommu.invalidate([command(CD_ONE | pasid << 12 | VSID << 32)])
+    assert guest.sees(pasid=pasid) is None and [kind for kind, _, _, _ in decode(queue)] == [0x0A]
+    guest.bound.replace(guest.parent)
+    assert guest.sees(pasid=pasid) is None and guest.device.group.pasids == {}
+
+
+def test_substreams_without_a_table(guest: Guest) -> None:
+    """S1CDMAX 0: C_BAD_SUBSTREAMID (7.3.5)."""
+    guest.translated()
+    queue = guest.events()
+    assert guest.sees(pasid=3) is None and [kind for kind, _, _, _ in decode(queue)] == [0x08]
+
+
+def test_a_device_without_pasids(guest: Guest) -> None:
+    guest.tables()
+    guest.descriptor(at=CD + 64 * 3)
+    guest.viommu.vdevice_alloc(guest.bound, VSID)
+    guest.device.endpoint.max_pasids = 0
+    guest.attach(guest.ste(V | S1 | 4 << 59, 1))
+    assert guest.sees(pasid=3) is None
+    guest.device.endpoint.max_pasids = 3
+    assert guest.sees(pasid=3) is None
+    guest.device.endpoint.max_pasids = 4
+    assert guest.sees(pasid=3) == DATA
 
 
 # ---- events ----------------------------------------------------------------------------------
@@ -486,6 +541,12 @@ def test_amd(world: World) -> None:
     for data in (gdte(), gdte(IPA + 0x7000, glx=1)):
         guest.attach(guest.bound.hwpt_alloc(guest.viommu, data=data, memory=world.memory))
         assert guest.sees() == DATA and guest.sees(IOVA + PAGE) is None
+    guest.put(CD + 8 * 5, IPA + TABLES | 1)
+    for pasid, seen in ((5, DATA), (6, None), (512 * 512, None)):
+        assert guest.sees(pasid=pasid) == seen
+    without = AmdGuestDte((gdte().words[0] & ~(1 << 54), *gdte().words[1:]))
+    guest.attach(guest.bound.hwpt_alloc(guest.viommu, data=without, memory=world.memory))
+    assert guest.sees(IPA + DATA) == DATA and guest.sees(pasid=5) == DATA, "without GIOV"
     with refused(errno.EOPNOTSUPP):
         guest.viommu.invalidate([])
     with refused(errno.EOPNOTSUPP):

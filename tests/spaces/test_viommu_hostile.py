@@ -33,7 +33,7 @@ from vmodel.iommu.iommufd import (
 from vmodel.span import MiB
 
 IPA, GPA = 256 * MiB, MiB
-PAGE, TABLES = 4096, 0x1000
+PAGE, TABLES, PASID = 4096, 0x1000, 3
 OTHERS = b"\xee" * 8
 WORD = st.integers(0, (1 << 64) - 1)
 #: Where an entry may be made to lead: into the VM's memory, beside it, to the host's, anywhere.
@@ -81,6 +81,7 @@ class Vm:
             at, word = words[which]
             word = word if target is None else word & ~(((1 << 52) - 1) & -PAGE) | target
             words[which] = (at, word if bit is None else word ^ 1 << bit)
+        words += [(at + 8 * PASID * (8 if kind == "smmu-v3" else 1), word) for at, word in words[:2]]
         for at, word in words:
             self.ram[GPA + at : GPA + at + 8] = (word & (1 << 64) - 1).to_bytes(8, "little")
         self.context = Context()
@@ -112,10 +113,11 @@ class Vm:
     def accesses(self, iovas: list[int]) -> None:
         """Reads and writes get only to the VM's memory."""
         for iova in (MAPPED, *iovas):
-            with contextlib.suppress(DmaFault):
-                assert self.device.dma.read(iova, 8) != OTHERS
-            with contextlib.suppress(DmaFault):
-                self.device.dma.write(iova, b"written!")
+            for dma in (self.device.dma, self.device.dma.with_pasid(PASID)):
+                with contextlib.suppress(DmaFault):
+                    assert dma.read(iova, 8) != OTHERS
+                with contextlib.suppress(DmaFault):
+                    dma.write(iova, b"written!")
         assert self.ram[:GPA] == OTHERS * (GPA // 8) and self.ram[GPA + MiB :] == OTHERS * ((RAM - GPA - MiB) // 8)
 
 

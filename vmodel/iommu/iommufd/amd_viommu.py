@@ -48,7 +48,10 @@ class Dte2(Layout):
 
 
 class AmdNested(Stage1):
-    """Stage 1 by a guest's device table entry; the GCR3 table is read when a device is attached."""
+    """Stage 1 by a guest's device table entry.
+
+    The GCR3 table is read when a device is attached, and at the first access with a PASID.
+    """
 
     def __init__(self, iommu: Iommu, parent: PagingDomain, memory: GuestMemory, data: AmdGuestDte) -> None:
         """IommuError: EINVAL an illegal entry; EOPNOTSUPP five levels that the IOMMU has not (validate_gdte_nested)."""
@@ -64,12 +67,19 @@ class AmdNested(Stage1):
         self._levels = 4 + level
 
     def read(self) -> Domain:
-        if not self._dte.GIOV:  # requests without a PASID are translated by the parent alone (2.2.5)
-            return self._parent
+        # Without GIOV requests without a PASID are translated by the parent alone (2.2.5).
+        return self._tables(0) if self._dte.GIOV and self._dte.GV else self._parent
+
+    def read_pasid(self, pasid: int) -> Domain | None:
+        return self._tables(pasid) if self._dte.GV else None
+
+    def _tables(self, pasid: int) -> Domain:
+        if pasid >> 9 * (self._dte.GLX + 1):
+            return Aborting("no GCR3 entry")
         try:
             tables, at = GuestTables(self._parent, self._memory), self._gcr3
-            for _ in range(self._dte.GLX + 1):  # entry 0 of each level: PASID 0
-                (entry,) = tables.words(at, 1)
+            for level in range(self._dte.GLX, -1, -1):
+                (entry,) = tables.words(at + 8 * (pasid >> 9 * level & 0x1FF), 1)
                 if not entry & 1:
                     return Aborting("no GCR3 entry")
                 at = entry & _ADDRESS

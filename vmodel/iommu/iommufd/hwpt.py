@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from vmodel.errors import IommuError
 from vmodel.iommu.domain import Domain, PagingDomain, TableDomain
+from vmodel.iommu.endpoint import ASKABLE
+from vmodel.iommu.fault import FaultRecord
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommufd.context import Context, Object
 from vmodel.iommu.iommufd.fault_object import FaultObject
@@ -148,15 +150,31 @@ class Hwpt(Object):
         """Reads what the user's data points to again, and attaches the groups to the domain that results."""
         if self.stage1 is None:
             return
+        if self.viommu is not None:
+            self.viommu.drop_pasids(self)
         domain = self.stage1.read()
-        if self.fault is not None and isinstance(domain, TableDomain):
-            domain.page_handler = self.fault.handle
+        self._set_handler(domain)
         for (group, pasid), hwpt in self.context.attached.items():
             if hwpt is self and pasid is None:
                 group.replace(domain)
             elif hwpt is self and pasid is not None:
                 group.replace_pasid(domain, pasid)
         self.domain = domain
+
+    def _set_handler(self, domain: Domain) -> None:
+        if self.fault is not None and isinstance(domain, TableDomain):
+            domain.page_handler = self.fault.handle
+
+    def asks(self, record: FaultRecord) -> bool:
+        """Whether a fault was a page request first."""
+        return self.fault is not None and record.reason in ASKABLE
+
+    def domain_of(self, pasid: int) -> Domain | None:
+        """The domain of accesses with a PASID, by the user's data; None: they have none."""
+        domain = None if self.stage1 is None else self.stage1.read_pasid(pasid)
+        if domain is not None:
+            self._set_handler(domain)
+        return domain
 
     def attached(self, group: Group) -> None:
         """A group is attached to it, without a PASID."""
@@ -166,7 +184,7 @@ class Hwpt(Object):
     def detached(self, group: Group) -> None:
         """A group is not attached to it any more."""
         if self.viommu is not None:
-            self.viommu.detached(group)
+            self.viommu.detached(self, group)
 
     @locked
     def invalidate(self, what: Span | Sequence[VtdS1Invalidate] | None = None) -> int:

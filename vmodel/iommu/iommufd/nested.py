@@ -87,6 +87,14 @@ class Stage1(ABC):
     def read(self) -> Domain:
         """Reads what the data points to, as the IOMMU does at the first access; returns the domain of accesses."""
 
+    def read_pasid(self, pasid: int) -> Domain | None:
+        """As `read`, of accesses with a PASID; None: the data do not lead to tables of PASIDs."""
+        return None
+
+    def drop_pasids(self) -> None:
+        """What was read of PASIDs is not valid any more; nothing is attached to it."""
+        return
+
 
 class Aborting(Domain):
     """The domain of a nested HWPT whose tables cannot be used: blocks all accesses."""

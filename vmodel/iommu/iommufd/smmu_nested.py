@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import errno
+from dataclasses import dataclass
 
 from vmodel.errors import DmaFault, IommuError
 from vmodel.iommu.domain import Domain, DomainType, PagingDomain, TableDomain
@@ -82,10 +83,25 @@ _TTB = 0x000F_FFFF_FFFF_FFF0
 _L2PTR = 0x000F_FFFF_FFFF_F000
 
 
-class SmmuNested(Stage1):
-    """Stage 1 by an STE.  The context descriptor is read when a device is attached, and after CFGI_CD.
+@dataclass(frozen=True)
+class ReadDescriptor:
+    """What the SMMU keeps of a context descriptor.
 
-    (Hardware reads it at the first access after those.)
+    `domain` of the accesses; `event`: what one that it blocks is reported as, None: it is not; `reports`: whether
+    faults of the tables are (CD.R).
+    """
+
+    domain: Domain
+    event: SmmuEvent | None = None
+    asid: int | None = None
+    reports: bool = False
+
+
+class SmmuNested(Stage1):
+    """Stage 1 by an STE.
+
+    The context descriptor of requests without a substream is read when a device is attached, and after CFGI_CD, those
+    of substreams (PASIDs) at the first access after that.  (Hardware does so with all of them.)
     """
 
     def __init__(self, iommu: Iommu, parent: PagingDomain, memory: GuestMemory, ste: SmmuV3Ste) -> None:
@@ -99,50 +115,71 @@ class SmmuNested(Stage1):
             raise IommuError(errno.EIO, f"stream table entry {ste.word0:#x} {ste.word1:#x} is not legal")
         self.config = SteConfig(config)
         self.needs_vdevice = self.config is SteConfig.TRANSLATE
-        #: The ASID of the descriptor that was read last.
-        self.asid: int | None = None
-        #: Whether faults of the tables are reported (CD.R).
-        self.reports = False
-        #: What an access that the domain blocks is reported as; None: it is not.
-        self.event: SmmuEvent | None = None
+        #: What has been read, by substream; None: of requests without one.
+        self.descriptors: dict[int | None, ReadDescriptor] = {}
 
     def read(self) -> Domain:
-        self.asid, self.event, self.reports = None, None, False
+        self.descriptors[None] = found = self._plain()
+        return found.domain
+
+    def read_pasid(self, pasid: int) -> Domain | None:
+        """Substream `pasid`.  None: the STE has no table of descriptors."""
+        if self.config is not SteConfig.TRANSLATE or not self._ste.S1CDMAX:
+            return None
+        if pasid not in self.descriptors:
+            self.descriptors[pasid] = self._substream(pasid)
+        return self.descriptors[pasid].domain
+
+    def drop_pasids(self) -> None:
+        self.descriptors = {key: value for key, value in self.descriptors.items() if key is None}
+
+    def event_of(self, pasid: int | None) -> SmmuEvent | None:
+        """What an access that is blocked is reported as; None: it is not."""
+        if pasid is not None and self.needs_vdevice and pasid not in self.descriptors:
+            return SmmuEvent.C_BAD_SUBSTREAMID
+        found = self.descriptors.get(pasid)
+        return None if found is None else found.event
+
+    def _plain(self) -> ReadDescriptor:
         if self.config is SteConfig.BYPASS:
-            return self._parent
+            return ReadDescriptor(self._parent)
         if self.config is SteConfig.ABORT:
-            return Aborting("abort")
+            return ReadDescriptor(Aborting("abort"))
         if self._ste.S1CDMAX and self._more.S1DSS != 2:
             if self._more.S1DSS == 1:
-                return self._parent
-            self.event = SmmuEvent.F_STREAM_DISABLED
-            return Aborting("no substream")
-        try:
-            return self._descriptor(GuestTables(self._parent, self._memory))
-        except DmaFault:  # F_CD_FETCH, or a fault of stage 2: not the guest's
-            return Aborting("context descriptor cannot be read")
+                return ReadDescriptor(self._parent)
+            return ReadDescriptor(Aborting("no substream"), SmmuEvent.F_STREAM_DISABLED)
+        return self._substream(0)
 
-    def _descriptor(self, tables: GuestTables) -> Domain:
+    def _substream(self, number: int) -> ReadDescriptor:
+        if number >> self._ste.S1CDMAX:
+            return ReadDescriptor(Aborting(f"no substream {number}"), SmmuEvent.C_BAD_SUBSTREAMID)
+        try:
+            return self._descriptor(GuestTables(self._parent, self._memory), number)
+        except DmaFault:  # F_CD_FETCH, or a fault of stage 2: not the guest's
+            return ReadDescriptor(Aborting("context descriptor cannot be read"))
+
+    def _descriptor(self, tables: GuestTables, number: int) -> ReadDescriptor:
         at = self._ste.S1CONTEXTPTR << Ste0.S1CONTEXTPTR.lo
-        self.event = SmmuEvent.C_BAD_CD
         if self._ste.S1CDMAX and self._ste.S1FMT:
             if self._ste.S1FMT not in _SPLIT:
-                return Aborting("bad table of context descriptors")
-            (first,) = tables.words(at, 1)
-            if not first & 1:
-                self.event = SmmuEvent.C_BAD_SUBSTREAMID
-                return Aborting("no context descriptor")
-            at = first & _L2PTR
-        words = tables.words(at, _CD_SIZE // 8)
+                return ReadDescriptor(Aborting("bad table of context descriptors"), SmmuEvent.C_BAD_CD)
+            split = _SPLIT[self._ste.S1FMT]
+            (leaf,) = tables.words(at + 8 * (number >> split), 1)
+            if not leaf & 1:
+                return ReadDescriptor(Aborting("no context descriptor"), SmmuEvent.C_BAD_SUBSTREAMID)
+            at, number = leaf & _L2PTR, number & (1 << split) - 1
+        words = tables.words(at + _CD_SIZE * number, _CD_SIZE // 8)
         cd = Cd0(words[0])
         table = self._table(cd, words[1])
         if table is None:
-            return Aborting("bad context descriptor")
-        self.asid, self.event, self.reports = int(cd.ASID), None, bool(cd.R)
+            return ReadDescriptor(Aborting("bad context descriptor"), SmmuEvent.C_BAD_CD)
+        reports, asid = bool(cd.R), int(cd.ASID)
         if cd.EPD0:  # no walks: each access is a translation fault
-            self.event = SmmuEvent.F_TRANSLATION if cd.R else None
-            return Aborting("walks are disabled")
-        return TableDomain(DomainType.NESTED, self._iommu, self._memory, table, self._parent)
+            event = SmmuEvent.F_TRANSLATION if reports else None
+            return ReadDescriptor(Aborting("walks are disabled"), event, asid, reports)
+        domain = TableDomain(DomainType.NESTED, self._iommu, self._memory, table, self._parent)
+        return ReadDescriptor(domain, None, asid, reports)
 
     def _table(self, cd: Cd0, ttb: int) -> Table | None:
         """The table of a descriptor; None: it is illegal, or has what the SMMU lacks."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vmodel.errors import Access, IommuError, Reason
 from vmodel.iommu.domain import AllocFlags, TableDomain
-from vmodel.iommu.endpoint import ASKABLE, Endpoint
+from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import FaultRecord
 from vmodel.iommu.iommufd.hw_queue import HwQueueType
 from vmodel.iommu.iommufd.hwpt import Hwpt
@@ -82,9 +82,10 @@ class SmmuV3Viommu(Viommu):
         span = range_of(words) if op in (SmmuOp.TLBI_NH_VA, SmmuOp.TLBI_NH_VAA) else None
         asid = int(Tlbi0(words[0]).ASID) if op in (SmmuOp.TLBI_NH_VA, SmmuOp.TLBI_NH_ASID) else None
         for hwpt in self.hwpts:
-            stage1 = hwpt.stage1
-            if isinstance(hwpt.domain, TableDomain) and isinstance(stage1, SmmuNested) and asid in (None, stage1.asid):
-                hwpt.domain.flush(span, own=False)  # the TLBs of devices: ATC_INV
+            assert isinstance(hwpt.stage1, SmmuNested)
+            for found in hwpt.stage1.descriptors.values():
+                if isinstance(found.domain, TableDomain) and asid in (None, found.asid):
+                    found.domain.flush(span, own=False)  # the TLBs of devices: ATC_INV
 
     def _for_device(self, op: SmmuOp, words: tuple[int, int]) -> None:
         vdevice = self.vdevices.get(int(Atc0(words[0]).SID))
@@ -105,11 +106,10 @@ class SmmuV3Viommu(Viommu):
         """
         stage1 = hwpt.stage1
         assert isinstance(stage1, SmmuNested)
-        if record.pasid is not None and record.reason is Reason.PASID:
-            event: SmmuEvent | None = SmmuEvent.C_BAD_SUBSTREAMID if stage1.needs_vdevice else None
-        elif record.reason is Reason.BLOCKED:
-            event = stage1.event
-        elif record.stage != 1 or not stage1.reports or (hwpt.fault is not None and record.reason in ASKABLE):
+        found = stage1.descriptors.get(record.pasid)
+        if record.reason in (Reason.PASID, Reason.BLOCKED):
+            event = stage1.event_of(record.pasid)
+        elif record.stage != 1 or found is None or not found.reports or hwpt.asks(record):
             return None
         else:
             event = _EVENTS.get(record.reason)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 import errno
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vmodel.errors import IommuError
+from vmodel.errors import DmaFault, IommuError, Reason
 from vmodel.iommu.domain import AllocFlags
+from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import FaultRecord
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommu import Iommu
@@ -18,6 +20,7 @@ from vmodel.iommu.iommufd.hw_queue import HwQueue, HwQueueType
 from vmodel.iommu.iommufd.hwpt import Hwpt
 from vmodel.iommu.iommufd.invalidate import run
 from vmodel.iommu.iommufd.nested import NestedData, Stage1
+from vmodel.iommu.iommufd.resolvers import resolvers_of
 from vmodel.iommu.iommufd.vdevice import Vdevice
 from vmodel.iommu.iommufd.veventq import MOST_EVENTS, Veventq, VeventqType
 from vmodel.iommu.locking import locked
@@ -26,6 +29,10 @@ from vmodel.memory import GuestMemory
 
 if TYPE_CHECKING:
     from vmodel.iommu.iommufd.device import Device
+
+log = logging.getLogger(__name__)
+#: The most PASIDs that are attached by the data of users.
+_MOST_PASIDS = 4096
 
 
 class ViommuType(enum.IntEnum):
@@ -63,10 +70,14 @@ class Viommu(Object):
         self._veventqs: dict[int, Veventq] = {}
         self._masters: dict[str, tuple[Hwpt, int]] = {}
         hwpt.users += 1
+        #: The PASIDs of groups that were attached at an access, by the data of a HWPT.
+        self._pasids: list[tuple[Hwpt, Group, int]] = []
         self._quiet = self.iommu.on_fault(self._faulted)
+        self._unlink = resolvers_of(self.iommu).add(self._resolve)
 
     def release(self) -> None:
         self._quiet()
+        self._unlink()
         self.hwpt.users -= 1
 
     # ---- what a type may have --------------------------------------------------------------
@@ -178,6 +189,40 @@ class Viommu(Object):
             if event is not None and queue is not None:
                 queue.put(event[1])
 
+    def _resolve(self, endpoint: Endpoint, fault: DmaFault) -> bool:
+        """Attaches the domain of a PASID at its first access; the access is tried again."""
+        group = endpoint.group
+        if fault.reason is not Reason.PASID or fault.pasid is None or endpoint.max_pasids == 0 or group is None:
+            return False
+        with self.lock:
+            hwpt = self.context.attached.get((group, None))
+            if hwpt is None or hwpt.viommu is not self:
+                return False
+            if fault.pasid in group.pasids:  # another thread was faster
+                return True
+            if len(self._pasids) >= _MOST_PASIDS:
+                for item in {item for item, _, _ in self._pasids}:
+                    self.drop_pasids(item)
+            domain = hwpt.domain_of(fault.pasid)
+            if domain is None:
+                return False
+            try:
+                group.attach_pasid(domain, fault.pasid)
+            except OSError as error:  # the device, or the IOMMU, has no such PASID; or there is no memory
+                log.debug("%s: pasid %#x of %s: %s", self, fault.pasid, endpoint.name, error)
+                return False
+            self._pasids.append((hwpt, group, fault.pasid))
+            return True
+
+    def drop_pasids(self, hwpt: Hwpt) -> None:
+        """The next access with a PASID reads what the HWPT's data lead to again."""
+        for item, group, pasid in self._pasids:
+            if item is hwpt and pasid in group.pasids:
+                group.detach_pasid(pasid)
+        self._pasids = [entry for entry in self._pasids if entry[0] is not hwpt]
+        if hwpt.stage1 is not None:
+            hwpt.stage1.drop_pasids()
+
     # ---- nested HWPTs ----------------------------------------------------------------------
 
     def virt_ids(self, hwpt: Hwpt, group: Group) -> dict[str, tuple[Hwpt, int]]:
@@ -197,8 +242,9 @@ class Viommu(Object):
         with self._reporting:
             self._masters.update(ids)
 
-    def detached(self, group: Group) -> None:
-        """The group's faults are not the VM's any more."""
+    def detached(self, hwpt: Hwpt, group: Group) -> None:
+        """The group's faults, and its PASIDs, are not the VM's any more."""
+        self.drop_pasids(hwpt)
         with self._reporting:
             for endpoint in group.endpoints:
                 self._masters.pop(endpoint.name, None)
