@@ -404,10 +404,8 @@ def test_ownership(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
     assert (group.owner, fault_of(dma)) == ("vm", Reason.BLOCKED)
     refused(errno.EPERM, "is owned by vm", group.claim_dma_owner, "other")
     refused(errno.EINVAL, "is not owned by other", group.release_dma_owner, "other")
-    group.claim_dma_owner("vm")
+    refused(errno.EPERM, "is owned by vm", group.claim_dma_owner, "vm")  # also by itself: iommu_group_claim_dma_owner
     group.attach(mapped(pair[0], OLD))
-    group.release_dma_owner("vm")  # the first of two
-    assert (group.owner, dma.read(IOVA, 1)) == ("vm", b"O")
     refused(errno.EBUSY, "a domain is still attached", group.release_dma_owner, "vm")
     assert (group.owner, dma.read(IOVA, 1)) == ("vm", b"O")
     group.detach()
@@ -418,6 +416,29 @@ def test_ownership(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
     group.release_dma_owner("vm")
     assert (group.owner, dma.read(IOVA, 1)) == (None, b"I")
     group.claim_dma_owner("other")
+
+
+def test_claims_for_devices(world: World, pair: tuple[Endpoint, Endpoint]) -> None:
+    """They are counted (iommu_device_claim_dma_owner); the release of the group ends all of them."""
+    group = group_of(pair[0])
+    refused(errno.EINVAL, "is not owned by vm", group.release_for_device, "vm")
+    group.claim_for_device("vm")
+    group.claim_for_device("vm")
+    refused(errno.EPERM, "is owned by vm", group.claim_for_device, "other")
+    refused(errno.EPERM, "is owned by vm", group.claim_dma_owner, "vm")
+    refused(errno.EINVAL, "is not owned by other", group.release_for_device, "other")
+    group.attach(mapped(pair[0], OLD))
+    group.release_for_device("vm")  # the first of two
+    assert (group.owner, world.dmas["00:03.1"].read(IOVA, 1)) == ("vm", b"O")
+    refused(errno.EBUSY, "a domain is still attached", group.release_for_device, "vm")
+    group.detach()
+    group.release_for_device("vm")
+    assert group.owner is None
+    group.claim_for_device("vm")
+    group.claim_for_device("vm")
+    group.release_dma_owner("vm")
+    assert group.owner is None
+    refused(errno.EINVAL, "is not owned by vm", group.release_for_device, "vm")
 
 
 def test_viability(world: World, pair: tuple[Endpoint, Endpoint]) -> None:

@@ -12,6 +12,7 @@ from vmodel.iommu.allocate import (
     walked_domain_alloc,
 )
 from vmodel.iommu.capabilities import Capabilities, RegionType, ReservedRegion
+from vmodel.iommu.changes import Change, ChangeKind
 from vmodel.iommu.domain import AllocFlags, Domain, DomainType, PagingDomain, TableDomain
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.iommu.endpoint import Endpoint
@@ -24,6 +25,8 @@ from vmodel.iommu.system import System
 __all__ = [
     "AllocFlags",
     "Capabilities",
+    "Change",
+    "ChangeKind",
     "Coverage",
     "Domain",
     "DomainType",

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Sequence
 from vmodel import _shim
 from vmodel.errors import DmaFault, IommuError, Reason
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
+from vmodel.iommu.changes import ChangeKind, Changes
 from vmodel.iommu.domain import Domain, DomainType, TableDomain
 from vmodel.iommu.driver import Source
 from vmodel.iommu.fault import FaultRecord, PageRequest, PageResponse
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommu import Iommu
+from vmodel.iommu.release import released, wait_for_owner
 from vmodel.iommu.stale import StaleUse
 from vmodel.logs import limited
 from vmodel.memory import GuestMemory
@@ -46,6 +48,8 @@ class Endpoint:
         bypass: bool = False,
         max_pasids: int | None = None,
         enforce_snoop: bool | None = None,
+        changes: Changes | None = None,
+        unbind_waits: float = 0.0,
     ) -> None:
         self.name = name
         self.source = source
@@ -65,6 +69,9 @@ class Endpoint:
         #: Whether it is behind an external port (Linux pci_dev.untrusted).
         self.untrusted = False
         self.driver: object | None = None
+        self.changes = changes or Changes()
+        #: Seconds that `unbind` waits for the group's owner (System).
+        self.unbind_waits = unbind_waits
         self._requester = requester
         self._requests = itertools.count(1)
         self._pri_failed = False
@@ -152,28 +159,55 @@ class Endpoint:
             for note in notes:
                 iommu.stale(StaleUse(iommu.name, self.name, self.requester_id or 0, note))
 
+    @property
+    def bound_without_dma(self) -> bool:
+        """Whether its driver does no DMA by itself, and may be bound beside an owner (driver_managed_dma)."""
+        return self.driver in DRIVERS_WITHOUT_DMA
+
     def uses_default_domain(self, owner: object = None) -> bool:
         """Whether a driver other than `owner` is bound that does DMA by the kernel's default domain."""
-        return self.driver is not None and self.driver != owner and self.driver not in DRIVERS_WITHOUT_DMA
+        return self.driver is not None and self.driver != owner and not self.bound_without_dma
 
     def bind(self, driver: object) -> None:
         """Binds a driver.
 
         IommuError(EBUSY): another driver is bound, or the group has another owner or a domain of a user's.  (Linux
-        iommu_device_use_default_domain)
+        really_probe, iommu_device_use_default_domain)
         """
-        if self.driver is not None and self.driver != driver:
-            raise IommuError(errno.EBUSY, f"{self.name} is in use by {self.driver}")
-        group = None if driver in DRIVERS_WITHOUT_DMA else self.group
-        if group is not None and group.owner is not None and group.owner != driver:
-            raise IommuError(errno.EBUSY, f"{self.name}: {group} is owned by {group.owner}")
-        if group is not None and group.owner is None and group.in_use:
-            raise IommuError(errno.EBUSY, f"{self.name}: {group} has a domain that is not the kernel's")
-        self.driver = driver
+        self._check_free(driver)
+        if self.driver is None:
+            self.changes.notify(ChangeKind.BIND_DRIVER, self, self.group, driver)
+            with self.changes:
+                self._check_free(driver)  # subscribers may have changed it
+                self.driver = driver
+                self.changes.notify(ChangeKind.BOUND_DRIVER, self, self.group, driver)
+
+    def _check_free(self, driver: object) -> None:
+        with self.changes:
+            if self.driver is not None and self.driver != driver:
+                raise IommuError(errno.EBUSY, f"{self.name} is in use by {self.driver}")
+            group = None if driver in DRIVERS_WITHOUT_DMA else self.group
+            why = None
+            if group is not None and group.owner is not None and group.owner != driver:
+                why = f"{self.name}: {group} is owned by {group.owner}"
+            elif group is not None and group.owner is None and group.in_use:
+                why = f"{self.name}: {group} has a domain that is not the kernel's"
+            if why is not None:
+                self.changes.notify(ChangeKind.DRIVER_NOT_BOUND, self, self.group, driver)
+                raise IommuError(errno.EBUSY, why)
 
     def unbind(self) -> None:
-        """Unbinds the driver."""
-        self.driver = None
+        """Unbinds the driver; with System(unbind_waits=...) when the owner of the group has released it.
+
+        IommuError(EBUSY): the group still has an owner after that time; the driver stays bound.
+        """
+        if self.driver is not None:
+            wait_for_owner(self)
+            self.changes.notify(ChangeKind.UNBIND_DRIVER, self, self.group, self.driver)
+        with released(self):
+            if (driver := self.driver) is not None:  # subscribers may have unbound it
+                self.driver = None
+                self.changes.notify(ChangeKind.UNBOUND_DRIVER, self, self.group, driver)
 
     # ---- faults ----------------------------------------------------------------------------
 

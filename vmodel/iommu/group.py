@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 from typing import TYPE_CHECKING
 
 from vmodel.errors import IommuError
-from vmodel.iommu.capabilities import RegionType, ReservedRegion
+from vmodel.iommu.capabilities import ReservedRegion
+from vmodel.iommu.changes import ChangeKind, Changes
+from vmodel.iommu.direct import map_direct
 from vmodel.iommu.domain import Domain, DomainType, PagingDomain, TableDomain
 from vmodel.span import Span
 
@@ -79,10 +80,10 @@ def _can_walk(domain: TableDomain, iommu: Iommu, endpoint: Endpoint) -> str | No
 class Group:
     """Devices that share a domain and an owner.  `number` is unique in the machine, and for people only."""
 
-    def __init__(self, iommu: Iommu, number: int, default: Domain, lock: threading.RLock) -> None:
+    def __init__(self, iommu: Iommu, number: int, default: Domain, changes: Changes) -> None:
         self.iommu = iommu
         self.number = number
-        self.name = ""
+        self._name = ""
         self.endpoints: list[Endpoint] = []
         #: The kernel's domain, attached unless a user attaches another one.
         self.default_domain = default
@@ -91,8 +92,19 @@ class Group:
         #: The owner that has claimed it, or None; `_claims` counts its claims.
         self.owner: object | None = None
         self._claims = 0
-        self._lock = lock
+        #: The lock of all groups of a System, which reports changes.
+        self._lock = self.changes = changes
         default.groups.append(self)
+
+    @property
+    def name(self) -> str:
+        """The name, for people and sysfs; none at first (Linux iommu_group_set_name)."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._name = name
+        self.changes.notify(ChangeKind.NAME, group=self, value=name)
 
     # ---- domains ---------------------------------------------------------------------------
 
@@ -133,6 +145,7 @@ class Group:
     def _switch(self, domain: Domain) -> None:
         self._attach_all(domain)
         self.domain = domain
+        self.changes.notify(ChangeKind.DOMAIN, group=self, value=domain)
 
     def _restore_default(self) -> None:
         """Attaches the default domain, or without memory for it the blocked one, which needs none.
@@ -186,10 +199,11 @@ class Group:
                 self._check_default(domain)
             self._check(domain)
             for endpoint in self.endpoints:
-                _map_direct(domain, endpoint)
+                map_direct(domain, endpoint)
             if self.domain is self.default_domain and self.owner is None:
                 self._switch(domain)
             self.default_domain = domain
+            self.changes.notify(ChangeKind.DEFAULT_DOMAIN, group=self, value=domain)
 
     def _check_default(self, domain: Domain) -> None:
         if domain.type not in (DomainType.IDENTITY, DomainType.DMA, DomainType.DMA_FQ):
@@ -233,6 +247,7 @@ class Group:
         self.pasids.pop(pasid, None)
         if domain is not None:
             self.pasids[pasid] = domain
+        self.changes.notify(ChangeKind.DOMAIN, group=self, value=domain, pasid=pasid)
 
     def detach_pasid(self, pasid: int) -> None:
         """Detaches a PASID: accesses with `pasid` fail from now on.  IommuError(EINVAL): it has no domain."""
@@ -260,7 +275,7 @@ class Group:
                 self._check(self.domain)
                 for pasid, domain in self.pasids.items():
                     self._check(domain, pasid)
-                _map_direct(self.default_domain, endpoint)
+                map_direct(self.default_domain, endpoint)
                 for pasid, domain in self.pasids.items():
                     if endpoint in self._users_of(pasid):
                         endpoint.attach(domain, pasid)
@@ -318,62 +333,76 @@ class Group:
     def claim_dma_owner(self, owner: object) -> None:
         """Claims the group: it is blocked until the owner attaches a domain (Linux iommu_group_claim_dma_owner).
 
-        The same owner may claim it again.  IommuError: EPERM it has another owner, or is not viable; EBUSY a domain
-        other than the default is attached; EINVAL a member has a region that must stay mapped 1:1.
+        IommuError: EPERM it has an owner, also if it is this one, or is not viable; EBUSY a domain other than the
+        default is attached; EINVAL a member has a region that must stay mapped 1:1; ENODEV it has no members left.
+        """
+        with self._lock:
+            if self.owner is not None:
+                raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")
+            self._claim(owner)
+
+    def claim_for_device(self, owner: object) -> None:
+        """Claims the group for one of its devices: the same owner may claim it for each of them.
+
+        IommuError as `claim_dma_owner`, but EPERM for another owner only.  (Linux iommu_device_claim_dma_owner)
         """
         with self._lock:
             if self.owner is not None and self.owner != owner:
                 raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")
-            if not self.viable(owner):
-                others = ", ".join(f"{e.name} ({e.driver})" for e in self.endpoints if e.uses_default_domain(owner))
-                raise IommuError(errno.EPERM, f"group {self.number} is not viable: in use by others: {others}")
             if self.owner is None:
-                self._check(self.iommu.blocked)
-                if self.in_use:
-                    raise IommuError(errno.EBUSY, f"group {self.number}: a domain is already attached")
-                self._switch(self.iommu.blocked)
-                self.owner = owner
-            self._claims += 1
+                self._claim(owner)
+            else:
+                self._check_viable(owner)
+                self._claims += 1
+
+    def _check_viable(self, owner: object) -> None:
+        if not self.viable(owner):
+            others = ", ".join(f"{e.name} ({e.driver})" for e in self.endpoints if e.uses_default_domain(owner))
+            raise IommuError(errno.EPERM, f"group {self.number} is not viable: in use by others: {others}")
+
+    def _claim(self, owner: object) -> None:
+        self._check_viable(owner)
+        self._check(self.iommu.blocked)
+        if self.in_use:
+            raise IommuError(errno.EBUSY, f"group {self.number}: a domain is already attached")
+        self._switch(self.iommu.blocked)
+        self.owner, self._claims = owner, 1
+        self.changes.notify(ChangeKind.OWNER, group=self, value=owner)
 
     def release_dma_owner(self, owner: object) -> None:
-        """Takes back one claim; the last one restores the default domain; without memory for it the group is blocked.
+        """Releases the group, however often it was claimed, and restores the default domain; without memory for it the
+        group is blocked.
 
-        IommuError: EINVAL `owner` is not the owner; EBUSY a domain of the owner's is still attached.
+        IommuError: EINVAL `owner` is not the owner; EBUSY a domain of the owner's is still attached.  (Linux
+        iommu_group_release_dma_owner)
         """
         with self._lock:
-            if self.owner is None or self.owner != owner:
-                raise IommuError(errno.EINVAL, f"group {self.number} is not owned by {owner}")
-            if self._claims == 1:
-                if self.domain is not self.iommu.blocked or self.pasids:
-                    raise IommuError(errno.EBUSY, f"group {self.number}: a domain is still attached")
-                self._restore_default()
-                self.owner = None
-            self._claims -= 1
+            self._check_owner(owner)
+            if self.domain is not self.iommu.blocked or self.pasids:
+                raise IommuError(errno.EBUSY, f"group {self.number}: a domain is still attached")
+            self._restore_default()
+            self.owner, self._claims = None, 0
+            self.changes.notify(ChangeKind.OWNER, group=self)
+        self.changes.owner_released()
+
+    def release_for_device(self, owner: object) -> None:
+        """Takes back one `claim_for_device`; the last one releases the group.
+
+        IommuError as `release_dma_owner`.  (Linux iommu_device_release_dma_owner)
+        """
+        with self._lock:
+            self._check_owner(owner)
+            if self._claims > 1:
+                self._claims -= 1
+            else:
+                self.release_dma_owner(owner)
+
+    def _check_owner(self, owner: object) -> None:
+        if self.owner is None or self.owner != owner:
+            raise IommuError(errno.EINVAL, f"group {self.number} is not owned by {owner}")
 
     def __str__(self) -> str:
         return f"group {self.number}"
 
     def __repr__(self) -> str:
         return f"<group {self.number} of {self.iommu.name}: {', '.join(e.name for e in self.endpoints)}>"
-
-
-def _map_direct(domain: Domain, endpoint: Endpoint) -> None:
-    """Maps the regions that a device uses without its driver (Linux iommu_create_device_direct_mappings)."""
-    if not isinstance(domain, PagingDomain):
-        return
-    page = min(domain.page_sizes)
-    for region in endpoint.reserved:
-        if region.type not in (RegionType.DIRECT, RegionType.DIRECT_RELAXABLE):
-            continue
-        span = Span(region.span.start // page * page, region.span.last // page * page + page - 1)
-        at = span.start
-        # Another member may have mapped the region, or a part of it, before.
-        for there in [m for m in domain.mappings() if m.span.overlaps(span)]:
-            if there.span.start != there.gpa:
-                text = f"{endpoint.name} must have {span} mapped 1:1, but {there.span} is mapped to {there.gpa:#x}"
-                raise IommuError(errno.EEXIST, text)
-            if at < there.span.start:
-                domain.map(at, at, there.span.start - at, region.access)
-            at = there.span.last + 1
-        if at <= span.last:
-            domain.map(at, at, span.last - at + 1, region.access)

@@ -6,18 +6,19 @@ import contextlib
 import errno
 import itertools
 import logging
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from vmodel import _shim
 from vmodel.errors import IommuError
 from vmodel.iommu.capabilities import ReservedRegion
+from vmodel.iommu.changes import ChangeKind, Changes, Subscriber
 from vmodel.iommu.domain import AllocFlags, Domain, DomainType, PagingDomain
 from vmodel.iommu.driver import Source
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.group import Group
 from vmodel.iommu.grouping import find_group
 from vmodel.iommu.iommu import Iommu
+from vmodel.iommu.release import released, wait_for_owner
 from vmodel.pci.topology import Function, Topology
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,10 @@ class System:
     type of new groups' default domains, IDENTITY, DMA or DMA_FQ, as Linux's iommu.passthrough and iommu.strict choose
     it.  ValueError: another type.
 
+    `unbind_waits`: how many seconds the unbinding of a driver, and the removal of a device, wait until the owner of the
+    group has released it; 0: they do not wait.  `hotplug_binds_to_owner`: a device that is added to a group with an
+    owner is bound to that owner; otherwise it has no driver.
+
     >>> system = System(default=DomainType.DMA)  # as iommu.passthrough=0 iommu.strict=1
     """
 
@@ -39,6 +44,8 @@ class System:
         *,
         group_mf: bool = False,
         default: DomainType = DomainType.IDENTITY,
+        unbind_waits: float = 0.0,
+        hotplug_binds_to_owner: bool = False,
     ) -> None:
         if default not in (DomainType.IDENTITY, DomainType.DMA, DomainType.DMA_FQ):
             raise ValueError(f"{default.value} is no type of default domains")
@@ -48,7 +55,9 @@ class System:
         self.iommus: list[Iommu] = []
         self.endpoints: list[Endpoint] = []
         self.groups: list[Group] = []
-        self._lock = threading.RLock()
+        self.unbind_waits = unbind_waits
+        self.hotplug_binds_to_owner = hotplug_binds_to_owner
+        self._lock = self._changes = Changes()
         self._numbers = itertools.count()
 
     def add_iommu(self, iommu: Iommu) -> Iommu:
@@ -80,7 +89,21 @@ class System:
                     endpoint.why = f"no isolation: {error}"
                     log.warning("%s is blocked: %s", endpoint.name, endpoint.why)
                 self.endpoints.append(endpoint)
+                self._changes.notify(ChangeKind.ADD_DEVICE, endpoint, endpoint.group)
         return iommu
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Calls `subscriber` with each Change from now on; returns a function that ends it.
+
+        It is called after the change, or before one that has a kind "about to", on the thread that makes the change,
+        without the System's lock: it may call the System, its groups and endpoints.  Changes that are made during the
+        call, by itself or another thread, follow when it has returned.  Its exceptions are logged, and change nothing.
+
+        >>> system = System()
+        >>> end = system.subscribe(lambda change: print(change.kind.value, change.endpoint))
+        >>> end()
+        """
+        return self._changes.subscribe(subscriber)
 
     def add(
         self,
@@ -123,6 +146,8 @@ class System:
                 bypass=bypass,
                 max_pasids=max_pasids,
                 enforce_snoop=enforce_snoop,
+                changes=self._changes,
+                unbind_waits=self.unbind_waits,
             )
             endpoint.untrusted = untrusted
             if iommu is None:
@@ -130,6 +155,10 @@ class System:
             else:
                 self._find_group(endpoint)
             self.endpoints.append(endpoint)
+            self._changes.notify(ChangeKind.ADD_DEVICE, endpoint, endpoint.group)
+            owner = None if endpoint.group is None else endpoint.group.owner
+            if self.hotplug_binds_to_owner and owner is not None:
+                endpoint.bind(owner)
             return endpoint
 
     def _find_group(self, endpoint: Endpoint) -> None:
@@ -144,6 +173,7 @@ class System:
             group.join(endpoint)
             if found.group is None:
                 self.groups.append(group)
+                self._changes.notify(ChangeKind.ADD_GROUP, group=group)
 
     def _default_type(self, iommu: Iommu, endpoints: Iterable[Endpoint]) -> DomainType:
         """The type of a group's default domain (Linux iommu_get_default_domain_type).
@@ -180,19 +210,31 @@ class System:
                     group.set_default(self._default(group.iommu, group.endpoints))
 
     def remove(self, endpoint: Endpoint) -> None:
-        """Removes and detaches a device; the last one of a group removes the group.  ValueError: it was not added.
+        """Removes and detaches a device; the last one of a group removes the group.
 
-        It does no DMA afterwards.
+        It does no DMA afterwards.  ValueError: it was not added.  IommuError(EBUSY): with `unbind_waits`, the group still
+        has an owner after that time; nothing changes.
         """
-        with self._lock:
-            self.endpoints.remove(endpoint)
+        self._check_present(endpoint)
+        wait_for_owner(endpoint)
+        self._changes.notify(ChangeKind.DEL_DEVICE, endpoint, endpoint.group)
+        endpoint.unbind()
+        with released(endpoint):
+            self._check_present(endpoint)  # subscribers may have removed it
             group = endpoint.group
+            self.endpoints.remove(endpoint)
             if group is None:
                 endpoint.block()
             else:
                 group.leave(endpoint)
-                if not group.endpoints:
-                    self.groups.remove(group)
+            self._changes.notify(ChangeKind.REMOVED_DEVICE, endpoint, group)
+            if group is not None and not group.endpoints:
+                self.groups.remove(group)
+                self._changes.notify(ChangeKind.REMOVED_GROUP, group=group)
+
+    def _check_present(self, endpoint: Endpoint) -> None:
+        if endpoint not in self.endpoints:
+            raise ValueError(f"{endpoint.name} is not in the system")
 
     def __getitem__(self, name: str) -> Endpoint:
         for endpoint in self.endpoints:

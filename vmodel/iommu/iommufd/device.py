@@ -35,7 +35,7 @@ class Device(Object):
         """`enforce_snoop`: its paging HWPTs make DMA snoop if it can, as in Linux; False shows what happens without.
 
         IommuError: EINVAL already bound, or DMA is not coherent with caches (IOMMU_CAP_CACHE_COHERENCY); ENODEV the
-        endpoint has no group; EPERM its MSIs are not isolated; EBUSY, EPERM as Group.claim_dma_owner.
+        endpoint has no group; EPERM its MSIs are not isolated; EBUSY, EPERM as Group.claim_for_device.
         """
         self.endpoint = endpoint
         self._attached: dict[int | None, Hwpt] = {}
@@ -54,7 +54,7 @@ class Device(Object):
             super().__init__(context)
             self.enforces_snoop = enforce_snoop and endpoint.can_enforce_snoop
             try:
-                self.group.claim_dma_owner(context)
+                self.group.claim_for_device(context)
             except OSError:
                 context.unregister(self)
                 raise
@@ -69,7 +69,7 @@ class Device(Object):
         if self.vdevice is not None:
             self.vdevice.destroy()
         self.context.devices.remove(self)
-        self.group.release_dma_owner(self.context)
+        self.group.release_for_device(self.context)
 
     def get_info(self, wanted: int = HwInfoType.NONE) -> HwInfo:
         """IOMMU_GET_HW_INFO; `wanted`: a HwInfoType, by default that of the device's IOMMU.
