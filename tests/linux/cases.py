@@ -38,15 +38,16 @@ ABI = "the layout of ioctls: sizes, pointers and their alignment, flags and arra
 OPTION = "IOMMU_OPTION"
 PROCESS = "processes: CHANGE_PROCESS, fork, the accounting and sharing of pinned pages; a mapping leads to a GPA"
 FILE = "IOMMU_IOAS_MAP_FILE and dma-buf"
-VFIO = "VFIO's ioctls on /dev/iommu"
-TYPE1 = "`container.Container` is VFIO's own type 1, version 2: EINVAL where iommufd has ENOENT or ENODEV"
 MMAP = "mmap of /dev/iommu"
 MEMORY = "a GPA need not be memory, so that `map` does not fail with EFAULT; DMA to it faults"
 
 _WHAT = {
     Verdict.HOLDS: {
         "": """
-            iommufd.simple_close vfio_compat_mock_domain.simple_close
+            iommufd.simple_close iommufd.simple_ioctls iommufd.unmap_cmd iommufd.map_cmd iommufd.info_cmd
+            iommufd.set_iommu_cmd iommufd.vfio_ioas
+            vfio_compat_mock_domain.simple_close vfio_compat_mock_domain.get_info vfio_compat_mock_domain.map
+            vfio_compat_mock_domain.huge_map
             iommufd_ioas.ioas_auto_destroy iommufd_ioas.ioas_destroy iommufd_ioas.hwpt_attach
             iommufd_ioas.ioas_area_destroy iommufd_ioas.ioas_area_auto_destroy iommufd_ioas.area
             iommufd_ioas.unmap_fully_contained_areas iommufd_ioas.area_auto_iova iommufd_ioas.reserved_overflow
@@ -66,27 +67,24 @@ _WHAT = {
         ABI: """
             iommufd.cmd_fail iommufd.cmd_ex_fail iommufd_ioas.get_hw_info iommufd_ioas.alloc_hwpt_nested
             iommufd_dirty_tracking.get_dirty_bitmap iommufd_dirty_tracking.get_dirty_bitmap_no_clear
-            vfio_compat_mock_domain.get_info vfio_compat_mock_domain.map iommufd_viommu.vdevice_cache
-            iommufd_ioas.iova_ranges
+            iommufd_viommu.vdevice_cache iommufd_ioas.iova_ranges
             """,
         MMAP: "iommufd_viommu.viommu_alloc_with_data",
         FILE: "iommufd_mock_domain.all_aligns iommufd_mock_domain.all_aligns_copy iommufd_mock_domain.user_copy",
     },
     Verdict.DIFFERS: {
         MEMORY: "iommufd_mock_domain.basic",
-        TYPE1: "vfio_compat_mock_domain.huge_map iommufd.unmap_cmd iommufd.map_cmd",
     },
     Verdict.NOT_MODELLED: {
         ABI: "iommufd.cmd_length",
-        OPTION: "iommufd.global_options iommufd_ioas.ioas_option_huge_pages iommufd_ioas.ioas_align_change",
+        OPTION: """
+            iommufd.global_options iommufd_ioas.ioas_option_huge_pages iommufd_ioas.ioas_align_change
+            vfio_compat_mock_domain.option_huge_pages
+            """,
         PROCESS: """
             change_process.basic iommufd_ioas.fork_gone iommufd_ioas.fork_present iommufd_mock_domain.ro_unshare
             """,
         FILE: "iommufd_ioas.dmabuf_simple iommufd_ioas.dmabuf_revoke",
-        VFIO: """
-            iommufd.simple_ioctls iommufd.info_cmd iommufd.set_iommu_cmd iommufd.vfio_ioas
-            vfio_compat_mock_domain.option_huge_pages
-            """,
     },
 }
 CASES = [

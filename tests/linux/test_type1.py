@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.linux.mock import Difference, Row, by_variant, check, name
-from tests.linux.type1 import DIFFERENCES, ROWS, Type1
+from tests.linux.mock import Row, by_variant, check, name
+from tests.linux.type1 import ROWS, Type1
 from tests.spaces.world import World
 
 
 @pytest.mark.parametrize(("row", "variant"), by_variant(ROWS), ids=name)
 def test_container(world: World, row: Row, variant: str) -> None:
     check(row, Type1(world, int(variant != "none")))
-
-
-@pytest.mark.parametrize(("row", "variant"), by_variant(DIFFERENCES), ids=name)
-def test_a_difference_is_still_there(world: World, row: Difference, variant: str) -> None:
-    """If it has gone, the row is one of ROWS."""
-    assert row.why
-    check(row, Type1(world, int(variant != "none")))
-    assert row.expect != row.linux

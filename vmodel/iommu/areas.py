@@ -93,15 +93,23 @@ class Areas(Generic[_M]):
 
 def fill(domain: PagingDomain, areas: Iterable[Mapped]) -> None:
     """Maps all areas in a domain, or none.  IommuError as PagingDomain.map."""
-    done: list[Mapped] = []
+    done: list[Span] = []
     try:
         for area in areas:
-            domain.map(area.span.start, area.gpa, area.span.size, area.access)
-            done.append(area)
+            for iova, gpa, size in _pieces(domain, area):
+                domain.map(iova, gpa, size, area.access)
+                done.append(Span.sized(iova, size))
     except IommuError:
-        for area in done:
-            domain.unmap(area.span.start, area.span.size)
+        for span in done:
+            domain.unmap(span.start, span.size)
         raise
+
+
+def _pieces(domain: PagingDomain, area: Mapped) -> Iterator[tuple[int, int, int]]:
+    """What is mapped at a time, as (IOVA, GPA, size): all, or single pages (Linux batch_iommu_map_small)."""
+    step = area.span.size if domain.large_pages else min(domain.page_sizes)
+    for at in range(0, area.span.size, step):
+        yield area.span.start + at, area.gpa + at, step
 
 
 def map_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapped]) -> None:

@@ -136,6 +136,8 @@ class PagingDomain(Domain):
         self.aperture = can.usable
         self.output_bits = can.output_bits
         self.flags = flags
+        #: Whether `areas.fill` maps large pages; otherwise any page can be unmapped.
+        self.large_pages = True
         shim = _shim.Domain.paging(
             sum(self.page_sizes),
             self.aperture.start,

@@ -17,6 +17,7 @@ from vmodel.iommu.iommufd.process import AccountMode, Process, User
 from vmodel.iommu.iommufd.registers import AmdInfo, CmdqvInfo, HwInfoType, HwRegisters, SmmuV3Info, VtdInfo
 from vmodel.iommu.iommufd.vdevice import Vdevice
 from vmodel.iommu.iommufd.veventq import Vevent, Veventq, VeventqType
+from vmodel.iommu.iommufd.vfio_compat import VfioCompat
 from vmodel.iommu.iommufd.viommu import Viommu, ViommuType
 from vmodel.iommu.iommufd.viommu_types import VIOMMUS
 
@@ -50,6 +51,7 @@ __all__ = [
     "Vevent",
     "Veventq",
     "VeventqType",
+    "VfioCompat",
     "Viommu",
     "ViommuType",
     "VtdInfo",

@@ -40,6 +40,8 @@ class Ioas(Object):
         self.hwpts: list[Hwpt] = []
         #: The kernel accesses that are attached.
         self.accesses: list[KernelAccess] = []
+        #: Whether HWPTs may use large pages; without, any mapping can be cut.
+        self.large_pages = True
         self._areas = Areas[MappedArea]()
         self._allowed: list[Span] | None = None
         #: Reserved spans, each with its owner; `unreserve` removes those of an owner.
@@ -51,11 +53,12 @@ class Ioas(Object):
     def alignment(self) -> int:
         """The alignment, in bytes, of IOVAs, GPAs and sizes: the largest of the HWPTs' smallest pages.
 
-        It is 4 KiB, or more, while a kernel access can pin pages; without that and a HWPT it is one byte.
+        It is 4 KiB, or more, while a kernel access can pin pages, and without large pages; else without a HWPT one byte.
         (iopt_calculate_iova_alignment)
         """
         pages = [min(hwpt.paging.page_sizes) for hwpt in self.hwpts]
-        return max(pages + [access.alignment for access in self.accesses], default=1)
+        least = 1 if self.large_pages else PAGE
+        return max([least, *pages, *(access.alignment for access in self.accesses)])
 
     @locked
     def iova_ranges(self) -> list[Span]:
@@ -267,6 +270,42 @@ class Ioas(Object):
         return sum(area.span.size for area in areas)
 
     @locked
+    def disable_large_pages(self) -> None:
+        """All is mapped in pages of the smallest size from now on.
+
+        IommuError: EINVAL there are mappings in a HWPT; EADDRINUSE one is not made of pages.  (Linux
+        iopt_disable_large_pages)
+        """
+        self.check()
+        if self.large_pages and self.hwpts and len(self._areas):
+            raise IommuError(errno.EINVAL, f"{self}: there are mappings already, maybe with large pages")
+        self._check_aligned(PAGE)
+        self.large_pages = False
+        for hwpt in self.hwpts:
+            hwpt.paging.large_pages = False
+
+    @locked
+    def cut(self, iova: int, size: int) -> None:
+        """Cuts the mappings at the ends of a range, without large pages; DMA does not see it.
+
+        IommuError: EINVAL not at a page, or a kernel access has pinned a part; EBUSY it is being unmapped.  (Linux
+        iopt_cut_iova, iopt_area_split)
+        """
+        for last in ((iova + size - 1) & _LAST, *([(iova - 1) & _LAST] if iova else [])):
+            area = next(self._areas.over(Span(last, last)), None)
+            if area is None or last in (area.span.start, area.span.last):
+                continue
+            if area.leaving:
+                raise IommuError(errno.EBUSY, f"{self}: {area.span} is being unmapped")
+            if (last + 1) & (self.alignment - 1):
+                raise IommuError(errno.EINVAL, f"{self}: a cut at {last + 1:#x}: not aligned to {self.alignment:#x}")
+            if area.accesses:
+                raise IommuError(errno.EINVAL, f"{self}: a cut of {area.span}, which is pinned")
+            self._areas.remove(area)
+            for span in (Span(area.span.start, last), Span(last + 1, area.span.last)):
+                self._areas.add(MappedArea(span, area.access, area.pages, area.byte(span.start)))
+
+    @locked
     def copy(self, source: Ioas, source_iova: int, size: int, access: Access = _RW, iova: int | None = None) -> int:
         """IOMMU_IOAS_COPY: copies the mappings of a range of `source`, at `iova` or allocated IOVAs; returns the IOVA.
 
@@ -343,6 +382,7 @@ class Ioas(Object):
         for beyond in holes([Span(0, _LAST)], [hwpt.paging.aperture]):
             self._check_unused(beyond)
         self._check_aligned(min(hwpt.paging.page_sizes))
+        hwpt.paging.large_pages = self.large_pages
         self._fill(self._areas, [hwpt])
         if self.hwpts:
             # An area is pinned for all HWPTs together.
