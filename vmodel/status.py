@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from vmodel.control import Command
+from vmodel.iommu import sysfs
 from vmodel.iommu.domain import PagingDomain
 from vmodel.iommu.group import Group
 from vmodel.machine import Machine
@@ -65,4 +66,4 @@ def _group(group: Group) -> dict[str, Any]:
 
 def commands(machine: Machine) -> dict[str, Command]:
     """The commands of a server's control socket."""
-    return {"iommu": lambda _: described(machine)}
+    return {"iommu": lambda _: described(machine), "sysfs": lambda _: sysfs.tree(machine.system)}

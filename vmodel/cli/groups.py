@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +11,14 @@ import typer
 from rich.markup import escape
 from rich.tree import Tree
 
+from vmodel import control
 from vmodel.cli.drawing import draw
 from vmodel.cli.output import AsJson, console, log_to_stderr, show
-from vmodel.cli.serve import MachinePath, loaded
+from vmodel.cli.serve import MachinePath, RunDir, default_run_dir, loaded
 from vmodel.errors import ConfigError
 from vmodel.iommu import sysfs
 from vmodel.iommu.endpoint import Endpoint
+from vmodel.iommu.sysfs_folder import Entries, SysfsFolder, checked
 from vmodel.iommu.system import System
 from vmodel.machine import DEFAULT_DOMAINS, Machine
 from vmodel.pci.topology import Bus, Function
@@ -24,6 +27,14 @@ Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw th
 Sysfs = Annotated[
     Path | None, typer.Option("--sysfs", metavar="DIR", help="Write them to DIR in the form of Linux's /sys/kernel.")
 ]
+Follow = Annotated[
+    bool,
+    typer.Option(
+        "--follow", help="With --sysfs: those of the server that runs MACHINE, and as they change, until Ctrl-C."
+    ),
+]
+#: Seconds between two looks at a running server.
+_EVERY = 0.25
 
 DefaultDomain = Annotated[
     str,
@@ -44,6 +55,8 @@ def groups(
     svg: Svg = None,
     sysfs_dir: Sysfs = None,
     default_domain: DefaultDomain = "identity",
+    follow: Follow = False,
+    run_dir: RunDir = None,
 ) -> None:
     """Show a machine's IOMMU groups.
 
@@ -52,6 +65,15 @@ def groups(
     log_to_stderr(False)
     if default_domain not in DEFAULT_DOMAINS:
         raise ConfigError(f"--default-domain {default_domain!r}: must be {', '.join(DEFAULT_DOMAINS)}")
+    if follow:
+        if sysfs_dir is None or as_json or svg is not None or default_domain != "identity":
+            raise ConfigError("--follow is for --sysfs DIR, without --json, --svg and --default-domain")
+        with loaded(path) as machine:
+            socket = control.socket_of(run_dir or default_run_dir(machine.name), machine.name)
+        _follow(socket, sysfs_dir)
+        return
+    if run_dir is not None:
+        raise ConfigError("--run-dir is for --follow: otherwise no server is asked")
     with loaded(path, DEFAULT_DOMAINS[default_domain]) as machine:
         if svg is not None:
             _save(svg, draw(machine.system))
@@ -64,6 +86,27 @@ def groups(
             print(json.dumps(described(machine)))
         elif svg is None and sysfs_dir is None:
             _show(machine.system)
+
+
+def _follow(socket: Path, folder: Path) -> None:
+    """Writes the groups of a running server, and what changes of them; Ctrl-C removes them."""
+    shown = _tree_of(socket)
+    try:
+        with SysfsFolder(folder) as written:
+            written.update(shown)
+            print(f"{folder} follows the groups of the server in {socket.parent}, until Ctrl-C", flush=True)
+            while True:
+                time.sleep(_EVERY)
+                written.update(_tree_of(socket))
+    except OSError as error:
+        raise ConfigError(f"--sysfs {folder}: {error.strerror}") from error
+
+
+def _tree_of(socket: Path) -> Entries:
+    try:
+        return checked(control.ask(socket, "sysfs"))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the server in {socket.parent} sends no groups: is it another version of vmodel?") from error
 
 
 def _save(file: Path, text: str) -> None:

@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
-import errno
+import logging
+import threading
 from pathlib import Path
 
-from vmodel.errors import IommuError
+from vmodel.closing import Closing
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
+from vmodel.iommu.changes import Change, ChangeKind
 from vmodel.iommu.endpoint import Endpoint
+from vmodel.iommu.group import Group
+from vmodel.iommu.sysfs_folder import Entries, EntryKind, SysfsEntry, SysfsFolder
 from vmodel.iommu.system import System
 from vmodel.pci.topology import Function, bridges_above
 
+log = logging.getLogger(__name__)
 
-def export(system: System, folder: Path) -> None:
-    """Writes iommu_groups/N/{type,reserved_regions,name,devices/} and devices/ to `folder`, a snapshot of the system.
+#: Changes that no file shows.
+_UNSEEN = (ChangeKind.DOMAIN, ChangeKind.OWNER, ChangeKind.REQUEST)
 
-    `folder` must not exist or be empty; the files are read-only.  IommuError(EEXIST): it is not empty.  OSError.
+
+def tree(system: System) -> Entries:
+    """iommu_groups/N/{type,reserved_regions,name,devices/} and devices/, as Linux has them below /sys and /sys/kernel.
+
+    (drivers/iommu/iommu.c, iommu_group_alloc and iommu_group_add_device)
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise IommuError(errno.EEXIST, "is not empty: choose another folder")
-    for endpoint in system.endpoints:
-        (folder / _place(endpoint)).mkdir(parents=True, exist_ok=True)
-    for group in system.groups:
-        here = folder / "iommu_groups" / str(group.number)
-        members = here / "devices"
-        members.mkdir(parents=True)
-        regions = "".join(_line(region) for region in group.reserved_regions)
-        _write(here / "type", f"{group.default_domain.type.value}\n")
-        _write(here / "reserved_regions", regions)
-        if group.name:
-            _write(here / "name", f"{group.name}\n")
-        for endpoint in group.endpoints:
-            place = _place(endpoint)
-            (members / place.name).symlink_to(Path("../../..") / place)
-            up = Path(*[".."] * len(place.parts))
-            (folder / place / "iommu_group").symlink_to(up / "iommu_groups" / str(group.number))
-        members.chmod(0o555)
-        here.chmod(0o555)
+    found: Entries = {}
+    with system.changes:
+        for endpoint in system.endpoints:
+            _add(found, _place(endpoint))
+        for group in system.groups:
+            _add_group(found, group)
+    return found
+
+
+def _add(found: Entries, folder: Path) -> None:
+    for parent in [*folder.parents][-2::-1]:  # but "."
+        found[str(parent)] = SysfsEntry(EntryKind.FOLDER)
+    found[str(folder)] = SysfsEntry(EntryKind.FOLDER)
+
+
+def _add_group(found: Entries, group: Group) -> None:
+    here = Path("iommu_groups", str(group.number))
+    _add(found, here / "devices")
+    texts = {
+        "type": f"{group.default_domain.type.value}\n",
+        "reserved_regions": "".join(_line(region) for region in group.reserved_regions),
+        "name": f"{group.name}\n" if group.name else None,
+    }
+    for name, text in texts.items():
+        if text is not None:
+            found[str(here / name)] = SysfsEntry(EntryKind.FILE, text)
+    for endpoint in group.endpoints:
+        place = _place(endpoint)
+        found[str(here / "devices" / place.name)] = SysfsEntry(EntryKind.LINK, str(Path("../../..") / place))
+        up = Path(*[".."] * len(place.parts))
+        found[str(place / "iommu_group")] = SysfsEntry(EntryKind.LINK, str(up / here))
 
 
 def _line(region: ReservedRegion) -> str:
@@ -55,6 +74,64 @@ def _place(endpoint: Endpoint) -> Path:
     return Path("devices", f"pci{root.bdf.segment:04x}:{root.bdf.bus:02x}", *above, str(source.bdf))
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    path.chmod(0o444)
+def export(system: System, folder: Path) -> None:
+    """Writes `tree` to `folder`, a snapshot of the system.
+
+    `folder` must not exist or be empty; all in it is read-only.  OSError: EEXIST (IommuError) it is not empty; EBUSY
+    (IommuError) somebody follows it.
+    """
+    with SysfsFolder(folder, keep=True) as written:
+        written.update(tree(system))
+        written.make_read_only()
+
+
+class Following(Closing):
+    """A folder with `tree`, which follows the changes of a system until `close`, which removes it.
+
+    `error`: why it does not follow any more, or None.
+    """
+
+    def __init__(self, system: System, folder: Path) -> None:
+        """OSError as `export`."""
+        self.error: OSError | None = None
+        self._system = system
+        self._lock = threading.Lock()
+        self._folder = SysfsFolder(folder)
+        self._unsubscribe = system.subscribe(self._changed)
+        try:
+            with self._lock:
+                self._folder.update(tree(system))
+        except BaseException:
+            self.close()
+            raise
+
+    def _changed(self, change: Change) -> None:
+        if change.kind in _UNSEEN:
+            return
+        with self._lock:
+            if self.error is not None or self._folder.closed:
+                return
+            try:
+                self._folder.update(tree(self._system))
+            except OSError as error:
+                self.error = error
+                self._unsubscribe()
+                log.error("%s does not follow any more: %s", self._folder.path, error.strerror)
+
+    def close(self) -> None:
+        """Ends it, and removes what it has written.  OSError: that is not possible."""
+        self._unsubscribe()
+        with self._lock:
+            self._folder.close()
+
+
+def follow(system: System, folder: Path) -> Following:
+    """Writes `tree` to `folder`, and again whatever changes: each file and link by a rename, so that it is whole.
+
+    `folder` must not exist or be empty.  A subscriber of the system does it, before the call that makes the change
+    returns.  OSError as `export`; one later ends it: a line in the log, and `Following.error`.
+
+    >>> with follow(system, Path("sys")):  # doctest: +SKIP
+    ...     system.remove(endpoint)
+    """
+    return Following(system, folder)

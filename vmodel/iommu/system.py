@@ -57,7 +57,8 @@ class System:
         self.groups: list[Group] = []
         self.unbind_waits = unbind_waits
         self.hotplug_binds_to_owner = hotplug_binds_to_owner
-        self._lock = self._changes = Changes()
+        #: The lock of the system and its groups, which reports changes.
+        self._lock = self.changes = Changes()
         self._numbers = itertools.count()
 
     def add_iommu(self, iommu: Iommu) -> Iommu:
@@ -89,7 +90,7 @@ class System:
                     endpoint.why = f"no isolation: {error}"
                     log.warning("%s is blocked: %s", endpoint.name, endpoint.why)
                 self.endpoints.append(endpoint)
-                self._changes.notify(ChangeKind.ADD_DEVICE, endpoint, endpoint.group)
+                self.changes.notify(ChangeKind.ADD_DEVICE, endpoint, endpoint.group)
         return iommu
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
@@ -103,7 +104,7 @@ class System:
         >>> end = system.subscribe(lambda change: print(change.kind.value, change.endpoint))
         >>> end()
         """
-        return self._changes.subscribe(subscriber)
+        return self.changes.subscribe(subscriber)
 
     def add(
         self,
@@ -146,7 +147,7 @@ class System:
                 bypass=bypass,
                 max_pasids=max_pasids,
                 enforce_snoop=enforce_snoop,
-                changes=self._changes,
+                changes=self.changes,
                 unbind_waits=self.unbind_waits,
             )
             endpoint.untrusted = untrusted
@@ -155,7 +156,7 @@ class System:
             else:
                 self._find_group(endpoint)
             self.endpoints.append(endpoint)
-            self._changes.notify(ChangeKind.ADD_DEVICE, endpoint, endpoint.group)
+            self.changes.notify(ChangeKind.ADD_DEVICE, endpoint, endpoint.group)
             owner = None if endpoint.group is None else endpoint.group.owner
             if self.hotplug_binds_to_owner and owner is not None:
                 endpoint.bind(owner)
@@ -173,7 +174,7 @@ class System:
             group.join(endpoint)
             if found.group is None:
                 self.groups.append(group)
-                self._changes.notify(ChangeKind.ADD_GROUP, group=group)
+                self.changes.notify(ChangeKind.ADD_GROUP, group=group)
 
     def _default_type(self, iommu: Iommu, endpoints: Iterable[Endpoint]) -> DomainType:
         """The type of a group's default domain (Linux iommu_get_default_domain_type).
@@ -212,12 +213,12 @@ class System:
     def remove(self, endpoint: Endpoint) -> None:
         """Removes and detaches a device; the last one of a group removes the group.
 
-        It does no DMA afterwards.  ValueError: it was not added.  IommuError(EBUSY): with `unbind_waits`, the group still
-        has an owner after that time; nothing changes.
+        It does no DMA afterwards.  ValueError: it was not added.  IommuError(EBUSY): with `unbind_waits`, the group
+        still has an owner after that time; nothing changes.
         """
         self._check_present(endpoint)
         wait_for_owner(endpoint)
-        self._changes.notify(ChangeKind.DEL_DEVICE, endpoint, endpoint.group)
+        self.changes.notify(ChangeKind.DEL_DEVICE, endpoint, endpoint.group)
         endpoint.unbind()
         with released(endpoint):
             self._check_present(endpoint)  # subscribers may have removed it
@@ -227,10 +228,10 @@ class System:
                 endpoint.block()
             else:
                 group.leave(endpoint)
-            self._changes.notify(ChangeKind.REMOVED_DEVICE, endpoint, group)
+            self.changes.notify(ChangeKind.REMOVED_DEVICE, endpoint, group)
             if group is not None and not group.endpoints:
                 self.groups.remove(group)
-                self._changes.notify(ChangeKind.REMOVED_GROUP, group=group)
+                self.changes.notify(ChangeKind.REMOVED_GROUP, group=group)
 
     def _check_present(self, endpoint: Endpoint) -> None:
         if endpoint not in self.endpoints:

@@ -53,7 +53,7 @@ class Ioas(Object):
     def alignment(self) -> int:
         """The alignment, in bytes, of IOVAs, GPAs and sizes: the largest of the HWPTs' smallest pages.
 
-        It is 4 KiB, or more, while a kernel access can pin pages, and without large pages; else without a HWPT one byte.
+        It is 4 KiB, or more, while a kernel access can pin pages, and without large pages; or one byte without a HWPT.
         (iopt_calculate_iova_alignment)
         """
         pages = [min(hwpt.paging.page_sizes) for hwpt in self.hwpts]
