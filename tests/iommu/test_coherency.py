@@ -6,6 +6,7 @@ File names are those of Linux 7.3.
 from __future__ import annotations
 
 import errno
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.iommu.world import RAM, World, group_of, iommu
 from tests.pages import files_of
+from tests.waiting import meanwhile, until
 from vmodel.cpu_cache import LINE, CpuCache
 from vmodel.device import PciDevice
 from vmodel.dma import Dma
@@ -34,6 +36,7 @@ from vmodel.iommu import (
     walked_domain_alloc,
 )
 from vmodel.iommu.fault import PageRequest, PageResponse
+from vmodel.patience import patience
 from vmodel.pci.express import DevCtl, Pcie
 from vmodel.span import PAGE, MiB
 from vmodel.testing.fakes import FakeMemory
@@ -663,6 +666,50 @@ def step(data: st.DataObject, bench: Bench, cache: CpuCache, reference: Referenc
             cache.wbinvd()
             for n in list(reference.lines):
                 reference.drop(n)
+
+
+def test_threads_share_a_line(make: Callable[..., Bench]) -> None:
+    """A device and the CPU count in two words of one line: with snooping neither loses a step."""
+    bench = make(None)
+
+    steps = [0]
+
+    def device() -> None:
+        bench.dma.fetch_add(GPA, 8, 1)
+        at = GPA + 16
+        bench.dma.write(at, (int.from_bytes(bench.dma.read(at, 8), "little") + 1).to_bytes(8, "little"))
+        steps[0] += 1
+
+    with meanwhile(device):
+        for n in range(1, 501):
+            assert int.from_bytes(bench.cache.read(GPA + 8, 8), "little") == n - 1
+            bench.cache.write(GPA + 8, n.to_bytes(8, "little"))
+        until(lambda: steps[0] > 10, "some steps of the device")
+    counted = [int.from_bytes(bench.cache.read(GPA + 8 * n, 8), "little") for n in range(3)]
+    assert counted == [steps[0], 500, steps[0]]
+
+
+def test_an_access_of_a_device_is_one_step(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU cannot cache a line again between its eviction and the device's write."""
+    bench = make(None)
+    snoop, evicted, cached = bench.cache.snoop, threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> None:
+        snoop(*args)
+        evicted.set()
+        assert not cached.wait(0.1)
+
+    def cpu() -> None:
+        assert evicted.wait(patience(10))
+        bench.cache.write(GPA + 8, b"cpu")
+        cached.set()
+
+    monkeypatch.setattr(bench.cache, "snoop", slow)
+    thread = threading.Thread(target=cpu, daemon=True)
+    thread.start()
+    bench.dma.write(GPA, b"dev")
+    thread.join(patience(10))
+    assert cached.is_set() and bench.cache.read(GPA, 11) == b"dev" + bytes(5) + b"cpu"
 
 
 def test_kernel_domains_have_the_flag(make: Callable[..., Bench]) -> None:

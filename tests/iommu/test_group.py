@@ -13,7 +13,7 @@ from tests.waiting import meanwhile, until
 from vmodel import _shim
 from vmodel.dma import Dma
 from vmodel.errors import Access, DmaFault, IommuError, Reason
-from vmodel.iommu import Endpoint, System, dma_domain_alloc, paging_domain_alloc
+from vmodel.iommu import Coverage, Endpoint, Iommu, System, dma_domain_alloc, paging_domain_alloc
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import AllocFlags, Domain, DomainType, PagingDomain
 from vmodel.iommu.driver import PlatformDevice
@@ -292,6 +292,36 @@ def test_a_driver_that_leaves_the_choice(kind: str) -> None:
     found = world.plug(world.function("00:03.0"), max_pasids=0)
     assert group_of(found).default_domain.type is DomainType.DMA
     world.close()
+
+
+def test_defaults_once_all_devices_are_there(world: World) -> None:
+    """bus_iommu_probe asks all members; a device that comes later gets what its group has."""
+    one = world.plug(world.function("00:03.0"))
+    two, alone = world.plug(world.function("00:03.1"), untrusted=True), world.plug(world.function("00:04.0"))
+    group = group_of(one)
+    assert (group_of(two), group.default_domain.type) == (group, DomainType.IDENTITY)
+    one.bind("nvme")
+    refused(errno.EPERM, "00:03.0 is bound to nvme", world.system.set_defaults, world.system.groups)
+    one.unbind()
+    world.system.set_defaults(world.system.groups)
+    found = group.default_domain
+    assert (found.type, group.domain, group_of(alone).domain.type) == (DomainType.DMA, found, DomainType.IDENTITY)
+    world.system.set_defaults(world.system.groups)
+    assert group.default_domain is found
+
+
+def test_each_iommu_may_have_its_own_default() -> None:
+    driver = iommu().driver
+    first = Iommu("first", driver, [Coverage.segment(0)], default=DomainType.DMA)
+    second = Iommu("second", driver, [Coverage.segment(1)])
+    world = World(first, second)
+    world.system.default = DomainType.DMA_FQ
+    world.topology.add_root(1)
+    devices = [world.plug(world.function(f"000{n}:00:03.0")) for n in range(2)]
+    assert [group_of(device).domain.type for device in devices] == [DomainType.DMA, DomainType.DMA_FQ]
+    world.close()
+    with pytest.raises(ValueError, match="unmanaged is no type"):
+        Iommu("third", driver, [], default=DomainType.UNMANAGED)
 
 
 def test_flushes_that_are_deferred_later(pair: tuple[Endpoint, Endpoint], world: World) -> None:

@@ -183,6 +183,17 @@ def test_files_of_kvm(world: World) -> None:
                 kvm.add(wrong)  # type: ignore[arg-type]
 
 
+def test_the_end_of_a_guest(world: World) -> None:
+    """kvm_vfio_release."""
+    device = world.add(world.iommu("pamu"))
+    with KvmVfio() as kvm:
+        kvm.add(device.group)
+        assert kvm.noncoherent_dma
+    assert not kvm.noncoherent_dma
+    kvm.add(device.group)
+    assert kvm.noncoherent_dma
+
+
 def test_kvm_asks_when_files_come_and_go_only(world: World) -> None:
     device, other = world.add(world.iommu()), world.add(world.iommu())
     kvm = KvmVfio()

@@ -48,6 +48,10 @@ class DomainType(enum.Enum):
         return self in (DomainType.DMA, DomainType.DMA_FQ, DomainType.UNMANAGED)
 
 
+#: Types that default domains may have.
+DEFAULT_TYPES = frozenset((DomainType.IDENTITY, DomainType.DMA, DomainType.DMA_FQ))
+
+
 class AllocFlags(enum.IntFlag):
     """Flags of `paging_domain_alloc` (Linux IOMMU_HWPT_ALLOC_*)."""
 

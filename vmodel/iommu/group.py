@@ -13,7 +13,7 @@ from vmodel.errors import IommuError
 from vmodel.iommu.capabilities import ReservedRegion
 from vmodel.iommu.changes import ChangeKind, Changes
 from vmodel.iommu.direct import map_direct
-from vmodel.iommu.domain import Domain, DomainType, PagingDomain, TableDomain
+from vmodel.iommu.domain import DEFAULT_TYPES, Domain, DomainType, PagingDomain, TableDomain
 from vmodel.span import Span
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class Group:
             self.changes.notify(ChangeKind.DEFAULT_DOMAIN, group=self, value=domain)
 
     def _check_default(self, domain: Domain) -> None:
-        if domain.type not in (DomainType.IDENTITY, DomainType.DMA, DomainType.DMA_FQ):
+        if domain.type not in DEFAULT_TYPES:
             raise IommuError(errno.EINVAL, f"group {self.number}: {domain.type.value} is no type of default domains")
         if self.owner is not None:
             raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")

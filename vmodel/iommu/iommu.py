@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vmodel import _shim
 from vmodel.errors import DmaFault
 from vmodel.iommu.capabilities import Capabilities
-from vmodel.iommu.domain import BlockedDomain, DomainType, IdentityDomain
+from vmodel.iommu.domain import DEFAULT_TYPES, BlockedDomain, DomainType, IdentityDomain
 from vmodel.iommu.driver import Driver, PlatformDevice, Source
 from vmodel.iommu.fault import FaultQueue, FaultRecord
 from vmodel.iommu.stale import StaleUse
@@ -67,7 +67,15 @@ class Iommu:
         driver: Driver,
         covers: Iterable[Coverage],
         capabilities: Capabilities | None = None,
+        *,
+        default: DomainType | None = None,
     ) -> None:
+        """`default`: the type of the default domains of its groups, IDENTITY, DMA or DMA_FQ; None: System's.
+
+        ValueError: another type.
+        """
+        if default is not None and default not in DEFAULT_TYPES:
+            raise ValueError(f"{default.value} is no type of default domains")
         self.name = name
         self.driver = driver
         self.covers = list(covers)
@@ -78,8 +86,7 @@ class Iommu:
         #: The domain of a group without another one, and the domain that bypasses translation.
         self.blocked = BlockedDomain()
         self.identity = IdentityDomain()
-        #: The type of the default domains of its groups: IDENTITY, DMA or DMA_FQ; None: System.default.
-        self.default: DomainType | None = None
+        self.default = default
         #: Called first when an access fails, on the access's thread; True: the access is tried again.  An IOMMU that a
         #: guest drives reads its device table here, as hardware does at the first request of a device.
         self.resolver: Callable[[Endpoint, DmaFault], bool] | None = None

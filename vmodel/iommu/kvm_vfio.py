@@ -10,6 +10,7 @@ import errno
 import threading
 from collections.abc import Callable
 
+from vmodel.closing import Closing
 from vmodel.errors import IommuError
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommufd.device import Device
@@ -19,8 +20,8 @@ from vmodel.iommu.locking import locked
 VfioFile = Group | Device
 
 
-class KvmVfio:
-    """The files that a VMM has added, for one guest.  Any thread may call it."""
+class KvmVfio(Closing):
+    """The files that a VMM has added, for one guest.  Any thread may call it; a context manager."""
 
     def __init__(self, wbinvd: Callable[[], None] | None = None) -> None:
         """`wbinvd`: writes back and invalidates the caches of the CPU, as `CpuCache.wbinvd`."""
@@ -45,6 +46,12 @@ class KvmVfio:
         if not any(known is file for known in self._files):
             raise IommuError(errno.ENOENT, f"{file} was not added")
         self._files = [known for known in self._files if known is not file]
+        self._update()
+
+    @locked
+    def close(self) -> None:
+        """Removes all files, as the end of the guest does (kvm_vfio_release)."""
+        self._files = []
         self._update()
 
     def _update(self) -> None:

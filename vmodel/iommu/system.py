@@ -12,7 +12,7 @@ from vmodel import _shim
 from vmodel.errors import IommuError
 from vmodel.iommu.capabilities import ReservedRegion
 from vmodel.iommu.changes import ChangeKind, Changes, Subscriber
-from vmodel.iommu.domain import AllocFlags, Domain, DomainType, PagingDomain
+from vmodel.iommu.domain import DEFAULT_TYPES, AllocFlags, Domain, DomainType, PagingDomain
 from vmodel.iommu.driver import Source
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.group import Group
@@ -47,7 +47,7 @@ class System:
         unbind_waits: float = 0.0,
         hotplug_binds_to_owner: bool = False,
     ) -> None:
-        if default not in (DomainType.IDENTITY, DomainType.DMA, DomainType.DMA_FQ):
+        if default not in DEFAULT_TYPES:
             raise ValueError(f"{default.value} is no type of default domains")
         self.default = default
         self.topology = topology or Topology()

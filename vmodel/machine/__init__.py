@@ -152,12 +152,11 @@ class Machine:
         for n, table in enumerate(self.content.iommu):
             driver = check.drivers[n]
             covers = [Coverage.pci(*coverage(text)) for text in table.covers]
-            iommu = Iommu(table.name, driver, covers, table.capabilities.over(driver.default))
+            default = None if table.address is None else DomainType.IDENTITY  # until the guest drives it
             if table.default_domain is not None:
-                iommu.default = DEFAULT_DOMAINS[table.default_domain]
-            elif table.address is not None:
-                iommu.default = DomainType.IDENTITY  # until the guest drives it
-            self.system.add_iommu(iommu)
+                default = DEFAULT_DOMAINS[table.default_domain]
+            capabilities = table.capabilities.over(driver.default)
+            self.system.add_iommu(Iommu(table.name, driver, covers, capabilities, default=default))
             if table.address is not None:
                 self._make_iommu_device(table)
         served = {table.name for table in self.content.iommu}
