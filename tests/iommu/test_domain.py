@@ -412,6 +412,25 @@ def test_deferred_by_count() -> None:
     world.close()
 
 
+def test_deferred_without_a_thread_for_the_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would flush it later: it is flushed now."""
+    world, endpoint, dma = with_one(flush_unmaps=3, flush_ms=1e6)
+    domain = dma_domain_alloc(endpoint)
+    group_of(endpoint).set_default(domain)
+    domain.map(IOVA, PAGE, PAGE)
+    dma.read(IOVA, 1)
+
+    def fails(_: threading.Timer) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", fails)
+    domain.unmap(IOVA, PAGE)
+    assert domain.waiting == []
+    with pytest.raises(DmaFault):
+        dma.read(IOVA, 1)
+    world.close()
+
+
 def test_deferred_only_what_an_iotlb_has() -> None:
     world, endpoint, dma = with_one(flush_unmaps=3, flush_ms=1e6)
     domain = attached(endpoint, dma_domain_alloc(endpoint))

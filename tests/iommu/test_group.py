@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,7 @@ from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import AllocFlags, Domain, DomainType, PagingDomain
 from vmodel.iommu.driver import PlatformDevice
 from vmodel.iommu.group import Group
+from vmodel.patience import patience
 from vmodel.pci.config import Identity
 from vmodel.pci.topology import PortType
 from vmodel.span import PAGE, Span
@@ -622,3 +624,37 @@ def test_a_device_that_moves_out_of_the_iommus_reach_is_not_translated(world: Wo
     assert again.group is None
     dma.endpoint = again
     dma.write(0x1000, b"x")
+
+
+def test_a_driver_and_an_owner_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two comes first; the other one is refused."""
+    endpoint, _ = world.device("00:03.0")
+    group, found = group_of(endpoint), list[int | None]()
+
+    def bind() -> None:
+        try:
+            endpoint.bind("driver")
+        except IommuError as error:
+            found.append(error.errno)
+
+    thread = threading.Thread(target=bind, daemon=True)
+    plain = group.viable
+
+    def viable(owner: object) -> bool:
+        answer = plain(owner)
+        thread.start()
+        thread.join(0.2)
+        return answer
+
+    monkeypatch.setattr(group, "viable", viable)
+    group.claim_dma_owner("vfio")
+    thread.join(patience(10))
+    assert (group.owner, endpoint.driver, found) == ("vfio", None, [errno.EBUSY])
+
+
+def test_nobody_is_no_owner(world: World) -> None:
+    """Linux iommu_group_claim_dma_owner."""
+    endpoint, _ = world.device("00:03.0")
+    group = group_of(endpoint)
+    refused(errno.EINVAL, "nobody", group.claim_dma_owner, None)
+    assert group.domain is group.default_domain

@@ -157,6 +157,28 @@ def test_a_container_without_memory_for_a_group(world: World, monkeypatch: pytes
     container.add_group(device.group)
 
 
+def test_questions_from_several_threads(world: World) -> None:
+    """A container has an answer while its groups come and go."""
+    devices = [world.add(world.iommu(kind)) for kind in ("vt-d", "amd-vi", "smmu-v3")]
+    container, asked = Container(), [0]
+
+    def ask() -> None:
+        try:
+            assert container.page_sizes and container.iova_ranges and container.dma_avail
+        except IommuError as error:
+            assert error.errno == errno.EINVAL  # it has no group
+        assert len(container.domains) <= 3 and container.coherent in (False, True)
+        asked[0] += 1
+
+    with meanwhile(ask, ask):
+        until(lambda: asked[0] > 100, "a hundred questions")
+        for _ in range(300):
+            for device in devices:
+                container.add_group(device.group)
+            for device in devices:
+                container.remove_group(device.group)
+
+
 @pytest.mark.parametrize("kind", ["iommufd", "type 1"])
 def test_calls_from_several_threads(world: World, kind: str) -> None:
     """Each thread maps and unmaps; what is mapped in the end is the same in the space and in its domains."""

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+from pytest import MonkeyPatch
 
 from tests.iommu.tables import TO_PAGE, TO_TABLE, index
 from tests.spaces.world import RW, Device, World, refused
 from tests.waiting import until
 from vmodel.errors import Access, DmaFault
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.domain import AllocFlags, DomainType, Mapping
+from vmodel.iommu.domain import AllocFlags, Domain, DomainType, Mapping
 from vmodel.iommu.drivers import KINDS
 from vmodel.iommu.fault import PageRequest, PageResponse
 from vmodel.iommu.iommufd import Context, FaultObject, Hwpt, Ioas
@@ -936,6 +937,59 @@ def test_who_waits_when_the_hwpt_goes(world: World, context: Context, ioas: Ioas
     assert got == [None] and time.monotonic() - begin < patience(5)
     with refused(errno.EINVAL):
         fault.respond(requests[0], PageResponse.SUCCESS)
+
+
+@pytest.mark.parametrize("how", ["detach", "replace", "close"])
+def test_who_asks_just_after_the_hwpt_has_gone(world: World, context: Context, ioas: Ioas, how: str) -> None:
+    """The access found no page before, and asks when the device has been detached: nobody would answer.
+
+    Linux: a device's queue of page requests is flushed before it is detached (iopf_queue_remove_device).
+    """
+    device, bound, fault = faulting(world, context, ioas, timeout=600)
+    domain = device.group.domain
+    ask = domain.page_handler
+    assert ask is not None
+
+    def late(request: PageRequest) -> PageResponse:
+        match how:
+            case "detach":
+                bound.detach()
+            case "replace":
+                bound.replace(bound.hwpt_alloc(ioas, AllocFlags.PASID))
+            case _:
+                context.close()
+        return ask(request)
+
+    domain.page_handler = late
+    got = list[int | None]()
+    thread = threading.Thread(target=lambda: got.append(device.reads(IOVA)), daemon=True)
+    thread.start()
+    thread.join(patience(10))
+    assert got == [None] and not thread.is_alive()
+    assert fault.read() == []
+
+
+def test_who_asks_while_the_hwpt_comes(world: World, context: Context, ioas: Ioas, monkeypatch: MonkeyPatch) -> None:
+    """An access that sees the new domain asks that domain's fault object."""
+    device, fault = world.add(world.iommu()), FaultObject(context, timeout=30)
+    bound = Bound(context, device.endpoint)
+    hwpt = bound.hwpt_alloc(ioas, fault=fault)
+    plain = device.endpoint.attach
+    got = list[int | None]()
+    thread = threading.Thread(target=lambda: got.append(device.reads(IOVA)), daemon=True)
+
+    def attach(domain: Domain | None, pasid: int | None = None) -> None:
+        plain(domain, pasid)
+        thread.start()
+        thread.join(0.2)  # its access is over before the group says that it has the domain
+
+    monkeypatch.setattr(device.endpoint, "attach", attach)
+    bound.attach(hwpt)
+    monkeypatch.undo()
+    ioas.map(PAGE, PAGE, iova=IOVA)
+    fault.respond(until(fault.read, "a page request")[0], PageResponse.SUCCESS)
+    thread.join(patience(10))
+    assert got == [PAGE]
 
 
 def test_who_waits_with_another_pasid_goes_on_waiting(world: World, context: Context, ioas: Ioas) -> None:

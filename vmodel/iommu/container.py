@@ -67,11 +67,13 @@ class Container(Closing):
     # ---- groups ----------------------------------------------------------------------------
 
     @property
+    @locked
     def groups(self) -> list[Group]:
         """The groups, in the order in which they were added."""
         return list(self._groups)
 
     @property
+    @locked
     def domains(self) -> list[PagingDomain]:
         """The domains of the groups, each once."""
         return list(dict.fromkeys(self._groups.values()))
@@ -157,17 +159,20 @@ class Container(Closing):
     # ---- capabilities ----------------------------------------------------------------------
 
     @property
+    @locked
     def page_sizes(self) -> frozenset[int]:
         """The page sizes, in bytes, that all domains support.  IommuError(EINVAL): there is no group."""
         self._set_up()
         return frozenset.intersection(*(domain.page_sizes for domain in self.domains))
 
     @property
+    @locked
     def coherent(self) -> bool:
         """Whether DMA of all members snoops the caches (VFIO_DMA_CC_IOMMU)."""
         return bool(self._groups) and all(domain.enforces_snoop for domain in self.domains)
 
     @property
+    @locked
     def iova_ranges(self) -> list[Span]:
         """The IOVAs that may be mapped: in every aperture, and in no reserved region.
 
@@ -183,6 +188,7 @@ class Container(Closing):
         return ranges
 
     @property
+    @locked
     def dma_avail(self) -> int:
         """How many more mappings the limit allows.  IommuError(EINVAL): there is no group."""
         self._set_up()

@@ -303,9 +303,14 @@ class PagingDomain(Domain):
                 self._waiting.append(Span.sized(iova, removed))
                 full = len(self._waiting) >= self._flush_after
                 if self._timer is None and not full:
-                    self._timer = threading.Timer(self._flush_seconds, self.flush)
-                    self._timer.daemon = True
-                    self._timer.start()
+                    timer = threading.Timer(self._flush_seconds, self.flush)
+                    timer.daemon = True
+                    try:
+                        timer.start()
+                    except RuntimeError:  # the host has no thread for it
+                        full = True
+                    else:
+                        self._timer = timer
             if full:
                 self.flush()
         return removed

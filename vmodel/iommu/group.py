@@ -258,7 +258,8 @@ class Group:
 
     def domain_of(self, pasid: int | None = None) -> Domain | None:
         """The domain of accesses without a PASID, or with `pasid`; None: the PASID has no domain."""
-        return self.domain if pasid is None else self.pasids.get(pasid)
+        with self._lock:  # while it changes, members may have the new one already
+            return self.domain if pasid is None else self.pasids.get(pasid)
 
     # ---- members ---------------------------------------------------------------------------
 
@@ -334,8 +335,11 @@ class Group:
         """Claims the group: it is blocked until the owner attaches a domain (Linux iommu_group_claim_dma_owner).
 
         IommuError: EPERM it has an owner, also if it is this one, or is not viable; EBUSY a domain other than the
-        default is attached; EINVAL a member has a region that must stay mapped 1:1; ENODEV it has no members left.
+        default is attached; EINVAL `owner` is None, or a member has a region that must stay mapped 1:1; ENODEV it has
+        no members left.
         """
+        if owner is None:
+            raise IommuError(errno.EINVAL, f"{self}: nobody cannot own it")
         with self._lock:
             if self.owner is not None:
                 raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")
@@ -346,6 +350,8 @@ class Group:
 
         IommuError as `claim_dma_owner`, but EPERM for another owner only.  (Linux iommu_device_claim_dma_owner)
         """
+        if owner is None:
+            raise IommuError(errno.EINVAL, f"{self}: nobody cannot own it")
         with self._lock:
             if self.owner is not None and self.owner != owner:
                 raise IommuError(errno.EPERM, f"group {self.number} is owned by {self.owner}")

@@ -253,7 +253,9 @@ class System:
 
     def close(self) -> None:
         """Flushes all domains with deferred flushes, which ends their timers."""
-        for domain in {d for g in self.groups for d in (g.domain, g.default_domain, *g.pasids.values())}:
+        with self._lock:
+            domains = {d for g in self.groups for d in (g.domain, g.default_domain, *g.pasids.values())}
+        for domain in domains:
             if isinstance(domain, PagingDomain):
                 with contextlib.suppress(IommuError):
                     domain.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vmodel.errors import IommuError
 from vmodel.iommu.fault import PageRequest, PageResponse
@@ -22,13 +22,21 @@ class FaultObject(Object):
         self._unread: dict[int, PageRequest] = {}
         self._waiting: dict[int, tuple[PageRequest, PageResponse | None]] = {}
 
-    def handle(self, request: PageRequest) -> PageResponse:
-        """The domain's page handler: waits for `respond`, on the thread of the access.  INVALID after `timeout`."""
+    def handle(self, request: PageRequest, attached: Callable[[], bool] = lambda: True) -> PageResponse:
+        """The domain's page handler: waits for `respond`, on the thread of the access.  INVALID after `timeout`.
+
+        `attached`: whether the device still has the domain.  A request that is made while the device is detached has
+        no answer to wait for: either `cancel` finds it, or it finds the device detached.
+        """
         key = id(request)
         with self._ready:
             self._unread[key] = request
             self._waiting[key] = request, None
             self._ready.notify_all()
+        gone = not attached()  # not with the lock: it takes others
+        with self._ready:
+            if gone:
+                self._waiting[key] = request, PageResponse.INVALID
             self._ready.wait_for(lambda: self._waiting[key][1] is not None, self.timeout)
             self._unread.pop(key, None)
             _, response = self._waiting.pop(key)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vmodel.errors import IommuError
 from vmodel.iommu.domain import Domain, PagingDomain, TableDomain
 from vmodel.iommu.endpoint import ASKABLE
-from vmodel.iommu.fault import FaultRecord
+from vmodel.iommu.fault import FaultRecord, PageRequest, PageResponse
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommufd.context import Context, Object
 from vmodel.iommu.iommufd.fault_object import FaultObject
@@ -64,7 +64,7 @@ class Hwpt(Object):
             raise
         if fault is not None:
             fault.users += 1
-            domain.page_handler = fault.handle
+            domain.page_handler = self._ask
 
     @property
     def paging(self) -> PagingDomain:
@@ -83,6 +83,17 @@ class Hwpt(Object):
     def ioas(self) -> Ioas:
         """The IOAS whose mappings it has."""
         return self.parent if isinstance(self.parent, Ioas) else self.parent.ioas
+
+    def _ask(self, request: PageRequest) -> PageResponse:
+        assert self.fault is not None
+        return self.fault.handle(request, lambda: self._has(request))
+
+    def _has(self, request: PageRequest) -> bool:
+        """Whether the device of a page request still has this HWPT."""
+        groups = {device.group for device in list(self.context.devices)}
+        found = [group for group in groups if any(e.name == request.requester for e in group.endpoints)]
+        domains = [group.domain_of(request.pasid) for group in found]
+        return any(domain is not None and domain.page_handler == self._ask for domain in domains)
 
     def release(self) -> None:
         if isinstance(self.parent, Ioas):
@@ -163,7 +174,7 @@ class Hwpt(Object):
 
     def _set_handler(self, domain: Domain) -> None:
         if self.fault is not None and isinstance(domain, TableDomain):
-            domain.page_handler = self.fault.handle
+            domain.page_handler = self._ask
 
     def asks(self, record: FaultRecord) -> bool:
         """Whether a fault was a page request first."""
