@@ -681,3 +681,26 @@ def test_walked(kind: str, format: TableFormat, ok: bool) -> None:
 def test_no_such_capabilities(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         Capabilities(**wrong)
+
+
+def test_numbers_that_are_no_addresses() -> None:
+    world, endpoint, _ = with_one()
+    domain = paging_domain_alloc(endpoint, AllocFlags.DIRTY_TRACKING)
+    assert [domain.iova_to_phys(iova) for iova in (-1, 1 << 64, (1 << 64) - 1)] == [None] * 3
+    domain.set_dirty_tracking(True)
+    for page_size, code in ((-PAGE, errno.EINVAL), (1 << 70, errno.EINVAL), (PAGE, errno.ENOMEM)):
+        with pytest.raises(IommuError) as caught:
+            domain.read_dirty(Span(0, (1 << 64) - 1), page_size)
+        assert caught.value.errno == code
+    world.close()
+
+
+def test_a_parent_comes_before_the_format(world: World) -> None:
+    """Linux iommufd_hwpt_nested_alloc: the parent, then the driver looks at the data."""
+    vtd, _ = world.device("00:05.0")
+    parent, plain = paging_domain_alloc(vtd, AllocFlags.NEST_PARENT), paging_domain_alloc(vtd)
+    table = Table(TableFormat.VTD_SECOND, 4, 0, 48, 48)
+    for domain, code in ((plain, errno.EINVAL), (parent, errno.EOPNOTSUPP)):
+        with pytest.raises(IommuError) as caught:
+            nested_domain_alloc(vtd, domain, world.memory, table)
+        assert caught.value.errno == code

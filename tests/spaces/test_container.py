@@ -500,3 +500,17 @@ def test_a_users_domain_is_not_the_containers(world: World) -> None:
     device.group.detach()
     container = of(device)
     assert device.reads(0) is None and container.domains != [mine]
+
+
+def test_an_unmap_that_is_wrong_twice(world: World) -> None:
+    """Linux vfio_dma_do_unmap: the alignment of the IOVA comes first, the end after the size."""
+    container = Container()
+    container.add_group(world.add(world.iommu()).group)
+    for iova, size, code in (
+        (2**64 - 1, PAGE, errno.EINVAL),
+        (2**64 - PAGE, PAGE + 1, errno.EINVAL),
+        (2**64 - PAGE, 2 * PAGE, errno.EOVERFLOW),
+        (1, 0, errno.EINVAL),
+    ):
+        with refused(code):
+            container.unmap(iova, size)

@@ -1015,3 +1015,60 @@ def test_devices_without_page_requests(world: World, context: Context, ioas: Ioa
         other.attach(hwpt)
     assert state(ioas) == before and bound.group.domain is hwpt.domain
     assert other.group.domain.type is DomainType.BLOCKED
+
+
+# ---- two mistakes at once: Linux's order of checks ---------------------------------------------
+
+
+def test_what_was_destroyed_comes_first(world: World, context: Context, ioas: Ioas) -> None:
+    """Linux iommufd_device_change_pt looks the target up before the device's attachment; iommufd_get_ioas."""
+    bound = Bound(context, world.add(world.iommu()).endpoint)
+    gone = Ioas(context)
+    gone.destroy()
+    with refused(errno.ENOENT):
+        bound.replace(gone)
+    bound.attach(ioas)
+    for call in (lambda: bound.attach(gone), lambda: bound.replace(gone), gone.iova_ranges):
+        with refused(errno.ENOENT):
+            call()
+    # iommufd_ioas_map and iommufd_ioas_copy check numbers first, iommufd_ioas_unmap looks up first.
+    for call, code in (
+        (lambda: gone.map(0, PAGE, iova=2**64 - 1), errno.EOVERFLOW),
+        (lambda: gone.map(0, PAGE, Access(0)), errno.EINVAL),
+        (lambda: gone.map(0, PAGE), errno.ENOENT),
+        (lambda: ioas.copy(gone, 0, 2**64 - 1), errno.EOVERFLOW),
+        (lambda: ioas.copy(gone, 0, PAGE, Access(0)), errno.EINVAL),
+        (lambda: ioas.copy(gone, 0, PAGE), errno.ENOENT),
+        (lambda: gone.unmap(0, 2**64), errno.ENOENT),
+    ):
+        with refused(code):
+            call()
+
+
+def test_dirty_bitmaps_in_pages_of_the_ioas(world: World, context: Context, ioas: Ioas) -> None:
+    """Linux iommufd_check_iova_range: by the alignment of the IOAS, which another HWPT may have made larger."""
+    bound = Bound(context, world.add(world.iommu()).endpoint)
+    hwpt = bound.hwpt_alloc(ioas, AllocFlags.DIRTY_TRACKING)
+    hwpt.set_dirty_tracking(True)
+    ioas.map(0, 64 * KiB, iova=IOVA)
+    assert hwpt.get_dirty_bitmap(Span.sized(IOVA, PAGE)) == bytes(8)
+    large = Bound(context, world.add(world.iommu(page_sizes=frozenset((64 * KiB,)))).endpoint)
+    large.hwpt_alloc(ioas)
+    with refused(errno.EINVAL):
+        hwpt.get_dirty_bitmap(Span.sized(IOVA, PAGE))
+    assert hwpt.get_dirty_bitmap(Span.sized(IOVA, 64 * KiB)) == bytes(8)
+
+
+def test_a_dirty_bitmap_that_is_too_large(world: World, context: Context, ioas: Ioas) -> None:
+    """A mapping takes no memory by its size; its bitmap would."""
+    bound = Bound(context, world.add(world.iommu()).endpoint)
+    bound.attach(hwpt := bound.hwpt_alloc(ioas, AllocFlags.DIRTY_TRACKING))
+    hwpt.set_dirty_tracking(True)
+    huge = Span.sized(1 << 46, 1 << 46)
+    ioas.map(0, huge.size, iova=huge.start)
+    for call in (hwpt.get_dirty_bitmap, ioas.get_dirty_bitmap):
+        with refused(errno.ENOMEM):
+            call(huge)
+        with refused(errno.EINVAL):
+            call(huge, -PAGE)
+        assert len(call(huge, 1 << 30)) == (1 << 16) // 8

@@ -59,13 +59,15 @@ def nested_domain_alloc(endpoint: Endpoint, parent: PagingDomain, memory: GuestM
     """A user's stage 1 over `parent`; table addresses are translated by `parent` and read from `memory`.
 
     IommuError: ENODEV the device has no group; EOPNOTSUPP no nesting, or not with this format; EINVAL `parent` was not
-    allocated with NEST_PARENT, or `table` is invalid.
+    allocated with NEST_PARENT, or is of another kind, or `table` is invalid.
     """
     iommu = _iommu_of(endpoint)
-    if not iommu.capabilities.nesting or table.format not in iommu.driver.nested_formats:
+    if not iommu.capabilities.nesting:
+        raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} does not nest tables")
+    if not parent.nests or parent.made_for is None or parent.made_for.driver.kind != iommu.driver.kind:
+        raise IommuError(errno.EINVAL, f"{parent.name} was not allocated as a parent for {iommu.driver.title}")
+    if table.format not in iommu.driver.nested_formats:
         raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} does not nest {table.format.name} tables")
-    if not parent.nests:
-        raise IommuError(errno.EINVAL, f"{parent.name} was not allocated as a parent")
     return TableDomain(DomainType.NESTED, iommu, memory, table, parent)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
-from vmodel.iommu.domain import PagingDomain
-from vmodel.span import PAGE, Span
+from vmodel.iommu.domain import PagingDomain, check_report
+from vmodel.span import Span
 
 
 def _start(span: Span) -> int:
@@ -184,10 +183,9 @@ def joined(spans: Iterable[Span]) -> list[Span]:
 def merged_dirty(domains: Iterable[PagingDomain], span: Span, page_size: int, clear: bool) -> bytes:
     """The union of the domains' dirty bitmaps for `span`, in the form of PagingDomain.read_dirty.
 
-    IommuError(EINVAL): `span` is not made of whole pages of `page_size`.
+    IommuError as PagingDomain.read_dirty.
     """
-    if page_size < PAGE or page_size & (page_size - 1) or (span.start | span.size) & (page_size - 1):
-        raise IommuError(errno.EINVAL, f"dirty report of {span}: not whole pages of {page_size:#x}")
+    check_report(span, page_size)
     total, size = 0, (span.size // page_size + 63) // 64 * 8
     for domain in domains:
         total |= int.from_bytes(domain.read_dirty(span, page_size, clear=clear), "little")

@@ -244,6 +244,8 @@ class Container(Closing):
         error nothing changes.
         """
         self._set_up()
+        if (iova | size) & (min(self.page_sizes) - 1):  # before the end, which a map checks first
+            raise IommuError(errno.EINVAL, f"{self.name}: iova {iova:#x}, {size:#x} bytes: not whole pages")
         span = self._checked(iova, size)
         found = list(self._areas.over(span))
         for area in found:

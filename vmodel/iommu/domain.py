@@ -105,7 +105,7 @@ class Domain:
         """The GPA of `iova` by mappings or tables, ignoring IOTLBs; None: not mapped.  Sets no flags in tables."""
         try:
             start, _, gpa, _, _ = self.shim.walk(iova, 0)
-        except DmaFault:
+        except (DmaFault, OverflowError):  # the latter: no address
             return None
         return gpa + (iova - start)
 
@@ -372,10 +372,11 @@ class PagingDomain(Domain):
         """The pages of `span` (IOVA) that DMA has written to since they were last cleared; `clear` clears them.
 
         The result is a little-endian bitmap, one bit for each `page_size` bytes, padded to a multiple of 8 bytes.
-        IommuError(EINVAL): tracking is off, or `span` is not made of whole pages.
+        IommuError: EINVAL tracking is off, or `span` is not made of whole pages; ENOMEM more than 2**31 of them.
         """
         if not self.tracking:
             raise IommuError(errno.EINVAL, f"{self.name}: dirty tracking is off")
+        check_report(span, page_size)
         try:
             return self.shim.dirty_report(span.start, span.size, page_size, not clear)
         except (OSError, OverflowError) as error:
@@ -451,6 +452,17 @@ class TableDomain(Domain):
         self.shim.flush(whole.start, whole.last, 0 if own else _shim.FLUSH_KEEP_OWN)
 
 
+def check_report(span: Span, page_size: int) -> None:
+    """IommuError: EINVAL `span` is not made of whole pages of `page_size`; ENOMEM a bitmap of them has over 256 MiB."""
+    what = f"dirty report of {span} in pages of {page_size:#x}"
+    if page_size < PAGE or page_size & (page_size - 1) or (span.start | span.size) & (page_size - 1):
+        raise IommuError(errno.EINVAL, f"{what}: not whole pages")
+    if span.size // page_size > _MOST_DIRTY:
+        raise IommuError(errno.ENOMEM, f"{what}: more than {_MOST_DIRTY:#x} pages")
+
+
+#: The most pages of a dirty report: a bitmap of 256 MiB.
+_MOST_DIRTY = 1 << 31
 #: The shim's flag for a mapping without any permission.
 _NO_ACCESS = Access(_shim.PROT_NONE)
 _RW = Access.READ | Access.WRITE

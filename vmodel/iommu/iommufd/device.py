@@ -137,15 +137,16 @@ class Device(Object):
 
     @locked
     def attach(self, target: Ioas | Hwpt, pasid: int | None = None) -> Hwpt:
-        """VFIO_DEVICE_ATTACH_IOMMUFD_PT: attaches a HWPT, or for an IOAS one that fits; returns the HWPT.
+        """Attaches a HWPT, or for an IOAS one that fits; returns the HWPT (iommufd_device_attach).
 
-        All devices of a group must have the same HWPT.  IommuError: EBUSY already attached; EINVAL the domain does not
-        fit, the group has another HWPT, or a HWPT without AllocFlags.PASID (as those for an IOAS) would be used
-        together with PASIDs; EADDRINUSE a mapping overlaps a reserved region of the device; EOPNOTSUPP no PASIDs or
-        page requests; ENOENT the device or the target was destroyed, or is of another context.  On an error nothing
-        changes.
+        VFIO_DEVICE_ATTACH_IOMMUFD_PT is this, or `replace` if the device, or the PASID, is attached already.  All
+        devices of a group must have the same HWPT.  IommuError: EBUSY already attached; EINVAL the domain does not fit,
+        the group has another HWPT, or a HWPT without AllocFlags.PASID (as those for an IOAS) would be used together
+        with PASIDs; EADDRINUSE a mapping overlaps a reserved region of the device; EOPNOTSUPP no PASIDs or page
+        requests; ENOENT the device or the target was destroyed, or is of another context.  On an error nothing changes.
         """
         self.check()
+        target.check(self.context)
         if pasid in self._attached:
             raise IommuError(errno.EBUSY, f"{self} is attached to {self._attached[pasid]}")
         shared = self.context.attached.get((self.group, pasid))
@@ -174,6 +175,7 @@ class Device(Object):
         IommuError as `attach`; EINVAL not attached.  On an error the old HWPT stays.
         """
         self.check()
+        target.check(self.context)
         old = self._attached.get(pasid)
         if old is None:
             raise IommuError(errno.EINVAL, f"{self} is not attached")
@@ -239,7 +241,6 @@ class Device(Object):
             self.detach()
 
     def _resolve(self, target: Ioas | Hwpt, shared: Hwpt | None) -> Hwpt:
-        target.check(self.context)
         if isinstance(target, Hwpt):
             return target
         if shared is not None and shared.auto and shared.ioas is target:

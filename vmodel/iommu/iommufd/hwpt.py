@@ -127,6 +127,8 @@ class Hwpt(Object):
         domain = self._own()
         if not domain.tracks:
             raise IommuError(errno.EOPNOTSUPP, f"{self} was allocated without dirty tracking")
+        if (span.start | span.size) & (self.ioas.alignment - 1):  # iommufd_check_iova_range
+            raise IommuError(errno.EINVAL, f"{self}: {span} is not aligned to {self.ioas.alignment:#x}")
         self.ioas.check_mapped(span)
         return domain.read_dirty(span, page_size, clear=clear)
 

@@ -62,7 +62,11 @@ class Ioas(Object):
 
     @locked
     def iova_ranges(self) -> list[Span]:
-        """IOMMU_IOAS_IOVA_RANGES: the IOVAs that may be mapped, given the attached devices."""
+        """IOMMU_IOAS_IOVA_RANGES: the IOVAs that may be mapped, given the attached devices.
+
+        IommuError(ENOENT): it has been destroyed.
+        """
+        self.check()
         ranges = [Span(0, _LAST)]
         for hwpt in self.hwpts:
             ranges = common(ranges, [hwpt.paging.aperture])
@@ -117,7 +121,6 @@ class Ioas(Object):
 
     def _check_arguments(self, size: int, access: Access, iova: int | None) -> None:
         """The checks that Linux makes first (iommufd_ioas_map, iommufd_ioas_copy)."""
-        self.check()
         if size >= _LAST or not 0 <= (iova or 0) < _LAST:
             raise IommuError(errno.EOVERFLOW, f"{self}: {size:#x} bytes, iova {iova}: past 2**64")
         if not access:
@@ -313,8 +316,8 @@ class Ioas(Object):
         aligned; EOVERFLOW wraps; EPERM `access` has WRITE and a mapping of the source was made without it, at first, if
         it is a copy itself; else as `map`.
         """
-        source.check(self.context)
         self._check_arguments(size, access, iova)
+        source.check(self.context)
         self._check_range("iova", source_iova, size)
         span = Span.sized(source_iova, size)
         found = list(source.contiguous(span))
