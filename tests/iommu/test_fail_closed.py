@@ -264,12 +264,15 @@ class FailClosed(RuleBasedStateMachine):
     Whatever happens, a device that an IOMMU covers reaches what its group's domain maps, and nothing else.
     """
 
-    @initialize(kind=st.sampled_from(["vt-d", "amd-vi", "smmu-v3", "pamu"]), narrow=st.booleans(), late=st.booleans())
+    @initialize(
+        kind=st.sampled_from(["vt-d", "amd-vi", "smmu-v3", "riscv", "pamu"]), narrow=st.booleans(), late=st.booleans()
+    )
     def begin(self, kind: str, narrow: bool, late: bool) -> None:
         params: dict[str, Any] = {
             "vt-d": {},
             "amd-vi": {"device_table": 32 if narrow else 65536},
             "smmu-v3": {"stream_bits": 5 if narrow else 32},
+            "riscv": {"directory_levels": 1 if narrow else 3, "extended": False},
             "pamu": {"liodns": {"0000:00:03.0": 1, "0000:00:03.1": 2, "0000:00:04.0": 1, "uart": 3}},
         }[kind]
         self.iommu = iommu(kind, "any", params=params)

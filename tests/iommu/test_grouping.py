@@ -17,7 +17,7 @@ from vmodel.pci.topology import ISOLATION, Bdf, Function, PortType
 END, CONV, UP, DOWN = PortType.ENDPOINT, PortType.CONVENTIONAL, PortType.UPSTREAM, PortType.DOWNSTREAM
 P2P, PCI_BRIDGE = PortType.PCIE_TO_PCI, PortType.PCI_BRIDGE
 #: Kinds whose groups follow the topology alone, for these devices.
-BY_TOPOLOGY = ["vt-d", "amd-vi", "smmu-v3", "virtio-iommu"]
+BY_TOPOLOGY = ["vt-d", "amd-vi", "smmu-v3", "riscv", "virtio-iommu"]
 Groups = set[frozenset[str]]
 
 
@@ -414,6 +414,7 @@ def endpoint_of(world: World, name: str) -> Endpoint:
         ("vt-d", 0x0018, 0x0200, "0000:02:00.0"),
         ("amd-vi", 0x0018, 0x0200, "0000:02:00.0"),
         ("smmu-v3", 0x0018, 0x0200, "stream 0x200"),
+        ("riscv", 0x0018, 0x0200, "device id 0x200"),
         ("virtio-iommu", 0x0018, 0x0200, "endpoint 0x200"),
         ("power-pe", 0, 2, "PE 0000:02"),
     ],
@@ -484,6 +485,34 @@ def test_smmu_streams(make: Callable[..., World]) -> None:
     assert groups(world) == expect("00:03.0 00:04.0", "00:03.7 mmc", "-00:05.0", "-dma")
     assert endpoint_of(world, "00:04.0").why == "same requester id as 00:03.0: stream 0x100"
     assert endpoint_of(world, "dma").why == "no isolation: it has no stream id of 16 bits"
+
+
+@pytest.mark.parametrize(
+    ("levels", "extended", "bits"),
+    [(1, True, 6), (2, True, 15), (3, True, 24), (1, False, 7), (2, False, 16), (3, False, 24)],
+)
+def test_riscv_directory(make: Callable[..., World], levels: int, extended: bool, bits: int) -> None:
+    """Linux riscv_iommu_get_dc: ids beyond what the levels of the device directory resolve have no context."""
+    last = (1 << bits) - 1
+    params = {"directory_levels": levels, "extended": extended, "platform": {"mmc": last, "dma": last + 1}}
+    one = iommu("riscv", params=params)
+    one.covers.append(Coverage.platform("mmc", "dma"))
+    world = make(one)
+    mmc, dma = world.plug(PlatformDevice("mmc")), world.plug(PlatformDevice("dma"))
+    assert (mmc.requester_id, mmc.why) == (last, "it has an id of its own")
+    assert (dma.group, dma.why) == (None, f"no isolation: it has no device id of {bits} bits")
+
+
+def test_riscv_device_ids(make: Callable[..., World]) -> None:
+    devices = [
+        {"first_rid": 0x18, "count": 2, "first_device": 0x100},
+        {"first_rid": 0x20, "count": 1, "first_device": 0x101},
+    ]
+    world = make(iommu("riscv", params={"devices": devices}))
+    for bdf in ("00:03.0", "00:03.1", "00:04.0", "00:05.0"):
+        world.device(bdf, acs=ISOLATION)
+    assert groups(world) == expect("00:03.0", "00:03.1 00:04.0", "-00:05.0")
+    assert endpoint_of(world, "00:04.0").why == "same requester id as 00:03.1: device id 0x101"
 
 
 def test_virtio_endpoints(make: Callable[..., World]) -> None:

@@ -249,9 +249,9 @@ WRONG = {
     '[iommu]\nname = "a"\n': "iommu: {'name': 'a'}: must be written [[iommu]], in two brackets, as there may be "
     "several",
     IOMMU.replace("vt-d", "vtd"): "iommu[0].kind: 'vtd': did you mean 'vt-d'? "
-    "Kinds are vt-d, amd-vi, smmu-v3, power-pe, pamu, virtio-iommu",
+    "Kinds are vt-d, amd-vi, smmu-v3, riscv, power-pe, pamu, virtio-iommu",
     IOMMU.replace("vt-d", "vtd") + 'address = "0000:00:02.0"\n': "iommu[0].kind: 'vtd': did you mean 'vt-d'? "
-    "Kinds are vt-d, amd-vi, smmu-v3, power-pe, pamu, virtio-iommu",
+    "Kinds are vt-d, amd-vi, smmu-v3, riscv, power-pe, pamu, virtio-iommu",
     IOMMU + "cover = []\n": "iommu[0].cover: unknown key: did you mean 'covers'?",
     IOMMU + 'covers = ["0000:00"]\ncapabilities = { page_sizes = ["3K"] }\n': "iommu[0].capabilities: "
     "page sizes must be powers of two of at least 4 KiB",
@@ -279,6 +279,9 @@ WRONG = {
     + IOMMU.replace("iommu0", "b")
     + 'address = "0000:00:05.0"\n': "iommu[1].address: "
     "a guest can drive one vt-d only, and 'iommu0' is one: leave one of the addresses out",
+    IOMMU.replace("vt-d", "riscv")
+    + "capabilities = { input_bits = 40 }\n": "iommu[0].capabilities: input_bits must be 39, 48 or 57 "
+    "(Sv39, Sv48, Sv57), not 40",
     RP0 + IOMMU + 'address = "0000:01:00.0"\n': "iommu[0].address: '0000:01:00.0': an IOMMU must be on bus 00",
     IOMMU + 'address = "0000:00:02.0"\n' + EDU + GROUP: "group[0].device: 'edu0' is behind 'iommu0', which the guest "
     "drives",

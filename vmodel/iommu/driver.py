@@ -86,12 +86,12 @@ class Driver(ABC):
     own_tables: ClassVar[bool] = False
     #: How its domains refuse mappings.
     map_errors: ClassVar[MapErrors] = MapErrors()
+    #: The errno when its tables cannot be attached to a narrower IOMMU of the kind.
+    misfit: ClassVar[int] = errno.EINVAL
     #: Whether a parent of nested domains can neither track writes nor be attached to PASIDs.
     parent_alone: ClassVar[bool] = False
     #: Whether nested HWPTs need a vIOMMU (Linux: the driver has no domain_alloc_nested).
     nested_by_viommu: ClassVar[bool] = False
-    #: Whether DMA is coherent with the CPU's caches only if its walks are (Linux ARM_SMMU_FEAT_COHERENCY).
-    coherent_by_walks: ClassVar[bool] = False
     #: How DMA through its paging domains snoops.
     coherency: ClassVar[Coherency] = Coherency()
     #: Whether firmware describes it by an IVRS table, on which quirks of AMD's southbridges depend.
@@ -101,6 +101,14 @@ class Driver(ABC):
 
     def __init__(self, params: Any = None) -> None:
         self.params: Any = params if isinstance(params, self.Params) else self.Params.model_validate(params or {})
+
+    def fit(self, capabilities: Capabilities) -> Capabilities:
+        """What an IOMMU with these capabilities has, where some depend on others.  ValueError: there is none."""
+        return capabilities
+
+    def cache_coherency(self, capabilities: Capabilities) -> bool:
+        """Whether Linux's driver declares IOMMU_CAP_CACHE_COHERENCY, which VFIO and iommufd require."""
+        return True
 
     @abstractmethod
     def requester_id(self, source: Source) -> int | None:

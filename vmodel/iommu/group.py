@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class _Misfit(str):
+    """A reason that the IOMMU's driver finds, with an errno of its own (Driver.misfit); others are Linux's core's."""
+
+
 def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> str | None:
     """The reason why `domain` cannot be attached to a device; None: it can.  With `pasid`: for that PASID."""
     iommu = endpoint.iommu
@@ -57,7 +61,7 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
         (can.dirty_tracking or not domain.tracks, "dirty tracking: {} has none"),
         (can.nesting or not domain.nests, "nesting: {} has none"),
     )
-    return next((text.format(iommu.name, domain=domain) for good, text in wanted if not good), None)
+    return next((_Misfit(text.format(iommu.name, domain=domain)) for good, text in wanted if not good), None)
 
 
 def shares_tables(domain: PagingDomain, group: Group) -> bool:
@@ -113,7 +117,8 @@ class Group:
             raise IommuError(errno.ENODEV, f"group {self.number} has no devices left")
         for endpoint in self.endpoints:
             if (why := can_attach(domain, endpoint, pasid)) is not None:
-                raise IommuError(errno.EINVAL, f"group {self.number}, {endpoint.name}: {why}")
+                code = self.iommu.driver.misfit if isinstance(why, _Misfit) else errno.EINVAL
+                raise IommuError(code, f"group {self.number}, {endpoint.name}: {why}")
 
     def _attach_all(self, domain: Domain | None, pasid: int | None = None) -> None:
         """Attaches all members.  Each access of a member sees either the old domain or the new one, never none."""
@@ -162,7 +167,8 @@ class Group:
         """Attaches a domain in place of the default or the blocked one (Linux iommu_attach_group).
 
         IommuError: EBUSY another domain is attached, see `replace`; EINVAL the domain does not fit a member, with
-        can_attach's reason; ENODEV the group has no members left.  On an error nothing changes.
+        can_attach's reason; ENODEV the group has no members left, or its RISC-V IOMMU has not the domain's levels.  On
+        an error nothing changes.
         """
         with self._lock:
             if self.domain not in (self.default_domain, self.iommu.blocked):

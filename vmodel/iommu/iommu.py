@@ -59,7 +59,10 @@ class Coverage:
 
 
 class Iommu:
-    """One IOMMU: a kind, capabilities, what it covers, and its queue of faults."""
+    """One IOMMU: a kind, capabilities, what it covers, and its queue of faults.
+
+    ValueError: the kind cannot have such capabilities.
+    """
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class Iommu:
         self.name = name
         self.driver = driver
         self.covers = list(covers)
-        self.capabilities = capabilities or driver.default
+        self.capabilities = driver.fit(capabilities or driver.default)
         self.faults = FaultQueue(self.capabilities.fault_queue_depth)
         #: Memory for the mappings of all domains that are made for it.
         self.budget = _shim.Budget(self.capabilities.max_memory)
@@ -99,7 +102,7 @@ class Iommu:
     @property
     def cache_coherency(self) -> bool:
         """Whether it can make DMA coherent with the CPU's caches (Linux IOMMU_CAP_CACHE_COHERENCY)."""
-        return self.capabilities.coherent or not self.driver.coherent_by_walks
+        return self.driver.cache_coherency(self.capabilities)
 
     def on_fault(self, handler: Callable[[FaultRecord], None]) -> Callable[[], None]:
         """Calls `handler` with each record, on the thread of the access.  The function that it returns removes it."""

@@ -7,7 +7,7 @@ memory = "512M"
 
 [[iommu]]                      # optional; without one, IOVA = GPA
 name = "iommu0"
-kind = "vt-d"                  # or amd-vi, smmu-v3, power-pe, pamu, virtio-iommu
+kind = "vt-d"                  # or amd-vi, smmu-v3, riscv, power-pe, pamu, virtio-iommu
 covers = ["0000:00:03.0-0000:00:1e.7"]
 
 [[device]]

@@ -117,7 +117,9 @@ class Check:
             self._found += explain(error, self.file, KINDS[kind].Params, f"iommu[{n}].params")
         if self.content is not None:
             try:
-                self.content.iommu[n].capabilities.over(KINDS[kind].default)
+                capabilities = self.content.iommu[n].capabilities.over(KINDS[kind].default)
+                if n in self.drivers:
+                    self.drivers[n].fit(capabilities)
             except ValueError as error:
                 self.wrong("iommu", n, "capabilities", str(error))
             if self.content.iommu[n].address is None:

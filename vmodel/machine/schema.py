@@ -236,7 +236,7 @@ class IommuTable(_Strict):
     name: Name = Field(examples=['"iommu0"'], description="its name")
     kind: str = Field(
         examples=['"vt-d"'],
-        description="vt-d, amd-vi, smmu-v3, power-pe, pamu or virtio-iommu",
+        description="vt-d, amd-vi, smmu-v3, riscv, power-pe, pamu or virtio-iommu",
     )
     address: Address | None = Field(
         default=None,

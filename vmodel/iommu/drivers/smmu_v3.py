@@ -31,7 +31,7 @@ class SmmuV3(Driver):
     kind, title = "smmu-v3", "Arm SMMUv3"
     formats = frozenset((TableFormat.ARM_S1, TableFormat.ARM_S2))
     nested_formats = frozenset((TableFormat.ARM_S1,))
-    own_tables = coherent_by_walks = parent_alone = nested_by_viommu = True
+    own_tables = parent_alone = nested_by_viommu = True
     coherency = Coherency(enforces=True, by_mapping=True)  # the entry's memory type; `enforce_snoop` is CANWBS
     default = Capabilities(
         input_bits=48, output_bits=48, enforce_snoop=False, stall=True, fault_queue_depth=128, reserved=(ARM_MSI,)
@@ -48,6 +48,10 @@ class SmmuV3(Driver):
             default=0, description="command queues for each VM, by NVIDIA's CMDQ-V (iommufd's HW_QUEUE); 0: no CMDQ-V"
         )
         stream_bits: int = Field(default=32, ge=1, le=32, description="width of stream ids")
+
+    def cache_coherency(self, capabilities: Capabilities) -> bool:
+        """Linux ARM_SMMU_FEAT_COHERENCY: DMA is coherent with caches if walks are."""
+        return capabilities.coherent
 
     def requester_id(self, source: Source) -> int | None:
         stream = self._stream(source)
