@@ -74,18 +74,19 @@ def nested_domain_alloc(endpoint: Endpoint, parent: PagingDomain, memory: GuestM
 def sva_domain_alloc(endpoint: Endpoint, memory: GuestMemory, table: Table) -> TableDomain:
     """A domain that walks a process's page table, for a PASID (Linux iommu_sva_bind_device).
 
-    IommuError: ENODEV the device has no group; EOPNOTSUPP its IOMMU has no PASIDs, no page requests, no coherent walks,
-    or does not walk this format; EINVAL `table` is invalid.
+    IommuError: ENODEV the device has no group; ENOSPC it, or its IOMMU, has no PASIDs; EOPNOTSUPP the IOMMU does not
+    walk this format, or shares no tables; EINVAL `table` is invalid; else what the driver of the kind wants: VT-d
+    coherent walks and, for 5 levels, `input_bits` of 57 (ENODEV), and a device with ATS (EINVAL); SMMUv3 coherent
+    walks, pages of 4 KiB, and the table's `output_bits` (EOPNOTSUPP).  Page requests are not needed: without them,
+    accesses to missing pages fail.
     """
     iommu = _iommu_of(endpoint)
-    can = iommu.capabilities
-    if (
-        not can.pasid_bits
-        or not can.can_wait
-        or not can.coherent
-        or table.format not in CPU_FORMATS & iommu.driver.formats
-    ):
+    if not iommu.capabilities.pasid_bits or endpoint.max_pasids == 0:
+        raise IommuError(errno.ENOSPC, f"{endpoint.name} has no PASIDs")
+    if table.format not in CPU_FORMATS & iommu.driver.formats:
         raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} cannot share {table.format.name} tables of processes")
+    if (why := iommu.driver.refuses_sva(iommu.capabilities, table, has_ats=endpoint.has_ats)) is not None:
+        raise IommuError(why.code, f"{endpoint.name}: {why}")
     return TableDomain(DomainType.SVA, iommu, memory, table)
 
 

@@ -13,7 +13,7 @@ import pydantic
 from vmodel.iommu.capabilities import Capabilities
 from vmodel.iommu.coherency import Coherency
 from vmodel.iommu.domain import AllocFlags, DomainType
-from vmodel.iommu.pgtable import TableFormat
+from vmodel.iommu.pgtable import Table, TableFormat
 from vmodel.pci.topology import Bdf, Function, dma_aliases
 
 
@@ -29,6 +29,18 @@ class PlatformDevice:
 
 #: A source of DMA that an IOMMU may cover.
 Source = Function | PlatformDevice
+
+
+class Refusal(str):
+    """Why an IOMMU's driver refuses something, for people; `code` is the errno of Linux's driver."""
+
+    code: int
+
+    def __new__(cls, text: str, code: int) -> Refusal:
+        """The text, with its errno."""
+        made = super().__new__(cls, text)
+        made.code = code
+        return made
 
 
 class KindParams(pydantic.BaseModel):
@@ -132,6 +144,13 @@ class Driver(ABC):
         (Linux iommu_ops: def_domain_type, and default_domain, whose type PLATFORM is IDENTITY here)
         """
         return None
+
+    def refuses_sva(self, capabilities: Capabilities, table: Table, *, has_ats: bool) -> Refusal | None:
+        """Why a device cannot share a process's `table`; None: it can.  `has_ats`: it has PCIe's ATS capability.
+
+        (Linux iommu_ops.domain_alloc_sva, and set_dev_pasid of its domains)
+        """
+        return Refusal(f"{self.title} does not share tables of processes", errno.EOPNOTSUPP)
 
     def partition(self, source: Source) -> tuple[Hashable, str] | None:
         """(key, reason): devices with equal keys share a group.  None: topology decides."""

@@ -14,6 +14,7 @@ from vmodel.iommu.capabilities import ReservedRegion
 from vmodel.iommu.changes import ChangeKind, Changes
 from vmodel.iommu.direct import map_direct
 from vmodel.iommu.domain import DEFAULT_TYPES, Domain, DomainType, PagingDomain, TableDomain
+from vmodel.iommu.driver import Refusal
 from vmodel.span import Span
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from vmodel.iommu.iommu import Iommu
 
 log = logging.getLogger(__name__)
-
-
-class _Misfit(str):
-    """A reason that the IOMMU's driver finds, with an errno of its own (Driver.misfit); others are Linux's core's."""
 
 
 def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> str | None:
@@ -61,7 +58,8 @@ def can_attach(domain: Domain, endpoint: Endpoint, pasid: int | None = None) -> 
         (can.dirty_tracking or not domain.tracks, "dirty tracking: {} has none"),
         (can.nesting or not domain.nests, "nesting: {} has none"),
     )
-    return next((_Misfit(text.format(iommu.name, domain=domain)) for good, text in wanted if not good), None)
+    texts = (text.format(iommu.name, domain=domain) for good, text in wanted if not good)
+    return next((Refusal(text, iommu.driver.misfit) for text in texts), None)
 
 
 def shares_tables(domain: PagingDomain, group: Group) -> bool:
@@ -74,10 +72,9 @@ def _can_walk(domain: TableDomain, iommu: Iommu, endpoint: Endpoint) -> str | No
     if table.format not in (iommu.driver.formats if domain.parent is None else iommu.driver.nested_formats):
         return f"format: {iommu.name} does not walk {table.format.name} tables at this stage"
     if domain.type is DomainType.SVA:
-        if not can.can_wait:
-            return f"page requests: {iommu.name} has none"
-        if not can.coherent:
-            return f"coherency: {iommu.name}'s walks do not snoop the CPU's caches"
+        why = iommu.driver.refuses_sva(can, table, has_ats=endpoint.has_ats)
+        if why is not None:
+            return why
     return None if domain.parent is None else can_attach(domain.parent, endpoint)
 
 
@@ -117,7 +114,7 @@ class Group:
             raise IommuError(errno.ENODEV, f"group {self.number} has no devices left")
         for endpoint in self.endpoints:
             if (why := can_attach(domain, endpoint, pasid)) is not None:
-                code = self.iommu.driver.misfit if isinstance(why, _Misfit) else errno.EINVAL
+                code = why.code if isinstance(why, Refusal) else errno.EINVAL
                 raise IommuError(code, f"group {self.number}, {endpoint.name}: {why}")
 
     def _attach_all(self, domain: Domain | None, pasid: int | None = None) -> None:

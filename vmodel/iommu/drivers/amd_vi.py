@@ -9,8 +9,18 @@ from pydantic import AfterValidator, Field, field_validator
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
 from vmodel.iommu.coherency import Coherency
 from vmodel.iommu.domain import DomainType
-from vmodel.iommu.driver import GENERIC_PT, Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
-from vmodel.iommu.pgtable import TableFormat
+from vmodel.iommu.driver import (
+    GENERIC_PT,
+    Driver,
+    KindParams,
+    PlatformDevice,
+    Refusal,
+    Source,
+    bdf_text,
+    pci_id,
+    topmost,
+)
+from vmodel.iommu.pgtable import Table, TableFormat
 from vmodel.pci.topology import Bdf
 from vmodel.span import KiB
 
@@ -49,6 +59,10 @@ class AmdVi(Driver):
                 if Bdf.parse(device).segment != Bdf.parse(alias).segment:
                     raise ValueError(f"{device} to {alias}: each segment has a table of its own")
             return aliases
+
+    def refuses_sva(self, capabilities: Capabilities, table: Table, *, has_ats: bool) -> Refusal | None:
+        """Linux amd_iommu_domain_alloc_sva checks nothing, iommu_sva_set_dev_pasid only the PASID."""
+        return None
 
     def requester_id(self, source: Source) -> int | None:
         if isinstance(source, PlatformDevice):

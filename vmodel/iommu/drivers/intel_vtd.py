@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -9,8 +10,18 @@ from pydantic import AfterValidator, Field
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
 from vmodel.iommu.coherency import Coherency
 from vmodel.iommu.domain import AllocFlags
-from vmodel.iommu.driver import GENERIC_PT, Driver, KindParams, PlatformDevice, Source, bdf_text, pci_id, topmost
-from vmodel.iommu.pgtable import TableFormat
+from vmodel.iommu.driver import (
+    GENERIC_PT,
+    Driver,
+    KindParams,
+    PlatformDevice,
+    Refusal,
+    Source,
+    bdf_text,
+    pci_id,
+    topmost,
+)
+from vmodel.iommu.pgtable import Table, TableFormat
 from vmodel.pci.topology import Bdf
 
 
@@ -45,6 +56,14 @@ class IntelVtd(Driver):
         # Second-stage entries have SNP; with first-stage tables PGSNP of the PASID entry is for all of them.  Linux
         # takes first-stage ones where it can (intel_iommu_domain_alloc_first_stage).
         return not self.params.scalable or bool(flags & (AllocFlags.NEST_PARENT | AllocFlags.DIRTY_TRACKING))
+
+    def refuses_sva(self, capabilities: Capabilities, table: Table, *, has_ats: bool) -> Refusal | None:
+        """Linux intel_svm_check, intel_iommu_sva_supported: the unit can do it, and the device has PASIDs and ATS."""
+        if not capabilities.coherent:
+            return Refusal("coherency: walks do not snoop the CPU's caches", errno.ENODEV)
+        if table.levels == 5 and capabilities.input_bits < 57:
+            return Refusal("paging mode: it does not walk 5 levels", errno.ENODEV)
+        return None if has_ats else Refusal("ATS: the device has none", errno.EINVAL)
 
     def requester_id(self, source: Source) -> int | None:
         if isinstance(source, PlatformDevice):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Literal
 
 from pydantic import Field
@@ -9,8 +10,9 @@ from pydantic import Field
 from vmodel.iommu.capabilities import ARM_MSI, Capabilities
 from vmodel.iommu.coherency import Coherency
 from vmodel.iommu.domain import DomainType
-from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, topmost
-from vmodel.iommu.pgtable import TableFormat
+from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Refusal, Source, topmost
+from vmodel.iommu.pgtable import Table, TableFormat
+from vmodel.span import KiB
 
 #: Vendor and device id of HiSilicon's tuning and trace device, which must be mapped 1:1 (Linux IS_HISI_PTT_DEVICE).
 _HISI_PTT = (0x19E5, 0xA12E)
@@ -52,6 +54,15 @@ class SmmuV3(Driver):
     def cache_coherency(self, capabilities: Capabilities) -> bool:
         """Linux ARM_SMMU_FEAT_COHERENCY: DMA is coherent with caches if walks are."""
         return capabilities.coherent
+
+    def refuses_sva(self, capabilities: Capabilities, table: Table, *, has_ats: bool) -> Refusal | None:
+        """Linux arm_smmu_sva_supported: the SMMU walks coherently, and has the CPU's pages and widths."""
+        wanted = (
+            (capabilities.coherent, "coherency: walks do not snoop the CPU's caches"),
+            (4 * KiB in capabilities.page_sizes, "page sizes: there are none of 4 KiB"),
+            (table.output_bits <= capabilities.output_bits, "output width: the CPU's is larger"),
+        )
+        return next((Refusal(text, errno.EOPNOTSUPP) for good, text in wanted if not good), None)
 
     def requester_id(self, source: Source) -> int | None:
         stream = self._stream(source)
