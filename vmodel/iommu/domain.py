@@ -255,7 +255,7 @@ class PagingDomain(Domain):
 
     def map_inaccessible(self, iova: int, gpa: int, size: int) -> None:
         """As `map`, but without any permission: the mapping exists, and each access to it faults."""
-        self.map(iova, gpa, size, _NO_ACCESS)
+        self.map(iova, gpa, size, NO_ACCESS)
 
     def is_mapped(self, span: Span) -> bool:
         """Whether any part of `span` is mapped."""
@@ -464,7 +464,7 @@ def check_report(span: Span, page_size: int) -> None:
 #: The most pages of a dirty report: a bitmap of 256 MiB.
 _MOST_DIRTY = 1 << 31
 #: The shim's flag for a mapping without any permission.
-_NO_ACCESS = Access(_shim.PROT_NONE)
+NO_ACCESS = Access(_shim.PROT_NONE)
 _RW = Access.READ | Access.WRITE
 
 _WHY = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Hashable
+from typing import Annotated
 
 from pydantic import Field
 
@@ -10,6 +12,14 @@ from vmodel.iommu.capabilities import Capabilities
 from vmodel.iommu.domain import DomainType
 from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source
 from vmodel.span import KiB, Span
+
+
+class StashCache(enum.Enum):
+    """The caches that a PAMU can write to (Linux enum pamu_stash_target)."""
+
+    L1 = "l1"
+    L2 = "l2"
+    L3 = "l3"
 
 
 class Pamu(Driver):
@@ -38,6 +48,9 @@ class Pamu(Driver):
         partitioned: bool = Field(default=True, description="PCI controllers have a LIODN for each function")
         liodns: dict[str, int] = Field(
             default_factory=dict, description="LIODN of each platform device, PCI function, or PCI controller (segment)"
+        )
+        stash: dict[Annotated[str, Field(pattern=r"^(l3|l[12]\.[0-9]{1,4})$")], Annotated[int, Field(ge=0, le=255)]] = (
+            Field(default_factory=dict, description="cache-stash-id of caches: of `l3`, and as `l1.0` of L1 of CPU 0")
         )
 
     def requester_id(self, source: Source) -> int | None:
