@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.linux.mock import BUFFER, LAST, PAGE, Mock, Row
+from tests.linux.mock import BUFFER, BUFFER_SIZE, LAST, PAGE, Mock, Row
 from tests.spaces.world import World
 from vmodel.errors import Access
 from vmodel.iommu.iommufd import Ioas, KernelAccess
@@ -36,6 +36,21 @@ class Driver:
         for at in [at for at in self.pinned if at[0] <= iova + size - 1 and iova <= sum(at) - 1]:
             self.pinned.remove(at)
             self.access.unpin_pages(*at)
+
+
+def check_rw(mock: Mock, access: KernelAccess, iova: int) -> None:
+    """Reads and writes around the end of a page, and reads all (check_access_rw)."""
+    ram = mock.world.ram
+    ram[BUFFER : BUFFER + BUFFER_SIZE] = bytes(n * 7 % 251 for n in range(BUFFER_SIZE))
+    for at in range(PAGE - 50, PAGE + 50):
+        for size in range(1, 64):
+            start = BUFFER + at
+            assert access.read(iova + at, size) == ram[start : start + size]
+            data = bytes((at + size + n) & 0xFF for n in range(size))
+            before, after = ram[start - 1], ram[start + size]
+            access.write(iova + at, data)
+            assert ram[start - 1 : start + size + 1] == bytes([before]) + data + bytes([after])
+    assert access.read(iova, BUFFER_SIZE) == ram[BUFFER : BUFFER + BUFFER_SIZE]
 
 
 class Opened(Mock):

@@ -35,9 +35,7 @@ class Case:
 
 
 ABI = "the layout of ioctls: sizes, pointers and their alignment, flags and arrays in them, ids of a wrong type"
-OPTION = "IOMMU_OPTION"
-PROCESS = "processes: CHANGE_PROCESS, fork, the accounting and sharing of pinned pages; a mapping leads to a GPA"
-FILE = "IOMMU_IOAS_MAP_FILE and dma-buf"
+UNSHARE = "private mappings of a file, which a write replaces by a copy: a mapping leads to a GPA"
 MMAP = "mmap of /dev/iommu"
 MEMORY = "a GPA need not be memory, so that `map` does not fail with EFAULT; DMA to it faults"
 
@@ -53,7 +51,12 @@ _WHAT = {
             iommufd_ioas.unmap_fully_contained_areas iommufd_ioas.area_auto_iova iommufd_ioas.reserved_overflow
             iommufd_ioas.area_allowed iommufd_ioas.copy_area iommufd_ioas.ioas_iova_alloc iommufd_ioas.copy_sweep
             iommufd_ioas.access_domain_destory iommufd_ioas.access_pin iommufd_ioas.access_pin_unmap
-            iommufd_ioas.access_rw iommufd_ioas.access_rw_unaligned
+            iommufd_ioas.access_rw iommufd_ioas.access_rw_unaligned iommufd_mock_domain.user_copy
+            iommufd_mock_domain.all_aligns iommufd_mock_domain.all_aligns_copy
+            iommufd.global_options iommufd_ioas.ioas_option_huge_pages iommufd_ioas.ioas_align_change
+            vfio_compat_mock_domain.option_huge_pages
+            change_process.basic iommufd_ioas.fork_gone iommufd_ioas.fork_present
+            iommufd_ioas.dmabuf_simple iommufd_ioas.dmabuf_revoke
             iommufd_mock_domain.replace iommufd_mock_domain.alloc_hwpt
             iommufd_dirty_tracking.enforce_dirty iommufd_dirty_tracking.set_dirty_tracking
             iommufd_dirty_tracking.pasid_set_dirty_tracking iommufd_dirty_tracking.device_dirty_capability
@@ -70,21 +73,13 @@ _WHAT = {
             iommufd_viommu.vdevice_cache iommufd_ioas.iova_ranges
             """,
         MMAP: "iommufd_viommu.viommu_alloc_with_data",
-        FILE: "iommufd_mock_domain.all_aligns iommufd_mock_domain.all_aligns_copy iommufd_mock_domain.user_copy",
     },
     Verdict.DIFFERS: {
         MEMORY: "iommufd_mock_domain.basic",
     },
     Verdict.NOT_MODELLED: {
         ABI: "iommufd.cmd_length",
-        OPTION: """
-            iommufd.global_options iommufd_ioas.ioas_option_huge_pages iommufd_ioas.ioas_align_change
-            vfio_compat_mock_domain.option_huge_pages
-            """,
-        PROCESS: """
-            change_process.basic iommufd_ioas.fork_gone iommufd_ioas.fork_present iommufd_mock_domain.ro_unshare
-            """,
-        FILE: "iommufd_ioas.dmabuf_simple iommufd_ioas.dmabuf_revoke",
+        UNSHARE: "iommufd_mock_domain.ro_unshare",
     },
 }
 CASES = [

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from tests.linux.access import LINES, Driver, Opened
+from tests.linux.access import LINES, Driver, Opened, check_rw
 from tests.linux.mock import (
     APERTURE,
     BUFFER,
@@ -23,7 +23,7 @@ from tests.linux.mock import (
 )
 from tests.spaces.world import RAM, World, refused
 from vmodel.iommu.iommufd import Device as Bound
-from vmodel.iommu.iommufd import Ioas, KernelAccess
+from vmodel.iommu.iommufd import Ioas, MemoryFile
 from vmodel.span import KiB, MiB
 
 
@@ -82,21 +82,6 @@ def test_unmap_of_what_is_pinned(world: World, variant: str) -> None:
         driver.access.unpin_pages(APERTURE.start, BUFFER_SIZE)
 
 
-def check_rw(mock: Mock, access: KernelAccess, iova: int) -> None:
-    """Reads and writes around the end of a page, and reads all (check_access_rw)."""
-    ram = mock.world.ram
-    ram[BUFFER : BUFFER + BUFFER_SIZE] = bytes(n * 7 % 251 for n in range(BUFFER_SIZE))
-    for at in range(PAGE - 50, PAGE + 50):
-        for size in range(1, 64):
-            start = BUFFER + at
-            assert access.read(iova + at, size) == ram[start : start + size]
-            data = bytes((at + size + n) & 0xFF for n in range(size))
-            before, after = ram[start - 1], ram[start + size]
-            access.write(iova + at, data)
-            assert ram[start - 1 : start + size + 1] == bytes([before]) + data + bytes([after])
-    assert access.read(iova, BUFFER_SIZE) == ram[BUFFER : BUFFER + BUFFER_SIZE]
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_read_and_write(world: World, variant: str) -> None:
     """iommufd_ioas.access_rw."""
@@ -120,17 +105,22 @@ def test_read_and_write_of_half_pages(world: World, variant: str) -> None:
     driver.access.destroy()
 
 
+@pytest.mark.parametrize("of_file", [False, True])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_copy_of_what_is_pinned(world: World, devices: int) -> None:
+def test_copy_of_what_is_pinned(world: World, devices: int, of_file: bool) -> None:
     """iommufd_mock_domain.user_copy: an IOAS without an IOMMU, an access that moves to another, and copies."""
-    mock = Mock(world, devices)
+    mock, file = Mock(world, devices), MemoryFile(BUFFER, BUFFER_SIZE)
     first, second = Ioas(mock.context), Ioas(mock.context)
-    iova = first.map(BUFFER, BUFFER_SIZE)
+
+    def map_buffer(ioas: Ioas) -> int:
+        return ioas.map_file(file, 0, BUFFER_SIZE) if of_file else ioas.map(BUFFER, BUFFER_SIZE)
+
+    iova = map_buffer(first)
     driver = Driver(mock, first)
     assert driver.pin(iova, BUFFER_SIZE)
     mock.ioas.copy(first, iova, BUFFER_SIZE, iova=APERTURE.start)
     assert mock.reaches(APERTURE.start, BUFFER_SIZE)
-    iova = second.map(BUFFER, BUFFER_SIZE)
+    iova = map_buffer(second)
     driver.access.replace(second)
     assert driver.pinned == []
     assert mock.ioas.unmap(APERTURE.start, BUFFER_SIZE) == BUFFER_SIZE
@@ -144,7 +134,7 @@ def test_copy_of_what_is_pinned(world: World, devices: int) -> None:
 
 
 def test_memory_that_is_not_there(world: World) -> None:
-    """drivers/iommu/iommufd/pages.c:2396: EFAULT."""
+    """drivers/iommu/iommufd/pages.c:2405: EFAULT."""
     mock = Mock(world, 0)
     driver = Driver(mock, pins=False)
     mock.ioas.map(RAM - PAGE, 1 << 50, iova=MiB)

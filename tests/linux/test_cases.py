@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.linux import access, compat, hwpt, ioas, type1, viommu
+from tests.linux import access, compat, hwpt, ioas, options, type1, viommu
 from tests.linux.cases import CASES, Verdict, tables
 
-MODULES = [ioas, hwpt, type1, compat, viommu, access]
+MODULES = [ioas, hwpt, type1, compat, viommu, access, options]
 DOCUMENT = Path(__file__).parents[2] / "docs" / "iommu.md"
 #: How many TEST_F tools/testing/selftests/iommu/iommufd.c of Linux 7.3 has.
 ALL = 66

@@ -25,6 +25,7 @@ from tests.linux.ioas import (
 from tests.linux.mock import (
     APERTURE,
     BUFFER,
+    BUFFER_SIZE,
     DEVICES,
     MOCK_PAGE,
     PAGE,
@@ -38,6 +39,7 @@ from tests.linux.mock import (
 )
 from tests.spaces.world import World, refused
 from vmodel.errors import Access
+from vmodel.iommu.iommufd import MemoryFile
 from vmodel.span import Span
 
 
@@ -134,15 +136,16 @@ def test_allocated_iovas(world: World, variant: str) -> None:
 
 
 @pytest.mark.parametrize("copies", [False, True], ids=["all_aligns", "all_aligns_copy"])
+@pytest.mark.parametrize("of_file", [False, True])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_each_size_at_each_alignment(world: World, devices: int, copies: bool) -> None:
+def test_each_size_at_each_alignment(world: World, devices: int, of_file: bool, copies: bool) -> None:
     """iommufd_mock_domain.all_aligns: DMA gets to what was mapped; all_aligns_copy: also through a HWPT made later."""
-    mock = Mock(world, devices)
+    mock, file = Mock(world, devices), MemoryFile(BUFFER, BUFFER_SIZE)
     whole = 4 * PAGE
     for start in range(0, whole, MOCK_PAGE):
         for end in range(start + MOCK_PAGE, whole, MOCK_PAGE):
             size, gpa = end - start, BUFFER + start
-            iova = mock.map_any(size, gpa)
+            iova = mock.ioas.map_file(file, start, size) if of_file else mock.map_any(size, gpa)
             assert mock.reaches(iova, size, gpa)
             if copies:
                 later = mock.bound[0].hwpt_alloc(mock.ioas)

@@ -3,9 +3,10 @@
 errno values are those of Linux (include/uapi/linux/iommufd.h, drivers/iommu/iommufd).
 """
 
-from vmodel.iommu.iommufd.context import Context, Object
+from vmodel.iommu.iommufd.context import Context, Object, Option
 from vmodel.iommu.iommufd.device import Device
 from vmodel.iommu.iommufd.fault_object import FaultObject
+from vmodel.iommu.iommufd.file import DmaBuf, MemoryFile
 from vmodel.iommu.iommufd.hw_info import HwCapability, HwInfo
 from vmodel.iommu.iommufd.hw_queue import HwQueue, HwQueueType
 from vmodel.iommu.iommufd.hwpt import Hwpt
@@ -29,6 +30,7 @@ __all__ = [
     "CmdqvInfo",
     "Context",
     "Device",
+    "DmaBuf",
     "FaultObject",
     "HwCapability",
     "HwInfo",
@@ -40,8 +42,10 @@ __all__ = [
     "InvalidationError",
     "Ioas",
     "KernelAccess",
+    "MemoryFile",
     "NestedData",
     "Object",
+    "Option",
     "Process",
     "SmmuV3Info",
     "SmmuV3Ste",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import itertools
 import threading
@@ -16,8 +17,19 @@ from vmodel.iommu.locking import locked
 if TYPE_CHECKING:
     from vmodel.iommu.iommufd.device import Device
     from vmodel.iommu.iommufd.hwpt import Hwpt
+    from vmodel.iommu.iommufd.ioas import Ioas
+    from vmodel.iommu.iommufd.pages import Pages
 
 _contexts = itertools.count(1)
+
+
+class Option(enum.IntEnum):
+    """Options of a context (Linux IOMMU_OPTION_*)."""
+
+    #: 0: pinned memory counts against the limit of the user; 1: against that of the process.
+    RLIMIT_MODE = 0
+    #: Of an IOAS.  1: as large entries of tables as possible; 0: only the smallest pages.
+    HUGE_PAGES = 1
 
 
 class Object:
@@ -73,6 +85,8 @@ class Context(Closing):
         self._objects: dict[int, Object] = {}
         self._ids = itertools.count(1)
         self._number = next(_contexts)
+        #: Its address spaces.
+        self.spaces: list[Ioas] = []
         #: The devices bound to it.
         self.devices: list[Device] = []
         #: The HWPT of each group, and of each PASID of a group.
@@ -110,6 +124,77 @@ class Context(Closing):
     def unregister(self, item: Object) -> None:
         """Removes an object whose creation failed."""
         del self._objects[item.id]
+
+    # ---- options, processes ----------------------------------------------------------------
+
+    @locked
+    def get_option(self, option: Option, object_id: int = 0) -> int:
+        """IOMMU_OPTION_OP_GET.  IommuError: EOPNOTSUPP, ENOENT as `set_option`."""
+        if option is Option.HUGE_PAGES:
+            return int(self._space(object_id).large_pages)
+        self._check_global(option, object_id)
+        return int(self.account_mode is AccountMode.MM)
+
+    @locked
+    def set_option(self, option: Option, value: int, object_id: int = 0) -> None:
+        """IOMMU_OPTION_OP_SET; `object_id`: the IOAS for HUGE_PAGES, else 0.
+
+        IommuError: EOPNOTSUPP an object for RLIMIT_MODE, or no such option; ENOENT no such IOAS; EPERM RLIMIT_MODE
+        without CAP_SYS_RESOURCE; EBUSY the context has an object; EINVAL another value than 0 and 1, or HUGE_PAGES 0 of
+        an IOAS with mappings and a HWPT; EADDRINUSE HUGE_PAGES 0, and a mapping is not aligned to 4 KiB.
+        """
+        if option is Option.HUGE_PAGES:
+            space = self._space(object_id)
+            if value not in (0, 1):
+                raise IommuError(errno.EINVAL, f"{self}: {option!r} of {value}")
+            space.set_large_pages(bool(value))
+            return
+        self._check_global(option, object_id)
+        if not self.process.sys_resource:
+            raise IommuError(errno.EPERM, f"{self}: the process has no CAP_SYS_RESOURCE")
+        if self._objects:
+            raise IommuError(errno.EBUSY, f"{self} has objects")
+        if value not in (0, 1):
+            raise IommuError(errno.EINVAL, f"{self}: {option!r} of {value}")
+        self.account_mode = AccountMode.MM if value else AccountMode.USER
+
+    def _check_global(self, option: Option, object_id: int) -> None:
+        if option is not Option.RLIMIT_MODE or object_id:
+            raise IommuError(errno.EOPNOTSUPP, f"{self}: option {option!r} of object {object_id}")
+
+    def _space(self, number: int) -> Ioas:
+        for space in self.spaces:
+            if space.id == number:
+                return space
+        raise IommuError(errno.ENOENT, f"{self} has no ioas {number}")
+
+    @locked
+    def change_process(self, process: Process) -> None:
+        """IOMMU_IOAS_CHANGE_PROCESS, called by `process`: what is pinned counts against it, and it uses the context.
+
+        IommuError: EINVAL a mapping is not of a MemoryFile; ENOMEM the limit of `process` is exceeded.  On an error
+        nothing changes.
+        """
+        moved: dict[int, Pages] = {}
+        for space in self.spaces:
+            for pages in space.memory():
+                if not pages.of_file:
+                    raise IommuError(errno.EINVAL, f"{space} has a mapping that is not of a file in memory")
+                if pages.process is not process:
+                    moved[id(pages)] = pages
+        charged: list[tuple[AccountMode, int]] = []
+        try:
+            for mode in AccountMode:
+                if pinned := sum(pages.pinned for pages in moved.values() if pages.mode is mode):
+                    process.charge(mode, pinned)
+                    charged.append((mode, pinned))
+        except IommuError:
+            for mode, pinned in charged:
+                process.uncharge(mode, pinned)
+            raise
+        for pages in moved.values():
+            pages.move(process)
+        self.process = process
 
     def close(self) -> None:
         """Detaches and unbinds all devices, and destroys all objects; their groups have no owner any more.

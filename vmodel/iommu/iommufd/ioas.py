@@ -14,20 +14,18 @@ from vmodel.errors import Access, IommuError
 from vmodel.iommu.areas import Areas, common, holes, joined, map_in_all, merged_dirty, unmap_in_all
 from vmodel.iommu.domain import Mapping
 from vmodel.iommu.iommufd.context import Context, Object
+from vmodel.iommu.iommufd.iova_alloc import allocate_iova
 from vmodel.iommu.iommufd.pages import MappedArea, Pages
 from vmodel.iommu.locking import locked
-from vmodel.span import PAGE, MiB, Span
+from vmodel.span import PAGE, Span
 
 if TYPE_CHECKING:
+    from vmodel.iommu.iommufd.file import MemoryFile
     from vmodel.iommu.iommufd.hwpt import Hwpt
     from vmodel.iommu.iommufd.kernel_access import KernelAccess
 
 _LAST = (1 << 64) - 1
 _RW = Access.READ | Access.WRITE
-#: Allocated IOVAs are aligned to no more, whatever the GPA is: a huge page of the CPU (Linux iopt_alloc_iova).
-_HUGE_PAGE = 2 * MiB
-#: Spans that are never allocated automatically (Linux iopt_alloc_iova).
-_NEVER_CHOSEN = [Span(0, PAGE - 1), Span(_LAST - PAGE + 1, _LAST)]
 #: How often an unmap notifies kernel accesses to unpin a mapping (Linux iopt_unmap_iova_range).
 _TRIES = 100
 
@@ -37,6 +35,7 @@ class Ioas(Object):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
+        context.spaces.append(self)
         self.hwpts: list[Hwpt] = []
         #: The kernel accesses that are attached.
         self.accesses: list[KernelAccess] = []
@@ -46,6 +45,9 @@ class Ioas(Object):
         self._allowed: list[Span] | None = None
         #: Reserved spans, each with its owner; `unreserve` removes those of an owner.
         self._reserved: list[tuple[Span, object]] = []
+
+    def release(self) -> None:
+        self.context.spaces.remove(self)
 
     # ---- addresses -------------------------------------------------------------------------
 
@@ -116,8 +118,27 @@ class Ioas(Object):
         """
         self._check_arguments(size, access, iova)
         self._check_range("gpa", gpa, size)
+        self._check_size(size)
         pages = Pages(self.context.process, self.context.account_mode, gpa, writable=Access.WRITE in access)
         return self._insert([(pages, gpa % PAGE, size)], access, iova)
+
+    @locked
+    def map_file(self, file: MemoryFile, offset: int, size: int, access: Access = _RW, iova: int | None = None) -> int:
+        """IOMMU_IOAS_MAP_FILE: as `map`, of `size` bytes of a file from `offset` on; returns the IOVA.
+
+        IommuError: EINVAL no size, or not in the file: of a MemoryFile only when it is pinned, that is with a HWPT;
+        EOVERFLOW wraps; ENODEV a dma-buf is revoked; else as `map`.
+        """
+        self._check_arguments(size, access, iova)
+        self._check_range("offset", offset, size)
+        self._check_size(size)
+        pages = file.pages(self.context, offset, size, writable=Access.WRITE in access)
+        return self._insert([(pages, offset % PAGE, size)], access, iova)
+
+    def _check_size(self, size: int) -> None:
+        """Linux iopt_alloc_pages."""
+        if size > _LAST - PAGE:
+            raise IommuError(errno.EINVAL, f"{self}: {size:#x} bytes")
 
     def _check_arguments(self, size: int, access: Access, iova: int | None) -> None:
         """The checks that Linux makes first (iommufd_ioas_map, iommufd_ioas_copy)."""
@@ -164,6 +185,8 @@ class Ioas(Object):
         domains = [hwpt.paging for hwpt in hwpts]
         try:
             for area in areas if hwpts else ():
+                if area.pages.revoked:
+                    continue
                 area.check()
                 map_in_all(domains, [area])
                 try:
@@ -190,19 +213,11 @@ class Ioas(Object):
         return iova
 
     def _choose(self, address: int, size: int) -> int:
-        """Allocates IOVAs: the first fit with the alignment of the memory, up to 2 MiB, for large pages; never 0."""
-        if size >= _LAST // 2:
-            raise IommuError(errno.EOVERFLOW, f"{self}: {size:#x} bytes are too many to allocate IOVAs for")
-        wanted = 1 << (size - 1).bit_length()
-        align = min(wanted, address & -address or wanted, _HUGE_PAGE)
-        if align < self.alignment:
-            raise IommuError(errno.EINVAL, f"{self}: {address:#x} is not aligned to {self.alignment:#x}")
         room = common(self.iova_ranges(), joined(self._allowed or [Span(0, _LAST)]))
-        for hole in holes(room, [*_NEVER_CHOSEN, *self._areas.spans]):
-            start = ((hole.start + align - 1) & -align) | address % PAGE
-            if start < hole.last and start + size - 1 <= hole.last:
-                return start
-        raise IommuError(errno.ENOSPC, f"{self}: no free IOVAs for {size:#x} bytes")
+        try:
+            return allocate_iova(room, self._areas.spans, address, size, self.alignment)
+        except IommuError as error:
+            raise IommuError(error.errno or errno.EINVAL, f"{self}: {error.strerror}") from None
 
     def unmap(self, iova: int, size: int) -> int:
         """IOMMU_IOAS_UNMAP; returns the bytes removed.  IOVA 0 and 2**64 - 1 bytes: as `unmap_all`.
@@ -265,34 +280,26 @@ class Ioas(Object):
         return whole, None
 
     def _remove(self, areas: list[MappedArea]) -> int:
-        unmap_in_all((hwpt.paging for hwpt in self.hwpts), areas)
+        self._unmap_domains(areas)
         for area in reversed(areas):
             self._areas.remove(area)
             if self.hwpts:
                 area.unpin()
         return sum(area.span.size for area in areas)
 
-    @locked
-    def disable_large_pages(self) -> None:
-        """All is mapped in pages of the smallest size from now on.
+    def _unmap_domains(self, areas: list[MappedArea]) -> None:
+        unmap_in_all([hwpt.paging for hwpt in self.hwpts], [area for area in areas if not area.pages.revoked])
 
-        IommuError: EINVAL there are mappings in a HWPT; EADDRINUSE one is not made of pages.  (Linux
-        iopt_disable_large_pages)
-        """
-        self.check()
-        if self.large_pages and self.hwpts and len(self._areas):
-            raise IommuError(errno.EINVAL, f"{self}: there are mappings already, maybe with large pages")
-        self._check_aligned(PAGE)
-        self.large_pages = False
-        for hwpt in self.hwpts:
-            hwpt.paging.large_pages = False
+    def revoke(self, pages: Pages) -> None:
+        """Unmaps all of `pages` from the HWPTs."""
+        self._unmap_domains([area for area in self._areas if area.pages is pages])
 
     @locked
     def cut(self, iova: int, size: int) -> None:
         """Cuts the mappings at the ends of a range, without large pages; DMA does not see it.
 
-        IommuError: EINVAL not at a page, or a kernel access has pinned a part; EBUSY it is being unmapped.  (Linux
-        iopt_cut_iova, iopt_area_split)
+        IommuError: EINVAL not at a page, or a kernel access has pinned a part; EBUSY it is being unmapped; EOPNOTSUPP
+        it is of a dma-buf.  (Linux iopt_cut_iova, iopt_area_split)
         """
         for last in ((iova + size - 1) & _LAST, *([(iova - 1) & _LAST] if iova else [])):
             area = next(self._areas.over(Span(last, last)), None)
@@ -300,6 +307,8 @@ class Ioas(Object):
                 continue
             if area.leaving:
                 raise IommuError(errno.EBUSY, f"{self}: {area.span} is being unmapped")
+            if area.pages.of_device:
+                raise IommuError(errno.EOPNOTSUPP, f"{self}: a cut of {area.span}, which is of a dma-buf")
             if (last + 1) & (self.alignment - 1):
                 raise IommuError(errno.EINVAL, f"{self}: a cut at {last + 1:#x}: not aligned to {self.alignment:#x}")
             if area.accesses:
@@ -342,6 +351,26 @@ class Ioas(Object):
     def mappings(self) -> list[Mapping]:
         """All mappings, ascending, each as it was made."""
         return [area.mapping for area in self._areas]
+
+    def memory(self) -> list[Pages]:
+        """The memory of each mapping."""
+        return [area.pages for area in self._areas]
+
+    @locked
+    def set_large_pages(self, on: bool) -> None:
+        """On: tables have the largest entries that they can from now on; off: only the smallest.
+
+        IommuError: EINVAL off, and there are mappings in a HWPT; EADDRINUSE off, and one is not made of pages.  (Linux
+        iopt_disable_large_pages, iopt_enable_large_pages)
+        """
+        self.check()
+        if self.large_pages and not on:
+            if self.hwpts and len(self._areas):
+                raise IommuError(errno.EINVAL, f"{self}: there are mappings already, maybe with large pages")
+            self._check_aligned(PAGE)
+        self.large_pages = on
+        for hwpt in self.hwpts:
+            hwpt.paging.large_pages = on
 
     # ---- dirty tracking --------------------------------------------------------------------
 

@@ -18,6 +18,11 @@ class Pages:
     It is pinned page by page, as HWPTs and kernel accesses need it; pages have numbers, from 0 on.
     """
 
+    #: Whether it is of a file in memory.
+    of_file = False
+    #: Whether it is memory of a device.
+    of_device = False
+
     def __init__(self, process: Process, mode: AccountMode, gpa: int, *, writable: bool) -> None:
         #: Who mapped it: the pages are its own, and count against its limit.
         self.process = process
@@ -26,13 +31,24 @@ class Pages:
         self.gpa = self.address = gpa & -PAGE
         #: Whether copies may have WRITE.
         self.writable = writable
+        #: Whether it has been taken back, so that HWPTs do not have it any more.
+        self.revoked = False
         self.pinned = 0
         self._cover = Cover()
 
     def check(self, first: int, last: int) -> None:
         """IommuError(EFAULT): a page would have to be pinned, and the process has exited (pfn_reader_user_pin)."""
-        if self.process.exited and not self._cover.covers(first, last):
+        if self.process.exited and not self.covers(first, last):
             raise IommuError(errno.EFAULT, "the process that has mapped it has exited")
+
+    def covers(self, first: int, last: int) -> bool:
+        """Whether all of the pages are pinned."""
+        return self._cover.covers(first, last)
+
+    def move(self, process: Process) -> None:
+        """Counts it against another process, which has been charged for it."""
+        self.process.uncharge(self.mode, self.pinned)
+        self.process = process
 
     def pin(self, first: int, last: int) -> None:
         """Pins the pages once more.  IommuError: ENOMEM beyond the process's limit; else as `check`."""

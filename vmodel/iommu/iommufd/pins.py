@@ -28,9 +28,14 @@ class PinnedPages:
 
 
 def check_access(area: MappedArea, access: Access) -> None:
-    """IommuError(EPERM): the mapping does not allow it; to write needs no more than WRITE.  (Linux check_area_prot)"""
+    """IommuError: EPERM the mapping does not allow it, where a write needs only WRITE; EINVAL it is of a dma-buf.
+
+    (Linux check_area_prot, iopt_area_add_access, iopt_pages_rw_access)
+    """
     if (Access.WRITE if Access.WRITE in access else Access.READ) not in area.access:
         raise IommuError(errno.EPERM, f"{area.span} does not allow {access!r}")
+    if area.pages.of_device:
+        raise IommuError(errno.EINVAL, f"{area.span} is memory of a device")
 
 
 def pin_areas(ioas: Ioas, span: Span, access: Access, *, locks: bool = False) -> list[PinnedPages]:

@@ -135,7 +135,7 @@ class VfioCompat:
             raise IommuError(errno.EINVAL, f"VFIO_SET_IOMMU: {kind} is not type 1")
         ioas = self.get_ioas()
         if kind == Extension.TYPE1:
-            ioas.disable_large_pages()
+            ioas.set_large_pages(False)
 
     @locked
     def get_info(self, argsz: int = _HEAD.size) -> bytes:
