@@ -134,9 +134,18 @@ class PagingDomain(Domain):
     `flush`, which happens automatically after `flush_unmaps` unmaps or `flush_ms` milliseconds (see Capabilities).
     """
 
-    def __init__(self, kind: DomainType, made_for: Iommu, flags: AllocFlags, name: str = "") -> None:
+    def __init__(
+        self,
+        kind: DomainType,
+        made_for: Iommu,
+        flags: AllocFlags,
+        name: str = "",
+        *,
+        page_sizes: frozenset[int] | None = None,
+    ) -> None:
+        """`page_sizes`: those of its entries; None: all that the IOMMU has."""
         can = made_for.capabilities
-        self.page_sizes = can.page_sizes
+        self.page_sizes = page_sizes or can.page_sizes
         self.aperture = can.usable
         self.output_bits = can.output_bits
         self.flags = flags

@@ -9,7 +9,7 @@ from pydantic import Field
 from vmodel.iommu.capabilities import Capabilities
 from vmodel.iommu.domain import DomainType
 from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source, topmost
-from vmodel.span import KiB, MiB
+from vmodel.span import GiB, KiB, MiB
 
 
 class PowerPe(Driver):
@@ -37,6 +37,9 @@ class PowerPe(Driver):
         """Parameters of POWER PEs."""
 
         without_pe: list[int] = Field(default_factory=list, description="segments whose host bridge has no PEs")
+        window32: int = Field(
+            default=2 * GiB, ge=0, le=4 * GiB, description="bytes of the default DMA window, which begins at 0"
+        )
 
     def requester_id(self, source: Source) -> int | None:
         if isinstance(source, PlatformDevice):
