@@ -414,8 +414,9 @@ class Dma:
     def view(self, iova: int, size: int, *, writable: bool = False) -> Iterator[memoryview]:
         """Yields the memory [iova, iova+size) itself, not a copy; it must be contiguous, in one window with a file.
 
-        Slices must not outlive the `with` block.  DmaFault: NO_FILE or NO_WINDOW for memory without a file or in
-        several pieces, which needs `read` and `write`.  Bytes of a file that the client truncates meanwhile read as 0.
+        Slices must not outlive the `with` block, and an unmap does not wait for its end.  DmaFault: NO_FILE or
+        NO_WINDOW for memory without a file or in several pieces, which needs `read` and `write`.  Bytes of a file that
+        the client truncates meanwhile read as 0.
         """
         access = Access.READ | Access.WRITE if writable else Access.READ
         flags = _shim.DMA_WRITE if writable else 0

@@ -226,6 +226,18 @@ def test_what_overlaps(kind: str, code: int) -> None:
     world.close()
 
 
+def test_flags_of_amd_vi() -> None:
+    """Linux amd_iommu_domain_alloc_paging_flags: PASID goes with no other flag."""
+    world = World(iommu("amd-vi"))
+    endpoint, _ = world.device("00:03.0")
+    parent, dirty, pasid = AllocFlags.NEST_PARENT, AllocFlags.DIRTY_TRACKING, AllocFlags.PASID
+    for flags in (parent | pasid, dirty | pasid, parent | dirty | pasid):
+        assert "a domain for PASIDs cannot be" in refused(errno.EOPNOTSUPP, paging_domain_alloc, endpoint, flags)
+    for flags in (AllocFlags.NONE, parent, dirty, parent | dirty, pasid, pasid | AllocFlags.ENFORCE_SNOOP):
+        paging_domain_alloc(endpoint, flags)
+    world.close()
+
+
 def test_parents_of_smmu_v3() -> None:
     """Linux arm_smmu_domain_alloc_paging_flags: NEST_PARENT goes with no other flag."""
     world = World(iommu("smmu-v3"))

@@ -11,6 +11,7 @@ from tests.iommu.world import failing_attach
 from tests.spaces.world import World, refused
 from tests.waiting import meanwhile, until
 from vmodel.errors import DmaFault, IommuError
+from vmodel.iommu import paging_domain_alloc
 from vmodel.iommu.container import Container
 from vmodel.iommu.domain import AllocFlags, DomainType
 from vmodel.iommu.iommufd import Context, FaultObject, Ioas
@@ -68,6 +69,20 @@ def test_a_context_ends_while_a_page_request_waits(world: World) -> None:
     context.close()
     thread.join(60)
     assert not thread.is_alive() and len(reasons) == 1
+
+
+def test_a_device_that_cannot_be_released_yet(world: World) -> None:
+    """Its group has a domain that is not the context's.  It stays as it is, and can be released later."""
+    device = world.add(world.iommu())
+    with Context() as context:
+        bound = Bound(context, device.endpoint)
+        device.group.attach(paging_domain_alloc(device.endpoint))
+        for call in (bound.destroy, context.close):
+            with refused(errno.EBUSY):
+                call()
+        assert (context.devices, context.find(bound.id), device.group.owner) == ([bound], bound, context)
+        device.group.detach()
+    assert (context.devices, device.group.owner) == ([], None)
 
 
 def test_a_container_gives_its_groups_back(world: World) -> None:

@@ -39,6 +39,8 @@ def paging_domain_alloc(endpoint: Endpoint, flags: AllocFlags = AllocFlags.NONE)
     if AllocFlags.NEST_PARENT in flags and iommu.driver.parent_alone and flags & _NOT_OF_PARENTS:
         text = f"{iommu.name}: a parent of nested domains neither tracks writes nor has PASIDs"
         raise IommuError(errno.EOPNOTSUPP, text)
+    if AllocFlags.PASID in flags and flags & iommu.driver.not_for_pasids:
+        raise IommuError(errno.EOPNOTSUPP, f"{iommu.name}: a domain for PASIDs cannot be {flags!r}")
     return PagingDomain(DomainType.UNMANAGED, iommu, flags)
 
 

@@ -104,6 +104,8 @@ class Driver(ABC):
     parent_alone: ClassVar[bool] = False
     #: Whether nested HWPTs need a vIOMMU (Linux: the driver has no domain_alloc_nested).
     nested_by_viommu: ClassVar[bool] = False
+    #: What a domain for PASIDs cannot be as well.
+    not_for_pasids: ClassVar[AllocFlags] = AllocFlags.NONE
     #: How DMA through its paging domains snoops.
     coherency: ClassVar[Coherency] = Coherency()
     #: Whether firmware describes it by an IVRS table, on which quirks of AMD's southbridges depend.

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, field_validator
 
 from vmodel.iommu.capabilities import X86_MSI, Capabilities
 from vmodel.iommu.coherency import Coherency
-from vmodel.iommu.domain import DomainType
+from vmodel.iommu.domain import AllocFlags, DomainType
 from vmodel.iommu.driver import (
     GENERIC_PT,
     Driver,
@@ -36,6 +36,8 @@ class AmdVi(Driver):
     nested_formats = frozenset((TableFormat.X86,))
     map_errors = GENERIC_PT
     coherency = Coherency(enforces=True, always=True)  # PT_FEAT_AMDV1_FORCE_COHERENCE: each entry has FC
+    # Version 1 tables can do these, and version 2 tables PASIDs (amd_iommu_domain_alloc_paging_flags).
+    not_for_pasids = AllocFlags.NEST_PARENT | AllocFlags.DIRTY_TRACKING
     # Version 1 tables support every power of two (2.2.3).
     default = Capabilities(
         page_sizes=frozenset(4 * KiB << n for n in range(36)), fault_queue_depth=512, reserved=(X86_MSI,)

@@ -209,8 +209,8 @@ class Context(Closing):
         for item in items:
             item.stop()
         with self.lock:
-            while self._objects:
-                for item in [item for item in self._objects.values() if not item.users]:
+            while free := [item for item in self._objects.values() if not item.users]:
+                for item in free:
                     if self.find(item.id) is item:  # a vDEVICE goes with its device
                         self.destroy(item.id)
 

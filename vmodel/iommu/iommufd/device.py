@@ -68,8 +68,8 @@ class Device(Object):
     def release(self) -> None:
         if self.vdevice is not None:
             self.vdevice.destroy()
-        self.context.devices.remove(self)
         self.group.release_for_device(self.context)
+        self.context.devices.remove(self)
 
     def get_info(self, wanted: int = HwInfoType.NONE) -> HwInfo:
         """IOMMU_GET_HW_INFO; `wanted`: a HwInfoType, by default that of the device's IOMMU.
