@@ -89,6 +89,38 @@ def test_events(world: World) -> None:
     queue.destroy()
 
 
+def test_sequence_numbers_begin_again(world: World) -> None:
+    """struct iommufd_vevent_header: INT_MAX is followed by 0."""
+    mock = WithViommu(world)
+    queue = mock.viommu.veventq_alloc(EVENTS, 4)
+    queue._sequence = (1 << 31) - 2
+    for data in (b"one", b"two", b"three"):
+        mock.viommu.report_event(EVENTS, data)
+    assert [event.sequence for event in queue.read(100)] == [(1 << 31) - 2, (1 << 31) - 1, 0]
+
+
+def test_lost_events(world: World) -> None:
+    """iommufd_vevent_handler: the mark is only at the end, moves there, and takes no event's place."""
+    mock = WithViommu(world)
+    queue = mock.viommu.veventq_alloc(EVENTS, 2)
+    for n in range(4):
+        mock.viommu.report_event(EVENTS, bytes([n]))
+    assert len(queue) == 3
+    assert [(event.sequence, event.lost) for event in queue.read(9)] == [(0, False)]
+    mock.viommu.report_event(EVENTS, b"x")
+    assert [(event.sequence, event.data) for event in queue.read(100)] == [(1, b"\x01"), (4, b"x")]
+    for n in range(3):
+        mock.viommu.report_event(EVENTS, bytes([n]))
+    assert [event.lost for event in queue.read(100)] == [False, False, True]
+    for n in range(2):
+        mock.viommu.report_event(EVENTS, bytes([n]))
+    assert [(event.sequence, event.lost) for event in queue.read(100)] == [(8, False), (9, False)]
+    with refused(errno.EINVAL):
+        mock.viommu.report_event(EVENTS, b"")
+    with refused(errno.EOPNOTSUPP):
+        mock.viommu.report_event(1, b"x")
+
+
 @pytest.mark.parametrize(
     ("second", "code"),
     [(CacheRequest(flags=0xFFFF_FFFF, cache_id=1), errno.EOPNOTSUPP), (CacheRequest(cache_id=4), errno.EINVAL)],

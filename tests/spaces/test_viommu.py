@@ -14,7 +14,7 @@ import pytest
 
 from tests.iommu.tables import TO_PAGE, TO_TABLE, index
 from tests.spaces.world import World, refused
-from vmodel.errors import DmaFault
+from vmodel.errors import Access, DmaFault
 from vmodel.iommu import AllocFlags, Iommu, TableFormat
 from vmodel.iommu.iommufd import (
     AmdGuestDte,
@@ -162,7 +162,7 @@ def test_a_guests_tables(guest: Guest) -> None:
     assert guest.sees() is None
 
 
-@pytest.mark.parametrize("word0", [V | ABORT, 0])
+@pytest.mark.parametrize("word0", [V | ABORT, 0, (1 << 64) - 2])
 def test_abort(guest: Guest, word0: int) -> None:
     """An STE that is not valid is taken as abort; neither needs a vDEVICE (arm_smmu_attach_prepare_vmaster)."""
     queue = guest.events()
@@ -228,6 +228,8 @@ def test_another_smmu(guest: Guest) -> None:
     with refused(errno.EINVAL):
         other.attach(guest.ste(V | BYPASS))
     with refused(errno.EINVAL):
+        other.attach(guest.ste(V | ABORT))
+    with refused(errno.EINVAL):
         other.viommu_alloc(guest.parent, ViommuType.ARM_SMMUV3)
 
 
@@ -275,6 +277,31 @@ def test_substreams(guest: Guest, fmt: int) -> None:
     assert guest.sees(pasid=pasid) is None and [kind for kind, _, _, _ in decode(queue)] == [0x0A]
     guest.bound.replace(guest.parent)
     assert guest.sees(pasid=pasid) is None and guest.device.group.pasids == {}
+
+
+def test_substreams_of_two_viommus(guest: Guest) -> None:
+    """Each attaches the PASIDs of its own HWPTs, and detaches them."""
+    guest.tables()
+    guest.descriptor(at=CD + 64 * 3)
+    second = guest.bound.viommu_alloc(guest.parent, ViommuType.ARM_SMMUV3)
+    second.vdevice_alloc(guest.bound, VSID)
+    data = SmmuV3Ste(V | S1 | IPA + CD | 4 << 59, 1)
+    guest.attach(guest.bound.hwpt_alloc(second, data=data, memory=guest.world.memory))
+    assert guest.sees(pasid=3) == DATA
+    guest.bound.replace(guest.parent)
+    assert guest.sees(pasid=3) is None
+
+
+def test_many_substreams(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than a number of PASIDs stay attached; others are read again."""
+    monkeypatch.setattr("vmodel.iommu.iommufd.viommu._MOST_PASIDS", 2)
+    guest.tables()
+    guest.viommu.vdevice_alloc(guest.bound, VSID)
+    for n in range(1, 6):
+        guest.descriptor(at=CD + 64 * n)
+    guest.attach(guest.ste(V | S1 | 4 << 59, 1))
+    for n in (1, 2, 3, 4, 5, 1):
+        assert guest.sees(pasid=n) == DATA and len(guest.device.group.pasids) <= 2
 
 
 def test_substreams_without_a_table(guest: Guest) -> None:
@@ -544,9 +571,10 @@ def test_amd(world: World) -> None:
     guest.put(CD + 8 * 5, IPA + TABLES | 1)
     for pasid, seen in ((5, DATA), (6, None), (512 * 512, None)):
         assert guest.sees(pasid=pasid) == seen
-    without = AmdGuestDte((gdte().words[0] & ~(1 << 54), *gdte().words[1:]))
-    guest.attach(guest.bound.hwpt_alloc(guest.viommu, data=without, memory=world.memory))
-    assert guest.sees(IPA + DATA) == DATA and guest.sees(pasid=5) == DATA, "without GIOV"
+    for bit, seen in ((1 << 54, DATA), (1 << 55, None)):  # without GIOV; without GV
+        without = AmdGuestDte((gdte().words[0] & ~bit, *gdte().words[1:]))
+        guest.attach(guest.bound.hwpt_alloc(guest.viommu, data=without, memory=world.memory))
+        assert guest.sees(IPA + DATA) == DATA and guest.sees(pasid=5) == seen
     with refused(errno.EOPNOTSUPP):
         guest.viommu.invalidate([])
     with refused(errno.EOPNOTSUPP):
@@ -598,3 +626,22 @@ def test_vtd(world: World) -> None:
         assert device.dma.read(IOVA, 8) == bytes(8)
         with refused(errno.EOPNOTSUPP):
             bound.viommu_alloc(parent, ViommuType.ARM_SMMUV3)
+
+
+def test_read_only_mappings_of_a_parent(world: World) -> None:
+    """VT-d's parents have none: generic_pt/fmt/vtdss.h:235, PT_FEAT_VTDSS_FORCE_WRITEABLE; other kinds' may."""
+    with Context() as context:
+        for kind, code in (("vt-d", errno.EINVAL), ("smmu-v3", 0), ("amd-vi", 0)):
+            bound, ioas = Device(context, world.add(world.iommu(kind)).endpoint), Ioas(context)
+            ioas.map(GPA, PAGE, Access.READ, iova=IPA)
+            if code:
+                with refused(code):
+                    bound.hwpt_alloc(ioas, AllocFlags.NEST_PARENT)
+                assert ioas.unmap(IPA, PAGE) == PAGE and ioas.users == 0
+            bound.hwpt_alloc(ioas)
+            bound.hwpt_alloc(ioas, AllocFlags.NEST_PARENT)
+            if code:
+                with refused(code):
+                    ioas.map(GPA, PAGE, Access.READ, iova=IPA)
+                assert ioas.mappings() == []
+            ioas.map(GPA, PAGE, Access.WRITE, iova=IPA + PAGE)

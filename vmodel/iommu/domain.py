@@ -166,6 +166,7 @@ class PagingDomain(Domain):
         #: Whether writes are being tracked.
         self.tracking = False
         self._map = shim.try_map
+        self._no_read_only = self.nests and made_for.driver.parent_writable
         self._unmap = shim.try_unmap
         self._map_errors = made_for.driver.map_errors
         self._coherency = made_for.driver.coherency
@@ -239,11 +240,15 @@ class PagingDomain(Domain):
     ) -> None:
         """Maps `size` bytes; `cache`: with IOMMU_CACHE, without which DMA is not coherent on Arm.
 
-        IommuError: EINVAL no bytes, or no access; ENXIO not whole pages of the smallest size; EOVERFLOW past 2**64;
-        ERANGE outside of the aperture or beyond the output width; EADDRINUSE overlaps a mapping; ENOSPC too many
-        mappings; ENOMEM `max_memory` of the IOMMU is used up.  Kinds whose driver in Linux does not use generic_pt have
-        EINVAL, ERANGE and EEXIST for ENXIO, EOVERFLOW and EADDRINUSE (virtio-iommu: EINVAL for the last, too).
+        IommuError: EINVAL no bytes, no access, or on VT-d read-only in a parent of nested domains; ENXIO not whole
+        pages of the smallest size; EOVERFLOW past 2**64; ERANGE outside of the aperture or beyond the output width;
+        EADDRINUSE overlaps a mapping; ENOSPC too many mappings; ENOMEM `max_memory` of the IOMMU is used up.  Kinds
+        whose driver in Linux does not use generic_pt have EINVAL, ERANGE and EEXIST for ENXIO, EOVERFLOW and
+        EADDRINUSE (virtio-iommu: EINVAL for the last, too).
         """
+        if self._no_read_only and access == Access.READ:
+            text = f"{self.name}: the parent of nested domains has no read-only mappings (ERRATA_772415_SPR17)"
+            raise IommuError(errno.EINVAL, text)
         try:
             if cache and not self._marks and access <= 3:  # the usual case
                 rc = self._map(iova, gpa, size, access)

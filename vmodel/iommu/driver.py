@@ -102,6 +102,8 @@ class Driver(ABC):
     misfit: ClassVar[int] = errno.EINVAL
     #: Whether a parent of nested domains can neither track writes nor be attached to PASIDs.
     parent_alone: ClassVar[bool] = False
+    #: Whether all mappings of such a parent must be writable (Linux PT_FEAT_VTDSS_FORCE_WRITEABLE).
+    parent_writable: ClassVar[bool] = False
     #: Whether nested HWPTs need a vIOMMU (Linux: the driver has no domain_alloc_nested).
     nested_by_viommu: ClassVar[bool] = False
     #: What a domain for PASIDs cannot be as well.

@@ -33,6 +33,7 @@ class IntelVtd(Driver):
     nested_formats = frozenset((TableFormat.X86,))
     map_errors = GENERIC_PT
     coherency = Coherency(enforces=True)
+    parent_writable = True
     served_params = frozenset(("scalable", "ats"))
     default = Capabilities(input_bits=48, fault_queue_depth=8, reserved=(X86_MSI,))
 

@@ -60,8 +60,6 @@ def _over_parent(
         found = VtdNested(device.endpoint, over, memory, data)
     else:
         raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} does not nest by {type(data).__name__}")
-    if parent.auto:
-        raise IommuError(errno.EINVAL, f"{parent} was not allocated as a parent")
     if (why := can_attach(over, device.endpoint)) is not None:
         raise IommuError(errno.EINVAL, f"{device}: {parent}: {why}")
     return found

@@ -276,7 +276,7 @@ def viommu_alloc(device: Device, parent: Hwpt, kind: int, find: ViommuFinder | N
     parent.check(device.context)
     if parent.nested:
         raise IommuError(errno.ENOENT, f"{parent} is nested")
-    if not parent.paging.nests or parent.auto:
+    if not parent.paging.nests:
         raise IommuError(errno.EINVAL, f"{parent} was not allocated as a parent")
     if iommu.driver.own_tables and parent.paging.made_for is not iommu:
         raise IommuError(errno.EINVAL, f"{parent} is not for {iommu.name}")
