@@ -98,11 +98,11 @@ class Guest:
     def attach(self, hwpt: Hwpt) -> None:
         (self.bound.replace if self.bound.attached else self.bound.attach)(hwpt)
 
-    def translated(self) -> Hwpt:
+    def translated(self, word1: int = 0) -> Hwpt:
         """The device uses the VM's tables."""
         self.tables()
         self.descriptor()
-        hwpt = self.ste()
+        hwpt = self.ste(V | S1, word1)
         self.viommu.vdevice_alloc(self.bound, VSID)
         self.attach(hwpt)
         return hwpt
@@ -445,21 +445,28 @@ def test_invalidation(guest: Guest, commands: Sequence[int | tuple[int, int]], s
     assert [guest.sees(IOVA + n * PAGE) for n in range(4)] == [DATA + n * PAGE for n in seen]
 
 
-def test_a_devices_own_tlb(guest: Guest) -> None:
-    """Only ATC_INV invalidates it; IHI 0070 4.5.1: 2**Size pages, 52 for all."""
-    guest.translated()
-    guest.device.endpoint.set_ats(True)
+@pytest.mark.parametrize("eats", [0, 1])
+@pytest.mark.parametrize("has_ats", [False, True])
+def test_a_devices_own_tlb(guest: Guest, eats: int, has_ats: bool) -> None:
+    """With STE.EATS only ATC_INV invalidates it; IHI 0070 4.5.1: 2**Size pages, 52 for all."""
+    guest.device.endpoint.has_ats = has_ats
+    guest.translated(eats << 28)
+    stale = DATA if eats and has_ats else DATA + PAGE
     assert guest.sees() == DATA
     guest.tables(DATA + PAGE)
     guest.viommu.invalidate([command(NSNH_ALL)])
-    assert guest.sees() == DATA
+    assert guest.sees() == stale
     guest.viommu.invalidate([command(ATC | VSID << 32, IOVA + 4 * PAGE & -4 * PAGE | 2)])
-    assert guest.sees() == DATA, "other pages"
+    assert guest.sees() == stale, "other pages"
     guest.viommu.invalidate([command(ATC | VSID << 32, IOVA & -4 * PAGE | 2)])
     assert guest.sees() == DATA + PAGE
     guest.tables(DATA)
-    guest.viommu.invalidate([command(ATC | 1 << 11 | 1 << 9 | VSID << 32, 52)])
+    guest.viommu.invalidate([command(NSNH_ALL), command(ATC | 1 << 11 | 1 << 9 | VSID << 32, 52)])
     assert guest.sees() == DATA
+    guest.bound.replace(guest.parent)
+    assert guest.sees(IPA + DATA) == DATA
+    guest.ioas.unmap(IPA, MiB)
+    assert guest.sees(IPA + DATA) is None
 
 
 @pytest.mark.parametrize(

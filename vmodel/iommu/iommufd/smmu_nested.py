@@ -115,6 +115,8 @@ class SmmuNested(Stage1):
             raise IommuError(errno.EIO, f"stream table entry {ste.word0:#x} {ste.word1:#x} is not legal")
         self.config = SteConfig(config)
         self.needs_vdevice = self.config is SteConfig.TRANSLATE
+        #: Whether devices may use ATS: the VM invalidates their TLBs then.
+        self.ats = self.needs_vdevice and eats == 1
         #: What has been read, by substream; None: of requests without one.
         self.descriptors: dict[int | None, ReadDescriptor] = {}
 

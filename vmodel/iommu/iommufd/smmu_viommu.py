@@ -9,6 +9,7 @@ from vmodel.errors import Access, IommuError, Reason
 from vmodel.iommu.domain import AllocFlags, TableDomain
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import FaultRecord
+from vmodel.iommu.group import Group
 from vmodel.iommu.iommufd.hw_queue import HwQueueType
 from vmodel.iommu.iommufd.hwpt import Hwpt
 from vmodel.iommu.iommufd.nested import NestedData, SmmuV3Ste
@@ -70,6 +71,18 @@ class SmmuV3Viommu(Viommu):
         if not isinstance(data, SmmuV3Ste):
             raise IommuError(errno.EINVAL, f"{self}: {type(data).__name__} is not for an SMMUv3")
         return SmmuNested(self.iommu, self.hwpt.paging, memory, data)
+
+    def attached(self, hwpt: Hwpt, group: Group) -> None:
+        """Devices with ATS use it if the STE says so (arm_smmu_attach_dev_nested)."""
+        super().attached(hwpt, group)
+        assert isinstance(hwpt.stage1, SmmuNested)
+        for endpoint in group.endpoints:
+            endpoint.set_ats(endpoint.has_ats and hwpt.stage1.ats)
+
+    def detached(self, hwpt: Hwpt, group: Group) -> None:
+        super().detached(hwpt, group)
+        for endpoint in group.endpoints:
+            endpoint.set_ats(False)
 
     def invalidate_one(self, entry: bytes) -> None:
         """IommuError: EINVAL not 16 bytes; EIO a command, a field or a StreamID that a guest must not have."""
