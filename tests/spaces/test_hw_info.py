@@ -14,13 +14,6 @@ from vmodel.span import KiB, MiB
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def context() -> Iterator[Context]:
     with Context() as made:
         yield made
