@@ -119,6 +119,7 @@ _SL = AllocFlags.DIRTY_TRACKING
 _VTDSS = "generic_pt/fmt/vtdss.h, vtdss_pt_iommu_set_prot: SNP by PT_FEAT_VTDSS_FORCE_COHERENCE, never by IOMMU_CACHE"
 _ARM = "io-pgtable-arm.c, arm_lpae_prot_to_pte: without IOMMU_CACHE the entry is not cacheable"
 _ARM_OP = "arm-smmu-v3.c, arm_smmu_enforce_cache_coherency: by CANWBS of the device's root complex"
+_SVPBMT = "generic_pt/fmt/riscv.h, riscvpt_iommu_set_prot: NC without IOMMU_CACHE, with Svpbmt"
 _NO_OP = "no enforce_cache_coherency among its operations: {}"
 
 ROWS = [
@@ -146,6 +147,9 @@ ROWS = [
     Row(
         False, "include/linux/iommu.h: nothing bypasses IOMMU_CACHE", "smmu-v3", can=True, enforce="alloc", cache=False
     ),
+    Row(True, _SVPBMT, "riscv", no_snoop=False),
+    Row(False, _SVPBMT, "riscv", no_snoop=False, cache=False),
+    Row(False, _NO_OP.format("riscv/iommu.c, riscv_iommu_paging_domain_ops"), "riscv"),
     Row(False, _NO_OP.format("fsl_pamu_domain.c, fsl_pamu_capable"), "pamu"),
     Row(True, _NO_OP.format("fsl_pamu.c, PAACE_M_COHERENCE_REQ"), "pamu", no_snoop=False, cache=False),
     Row(False, _NO_OP.format("virtio-iommu.c, viommu_capable"), "virtio-iommu"),
@@ -167,7 +171,9 @@ def test_who_decides(row: Row, make: Callable[..., Bench]) -> None:
     if row.enforce == "after":
         assert domain.enforce_cache_coherency()
     assert bench.snoops(bench.dma.no_snoop() if row.no_snoop else bench.dma) == row.snoops, row.why
-    assert bench.snoops(bench.dma) == (row.cache or row.kind != "smmu-v3"), "the attribute is of one request only"
+    assert bench.snoops(bench.dma) == (row.cache or row.kind not in ("smmu-v3", "riscv")), (
+        "the attribute is of one request only"
+    )
     assert [m.cache for m in domain.mappings()] == [row.cache]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 
 import pytest
@@ -10,7 +11,7 @@ from tests.spaces.world import Device, World, refused
 from vmodel.cpu_cache import CpuCache
 from vmodel.iommu.container import Container
 from vmodel.iommu.domain import AllocFlags
-from vmodel.iommu.iommufd import Context, Ioas
+from vmodel.iommu.iommufd import Context, HwInfoType, Ioas, SmmuV3Info, ViommuType
 from vmodel.iommu.iommufd import Device as Bound
 from vmodel.iommu.kvm_vfio import KvmVfio, enforced_coherent
 from vmodel.span import PAGE, MiB
@@ -153,6 +154,23 @@ def test_a_device_that_does_not_enforce(world: World) -> None:
         asked = off.hwpt_alloc(ioas, AllocFlags.ENFORCE_SNOOP)
         off.replace(asked)
         assert not leaves_stale(device, cache), "but for who asks"
+
+
+@pytest.mark.parametrize(("s2fwb", "can", "allowed"), [(True, False, True), (False, True, True), (False, False, False)])
+def test_vms_that_could_bypass_caches_have_no_viommu(s2fwb: bool, can: bool, allowed: bool, world: World) -> None:
+    """arm-smmu-v3-iommufd.c, arm_smmu_get_viommu_size: S2FWB of the SMMU, or CANWBS of the device."""
+    unit = world.iommu("smmu-v3")
+    unit.driver.params = unit.driver.params.model_copy(update={"s2fwb": s2fwb})
+    device = world.add(unit)
+    device.endpoint.enforce_snoop = can
+    with Context() as context:
+        bound = Bound(context, device.endpoint)
+        info = bound.get_info(HwInfoType.ARM_SMMUV3).registers
+        assert isinstance(info, SmmuV3Info) and info.idr[3] >> 8 & 1 == s2fwb
+        parent = bound.hwpt_alloc(Ioas(context), AllocFlags.NEST_PARENT)
+        with contextlib.nullcontext() if allowed else refused(errno.EOPNOTSUPP):
+            bound.viommu_alloc(parent, ViommuType.ARM_SMMUV3)
+        assert parent.users == allowed
 
 
 # ---- KVM -------------------------------------------------------------------------------------------

@@ -138,6 +138,11 @@ class Driver(ABC):
         """An id for people; by default as the address of a PCI requester."""
         return str(Bdf.of(requester_id >> 16, requester_id & 0xFFFF))
 
+    @property
+    def stage1_bypasses(self) -> bool:
+        """Whether a VM's stage 1 can make DMA bypass caches, unless the device's DMA is made to snoop."""
+        return False
+
     def snoop_by_entry(self, flags: AllocFlags) -> bool:
         """Whether a bit of each entry of a paging domain with `flags` forces snooping, and not the whole domain."""
         return False

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pydantic import Field
 
 from vmodel.iommu.capabilities import Capabilities
+from vmodel.iommu.coherency import Coherency
 from vmodel.iommu.driver import GENERIC_PT, Driver, KindParams, PlatformDevice, Source, topmost
 from vmodel.iommu.pgtable import page_bits
 from vmodel.span import KiB, Span
@@ -46,6 +47,7 @@ class RiscV(Driver):
     kind, title = "riscv", "RISC-V IOMMU"
     formats = frozenset()
     map_errors = GENERIC_PT
+    coherency = Coherency(by_mapping=True)  # Svpbmt: without IOMMU_CACHE entries have NC (riscvpt_iommu_set_prot)
     misfit = errno.ENODEV  # Linux riscv_iommu_attach_paging_domain
     default = Capabilities(
         page_sizes=_page_sizes(57),

@@ -49,7 +49,14 @@ class SmmuV3(Driver):
         vcmdqs: Literal[0, 1, 2, 4, 8, 16, 32, 64, 128] = Field(
             default=0, description="command queues for each VM, by NVIDIA's CMDQ-V (iommufd's HW_QUEUE); 0: no CMDQ-V"
         )
+        s2fwb: bool = Field(
+            default=True, description="stage 2 forces memory to be cached; without it a device needs CANWBS for vIOMMUs"
+        )
         stream_bits: int = Field(default=32, ge=1, le=32, description="width of stream ids")
+
+    @property
+    def stage1_bypasses(self) -> bool:
+        return not self.params.s2fwb
 
     def cache_coherency(self, capabilities: Capabilities) -> bool:
         """Linux ARM_SMMU_FEAT_COHERENCY: DMA is coherent with caches if walks are."""

@@ -177,7 +177,7 @@ def registers_of(iommu: Iommu) -> HwRegisters | None:
             vtd_extended_capability(can, scalable=scalable, ats=ats),
         )
     if isinstance(driver, SmmuV3):
-        return _smmu(can, driver.params.stream_bits)
+        return _smmu(can, driver.params.stream_bits, s2fwb=driver.params.s2fwb)
     if isinstance(driver, AmdVi):
         return _amd(can)
     return None
@@ -193,7 +193,7 @@ def cmdqv_of(iommu: Iommu) -> CmdqvInfo | None:
     return CmdqvInfo(1, queues.bit_length() - 1, _LOG2VSIDS) if queues else None
 
 
-def _smmu(can: Capabilities, stream_bits: int) -> SmmuV3Info:
+def _smmu(can: Capabilities, stream_bits: int, *, s2fwb: bool) -> SmmuV3Info:
     idr0 = _fields(
         (Idr0.S2P, 1),
         (Idr0.S1P, 1),
@@ -225,7 +225,7 @@ def _smmu(can: Capabilities, stream_bits: int) -> SmmuV3Info:
         (Idr5.VAX, can.input_bits >= 52),
         (Idr5.STALL_MAX, can.fault_queue_depth & 0xFFFF if can.stall else 0),
     )
-    return SmmuV3Info(0, (idr0, idr1, 0, _fields((Idr3.FWB, 1), (Idr3.RIL, 1)), 0, idr5), 0, 2)  # SMMUv3.2
+    return SmmuV3Info(0, (idr0, idr1, 0, _fields((Idr3.FWB, s2fwb), (Idr3.RIL, 1)), 0, idr5), 0, 2)  # SMMUv3.2
 
 
 def _amd(can: Capabilities) -> AmdInfo:

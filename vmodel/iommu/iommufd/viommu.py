@@ -273,6 +273,8 @@ def viommu_alloc(device: Device, parent: Hwpt, kind: int, find: ViommuFinder | N
     made = None if find is None else find(iommu, kind)
     if made is None:
         raise IommuError(errno.EOPNOTSUPP, f"{iommu.name} has no vIOMMU of type {kind:#x}")
+    if iommu.driver.stage1_bypasses and not device.endpoint.can_enforce_snoop:  # arm_smmu_get_viommu_size
+        raise IommuError(errno.EOPNOTSUPP, f"{device}: a VM's stage 1 could make its DMA bypass caches")
     parent.check(device.context)
     if parent.nested:
         raise IommuError(errno.ENOENT, f"{parent} is nested")
