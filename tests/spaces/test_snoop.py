@@ -11,7 +11,7 @@ from tests.spaces.world import Device, World, refused
 from vmodel.cpu_cache import CpuCache
 from vmodel.iommu.container import Container
 from vmodel.iommu.domain import AllocFlags
-from vmodel.iommu.iommufd import Context, HwInfoType, Ioas, SmmuV3Info, ViommuType
+from vmodel.iommu.iommufd import Context, DmaBuf, HwInfoType, Ioas, SmmuV3Info, ViommuType
 from vmodel.iommu.iommufd import Device as Bound
 from vmodel.iommu.kvm_vfio import KvmVfio, enforced_coherent
 from vmodel.span import PAGE, MiB
@@ -119,6 +119,24 @@ def test_a_hwpt_enforces_if_its_device_can(world: World) -> None:
             assert (hwpt.paging.enforces_snoop, bound.get_info().enforce_snoop) == (enforced, enforced)
             assert all(mapping.cache for mapping in hwpt.paging.mappings()), "ioas.c: always IOMMU_CACHE"
             assert leaves_stale(device, cache_of(device)) != enforced
+
+
+@pytest.mark.parametrize(("kind", "stale"), [("vt-d", False), ("smmu-v3", True)])
+def test_memory_of_devices_is_not_cached(kind: str, stale: bool, world: World) -> None:
+    """pages.c, batch_to_domain: BATCH_MMIO is without IOMMU_CACHE, before and after the HWPT is there."""
+    device = world.add(world.iommu(kind))
+    with Context() as context:
+        bound, ioas = Bound(context, device.endpoint), Ioas(context)
+        ioas.map_file(DmaBuf(GPA, PAGE), 0, PAGE, iova=IOVA)
+        hwpt = bound.attach(ioas)
+        ioas.map_file(DmaBuf(GPA, PAGE), 0, PAGE, iova=IOVA + PAGE)
+        ioas.map(GPA, PAGE, iova=IOVA + 2 * PAGE)
+        assert [mapping.cache for mapping in hwpt.paging.mappings()] == [False, False, True]
+        assert [mapping.cache for mapping in ioas.mappings()] == [False, False, True]
+        cache = cache_of(device)
+        assert cache.read(GPA, 1) == b"\0"
+        device.dma.write(IOVA, b"N")
+        assert (cache.read(GPA, 1) == b"\0") == stale
 
 
 def test_whose_hwpt_may_be_used(world: World) -> None:

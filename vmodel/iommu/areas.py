@@ -31,6 +31,10 @@ class Mapped(Protocol):
     def access(self) -> Access:
         """What DMA may do."""
 
+    @property
+    def cache(self) -> bool:
+        """Whether it is mapped with IOMMU_CACHE."""
+
 
 _M = TypeVar("_M", bound=Mapped)
 
@@ -96,7 +100,7 @@ def fill(domain: PagingDomain, areas: Iterable[Mapped]) -> None:
     try:
         for area in areas:
             for iova, gpa, size in _pieces(domain, area):
-                domain.map(iova, gpa, size, area.access)
+                domain.map(iova, gpa, size, area.access, cache=area.cache)
                 done.append(Span.sized(iova, size))
     except IommuError:
         for span in done:

@@ -92,7 +92,12 @@ class MappedArea:
     @property
     def mapping(self) -> Mapping:
         """It as others see it."""
-        return Mapping(self.span, self.gpa, self.access)
+        return Mapping(self.span, self.gpa, self.access, self.cache)
+
+    @property
+    def cache(self) -> bool:
+        """Whether it is mapped with IOMMU_CACHE: all but memory of devices (Linux batch_to_domain)."""
+        return not self.pages.of_device
 
     def byte(self, iova: int) -> int:
         """The byte of `pages` that an IOVA of the area leads to."""
