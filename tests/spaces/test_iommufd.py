@@ -922,7 +922,7 @@ def test_equal_requests_are_told_apart(context: Context) -> None:
     assert found == [PageResponse.INVALID, PageResponse.SUCCESS]
 
 
-@pytest.mark.parametrize("how", ["detach", "replace"])
+@pytest.mark.parametrize("how", ["detach", "replace", "removal", "another domain of the group's"])
 def test_who_waits_when_the_hwpt_goes(world: World, context: Context, ioas: Ioas, how: str) -> None:
     device, bound, fault = faulting(world, context, ioas, timeout=30)
     begin, got = time.monotonic(), list[int | None]()
@@ -931,8 +931,12 @@ def test_who_waits_when_the_hwpt_goes(world: World, context: Context, ioas: Ioas
     requests = until(lambda: fault.read(0.01), "the page request")
     if how == "detach":
         bound.detach()
-    else:
+    elif how == "replace":
         bound.replace(bound.hwpt_alloc(ioas))
+    elif how == "removal":
+        world.system.remove(device.endpoint)
+    else:
+        device.group.replace(device.group.iommu.blocked)
     thread.join()
     assert got == [None] and time.monotonic() - begin < patience(5)
     with refused(errno.EINVAL):

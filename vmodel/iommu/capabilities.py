@@ -39,6 +39,10 @@ X86_MSI = ReservedRegion(Span(0xFEE0_0000, 0xFEEF_FFFF), RegionType.MSI)
 ARM_MSI = ReservedRegion(Span(0x0800_0000, 0x080F_FFFF), RegionType.SW_MSI)
 
 
+#: The most milliseconds for a flush; a thread cannot sleep for any time.
+_LONGEST_MS = 24 * 60 * 60 * 1000
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """Capabilities of an IOMMU.
@@ -73,7 +77,7 @@ class Capabilities:
     reserved: tuple[ReservedRegion, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        if not self.page_sizes or any(size < 4 * KiB or size & (size - 1) for size in self.page_sizes):
+        if not self.page_sizes or any(not 4 * KiB <= size < 1 << 64 or size & (size - 1) for size in self.page_sizes):
             raise ValueError("page sizes must be powers of two of at least 4 KiB")
         limits = {
             "input_bits": (self.input_bits, 13, 64),
@@ -87,8 +91,8 @@ class Capabilities:
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, not {value}")
-        if self.flush_ms <= 0:
-            raise ValueError(f"flush_ms must be more than 0, not {self.flush_ms}")
+        if not 0 < self.flush_ms <= _LONGEST_MS:
+            raise ValueError(f"flush_ms must be more than 0, and at most {_LONGEST_MS} (a day), not {self.flush_ms}")
         if self.aperture is not None and self.aperture.last >= 1 << self.input_bits:
             raise ValueError(f"the aperture {self.aperture} needs more than {self.input_bits} bits")
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from vmodel.errors import IommuError
 from vmodel.iommu.fault import PageRequest, PageResponse
 from vmodel.iommu.iommufd.context import Context, Object
+
+#: How often, in seconds, a page request that waits looks whether its device still has the domain.
+_LOOK = 0.1
 
 
 class FaultObject(Object):
@@ -25,19 +29,21 @@ class FaultObject(Object):
     def handle(self, request: PageRequest, attached: Callable[[], bool] = lambda: True) -> PageResponse:
         """The domain's page handler: waits for `respond`, on the thread of the access.  INVALID after `timeout`.
 
-        `attached`: whether the device still has the domain.  A request that is made while the device is detached has
-        no answer to wait for: either `cancel` finds it, or it finds the device detached.
+        `attached`: whether the device still has the domain; without it there is no answer to wait for.  `cancel` finds
+        the requests of those that are detached; others, such as devices that are removed, are found here.
         """
         key = id(request)
         with self._ready:
             self._unread[key] = request
             self._waiting[key] = request, None
             self._ready.notify_all()
-        gone = not attached()  # not with the lock: it takes others
+        end = time.monotonic() + self.timeout
+        while attached():  # not with the lock: it takes others
+            left = end - time.monotonic()
+            with self._ready:
+                if self._ready.wait_for(lambda: self._waiting[key][1] is not None, min(left, _LOOK)) or left <= _LOOK:
+                    break
         with self._ready:
-            if gone:
-                self._waiting[key] = request, PageResponse.INVALID
-            self._ready.wait_for(lambda: self._waiting[key][1] is not None, self.timeout)
             self._unread.pop(key, None)
             _, response = self._waiting.pop(key)
             return PageResponse.INVALID if response is None else response
