@@ -196,7 +196,7 @@ def test_whose_group_it_is(world: World) -> None:
     before = state(container)
     with refused(errno.EINVAL):
         container.add_group(device.group)
-    with refused(errno.EPERM):
+    with refused(errno.EINVAL):  # Linux vfio_group_has_iommu
         other.add_group(device.group)
     assert state(container) == before and other.groups == [] and device.group.owner is container
     with refused(errno.EINVAL):
@@ -514,3 +514,28 @@ def test_an_unmap_that_is_wrong_twice(world: World) -> None:
     ):
         with refused(code):
             container.unmap(iova, size)
+
+
+def test_a_group_that_is_wrong_twice(world: World) -> None:
+    """Linux vfio_iommu_type1_attach_group looks for isolated MSIs after all else; vfio_group_ioctl_set_container."""
+    container = Container()
+    container.add_group(world.add(world.iommu()).group)
+    container.map(1 << 40, 0, PAGE)
+    narrow = world.add(world.iommu(input_bits=32, isolated_msi=False)).group
+    with refused(errno.EINVAL):  # the mapping is beyond its aperture
+        container.add_group(narrow)
+    container.unmap_all()
+    with refused(errno.EPERM):
+        container.add_group(narrow)
+    assert (narrow.owner, narrow.domain) == (None, narrow.default_domain)
+    narrow.attach(narrow.iommu.blocked)
+    with refused(errno.EBUSY):
+        container.add_group(narrow)
+    narrow.detach()
+    with Container(allow_unsafe_interrupts=True) as other:
+        other.add_group(narrow)
+        with refused(errno.EINVAL):
+            container.add_group(narrow)
+    narrow.claim_dma_owner("vm")
+    with refused(errno.EPERM):
+        container.add_group(narrow)

@@ -82,7 +82,7 @@ class Container(Closing):
     def add_group(self, group: Group) -> None:
         """Claims a group, and attaches it to a domain that fits it, or to a new one with all mappings.
 
-        IommuError: EINVAL the group is already in the container, its DMA is not coherent with caches
+        IommuError: EINVAL the group is already in this or another container, its DMA is not coherent with caches
         (IOMMU_CAP_CACHE_COHERENCY), a mapping overlaps one of its reserved regions or is beyond its aperture, or it has
         no address or page size in common with the others; EPERM its MSIs are not isolated; EBUSY, EPERM as
         Group.claim_dma_owner; else as PagingDomain.map of the existing mappings.  On an error nothing changes.
@@ -93,12 +93,14 @@ class Container(Closing):
             raise IommuError(errno.EINVAL, f"{group} is already in {self.name}")
         if not group.iommu.cache_coherency:
             raise IommuError(errno.EINVAL, f"{self.name}: {group}: {group.iommu.name} cannot make DMA coherent")
-        if not group.iommu.capabilities.isolated_msi and not self.allow_unsafe_interrupts:
-            text = f"{self.name}: {group}: {group.iommu.name} does not isolate MSIs: allow_unsafe_interrupts"
-            raise IommuError(errno.EPERM, text)
+        if isinstance(group.owner, Container):
+            raise IommuError(errno.EINVAL, f"{group} is already in {group.owner}")
         group.claim_dma_owner(self)
         try:
             self._check(group)
+            if not group.iommu.capabilities.isolated_msi and not self.allow_unsafe_interrupts:
+                text = f"{self.name}: {group}: {group.iommu.name} does not isolate MSIs: allow_unsafe_interrupts"
+                raise IommuError(errno.EPERM, text)
             enforce = self._enforces(group)
             alike = (d for d in self.domains if d.enforces_snoop == enforce)
             domain = next((d for d in alike if shares_tables(d, group)), None)
