@@ -22,6 +22,11 @@ import errno
 import os
 
 
+def errno_name(code: int) -> str:
+    """The name of an errno value in Linux's kernel: EOPNOTSUPP, for which Python has ENOTSUP."""
+    return "EOPNOTSUPP" if code == errno.EOPNOTSUPP else errno.errorcode.get(code, str(code))
+
+
 class VmodelError(Exception):
     """Base of all errors that vmodel raises on purpose."""
 
@@ -33,7 +38,7 @@ class PeerError(VmodelError):
     """
 
     def __init__(self, code: int, message: str) -> None:
-        super().__init__(f"{message} ({errno.errorcode.get(code, code)})")
+        super().__init__(f"{message} ({errno_name(code)})")
         self.errno = code
 
 
@@ -120,7 +125,7 @@ class IommuError(VmodelError, OSError):
         OSError.__init__(self, code, message)
 
     def __str__(self) -> str:
-        return f"{self.strerror} ({errno.errorcode.get(self.errno or 0, self.errno)})"
+        return f"{self.strerror} ({errno_name(self.errno or 0)})"
 
 
 class ConfigError(VmodelError):

@@ -511,5 +511,10 @@ def test_groups_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "there" / "file").write_text("")
     said = refused(vmodel("groups", GROUPS, "--sysfs", tmp_path / "there"))
     assert said == f"--sysfs {tmp_path}/there: is not empty: choose another folder"
+    (tmp_path / "file").touch()
+    assert (
+        refused(vmodel("groups", GROUPS, "--sysfs", tmp_path / "file"))
+        == f"--sysfs {tmp_path}/file: it is not a folder"
+    )
     said = refused(vmodel("groups", GROUPS, "--svg", tmp_path / "no" / "g.svg"))
     assert said == f"--svg {tmp_path}/no/g.svg: No such file or directory"

@@ -59,7 +59,7 @@ UNIDENTIFIED: list[tuple[Callable[[], Iommu], str, str]] = [
         "00:04.0",
         "it has no entry in the device table of 16 entries",
     ),
-    (lambda: iommu("pamu"), "00:04.0", "it has no LIODN"),
+    (lambda: iommu("pamu"), "00:04.0", "it has no LIODN: params.liodns has no '0000:00:04.0'"),
 ]
 
 

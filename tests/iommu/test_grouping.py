@@ -573,7 +573,7 @@ def test_pamu(make: Callable[..., World]) -> None:
         world.plug(PlatformDevice(name))
     assert groups(world) == expect("00:01.0 00:04.0", "00:02.0 00:02.1", "dma0 dma1", "fman", "-00:03.0", "-sec")
     assert endpoint_of(world, "00:04.0").why == "same requester id as 00:01.0: LIODN 10"
-    assert endpoint_of(world, "00:03.0").why == "no isolation: it has no LIODN"
+    assert endpoint_of(world, "00:03.0").why == "no isolation: it has no LIODN: params.liodns has no '0000:00:03.0'"
 
 
 def test_pamu_with_one_liodn_for_a_controller(make: Callable[..., World]) -> None:

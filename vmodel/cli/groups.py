@@ -81,7 +81,7 @@ def groups(
             try:
                 sysfs.export(machine.system, sysfs_dir)
             except OSError as error:
-                raise ConfigError(f"--sysfs {sysfs_dir}: {error.strerror}") from error
+                raise _refused(sysfs_dir, error) from error
         if as_json:
             print(json.dumps(described(machine)))
         elif svg is None and sysfs_dir is None:
@@ -99,7 +99,11 @@ def _follow(socket: Path, folder: Path) -> None:
                 time.sleep(_EVERY)
                 written.update(_tree_of(socket))
     except OSError as error:
-        raise ConfigError(f"--sysfs {folder}: {error.strerror}") from error
+        raise _refused(folder, error) from error
+
+
+def _refused(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--sysfs {folder}: {'it is not a folder' if folder.is_file() else error.strerror}")
 
 
 def _tree_of(socket: Path) -> Entries:

@@ -265,7 +265,9 @@ class SpaprContainer(Closing):
 
     def _window_for(self, iova: int) -> TceWindow:
         if not self.enabled:
-            raise IommuError(errno.EPERM, f"{self.name} is not enabled")
+            raise IommuError(
+                errno.EPERM, f"{self.name} is not enabled: {'register memory' if self.v2 else 'call enable'} first"
+            )
         self._create_default()
         window = self._find(iova)
         if window is None:

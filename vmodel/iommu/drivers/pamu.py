@@ -54,14 +54,16 @@ class Pamu(Driver):
         )
 
     def requester_id(self, source: Source) -> int | None:
-        name = str(source)
-        if not isinstance(source, PlatformDevice) and not self.params.partitioned:
-            name = f"{source.bdf.segment:04x}"
-        found: int | None = self.params.liodns.get(name)
+        found: int | None = self.params.liodns.get(self._liodn_key(source))
         return found
 
+    def _liodn_key(self, source: Source) -> str:
+        if isinstance(source, PlatformDevice) or self.params.partitioned:
+            return str(source)
+        return f"{source.bdf.segment:04x}"
+
     def why_not(self, source: Source) -> str:
-        return "it has no LIODN"
+        return f"it has no LIODN: params.liodns has no {self._liodn_key(source)!r}"
 
     def describe_id(self, requester_id: int) -> str:
         return f"LIODN {requester_id}"

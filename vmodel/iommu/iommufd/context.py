@@ -146,7 +146,7 @@ class Context(Closing):
         if option is Option.HUGE_PAGES:
             space = self._space(object_id)
             if value not in (0, 1):
-                raise IommuError(errno.EINVAL, f"{self}: {option!r} of {value}")
+                raise IommuError(errno.EINVAL, f"{self}: {option.name} is 0 or 1, not {value}")
             space.set_large_pages(bool(value))
             return
         self._check_global(option, object_id)
@@ -155,12 +155,12 @@ class Context(Closing):
         if self._objects:
             raise IommuError(errno.EBUSY, f"{self} has objects")
         if value not in (0, 1):
-            raise IommuError(errno.EINVAL, f"{self}: {option!r} of {value}")
+            raise IommuError(errno.EINVAL, f"{self}: {option.name} is 0 or 1, not {value}")
         self.account_mode = AccountMode.MM if value else AccountMode.USER
 
     def _check_global(self, option: Option, object_id: int) -> None:
         if option is not Option.RLIMIT_MODE or object_id:
-            raise IommuError(errno.EOPNOTSUPP, f"{self}: option {option!r} of object {object_id}")
+            raise IommuError(errno.EOPNOTSUPP, f"{self}: there is no option {int(option)} of object {object_id}")
 
     def _space(self, number: int) -> Ioas:
         for space in self.spaces:

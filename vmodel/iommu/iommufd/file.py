@@ -44,7 +44,10 @@ class FilePages(Pages):
     def check(self, first: int, last: int) -> None:
         """IommuError(EINVAL): a page is not in the file (Linux memfd_pin_folios)."""
         if self.address + (last + 1) * PAGE > self.file.size and not self.covers(first, last):
-            raise IommuError(errno.EINVAL, f"pages {first:#x} to {last:#x} are not all in the file")
+            raise IommuError(
+                errno.EINVAL,
+                f"the file has {self.file.size:#x} bytes: page {self.address + last * PAGE:#x} is not in it",
+            )
 
 
 class DmaBuf(MemoryFile):
