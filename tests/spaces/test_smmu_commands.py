@@ -10,6 +10,7 @@ import pytest
 from tests.spaces.vm import (
     ASID,
     ATC,
+    CD,
     CD_ALL,
     CD_ONE,
     DATA,
@@ -21,9 +22,11 @@ from tests.spaces.vm import (
     NH_VAA,
     NSNH_ALL,
     PAGE,
+    S1,
     SID,
     VSID,
     Guest,
+    V,
     command,
 )
 from tests.spaces.world import refused
@@ -86,6 +89,29 @@ def test_a_devices_own_tlb(guest: Guest, eats: int, has_ats: bool) -> None:
     assert guest.sees(IPA + DATA) == DATA
     guest.ioas.unmap(IPA, MiB)
     assert guest.sees(IPA + DATA) is None
+
+
+@pytest.mark.parametrize(
+    ("word0", "fresh"),
+    [
+        (0, []),
+        (1 << 11 | 3 << 12, [3]),
+        (1 << 11 | 3 << 12 | 1 << 9, [3, 4]),  # Global
+        (3 << 12 | 1 << 9, []),  # without SSV, SSID and Global do not count
+    ],
+)
+def test_device_tlbs_of_pasids(guest: Guest, word0: int, fresh: list[int]) -> None:
+    """IHI 0070, 4.5.1: SSV, SSID, Global."""
+    guest.device.endpoint.has_ats = True
+    guest.tables()
+    for n in range(5):
+        guest.descriptor(at=CD + 64 * n)
+    guest.viommu.vdevice_alloc(guest.bound, VSID)
+    guest.attach(guest.ste(V | S1 | 4 << 59, 2 | 1 << 28))
+    assert [guest.sees(pasid=n) for n in (3, 4)] == [DATA, DATA]
+    guest.tables(DATA + PAGE)
+    guest.viommu.invalidate([command(NSNH_ALL), command(ATC | word0 | VSID << 32, 52)])
+    assert [n for n in (3, 4) if guest.sees(pasid=n) == DATA + PAGE] == fresh
 
 
 @pytest.mark.parametrize(
