@@ -2,7 +2,8 @@
  * Walks of I/O page tables in guest memory.  A walk ends whatever an entry holds: each step goes to a lower level.
  *
  * Sources: Intel VT-d specification, chapters 3.6, 3.7 and 9; AMD I/O Virtualization Technology specification, 2.2.3;
- * Arm ARM, chapter D8 (VMSAv8-64).  tests/iommu/walker.py is the same, slow and plain: tests compare them. */
+ * Arm ARM, chapter D8 (VMSAv8-64); RISC-V privileged specification, Sv39 to Sv57, Sv39x4 to Sv57x4, Svnapot, Svpbmt.
+ * tests/iommu/walker.py is the same, slow and plain: tests compare them. */
 #include "domain.h"
 
 #include <errno.h>
@@ -157,6 +158,52 @@ static entry decode_arm(const vms_table *t, unsigned level, uint64_t e)
     return out;
 }
 
+/* RISC-V privileged specification: the translation process of Sv32, as it is for wider entries; Svnapot, Svpbmt. */
+static entry decode_riscv(const vms_table *t, unsigned level, uint64_t e)
+{
+    uint64_t address = (e & MASK(53, 10)) << 2;
+    unsigned bits = page_bits(level);
+    int leaf = (e & MASK(3, 1)) != 0;
+
+    if (!(e & 1))
+        return bad(ABSENT);
+    if ((e & MASK(60, 54)) || (e & MASK(2, 1)) == BIT(2)) /* reserved; writable but not readable */
+        return bad(BAD_BITS);
+    if (!leaf && (level == 1 || (e & (MASK(63, 61) | MASK(7, 6) | BIT(4)))))
+        return bad(BAD_BITS);
+    if ((e & MASK(62, 61)) == MASK(62, 61) || ((e & MASK(62, 61)) && !(t->flags & VMS_TABLE_PBMT)))
+        return bad(BAD_BITS);
+    if (e & BIT(63)) { /* 16 entries of 4 KiB are one page; the low bits of the address say so */
+        if (level > 1 || (address & MASK(15, 12)) != BIT(15))
+            return bad(BAD_BITS);
+        bits = 16;
+        address &= ~MASK(15, 12);
+    } else if (leaf && (address & (BIT(bits) - 1))) {
+        return bad(BAD_BITS);
+    }
+    if (t->output_bits < 56 && (address >> t->output_bits))
+        return bad(BAD_WIDTH);
+    entry out = { leaf ? LEAF : TABLE, address, bits, level - 1, VMS_PROT_READ | VMS_PROT_WRITE, e, e, 0 };
+    if (!leaf)
+        return out;
+    out.prot = (e & BIT(1) ? VMS_PROT_READ : 0) | (e & BIT(2) ? VMS_PROT_WRITE : 0);
+    /* At stage 2 (G-stage) all accesses are a user's. */
+    if (!(e & BIT(4)) && (t->format == VMS_TABLE_RISCV_S2 || !(t->flags & VMS_TABLE_SUPERVISOR)))
+        out.prot = 0;
+    if (!(e & BIT(6))) {
+        if (t->flags & VMS_TABLE_SET_ACCESSED)
+            out.accessed = e | BIT(6);
+        else
+            out.no_access_flag = 1;
+    }
+    out.written = out.accessed;
+    if (t->flags & VMS_TABLE_SET_DIRTY)
+        out.written |= BIT(7);
+    else if (!(e & BIT(7)))
+        out.prot &= ~(uint32_t)VMS_PROT_WRITE;
+    return out;
+}
+
 static entry decode(const vms_table *t, unsigned level, uint64_t e)
 {
     switch (t->format) {
@@ -166,6 +213,9 @@ static entry decode(const vms_table *t, unsigned level, uint64_t e)
         return decode_x86(t, level, e);
     case VMS_TABLE_AMD_V1:
         return decode_amd(t, level, e);
+    case VMS_TABLE_RISCV_S1:
+    case VMS_TABLE_RISCV_S2:
+        return decode_riscv(t, level, e);
     default:
         return decode_arm(t, level, e);
     }
@@ -178,9 +228,10 @@ static int check(const vms_table *t)
     } limits[] = {
         [VMS_TABLE_VTD_SECOND] = { 3, 5, 52, 57, 0 }, [VMS_TABLE_X86] = { 4, 5, 52, 57, 0 },
         [VMS_TABLE_AMD_V1] = { 1, 6, 52, 64, 0 },     [VMS_TABLE_ARM_S1] = { 1, 4, 48, 48, 0 },
-        [VMS_TABLE_ARM_S2] = { 1, 4, 48, 48, 4 },
+        [VMS_TABLE_ARM_S2] = { 1, 4, 48, 48, 4 },     [VMS_TABLE_RISCV_S1] = { 3, 5, 56, 57, 0 },
+        [VMS_TABLE_RISCV_S2] = { 3, 5, 56, 59, 2 },
     };
-    if (t->format > VMS_TABLE_ARM_S2)
+    if (t->format > VMS_TABLE_RISCV_S2)
         return -EINVAL;
     unsigned most = 12 + 9 * t->levels + limits[t->format].extra;
     if (most > limits[t->format].input_max)
@@ -189,15 +240,18 @@ static int check(const vms_table *t)
         t->input_bits <= page_bits(t->levels) || t->input_bits > most || t->output_bits < 32 ||
         t->output_bits > limits[t->format].output_max)
         return -EINVAL;
-    /* x86: the sign bit is translated as well. */
-    if (t->format == VMS_TABLE_X86 && t->input_bits != 12 + 9 * t->levels)
+    /* x86, RISC-V: the width follows from the levels; the sign bit is translated as well. */
+    if ((t->format == VMS_TABLE_X86 || t->format >= VMS_TABLE_RISCV_S1) && t->input_bits != most)
+        return -EINVAL;
+    /* RISC-V, Sv39x4: the top table has 16 KiB, and is aligned to that. */
+    if (t->format == VMS_TABLE_RISCV_S2 && (t->root & 0x3FFF))
         return -EINVAL;
     return 0;
 }
 
 static int fits(const vms_table *t, uint64_t iova)
 {
-    if (t->format == VMS_TABLE_X86) { /* canonical */
+    if (t->format == VMS_TABLE_X86 || t->format == VMS_TABLE_RISCV_S1) { /* canonical */
         int64_t high = (int64_t)iova >> (t->input_bits - 1);
         return high == 0 || high == -1;
     }
@@ -281,7 +335,7 @@ static int walk_once(vms_domain *domain, uint64_t iova, uint32_t access, transla
 
     for (;;) {
         uint64_t index = iova >> page_bits(level);
-        /* Above the top table's bits there is only the sign extension (x86). */
+        /* Above the top table's bits there is only the sign extension (x86, RISC-V). */
         index &= level == t->levels ? MASK(t->input_bits - page_bits(level) - 1, 0) : 511;
         uint64_t address = table + 8 * index, gpa, raw;
         int rc = entry_at(domain, address, VMS_PROT_READ, !access, &gpa, fault);

@@ -144,19 +144,22 @@ enum vms_table_format {
     VMS_TABLE_AMD_V1,     /* AMD-Vi host tables, 1-6 levels */
     VMS_TABLE_ARM_S1,     /* VMSAv8-64 stage 1, 4 KiB granule, 1-4 levels, TTBR0 */
     VMS_TABLE_ARM_S2,     /* the same, stage 2; the top table may be 16 in a row */
+    VMS_TABLE_RISCV_S1,   /* Sv39, Sv48, Sv57 by 3-5 levels */
+    VMS_TABLE_RISCV_S2,   /* Sv39x4, Sv48x4, Sv57x4; the top table is 4 in a row */
 };
 #define VMS_TABLE_SET_ACCESSED 1u /* the walk sets the accessed flag (x86 does in any case); Arm: HA */
 #define VMS_TABLE_SET_DIRTY 2u    /* and the dirty flag on writes; Arm: HD */
-#define VMS_TABLE_SUPERVISOR 4u   /* accesses are privileged: x86 U/S, Arm AP[1] and APTable[0] do not matter */
+#define VMS_TABLE_SUPERVISOR 4u   /* accesses are privileged: x86 U/S, RISC-V U, Arm AP[1] and APTable[0] do not matter */
 #define VMS_TABLE_2M 8u           /* pages of that size are allowed (VT-d); else their bit is reserved */
 #define VMS_TABLE_1G 16u
 #define VMS_TABLE_SNOOP 32u       /* VT-d SNP (bit 11) is allowed; else reserved */
+#define VMS_TABLE_PBMT 64u        /* RISC-V memory types (bits 62:61) are allowed; else reserved */
 
 typedef struct vms_table {
     uint32_t format; /* enum vms_table_format */
     uint32_t levels;
     uint64_t root;        /* of the top table; 4 KiB aligned.  With a parent domain it is an address of that domain */
-    uint32_t input_bits;  /* IOVAs of more bits fault; x86: canonical addresses of that width */
+    uint32_t input_bits;  /* IOVAs of more bits fault; x86, RISC-V S1: canonical addresses of that width */
     uint32_t output_bits; /* width of addresses in entries */
     uint32_t flags;       /* VMS_TABLE_* */
 } vms_table;

@@ -9,6 +9,7 @@ Sources, and how they are cited below:
 - SDM: Intel 64 and IA-32 Software Developer's Manual, volume 3
 - AMD: AMD I/O Virtualization Technology (IOMMU) Specification, document 48882
 - Arm: Arm Architecture Reference Manual for A-profile, chapter D8 (VMSAv8-64)
+- RISC-V: The RISC-V Instruction Set Manual, volume II (privileged), by extension
 """
 
 from __future__ import annotations
@@ -274,12 +275,55 @@ def arm_s2_entry(table: Table, level: int, entry: int) -> Next | Page:
     return Page(base, page_bits(level), access, used, written, not access_flag.of(used))
 
 
+def riscv_entry(table: Table, level: int, entry: int) -> Next | Page:
+    """RISC-V Sv32, "Virtual Address Translation Process", with the wide entries of Sv39; Svnapot; Svpbmt; Sv39x4."""
+    valid, read, write, execute, user, accessed, dirty = (_bit(n) for n in (0, 1, 2, 3, 4, 6, 7))
+    number, future, memory_type, contiguous = Bits(53, 10), Bits(60, 54), Bits(62, 61), _bit(63)
+
+    if not valid.of(entry):
+        raise _Refused(Reason.NOT_MAPPED)
+    _reserved(entry, future)
+    if write.of(entry) and not read.of(entry):
+        raise _Refused(Reason.RESERVED_BITS)
+    address = number.of(entry) << 12
+    if not (read.of(entry) or write.of(entry) or execute.of(entry)):
+        _reserved(entry, user, accessed, dirty, memory_type, contiguous)
+        if level == 1:
+            raise _Refused(Reason.RESERVED_BITS)
+        if address >> table.output_bits:
+            raise _Refused(Reason.OUTPUT_WIDTH)
+        return Next(address, level - 1, BOTH, entry)
+
+    if memory_type.of(entry) == 3 or (memory_type.of(entry) and TableFlag.PBMT not in table.flags):
+        raise _Refused(Reason.RESERVED_BITS)
+    size = page_bits(level)
+    if contiguous.of(entry):
+        if level != 1 or number.of(entry) % 16 != 8:  # 64 KiB is the only such size
+            raise _Refused(Reason.RESERVED_BITS)
+        size, address = 16, address >> 16 << 16
+    elif address % (1 << size):
+        raise _Refused(Reason.RESERVED_BITS)
+    if address >> table.output_bits:
+        raise _Refused(Reason.OUTPUT_WIDTH)
+    # Without hardware that sets it, a clear dirty flag makes a write fault.
+    hardware = TableFlag.SET_DIRTY in table.flags
+    access = _access(read.of(entry), write.of(entry) and (hardware or dirty.of(entry)))
+    as_user = table.format == TableFormat.RISCV_S2 or TableFlag.SUPERVISOR not in table.flags
+    if as_user and not user.of(entry):
+        access = NOTHING
+    used = entry | accessed.mask if TableFlag.SET_ACCESSED in table.flags else entry
+    written = used | dirty.mask if hardware else used
+    return Page(address, size, access, used, written, not accessed.of(used))
+
+
 _ENTRY: dict[TableFormat, Callable[[Table, int, int], Next | Page]] = {
     TableFormat.VTD_SECOND: vtd_entry,
     TableFormat.X86: x86_entry,
     TableFormat.AMD_V1: amd_entry,
     TableFormat.ARM_S1: arm_s1_entry,
     TableFormat.ARM_S2: arm_s2_entry,
+    TableFormat.RISCV_S1: riscv_entry,
+    TableFormat.RISCV_S2: riscv_entry,
 }
 
 
@@ -401,7 +445,8 @@ def _look_up(domain: Mappings, iova: int, access: Access) -> Walked:
 
 
 def _fits(table: Table, iova: int) -> bool:
-    if table.format == TableFormat.X86:  # SDM 3.3.7.1: all bits from the sign on are the same
+    # SDM 3.3.7.1, RISC-V Sv39: all bits from the sign on are the same
+    if table.format in (TableFormat.X86, TableFormat.RISCV_S1):
         return Bits(63, table.input_bits - 1).of(iova) in (0, Bits(63, table.input_bits - 1).of(2**64 - 1))
     return iova < 1 << table.input_bits
 

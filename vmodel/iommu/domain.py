@@ -501,4 +501,4 @@ def _code(error: OSError | OverflowError) -> int:
 
 
 #: Formats of CPU page tables, which SVA domains may use.
-CPU_FORMATS = frozenset((TableFormat.X86, TableFormat.ARM_S1))
+CPU_FORMATS = frozenset((TableFormat.X86, TableFormat.ARM_S1, TableFormat.RISCV_S1))

@@ -9,6 +9,7 @@ Sources, and how they are cited below:
 - SDM: Intel 64 and IA-32 Software Developer's Manual, volume 3
 - AMD: AMD I/O Virtualization Technology (IOMMU) Specification, document 48882
 - Arm: Arm Architecture Reference Manual for A-profile, chapter D8 (VMSAv8-64)
+- RISC-V: The RISC-V Instruction Set Manual, volume II (privileged), cited by extension
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class TableFormat(enum.IntEnum):
     AMD_V1 = 2
     ARM_S1 = 3
     ARM_S2 = 4
+    RISCV_S1 = 5
+    RISCV_S2 = 6
 
 
 class TableFlag(enum.IntFlag):
@@ -36,6 +39,7 @@ class TableFlag(enum.IntFlag):
     PAGES_2M = 8
     PAGES_1G = 16
     SNOOP = 32
+    PBMT = 64
 
 
 NO_FLAGS = TableFlag(0)
@@ -60,15 +64,21 @@ _LIMITS = {
     TableFormat.AMD_V1: _Limits(range(1, 7), range(32, 53), 64),  # AMD 2.2.3
     TableFormat.ARM_S1: _Limits(range(1, 5), range(32, 49), 48),  # Arm D8.2
     TableFormat.ARM_S2: _Limits(range(1, 5), range(32, 49), 48, concatenated=4),  # Arm D8.2.2: up to 16 tables
+    TableFormat.RISCV_S1: _Limits(range(3, 6), range(32, 57), 57),  # RISC-V Sv39, Sv48, Sv57
+    TableFormat.RISCV_S2: _Limits(range(3, 6), range(32, 57), 59, concatenated=2),  # RISC-V Sv39x4: 4 tables
 }
+
+
+#: Formats whose levels determine the width of IOVAs; of the stage 1 ones the sign is one of the bits.
+_WHOLE = frozenset((TableFormat.X86, TableFormat.RISCV_S1, TableFormat.RISCV_S2))
 
 
 @dataclass(frozen=True)
 class Table:
     """The address and shape of a guest's table; the fields are the shim's `struct vms_table`.
 
-    `root`: address of the top table, on a 4 KiB boundary.  `input_bits`: width of IOVAs.  `output_bits`: width of the
-    addresses in entries.  ValueError: a value that the shim rejects with EINVAL.
+    `root`: address of the top table, on a 4 KiB boundary (RISCV_S2: 16 KiB).  `input_bits`: width of IOVAs.
+    `output_bits`: width of the addresses in entries.  ValueError: a value that the shim rejects with EINVAL.
     """
 
     format: TableFormat
@@ -87,7 +97,7 @@ class Table:
             raise ValueError(f"output of {self.output_bits} bits")
         if not page_bits(self.levels) < self.input_bits <= most:
             raise ValueError(f"input of {self.input_bits} bits")
-        if self.format == TableFormat.X86 and self.input_bits != most:
-            raise ValueError("x86 translates all bits, and the sign")
-        if not 0 <= self.root < 1 << 64 or self.root % 4096:
+        if self.format in _WHOLE and self.input_bits != most:
+            raise ValueError(f"{self.format.name} of {self.levels} levels translates {most} bits")
+        if not 0 <= self.root < 1 << 64 or self.root % (16384 if self.format == TableFormat.RISCV_S2 else 4096):
             raise ValueError(f"root at {self.root:#x}")

@@ -22,6 +22,10 @@ static const vms_table formats[] = {
     { VMS_TABLE_ARM_S1, 4, 0, 48, 48, VMS_TABLE_SUPERVISOR },
     { VMS_TABLE_ARM_S2, 3, 0, 43, 40, VMS_TABLE_SET_ACCESSED | VMS_TABLE_SET_DIRTY },
     { VMS_TABLE_ARM_S2, 4, 0, 48, 48, 0 },
+    { VMS_TABLE_RISCV_S1, 3, 0, 39, 40, VMS_TABLE_SET_ACCESSED | VMS_TABLE_SET_DIRTY },
+    { VMS_TABLE_RISCV_S1, 5, 0, 57, 56, VMS_TABLE_SUPERVISOR | VMS_TABLE_PBMT },
+    { VMS_TABLE_RISCV_S2, 3, 0, 41, 56, VMS_TABLE_SET_ACCESSED | VMS_TABLE_SET_DIRTY },
+    { VMS_TABLE_RISCV_S2, 4, 0, 50, 40, 0 },
 };
 #define FORMATS (sizeof formats / sizeof formats[0])
 
@@ -108,7 +112,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint8_t choice = take8(&in), flags = take8(&in);
     vms_table table = formats[choice % FORMATS];
     table.flags ^= flags & 0x3F;
-    table.root = (uint64_t)(flags >> 6) * 4096;
+    table.root = table.format == VMS_TABLE_RISCV_S2 ? 0 : (uint64_t)(flags >> 6) * 4096;
     if (choice & 0x40) { /* whatever the caller thinks of */
         take_bytes(&in, &table, sizeof table);
     }
@@ -129,6 +133,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     for (unsigned n = take8(&in) & 63; n && in.left; n--) {
         uint8_t page = take8(&in), to = take8(&in);
         uint64_t low = take16(&in), entry = (uint64_t)(to % 12) << 12 | low;
+        if (table.format >= VMS_TABLE_RISCV_S1) /* addresses begin at bit 10 */
+            entry = (uint64_t)(to % 12) << 10 | (low & 0x3FF) | low >> 10 << 58;
         if (page & 0x80)
             entry = take64(&in);
         if (page & 0x40)

@@ -10,7 +10,7 @@ from pydantic import Field
 from vmodel.iommu.capabilities import Capabilities
 from vmodel.iommu.coherency import Coherency
 from vmodel.iommu.driver import GENERIC_PT, Driver, KindParams, PlatformDevice, Source, topmost
-from vmodel.iommu.pgtable import page_bits
+from vmodel.iommu.pgtable import TableFormat, page_bits
 from vmodel.span import KiB, Span
 
 #: Levels of tables by the width of virtual addresses: Sv39, Sv48 and Sv57 (privileged specification, 12.4 to 12.6).
@@ -45,7 +45,8 @@ class RiscV(Driver):
     """
 
     kind, title = "riscv", "RISC-V IOMMU"
-    formats = frozenset()
+    formats = frozenset((TableFormat.RISCV_S1, TableFormat.RISCV_S2))
+    nested_formats = frozenset((TableFormat.RISCV_S1,))
     map_errors = GENERIC_PT
     coherency = Coherency(by_mapping=True)  # Svpbmt: without IOMMU_CACHE entries have NC (riscvpt_iommu_set_prot)
     misfit = errno.ENODEV  # Linux riscv_iommu_attach_paging_domain
