@@ -16,7 +16,7 @@ import pytest
 
 from tests.iommu.world import World, group_of, iommu
 from tests.waiting import until
-from vmodel.errors import IommuError
+from vmodel.errors import DmaFault, IommuError
 from vmodel.iommu import Change, ChangeKind, Endpoint, System, dma_domain_alloc, paging_domain_alloc
 from vmodel.iommu.changes import Changes
 from vmodel.iommu.iommufd import Context, Device
@@ -395,3 +395,18 @@ def test_a_device_that_is_added_to_an_owned_group(binds: bool) -> None:
     elsewhere, _ = world.device("00:05.0")
     assert elsewhere.driver is None
     world.close()
+
+
+def test_an_access_calls_no_subscriber(world: World) -> None:
+    """One that faults looks at its group while another thread, which has made a change, is about to report it."""
+    endpoint, dma = world.device("00:03.0")
+    group_of(endpoint).attach(endpoint.iommu.blocked)  # type: ignore[union-attr]
+    seen: list[Change] = []
+    world.system.subscribe(seen.append)
+    changes = world.system.changes
+    changes._waiting.append((Change(K.NAME), changes._subscribers))
+    with pytest.raises(DmaFault):
+        dma.read(0, 1)
+    assert seen == []
+    changes.notify(K.NAME)
+    assert len(seen) == 2

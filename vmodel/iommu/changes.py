@@ -78,7 +78,8 @@ class Changes:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        #: The lock alone, for those that read: an access must not call subscribers, which may wait for its end.
+        self.reading = self._lock = threading.RLock()
         self._depth = 0
         self._subscribers: list[Subscriber] = []
         self._waiting: deque[tuple[Change, list[Subscriber]]] = deque()

@@ -261,7 +261,7 @@ class Group:
 
     def domain_of(self, pasid: int | None = None) -> Domain | None:
         """The domain of accesses without a PASID, or with `pasid`; None: the PASID has no domain."""
-        with self._lock:  # while it changes, members may have the new one already
+        with self.changes.reading:  # while it changes, members may have the new one already
             return self.domain if pasid is None else self.pasids.get(pasid)
 
     # ---- members ---------------------------------------------------------------------------
