@@ -1076,3 +1076,27 @@ def test_a_dirty_bitmap_that_is_too_large(world: World, context: Context, ioas: 
         with refused(errno.EINVAL):
             call(huge, -PAGE)
         assert len(call(huge, 1 << 30)) == (1 << 16) // 8
+
+
+def test_a_fault_object_comes_last(world: World, context: Context, ioas: Ioas) -> None:
+    """Linux iommufd_hwpt_alloc looks it up when all else is done, and then gives everything back."""
+    bound = Bound(context, world.add(world.iommu()).endpoint)
+    gone = FaultObject(context)
+    gone.destroy()
+    parent = bound.hwpt_alloc(ioas, AllocFlags.NEST_PARENT)
+    table = Table(TableFormat.X86, 4, 0, 48, 48)
+    before = state(ioas), parent.users
+    with refused(errno.EOPNOTSUPP):
+        bound.hwpt_alloc(ioas, AllocFlags.NEST_PARENT, fault=gone)
+    for call in (
+        lambda: bound.hwpt_alloc(ioas, fault=gone),
+        lambda: bound.hwpt_alloc(parent, table=table, memory=world.memory, fault=gone),
+    ):
+        with refused(errno.ENOENT):
+            call()
+    assert (state(ioas), parent.users) == before
+    parent.destroy()
+    ioas.map(0, PAGE, iova=1 << 40)
+    narrow = Bound(context, world.add(world.iommu(input_bits=32)).endpoint)
+    with refused(errno.EADDRINUSE):
+        narrow.hwpt_alloc(ioas, fault=gone)

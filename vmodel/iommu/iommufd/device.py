@@ -106,10 +106,8 @@ class Device(Object):
         given = [item for item in (table, data) if item is not None]
         if len(given) != (memory is not None):
             raise IommuError(errno.EINVAL, f"{self}: one of `table` and `data`, and `memory`, need each other")
-        if fault is not None:
-            fault.check(self.context)
-            if not self.group.iommu.capabilities.can_wait:
-                raise IommuError(errno.EOPNOTSUPP, f"{self.group.iommu.name} has no page requests")
+        if fault is not None and not self.group.iommu.capabilities.can_wait:
+            raise IommuError(errno.EOPNOTSUPP, f"{self.group.iommu.name} has no page requests")
         for_pasids = bool(flags & AllocFlags.PASID)
         if isinstance(parent, Ioas):
             domain = self._paging(flags, table or data, fault)

@@ -63,6 +63,13 @@ class Hwpt(Object):
             context.unregister(self)
             raise
         if fault is not None:
+            try:
+                fault.check(context)  # after all else, as Linux's iommufd_hwpt_alloc
+            except IommuError:
+                self.fault = None
+                self.release()
+                context.unregister(self)
+                raise
             fault.users += 1
             domain.page_handler = self._ask
 
