@@ -22,7 +22,7 @@ from tests.iommu.world import World, failing_attach, group_of, iommu
 from vmodel._shim import Requester
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, IommuError, Reason
-from vmodel.iommu import Endpoint, Iommu, paging_domain_alloc
+from vmodel.iommu import Endpoint, Iommu, dma_domain_alloc, paging_domain_alloc
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import Domain, DomainType, PagingDomain
 from vmodel.iommu.driver import PlatformDevice
@@ -209,6 +209,24 @@ def test_one_that_cannot_be_covered(monkeypatch: pytest.MonkeyPatch) -> None:
         world.system.add(world.function("00:04.0"), late.requester)
     assert reached(late) == NOTHING
     world.close()
+
+
+def test_what_one_needs_goes_with_it_if_it_cannot_join(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the members of the group would reach memory that only it must reach."""
+    mark(world)
+    first, dma = world.device("00:03.0")
+    group_of(first).set_default(domain := dma_domain_alloc(first))
+    domain.map(2 * PAGE, PAGE, PAGE)
+    regions = [ReservedRegion(Span.sized(n * PAGE, PAGE), RegionType.DIRECT) for n in (0, 3)]
+    before = list(domain.mappings())
+    with failing_attach(monkeypatch, 1), pytest.raises(OSError, match="no memory"):
+        world.plug(world.function("00:03.1"), reserved=regions)
+    assert list(domain.mappings()) == before
+    regions.append(ReservedRegion(Span.sized(2 * PAGE, PAGE), RegionType.DIRECT))
+    with pytest.raises(IommuError, match="mapped 1:1"):
+        world.plug(world.function("00:03.2"), reserved=regions)
+    assert list(domain.mappings()) == before
+    assert reached(dma) == [None, None, PAGE, None]
 
 
 def test_one_that_no_iommu_covers_is_removed() -> None:

@@ -14,8 +14,29 @@ if TYPE_CHECKING:
     from vmodel.iommu.endpoint import Endpoint
 
 
-def map_direct(domain: Domain, endpoint: Endpoint) -> None:
-    """Maps the regions that a device uses without its driver (Linux iommu_create_device_direct_mappings)."""
+def map_direct(domain: Domain, endpoint: Endpoint) -> list[Span]:
+    """Maps the regions that a device uses without its driver, or none; returns what was not mapped before.
+
+    IommuError: EEXIST something else is mapped there; else as PagingDomain.map.  (Linux
+    iommu_create_device_direct_mappings)
+    """
+    done: list[Span] = []
+    try:
+        _map(domain, endpoint, done)
+    except IommuError:
+        unmap_direct(domain, done)
+        raise
+    return done
+
+
+def unmap_direct(domain: Domain, spans: list[Span]) -> None:
+    """Takes back what `map_direct` has mapped."""
+    if isinstance(domain, PagingDomain):
+        for span in spans:
+            domain.clear(span)
+
+
+def _map(domain: Domain, endpoint: Endpoint, done: list[Span]) -> None:
     if not isinstance(domain, PagingDomain):
         return
     page = min(domain.page_sizes)
@@ -31,6 +52,8 @@ def map_direct(domain: Domain, endpoint: Endpoint) -> None:
                 raise IommuError(errno.EEXIST, text)
             if at < there.span.start:
                 domain.map(at, at, there.span.start - at, region.access)
+                done.append(Span(at, there.span.start - 1))
             at = there.span.last + 1
         if at <= span.last:
             domain.map(at, at, span.last - at + 1, region.access)
+            done.append(Span(at, span.last))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vmodel.errors import IommuError
 from vmodel.iommu.capabilities import ReservedRegion
 from vmodel.iommu.changes import ChangeKind, Changes
-from vmodel.iommu.direct import map_direct
+from vmodel.iommu.direct import map_direct, unmap_direct
 from vmodel.iommu.domain import DEFAULT_TYPES, Domain, DomainType, PagingDomain, TableDomain
 from vmodel.iommu.driver import Refusal
 from vmodel.span import Span
@@ -275,17 +275,19 @@ class Group:
         with self._lock:
             endpoint.group = self
             self.endpoints.append(endpoint)
+            direct: list[Span] = []
             try:
                 self._check(self.domain)
                 for pasid, domain in self.pasids.items():
                     self._check(domain, pasid)
-                map_direct(self.default_domain, endpoint)
+                direct = map_direct(self.default_domain, endpoint)
                 for pasid, domain in self.pasids.items():
                     if endpoint in self._users_of(pasid):
                         endpoint.attach(domain, pasid)
                 endpoint.attach(self.domain)
             except OSError:  # IommuError is one
                 self._take_away(endpoint)
+                unmap_direct(self.default_domain, direct)
                 raise
 
     def _take_away(self, endpoint: Endpoint) -> None:
