@@ -9,7 +9,19 @@ import pytest
 
 from tests.spaces.world import World, refused
 from vmodel.iommu import AllocFlags
-from vmodel.iommu.iommufd import Context, Device, DmaBuf, Ioas, KernelAccess, MemoryFile, Option, Process, User
+from vmodel.iommu.iommufd import (
+    Context,
+    Device,
+    DmaBuf,
+    Ioas,
+    KernelAccess,
+    MemoryFile,
+    Option,
+    Process,
+    User,
+    VfioCompat,
+)
+from vmodel.iommu.iommufd.vfio_compat import Extension, VfioUnmapFlags
 from vmodel.span import PAGE, MiB, Span
 
 IOVA = 1 << 24
@@ -288,3 +300,33 @@ def test_dirty_bits_without_huge_pages(world: World) -> None:
     assert bitmap == 0b110000 | ((1 << 512) - 1) << 512
     for iova, removed in ((IOVA + 5 * PAGE, PAGE), (IOVA + 2 * MiB + 5 * PAGE, 0)):
         assert hwpt.paging.unmap(iova, PAGE) == removed, "what of it can be unmapped"
+
+
+def test_a_mapping_that_is_cut(world: World) -> None:
+    """iopt_area_split: the parts of a mapping share its pages, which count until the part that has them goes."""
+    context = with_limit(8)
+    vfio = VfioCompat(context)
+    ioas = vfio.create_ioas()
+    vfio.set_iommu(Extension.TYPE1)
+    attached(world, context, ioas)
+    vfio.map_dma(IOVA, 0, 8 * PAGE)
+    assert locked(context) == 8
+    assert vfio.unmap_dma(IOVA + 2 * PAGE, 3 * PAGE) == 3 * PAGE
+    assert locked(context) == 5 and len(ioas.mappings()) == 2
+    with refused(errno.ENOMEM):
+        vfio.map_dma(IOVA + 8 * PAGE, 0, 4 * PAGE)
+    vfio.unmap_dma(IOVA + 7 * PAGE, PAGE)
+    vfio.map_dma(IOVA + 2 * PAGE, 0, 3 * PAGE)
+    assert locked(context) == 7
+    vfio.unmap_dma(0, 0, VfioUnmapFlags.ALL)
+    assert locked(context) == 0
+
+
+def test_a_cut_of_a_dmabuf(world: World) -> None:
+    """iopt_area_split: EOPNOTSUPP."""
+    context = Context()
+    ioas = Ioas(context)
+    ioas.map_file(DmaBuf(0, 2 * PAGE), 0, 2 * PAGE, iova=IOVA)
+    with refused(errno.EOPNOTSUPP):
+        ioas.cut(IOVA + PAGE, PAGE)
+    assert len(ioas.mappings()) == 1

@@ -10,7 +10,7 @@ import pytest
 
 from tests.spaces.world import RW, World, refused
 from tests.waiting import until
-from vmodel.errors import Access
+from vmodel.errors import Access, IommuError
 from vmodel.iommu.iommufd import Context, Device, Ioas, KernelAccess
 from vmodel.span import PAGE, Span
 
@@ -265,3 +265,51 @@ def test_pins_of_a_write_only_mapping(world: World, ioas: Ioas) -> None:
         pins.pin_pages(IOVA, PAGE)
     with refused(errno.EPERM):
         pins.read(IOVA, 1)
+
+
+def test_pins_and_unmaps_in_threads(world: World, ioas: Ioas) -> None:
+    """A driver that pins, another that attaches, and unmaps: each unmap ends, and nothing is left."""
+    context, lock, pins = ioas.context, threading.Lock(), list[tuple[int, int]]()
+
+    def unpin(iova: int, size: int) -> None:
+        with lock:
+            for pin in [pin for pin in pins if pin[0] < iova + size and iova < sum(pin)]:
+                pins.remove(pin)
+                access.unpin_pages(*pin)
+
+    access = KernelAccess(context, world.memory, unpin)
+    access.attach(ioas)
+    device = Device(context, world.add(world.iommu()).endpoint)
+    failed: list[BaseException] = []
+
+    def repeat(call: Callable[[int], object], *allowed: int) -> None:
+        try:
+            for n in range(200):
+                try:
+                    call(n)
+                except IommuError as error:
+                    assert error.errno in allowed, error
+        except BaseException as error:
+            failed.append(error)
+
+    def pin(n: int) -> None:
+        with lock:
+            access.pin_pages(IOVA + n % 4 * PAGE, PAGE)
+            pins.append((IOVA + n % 4 * PAGE, PAGE))
+
+    def attach(n: int) -> None:
+        device.attach(ioas)
+        device.detach()
+
+    threads = [
+        in_thread(lambda: repeat(lambda n: ioas.map(0, PAGE, iova=IOVA + n % 4 * PAGE), errno.EEXIST)),
+        in_thread(lambda: repeat(pin, errno.ENOENT, errno.EINVAL)),
+        in_thread(lambda: repeat(lambda n: ioas.unmap(IOVA + n % 4 * PAGE, PAGE), errno.ENOENT)),
+        in_thread(lambda: repeat(attach)),
+    ]
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert failed == []
+    ioas.unmap_all()
+    assert pins == [] and context.process.pinned == 0 and ioas.mappings() == []
