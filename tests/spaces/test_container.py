@@ -476,6 +476,31 @@ def test_dirty_reports_that_are_refused(world: World) -> None:
     assert dirty(container, Span.sized(IOVA, 8 * PAGE)) == {4, 5, 6, 7}
 
 
+def test_an_unmap_with_its_dirty_pages(world: World) -> None:
+    """VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP: what was mapped is dirty (vfio_dma_do_unmap)."""
+    device = world.add(world.iommu())
+    container = of(device)
+    container.map(IOVA, 0, 2 * PAGE)
+    container.map(IOVA + 5 * PAGE, 0, PAGE)
+    before = state(container)
+    with refused(errno.EINVAL):
+        container.unmap_dirty(IOVA, 8 * PAGE)  # tracking is off
+    container.set_dirty_tracking(True)
+    for iova, size, page, code in (
+        (IOVA, 8 * PAGE, 2 * PAGE, errno.EINVAL),
+        (IOVA + PAGE, 8 * PAGE, PAGE, errno.EINVAL),
+        (IOVA, 0, PAGE, errno.EINVAL),
+        (IOVA + 1, PAGE, PAGE, errno.EINVAL),
+        ((1 << 64) - PAGE, 2 * PAGE, PAGE, errno.EOVERFLOW),
+    ):
+        with refused(code):
+            container.unmap_dirty(iova, size, page)
+    assert state(container) == before
+    assert container.unmap_dirty(IOVA, 8 * PAGE) == (3 * PAGE, (0b100011).to_bytes(8, "little"))
+    assert device.reads(IOVA) is None and container.mappings() == []
+    assert container.unmap_dirty(IOVA, 8 * PAGE) == (0, bytes(8))
+
+
 def test_tracking_ends_with_the_last_group(world: World) -> None:
     container, device = Container(), world.add(world.iommu())
     container.add_group(device.group)

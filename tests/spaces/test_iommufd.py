@@ -800,6 +800,19 @@ def test_dirty_tracking_of_an_ioas(world: World, context: Context, ioas: Ioas) -
     assert not hwpts[0].paging.tracking
 
 
+def test_pages_that_no_cpu_has(world: World, context: Context, ioas: Ioas) -> None:
+    """iopt_table_add_domain: EINVAL if a page of the CPU cannot be mapped; no kernel has larger ones than 64 KiB."""
+    for size, fits in ((64 * KiB, True), (128 * KiB, False)):
+        device = Bound(context, world.add(world.iommu(page_sizes=frozenset((size, 2 * size)))).endpoint)
+        if fits:
+            device.attach(ioas)
+            device.detach()
+        else:
+            with refused(errno.EINVAL):
+                device.attach(ioas)
+            assert ioas.hwpts == []
+
+
 # ---- page requests ---------------------------------------------------------------------------------
 
 

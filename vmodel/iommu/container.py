@@ -256,6 +256,16 @@ class Container(Closing):
         return self._remove(found)
 
     @locked
+    def unmap_dirty(self, iova: int, size: int, page_size: int = PAGE) -> tuple[int, bytes]:
+        """VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP: as `unmap`, and what `read_dirty` returned before it.
+
+        IommuError as both.  On an error nothing changes.
+        """
+        self._set_up()
+        bitmap = self.read_dirty(self._checked(iova, size), page_size)
+        return self.unmap(iova, size), bitmap
+
+    @locked
     def unmap_all(self) -> int:
         """VFIO_DMA_UNMAP_FLAG_ALL; returns the bytes removed.  IommuError(EINVAL): there is no group."""
         self._set_up()

@@ -7,6 +7,7 @@ from vmodel.iommu.iommufd.context import Context, Object, Option
 from vmodel.iommu.iommufd.device import Device
 from vmodel.iommu.iommufd.fault_object import FaultObject
 from vmodel.iommu.iommufd.file import DmaBuf, MemoryFile
+from vmodel.iommu.iommufd.fault_object import FaultObject, PageFault
 from vmodel.iommu.iommufd.hw_info import HwCapability, HwInfo
 from vmodel.iommu.iommufd.hw_queue import HwQueue, HwQueueType
 from vmodel.iommu.iommufd.hwpt import Hwpt
@@ -46,6 +47,7 @@ __all__ = [
     "NestedData",
     "Object",
     "Option",
+    "PageFault",
     "Process",
     "SmmuV3Info",
     "SmmuV3Ste",

@@ -3,28 +3,63 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import math
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from vmodel.errors import IommuError
+from vmodel.errors import Access, IommuError
 from vmodel.iommu.fault import PageRequest, PageResponse
 from vmodel.iommu.iommufd.context import Context, Object
 
 #: How often, in seconds, a page request that waits looks whether its device still has the domain.
 _LOOK = 0.1
+#: IOMMU_PGFAULT_FLAGS_* and IOMMU_PGFAULT_PERM_*.
+_PASID_VALID, _LAST_PAGE = 1, 2
+_READ, _WRITE = 1, 2
+_MESSAGE = struct.Struct("<IIIIIIQII")
+
+
+@dataclass(frozen=True)
+class PageFault:
+    """A page request as the fd of a fault queue has it (struct iommu_hwpt_pgfault).
+
+    `flags`: 1 `pasid` is valid, 2 the last page of its group; `perm`: 1 read, 2 write; `cookie` is for the response.
+    """
+
+    flags: int
+    dev_id: int
+    pasid: int
+    grpid: int
+    perm: int
+    addr: int
+    cookie: int
+    length: int = 0
+
+    def pack(self) -> bytes:
+        """The message's 40 bytes."""
+        head = (self.flags, self.dev_id, self.pasid, self.grpid, self.perm)
+        return _MESSAGE.pack(*head, 0, self.addr, self.length, self.cookie)
 
 
 class FaultObject(Object):
-    """Page requests that wait for a response (IOMMU_FAULT_QUEUE_ALLOC); they fail after `timeout` seconds."""
+    """Page requests that wait for a response (IOMMU_FAULT_QUEUE_ALLOC).
 
-    def __init__(self, context: Context, timeout: float = 5.0) -> None:
+    They fail after `timeout` seconds; None: they wait for as long as it takes, as in Linux.
+    """
+
+    def __init__(self, context: Context, timeout: float | None = 5.0) -> None:
         super().__init__(context)
         self.timeout = timeout
         self._ready = threading.Condition()
         #: Keyed by id(): requests of different devices may be equal.
         self._unread: dict[int, PageRequest] = {}
         self._waiting: dict[int, tuple[PageRequest, PageResponse | None]] = {}
+        #: Of the requests that were read as messages: the key of each cookie.
+        self._cookies: dict[int, int] = {}
 
     def handle(self, request: PageRequest, attached: Callable[[], bool] = lambda: True) -> PageResponse:
         """The domain's page handler: waits for `respond`, on the thread of the access.  INVALID after `timeout`.
@@ -37,7 +72,7 @@ class FaultObject(Object):
             self._unread[key] = request
             self._waiting[key] = request, None
             self._ready.notify_all()
-        end = time.monotonic() + self.timeout
+        end = math.inf if self.timeout is None else time.monotonic() + self.timeout
         while attached():  # not with the lock: it takes others
             left = end - time.monotonic()
             with self._ready:
@@ -46,6 +81,7 @@ class FaultObject(Object):
         with self._ready:
             self._unread.pop(key, None)
             _, response = self._waiting.pop(key)
+            self._cookies = {cookie: other for cookie, other in self._cookies.items() if other != key}
             return PageResponse.INVALID if response is None else response
 
     def read(self, timeout: float = 0.0) -> list[PageRequest]:
@@ -55,6 +91,56 @@ class FaultObject(Object):
             found = list(self._unread.values())
             self._unread.clear()
             return found
+
+    def read_faults(self, most: int = 64) -> list[PageFault]:
+        """read() of the fd: up to `most` messages, oldest first, none if nobody waits.  Each group has one message.
+
+        IommuError(EINVAL): `most` is less than the first group needs.  (Linux iommufd_fault_fops_read)
+        """
+        devices = {device.endpoint.name: device.id for device in list(self.context.devices)}
+        found: list[PageFault] = []
+        with self._ready:
+            if self._unread and most < 1:
+                raise IommuError(errno.EINVAL, f"{self}: no room for a page request")
+            for key in list(self._unread)[:most]:
+                request = self._unread.pop(key)
+                # The smallest that is free, as xa_alloc chooses it.
+                cookie = next(number for number in itertools.count() if number not in self._cookies)
+                self._cookies[cookie] = key
+                found.append(
+                    PageFault(
+                        _LAST_PAGE | (0 if request.pasid is None else _PASID_VALID),
+                        devices.get(request.requester, 0),
+                        request.pasid or 0,
+                        request.group_index,
+                        (_READ if Access.READ in request.access else 0)
+                        | (_WRITE if Access.WRITE in request.access else 0),
+                        request.iova,
+                        cookie,
+                    )
+                )
+        return found
+
+    def write_responses(self, responses: Iterable[tuple[int, int]]) -> int:
+        """write() to the fd: pairs of a cookie and a PageResponse; returns how many were taken.
+
+        The first that is wrong ends it.  IommuError(EINVAL): that is the first of all: a response other than SUCCESS
+        and INVALID, or no request with this cookie waits.  (Linux iommufd_fault_fops_write)
+        """
+        done = 0
+        for cookie, code in responses:
+            with self._ready:
+                key = self._cookies.get(cookie)
+                good = code in (PageResponse.SUCCESS, PageResponse.INVALID)
+                if not good or key is None or self._waiting[key][1] is not None:
+                    if done:
+                        return done
+                    raise IommuError(errno.EINVAL, f"{self}: response {code} to cookie {cookie}: none is waiting")
+                del self._cookies[cookie]
+                self._waiting[key] = self._waiting[key][0], PageResponse(code)
+                self._ready.notify_all()
+                done += 1
+        return done
 
     def respond(self, request: PageRequest, response: PageResponse) -> None:
         """Answers a request that was read, with SUCCESS or INVALID.

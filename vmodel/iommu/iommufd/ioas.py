@@ -17,7 +17,7 @@ from vmodel.iommu.iommufd.context import Context, Object
 from vmodel.iommu.iommufd.iova_alloc import allocate_iova
 from vmodel.iommu.iommufd.pages import MappedArea, Pages
 from vmodel.iommu.locking import locked
-from vmodel.span import PAGE, Span
+from vmodel.span import PAGE, KiB, Span
 
 if TYPE_CHECKING:
     from vmodel.iommu.iommufd.file import MemoryFile
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _LAST = (1 << 64) - 1
 _RW = Access.READ | Access.WRITE
+#: The largest PAGE_SIZE that kernels have: an IOMMU must have pages of the CPU's, or smaller (iopt_table_add_domain).
+_LARGEST_PAGE = 64 * KiB
 #: How often an unmap notifies kernel accesses to unpin a mapping (Linux iopt_unmap_iova_range).
 _TRIES = 100
 
@@ -408,9 +410,11 @@ class Ioas(Object):
     def add_hwpt(self, hwpt: Hwpt) -> None:
         """Adds a new paging HWPT, with all mappings in it.
 
-        IommuError: EADDRINUSE a mapping or an allowed range is beyond its aperture, or a mapping is not made of whole
-        pages of it; else as map.
+        IommuError: EINVAL it has no pages of 64 KiB or less; EADDRINUSE a mapping or an allowed range is beyond its
+        aperture, or a mapping is not made of whole pages of it; else as map.  (Linux iopt_table_add_domain)
         """
+        if min(hwpt.paging.page_sizes) > _LARGEST_PAGE:
+            raise IommuError(errno.EINVAL, f"{self}: {hwpt} has no pages as small as those of a CPU")
         for beyond in holes([Span(0, _LAST)], [hwpt.paging.aperture]):
             self._check_unused(beyond)
         self._check_aligned(min(hwpt.paging.page_sizes))
