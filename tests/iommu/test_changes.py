@@ -217,6 +217,18 @@ def test_the_end_of_a_subscription(world: World) -> None:
     assert notified == []
 
 
+def test_one_function_twice(world: World) -> None:
+    """Each subscription counts, and ends by itself."""
+    seen: list[Change] = []
+    ends = [world.system.subscribe(seen.append) for _ in range(2)]
+    endpoint, _ = world.device("00:03.0")
+    assert kinds(seen) == [K.ADD_GROUP, K.ADD_GROUP, K.ADD_DEVICE, K.ADD_DEVICE]
+    ends[0]()
+    ends[0]()
+    group_of(endpoint).name = "nets"
+    assert kinds(seen) == [K.NAME]
+
+
 def test_many_threads_one_order(world: World) -> None:
     """Each change is reported once, to both subscribers in the same order, whichever thread makes it."""
     endpoints = [world.device(f"00:0{slot}.0")[0] for slot in range(3, 7)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import time
 
 import pytest
 
@@ -171,3 +172,19 @@ def test_a_mapping_that_has_no_room(world: World) -> None:
     mock.map(3 * MOCK_PAGE)
     assert mock.unmap(MOCK_PAGE, at=MOCK_PAGE) == MOCK_PAGE
     assert len(hwpt.paging) == 2
+
+
+def test_a_mapping_of_too_many_pages(world: World) -> None:
+    """It is refused at once."""
+    mock = Compat(world, "none")
+    ioas = mock.vfio.create_ioas()
+    mock.vfio.set_iommu(Extension.TYPE1)
+    Device(mock.context, world.add(world.iommu()).endpoint).attach(ioas)
+    began = time.monotonic()
+    for size in (8 << 30, 1 << 46):
+        with refused(errno.ENOMEM):
+            mock.vfio.map_dma(1 << 32, 0, size)
+    assert time.monotonic() - began < 5
+    assert ioas.mappings() == []
+    mock.map(PAGE)
+    assert mock.unmap_all() == PAGE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
@@ -14,6 +15,10 @@ from vmodel.span import Span
 
 def _start(span: Span) -> int:
     return span.start
+
+
+#: The most pages of one mapping without large pages, 4 GiB: each is an entry of its own, which takes time.
+MOST_SMALL_PAGES = 1 << 20
 
 
 class Mapped(Protocol):
@@ -95,24 +100,33 @@ class Areas(Generic[_M]):
 
 
 def fill(domain: PagingDomain, areas: Iterable[Mapped]) -> None:
-    """Maps all areas in a domain, or none.  IommuError as PagingDomain.map."""
+    """Maps all areas in a domain, or none.  IommuError as PagingDomain.map; ENOMEM too many small pages."""
     done: list[Span] = []
     try:
         for area in areas:
-            for iova, gpa, size in _pieces(domain, area):
-                domain.map(iova, gpa, size, area.access, cache=area.cache)
-                done.append(Span.sized(iova, size))
+            if domain.large_pages:
+                domain.map(area.span.start, area.gpa, area.span.size, area.access, cache=area.cache)
+            else:
+                _fill_small(domain, area)
+            done.append(area.span)
     except IommuError:
         for span in done:
             domain.unmap(span.start, span.size)
         raise
 
 
-def _pieces(domain: PagingDomain, area: Mapped) -> Iterator[tuple[int, int, int]]:
-    """What is mapped at a time, as (IOVA, GPA, size): all, or single pages (Linux batch_iommu_map_small)."""
-    step = area.span.size if domain.large_pages else min(domain.page_sizes)
-    for at in range(0, area.span.size, step):
-        yield area.span.start + at, area.gpa + at, step
+def _fill_small(domain: PagingDomain, area: Mapped) -> None:
+    """Maps an area page by page, so that any of them can be unmapped alone (Linux batch_iommu_map_small)."""
+    page, at = min(domain.page_sizes), 0
+    if area.span.size // page > MOST_SMALL_PAGES:
+        raise IommuError(errno.ENOMEM, f"{area.span}: more than {MOST_SMALL_PAGES:,} small pages: {domain.name}")
+    try:
+        for at in range(0, area.span.size, page):
+            domain.map(area.span.start + at, area.gpa + at, page, area.access, cache=area.cache)
+    except IommuError:
+        if at:
+            domain.unmap(area.span.start, at)
+        raise
 
 
 def map_in_all(domains: Iterable[PagingDomain], areas: Sequence[Mapped]) -> None:

@@ -81,8 +81,9 @@ class Changes:
         #: The lock alone, for those that read: an access must not call subscribers, which may wait for its end.
         self.reading = self._lock = threading.RLock()
         self._depth = 0
-        self._subscribers: list[Subscriber] = []
-        self._waiting: deque[tuple[Change, list[Subscriber]]] = deque()
+        #: By subscription: a function may have several.
+        self._subscribers: dict[object, Subscriber] = {}
+        self._waiting: deque[tuple[Change, dict[object, Subscriber]]] = deque()
         #: Held by the thread that calls subscribers: one at a time, so that all see the changes in their order.
         self._one = threading.Lock()
         self._deliverer: int | None = None
@@ -106,12 +107,13 @@ class Changes:
         made meanwhile, by a subscriber or another thread, follows when they have returned.  An exception of a
         subscriber is logged, and changes nothing.
         """
+        this = object()
         with self._lock:
-            self._subscribers = [*self._subscribers, subscriber]
+            self._subscribers = {**self._subscribers, this: subscriber}
 
         def unsubscribe() -> None:
             with self._lock:
-                self._subscribers = [other for other in self._subscribers if other is not subscriber]
+                self._subscribers = {key: other for key, other in self._subscribers.items() if key is not this}
 
         return unsubscribe
 
@@ -138,8 +140,8 @@ class Changes:
             try:
                 while self._waiting:  # only this thread takes some away
                     change, subscribers = self._waiting.popleft()
-                    for subscriber in subscribers:
-                        if subscriber in self._subscribers:
+                    for key, subscriber in subscribers.items():
+                        if key in self._subscribers:
                             _call(subscriber, change)
             finally:
                 self._deliverer = None

@@ -5,9 +5,8 @@ errno values are those of Linux (include/uapi/linux/iommufd.h, drivers/iommu/iom
 
 from vmodel.iommu.iommufd.context import Context, Object, Option
 from vmodel.iommu.iommufd.device import Device
-from vmodel.iommu.iommufd.fault_object import FaultObject
-from vmodel.iommu.iommufd.file import DmaBuf, MemoryFile
 from vmodel.iommu.iommufd.fault_object import FaultObject, PageFault
+from vmodel.iommu.iommufd.file import DmaBuf, MemoryFile
 from vmodel.iommu.iommufd.hw_info import HwCapability, HwInfo
 from vmodel.iommu.iommufd.hw_queue import HwQueue, HwQueueType
 from vmodel.iommu.iommufd.hwpt import Hwpt
