@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.iommu.folder import found
 from tests.iommu.world import World, group_of, iommu
 from vmodel.iommu import dma_domain_alloc, sysfs
-from vmodel.iommu.sysfs_folder import Entries, EntryKind, SysfsEntry, SysfsFolder, checked
+from vmodel.iommu.sysfs_folder import EntryKind, SysfsEntry, SysfsFolder, checked
 
 
 def listed(folder: Path) -> list[str]:
@@ -26,20 +27,6 @@ def world() -> Iterator[World]:
     world = World(iommu())
     yield world
     world.close()
-
-
-def found(folder: Path) -> Entries:
-    """What is in a folder."""
-    entries: Entries = {}
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            entry = SysfsEntry(EntryKind.LINK, str(path.readlink()))
-        elif path.is_dir():
-            entry = SysfsEntry(EntryKind.FOLDER)
-        else:
-            entry = SysfsEntry(EntryKind.FILE, path.read_text())
-        entries[str(path.relative_to(folder))] = entry
-    return entries
 
 
 def refused(code: int, call: Callable[[], object]) -> str:
@@ -86,6 +73,19 @@ def test_each_change(world: World, tmp_path: Path) -> None:
     assert not top.exists()
     world.device("00:06.0")
     assert not top.exists()
+
+
+def test_a_type_that_changes_in_place(tmp_path: Path) -> None:
+    """DMA becomes DMA-FQ, with the same domain."""
+    world = World(iommu(strict=True))
+    endpoint, _ = world.device("00:03.0")
+    domain = dma_domain_alloc(endpoint)
+    group_of(endpoint).set_default(domain)
+    with sysfs.follow(world.system, tmp_path / "sys"):
+        assert (tmp_path / "sys/iommu_groups/0/type").read_text() == "DMA\n"
+        domain.defer_flushes()
+        assert (tmp_path / "sys/iommu_groups/0/type").read_text() == "DMA-FQ\n"
+    world.close()
 
 
 def test_modes(world: World, tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class Change:
 
     `endpoint`: the device, for the kinds about one; `group`: its group or the changed one, or None; `pasid`: of DOMAIN,
     if it is not for all requests without one.  `value`: the driver; the domain, or None for a PASID that has none any
-    more; the owner, None if it was released, and for REQUEST the one that is asked; or the name.
+    more; of ADD_GROUP the default domain, which is attached; the owner, None if it was released, and for REQUEST the
+    one that is asked; or the name.
     """
 
     kind: ChangeKind

@@ -8,12 +8,14 @@ import errno
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vmodel import _shim
 from vmodel.errors import Access, DmaFault, IommuError
+from vmodel.iommu.changes import ChangeKind
 from vmodel.iommu.fault import PageHandler
 from vmodel.iommu.pgtable import Table, TableFormat
 from vmodel.memory import GuestMemory
@@ -86,6 +88,8 @@ class Domain:
         self.made_for = made_for
         self.name = name or f"{kind.value}{next(_numbers)}"
         self.groups: list[Group] = []
+        #: The groups whose default domain it is, attached or not.
+        self.defaults: weakref.WeakSet[Group] = weakref.WeakSet()
         #: Answers page requests when an access finds no page; None: the access fails.
         self.page_handler: PageHandler | None = None
 
@@ -190,6 +194,8 @@ class PagingDomain(Domain):
         if self.type not in (DomainType.DMA, DomainType.DMA_FQ):
             raise IommuError(errno.EINVAL, f"{self.name}: {self.type.value} domains cannot defer flushes")
         self.type, self.deferred = DomainType.DMA_FQ, True
+        for group in list(self.defaults):
+            group.changes.notify(ChangeKind.DEFAULT_DOMAIN, group=group, value=self)
 
     @property
     def coherent(self) -> bool:

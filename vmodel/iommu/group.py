@@ -96,6 +96,7 @@ class Group:
         #: The lock of all groups of a System, which reports changes.
         self._lock = self.changes = changes
         default.groups.append(self)
+        default.defaults.add(self)
 
     @property
     def name(self) -> str:
@@ -205,7 +206,9 @@ class Group:
                 map_direct(domain, endpoint)
             if self.domain is self.default_domain and self.owner is None:
                 self._switch(domain)
+            self.default_domain.defaults.discard(self)
             self.default_domain = domain
+            domain.defaults.add(self)
             self.changes.notify(ChangeKind.DEFAULT_DOMAIN, group=self, value=domain)
 
     def _check_default(self, domain: Domain) -> None:

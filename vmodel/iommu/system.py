@@ -174,7 +174,7 @@ class System:
             group.join(endpoint)
             if found.group is None:
                 self.groups.append(group)
-                self.changes.notify(ChangeKind.ADD_GROUP, group=group)
+                self.changes.notify(ChangeKind.ADD_GROUP, group=group, value=group.default_domain)
 
     def _default_type(self, iommu: Iommu, endpoints: Iterable[Endpoint]) -> DomainType:
         """The type of a group's default domain (Linux iommu_get_default_domain_type).
@@ -231,6 +231,7 @@ class System:
             self.changes.notify(ChangeKind.REMOVED_DEVICE, endpoint, group)
             if group is not None and not group.endpoints:
                 self.groups.remove(group)
+                group.default_domain.defaults.discard(group)
                 self.changes.notify(ChangeKind.REMOVED_GROUP, group=group)
 
     def _check_present(self, endpoint: Endpoint) -> None:
