@@ -226,6 +226,15 @@ def test_what_overlaps(kind: str, code: int) -> None:
     world.close()
 
 
+@pytest.mark.parametrize("flag", [AllocFlags.NEST_PARENT, AllocFlags.DIRTY_TRACKING, AllocFlags.PASID])
+def test_flags_of_a_driver_without_domain_alloc_paging_flags(flag: AllocFlags) -> None:
+    """Linux __iommu_paging_domain_alloc_flags; drivers/iommu/virtio-iommu.c, viommu_ops."""
+    world = World(iommu("virtio-iommu"))
+    endpoint, _ = world.device("00:03.0")
+    refused(errno.EOPNOTSUPP, paging_domain_alloc, endpoint, flag)
+    world.close()
+
+
 def test_flags_of_amd_vi() -> None:
     """Linux amd_iommu_domain_alloc_paging_flags: PASID goes with no other flag."""
     world = World(iommu("amd-vi"))

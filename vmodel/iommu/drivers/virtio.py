@@ -26,7 +26,7 @@ class VirtioIommu(Driver):
         pasid_bits=0,
         nesting=False,
         page_requests=False,
-        dirty_tracking=True,
+        dirty_tracking=False,  # viommu_ops has no domain_alloc_paging_flags
         reserved=(X86_MSI,),
     )
 
