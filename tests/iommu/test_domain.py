@@ -235,6 +235,18 @@ def test_flags_of_a_driver_without_domain_alloc_paging_flags(flag: AllocFlags) -
     world.close()
 
 
+@pytest.mark.parametrize("kind", ["vt-d", "smmu-v3"])
+def test_a_refusal_says_what_is_wrong(kind: str) -> None:
+    world = World(iommu(kind))
+    domain = paging_domain_alloc(world.device("00:03.0")[0])
+    assert "no bytes" in refused(errno.EINVAL, domain.map, IOVA, GPA, 0)
+    assert "no access" in refused(errno.EINVAL, domain.map, IOVA, GPA, PAGE, Access(0))
+    assert "not whole pages" in refused(errno.ENXIO if kind == "vt-d" else errno.EINVAL, domain.map, IOVA, GPA, 1)
+    domain.map(IOVA, GPA, 2 * PAGE)
+    assert "a mapping is only partly in it" in refused(errno.ERANGE, domain.clear, Span.sized(IOVA, PAGE))
+    world.close()
+
+
 def test_flags_of_amd_vi() -> None:
     """Linux amd_iommu_domain_alloc_paging_flags: PASID goes with no other flag."""
     world = World(iommu("amd-vi"))

@@ -258,6 +258,10 @@ WRONG = {
     IOMMU + 'covers = ["x"]\n': f"iommu[0].covers[0]: 'x': {COVERS}",
     IOMMU + 'covers = ["0000:00:04.0-0000:00:03.0"]\n': "iommu[0].covers[0]: '0000:00:04.0-0000:00:03.0': "
     "runs backwards or over two segments",
+    IOMMU.replace("vt-d", "pamu")
+    + "params = { liodns = { a = -1 } }\n": "iommu[0].params.liodns.a: -1: input should be greater than or equal to 0",
+    IOMMU.replace("vt-d", "smmu-v3") + "params = { platform = { a = 0x1_0000_0000 } }\n": "iommu[0].params.platform.a: "
+    "4294967296: input should be less than 4294967296",
     IOMMU + "params = { namespce = {} }\n": "iommu[0].params.namespce: unknown key: did you mean 'namespace'?",
     IOMMU
     + "params = { ats = true }\n": "iommu[0].params.ats: is for an IOMMU that a guest drives: give it an address, "

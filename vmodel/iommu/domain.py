@@ -265,6 +265,8 @@ class PagingDomain(Domain):
         if rc:
             code = self._map_errors.find(-rc, iova, gpa, size, self._marked(access, cache), self.output_bits)
             what = f"map of {size:#x} bytes at iova {iova:#x} to gpa {gpa:#x}"
+            if code == errno.EINVAL and not (size and self._marked(access, cache)):
+                raise IommuError(code, f"{what}: {'no access' if size else 'no bytes'}")
             raise IommuError(code, f"{what}: overlaps a mapping") if rc == -errno.EEXIST else _why(code, what)
 
     def _marked(self, access: int, cache: bool) -> int:
@@ -314,7 +316,10 @@ class PagingDomain(Domain):
         try:
             return self.shim.clear(span.start, span.last, 0 if flush else _shim.UNMAP_DEFER)
         except OSError as error:
-            raise _why(_code(error), f"unmap of all in {span}") from None
+            what = f"unmap of all in {span}"
+            if _code(error) == errno.ERANGE:
+                raise IommuError(errno.ERANGE, f"{what}: a mapping is only partly in it") from None
+            raise _why(_code(error), what) from None
 
     def _unmap_later(self, iova: int, size: int) -> int:
         removed = self._unmap_pages(iova, size, _shim.UNMAP_DEFER)
@@ -488,7 +493,7 @@ NO_ACCESS = Access(_shim.PROT_NONE)
 _RW = Access.READ | Access.WRITE
 
 _WHY = {
-    errno.EINVAL: "not whole pages, or no access",
+    errno.EINVAL: "not whole pages",
     errno.ENXIO: "not whole pages",
     errno.EOVERFLOW: "past 2**64",
     errno.ERANGE: "outside of the aperture or beyond the output width",

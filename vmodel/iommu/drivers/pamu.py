@@ -13,6 +13,9 @@ from vmodel.iommu.domain import DomainType
 from vmodel.iommu.driver import Driver, KindParams, PlatformDevice, Source
 from vmodel.span import KiB, Span
 
+#: How many entries the table of LIODNs has (Linux PAACE_NUMBER_ENTRIES).
+_LIODNS = 0x500
+
 
 class StashCache(enum.Enum):
     """The caches that a PAMU can write to (Linux enum pamu_stash_target)."""
@@ -46,7 +49,7 @@ class Pamu(Driver):
         """Parameters of PAMU."""
 
         partitioned: bool = Field(default=True, description="PCI controllers have a LIODN for each function")
-        liodns: dict[str, int] = Field(
+        liodns: dict[str, Annotated[int, Field(ge=0, lt=_LIODNS)]] = Field(
             default_factory=dict, description="LIODN of each platform device, PCI function, or PCI controller (segment)"
         )
         stash: dict[Annotated[str, Field(pattern=r"^(l3|l[12]\.[0-9]{1,4})$")], Annotated[int, Field(ge=0, le=255)]] = (

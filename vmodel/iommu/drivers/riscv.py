@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import replace
+from typing import Annotated
 
 from pydantic import Field
 
@@ -69,7 +70,9 @@ class RiscV(Driver):
         devices: list[DeviceMap] | None = Field(
             default=None, description="requester ids to device ids; without it, segment << 16 | requester id"
         )
-        platform: dict[str, int] = Field(default_factory=dict, description="devices that are not PCI: their device ids")
+        platform: dict[str, Annotated[int, Field(ge=0, lt=1 << 32)]] = Field(
+            default_factory=dict, description="devices that are not PCI: their device ids"
+        )
         directory_levels: int = Field(default=3, ge=1, le=3, description="levels of the device directory")
         extended: bool = Field(
             default=True, description="extended device contexts (MSI_FLAT): 6, 15 or 24 bits of ids, else 7, 16 or 24"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -45,7 +45,9 @@ class SmmuV3(Driver):
         streams: list[StreamMap] | None = Field(
             default=None, description="requester ids to stream ids; without it, segment << 16 | requester id"
         )
-        platform: dict[str, int] = Field(default_factory=dict, description="devices that are not PCI: their stream ids")
+        platform: dict[str, Annotated[int, Field(ge=0, lt=1 << 32)]] = Field(
+            default_factory=dict, description="devices that are not PCI: their stream ids"
+        )
         vcmdqs: Literal[0, 1, 2, 4, 8, 16, 32, 64, 128] = Field(
             default=0, description="command queues for each VM, by NVIDIA's CMDQ-V (iommufd's HW_QUEUE); 0: no CMDQ-V"
         )

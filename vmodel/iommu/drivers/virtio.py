@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Annotated
 
 from pydantic import Field
 
@@ -36,7 +37,9 @@ class VirtioIommu(Driver):
         first_endpoint: int = Field(
             default=0, ge=0, lt=1 << 32, description="endpoint id of 0000:00:00.0; others follow"
         )
-        mmio: dict[str, int] = Field(default_factory=dict, description="devices that are not PCI: their endpoint ids")
+        mmio: dict[str, Annotated[int, Field(ge=0, lt=1 << 32)]] = Field(
+            default_factory=dict, description="devices that are not PCI: their endpoint ids"
+        )
 
     def requester_id(self, source: Source) -> int | None:
         if isinstance(source, PlatformDevice):
