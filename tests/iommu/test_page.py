@@ -1,4 +1,4 @@
-"""The code on docs/iommu.md works."""
+"""The code on the pages of IOMMUs works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from vmodel.patience import patience
 
 PAGE = "docs/iommu.md"
 #: Blocks that are no files: each is whole.
-BLOCKS = re.findall(r"^```python\n(?!# FILE)(.*?)^```$", (ROOT / PAGE).read_text(), re.DOTALL | re.MULTILINE)
+BLOCKS = [
+    block
+    for page in (PAGE, "docs/iommufd.md", "docs/vt-d.md", "docs/iommu-and-linux.md")
+    for block in re.findall(r"^```python\n(?!# FILE)(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+]
 
 
 def test_files(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """All cases (TEST_F) of Linux 7.3's iommufd selftest, and what vmodel makes of each.
 
 tools/testing/selftests/iommu/iommufd.c; a case counts once, whatever variants its fixture has.
-`python -m tests.linux.cases` prints the tables of docs/iommu.md.
+`python -m tests.linux.cases` prints the tables of docs/iommu-and-linux.md.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ CASES = [
 
 
 def tables() -> str:
-    """Both tables of docs/iommu.md: how many cases of each fixture hold, and why the others do not."""
+    """Both tables of docs/iommu-and-linux.md: how many cases of each fixture hold, and why the others do not."""
     shown = [verdict for verdict in Verdict if any(case.verdict is verdict for case in CASES)]
     lines = [
         "| fixture | cases | " + " | ".join(verdict.value for verdict in shown) + " |",

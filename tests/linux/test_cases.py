@@ -1,4 +1,4 @@
-"""The list of the selftest's cases, the rows and functions that check them, and the tables of docs/iommu.md agree."""
+"""The list of the selftest's cases, the rows and functions that check them, and the documented tables agree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.linux import access, compat, hwpt, ioas, options, type1, viommu
 from tests.linux.cases import CASES, Verdict, tables
 
 MODULES = [ioas, hwpt, type1, compat, viommu, access, options]
-DOCUMENT = Path(__file__).parents[2] / "docs" / "iommu.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "iommu-and-linux.md"
 #: How many TEST_F tools/testing/selftests/iommu/iommufd.c of Linux 7.3 has.
 ALL = 66
 
