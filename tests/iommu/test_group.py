@@ -405,10 +405,20 @@ def test_direct_region_must_stay(world: World) -> None:
     text = "00:03.0 has a direct-mapped region, which must stay mapped"
     refused(errno.EINVAL, text, group.claim_dma_owner, "vm")
     refused(errno.EINVAL, text, group.attach, group.iommu.blocked)
-    refused(errno.EINVAL, text, functools.partial(group.set_default, forced=True), group.iommu.blocked)
+    refused(errno.EINVAL, "blocked is no type", group.set_default, group.iommu.blocked)
     assert (group.owner, dma.read(IOVA, 1)) == (None, b"I")
     relaxed, _ = world.device("00:04.0", reserved=regions((0x1000, 0x1FFF, RELAXABLE)))
     group_of(relaxed).claim_dma_owner("vm")
+
+
+def test_hardware_knows_no_direct_region(world: World) -> None:
+    """An IOMMU that a guest drives blocks requests whose entry is not present (VT-d 9.3), whatever the DMAR says."""
+    endpoint, dma = world.device("00:03.0", reserved=regions((0x1000, 0x1FFF, DIRECT)))
+    group = group_of(endpoint)
+    group.set_default(domain := dma_domain_alloc(endpoint), forced=True)
+    assert (group.domain, dma.read(0x1000, 1)) == (domain, b"\0")
+    group.set_default(group.iommu.blocked, forced=True)
+    assert fault_of(dma, 0x1000) is Reason.BLOCKED
 
 
 def test_reserved_regions_of_a_group(world: World) -> None:

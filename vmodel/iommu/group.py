@@ -201,7 +201,8 @@ class Group:
         with self._lock:
             if not forced:
                 self._check_default(domain)
-            self._check(domain)
+            if not forced or domain.type is not DomainType.BLOCKED:  # hardware knows no region that must stay mapped
+                self._check(domain)
             for endpoint in self.endpoints:
                 map_direct(domain, endpoint)
             if self.domain is self.default_domain and self.owner is None:
