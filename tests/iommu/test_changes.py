@@ -107,6 +107,9 @@ def test_a_removed_device_has_no_driver(world: World, notified: list[Change]) ->
     world.system.remove(endpoint)
     assert endpoint.driver is None
     assert kinds(notified)[:3] == [K.DEL_DEVICE, K.UNBIND_DRIVER, K.UNBOUND_DRIVER]
+    notified.clear()
+    refused(errno.ENODEV, lambda: endpoint.bind("nvme"))  # drivers/base/dd.c:832
+    assert (endpoint.driver, notified) == (None, [])
 
 
 def test_a_driver_that_cannot_be_bound(world: World, notified: list[Change]) -> None:

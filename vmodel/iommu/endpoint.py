@@ -68,6 +68,8 @@ class Endpoint:
         self.enforce_snoop = enforce_snoop
         #: Whether it is behind an external port (Linux pci_dev.untrusted).
         self.untrusted = False
+        #: Whether it was removed from its System.
+        self.removed = False
         self.driver: object | None = None
         self.changes = changes or Changes()
         #: Seconds that `unbind` waits for the group's owner (System).
@@ -171,8 +173,8 @@ class Endpoint:
     def bind(self, driver: object) -> None:
         """Binds a driver.
 
-        IommuError(EBUSY): another driver is bound, or the group has another owner or a domain of a user's.  (Linux
-        really_probe, iommu_device_use_default_domain)
+        IommuError: ENODEV the device was removed; EBUSY another driver is bound, or the group has another owner or a
+        domain of a user's.  (Linux __driver_probe_device, really_probe, iommu_device_use_default_domain)
         """
         self._check_free(driver)
         if self.driver is None:
@@ -184,6 +186,8 @@ class Endpoint:
 
     def _check_free(self, driver: object) -> None:
         with self.changes:
+            if self.removed:
+                raise IommuError(errno.ENODEV, f"{self.name} was removed")
             if self.driver is not None and self.driver != driver:
                 raise IommuError(errno.EBUSY, f"{self.name} is in use by {self.driver}")
             group = None if driver in DRIVERS_WITHOUT_DMA else self.group

@@ -224,6 +224,7 @@ class System:
             self._check_present(endpoint)  # subscribers may have removed it
             group = endpoint.group
             self.endpoints.remove(endpoint)
+            endpoint.removed = True
             if group is None:
                 endpoint.block()
             else:
