@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.iommu.world import RAM, World, group_of, iommu
-from tests.pages import files_of
 from tests.waiting import meanwhile, until
 from vmodel.cpu_cache import LINE, CpuCache
 from vmodel.device import PciDevice
@@ -725,10 +724,3 @@ def test_kernel_domains_have_the_flag(make: Callable[..., Bench]) -> None:
     group_of(bench.endpoint).set_default(domain)
     domain.map(IOVA, GPA, PAGE, cache=False)
     assert not bench.snoops(bench.dma)
-
-
-def test_the_page(fake_memory: FakeMemory) -> None:
-    """The example of docs/iommu.md works."""
-    space: dict[str, Any] = {}
-    exec(files_of("docs/iommu.md")["test_stale_line.py"][-1], space)
-    space["test_stale_line"](fake_memory)
