@@ -161,6 +161,24 @@ def test_destroy_waits_for_unmap(world: World, ioas: Ioas) -> None:
             call()
 
 
+def test_nobody_attaches_what_is_being_destroyed(world: World, ioas: Ioas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the last detach and the end there is a moment without the lock."""
+    access, second = KernelAccess(ioas.context, world.memory), Ioas(ioas.context)
+    access.attach(ioas)
+    change = access._change
+
+    def changed(*args: object, **more: object) -> None:
+        change(*args, **more)  # type: ignore[arg-type]
+        monkeypatch.undo()
+        with refused(errno.EBUSY):
+            access.attach(second)
+
+    monkeypatch.setattr(access, "_change", changed)
+    access.destroy()
+    assert (second.users, ioas.users, access.ioas) == (0, 0, None)
+    ioas.context.close()
+
+
 def test_detached_meanwhile(world: World, ioas: Ioas) -> None:
     """While it is notified, only the IOAS that it leaves can be unpinned (iommufd_access_change_ioas)."""
     other = Ioas(ioas.context)

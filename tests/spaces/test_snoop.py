@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import threading
 
 import pytest
 
@@ -14,6 +15,7 @@ from vmodel.iommu.domain import AllocFlags
 from vmodel.iommu.iommufd import Context, DmaBuf, HwInfoType, Ioas, SmmuV3Info, ViommuType
 from vmodel.iommu.iommufd import Device as Bound
 from vmodel.iommu.kvm_vfio import KvmVfio, enforced_coherent
+from vmodel.patience import patience
 from vmodel.span import PAGE, MiB
 
 IOVA, GPA = 16 * MiB, 0x8000
@@ -267,3 +269,19 @@ def test_the_contract_broken(world: World) -> None:
     assert not kvm.guest_wbinvd() and cache.read(GPA, 1) == b"O", "the guest did all that it could"
     cache.wbinvd()
     assert cache.read(GPA, 1) == b"N"
+
+
+def test_wbinvd_is_called_without_the_lock(world: World) -> None:
+    """A callback may wait for a thread that uses the object."""
+    ended: list[bool] = []
+
+    def end() -> None:
+        thread = threading.Thread(target=kvm.close)
+        thread.start()
+        thread.join(patience(20))
+        ended.append(not thread.is_alive())
+
+    kvm = KvmVfio(end)
+    kvm.add(world.add(world.iommu("smmu-v3")).group)
+    assert kvm.guest_wbinvd()
+    assert ended == [True]

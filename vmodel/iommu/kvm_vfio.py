@@ -63,10 +63,9 @@ class KvmVfio(Closing):
         """Whether the guest's DMA may bypass caches (kvm_arch_has_noncoherent_dma)."""
         return self._noncoherent
 
-    @locked
     def guest_wbinvd(self) -> bool:
         """The guest executes WBINVD (need_emulate_wbinvd); returns whether it had an effect."""
-        if not self._noncoherent:
+        if not self.noncoherent_dma:
             return False
         if self._wbinvd is not None:
             self._wbinvd()

@@ -87,7 +87,7 @@ class FaultObject(Object):
     def read(self, timeout: float = 0.0) -> list[PageRequest]:
         """The requests that have not been read yet; waits up to `timeout` seconds for one."""
         with self._ready:
-            self._ready.wait_for(lambda: bool(self._unread), timeout)
+            self._ready.wait_for(lambda: bool(self._unread), min(timeout, threading.TIMEOUT_MAX))
             found = list(self._unread.values())
             self._unread.clear()
             return found

@@ -56,8 +56,8 @@ class KernelAccess(Object):
     # ---- attach ----------------------------------------------------------------------------
 
     def attach(self, ioas: Ioas) -> None:
-        """iommufd_access_attach.  IommuError: EINVAL attached already; EBUSY being detached; ENOENT the access or the
-        IOAS was destroyed, or is of another context; EADDRINUSE a mapping of the IOAS is not aligned.
+        """iommufd_access_attach.  IommuError: EINVAL attached already; EBUSY being detached or destroyed; ENOENT the
+        access or the IOAS was destroyed, or is of another context; EADDRINUSE a mapping of the IOAS is not aligned.
         """
         with self.lock:
             self.check()
@@ -83,9 +83,12 @@ class KernelAccess(Object):
                 return
         self._change(None)
 
-    def _change(self, ioas: Ioas | None, *, attached: bool = False) -> None:
+    def _change(self, ioas: Ioas | None, *, attached: bool = False, last: bool = False) -> None:
+        """`last`: that of `destroy`, after which no other thread may attach it again."""
         with self.lock:
             self.check()
+            if self._ending and not last:
+                raise IommuError(errno.EBUSY, f"{self} is being destroyed")
             if attached and self.ioas is None:
                 raise IommuError(errno.ENOENT, f"{self} is not attached")
             if ioas is not None:
@@ -145,7 +148,7 @@ class KernelAccess(Object):
                 self._ending = False
                 raise IommuError(errno.EBUSY, f"{self}: its unmap does not return")
         try:
-            self._change(None)
+            self._change(None, last=True)
         finally:
             with self.lock:
                 self.users -= 1

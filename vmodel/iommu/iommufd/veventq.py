@@ -92,7 +92,7 @@ class Veventq(Object):
             raise IommuError(errno.EINVAL, f"{self}: {size} bytes are less than a header")
         taken: list[Vevent] = []
         with self._ready:
-            self._ready.wait_for(lambda: bool(self._items), timeout)
+            self._ready.wait_for(lambda: bool(self._items), min(timeout, threading.TIMEOUT_MAX))
             while self._items and (needed := len(self._items[0].pack())) <= size:
                 size -= needed
                 taken.append(self._items.popleft())
