@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TypeVar
 
+from vmodel import _shim
 from vmodel.dma import Buffer, Dma
 from vmodel.errors import Access, DmaFault
 from vmodel.memory import GuestMemory
@@ -16,6 +18,7 @@ from vmodel.span import PAGE
 LINE = 64
 
 _RW = Access.READ | Access.WRITE
+_T = TypeVar("_T")
 
 
 class _CacheLine:
@@ -165,28 +168,40 @@ class CpuCache:
         with self.lock:
             self._each(list(self._lines), self._clean)
 
-    def snoop(self, dma: Dma, iova: int, gpa: int, size: int, access: Access) -> None:
-        """Before an access of a device: dirty data is written back, and what will be written is dropped; or nothing."""
-        if dma.snoops(iova):
-            self._each(self._cached(gpa, size), self._evict if access & Access.WRITE else self._clean)
+    def snoop(self, gpa: int, size: int, access: Access) -> None:
+        """Before an access that snoops, with the lock: dirty data is written back, what will be written is dropped."""
+        self._each(self._cached(gpa, size), self._evict if access & Access.WRITE else self._clean)
 
 
 class _Snooped:
-    """The DMA of a device beside a cache: page by page, as each may snoop or not."""
+    """The DMA of a device beside a cache: page by page, as each may snoop or not.
+
+    The snoop and the access are one step for the CPU, by the cache's lock.  What may wait for others is made without:
+    a page request, whose answer may need the cache, and a message to the client.
+    """
 
     def __init__(self, cache: CpuCache) -> None:
         self._cache = cache
 
-    @contextmanager
-    def _piece(self, dma: Dma, iova: int, size: int, access: Access, done: int) -> Iterator[None]:
-        """An access within a page, `done` bytes after the first."""
-        with _counting(done):
+    def _step(
+        self, dma: Dma, iova: int, size: int, access: Access, done: int, once: Callable[[_shim.Requester, int], _T]
+    ) -> _T:
+        """An access within a page, `done` bytes after the first; `once` makes it, with a requester and a PASID."""
+        requester, pasid = dma.requester, _shim.NO_PASID if dma.pasid is None else dma.pasid
+
+        def attempt() -> _T:
             if dma.walk_snoops():
                 self._cache.clean()
-            gpa = dma.translate(iova, access)  # without the lock: it may wait for the page
+            gpa = requester.translate([iova], access, pasid)[0]
+            snoops = dma.snoops(iova)
             with self._cache.lock:
-                self._cache.snoop(dma, iova, gpa, size, access)
-                yield
+                if snoops:
+                    self._cache.snoop(gpa, size, access)
+                return once(requester, pasid)
+
+        with _counting(done):
+            return dma.whole(attempt, iova, access)
+        raise AssertionError("unreachable")
 
     def read(self, dma: Dma, iova: int, size: int) -> bytes:
         data = bytearray(size)
@@ -199,9 +214,19 @@ class _Snooped:
                 flat[:] = dma.read(iova, len(flat))
                 return
             for at, n in _pages(iova, len(flat)):
-                done = at - iova
-                with self._piece(dma, at, n, Access.READ, done):
-                    flat[done : done + n] = dma.read(at, n)
+                with flat[at - iova : at - iova + n] as part:
+                    self._read_page(dma, at, part, at - iova)
+
+    def _read_page(self, dma: Dma, iova: int, part: memoryview, done: int) -> None:
+        def once(requester: _shim.Requester, pasid: int) -> bool:
+            with suppress(_shim.ByMessage):
+                requester.readinto(iova, part, pasid)
+                return True
+            return False
+
+        if not self._step(dma, iova, len(part), Access.READ, done, once):
+            with _counting(done):
+                dma.readinto(iova, part)
 
     def write(self, dma: Dma, iova: int, data: Buffer) -> None:
         flat = bytes(data)
@@ -209,9 +234,18 @@ class _Snooped:
             dma.write(iova, flat)
             return
         for at, n in _pages(iova, len(flat)):
-            done = at - iova
-            with self._piece(dma, at, n, Access.WRITE, done):
-                dma.write(at, flat[done : done + n])
+            self._write_page(dma, at, flat[at - iova : at - iova + n], at - iova)
+
+    def _write_page(self, dma: Dma, iova: int, part: bytes, done: int) -> None:
+        def once(requester: _shim.Requester, pasid: int) -> bool:
+            with suppress(_shim.ByMessage):
+                requester.write(iova, part, pasid)
+                return True
+            return False
+
+        if not self._step(dma, iova, len(part), Access.WRITE, done, once):
+            with _counting(done):
+                dma.write(iova, part)
 
     def gather_into(self, dma: Dma, pieces: Sequence[tuple[int, int]], buffer: memoryview) -> None:
         done = 0
@@ -240,15 +274,16 @@ class _Snooped:
 
     def _snoop_pages(self, dma: Dma, iova: int, size: int, access: Access) -> None:
         for at, n in _pages(iova, size):
-            with self._piece(dma, at, n, access, at - iova):
-                pass
+            self._step(dma, at, n, access, at - iova, lambda requester, pasid: None)
 
     def atomic(self, dma: Dma, iova: int, op: int, size: int, operand: int, compare: int) -> int:
         if size not in (4, 8) or iova % size or not _can_split(iova, size):  # it fails
             return dma.atomic(iova, op, size, operand, compare)
-        with self._piece(dma, iova, size, _RW, 0):
-            return dma.atomic(iova, op, size, operand, compare)
-        raise AssertionError("unreachable")
+
+        def once(requester: _shim.Requester, pasid: int) -> int:
+            return requester.atomic(iova, op, size, operand, compare, pasid)
+
+        return self._step(dma, iova, size, _RW, 0, once)
 
 
 @contextmanager

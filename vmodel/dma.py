@@ -231,7 +231,7 @@ class Dma:
     def translate(self, iova: int, access: Access) -> int:
         """The GPA of `iova`, without an access to memory.  DmaFault, after the IOMMU had a chance to resolve it."""
         requester, pasid = self._line.requester, self._pasid
-        return self._whole(lambda: requester.translate([iova], access, pasid)[0], iova, access)
+        return self.whole(lambda: requester.translate([iova], access, pasid)[0], iova, access)
 
     def snoops(self, iova: int) -> bool:
         """Whether an access at `iova` snoops the CPU's caches: by its attribute, Device Control, and the IOMMU."""
@@ -422,7 +422,7 @@ class Dma:
         flags = _shim.DMA_WRITE if writable else 0
         by: _Interceptor | None = None
         try:
-            pin = self._whole(lambda: self._port.requester.pin(iova, size, flags, self._pasid), iova, access)
+            pin = self.whole(lambda: self._port.requester.pin(iova, size, flags, self._pasid), iova, access)
         except _Intercepted as intercepted:
             by = intercepted.by
         if by is not None:
@@ -452,13 +452,17 @@ class Dma:
         numbers = iova, op, size, operand & mask, compare & mask
         try:
             call = functools.partial(self._port.requester.atomic, *numbers, self._pasid)
-            return self._whole(call, iova, Access.READ | Access.WRITE)
+            return self.whole(call, iova, Access.READ | Access.WRITE)
         except _Intercepted as intercepted:
             by = intercepted.by
         return by.tap.atomic(self._below(by), *numbers)
 
-    def _whole(self, call: Callable[[], _T], iova: int, access: Access) -> _T:
-        """Carries out an access that cannot be split and for which the protocol has no message."""
+    def whole(self, call: Callable[[], _T], iova: int, access: Access) -> _T:
+        """Carries out `call`, an access that cannot be split and for which the protocol has no message.
+
+        After a fault that the IOMMU resolves, it is called again; whoever calls this must hold no lock that the answer
+        to a page request may need.
+        """
         for n in range(_TRIES):
             try:
                 return call()
