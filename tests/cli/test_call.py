@@ -138,7 +138,7 @@ def ending(event: threading.Event) -> Iterator[None]:
 
 
 def _nap(socket: Path, request: dict[str, object], ended: threading.Event) -> None:
-    """A call that does not return, begun anew when it is refused: a short call of the test may have the last place."""
+    """A call that does not return, begun again when it is refused: a short call of the test may have the last place."""
     while not ended.wait(0.01):
         with suppress(ConfigError):  # refused, or its server was killed
             ask(socket, "call", patience=patience(60), **request)
