@@ -84,6 +84,8 @@ class Archive:
         #: Packages that are no kernels.
         self.packages: list[str] = []
         self.downloads: list[str] = []
+        #: Packages with debug symbols: what apt prints of each.
+        self.symbols: dict[str, str] = {}
         monkeypatch.setattr(debian.Apt, "_run", self.run)
         monkeypatch.setattr(get_qemu, "check_host", lambda: Path("/k.gpg"))
         monkeypatch.setattr(get_qemu, "transport", list)
@@ -111,7 +113,9 @@ class Archive:
                 return "\n".join(self.packages)
             case ["apt-cache", "pkgnames", _]:
                 releases = {release for suite in self.suites.values() for release in suite.values()}
-                return "".join(f"linux-image-{name}\n" for name in ["amd64", "cloud-amd64", *releases])
+                return "".join(f"linux-image-{n}\n" for n in ["amd64", "cloud-amd64", *releases]) + "\n".join(
+                    self.symbols
+                )
             case ["apt-cache", "madison", package]:
                 rows = [(suite[package].partition("+")[0], name) for name, suite in self.suites.items()]
                 return "".join(f" {package} | {v}-1 | {URI} {name}/main amd64 Packages\n" for v, name in rows)
@@ -126,6 +130,8 @@ class Archive:
             case ["apt-get", "install", "--download-only", *_, package]:
                 self.downloads.append(package)
                 return ""
+            case ["apt-get", "download", package, "--print-uris"] if package in self.symbols:
+                return self.symbols[package]
             case ["apt-get", "download", *packages, "--print-uris"]:
                 return "".join(f"'{URI}{name}.deb' {name}.deb 5000000 SHA256:0\n" for name in packages)
             case ["apt-get", "download", *packages]:

@@ -22,6 +22,7 @@ import vmodel
 from vmodel.cli.output import AsJson, console
 from vmodel.guest import artifacts
 from vmodel.guest.artifacts import ArtifactError
+from vmodel.guest.debug_symbols import debug_names
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,18 @@ def _artifact(name: str, error: ArtifactError, needed: bool = True) -> Diagnosis
     return Diagnosis(name, False, detail or fix, command, needed)
 
 
+def _debug_symbols() -> Diagnosis:
+    """Coverage has lines of modules with debug information, and only functions of others."""
+    name = "debug symbols"
+    found = {
+        part.name.removeprefix("debug-"): debug_names(part) for part in sorted(artifacts.cache_dir().glob("debug-*"))
+    }
+    if not found:
+        fix = f"{artifacts.FETCH_COMMAND} --debug-symbols nvme"
+        return Diagnosis(name, False, "none: coverage has functions, and no lines", fix, needed=False)
+    return Diagnosis(name, True, "; ".join(f"{kernel}: {', '.join(names)}" for kernel, names in found.items()))
+
+
 def _memory() -> Diagnosis:
     """Guest RAM is a memfd that QEMU and vmodel both map; /dev/shm is not needed."""
     try:
@@ -137,6 +150,7 @@ def _checks() -> Iterator[Diagnosis]:
     yield _qemu()
     yield from map(_kernel, artifacts.KERNELS)
     yield _busybox()
+    yield _debug_symbols()
     yield _memory()
     yield _compiler()
     yield _documents()

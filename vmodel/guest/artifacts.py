@@ -12,6 +12,7 @@ The cache, `${XDG_CACHE_HOME:-~/.cache}/vmodel`, has one folder for each part.  
     kernel-stable/ boot/vmlinuz-RELEASE, boot/config-RELEASE, lib/modules/RELEASE/; the stamp has the RELEASE
     kernel-backports/, kernel-cloud/: the same for the other roles; kernel-6.6/: for a requested version
     headers-stable/, gcc-14/: what modules for a kernel are built with, see headers.py; optional
+    debug-stable/  modules/: debug information of some modules, see debug_symbols.py; optional
     kernel-debug/, headers-debug/: the debug kernel, which scripts/build-kernel builds
     source/        linux/: Linux's source, while that is being built
 

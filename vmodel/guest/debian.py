@@ -31,6 +31,7 @@ from vmodel.guest.artifacts import (
     probe_qemu,
 )
 from vmodel.guest.groups import end
+from vmodel.guest.streamed import Remote
 from vmodel.guest.tools import LIBS, nearest
 
 SUITE = "trixie"
@@ -133,6 +134,20 @@ class Apt:
     def source_package(self) -> str:
         """The package with the source of stable's kernel."""
         return f"linux-source-{'.'.join(self._role_release(STABLE).split('.')[:2])}"
+
+    def debug_package(self, release: str) -> Remote:
+        """The package with a kernel's debug symbols.  ArtifactError: the archive does not have it any more."""
+        package = f"linux-image-{release}-dbg"
+        if package not in self._run(["apt-cache", "pkgnames", package]).split():
+            raise ArtifactError(
+                f"Debian's archive has no debug symbols of kernel {release} any more; fetch its newer kernel with them:"
+                f" {FETCH_COMMAND} --debug-symbols MODULE --refresh"
+            )
+        text = self._run(["apt-get", "download", package, "--print-uris"])
+        found = re.search(r"^'([^']+)' (\S+\.deb) (\d+) SHA256:([0-9a-f]+)$", text, re.MULTILINE)
+        if found is None:
+            raise ArtifactError(f"apt does not say where the package {package} is")
+        return Remote(found[1], found[2], int(found[3]), found[4])
 
     def header_packages(self, release: str) -> tuple[list[str], str]:
         """The packages of a kernel's headers with kbuild, and the number of its compiler.

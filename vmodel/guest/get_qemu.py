@@ -57,8 +57,18 @@ from vmodel.guest.debian import (
     unpack_qemu,
     unpack_source,
 )
+from vmodel.guest.debug_symbols import (
+    MODULE_NAME,
+    check_modules,
+    debug_file,
+    debug_names,
+    has_module,
+    missing_debug,
+    pick_debug,
+)
 from vmodel.guest.headers import Headers, find_headers, gcc_packages, unpack_gcc, unpack_headers
 from vmodel.guest.programs import unpack_tool
+from vmodel.guest.streamed import Download, opener
 from vmodel.guest.tools import PACKAGE_NAME, find_tool
 from vmodel.interrupts import interruptible
 
@@ -125,12 +135,14 @@ def fetch(
     optional: Collection[str] = (),
     headers: Collection[str] = (),
     tools: Collection[str] = (),
+    symbols: Collection[str] = (),
     steps: Steps | None = None,
 ) -> None:
     """Fetches what is missing in the cache: QEMU (unless the host's is suitable), busybox, kernels by role or version.
 
     `optional`: more parts, of OPTIONAL or SOURCE.  `headers`: the kernels for which modules are to be built.  The debug
     kernel is not fetched: it must be there, which has its headers, too.  `tools`: packages with programs for guests.
+    `symbols`: modules of these kernels whose debug information is wanted.
     `mirror`: a URI; by default that of the host's apt.  `refresh`: also fetches parts of the cache again if the archive
     has other packages now, or if a file is missing.  `dry_run`: fetches package lists only, and prints what else would
     be fetched.
@@ -139,9 +151,9 @@ def fetch(
     steps = steps or Steps()
     cache = cache_dir()
     if DEBUG in (*kernels, *headers, tools):
-        find_kernel(DEBUG)
+        check_modules(find_kernel(DEBUG), symbols)
         kernels, headers = ([name for name in names if name != DEBUG] for names in (kernels, headers))
-    if not missing_parts(kernels, refresh, optional, headers, tools):
+    if not missing_parts(kernels, refresh, optional, headers, tools, symbols):
         return
     if re.search(r"[:;]", str(cache)):
         raise ArtifactError("a cache folder with ':' or ';' in its path cannot hold libraries; set XDG_CACHE_HOME")
@@ -150,11 +162,11 @@ def fetch(
         for left in cache.glob("tmp-*"):  # of a run that was killed; the holder of the lock owns all of them
             shutil.rmtree(left, ignore_errors=True)
         # Again: another run may have fetched them meanwhile.
-        parts = missing_parts(kernels, refresh, optional, headers, tools)
+        parts = missing_parts(kernels, refresh, optional, headers, tools, symbols)
         if parts:
             keyring = check_host()
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache, ignore_cleanup_errors=True) as work:
-                _fetch_parts(parts, Path(work), mirror or host_mirror(), keyring, steps, dry_run)
+                _fetch_parts(parts, Path(work), mirror or host_mirror(), keyring, steps, dry_run, symbols)
 
 
 def missing_parts(
@@ -163,12 +175,16 @@ def missing_parts(
     optional: Collection[str] = (),
     headers: Collection[str] = (),
     tools: Collection[str] = (),
+    symbols: Collection[str] = (),
 ) -> list[str]:
-    """The names of the cache's folders that must be fetched."""
+    """The names of the cache's folders that must be fetched.  ArtifactError: a kernel has no module of `symbols`."""
     missing = [] if read_stamp(cache_dir() / "busybox") and not refresh else ["busybox"]
     missing += [f"kernel-{name}" for name in dict.fromkeys(kernels) if refresh or not _has(find_kernel, name)]
     missing += [f"headers-{name}" for name in dict.fromkeys(headers) if refresh or not _has(_headers_of, name)]
     missing += [f"tool-{name}" for name in dict.fromkeys(tools) if refresh or not _has(find_tool, name)]
+    missing += [
+        f"debug-{name}" for name in dict.fromkeys(kernels) if missing_debug(name, symbols) or (refresh and symbols)
+    ]
     missing += [part for part in optional if refresh or not _has(_FIND[part])]
     try:
         suitable = (None if refresh else cached_qemu()) or host_qemu()
@@ -189,8 +205,8 @@ def _has(find: Callable[..., object], *arguments: object) -> bool:
     return True
 
 
-def _is_current(part: str, packages: str) -> bool:
-    """Whether a part was made of these packages, and its main files still exist."""
+def _is_current(part: str, packages: str, symbols: Collection[str] = ()) -> bool:
+    """Whether a part was made of these packages, and its main files still exist, with those of `symbols`."""
     stamp, folder = read_stamp(cache_dir() / part), cache_dir() / part
     if stamp.get("packages") != packages:
         return False
@@ -199,6 +215,8 @@ def _is_current(part: str, packages: str) -> bool:
     if part.startswith("kernel-"):
         release = stamp.get("release", "")
         return (folder / f"boot/vmlinuz-{release}").is_file() and (folder / "lib/modules" / release).is_dir()
+    if part.startswith("debug-"):
+        return not missing_debug(part.removeprefix("debug-"), symbols)
     return any(path.name != "stamp.json" for path in folder.iterdir())
 
 
@@ -214,6 +232,8 @@ class _Part:
     unpack: Callable[[Sequence[Path], Path], dict[str, str]] = lambda debs, folder: {}
     #: For people, behind the name.
     note: str = ""
+    #: Makes the part from a package that is not stored: fills a folder, and shows its state meanwhile.
+    stream: Callable[[Path, Callable[[str], None]], dict[str, str]] | None = None
     #: Names and bytes of the package files.
     files: dict[str, int] = field(default_factory=dict)
 
@@ -284,7 +304,22 @@ def _tool_part(package: str, apt: Apt) -> _Part:
     return _Part(f"tool-{package}", [package], [], unpacked)
 
 
-def _parts(names: Sequence[str], apt: Apt) -> list[_Part]:
+def _symbols_part(name: str, release: str, apt: Apt, symbols: Collection[str]) -> _Part:
+    """The debug information of modules; what the cache has for the same package already is kept."""
+    remote, part = apt.debug_package(release), cache_dir() / f"debug-{name}"
+
+    def stream(folder: Path, show: Callable[[str], None]) -> dict[str, str]:
+        kernel = find_kernel(name)
+        check_modules(kernel, symbols)  # of a kernel that was fetched only now
+        with contextlib.closing(Download(remote, opener(transport()), show)) as download:
+            kept = [module for module in debug_names(part) if has_module(kernel, module)]
+            pick_debug(download, folder, release, {*symbols, *kept})
+        return {"release": release}
+
+    return _Part(part.name, note=f" ({release})", stream=stream, files={remote.name: remote.size})
+
+
+def _parts(names: Sequence[str], apt: Apt, symbols: Collection[str]) -> list[_Part]:
     """What these parts are made of, as the archive has it now; without those that are there already."""
     found: dict[str, _Part] = {}
     for name in names:
@@ -302,31 +337,64 @@ def _parts(names: Sequence[str], apt: Apt) -> list[_Part]:
             # A kernel that is fetched now may be another than the one that is there.
             fetched = f"kernel-{which}" in names
             release = apt.kernel_packages(which)[0] if fetched else find_kernel(which).release
-            new = _headers_parts(which, release, apt)
+            new = (
+                _headers_parts(which, release, apt)
+                if kind == "headers"
+                else [_symbols_part(which, release, apt, symbols)]
+            )
         found |= {part.name: part for part in new if part.name not in found}
     for part in found.values():
-        part.files = apt.install_files(part.install) if part.install else apt.files(part.download)
+        if not part.stream:
+            part.files = apt.install_files(part.install) if part.install else apt.files(part.download)
     return list(found.values())
 
 
 def _fetch_parts(
-    names: Sequence[str], work: Path, mirror: str, keyring: Path, steps: Steps, dry_run: bool = False
+    names: Sequence[str],
+    work: Path,
+    mirror: str,
+    keyring: Path,
+    steps: Steps,
+    dry_run: bool = False,
+    symbols: Collection[str] = (),
 ) -> None:
     apt = Apt(work / "apt", mirror, keyring, transport())
     with steps.step(f"package lists of {SUITE} and {BACKPORTS}"):
         apt.update()
 
     parts = []
-    for part in _parts(names, apt):
-        if _is_current(part.name, " ".join(part.files)):
+    for part in _parts(names, apt, symbols):
+        if _is_current(part.name, " ".join(part.files), symbols):
             steps.note(f"{part.name}{part.note}: up to date")
         else:
-            steps.note(f"{part.name}{part.note}: to be fetched, {sum(part.files.values()) / 1e6:.0f} MB")
+            few = ", of which a few are kept" if part.stream else ""
+            steps.note(f"{part.name}{part.note}: to be fetched, {sum(part.files.values()) / 1e6:.0f} MB{few}")
             parts.append(part)
     if dry_run or not parts:
         return
 
+    _download([part for part in parts if not part.stream], apt, steps)
+    for part in parts:
+        folder = work / part.name
+        folder.mkdir()
+        with steps.step(f"{'download of' if part.stream else 'unpacking'} {part.name}") as show:
+            if part.stream:
+                facts = part.stream(folder, show)
+            else:
+                facts = part.unpack([apt.archives / name for name in part.files], folder)
+            stamp = {"packages": " ".join(part.files), **facts}
+            (folder / "stamp.json").write_text(json.dumps(stamp, indent=1) + "\n")
+            target = cache_dir() / part.name
+            if target.exists():
+                target.rename(work / f"old-{part.name}")
+            folder.rename(target)
+
+
+def _download(parts: Sequence[_Part], apt: Apt, steps: Steps) -> None:
+    """Downloads the packages of these parts into apt's folder."""
     sizes = {name: size for part in parts for name, size in part.files.items()}
+    if not sizes:
+        return
     total = sum(sizes.values()) / 1e6
     with steps.step(f"download of {len(sizes)} packages") as show:
 
@@ -340,18 +408,6 @@ def _fetch_parts(
             apt.download(download, tick)
         show(f"{total:.0f} MB")
 
-    for part in parts:
-        folder = work / part.name
-        folder.mkdir()
-        with steps.step(f"unpacking {part.name}"):
-            facts = part.unpack([apt.archives / name for name in part.files], folder)
-            stamp = {"packages": " ".join(part.files), **facts}
-            (folder / "stamp.json").write_text(json.dumps(stamp, indent=1) + "\n")
-            target = cache_dir() / part.name
-            if target.exists():
-                target.rename(work / f"old-{part.name}")
-            folder.rename(target)
-
 
 @contextlib.contextmanager
 def _locked(path: Path, steps: Steps) -> Iterator[None]:
@@ -364,9 +420,14 @@ def _locked(path: Path, steps: Steps) -> Iterator[None]:
         yield
 
 
-def paths(kernels: Sequence[str], optional: Collection[str] = (), tools: Collection[str] = ()) -> dict[str, str]:
+def paths(
+    kernels: Sequence[str],
+    optional: Collection[str] = (),
+    tools: Collection[str] = (),
+    symbols: Collection[str] = (),
+) -> dict[str, str]:
     """The output of `--print`: qemu, qemu-version, busybox, [iasl, browser, clang, tool-PACKAGE,] kernel-NAME,
-    modules-NAME.
+    modules-NAME[, debug-NAME-MODULE].
 
     ArtifactError: a part is missing.
     """
@@ -381,6 +442,8 @@ def paths(kernels: Sequence[str], optional: Collection[str] = (), tools: Collect
     for name in kernels:
         kernel = find_kernel(name)
         rows |= {f"kernel-{name}": str(kernel.image), f"modules-{name}": str(kernel.modules)}
+        check_modules(kernel, symbols)
+        rows |= {f"debug-{name}-{module}": str(debug_file(kernel, module)) for module in symbols}
     return rows
 
 
@@ -408,6 +471,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="PACKAGE",
         help="also fetch the programs of a Debian package for guests, as nvme-cli; repeatable",
     )
+    parser.add_argument(
+        "--debug-symbols",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="also fetch the debug information of a module of these kernels, as nvme, or of vmlinux: about 1 GB is"
+        " downloaded for each kernel, and a few MB are kept; repeatable",
+    )
     parser.add_argument("--browser", action="store_true", help="also fetch Chromium, which only tests need")
     parser.add_argument("--clang", action="store_true", help="also fetch clang for fuzz targets, which only tests need")
     parser.add_argument("--all", action="store_true", help="fetch everything that the tests need")
@@ -426,13 +497,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in tools:
         if not PACKAGE_NAME.fullmatch(name):
             parser.error(f"--tool {name!r}: must be the name of a Debian package, such as nvme-cli")
+    symbols: list[str] = list(dict.fromkeys(options.debug_symbols))
+    for name in symbols:
+        if not MODULE_NAME.fullmatch(name):
+            parser.error(f"--debug-symbols {name!r}: must be the name of a kernel module, such as nvme, or vmlinux")
     for name in kernels:
         if not KERNEL_NAME.fullmatch(name):
             parser.error(f"--kernel {name!r}: must be {', '.join(ROLES)}, or a version such as 6.12")
 
     try:
         with interruptible():
-            return _carry_out(options, kernels, optional, tools)
+            return _carry_out(options, kernels, optional, tools, symbols)
     except ArtifactError as error:
         print(f"get-qemu: {error}", file=sys.stderr)
         return 1
@@ -445,7 +520,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _carry_out(
-    options: argparse.Namespace, kernels: Sequence[str], optional: Sequence[str], tools: Sequence[str]
+    options: argparse.Namespace,
+    kernels: Sequence[str],
+    optional: Sequence[str],
+    tools: Sequence[str],
+    symbols: Sequence[str],
 ) -> int:
     if not options.print:
         fetch(
@@ -456,10 +535,11 @@ def _carry_out(
             optional=optional,
             headers=kernels if options.headers else KERNELS if options.all else (),
             tools=tools,
+            symbols=symbols,
         )
     if options.dry_run:
         return 0
-    found = paths(kernels, optional, tools)
+    found = paths(kernels, optional, tools, symbols)
     if options.print:
         for key, value in found.items():
             print(f"{key}={value}")
