@@ -67,9 +67,11 @@ class Download(io.RawIOBase):
         self._answer = self._connect()
 
     def readable(self) -> bool:
+        """True."""
         return True
 
     def close(self) -> None:
+        """Ends the connection; harmless if repeated."""
         if not self.closed and hasattr(self, "_answer"):
             self._answer.close()
         super().close()
