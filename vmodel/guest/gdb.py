@@ -16,9 +16,9 @@ from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
 
+from vmodel.elf import reading_elf
 from vmodel.guest.artifacts import Kernel
 from vmodel.guest.modules import load_module
-from vmodel.guest.tools import reading_elf
 
 #: What /init writes to the harness's port last, see initramfs.py; before that, lines "section MODULE SECTION ADDRESS".
 READY = b"\ngdb\n"

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
 
+from vmodel.elf import reading_elf
 from vmodel.guest.artifacts import DEBUG, FETCH_COMMAND, ArtifactError, Kernel, cache_dir, read_stamp
 from vmodel.guest.debian import unpack
-from vmodel.guest.tools import LIBS, reading_elf
+from vmodel.guest.tools import LIBS
 
 #: Beside the compiler: make, and objtool's library.
 _BESIDE = ("binutils", "make", "libelf1t64")

@@ -6,26 +6,24 @@ they are needed (kbuild.py).
 
 from __future__ import annotations
 
-import gzip
 import io
 import logging
-import lzma
 import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elftools.elf.elffile import ELFFile
 
+from vmodel.compressed import decompress
+from vmodel.elf import reading_elf
 from vmodel.guest.artifacts import ArtifactError, Kernel
 from vmodel.guest.kbuild import OUTPUT, build
-from vmodel.guest.tools import reading_elf
-from vmodel.patience import patience
 
 log = logging.getLogger("vmodel.guest")
+#: Bytes of a module: amdgpu with debug information has some 500 MB.
+_LARGEST = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -41,28 +39,17 @@ def _module_name(path: Path) -> str:
     return path.name.partition(".ko")[0].replace("-", "_")
 
 
-def _zstd(data: bytes) -> bytes:
-    if not shutil.which("zstd"):
-        raise ArtifactError("modules of this kernel are compressed with zstd: install the program zstd")
-    return subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, check=True, timeout=patience(60)).stdout
-
-
-_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    ".ko": bytes,
-    ".xz": lzma.decompress,
-    ".gz": gzip.decompress,
-    ".zst": _zstd,
-}
-
-
 def load_module(path: Path) -> bytes:
     """A module's ELF file, decompressed according to its suffix.  ArtifactError: it cannot be read or decompressed."""
+    if path.suffix not in (".ko", ".xz", ".gz", ".zst"):
+        raise ArtifactError(f"unknown compression {path.suffix}", file=path)
     try:
-        return _DECOMPRESS[path.suffix](path.read_bytes())
-    except KeyError:
-        raise ArtifactError(f"unknown compression {path.suffix}", file=path) from None
-    except (OSError, EOFError, lzma.LZMAError, subprocess.SubprocessError) as error:
+        data = path.read_bytes()
+        return data if path.suffix == ".ko" else decompress(data, _LARGEST)
+    except OSError as error:
         raise ArtifactError(f"cannot be read: {error}", file=path) from None
+    except ValueError as error:
+        raise ArtifactError(str(error), file=path) from None
 
 
 def modinfo(elf: bytes) -> Iterator[tuple[str, str]]:

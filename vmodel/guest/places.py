@@ -16,8 +16,8 @@ from typing import Any
 
 from elftools.elf.elffile import ELFFile
 
+from vmodel.elf import reading_elf
 from vmodel.guest.artifacts import cache_dir
-from vmodel.guest.tools import reading_elf
 from vmodel.patience import patience
 
 #: Finds the file of a module by its name; None: it is unknown.

@@ -11,15 +11,15 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import InterpSegment
 
+from vmodel.elf import reading_elf
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import FETCH_COMMAND, ArtifactError, cache_dir, read_stamp
 
@@ -140,15 +140,3 @@ def missing(data: bytes, there: Collection[str]) -> str:
                 if name not in names:
                     return f"the library {name}"
     return ""
-
-
-@contextlib.contextmanager
-def reading_elf() -> Iterator[None]:
-    """Turns every exception of pyelftools, for a file that is not ELF or damaged, into ValueError."""
-    try:
-        yield
-    except ELFError as error:
-        raise ValueError(f"not an ELF file: {error}") from None
-    except Exception as error:
-        # The list is open: pyelftools raises errors of struct, construct, Unicode and file offsets for damaged files.
-        raise ValueError(f"a damaged ELF file: {type(error).__name__}: {error}") from None
