@@ -13,6 +13,7 @@ ROOT = Path(vmodel.__file__).parent
 #: Names that several classes may have, and why.
 SHARED = {
     "Params": "a model's or an IOMMU kind's nested `Params` is what the framework looks for",
+    "Coverage": "devices that an IOMMU covers (`vmodel.iommu`), and code that ran (`vmodel.coverage`)",
     "Domain": "`_shim.Domain` is the C object's handle (vms_domain) and is never imported by its bare name",
 }
 
