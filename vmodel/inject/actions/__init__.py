@@ -6,6 +6,7 @@ from vmodel.inject.actions.access import (
     Corrupt,
     Flip,
     IommuFault,
+    Observe,
     Overrun,
     Partial,
     Poison,
@@ -54,5 +55,6 @@ ACTIONS: dict[str, type[Action]] = {
         Unplug,
         UseAfterUnmap,
         Value,
+        Observe,
     )
 }

@@ -48,6 +48,17 @@ class Abort(Action, name="abort"):
         raise at.fault(reason, done)
 
 
+class Observe(Action, name="watch"):
+    """Carries the event out unchanged; its record has the data that is written or that a read returns."""
+
+    points: ClassVar[frozenset[Point]] = frozenset(Point)
+
+    def run(self, at: Injection) -> bytes:
+        found = at.proceed()
+        at.before = at.after = found if at.event.point.is_read else at.data
+        return found
+
+
 class IommuFault(Action, name="fault"):
     """The IOMMU blocks the access and records a fault: "translation" (not mapped) or "permission"."""
 

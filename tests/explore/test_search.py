@@ -1,0 +1,108 @@
+"""The search: deterministic, never twice the same plan, and better than chance."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from tests.explore.simulated import BUGS, CLEAN, run
+from tests.explore.trial import DEVICES, bugs, case, observed, searched, space
+from vmodel.experiment.oracle import Outcome
+from vmodel.explore.search import LAG, Attempt, Observation, Search
+from vmodel.explore.space import identity
+
+
+def test_the_program_without_faults() -> None:
+    result, reached, log = run(case(None))
+    assert (result.outcome, reached, log) == (Outcome.NOT_ACTIVATED, CLEAN, [])
+
+
+def test_a_seed_decides_all_plans() -> None:
+    plans = [attempt for attempt, _ in searched(120, seed=3)[1]]
+    assert [attempt for attempt, _ in searched(120, seed=3)[1]] == plans
+    assert [attempt for attempt, _ in searched(120, seed=4)[1]] != plans
+    assert [attempt.number for attempt in plans] == list(range(1, 121))
+
+
+def test_no_plan_runs_twice() -> None:
+    keys = Counter(identity(attempt.plan) for attempt, _ in searched(300, seed=1)[1])
+    assert keys.most_common(1)[0][1] == 1
+
+
+def test_feedback_finds_what_chance_does_not() -> None:
+    """Three planted bugs need two or three faults, of which later ones have no place in a run without faults."""
+    budget, seeds = 300, range(6)
+    guided = [bugs(searched(budget, seed=seed)[1]) for seed in seeds]
+    by_chance = [bugs(searched(budget, seed=seed, feedback=False)[1]) for seed in seeds]
+    assert set().union(*guided) == set(BUGS)
+    assert set().union(*by_chance) == {"not checked", "endless loop"}
+    assert sum(map(len, guided)) >= sum(map(len, by_chance)) + len(seeds)
+
+
+def test_a_plan_is_kept_for_what_it_is_the_first_to_reach() -> None:
+    search, done = searched(200)
+    assert search.kept and all(entry.new for entry in search.kept)
+    every = [feature for entry in search.kept for feature in entry.new]
+    assert len(every) == len(set(every))
+    taken = [(attempt, seen) for attempt, seen in done if attempt.number <= 200 - LAG]
+    kept = {entry.attempt.number for entry in search.kept}
+    known = frozenset(("simulated", number) for number in CLEAN)
+    for attempt, seen in taken:
+        fatal = seen.outcome in (Outcome.CRASH, Outcome.HANG)
+        if attempt.how != "survey":
+            assert (attempt.number in kept) == (bool(seen.features - known) and not fatal)
+        known |= frozenset() if fatal else seen.features
+    assert search.reached == known and search.last_new == max(kept)
+
+
+def test_the_survey_of_a_kept_plan_shows_what_only_its_runs_have() -> None:
+    search, done = searched(300)
+    surveys = [attempt for attempt, _ in done if attempt.how == "survey"]
+    assert 0 < len(surveys) <= len(search.kept)
+    own = {str(site) for entry in search.kept for site in entry.own}
+    assert any("queue=0" in text and "opcode=8" in text for text in own)  # aborts
+    assert any(attempt.how == "deep" for attempt, _ in done)
+
+
+def test_nothing_is_kept_without_new_coverage() -> None:
+    known = frozenset(("simulated", number) for number in CLEAN)
+    search, done = searched(60, observe=lambda attempt: Observation(Outcome.MASKED, known))
+    assert search.kept == [] and search.last_new == 0
+    assert {attempt.how for attempt, _ in done} == {"fresh"}
+
+
+def test_a_harness_error_says_nothing() -> None:
+    new = frozenset((("simulated", 99),))
+    search, _ = searched(40, observe=lambda attempt: Observation(Outcome.HARNESS, new))
+    assert search.kept == [] and ("simulated", 99) not in search.reached
+
+
+def test_plans_that_contain_a_fatal_one_are_not_run() -> None:
+    _, done = searched(400)
+    fatal = []
+    for attempt, seen in done:
+        texts = {rule.text() for rule in attempt.plan.rule}
+        if attempt.how not in ("survey", "fresh"):
+            assert not any(less <= texts for number, less in fatal if number <= attempt.number - LAG)
+        if seen.outcome in (Outcome.CRASH, Outcome.HANG) and attempt.how != "survey":
+            fatal.append((attempt.number, texts))
+    assert len(fatal) > 3
+
+
+def test_a_random_search_learns_nothing() -> None:
+    _, done = searched(100, feedback=False)
+    assert {attempt.how for attempt, _ in done} == {"random"}
+    blind = searched(100, feedback=False, observe=lambda attempt: Observation(Outcome.MASKED, frozenset()))[1]
+    assert [attempt for attempt, _ in blind] == [attempt for attempt, _ in done]
+
+
+def test_the_search_ends_when_all_plans_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = space()
+    only = made.any(random.Random(0))
+    monkeypatch.setattr(made, "any", lambda generator: only)
+    search = Search(made, DEVICES, frozenset(), feedback=False)
+    assert search.propose(1) == Attempt(1, only, "random")
+    assert search.propose(2) is None
+    assert observed(Attempt(1, only, "random")).features

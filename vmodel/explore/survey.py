@@ -1,0 +1,196 @@
+"""What a run's devices and IOMMU do: the sites at which faults can be injected.
+
+A survey is a run under a plan whose rules watch all points and change nothing.  Its log says which registers, queues,
+opcodes, sizes and vectors there are, in which phase of the driver, and how often.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmodel.device import PciDevice
+from vmodel.experiment.case import Result
+from vmodel.inject import FaultPlan, Rule
+from vmodel.inject.predicate import KEYS
+from vmodel.points import EVENTS, ConfigEvent, DmaEvent, MmioEvent, Phase, Point, TranslationEvent
+from vmodel.register_map import RegisterMap
+from vmodel.vfio_user.wire import Region
+
+#: The most events that each rule of a survey records.
+MOST_RECORDS = 1000
+#: Beyond so many sizes or unnamed offsets at one place, rules do not distinguish them.
+MOST_DISTINCT = 8
+#: How many values of each register are kept, the most frequent ones.
+MOST_VALUES = 4
+#: The limit of a line of the log, in bytes: data is cut long before.
+_LONGEST = 1 << 16
+#: Points of an IOMMU: their events name it, and a rule needs no device.
+IOMMU_POINTS = frozenset((Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE))
+#: Keys of a record that rules can select by, with their names in plans.
+_SELECTED = ("queue", "opcode", "vector", "kind")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Events that a rule can select: a point, and keys of a plan's rule with their values."""
+
+    point: Point
+    keys: tuple[tuple[str, Any], ...]
+    #: How many of these events there were, as far as they were recorded.
+    count: int = field(default=1, compare=False)
+    #: Values that were read or written there, the most frequent first.
+    values: tuple[int, ...] = field(default=(), compare=False)
+    #: The size of an access in bytes, 0 where there is none; the most frequent one.
+    size: int = field(default=0, compare=False)
+
+    @property
+    def device(self) -> str | None:
+        """The device that the events are of; None: any, at points of an IOMMU."""
+        return dict(self.keys).get("device")
+
+    def __str__(self) -> str:
+        return " ".join([self.point.value, *(f"{key}={value}" for key, value in self.keys)])
+
+
+def survey_plan(devices: Mapping[str, PciDevice], first: Sequence[Rule] = ()) -> FaultPlan:
+    """A plan that watches all points of `devices`, behind the rules `first`.
+
+    The names of its rules have what records lack: the device, its phase, and the BAR.
+    """
+    rules = list(first)
+    watch = {"do": "watch", "first": MOST_RECORDS}
+    for point in Point:
+        if point in IOMMU_POINTS:
+            rules.append(Rule.model_validate({**watch, "point": point.value, "name": point.value}))
+            continue
+        for n, (name, device) in enumerate(devices.items()):
+            bars = [bar.index for bar in device.declaration.bars] if point in MmioEvent.points else [None]
+            for phase in Phase:
+                for bar in bars:
+                    keys = {"device": name, "phase": phase.value} | ({} if bar is None else {"bar": bar})
+                    text = f"{point.value}/{n}/{phase.value}/{'' if bar is None else bar}"
+                    rules.append(Rule.model_validate({**watch, **keys, "point": point.value, "name": text}))
+    return FaultPlan(rule=tuple(rules))
+
+
+def records(result: Result, folder: Path) -> Iterator[dict[str, Any]]:
+    """The log of a run's injections: from its artefact if there is one, else the part of it that the result has.
+
+    Lines that are no record of a log are left out.
+    """
+    name = result.artefacts.get("injections")
+    path = None if name is None else folder / name
+    if path is None or not path.is_file():
+        yield from result.injections
+        return
+    with path.open("rb") as file:
+        while line := file.readline(_LONGEST):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+@dataclass
+class _Group:
+    """The events of one place, before it is decided by which of their properties rules distinguish them."""
+
+    seen: Counter[tuple[tuple[str, Any], ...]] = field(default_factory=Counter)
+    values: defaultdict[tuple[tuple[str, Any], ...], Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    sizes: defaultdict[tuple[tuple[str, Any], ...], Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+
+
+def sites(log: Iterable[Mapping[str, Any]], devices: Mapping[str, PciDevice]) -> list[Site]:
+    """The sites that the records of a survey show, in a fixed order."""
+    maps = {name: RegisterMap(device) for name, device in devices.items()}
+    names = list(devices)
+    groups: defaultdict[tuple[Point, tuple[tuple[str, Any], ...]], _Group] = defaultdict(_Group)
+    for record in log:
+        if record.get("do") != "watch" or record.get("late"):
+            continue
+        placed = _place(str(record.get("rule")), names)
+        if placed is None:
+            continue
+        point, keys, bar = placed
+        detail = _detail(point, record, maps.get(str(keys.get("device"))), bar)
+        group = groups[point, tuple(keys.items())]
+        group.seen[detail] += 1
+        size = record.get("size")
+        if isinstance(size, int):
+            group.sizes[detail][size] += 1
+        value = _value(record)
+        if value is not None:
+            group.values[detail][value] += 1
+    found = [site for (point, keys), group in groups.items() for site in _of_group(point, keys, group)]
+    return sorted(found, key=lambda site: (list(Point).index(site.point), str(site)))
+
+
+def _place(rule: str, names: Sequence[str]) -> tuple[Point, dict[str, Any], int | None] | None:
+    """The point, the keys and the BAR in the name of a survey's rule; None: it is no such rule."""
+    point, *rest = rule.split("/")
+    if point not in {p.value for p in IOMMU_POINTS}:
+        if len(rest) != 3 or point not in {p.value for p in Point} or not rest[0].isdigit():
+            return None
+        if int(rest[0]) >= len(names):
+            return None
+        return Point(point), {"device": names[int(rest[0])], "phase": rest[1]}, int(rest[2]) if rest[2] else None
+    return None if rest else (Point(point), {}, None)
+
+
+def _detail(
+    point: Point, record: Mapping[str, Any], registers: RegisterMap | None, bar: int | None
+) -> tuple[tuple[str, Any], ...]:
+    """The keys that distinguish a record's event from others of its point, device and phase."""
+    size, address = record.get("size"), record.get("address")
+    if point in MmioEvent.points | ConfigEvent.points:
+        region = Region.CONFIG if bar is None else bar
+        offset = int(address, 16) if isinstance(address, str) else 0
+        place = None
+        if registers is not None:
+            place = next(iter(registers.covering(region, offset, size if isinstance(size, int) else 1)), None)
+        if place is not None:
+            return (("register", place.full_name),)
+        return (("offset", offset),) if bar is None else (("bar", bar), ("offset", offset))
+    detail = {key: record[key] for key in _SELECTED if record.get(key) is not None and point in KEYS[key]}
+    if EVENTS[point] in (DmaEvent, TranslationEvent) and isinstance(size, int):
+        detail["size"] = size
+    return tuple(detail.items())
+
+
+def _value(record: Mapping[str, Any]) -> int | None:
+    """The value of a small access, little-endian."""
+    text = record.get("before")
+    if not isinstance(text, str) or not 0 < len(text) <= 16:
+        return None
+    try:
+        return int.from_bytes(bytes.fromhex(text), "little")
+    except ValueError:
+        return None
+
+
+def _of_group(point: Point, keys: tuple[tuple[str, Any], ...], group: _Group) -> Iterator[Site]:
+    for key in ("size", "offset"):
+        if len({value for detail in group.seen for name, value in detail if name == key}) > MOST_DISTINCT:
+            group = _without(group, key)
+    for detail, count in group.seen.items():
+        values = tuple(value for value, _ in group.values[detail].most_common(MOST_VALUES))
+        size = group.sizes[detail].most_common(1)
+        yield Site(point, keys + detail, count, values, size[0][0] if size else 0)
+
+
+def _without(group: _Group, key: str) -> _Group:
+    """The same events, not distinguished by `key`."""
+    merged = _Group()
+    for detail, count in group.seen.items():
+        rest = tuple(pair for pair in detail if pair[0] != key)
+        merged.seen[rest] += count
+        merged.values[rest] += group.values[detail]
+        merged.sizes[rest] += group.sizes[detail]
+    return merged
