@@ -1,0 +1,224 @@
+"""Coverage as files in a folder, and their content: JSON, the page."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import re
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.campaign.browser import Browser
+from tests.coverage.card import CLEAN, card, comparison
+from vmodel.coverage.addresses import AddressSet
+from vmodel.coverage.comparison import Comparison
+from vmodel.coverage.coverage import Coverage
+from vmodel.coverage.document import document
+from vmodel.coverage.errors import CoverageError
+from vmodel.coverage.folder import write
+from vmodel.coverage.page import html
+from vmodel.coverage.sources import Sources
+from vmodel.guest.artifacts import ArtifactError, find_browser
+
+
+def test_files(tmp_path: Path) -> None:
+    written = write(CLEAN, tmp_path / "a" / "b", title="card")
+    assert [path.name for path in written] == ["index.html", "coverage.info", "coverage.json", "card.s"]
+    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == sorted(path.name for path in written)
+    source = next(line for line in written[1].read_text().splitlines() if line.startswith("SF:"))
+    assert Path(source[3:]).read_text().startswith("# card, build id")
+
+
+def test_names_of_modules_are_no_paths(tmp_path: Path) -> None:
+    odd = Coverage({"../../x": AddressSet([1])}, {"../../x": "ab"}) | CLEAN
+    write(odd, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(CLEAN, tmp_path, title="before")
+    write_text, count = Path.write_text, 0
+
+    def full(path: Path, *args: Any, **kwargs: Any) -> int:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CoverageError) as raised:
+        write(CLEAN, tmp_path, title="after")
+    assert str(raised.value) == f"{tmp_path}: cannot write the coverage: No space left on device"
+    assert json.loads((tmp_path / "coverage.json").read_text())["title"] == "before"
+    assert "<h1>before</h1>" in (tmp_path / "index.html").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CoverageError, match=r"cannot write the coverage: (Not a directory|File exists)"):
+        write(CLEAN, tmp_path / "file" / "x")
+
+
+# ---- JSON --------------------------------------------------------------------------------------------
+
+
+def test_document() -> None:
+    found = document(comparison())
+    assert json.loads(json.dumps(found)) == found
+    assert (found["kind"], found["version"], found["title"]) == ("coverage", 1, "card")
+    (module,) = found["modules"]
+    assert module["instructions"] == {"total": 13, "clean": 9, "only_faults": 3, "never": 1}
+    assert module["lines"] is None and module["note"] is None and module["build_id"] == card().build_id
+    assert module["functions"][0] == {
+        "name": "probe",
+        "section": ".text",
+        "address": card().function("probe").address,
+        "file": None,
+        "line": None,
+        "instructions": {"total": 10, "clean": 7, "only_faults": 3, "never": 0},
+        "lines": None,
+    }
+    assert [(fault["name"], fault["reached"], fault["only"]) for fault in found["faults"]] == [
+        ("stuck", 9, 3),
+        ("lost", 9, 0),
+    ]
+    assert found["faults"][0]["functions"] == [{"module": "card", "name": "probe", "only": 3}]
+    assert found["growth"][-1] == {"run": "stuck", "reached": 12}
+    assert found["never_taken"] == []
+    assert Coverage.from_json(found["coverage"]) == CLEAN
+
+
+def test_branches_never_taken() -> None:
+    (branch,) = document(Comparison(CLEAN))["never_taken"]
+    assert (branch["module"], branch["function"], branch["behind"]) == ("card", "probe", 3)
+    assert (branch["guard"], branch["signs"], branch["taken"]) == ("test eax, eax; js", ["returns -EINVAL"], True)
+
+
+# ---- the page ------------------------------------------------------------------------------------------
+
+
+class _Tags(HTMLParser):
+    """That every tag is closed, in order; and what a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "data", "poster", "action")]
+        self.fetched += [v or "" for name, v in attrs if name == "href" and not (v or "").startswith("#")]
+        if tag not in ("meta", "input", "line", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+
+def code_of(page: str) -> Any:
+    found = re.search(r'<script type="text/plain" id="data">([\w+/=]*)</script>', page)
+    assert found
+    return json.loads(zlib.decompress(base64.b64decode(found[1])))
+
+
+@pytest.mark.parametrize("of", [Comparison(CLEAN), Comparison(Coverage()), comparison()])
+def test_the_page_is_whole_and_alone(of: Comparison) -> None:
+    tags = _Tags()
+    tags.feed(html(of))
+    assert tags.open == [] and tags.fetched == []
+
+
+def test_text_of_others_is_text() -> None:
+    evil = "<script>alert(1)</script>&\"'"
+    page = html(Comparison(CLEAN, {evil: CLEAN}, evil, [(evil, 1), (evil, 2)]))
+    assert "<script>alert" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") >= 4
+
+
+def test_code_in_the_page() -> None:
+    data = code_of(html(comparison()))
+    probe = data["functions"][f"card/{card().function('probe').address:x}"]
+    assert probe[:4] == ["probe", None, 0, 0]
+    assert [row[1:3] for row in probe[4]][3:8] == [
+        ["js probe+0xe", 2],
+        ["xor eax, eax", 2],
+        ["pop rbx", 2],
+        ["ret", 2],
+        ["mov eax, 0xffffffea", 1],
+    ]
+
+
+# ---- source files ---------------------------------------------------------------------------------------
+
+
+def test_sources(tmp_path: Path) -> None:
+    tree = tmp_path / "linux"
+    (tree / "drivers/nvme").mkdir(parents=True)
+    (tree / "drivers/nvme/pci.c").write_text("int x;\nint y;")
+    (tree / "Makefile.c").write_text("a file of this name alone is nobody's")
+    sources = Sources([tree])
+    assert sources.text("/build/path/linux-6.12/drivers/nvme/pci.c") == ["int x;", "int y;"]
+    assert sources.path("/build/path/linux-6.12/Makefile.c") is None
+    assert sources.path(str(tree / "Makefile.c")) == tree / "Makefile.c"
+    assert sources.text("/build/path/linux-6.12/drivers/nvme/gone.c") is None
+
+
+@pytest.mark.parametrize(
+    "file", ["/etc/passwd", "/etc/../etc/hosts.c", "/dev/zero.c", "", "x", "a\0b/c.c", "/x/" * 3000]
+)
+def test_debug_information_cannot_name_any_file(file: str, tmp_path: Path) -> None:
+    assert Sources([tmp_path]).path(file) is None
+
+
+# ---- in a browser ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Any:
+    try:
+        find_browser()
+    except ArtifactError as error:
+        pytest.skip(str(error))
+    with Browser(tmp_path / "profile") as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_the_page_in_chromium(tmp_path: Path, browser: Browser) -> None:
+    write(comparison(), tmp_path / "out")
+    page = tmp_path / "out" / "index.html"
+    browser.open(page)
+    shown = "document.querySelector('[data-shown=function-table]').textContent"
+    assert browser.js(shown) == "3 of 3"
+    browser.js(
+        "for (const input of document.querySelectorAll('[data-filter=function-table]'))"
+        " { input.value = 'pro'; input.dispatchEvent(new Event('input')); }"
+    )
+    assert browser.js(shown) == "1 of 3"
+    assert browser.js("document.getElementById('view').open") is False
+    address = card().function("probe").addresses[7]
+    browser.js(f"location.hash = '#code=card/{card().function('probe').address:x}/{address:x}'")
+    title = (
+        "new Promise(done => { const look = () => view.open ? done(document.getElementById('view-title').textContent)"
+        " : setTimeout(look, 20); look(); })"
+    )
+    assert browser.js(title) == "probe (card)"
+    assert browser.js("document.querySelector('.here').textContent") == f"{address:x}◐mov eax, 0xffffffea"
+    assert (
+        browser.js("[...document.querySelectorAll('#code div')].map(row => row.className.split(' ')[0]).join('')")
+        == "r2" * 7 + "r1" * 3
+    )
+    browser.js("document.getElementById('close').click()")
+    gone = "new Promise(done => { const look = () => location.hash ? setTimeout(look, 20) : done(true); look(); })"
+    assert browser.js(gone)
+    browser.js("document.querySelector('#function-table thead th:nth-child(4) button').click()")
+    names = "[...document.querySelectorAll('#function-table tbody td.name')].map(cell => cell.textContent).join(' ')"
+    assert browser.js(names) == "remove helper probe"
+    assert browser.said == [] and len(browser.requests) == 1
