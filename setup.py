@@ -2,7 +2,7 @@
 
 import os
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 
 def documents():
@@ -20,6 +20,16 @@ def documents():
 
 setup(
     cffi_modules=["c_shim/build.py:ffi"],
+    # No module of Python's: QEMU loads it.
+    ext_modules=[
+        Extension(
+            "vmodel._coverage_plugin",
+            ["c_shim/coverage/plugin.c"],
+            depends=["c_shim/coverage/log.h"],
+            extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+            py_limited_api=True,
+        )
+    ],
     data_files=documents(),
     # cffi builds for the stable ABI of Python 3.11: the wheel's name says so.
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
+from vmodel.coverage.coverage import Coverage
 from vmodel.experiment.oracle import Finding, Outcome
 from vmodel.inject import FaultPlan
 
@@ -67,6 +68,9 @@ class Case(BaseModel):
     expected: tuple[str, ...] = ()
     #: Whether it needs a guest in which nothing has run yet.
     fresh: bool = False
+    #: The kernel code whose execution is recorded, as "nvme" or "vmlinux:pci": from the workload's start to its end, or
+    #: from the boot if the plan is armed before it.
+    coverage: tuple[str, ...] = ()
 
     @field_serializer("plan")
     def _plan_out(self, plan: FaultPlan | None) -> dict[str, Any] | None:
@@ -91,7 +95,7 @@ class Case(BaseModel):
 class Result(BaseModel):
     """The result of a case.  It is also written to FOLDER/result.json."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
 
     outcome: Outcome
     #: The findings of all oracles, in the order of time.
@@ -118,10 +122,13 @@ class Result(BaseModel):
     #: Seconds that the case took, with the boot if it needed one.
     wall: Measured
     #: The files in FOLDER by content: "case", "console", "kernel log", "output", "check", "injections", "line" (QEMU's
-    #: command line), "model" (warnings of models and server).
+    #: command line), "model" (warnings of models and server), "coverage".
     artefacts: dict[str, str]
     #: By part: "vmodel", "python", "qemu", "kernel".
     versions: dict[str, str]
     seed: int | None
     #: The position of this case among those that ran in the same guest, from 1.
     nth: int = 1
+    #: What ran of `Case.coverage`; None: nothing was asked for, or no guest ran.  It is the artefact "coverage", too,
+    #: and not in result.json.
+    coverage: Coverage | None = Field(default=None, exclude=True, repr=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import platform
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vmodel.closing import Closing
+from vmodel.coverage.coverage import Coverage
 from vmodel.errors import ConfigError
 from vmodel.experiment import kernel_log
 from vmodel.experiment.case import Case, Result
@@ -69,7 +71,7 @@ class Rig(Closing):
         except BaseException:
             self.close()
             raise
-        if result.outcome not in self._reuse or case.arm == "boot":
+        if result.outcome not in self._reuse or case.arm == "boot" or self._setup.is_worn:
             self.close()
         return result
 
@@ -95,7 +97,7 @@ def _key(case: Case) -> Hashable:
     own = filter(is_path, (*case.modules, *case.extra_modules))
     modules = tuple(version(file) for entry in own for file in module_files(entry))
     boot = (case.kernel, case.modules, case.extra_modules, case.tools, case.append, case.qemu_args, case.boot_timeout)
-    return version(case.machine), files, modules, boot
+    return version(case.machine), files, modules, boot, case.coverage
 
 
 class _Setup:
@@ -122,6 +124,7 @@ class _Setup:
                 append=case.append,
                 timeout=case.boot_timeout,
                 qemu=self.qemu,
+                coverage=case.coverage,
             )
         except ConfigError:
             self.served.close()
@@ -136,6 +139,11 @@ class _Setup:
             self.guest.start()
             self.booted = True
             self.guest.monitor.execute("query-status")  # connects, so that panics are reported
+
+    @property
+    def is_worn(self) -> bool:
+        """Whether there is little place left to record coverage."""
+        return self.guest.guest.coverage is not None and self.guest.guest.coverage.nearly_full
 
     def close(self) -> None:
         self.guest.close()
@@ -201,6 +209,8 @@ class _Trial:
         self.findings: list[Finding] = []
         self.armed: _Armed | None = None
         self.done: Done | None = None
+        #: What ran of the kernel code that the case names.
+        self.coverage: Coverage | None = None
         self.check: Done | None = None
         self.log = _Log(setup.served.machine.devices)
         self.mark = 0
@@ -286,7 +296,11 @@ class _Trial:
     def _work(self) -> None:
         if self.armed is None:
             self._arm()
+        recorded = self.guest.guest.coverage
+        if recorded is not None and self.case.arm != "boot":
+            recorded.clear()
         self.done = done = self.guest.run(self.case.workload, self.case.timeout, examine=False)
+        self._take_coverage()
         self.start = done.started
         if self.armed is not None:
             self.armed.disarm()
@@ -294,6 +308,11 @@ class _Trial:
         if self.case.check and done.status is not None:
             self.check = self.guest.run(self.case.check, self.case.timeout, examine=False)
             self._judge("check", self.check)
+
+    def _take_coverage(self) -> None:
+        recorded = self.guest.guest.coverage
+        if recorded is not None and self.coverage is None:
+            self.coverage = recorded.taken()
 
     def _judge(self, oracle: str, done: Done) -> None:
         at = done.ended - self.start
@@ -355,6 +374,7 @@ class _Trial:
     def result(self, began: float) -> Result:
         """The result, with the findings of all oracles; writes the artefacts."""
         self._of_models()
+        self._take_coverage()  # of a guest that did not boot
         armed, done = self.armed, self.done
         first = None if armed is None or armed.first is None else armed.first - self.start
         found = [
@@ -393,6 +413,7 @@ class _Trial:
             },
             seed=self._seed(),
             nth=self.nth,
+            coverage=self.coverage,
         )
         (self.folder / "result.json").write_text(result.model_dump_json(indent=1) + "\n")
         return result
@@ -410,6 +431,8 @@ class _Trial:
         places = self.guest.guest.places
         self._write("console", "console.log", places.in_text(self.guest.console(self.mark)))
         self._write("line", "qemu.line", shlex.join(self.guest.guest.line) + "\n")
+        if self.coverage is not None:
+            self._write("coverage", "coverage.json", json.dumps(self.coverage.to_json()))
         if self.hang:
             self._write("hang", "hang.log", "".join(f"{line}\n" for line in self.hang))
         if self.dmesg:

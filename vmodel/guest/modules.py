@@ -117,12 +117,12 @@ def in_order(kernel: Kernel, wanted: Mapping[str, Path | None]) -> list[Module]:
     """
     index = {} if kernel.modules is None else {_module_name(path): path for path in kernel.modules.rglob("*.ko*")}
     own = {name: path for name, path in wanted.items() if path}
-    builtin = _builtin(kernel) - own.keys()
+    inside = builtin(kernel) - own.keys()
     done: dict[str, Module] = {}
     under_way: list[str] = []
 
     def visit(name: str) -> None:
-        if name in done or name in builtin:
+        if name in done or name in inside:
             return
         if name in under_way:
             raise ArtifactError(f"modules depend on each other: {' > '.join([*under_way, name])}")
@@ -145,7 +145,7 @@ def in_order(kernel: Kernel, wanted: Mapping[str, Path | None]) -> list[Module]:
             if (need in index or need in own) and need not in under_way:
                 visit(need)
         under_way.pop()
-        done[name] = Module(name, elf, tuple(need for need in hard if need not in builtin))
+        done[name] = Module(name, elf, tuple(need for need in hard if need not in inside))
 
     for name in wanted:
         visit(name)
@@ -154,11 +154,17 @@ def in_order(kernel: Kernel, wanted: Mapping[str, Path | None]) -> list[Module]:
 
 def has_module(kernel: Kernel, name: str) -> bool:
     """Whether the kernel has a module of this name, built in or as a file."""
+    return name in builtin(kernel) or find_module(kernel, name) is not None
+
+
+def find_module(kernel: Kernel, name: str) -> Path | None:
+    """The file of the kernel's module of this name; None: it has none, or it is built in."""
     index = () if kernel.modules is None else kernel.modules.rglob("*.ko*")
-    return name in _builtin(kernel) or any(_module_name(path) == name for path in index)
+    return next((path for path in index if _module_name(path) == name), None)
 
 
-def _builtin(kernel: Kernel) -> set[str]:
+def builtin(kernel: Kernel) -> set[str]:
+    """The names of the modules that are built into the kernel."""
     file = kernel.modules / "modules.builtin" if kernel.modules else None
     return {_module_name(Path(line)) for line in file.read_text().split()} if file and file.is_file() else set()
 

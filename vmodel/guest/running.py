@@ -29,6 +29,7 @@ from vmodel.files import naming
 from vmodel.guest import hang, initramfs
 from vmodel.guest import shares as folders
 from vmodel.guest.artifacts import Kernel, Qemu, find_busybox, find_kernel, find_qemu
+from vmodel.guest.coverage import GuestCoverage
 from vmodel.guest.gdb import READY, Gdb
 from vmodel.guest.headers import debug_modules
 from vmodel.guest.keeper import Keeper
@@ -142,6 +143,8 @@ class GuestSpec:
     shares: Sequence[Share] = ()
     #: Whether it waits for gdb before PCI devices are bound, see gdb.py and `Guest.wait_for_gdb`.
     gdb: bool = False
+    #: The kernel code whose execution is recorded, as "nvme" or "vmlinux:pci", see `Guest.coverage`.
+    coverage: Sequence[str] = ()
 
 
 @dataclass
@@ -219,6 +222,8 @@ class Guest(Starting):
         self._keeper: Keeper | None = None
         self._connecting = threading.Lock()
         self._gdb: Gdb | None = None
+        #: Which of the code of `GuestSpec.coverage` has run, after `start`; also when the guest has ended.
+        self.coverage: GuestCoverage | None = None
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -232,6 +237,8 @@ class Guest(Starting):
         image = folder / "initramfs"
         (loaded, own), (extra, more) = built(spec.modules, kernel), built(spec.extra_modules, kernel)
         self._gdb = Gdb(folder, kernel, own) if spec.gdb else None
+        if spec.coverage:
+            self.coverage = GuestCoverage(spec.coverage, qemu, kernel, more | own, accelerator())
         searched = [*(share.source for share in spec.shares), *debug_modules(kernel)]
         self.places = Places(finder(more | own, searched, kernel.release))
         made = initramfs.build(
@@ -255,7 +262,7 @@ class Guest(Starting):
             image.write_bytes(made)
         self.line = [str(qemu.path), "-accel", accelerator(), "-cpu", "max", "-nodefaults", "-no-user-config"]
         self.line += ["-display", "none", "-kernel", str(kernel.image), "-initrd", str(image)]
-        self.line += ["-append", f"{_APPEND}{' nokaslr' if spec.gdb else ''} {spec.append}".strip()]
+        self.line += ["-append", f"{_APPEND}{' nokaslr' if spec.gdb or spec.coverage else ''} {spec.append}".strip()]
         if not any("memory-backend=" in arg for arg in spec.qemu_args):
             self.line += ["-machine", "q35"]
         if not spec.allow_reboot:
@@ -266,6 +273,10 @@ class Guest(Starting):
         self.line += folders.qemu_args(spec.shares)
         if self._gdb is not None:
             self.line += self._gdb.qemu_args()
+        passed = [port.theirs.fileno() for port in self._ports.values()]
+        if self.coverage is not None:
+            self.line += self.coverage.recorder.qemu_args()
+            passed.append(self.coverage.recorder.fd)
         if self.artifacts is not None:
             self.artifacts.mkdir(parents=True, exist_ok=True)
             with naming(written := self.artifacts / "qemu.line"):
@@ -280,7 +291,7 @@ class Guest(Starting):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[port.theirs.fileno() for port in self._ports.values()],
+                pass_fds=passed,
             )
         self._keeper = Keeper(self._process, folder)
         for port in self._ports.values():
@@ -374,6 +385,8 @@ class Guest(Starting):
             port.theirs.close()
             if port.log:
                 port.log.close()
+        if self.coverage is not None:
+            self.coverage.close()
         self._scratch.cleanup()
 
     # ---- input and output -------------------------------------------------------------------
@@ -494,6 +507,8 @@ class Guest(Starting):
         messages = self._qemu_log.read_text(errors="replace").strip() if self._qemu_log.exists() else ""
         if code:
             how = f"by signal {-code}" if code < 0 else f"with status {code}"
+            if self.coverage is not None and not self.coverage.recorder.loaded:
+                how = f"{how}, as it does not take vmodel's plugin for coverage,"
             raise QemuDied(f"QEMU ended {how} before the command: {messages or 'without a message'}{self._tail()}")
         why = f": {messages}" if messages else ""
         raise GuestOff(f"the guest powered off or rebooted before the command ended{why}{self._tail()}")
