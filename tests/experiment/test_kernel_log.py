@@ -27,6 +27,7 @@ def signs(text: str) -> list[str]:
     ("text", "expected"),
     [
         (SPLATS["oops"], ["oops", "panic"]),
+        (SPLATS["oops_summary"], ["oops"]),
         (SPLATS["protection"], ["oops"]),
         (SPLATS["bug_at"], ["memory", "bug"]),
         (SPLATS["kasan"], ["kasan"]),

@@ -152,6 +152,11 @@ _CUT = re.compile(r"^-+\[ cut here \]-+")
 _END = re.compile(r"^-+\[ end trace|^</TASK>|^ </TASK>")
 #: What may come behind the end; lockdep's kernels have the first four there.
 _AFTER = re.compile(r"^(irq event stamp: |(hard|soft)irqs last +(en|dis)abled at |-+\[ end trace|DMA-API: Mapped at)")
+#: What an oops has behind its stack: the modules, and all registers again (oops_end in arch/x86/kernel/dumpstack.c).
+_SUMMARY = re.compile(
+    r"^(?:Modules linked in|CR2: |-+\[ end trace|RIP: |Code: |[ER]?[A-D]X: |RSP: |RBP: |R\d\d: |FS: |CS: |DR\d: |PKRU: "
+    r"|Kernel Offset|note: )"
+)
 #: Lines that belong to a splat if they follow its first line.
 _BODY = re.compile(
     r"^(?:\s|$|Call Trace|\S+\+0x[0-9a-f]+/0x|\[<|Stack|task:"
@@ -217,7 +222,7 @@ class _Splat:
             self.open = after[0].startswith("DMA-API")  # the stack of the mapping follows
             return True
         if not self.open:
-            return False
+            return self.sign.name in ("oops", "bug") and bool(_SUMMARY.match(text))
         if text.startswith("task:") and self.sign.name != "hung-task":
             return False
         end = _WHOLE.get(self.sign.name)
