@@ -239,9 +239,15 @@ def test_what_belongs_to_an_address() -> None:
 
 
 def test_the_build_id() -> None:
+    """A note of GNU's, NT_GNU_BUILD_ID (3), whatever its section is called: the kernel's is .notes."""
     note = '.section .note.gnu.build-id,"a",@note\n.long 4, 3, 3\n.asciz "GNU"\n.byte 0xab, 0xcd, 0x01\n'
     assert program(function("f", "ret") + note).build_id == "abcd01"
-    assert program(function("f", "ret")).build_id == ""
+    assert program(function("f", "ret") + note.replace(".note.gnu.build-id", ".notes")).build_id == "abcd01"
+
+
+def test_code_without_a_build_id_is_distinct_from_other_code() -> None:
+    one, two = program(function("f", "ret")), program(function("f", "nop\nret"))
+    assert one.build_id == program(function("f", "ret"), "other").build_id != two.build_id
 
 
 # ---- files that are wrong ------------------------------------------------------------------

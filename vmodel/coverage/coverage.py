@@ -12,7 +12,8 @@ from typing import Any
 
 from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.errors import CoverageError
-from vmodel.coverage.program import CodeFunction, Program
+from vmodel.coverage.functions import CodeFunction
+from vmodel.coverage.program import Program
 from vmodel.coverage.registry import programs
 
 #: Bounds of what `from_json` reads: programs, instructions in each, and characters of names and build ids.

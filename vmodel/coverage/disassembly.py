@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,6 +16,14 @@ _RETURNS = frozenset({"ret", "retf", "retfq", "iret", "iretd", "iretq", "sysret"
 #: Undefined instructions by which the kernel marks static calls and warnings.  They have an operand, but Capstone gives
 #: them none.
 _UNDEFINED = frozenset({"ud0", "ud1"})
+#: Instructions that Capstone 5 does not know, by their bytes: the mnemonic, and whether an operand follows.
+#: AMD64 APM 3: PVALIDATE, PSMASH; Intel SDM 2: ENQCMD, ENQCMDS.
+_UNKNOWN = {
+    b"\xf2\x0f\x01\xff": ("pvalidate", False),
+    b"\xf3\x0f\x01\xff": ("psmash", False),
+    b"\xf2\x0f\x38\xf8": ("enqcmd", True),
+    b"\xf3\x0f\x38\xf8": ("enqcmds", True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +85,29 @@ class Referred:
     target: int | None
     text: str
 
+    @classmethod
+    def to(cls, target: int | None, name: str, offset: int) -> Referred:
+        """To `offset` bytes behind what has a name."""
+        return cls(target, f"{name}{offset:+#x}" if offset else name)
+
 
 def decode(
     code: bytes,
     address: int,
     referred: Mapping[int, Referred],
-    known: Sequence[int],
+    refer: Callable[[int], Referred],
+    starts: Sequence[int],
     undecoded: list[int],
 ) -> Iterator[Instruction]:
     """The instructions of a function, or of a part of one, that begins at `address`.
 
-    `referred`: by address of the operand, which is the last four bytes of a direct jump or call.  `known`: addresses at
-    which an instruction is known to begin, ascending: behind bytes that Capstone does not know, it goes on at
-    the next.  The addresses of such bytes are added to `undecoded`.
+    `referred`: what relocations refer to, by address of the operand: the last four bytes of a direct jump or call.
+    `refer`: what one without relocation refers to, by the target's address.  `starts`: addresses at which an
+    instruction is known to begin, ascending: behind bytes that Capstone does not know, it goes on at the next.  The
+    addresses of such bytes are added to `undecoded`.
     """
     at = 0
-    resume = iter(known)
+    resume = iter(starts)
     while at < len(code):
         for where, size, mnemonic, operands in _decoder().disasm_lite(code[at:], address + at):
             at = where + size - address
@@ -102,9 +117,13 @@ def decode(
                     at += more
                     yield Instruction(where, size + more, mnemonic, operands)
                     break
-            yield _instruction(where, size, mnemonic, operands, referred)
+            yield _instruction(where, size, mnemonic, operands, referred, refer)
         else:
-            if at < len(code):
+            if known := _UNKNOWN.get(code[at : at + 4]):
+                size = 4 + (_operand_size(code[at + 4 : at + 6]) if known[1] else 0)
+                yield Instruction(address + at, size, known[0], "")
+                at += size
+            elif at < len(code):
                 undecoded.append(address + at)
                 at = next((where for where in resume if where > address + at), address + len(code)) - address
 
@@ -119,32 +138,35 @@ def _operand_size(code: bytes) -> int:
 
 
 def _instruction(
-    address: int, size: int, mnemonic: str, operands: str, referred: Mapping[int, Referred]
+    address: int,
+    size: int,
+    mnemonic: str,
+    operands: str,
+    referred: Mapping[int, Referred],
+    refer: Callable[[int], Referred],
 ) -> Instruction:
     verb = mnemonic.rpartition(" ")[2]
-    if not (verb[0] == "j" or verb == "call" or verb in _COUNTED):
-        return Instruction(address, size, mnemonic, operands)
-    found = referred.get(address + size - 4)
-    if found is not None and size >= 5:
-        # A register or memory cannot be the operand of what has a relocation for a direct one: [rip + x] is written so.
-        direct = not operands.endswith("]")
-        return Instruction(
-            address, size, mnemonic, found.text if direct else operands, found.target if direct else None
-        )
-    try:
-        return Instruction(address, size, mnemonic, operands, int(operands, 16))
-    except ValueError:
-        return Instruction(address, size, mnemonic, operands)
+    # A direct jump or call has an address as operand; others have a register, or memory in brackets.
+    if operands.startswith("0x") and (verb[0] == "j" or verb == "call" or verb in _COUNTED):
+        found = referred.get(address + size - 4) if size >= 5 else None
+        found = found or refer(int(operands, 16))
+        return Instruction(address, size, mnemonic, found.text, found.target)
+    return Instruction(address, size, mnemonic, operands)
 
 
 def without_padding(instructions: Iterable[Instruction], targets: Collection[int]) -> list[Instruction]:
-    """Leaves out what never runs: nops, int3 and ud1 behind a jump without condition or a return, unless jumped to."""
+    """Leaves out what never runs: nops, int3 and ud1 behind a jump without condition or a return, and at the end.
+
+    What something jumps to stays.
+    """
     found: list[Instruction] = []
     behind = False
     for instruction in instructions:
         if not behind or instruction.address in targets or not _fills(instruction):
             behind = instruction.ends_block
             found.append(instruction)
+    while len(found) > 1 and _fills(found[-1]) and found[-1].address not in targets:
+        found.pop()
     return found
 
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from vmodel.compressed import decompress
 from vmodel.coverage.errors import CoverageError
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -32,6 +33,8 @@ SHN_LORESERVE = 0xFF00
 STT_NOTYPE, STT_FUNC, STT_SECTION = 0, 2, 3
 STB_LOCAL, STB_GLOBAL, STB_WEAK = 0, 1, 2
 _NT_GNU_BUILD_ID = 3
+#: gABI, "Section Compression": ELFCOMPRESS_ZLIB, ELFCOMPRESS_ZSTD.
+_ZLIB, _ZSTD = 1, 2
 R_X86_64_PC32, R_X86_64_PLT32 = 2, 4
 #: Bytes that a compressed section may have at most.
 _MAX_SECTION = 1 << 30
@@ -121,11 +124,13 @@ class ObjectFile:
         if len(data) < _COMPRESSION.size:
             raise self.damaged(f"{section.name} is cut off")
         kind, _, size, _ = _COMPRESSION.unpack_from(data)
-        if kind != 1 or size > _MAX_SECTION:
+        if kind not in (_ZLIB, _ZSTD) or size > _MAX_SECTION:
             raise CoverageError(f"{section.name} is compressed in an unknown way ({kind})", file=self.file)
         try:
+            if kind == _ZSTD:
+                return decompress(data[_COMPRESSION.size :], size)
             return zlib.decompressobj().decompress(data[_COMPRESSION.size :], max(size, 1))
-        except zlib.error as error:
+        except (zlib.error, ValueError) as error:
             raise self.damaged(f"{section.name}: {error}") from None
 
     def section(self, name: str) -> Section | None:
@@ -169,7 +174,7 @@ class ObjectFile:
     def build_id(self) -> str:
         """The linker's build id, as hexadecimal digits; "" if there is none."""
         for section in self.sections:
-            if section.type == SHT_NOTE and section.name == ".note.gnu.build-id":
+            if section.type == SHT_NOTE:
                 for name, kind, value in _notes(self.contents(section)):
                     if kind == _NT_GNU_BUILD_ID and name == b"GNU\0":
                         return value.hex()

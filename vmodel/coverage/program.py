@@ -6,45 +6,22 @@ loaded.  An address in the kernel is the one that it was linked for.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from vmodel.coverage.disassembly import Block, Instruction, blocks
+from vmodel.coverage.disassembly import Instruction
 from vmodel.coverage.errors import CoverageError
+from vmodel.coverage.functions import CodeFunction
+from vmodel.coverage.kernel_code import KernelCode
+from vmodel.coverage.kernel_image import KernelImage
 from vmodel.coverage.layout import TextLayout
+from vmodel.coverage.lines import Lines
 from vmodel.coverage.module_code import ModuleCode
 from vmodel.coverage.object_file import ET_REL, ObjectFile
-
-
-@dataclass(frozen=True, eq=False)
-class CodeFunction:
-    """A function with the parts that the compiler has moved away from it (NAME.cold), and without padding.
-
-    `address` is its entry; the instructions are in ascending order, those of moved parts behind its own.
-    Several functions of a program may have the same name: static ones of several source files.
-    """
-
-    name: str
-    section: str
-    address: int
-    instructions: tuple[Instruction, ...]
-
-    @cached_property
-    def addresses(self) -> tuple[int, ...]:
-        """Those of the instructions."""
-        return tuple(instruction.address for instruction in self.instructions)
-
-    def blocks(self) -> list[Block]:
-        """The instructions as blocks between jumps."""
-        return blocks(self.instructions)
-
-    def __repr__(self) -> str:
-        return (
-            f"CodeFunction({self.name!r}, {self.section!r}, {self.address:#x}, {len(self.instructions)} instructions)"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +37,8 @@ class Branch:
 @dataclass(frozen=True, eq=False)
 class Program:
     """The code of one module, or of a part of the kernel.  Two programs are the same if name and build id are.
+
+    `build_id`: the linker's, in hexadecimal digits; of a file without, a hash of its code.
 
     `notes`: what is not known about it, a line each, for example bytes that could not be decoded.
     """
@@ -82,12 +61,51 @@ class Program:
         if file.type != ET_REL:
             raise CoverageError("is no kernel module: an ELF file of another type", file=name)
         code = ModuleCode(file)
-        functions = tuple(
-            CodeFunction(known.name, known.section, known.address, known.instructions) for known in code.functions()
-        )
+        functions = tuple(code.functions())
         if not functions:
             raise CoverageError("has no functions in its symbol table: it was stripped", file=name)
-        return cls(name, file.build_id, functions, TextLayout.of_sections(file.sections), code.notes(), debug or elf)
+        layout = TextLayout.of_sections(file.sections)
+        return cls(name, _identity(file), functions, layout, _notes(code.undecoded), debug or elf)
+
+    @classmethod
+    def of_kernel(cls, image: KernelImage, prefixes: Sequence[str], debug: Path | None = None) -> Program:
+        """Of the kernel's functions whose names begin with one of the prefixes; its name is "vmlinux:PREFIX,...".
+
+        `debug`: the vmlinux of the same build that has debug information.  CoverageError: there is no such function.
+        """
+        file = ObjectFile(image.elf, image.path)
+        code = KernelCode(file, image.symbols, prefixes)
+        functions = tuple(code.functions())
+        name = f"vmlinux:{','.join(dict.fromkeys(prefixes))}"
+        return cls(name, _identity(file), functions, TextLayout(), _notes(code.undecoded), debug)
+
+    # ---- source lines -----------------------------------------------------------------------
+
+    def lines(self) -> Lines | None:
+        """The source lines of the instructions; None: there is no debug information.
+
+        They are read at the first call.  CoverageError: the file is damaged, cannot be read, or is of another build.
+        """
+        return self._lines
+
+    @cached_property
+    def _lines(self) -> Lines | None:
+        if self._debug is None:
+            return None
+        if isinstance(self._debug, bytes):
+            file = ObjectFile(self._debug, self.name)
+        else:
+            try:
+                file = ObjectFile(self._debug.read_bytes(), self._debug)
+            except OSError as error:
+                raise CoverageError(f"cannot be read: {error.strerror}", file=self._debug) from None
+            if file.build_id != self.build_id:
+                raise CoverageError(
+                    f"is not the debug information of this {self.name}: its build id is {file.build_id or 'missing'},"
+                    f" the module's is {self.build_id or 'missing'}",
+                    file=self._debug,
+                )
+        return Lines.of_file(file, {section.name: section.address for section in reversed(self.text.sections)})
 
     # ---- instructions -----------------------------------------------------------------------
 
@@ -144,3 +162,21 @@ class Program:
     def __reduce__(self) -> tuple[object, ...]:
         # What is cached can be computed again, and is large.
         return Program, (self.name, self.build_id, self.functions, self.text, self.notes, self._debug)
+
+
+def _identity(file: ObjectFile) -> str:
+    """The build id; of a file without, a hash of its code."""
+    if file.build_id:
+        return file.build_id
+    code = hashlib.sha1(usedforsecurity=False)
+    for section in file.sections:
+        if section.executable:
+            code.update(section.name.encode() + b"\0" + file.contents(section))
+    return code.hexdigest()
+
+
+def _notes(undecoded: list[int]) -> tuple[str, ...]:
+    if not undecoded:
+        return ()
+    places = ", ".join(f"{address:#x}" for address in undecoded[:3])
+    return (f"bytes that Capstone cannot decode, at {len(undecoded)} places: {places}",)
