@@ -75,7 +75,7 @@ def test_document() -> None:
     assert (found["kind"], found["version"], found["title"]) == ("coverage", 1, "card")
     (module,) = found["modules"]
     assert module["instructions"] == {"total": 13, "clean": 9, "only_faults": 3, "never": 1}
-    assert module["lines"] is None and module["note"] is None and module["build_id"] == card().build_id
+    assert module["lines"] is None and module["notes"] == [] and module["build_id"] == card().build_id
     assert module["functions"][0] == {
         "name": "probe",
         "section": ".text",

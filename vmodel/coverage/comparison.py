@@ -14,7 +14,10 @@ from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.frontier import Untaken, untaken
-from vmodel.coverage.program import CodeFunction, Program
+from vmodel.coverage.functions import CodeFunction
+from vmodel.coverage.line_table import Place
+from vmodel.coverage.lines import Lines
+from vmodel.coverage.program import Program
 from vmodel.coverage.registry import programs
 
 
@@ -66,7 +69,7 @@ class FunctionRow:
     function: CodeFunction
     instructions: Tally
     lines: Tally | None
-    place: tuple[str, int] | None
+    place: Place | None
 
     @property
     def name(self) -> str:
@@ -76,7 +79,10 @@ class FunctionRow:
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """A module, and its functions by address.  `note`: why these are unknown; `instructions.total` is 0 then."""
+    """A module, and its functions by address.
+
+    `note`: why these are unknown; `instructions.total` is 0 then.  `notes`: what else is not known, a line each.
+    """
 
     name: str
     build_id: str
@@ -84,6 +90,7 @@ class ModuleRow:
     lines: Tally | None
     functions: tuple[FunctionRow, ...]
     note: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def functions_reached(self) -> int:
@@ -161,18 +168,50 @@ class Comparison:
         """By file and number: whether any instruction of a source line ran.  Lines without code are not in it."""
         found: dict[str, dict[int, Reach]] = {}
         for name in self.programs:
-            for address, (file, line) in self.places(name).items():
-                reach, lines = self.reach(name, address), found.setdefault(file, {})
-                lines[line] = max(reach, lines.get(line, Reach.NEVER))
+            for address, places in self.all_places(name).items():
+                reach = self.reach(name, address)
+                for file, line in places:
+                    lines = found.setdefault(file, {})
+                    lines[line] = max(reach, lines.get(line, Reach.NEVER))
         return {file: dict(sorted(found[file].items())) for file in sorted(found)}
 
-    def places(self, module: str) -> Mapping[int, tuple[str, int]]:
-        """By address: file and line of a module's instructions; empty without debug information."""
-        return self._places[module]
+    def places(self, module: str) -> Mapping[int, Place]:
+        """By address: file and line that a module's instruction is from; empty without debug information."""
+        return self._places.get(module, {})
+
+    def all_places(self, module: str) -> Mapping[int, Sequence[Place]]:
+        """By address: all source lines that run with an instruction, its own first, then those of empty statements."""
+        return self._all_places.get(module, {})
 
     @cached_property
-    def _places(self) -> Mapping[str, Mapping[int, tuple[str, int]]]:
-        return {name: _places_of(program) for name, program in self.programs.items()}
+    def _places(self) -> Mapping[str, Mapping[int, Place]]:
+        return {
+            name: {address: place for address in self.programs[name].addresses if (place := lines.at(address))}
+            for name, lines in self._lines.items()
+            if isinstance(lines, Lines)
+        }
+
+    @cached_property
+    def _all_places(self) -> Mapping[str, Mapping[int, Sequence[Place]]]:
+        return {
+            name: {a: [place, *sorted(lines.of([a]) - {place})] for a, place in self.places(name).items()}
+            for name, lines in self._lines.items()
+            if isinstance(lines, Lines)
+        }
+
+    @cached_property
+    def _lines(self) -> Mapping[str, Lines | str]:
+        """By module: its source lines, or why they are not known; without debug information it is left out."""
+        found: dict[str, Lines | str] = {}
+        for name, program in self.programs.items():
+            try:
+                lines = program.lines()
+            except CoverageError as error:
+                found[name] = str(error)
+            else:
+                if lines is not None:
+                    found[name] = lines
+        return found
 
     @cached_property
     def modules(self) -> Sequence[ModuleRow]:
@@ -183,22 +222,35 @@ class Comparison:
         build_id = self.everything.build_ids[name]
         if isinstance(found, str):
             return ModuleRow(name, build_id, Tally(), None, (), found)
-        places = self.places(name)
-        rows = tuple(self._function(name, function, places) for function in found.functions)
+        rows = tuple(self._function(name, function) for function in found.functions)
+        lines = self._lines.get(name)
         reaches = {address: self.reach(name, address) for address in found.addresses}
         return ModuleRow(
             name,
             build_id,
             Tally.of(iter(reaches.values())),
-            _lines_of(found.addresses, reaches, places) if places else None,
+            self._lines_of(name, reaches),
             rows,
+            notes=(*found.notes, *([lines] if isinstance(lines, str) else [])),
         )
 
-    def _function(self, module: str, function: CodeFunction, places: Mapping[int, tuple[str, int]]) -> FunctionRow:
+    def _function(self, module: str, function: CodeFunction) -> FunctionRow:
         reaches = {address: self.reach(module, address) for address in function.addresses}
         tally = Tally.of(iter(reaches.values()))
-        lines = _lines_of(function.addresses, reaches, places) if places else None
-        return FunctionRow(module, function, tally, lines, places.get(function.address))
+        return FunctionRow(
+            module, function, tally, self._lines_of(module, reaches), self.places(module).get(function.address)
+        )
+
+    def _lines_of(self, module: str, reaches: Mapping[int, Reach]) -> Tally | None:
+        """Of the source lines of these instructions; None: they are not known."""
+        places = self.all_places(module)
+        if not places:
+            return None
+        lines: dict[Place, Reach] = {}
+        for address, reach in reaches.items():
+            for place in places.get(address, ()):
+                lines[place] = max(reach, lines.get(place, Reach.NEVER))
+        return Tally.of(iter(lines.values()))
 
     @cached_property
     def untaken(self) -> Sequence[Untaken]:
@@ -227,15 +279,3 @@ class Comparison:
             counts[key] = counts.get(key, 0) + 1
         most = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
         return tuple((module, name, count) for (module, name), count in most)
-
-
-def _lines_of(addresses: Sequence[int], reaches: Mapping[int, Reach], places: Mapping[int, tuple[str, int]]) -> Tally:
-    lines: dict[tuple[str, int], Reach] = {}
-    for address in addresses:
-        if place := places.get(address):
-            lines[place] = max(reaches[address], lines.get(place, Reach.NEVER))
-    return Tally.of(iter(lines.values()))
-
-
-def _places_of(program: Program) -> Mapping[int, tuple[str, int]]:
-    return {}

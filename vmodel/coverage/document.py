@@ -43,7 +43,7 @@ def _module(module: ModuleRow) -> dict[str, Any]:
     return {
         "name": module.name,
         "build_id": module.build_id,
-        "note": module.note or None,
+        "notes": [*([module.note] if module.note else []), *module.notes],
         "instructions": _tally(module.instructions),
         "lines": _tally(module.lines),
         "functions": [_function(row) for row in module.functions],

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.disassembly import Block, Instruction
-from vmodel.coverage.program import CodeFunction, Program
+from vmodel.coverage.functions import CodeFunction
+from vmodel.coverage.program import Program
 
 #: Functions of the kernel that say that something is wrong.
 _COMPLAINS = re.compile(

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vmodel.coverage.disassembly import Instruction
-from vmodel.coverage.program import CodeFunction, Program
+from vmodel.coverage.functions import CodeFunction
+from vmodel.coverage.program import Program
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def table(comparison: Comparison, limit: int = _FUNCTIONS) -> RenderableType:
         if module.note:
             parts.append(Text(module.note))
         else:
+            parts += [Text(note) for note in module.notes]
             parts += _functions(module, bool(comparison.faults), limit)
     return Group(*parts)
 
