@@ -40,10 +40,49 @@ remove:
 """
 
 
+#: The source that `lined` says it is from; line 3 is that of the call, the comparison and the jump.
+TEXT = """int probe(void)
+{
+    if (helper() < 0)
+        return -EINVAL;
+    return 0;
+}
+
+int helper(void) { return 1; }
+void remove(void) {}
+"""
+_LINES = {"push": 2, "call": 3, "xor": 5, "1:": 4, "mov $1": 8}
+
+
 @cache
 def card() -> Program:
     """The program."""
     return programs.add(program(SOURCE, "card"))
+
+
+@cache
+def lined() -> Program:
+    """The same with debug information, but for remove()."""
+    rows = ['.file 1 "driver/card.c"']
+    for row in SOURCE.splitlines():
+        rows += [f".loc 1 {line}" for word, line in _LINES.items() if row.strip().startswith(word)]
+        if row == ".type remove, @function":
+            rows.append('.section .text.remove,"ax",@progbits')  # of a section without lines
+        rows.append(row)
+    return programs.add(program("\n".join(rows), "lined"))
+
+
+def with_lines() -> Comparison:
+    """As `comparison`, of `lined`."""
+
+    def same(coverage: Coverage) -> Coverage:
+        ranges = []
+        for name in ("probe", "helper", "remove"):
+            pairs = zip(card().function(name).addresses, lined().function(name).addresses, strict=True)
+            ranges += [(there, there + 1) for here, there in pairs if ("card", here) in coverage]
+        return Coverage.of_ranges(lined(), ranges)
+
+    return Comparison(same(CLEAN), {"lost": same(CLEAN), "stuck": same(FAILED)}, title="card")
 
 
 def ran(*functions: str, without: range = range(0), only: range = range(99)) -> Coverage:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.coverage.card import CLEAN, FAILED, card, comparison, ran
-from tests.coverage.objects import function, program
+from tests.coverage.card import CLEAN, FAILED, card, comparison, ran, with_lines
+from tests.coverage.objects import compiled, function, program
 from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.comparison import Comparison, Reach, Tally
 from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.frontier import Untaken, untaken
+from vmodel.coverage.program import Program
+from vmodel.coverage.registry import programs
+
+#: The end of the path in debug information; DWARF 5 has the compiler's folder before it.
+CARD = "driver/card.c"
 
 
 def test_a_single_coverage() -> None:
@@ -62,6 +69,44 @@ def test_different_builds_do_not_mix() -> None:
     other = Coverage({"card": AddressSet([1])}, {"card": "ab"})
     with pytest.raises(CoverageError, match="different builds does not mix"):
         _ = Comparison(CLEAN, {"lost": other}).modules
+
+
+# ---- source lines --------------------------------------------------------------------------------------
+
+
+def test_lines() -> None:
+    found = with_lines()
+    (module,) = found.modules
+    assert module.lines == Tally(5, 4, 1) and module.notes == ()
+    rows = {
+        row.name: (row.lines, row.place and (row.place[0].endswith(CARD), row.place[1])) for row in module.functions
+    }
+    assert rows == {
+        "probe": (Tally(4, 3, 1), (True, 2)),
+        "helper": (Tally(1, 1, 0), (True, 8)),
+        "remove": (Tally(0, 0, 0), None),
+    }
+    ((file, lines),) = found.lines.items()
+    assert file.endswith(CARD)
+    assert lines == {2: Reach.CLEAN, 3: Reach.CLEAN, 4: Reach.FAULTS, 5: Reach.CLEAN, 8: Reach.CLEAN}
+
+
+def test_without_debug_information_lines_are_unknown() -> None:
+    (module,) = comparison().modules
+    assert module.lines is None and {row.lines for row in module.functions} == {None}
+    assert comparison().lines == {}
+
+
+def test_debug_information_of_another_build(tmp_path: Path) -> None:
+    other = tmp_path / "other.ko"
+    other.write_bytes(
+        compiled(function("f", "ret") + '.section .note.gnu.build-id,"a",@note\n.long 4, 4, 3, 0x554e47, 1\n')
+    )
+    own = programs.add(Program.of_module("another", compiled(function("f", "nop\nret")), other))
+    (module,) = Comparison(Coverage.of_ranges(own, [(0, 1 << 20)])).modules
+    assert module.lines is None and module.instructions == Tally(2, 2, 0)
+    (note,) = module.notes
+    assert note.startswith(f"{other}: is not the debug information of this another: its build id is 01000000")
 
 
 # ---- branches that were never taken --------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.campaign.browser import Browser
-from tests.coverage.card import CLEAN, card, comparison
+from tests.coverage.card import CLEAN, TEXT, card, comparison, lined, with_lines
 from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.comparison import Comparison
 from vmodel.coverage.coverage import Coverage
@@ -155,6 +155,25 @@ def test_code_in_the_page() -> None:
     ]
 
 
+def test_source_in_the_page(tmp_path: Path) -> None:
+    (tmp_path / "driver").mkdir()
+    (tmp_path / "driver" / "card.c").write_text(TEXT)
+    data = code_of(html(with_lines(), Sources([tmp_path])))
+    ((file, text, lines),) = data["files"]
+    assert file.endswith("driver/card.c") and "\n".join(text) == TEXT
+    assert lines == {"2": 2, "3": 2, "4": 1, "5": 2, "8": 2}
+    name, home, first, last, rows = data["functions"][f"lined/{lined().function('probe').address:x}"]
+    assert (name, home, first, last) == ("probe", 0, 2, 5)
+    assert rows[1][1:] == ["call helper", 2, 0, 3]
+    assert code_of(html(with_lines()))["files"][0][1] is None, "the file is not here"
+
+
+def test_lines_in_json() -> None:
+    (module,) = document(with_lines())["modules"]
+    assert module["lines"] == {"total": 5, "clean": 4, "only_faults": 1, "never": 0}
+    assert module["functions"][0]["line"] == 2 and module["functions"][0]["file"].endswith("driver/card.c")
+
+
 # ---- source files ---------------------------------------------------------------------------------------
 
 
@@ -180,6 +199,17 @@ def test_debug_information_cannot_name_any_file(file: str, tmp_path: Path) -> No
 # ---- in a browser ---------------------------------------------------------------------------------------
 
 
+def once(condition: str, then: str = "true") -> str:
+    """A promise in JavaScript of an expression's value, as soon as a condition holds."""
+    return f"new Promise(done => {{ const look = () => {condition} ? done({then}) : setTimeout(look, 20); look(); }})"
+
+
+#: The title of the view of code, once it is open.
+OPENED = once("view.open", "document.getElementById('view-title').textContent")
+#: The view's rows.
+ROWS = "[...document.querySelectorAll('#code div')].map(row => row.className + row.textContent)"
+
+
 @pytest.fixture
 def browser(tmp_path: Path) -> Any:
     try:
@@ -188,6 +218,23 @@ def browser(tmp_path: Path) -> Any:
         pytest.skip(str(error))
     with Browser(tmp_path / "profile") as found:
         yield found
+
+
+@pytest.mark.slow
+def test_source_in_chromium(tmp_path: Path, browser: Browser) -> None:
+    (tmp_path / "driver").mkdir()
+    (tmp_path / "driver" / "card.c").write_text(TEXT)
+    write(with_lines(), tmp_path / "out", sources=[tmp_path])
+    address = lined().function("probe").address
+    browser.open(tmp_path / "out" / "index.html", f"#code=lined/{address:x}")
+    assert browser.js(OPENED).endswith("driver/card.c")
+    assert browser.js(ROWS)[2:5] == ["r23●    if (helper() < 0)", "r14◐        return -EINVAL;", "r25●    return 0;"]
+    browser.js("document.getElementById('as-instructions').click()")
+    shown = browser.js(once("code.children.length > 7", ROWS))
+    assert shown[0].startswith("where") and shown[0].endswith("driver/card.c:2  {") and shown[1].endswith("●push rbx")
+    browser.js("document.querySelector('#source-table a').click()")
+    assert browser.js(once("code.children.length === 10"))
+    assert browser.said == []
 
 
 @pytest.mark.slow
@@ -205,19 +252,14 @@ def test_the_page_in_chromium(tmp_path: Path, browser: Browser) -> None:
     assert browser.js("document.getElementById('view').open") is False
     address = card().function("probe").addresses[7]
     browser.js(f"location.hash = '#code=card/{card().function('probe').address:x}/{address:x}'")
-    title = (
-        "new Promise(done => { const look = () => view.open ? done(document.getElementById('view-title').textContent)"
-        " : setTimeout(look, 20); look(); })"
-    )
-    assert browser.js(title) == "probe (card)"
+    assert browser.js(OPENED) == "probe (card)"
     assert browser.js("document.querySelector('.here').textContent") == f"{address:x}◐mov eax, 0xffffffea"
     assert (
         browser.js("[...document.querySelectorAll('#code div')].map(row => row.className.split(' ')[0]).join('')")
         == "r2" * 7 + "r1" * 3
     )
     browser.js("document.getElementById('close').click()")
-    gone = "new Promise(done => { const look = () => location.hash ? setTimeout(look, 20) : done(true); look(); })"
-    assert browser.js(gone)
+    assert browser.js(once("!location.hash"))
     browser.js("document.querySelector('#function-table thead th:nth-child(4) button').click()")
     names = "[...document.querySelectorAll('#function-table tbody td.name')].map(cell => cell.textContent).join(' ')"
     assert browser.js(names) == "remove helper probe"

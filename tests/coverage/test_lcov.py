@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.coverage.card import CLEAN, card, comparison
+from tests.coverage.card import CLEAN, TEXT, card, comparison, lined, with_lines
 from vmodel.coverage.comparison import Comparison
+from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.lcov import lcov
 from vmodel.coverage.listing import listing
 from vmodel.coverage.sources import Sources
@@ -71,6 +72,29 @@ def test_faults_are_a_second_test() -> None:
     assert (clean["TN"], faults["TN"]) == (["clean"], ["faults"])
     assert clean["LH"] == ["9"] and faults["LH"] == ["12"]
     assert faults["BRDA"] == ["8,0,0,1", "8,0,1,1"]
+
+
+def test_lines_of_source(tmp_path: Path) -> None:
+    (tmp_path / "driver").mkdir()
+    (tmp_path / "driver" / "card.c").write_text(TEXT)
+    clean, faults = records(lcov(with_lines(), {}, Sources([tmp_path])))
+    assert clean["SF"] == faults["SF"] == [f"{tmp_path}/driver/card.c"]
+    assert clean["FN"] == ["2,probe", "8,helper"] and clean["FNH"] == ["2"]
+    assert clean["DA"] == ["2,1", "3,1", "4,0", "5,1", "8,1"]
+    assert faults["DA"] == ["2,1", "3,1", "4,1", "5,1", "8,1"]
+    assert clean["BRDA"] == ["3,0,0,0", "3,0,1,1"] and faults["BRDA"] == ["3,0,0,1", "3,0,1,1"]
+
+
+def test_source_that_is_not_here_keeps_its_path() -> None:
+    record = records(lcov(with_lines(), {}, Sources()))[0]
+    assert record["SF"][0].endswith("driver/card.c")
+
+
+def test_a_line_that_ran_without_its_jump_says_nothing_of_branches() -> None:
+    """genhtml 2 refuses others ("line is hit but no branches on line have been evaluated")."""
+    call = lined().function("probe").addresses[1]
+    (record,) = records(lcov(Comparison(Coverage.of_ranges(lined(), [(call, call + 1)])), {}, Sources()))
+    assert "3,1" in record["DA"] and "BRDA" not in record and record["BRF"] == ["0"]
 
 
 def test_a_jump_that_did_not_run_has_no_counts() -> None:

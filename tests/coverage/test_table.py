@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tests.coverage.card import CLEAN, card, comparison
+from tests.coverage.card import CLEAN, card, comparison, with_lines
 from tests.coverage.objects import function, program
 from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.comparison import Comparison, Tally
@@ -44,6 +44,16 @@ def test_with_faults() -> None:
     lines = shown(comparison()).splitlines()
     assert lines[0].split() == ["Module", "Functions", "Instructions", "reached", "Faults", "only"]
     assert lines[1].split() == ["card", "2", "of", "3", "12", "of", "13", "92", "%", "3"]
+
+
+def test_with_lines() -> None:
+    lines = shown(with_lines()).splitlines()
+    assert lines[0].split() == ["Module", "Functions", "Instructions", "reached", "Lines", "Faults", "only"]
+    assert " ".join(lines[1].split()) == "lined 2 of 3 12 of 13 92 % 5 of 5 100 % 3"
+    (clean,) = [
+        " ".join(line.split()) for line in shown(Comparison(with_lines().clean)).splitlines() if "card.c" in line
+    ]
+    assert clean == "probe card.c:2 7 of 10 70 % 3 of 4 75 %"
 
 
 def many(count: int) -> Comparison:
