@@ -1,4 +1,4 @@
-"""scripts/bench --nvme: what NVMe costs a guest, by our controller and by QEMU's own in the same run; rows 11 and 12.
+"""scripts/bench --nvme: what NVMe costs a guest, by our controller and by QEMU's own in the same run; rows 11, 12, 19.
 
 Unlike the other rows these are not pinned: a guest's vCPU and the server each want a CPU.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,15 @@ COUNTS = (2000, 2000, 200, 200)
 IMAGE = 128 * MiB
 
 #: By (whose, IOMMU).
-GUESTS = (("vmodel", ""), ("QEMU", ""), ("vmodel", "VT-d"), ("vmodel", "virtio-iommu"), ("QEMU", "virtio-iommu"))
+COVERED = "vmodel, with coverage"
+GUESTS = (
+    ("vmodel", ""),
+    (COVERED, ""),
+    ("QEMU", ""),
+    ("vmodel", "VT-d"),
+    ("vmodel", "virtio-iommu"),
+    ("QEMU", "virtio-iommu"),
+)
 MACHINE = """
 [machine]
 name = "bench"
@@ -58,7 +66,7 @@ class Measured:
     slow: float
 
 
-def _samples(program: Path, iommu: str, qemu_args: list[str]) -> list[tuple[float, ...]]:
+def _samples(program: Path, iommu: str, qemu_args: list[str], coverage: Sequence[str] = ()) -> list[tuple[float, ...]]:
     """A line for each repetition and kind."""
     spec = GuestSpec(
         command=["./nvme_io", "/dev/nvme0n1", str(REPEAT)],
@@ -66,6 +74,7 @@ def _samples(program: Path, iommu: str, qemu_args: list[str]) -> list[tuple[floa
         modules=[*(["virtio_iommu"] if iommu == "virtio-iommu" else []), "nvme"],
         files=[program],
         qemu_args=qemu_args,
+        coverage=coverage,
         timeout=180,
     )
     result = run_guest(spec)
@@ -75,12 +84,12 @@ def _samples(program: Path, iommu: str, qemu_args: list[str]) -> list[tuple[floa
     return [tuple(map(float, line.split())) for line in lines]
 
 
-def _ours(program: Path, folder: Path, iommu: str) -> list[tuple[float, ...]]:
+def _ours(program: Path, folder: Path, iommu: str, coverage: Sequence[str] = ()) -> list[tuple[float, ...]]:
     text = MACHINE + (IOMMU.format(iommu.lower()) if iommu else "")
     machine = parse(text, folder / "m.toml")
     try:
         with machine.serve(folder):
-            return _samples(program, iommu, machine.qemu_args(folder))
+            return _samples(program, iommu, machine.qemu_args(folder), coverage)
     finally:
         machine.remove_acpi(folder)
         machine.close()
@@ -107,7 +116,10 @@ def from_guests(folder: Path, say: Say) -> Iterator[Measured]:
     for number in range(ROUNDS):
         for whose, iommu in GUESTS:
             say(f"{whose}{' with ' if iommu else ''}{iommu}, {number + 1} of {ROUNDS}")
-            found[whose, iommu] += (_ours if whose == "vmodel" else _qemus)(program, folder, iommu)
+            if whose == COVERED:
+                found[whose, iommu] += _ours(program, folder, iommu, ["nvme", "nvme_core"])
+            else:
+                found[whose, iommu] += (_ours if whose == "vmodel" else _qemus)(program, folder, iommu)
     for (whose, iommu), lines in found.items():
         for n, kind in enumerate(KINDS):
             columns = zip(*lines[n :: len(KINDS)], strict=True)
@@ -115,7 +127,7 @@ def from_guests(folder: Path, say: Say) -> Iterator[Measured]:
 
 
 def rows(measured: list[Measured]) -> Iterator[Row]:
-    """Rows 11 and 12: ours over QEMU's."""
+    """Rows 11 and 12: ours over QEMU's; row 19: with coverage over without."""
     times = {(m.whose, m.iommu, m.kind): m.total for m in measured}
     for number, iommu, theirs, reach in (
         (11, "", "", 1.1),
@@ -125,6 +137,9 @@ def rows(measured: list[Measured]) -> Iterator[Row]:
         for count, kind in zip(COUNTS, KINDS, strict=True):
             what = f"guest NVMe, {'behind ' + iommu if iommu else 'no IOMMU'}: {count:,} {kind}"
             yield Row(number, what, times["vmodel", iommu, kind] / times["QEMU", theirs, kind], reach, "of QEMU's")
+    for count, kind in zip(COUNTS, KINDS, strict=True):
+        what = f"guest NVMe with coverage: {count:,} {kind}"
+        yield Row(19, what, times[COVERED, "", kind] / times["vmodel", "", kind], 1.1, "of the time without")
 
 
 def table(measured: list[Measured]) -> Table:

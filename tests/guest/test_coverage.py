@@ -6,18 +6,22 @@ What is expected is written down from paths.S, where each instruction has a labe
 from __future__ import annotations
 
 import io
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from elftools.elf.elffile import ELFFile
 
+from tests.cli.commands import EXAMPLE, refused, vmodel
 from tests.guest.kernels import CHOSEN
+from tests.packages.archive import fake_qemu
 from vmodel.coverage.coverage import Coverage
-from vmodel.guest.artifacts import Kernel, find_kernel
+from vmodel.guest.artifacts import STABLE, Kernel, find_kernel
 from vmodel.guest.booted import BootedGuest
 from vmodel.guest.kbuild import build
-from vmodel.guest.running import GuestSpec
+from vmodel.guest.running import Guest, GuestPanic, GuestSpec
 
 pytestmark = pytest.mark.guest
 SOURCE = Path(__file__).parent / "branches"
@@ -62,8 +66,6 @@ def labels(module: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def check(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import subprocess
-
     target = tmp_path_factory.mktemp("check") / "branches_check"
     source = SOURCE.parent / "branches_check.c"
     subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", target, source], check=True)
@@ -149,8 +151,6 @@ def test_functions(kernel: Kernel, module: Path, check: Path) -> None:
 
 def test_a_whole_run(kernel: Kernel, module: Path, check: Path) -> None:
     """From the boot to the end, also of a guest that panics."""
-    from vmodel.guest.running import Guest, GuestPanic
-
     spec = GuestSpec(
         command="./branches_check 1 3; echo c > /proc/sysrq-trigger",
         kernel=kernel,
@@ -166,3 +166,73 @@ def test_a_whole_run(kernel: Kernel, module: Path, check: Path) -> None:
     reached = {(f.module, f.name) for f in found.functions() if f.reached}
     assert {("branches", "branches_init"), ("branches", "branches_ioctl"), ("branches", "branches_path")} <= reached
     assert ("branches", "branches_never") not in reached
+
+
+# ---- the command ------------------------------------------------------------------------------
+
+
+def guest(*arguments: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return vmodel("guest", EXAMPLE, "--run-dir", cwd / "run", *arguments, cwd=cwd, **env)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """The table comes at the end, on stderr; also if the command fails."""
+    done = guest("--module", "dummy", "--coverage", "dummy", "--coverage-out", "out", "--", "false", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(r"^Module +Functions +Instructions reached$", done.stderr, re.M)
+    assert re.search(r"^dummy +\d+ of \d+ +\d+ of \d+ +\d+ %$", done.stderr, re.M)
+    lines = done.stderr.splitlines()
+    assert {len(line) for line in lines if line.endswith(" %")} == {80}
+    assert lines[-1] == f"vmodel: {tmp_path}/out/index.html shows it; beside it: coverage.info, coverage.json, dummy.s"
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"index.html", "coverage.info", "coverage.json"} <= written
+    info = (tmp_path / "out" / "coverage.info").read_text()
+    assert re.search(r"^FNDA:[1-9]\d*,dummy_init_module$", info, re.M)
+    assert re.search(r"^FNDA:0,dummy_cleanup_module$", info, re.M)
+
+
+@pytest.mark.parametrize(
+    "arguments, env, said",
+    [
+        (["--coverage", "nvmee"], {}, "kernel {release} has no module 'nvmee', and none is in the guest"),
+        (["--coverage", "ext4x.ko"], {}, "ext4x.ko: cannot be read: No such file or directory"),
+        (
+            ["--coverage", "virtio_pci"],
+            {},
+            "virtio_pci is built into kernel {release}: write vmlinux:PREFIX, with which its functions begin",
+        ),
+        (
+            ["--coverage", "nvme"],
+            {"VMODEL_ACCEL": "kvm"},
+            "coverage needs TCG, as QEMU does not see what runs under KVM: unset VMODEL_ACCEL",
+        ),
+        (["--coverage-out", "out"], {}, "--coverage-out: there is no --coverage, as --coverage nvme"),
+    ],
+)
+def test_what_is_wrong(arguments: list[str], env: dict[str, str], said: str, tmp_path: Path) -> None:
+    release = find_kernel(STABLE).release
+    done = guest(*arguments, "--", "true", cwd=tmp_path, **env)
+    assert refused(done) == said.format(release=release)
+
+
+def test_a_qemu_that_is_too_old(tmp_path: Path) -> None:
+    old = fake_qemu(tmp_path / "qemu", version="11.0.0")
+    done = guest("--coverage", "nvme", "--", "true", cwd=tmp_path, VMODEL_QEMU=str(old))
+    assert refused(done) == "coverage needs QEMU 11.1 or newer, not 11.0.0: ./scripts/get-qemu fetches one"
+
+
+def test_a_qemu_without_plugins(tmp_path: Path) -> None:
+    """One that was built without them says that it has no such option."""
+    qemu = tmp_path / "qemu"
+    qemu.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && echo "QEMU emulator version 11.1.3" && exit\n'
+        '[ "$1" = -device ] && echo \'name "vfio-user-pci"\' && exit\n'
+        'echo "qemu: -plugin: invalid option" >&2; exit 1\n'
+    )
+    qemu.chmod(0o755)
+    done = guest("--coverage", "nvme", "--", "true", cwd=tmp_path, VMODEL_QEMU=str(qemu))
+    assert refused(done, 125) == (
+        "QEMU ended with status 1, as it does not take vmodel's plugin for coverage, before the command:"
+        " qemu: -plugin: invalid option"
+    )

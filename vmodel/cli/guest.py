@@ -36,6 +36,11 @@ from vmodel.cli.serve import (
     traced,
 )
 from vmodel.cli.terminal import ESCAPE_NAME, Terminal
+from vmodel.coverage.comparison import Comparison
+from vmodel.coverage.coverage import Coverage
+from vmodel.coverage.folder import write
+from vmodel.coverage.table import table
+from vmodel.coverage.target import Target
 from vmodel.errors import ConfigError
 from vmodel.experiment.oracle import Finding
 from vmodel.guest import artifacts, modules, options
@@ -84,6 +89,16 @@ Interactive = Annotated[
     bool, typer.Option("--interactive", "-i", help="Forward standard input; a terminal becomes COMMAND's.")
 ]
 
+Coverages = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--coverage", metavar="CODE", help="Print what ran of a module, a .ko file, or vmlinux:PREFIX; repeatable."
+    ),
+]
+CoverageOut = Annotated[
+    Path | None,
+    typer.Option("--coverage-out", metavar="DIR", help="Write it to DIR, as HTML, JSON and lcov's coverage.info."),
+]
 Gdb = Annotated[bool, typer.Option("--gdb", help="Wait for gdb before devices are bound; print how to start it.")]
 
 log = logging.getLogger(__name__)
@@ -118,6 +133,8 @@ def guest(
     stats: Stats = False,
     interactive: Interactive = False,
     gdb: Gdb = False,
+    coverage: Coverages = None,
+    coverage_out: CoverageOut = None,
     verbose: Verbose = False,
     device: Devices = None,
     register: Registers = None,
@@ -158,6 +175,8 @@ def guest(
         raise ConfigError("-i and --debug-model: both take the terminal: use one of them")
     if not timeout > 0:  # neither is NaN
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
+    if coverage_out and not coverage:
+        raise ConfigError("--coverage-out: there is no --coverage, as --coverage nvme")
     slowness()
     fails = ending.kinds(fail_on)
     wanted = traced(verbose, device, register)
@@ -179,6 +198,7 @@ def guest(
             timeout=timeout,
             qemu=artifacts.find_qemu(),
             gdb=gdb,
+            coverage=[options.at_option("--coverage", _target, entry) for entry in coverage or ()],
         )
         fetch_for(
             [kernel or machine.content.guest.kernel or artifacts.STABLE],
@@ -189,17 +209,20 @@ def guest(
             spec.qemu_args = [*spec.qemu_args, *machine.qemu_args(folder, debug=debug_model)]
             ended: GuestResult | GuestRunError
             reports: list[tuple[ending.Kind, Finding]] = []
+            reached: Coverage | None = None
             try:
                 with Terminal(sys.stdin.fileno()) if on_tty else contextlib.nullcontext() as terminal:
                     if interactive:
                         spec.command = _announced(command, terminal)
                     quiet = interactive or debug_model
-                    ended, reports = _watch(spec, artifacts_dir, stop, interactive, quiet, terminal, out, err)
+                    ended, reports, reached = _watch(spec, artifacts_dir, stop, interactive, quiet, terminal, out, err)
             except GuestRunError as error:
                 ended = error
             err.end_line()
             if stats and isinstance(ended, GuestResult):
                 summary(server, machine, ended)
+            if reached is not None:
+                _show_coverage(reached, " ".join(command), coverage_out)
         # The server has stopped: a hook that does not return is known now.
         found = [ending.Kind.MODEL] if ending.model_errors(machine) else []
         if stop.number:
@@ -225,7 +248,7 @@ def _watch(
     terminal: Terminal | None,
     out: Screen,
     err: Screen,
-) -> tuple[GuestResult | GuestRunError, list[tuple[ending.Kind, Finding]]]:
+) -> tuple[GuestResult | GuestRunError, list[tuple[ending.Kind, Finding]], Coverage | None]:
     messages = console(sys.stderr)
     release = spec.kernel.release if spec.kernel else ""
     spin = messages.is_terminal and not quiet
@@ -259,7 +282,25 @@ def _watch(
                 ended = running.wait()
             except GuestRunError as error:
                 ended = error
-            return ended, ending.kernel_findings(running.console, running.places.of)
+            recorded = running.coverage
+            reached = recorded.taken() if recorded is not None and recorded.recorder.loaded else None
+            return ended, ending.kernel_findings(running.console, running.places.of), reached
+
+
+def _target(text: str, base: Path) -> str:
+    """A target of coverage, checked."""
+    Target.parse(text)
+    return text
+
+
+def _show_coverage(reached: Coverage, title: str, out: Path | None) -> None:
+    """Prints the table on stderr, as stdout is the command's; writes the reports."""
+    comparison = Comparison(reached, title=title)
+    show(table(comparison), console(sys.stderr))
+    if out is not None:
+        page, *others = write(comparison, out)
+        beside = ", ".join(path.name for path in others)
+        print(f"vmodel: {page} shows it; beside it: {beside}", file=sys.stderr)
 
 
 def _announced(command: list[str], terminal: Terminal | None) -> list[str] | str:
