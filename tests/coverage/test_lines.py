@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.coverage.objects import compiled, program
+from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.line_table import rows
 from vmodel.coverage.lines import Lines
@@ -83,6 +84,17 @@ def check(found: Program) -> None:
     assert {line for _, line in lines.of([jne])} == {5, 11}
     assert lines.at(found.function("without").address) is None
     assert lines.at(0) is None and lines.at((1 << 64) - 1) is None
+
+
+def test_lines_of_a_coverage() -> None:
+    own = Program.of_module("lined", compiled(SOURCE.format(build=1), ".s", "-g"))
+    first, second, third, *_ = own.function("probe").addresses
+    assert Coverage.of_ranges(own, []).lines() == set()
+    reached = Coverage.of_ranges(own, [(first, second + 1)])
+    assert {line for _, line in reached.lines()} == {10}
+    assert {line for _, line in (reached | Coverage.of_ranges(own, [(third, third + 1)])).lines()} == {10, 70000}
+    without = program(".text\n.type f, @function\nf: ret\n.size f, .-f\n", "without_lines")
+    assert (reached | Coverage.of_ranges(without, [(0, 1 << 32)])).lines() == reached.lines()
 
 
 @pytest.mark.parametrize("version", [2, 3, 4, 5])

@@ -13,6 +13,7 @@ from typing import Any
 from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.functions import CodeFunction
+from vmodel.coverage.line_table import Place
 from vmodel.coverage.program import Program
 from vmodel.coverage.registry import programs
 
@@ -172,6 +173,18 @@ class Coverage:
     def functions_reached(self) -> set[tuple[str, str]]:
         """Programs and names of the functions of which anything was executed."""
         return {(found.module, found.name) for found in self.functions() if found.reached}
+
+    def lines(self) -> set[Place]:
+        """The source files and lines of what was executed, of programs that have debug information.
+
+        CoverageError: a program's file is not here, or its debug information is damaged or of another build.
+        """
+        found: set[Place] = set()
+        for name, program in self.programs.items():
+            lines = program.lines()
+            if lines is not None:
+                found |= lines.of(self._reached[name])
+        return found
 
     # ---- JSON -------------------------------------------------------------------------------
 

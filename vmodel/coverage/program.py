@@ -23,6 +23,8 @@ from vmodel.coverage.lines import Lines
 from vmodel.coverage.module_code import ModuleCode
 from vmodel.coverage.object_file import ET_REL, ObjectFile
 
+__all__ = ["Branch", "CodeFunction", "Program"]
+
 
 @dataclass(frozen=True, eq=False)
 class Branch:
