@@ -173,6 +173,7 @@ def test_the_stack_check_is_no_branch_of_the_driver() -> None:
         ("mov $-5, %eax", "returns -EIO"),
         ("mov $-110, %r12", "returns -ETIMEDOUT"),
         ("mov $-4096, %eax", None),
+        ("mov $-1, %eax", None),
         ("mov $5, %eax", None),
         ("call _dev_warn", "calls _dev_warn"),
         ("call __warn_printk", "calls __warn_printk"),

@@ -21,7 +21,6 @@ from vmodel.cli import doctor
 from vmodel.guest import artifacts, debug_symbols, get_qemu, streamed
 from vmodel.guest.artifacts import ArtifactError, find_kernel
 from vmodel.guest.debug_symbols import find_debug
-from vmodel.guest.modules import load_module
 from vmodel.guest.streamed import Download, Remote, members, opener
 
 PACKAGE = f"linux-image-{RELEASE}-dbg"
@@ -149,14 +148,14 @@ def test_only_the_wanted_files_are_kept(archive: Archive, there: Path, capsys: p
     assert "download of debug-stable: 1 of 1 MB" in said
     kernel, part = find_kernel("stable"), there / "debug-stable"
     found = {name: find_debug(kernel, name) for name in ("nvme", "nvme_core", "nvme-core", "nvme_tcp")}
-    assert {name: load_module(path) for name, path in found.items() if path} == {
+    assert {name: path.read_bytes() for name, path in found.items() if path} == {
         "nvme": NVME,
         "nvme_core": CORE,
         "nvme-core": CORE,
         "nvme_tcp": b"tcp",
     }
     files = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
-    assert files == ["modules/nvme.ko", "modules/nvme_core.ko", "modules/nvme_tcp.ko.xz", "stamp.json"]
+    assert files == ["modules/nvme.ko", "modules/nvme_core.ko", "modules/nvme_tcp.ko", "stamp.json"]
     assert list(there.glob("tmp-*")) == []
     assert find_debug(kernel, "vmlinux") is None and find_debug(kernel, "edu") is None
     assert find_debug(kernel, "../modules/nvme") is None

@@ -108,7 +108,8 @@ def _signs(instructions: Sequence[Instruction]) -> Iterator[str]:
             yield f"calls {instruction.operands.partition('+')[0]}"
         elif instruction.verb == "mov" and (found := _ERROR.fullmatch(instruction.operands)):
             number = 0x10000 - int(found[1], 16) if found[1] else int(found[2], 0)
-            if name := errno.errorcode.get(number):
+            # -1 is more often "all bits" than -EPERM, as in an atomic decrement.
+            if number != 1 and (name := errno.errorcode.get(number)):
                 yield f"returns -{name}"
         elif instruction.verb in ("ud0", "ud1", "ud2"):
             yield "warns (ud2)"

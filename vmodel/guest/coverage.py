@@ -14,6 +14,7 @@ from vmodel.coverage.program import Program
 from vmodel.coverage.recorder import Recorder
 from vmodel.coverage.target import Target
 from vmodel.guest.artifacts import Kernel, Qemu
+from vmodel.guest.debug_symbols import find_debug
 from vmodel.guest.modules import builtin, find_module, load_module
 
 #: The first QEMU whose plugins have the API version that ours is written for.
@@ -45,9 +46,12 @@ class GuestCoverage(Closing):
     def _program(self, target: Target, kernel: Kernel, own: Mapping[str, Path]) -> Program:
         if target.kernel:
             raise CoverageError(f"{target}: functions of the kernel itself are not recorded yet")
-        path = target.file or own.get(target.name) or find_module(kernel, target.name)
+        path = target.file or own.get(target.name)
         if path is not None:
             return _of_file(target.name, path, *_version(path))
+        path = find_module(kernel, target.name)
+        if path is not None:
+            return _of_file(target.name, path, *_version(path), find_debug(kernel, target.name))
         if target.name in builtin(kernel):
             raise CoverageError(
                 f"{target.name} is built into kernel {kernel.release}: write vmlinux:PREFIX, with which its functions"
@@ -110,5 +114,5 @@ def _version(path: Path) -> tuple[int, int]:
 
 # Guests of one process mostly have the same modules, and taking their code apart takes a second.
 @functools.lru_cache(maxsize=64)
-def _of_file(name: str, path: Path, modified: int, size: int) -> Program:
-    return Program.of_module(name, load_module(path))
+def _of_file(name: str, path: Path, modified: int, size: int, debug: Path | None = None) -> Program:
+    return Program.of_module(name, load_module(path), debug)

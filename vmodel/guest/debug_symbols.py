@@ -1,6 +1,6 @@
 """Debug information (DWARF) of a kernel's own modules, which says what line of the source an instruction is from.
 
-    debug-NAME/    modules/MODULE.ko (maybe with .xz), vmlinux; the stamp has the kernel's RELEASE
+    debug-NAME/    modules/MODULE.ko, vmlinux; the stamp has the kernel's RELEASE
 
 Debian's package of it (linux-image-RELEASE-dbg) has about 1 GB: `scripts/get-qemu --debug-symbols MODULE` reads it
 while it is downloaded, and keeps the files of these modules only.  The debug kernel comes with its own.
@@ -8,6 +8,7 @@ while it is downloaded, and keeps the files of these modules only.  The debug ke
 
 from __future__ import annotations
 
+import lzma
 import re
 import shutil
 from collections.abc import Collection, Iterable
@@ -29,24 +30,17 @@ def normal(module: str) -> str:
 
 
 def find_debug(kernel: Kernel, module: str) -> Path | None:
-    """The ELF file with the debug information of a kernel's own module, or of "vmlinux"; None: it is not in the cache.
-
-    The file may be compressed (.xz): `vmodel.guest.modules.load_module` reads it.
-    """
+    """The ELF file with debug information of a kernel's own module, or of "vmlinux"; None: it is not in the cache."""
     name = normal(module)
     if not MODULE_NAME.fullmatch(module):
         return None
     folders = [part for part in cache_dir().glob("debug-*") if read_stamp(part).get("release") == kernel.release]
     for part in sorted(folders):
-        if name == KERNEL:
-            if (part / KERNEL).is_file():
-                return part / KERNEL
-        else:
-            for suffix in (".ko", ".ko.xz"):
-                if (path := part / "modules" / f"{name}{suffix}").is_file():
-                    return path
+        path = part / KERNEL if name == KERNEL else part / "modules" / f"{name}.ko"
+        if path.is_file():
+            return path
     for folder in debug_modules(kernel):
-        for path in sorted(folder.rglob("*.ko*")):
+        for path in sorted(folder.rglob("*.ko")):
             if _module_of(path.name) == name:
                 return path
     return None
@@ -116,9 +110,13 @@ def pick_debug(download: Download, folder: Path, release: str, modules: Collecti
         name = _wanted(path, release)
         if name not in wanted:
             continue
-        target = folder / KERNEL if name == KERNEL else folder / "modules" / f"{name}{'.ko' + path.partition('.ko')[2]}"
+        target = folder / KERNEL if name == KERNEL else folder / "modules" / f"{name}.ko"
         with target.open("wb") as file:
-            shutil.copyfileobj(content, file, 1 << 20)
+            if path.endswith(".xz"):
+                with lzma.open(content) as plain:
+                    shutil.copyfileobj(plain, file, 1 << 20)
+            else:
+                shutil.copyfileobj(content, file, 1 << 20)
         wanted.discard(name)
         if not wanted:
             break
