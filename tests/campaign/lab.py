@@ -4,6 +4,9 @@ Workloads: `copy N` moves N blocks to the device and back, and only then looks a
 tries again.  Before them may stand `note FILE`, which appends a line to a file, `kill FILE`, which kills this process
 unless the file is there (and makes it), `sleep SECONDS`, `die now`, `refuse WORD`, which is the
 user's mistake, and `break WORD`, which is one of this file.
+
+A case's coverage is of a module's file: of its function `probe`, and of those of the same names as what the driver did,
+`copy` or `careful`, `retry` and `fail`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from pathlib import Path
 
 from vmodel import machine as machines
 from vmodel.campaign.rig import host_versions
+from vmodel.coverage.coverage import Coverage
+from vmodel.coverage.program import Program
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case, Result
 from vmodel.experiment.oracle import DATA_WRONG, Effect, Finding, classify, of_status
@@ -134,6 +139,14 @@ class Driver:
         return 0
 
 
+def coverage(module: Path, case: Case, retried: bool, failed: bool) -> Coverage:
+    """What a driver with this code would have run."""
+    program = Program.of_module(module.stem, module.read_bytes())
+    names = ["probe", *case.workload.split()[:1], *(["retry"] if retried else []), *(["fail"] if failed else [])]
+    functions = [function for function in program.functions if function.name in names]
+    return Coverage.of_ranges(program, [(i.address, i.address + 1) for f in functions for i in f.instructions])
+
+
 class Lab:
     """The rig."""
 
@@ -196,6 +209,11 @@ class Lab:
         recovered = first is not None and outcome.name == "RECOVERED"
         (folder / "kernel.log").write_text("".join(f"{f.text}\n" for f in findings))
         (folder / "injections.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        kept = {"kernel log": "kernel.log", "injections": "injections.jsonl"}
+        if case.coverage:
+            reached = coverage(Path(case.coverage[0]), case, bool(driver.findings), status != 0)
+            (folder / "coverage.json").write_text(json.dumps(reached.to_json()))
+            kept["coverage"] = "coverage.json"
         return Result(
             outcome=outcome,
             evidence=tuple(findings),
@@ -209,7 +227,7 @@ class Lab:
             time_to_recover=max(ended - first, 0.0) if recovered and first is not None else None,
             workload_time=ended,
             wall=time.monotonic() - began,
-            artefacts={"kernel log": "kernel.log", "injections": "injections.jsonl"},
+            artefacts=kept,
             versions={**host_versions(), "kernel": "none"},
             seed=case.seed,
             nth=self._cases,

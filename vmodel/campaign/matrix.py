@@ -16,13 +16,14 @@ from vmodel import machine as machines
 from vmodel.campaign.rig import GUESTS, absolute, load_rig, plain
 from vmodel.campaign.schema import MOST_RUNS, BootedMachineTable, CampaignFile, PlanTable, WorkloadTable
 from vmodel.config_file import parse_toml, read_text
+from vmodel.coverage.target import Target
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
 from vmodel.files import pieces
 from vmodel.guest.artifacts import KERNELS
 from vmodel.guest.modules import is_path
-from vmodel.guest.options import files_in, guest_file, module_at, module_files, tool_at
+from vmodel.guest.options import coverage_target, files_in, guest_file, module_at, module_files, tool_at
 from vmodel.inject import Engine, FaultPlan, Match
 from vmodel.machine import Machine
 
@@ -70,6 +71,8 @@ class Run(BaseModel):
             case.pop(name, None)
         for name in ("modules", "extra_modules"):
             case[name] = [Path(entry).name if is_path(entry) else entry for entry in getattr(self.case, name)]
+        if self.case.coverage:  # older stores have none
+            case["coverage"] = [Path(entry).name if is_path(entry) else entry for entry in self.case.coverage]
         if self.case.plan is not None:
             case["plan"] = self.case.plan.plain()
         places = [str(f[1]) if isinstance(f, tuple) else f.name for f in self.case.files]
@@ -94,6 +97,13 @@ class Matrix:
         self.rig = absolute(content.campaign.rig, self.base)
         if self.rig != GUESTS:
             self._at("campaign.rig", load_rig, self.rig)
+        self._coverage = tuple(
+            self._at(f"campaign.coverage[{n}]", coverage_target, entry, self.base)
+            for n, entry in enumerate(content.campaign.coverage)
+        )
+        for n, entry in enumerate(self._coverage):
+            if Target.parse(entry).name in {Target.parse(other).name for other in self._coverage[:n]}:
+                raise ConfigError(f"{entry!r} is named twice", file=self.file, key=f"campaign.coverage[{n}]")
         self._machines = list(self._name_machines())
         self._plans = list(self._load_plans())
         self._unique("machine", [name for name, _, _ in self._machines])
@@ -224,6 +234,7 @@ class Matrix:
             boot_timeout=workload.boot_timeout,
             expected=workload.expected,
             fresh=workload.fresh,
+            coverage=self._coverage,
         )
 
         def run(title: str, seed: int, expect: tuple[Outcome, ...], **changes: Any) -> Run:
@@ -290,6 +301,7 @@ def inputs(case: Case, rig: str) -> dict[str, str]:
         paths += files_in(entry[0] if isinstance(entry, tuple) else entry)
     for module in filter(is_path, (*case.modules, *case.extra_modules)):
         paths += module_files(module)
+    paths += map(Path, filter(is_path, case.coverage))
     described = parse_toml(read_text(case.machine), case.machine)
     for table in described.get("device", ()):
         source, _, _ = table["model"].rpartition(":")

@@ -40,7 +40,7 @@ def code(row: Row) -> Iterator[str]:
         yield from map(str, functions(case.plan))
     guest = described.get("guest")
     own = [_texts(guest, key) for key in ("modules", "extra_modules", "qemu_args")]
-    yield from filter(is_path, (*case.modules, *case.extra_modules, *own[0], *own[1]))
+    yield from filter(is_path, (*case.modules, *case.extra_modules, *own[0], *own[1], *case.coverage))
     # A guest reads a shared folder, and may write to it.
     yield from (f"share {text}" for text in _texts(guest, "shares"))
     for arguments in (case.qemu_args, own[2]):
@@ -59,7 +59,7 @@ def trusting(rows: Iterable[Row]) -> set[int]:
     for row in rows:
         case = row.run.case
         plan = None if case.plan is None else tuple(functions(case.plan))
-        key = (row.run.rig, case.machine, plan, case.modules, case.extra_modules, case.qemu_args)
+        key = (row.run.rig, case.machine, plan, case.modules, case.extra_modules, case.qemu_args, case.coverage)
         if key not in known and len(known) < 1000:
             known[key] = False
             with contextlib.suppress(ConfigError):
@@ -104,6 +104,7 @@ def check_files(row: Row) -> None:
     base = case.machine.parent
     named = [path[0] if isinstance(path, tuple) else path for path in case.files]
     named += [base / text.partition(":")[0] for text in _texts(guest, "files")]
+    named += map(Path, filter(is_path, case.coverage))
     kernel = case.kernel or (guest.get("kernel") if isinstance(guest, dict) else None)
     if isinstance(kernel, str) and "/" in kernel:
         named.append(Path(kernel))

@@ -12,8 +12,10 @@ from xml.etree import ElementTree
 import jinja2
 
 from vmodel.campaign import chart
+from vmodel.campaign.coverage import BuildCoverage
 from vmodel.campaign.statistics import quantile
 from vmodel.campaign.summary import Ended, Summary
+from vmodel.coverage.document import document
 from vmodel.experiment.oracle import Outcome
 
 #: Characters that XML 1.0 cannot represent, even escaped (XML 1.0, 2.2).
@@ -100,7 +102,17 @@ def as_json(summary: Summary) -> str:
         "versions": summary.versions,
         "runs": [_run(run) for run in summary.runs],
     }
+    if summary.coverage:
+        content["coverage"] = {
+            "builds": [_build(build) for build in summary.coverage.builds],
+            "notes": list(summary.coverage.notes),
+        }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _build(build: BuildCoverage) -> dict[str, Any]:
+    runs = {"runs": len(build.new), "clean_runs": build.clean_runs}
+    return {"kernels": build.kernels, **runs, **document(build.comparison)}
 
 
 def _rate(rate: Any) -> dict[str, Any]:

@@ -144,6 +144,11 @@ class CampaignTable(_Table):
     )
     seeds: Seeds = Field(default=(0,), examples=["3"], description="each run is repeated with each of these seeds")
     control: bool = Field(default=True, examples=["true"], description="run each workload once without faults, too")
+    coverage: tuple[str, ...] = Field(
+        default=(),
+        examples=['["nvme", "vmlinux:pci_"]'],
+        description="the kernel code of which each run keeps what ran: modules, .ko files, vmlinux:PREFIX",
+    )
     rig: str = Field(default=GUESTS, examples=['"lab.py:Lab"'], description="a class that runs cases instead of guests")
 
 

@@ -27,6 +27,8 @@ from vmodel.campaign import database
 from vmodel.campaign.matrix import Run
 from vmodel.campaign.rig import plain
 from vmodel.closing import Closing
+from vmodel.coverage.coverage import Coverage
+from vmodel.coverage.coverage_file import read_coverage
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Result
 from vmodel.experiment.oracle import Outcome
@@ -63,6 +65,15 @@ class Row:
     def expected(self) -> bool:
         """Whether the run has ended with one of the acceptable outcomes."""
         return self.result is not None and self.result.outcome in self.run.expect
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """What ran of the kernel code that its case names; each use reads the file.  None: nothing was kept.
+
+        ConfigError: it is damaged.
+        """
+        name = self.result.artefacts.get("coverage") if self.result is not None else None
+        return None if name is None else read_coverage(self.folder / name)
 
 
 class ResultStore(Closing):

@@ -8,9 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
+from vmodel.campaign.coverage import CampaignCoverage, gather
 from vmodel.campaign.repeat import trusting
 from vmodel.campaign.statistics import Rate
 from vmodel.campaign.store import ResultStore, Row
@@ -132,6 +134,11 @@ class Summary:
         self.versions = _versions(self.runs)
         self.seeds = sorted({run.row.run.seed for run in self.runs})
         self.unexpected = [run for run in self.runs if not run.row.expected]
+
+    @cached_property
+    def coverage(self) -> CampaignCoverage:
+        """What the runs have reached of the code that the campaign names; it is read when it is first asked for."""
+        return gather([run.row for run in self.runs], {run.row.id: run.kernel for run in self.runs})
 
     def rate(self, outcome: Outcome) -> Rate:
         """The rate of an outcome: among all runs for VOID outcomes, else among the runs with an injected fault."""

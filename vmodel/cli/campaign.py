@@ -9,7 +9,7 @@ import shlex
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +25,13 @@ from vmodel.campaign.schema import load
 from vmodel.campaign.store import DATABASE, ResultStore, Row
 from vmodel.cli.output import console, log_to_stderr, show
 from vmodel.cli.serve import MachinePath
+from vmodel.config_file import parse_toml, read_text
+from vmodel.coverage.errors import CoverageError
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
 from vmodel.guest.artifacts import KERNEL_HELP, find_busybox, find_kernel, find_qemu
+from vmodel.guest.kernel_code import check_target, own_names
 from vmodel.guest.options import at_option, guest_file, module_at, tool_at
 from vmodel.guest.tools import program_path
 from vmodel.patience import slowness
@@ -70,6 +73,7 @@ def campaign(
         return
     if matrix.rig == GUESTS and scheduler is None:
         check_host({run.case.kernel for run in runs}, {tool for run in runs for tool in run.case.tools})
+        check_coverage(path, [run.case for run in runs])
     folder = output or Path(f"{path.stem}.runs")
     definition = {"kind": "campaign", "name": content.campaign.name, "file": text}
     with at_work(folder, definition, matrix.rig, jobs, scheduler) as (store, runner, _):
@@ -191,6 +195,26 @@ def check_host(kernels: Collection[str | None], tools: Collection[str] = ()) -> 
         find_kernel(kernel)
     for tool in sorted(tools):
         program_path(tool)
+
+
+def check_coverage(file: Path, cases: Iterable[Case]) -> None:
+    """ConfigError: a guest of one of the cases does not have the code whose coverage the campaign file asks for."""
+    seen = set()
+    for case in cases:
+        guest = (case.kernel, case.machine, case.modules, case.extra_modules)
+        if not case.coverage or guest in seen:
+            continue
+        seen.add(guest)
+        table = parse_toml(read_text(case.machine), case.machine).get("guest", {})
+        base = case.machine.parent
+        theirs = [*table.get("modules", ()), *table.get("extra_modules", ())]
+        own = own_names([*case.modules, *case.extra_modules, *(module_at(entry, base) for entry in theirs)])
+        kernel = find_kernel(case.kernel or table.get("kernel"))
+        for n, target in enumerate(case.coverage):
+            try:
+                check_target(target, kernel, own)
+            except CoverageError as error:
+                raise ConfigError(str(error), file=file, key=f"campaign.coverage[{n}]") from None
 
 
 def summarise(rows: Sequence[Row], folder: Path) -> int:

@@ -7,6 +7,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vmodel.coverage.target import Target
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import DEBUG_RELEASE, Kernel, find_kernel
 from vmodel.guest.kbuild import source_files
@@ -59,6 +60,20 @@ def module_at(entry: str, base: Path) -> str:
     if not module_files(str(path)):
         raise ConfigError(f"there is no module or source folder {entry!r}")
     return f"{path}/" if path.is_dir() else str(path)
+
+
+def coverage_target(entry: str, base: Path) -> str:
+    """What coverage is wanted of, as of `Target.parse`; the path of a module's file from the folder `base`.
+
+    ConfigError: it is no target of coverage, or there is no such file.
+    """
+    target = Target.parse(entry)
+    if target.file is None:
+        return target.name
+    path = base / target.file
+    if not path.is_file():
+        raise ConfigError(f"there is no file {entry!r}")
+    return str(path)
 
 
 def tool_at(entry: str, base: Path) -> str:
