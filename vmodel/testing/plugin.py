@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from vmodel.experiment import Result, Rig
     from vmodel.guest.artifacts import Kernel
     from vmodel.guest.booted import BootedGuest
-    from vmodel.guest.running import GuestResult, GuestSpec
+    from vmodel.guest.running import Guest, GuestResult, GuestSpec
     from vmodel.guest.served import Served
     from vmodel.inject import Engine, FaultPlan
     from vmodel.machine import Machine
+    from vmodel.testing.coverage import MergedCoverage
     from vmodel.testing.fakes import FakeDriver, FakeMemory
 
 #: Fixtures that boot a guest.  Their tests get the mark `guest`, so that `-m "not guest"` deselects them.
@@ -64,6 +65,8 @@ _KERNEL = "vmodel_kernel"
 _failed = pytest.StashKey[bool]()
 _kept = pytest.StashKey[Path]()
 _booted = pytest.StashKey["list[BootedGuest]"]()
+#: What the guests of all tests ran, with --vmodel-coverage.
+_coverage = pytest.StashKey["MergedCoverage"]()
 #: Most messages of kernels in the report of a test.
 _MOST_MESSAGES = 10
 
@@ -86,6 +89,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="folder for logs of failed tests, default artifacts, in pytest's root directory",
     )
+    group.addoption(
+        "--vmodel-coverage",
+        action="append",
+        metavar="MODULE",
+        help="report what guests run of a module, a .ko file, or vmlinux:PREFIX; repeatable",
+    )
+    group.addoption(
+        "--vmodel-coverage-out",
+        default="coverage",
+        metavar="DIR",
+        help="folder for that report, default coverage, in pytest's root directory",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,6 +109,12 @@ def pytest_configure(config: pytest.Config) -> None:
         patch = pytest.MonkeyPatch()
         patch.setenv("VMODEL_QEMU", str(Path(qemu).absolute()))
         config.add_cleanup(patch.undo)
+    if config.getoption("--vmodel-coverage"):
+        from vmodel.testing.coverage_plugin import CoveragePlugin
+
+        plugin = CoveragePlugin(config)
+        config.pluginmanager.register(plugin, "vmodel-coverage")
+        config.stash[_coverage] = plugin.merged
     config.addinivalue_line(
         "markers",
         "allow_model_errors(): the test does not fail if a hook or callback of a model raises an exception",
@@ -425,9 +446,19 @@ def _smp(options: dict[str, Any], cpus: object, qemu_args: Sequence[str]) -> lis
 class Vm:
     """Boots guests with a test's machine."""
 
-    def __init__(self, served: Served, kernel: Kernel, options: dict[str, Any], artifacts: Path) -> None:
+    def __init__(
+        self,
+        served: Served,
+        kernel: Kernel,
+        options: dict[str, Any],
+        artifacts: Path,
+        coverage: MergedCoverage | None = None,
+    ) -> None:
+        """`coverage`: gets what the guests run, with `add_coverage`."""
         #: The guests of `boot`.
         self.booted: list[BootedGuest] = []
+        self._run: list[Guest] = []
+        self._coverage = coverage
         self._served = served
         self._kernel = kernel
         self._options = options
@@ -445,7 +476,11 @@ class Vm:
         table = self._served.machine.content.guest
         smp = _smp(merged, table.cpus, table.qemu_args)
         args = [*smp, *merged.pop("qemu_args", ()), *self._served.qemu_args(merged.pop("without", ()))]
-        return spec_of(self._served.machine, args, self._kernel, command=command, **merged)
+        made = spec_of(self._served.machine, args, self._kernel, command=command, **merged)
+        if self._coverage is not None:
+            theirs = self._coverage.of_guest(self._kernel, [*made.modules, *made.extra_modules])
+            made.coverage = list(dict.fromkeys((*made.coverage, *theirs)))
+        return made
 
     def logs(self) -> Path:
         """The folder for the logs of the test's next guest."""
@@ -454,9 +489,11 @@ class Vm:
 
     def run(self, command: str, **options: Any) -> GuestResult:
         """Boots a guest, runs a shell script, and powers off.  GuestRunError: see its subclasses."""
-        from vmodel.guest.running import run_guest
+        from vmodel.guest.running import Guest
 
-        return run_guest(self.spec(command, **options), artifacts=self.logs())
+        with Guest(self.spec(command, **options), artifacts=self.logs()) as guest:
+            self._run.append(guest)
+            return guest.wait()
 
     def boot(self, **options: Any) -> BootedGuest:
         """A guest that runs scripts; a context manager that boots it."""
@@ -467,13 +504,20 @@ class Vm:
         self.booted.append(guest)
         return guest
 
+    def add_coverage(self) -> None:
+        """Passes on what the guests, which have ended, ran."""
+        for guest in (*self._run, *(booted.guest for booted in self.booted)):
+            if self._coverage is not None:
+                self._coverage.add_guest(self._kernel.release, guest.coverage)
+
 
 @pytest.fixture
-def vm(request: pytest.FixtureRequest, vmodel_served: Served, guest_kernel: Kernel, artifacts: Path) -> Vm:
+def vm(request: pytest.FixtureRequest, vmodel_served: Served, guest_kernel: Kernel, artifacts: Path) -> Iterator[Vm]:
     """Guests with the machine: `vm.run(command)` for one command, `with vm.boot() as guest` for several scripts."""
-    made = Vm(vmodel_served, guest_kernel, _marked(request), artifacts)
+    made = Vm(vmodel_served, guest_kernel, _marked(request), artifacts, request.config.stash.get(_coverage, None))
     request.node.stash[_booted] = made.booted
-    return made
+    yield made
+    made.add_coverage()
 
 
 @pytest.fixture
@@ -518,6 +562,10 @@ def experiment(
         options["boot_timeout"] = options.pop("timeout")
     if unfit := {"without", "allow_reboot", "shares"} & set(options):
         pytest.fail(f"{request.node.nodeid}: experiments do not support {' and '.join(sorted(unfit))}", pytrace=False)
+    merged = request.config.stash.get(_coverage, None)
+    own = [*options.get("modules", ()), *options.get("extra_modules", ())]
+    for key in ("modules", "extra_modules"):
+        own += [str(vmodel_machine_file.parent / entry) if "/" in entry else entry for entry in table.get(key, ())]
     count = 0
 
     def run(workload: str, faults: str | Path | FaultPlan | None = None, **fields: Any) -> Result:
@@ -532,6 +580,7 @@ def experiment(
             kernel=str(guest_kernel.image),
             **{"seed": seed, **options, **fields},
         )
-        return vmodel_rig.run(case, artifacts / f"experiment-{count}")
+        logs = artifacts / f"experiment-{count}"
+        return vmodel_rig.run(case, logs) if merged is None else merged.run(vmodel_rig, case, logs, guest_kernel, own)
 
     return run
