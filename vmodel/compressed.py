@@ -12,14 +12,21 @@ import zstandard
 _XZ_MEMORY = 256 << 20
 #: The largest window of zstd, in bytes: zstd -22 makes such.
 _ZSTD_WINDOW = 1 << 27
+#: Bytes of zstd at a time: they have 128 MiB at most (4 bytes are a block of 128 KiB).
+_ZSTD_PIECE = 4096
 
 
 def _zstd(data: bytes, most: int) -> bytes:
     said = zstandard.get_frame_parameters(data).content_size
     if said > most and said != zstandard.CONTENTSIZE_UNKNOWN:
         raise ValueError(f"has more than {most:,} bytes")
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-    return decompressor.decompress(data, max_output_size=most, allow_extra_data=False)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+    found, size, at = [], 0, 0
+    while at < len(data) and size <= most and not decompressor.eof:
+        found.append(decompressor.decompress(data[at : at + _ZSTD_PIECE]))
+        size += len(found[-1])
+        at += _ZSTD_PIECE
+    return _whole(b"".join(found), most, decompressor.eof, decompressor.unused_data + data[at:])
 
 
 def _xz(data: bytes, most: int) -> bytes:

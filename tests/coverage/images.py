@@ -16,7 +16,8 @@ import zstandard
 
 TEXT = 0xFFFFFFFF81000000
 RODATA = 0xFFFFFFFF82000000
-INIT_TEXT = 0xFFFFFFFF83000000
+DATA = 0xFFFFFFFF83800000
+INIT_TEXT = 0xFFFFFFFF84000000
 
 Symbol = tuple[int, str, str]
 
@@ -31,7 +32,7 @@ def some_symbols(percpu: bool) -> list[Symbol]:
     found.append((TEXT + 0x2600, "T", "Xq" * 120))
     found.append((TEXT + 0x3000, "T", "_etext"))
     found += [(RODATA + n, "rD"[n % 2], f"constant_{n}") for n in range(0, 400, 8)]
-    found.append((INIT_TEXT + 4, "t", "start_it"))
+    found += [(DATA, "t", "no_code"), (INIT_TEXT + 4, "t", "start_it")]
     return found
 
 
@@ -181,15 +182,28 @@ def types(before_6_4: bool) -> bytes:
 # ---- files -----------------------------------------------------------------------------------
 
 
+#: What looks like a table of tokens.
+DECOYS = b"0\0001\0002\0003\0004\0005\0006\0007\0008\0009\0" + b"text of the kernel\0" * 20
+
+
+def rodata_of(version: Version, symbols: Sequence[Symbol]) -> bytes:
+    """.rodata: other data, the tables, other data."""
+    return DECOYS + tables(version, symbols, RODATA + len(DECOYS)) + bytes(100)
+
+
 def vmlinux(version: Version, symbols: Sequence[Symbol]) -> bytes:
     """An ELF file with code, tables and types."""
-    decoys = b"0\0001\0002\0003\0004\0005\0006\0007\0008\0009\0" + b"text of the kernel\0" * 20
-    rodata = decoys + tables(version, symbols, RODATA + len(decoys)) + bytes(100)
+    return elf_of(rodata_of(version, symbols), types(version.before_6_4))
+
+
+def elf_of(rodata: bytes, btf: bytes) -> bytes:
+    """An ELF file with these in .rodata and .BTF."""
     parts = [
         ("", 0, 0, 0, b""),
         (".text", 1, 6, TEXT, b"\x90" * 0x3000),
         (".rodata", 1, 3, RODATA, rodata),
-        (".BTF", 1, 2, RODATA + 0x100000, types(version.before_6_4)),
+        (".BTF", 1, 2, RODATA + 0x1000000, btf),
+        (".data", 1, 7, DATA, bytes(64)),
         (".init.text", 1, 6, INIT_TEXT, b"\x90" * 64),
         (".bss", 8, 3, INIT_TEXT + 0x1000, bytes(1 << 20)),
     ]
@@ -201,23 +215,9 @@ def vmlinux(version: Version, symbols: Sequence[Symbol]) -> bytes:
         at = names.find(name.encode() + b"\0")
         headers += struct.pack("<IIQQQQIIQQ", at, kind, flags, address, len(contents), len(data), 0, 0, 8, 0)
         contents += data if kind != 8 else b""
-    contents[:64] = struct.pack(
-        "<16sHHIQQQIHHHHHH",
-        b"\x7fELF\2\1\1",
-        2,
-        62,
-        1,
-        TEXT,
-        0,
-        len(contents),
-        0,
-        64,
-        56,
-        0,
-        64,
-        len(parts),
-        len(parts) - 1,
-    )
+    contents[:24] = struct.pack("<16sHHI", b"\x7fELF\2\1\1", 2, 62, 1)
+    contents[24:48] = struct.pack("<QQQ", TEXT, 0, len(contents))
+    contents[48:64] = struct.pack("<IHHHHHH", 0, 64, 56, 0, 64, len(parts), len(parts) - 1)
     return bytes(contents + headers)
 
 

@@ -14,7 +14,7 @@ _MAGIC = 0xEB9F
 _TYPE = struct.Struct("<III")
 _STRUCT, _ENUM = 4, 6
 #: Of one structure or enumeration, and of places that look like one: more are no kernel's.
-_MOST_MEMBERS = 4096
+_MOST_MEMBERS = 1024
 _MOST_PLACES = 1000
 
 

@@ -23,6 +23,7 @@ import bisect
 import codecs
 import operator
 import struct
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -48,7 +49,7 @@ class Symbols:
     """The symbols of a kernel in order of their link addresses.
 
     `addresses`, `types` (as nm has them: "t" is a local function, "T" a global one) and `names` are as long as each
-    other; `code` has the addresses of all code.
+    other; `code` has the addresses of all code.  Symbols of other sections may have the types of functions, too.
     """
 
     addresses: Sequence[int]
@@ -132,7 +133,7 @@ def _tokens(data: bytes) -> tuple[list[str], int, int]:
             tokens = data[start:end].split(b"\0")[:-1]
             if len(tokens) == 256 and tuple(accumulate((len(token) + 1 for token in tokens[:-1]), initial=0)) == index:
                 return [token.decode("ascii") for token in tokens], start, index_at
-    raise ValueError("it has no table of symbols (kallsyms)")
+    raise ValueError("the kernel has no table of symbols: its option CONFIG_KALLSYMS is off, or the table is damaged")
 
 
 def _names(data: bytes, tokens_at: int) -> tuple[int, list[tuple[int, int]]]:
@@ -204,7 +205,7 @@ _FORMS: tuple[Callable[[int, int, int], int], ...] = (
 )
 
 
-def _addresses(data: bytes, base: int, after: int, count_at: int, names: list[str], text: int) -> list[int]:
+def _addresses(data: bytes, base: int, after: int, count_at: int, names: list[str], text: int) -> Sequence[int]:
     """The address of each symbol: that way to read the offsets in which `_text` is right, and all are in order."""
     count = len(names)
     known = next((number for number, name in enumerate(names) if name in ("_text", "_stext")), None)
@@ -222,5 +223,5 @@ def _addresses(data: bytes, base: int, after: int, count_at: int, names: list[st
                 continue
             found = [form(offset, place + 4 * number, relative) for number, offset in enumerate(offsets)]
             if all(map(operator.le, found, islice(found, 1, None))):
-                return found
+                return array("Q", found)
     raise ValueError("its table of symbols has no addresses")

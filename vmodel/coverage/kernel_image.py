@@ -28,7 +28,15 @@ from vmodel.span import Span
 #: Bytes of an image, and of what is in it; Debian's has 62 MiB.
 _MOST = 512 << 20
 _MOST_SECTIONS = 1000
-_ALLOCATED, _CODE = SH_FLAGS.SHF_ALLOC, SH_FLAGS.SHF_EXECINSTR
+#: Sections that are read, and what is in them.
+_NEEDED = {
+    ".text": "code (.text)",
+    ".rodata": "symbols (.rodata)",
+    ".BTF": "types (.BTF): its option CONFIG_DEBUG_INFO_BTF is off",
+}
+#: Flags of a section of code.  Linux 7.3 has a writable .data with SHF_EXECINSTR.
+_CODE = SH_FLAGS.SHF_ALLOC | SH_FLAGS.SHF_EXECINSTR
+_CODE_FLAGS = _CODE | SH_FLAGS.SHF_WRITE
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,13 @@ def _load(path: Path, modified: int, size: int) -> KernelImage:
     elf = _vmlinux(path)
     try:
         sections = _sections(elf)
-        for name in (".text", ".rodata", ".BTF"):
+        for name, what in _NEEDED.items():
             if name not in sections:
-                raise ValueError(f"its kernel has no section {name}")
+                raise ValueError(f"the kernel has no {what}")
         code = sorted(
-            Span(section.address, section.address + section.size - 1)
+            Span.sized(section.address, section.size)
             for section in sections.values()
-            if section.flags & _ALLOCATED and section.flags & _CODE and section.in_file and section.size
+            if section.flags & _CODE_FLAGS == _CODE and section.in_file and section.size
         )
         rodata = sections[".rodata"]
         symbols = read_symbols(rodata.of(elf), rodata.address, sections[".text"].address, code)
