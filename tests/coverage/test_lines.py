@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import subprocess
 from pathlib import Path
@@ -132,6 +133,28 @@ def test_debug_information_in_another_file(tmp_path: Path) -> None:
     check(Program.of_module("own", elf, debug))
 
 
+def test_the_other_file_may_be_compressed(tmp_path: Path) -> None:
+    elf, debug = separated(compiled(SOURCE.format(build=1)), tmp_path)
+    packed = tmp_path / "own.ko.xz"
+    packed.write_bytes(lzma.compress(debug.read_bytes()))
+    check(Program.of_module("own", elf, packed))
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(CoverageError, match=r"own\.ko\.xz: "):
+        Program.of_module("own", elf, packed).lines()
+
+
+@pytest.mark.parametrize(("folder", "before"), [("/src/card", "/src/card/"), ("debian/build", "")])
+def test_the_compiler_s_folder_counts_if_it_is_known_where_it_is(folder: str, before: str) -> None:
+    """DWARF 5: the first entry of the folders.  Debian's kernels name a relative one."""
+    elf = compiled(
+        SOURCE.format(build=1).replace(".file 1", f'.file 0 "{folder}" "card.s"\n.file 1'), ".s", "-gdwarf-5"
+    )
+    own = Program.of_module("own", elf)
+    lines = own.lines()
+    assert lines
+    assert lines.at(own.function("probe").address) == (f"{before}{CARD}", 10)
+
+
 def test_that_of_another_build_is_refused(tmp_path: Path) -> None:
     elf, _ = separated(compiled(SOURCE.format(build=1)), tmp_path)
     _, other = separated(compiled(SOURCE.format(build=7)), tmp_path)
@@ -149,6 +172,16 @@ def test_the_end_of_one_sequence_is_the_begin_of_another() -> None:
     a, b = (("a.c", 1), ("a.c", 2)), ("b.c", 1)
     lines = Lines([(16, b, True), (32, None, False), (0, a[0], True), (8, a[1], True), (16, None, False)])
     assert [lines.at(n) for n in (0, 7, 8, 15, 16, 31, 32)] == [a[0], a[0], a[1], a[1], b, b, None]
+
+
+def test_a_row_at_the_end_of_its_sequence_is_of_no_instruction() -> None:
+    """Nor is line 0, which the compiler gives to code of its own."""
+    a, b = ("a.c", 1), ("a.c", 2)
+    lines = Lines([(0, a, True), (8, b, True), (8, None, False), (32, a, True), (40, None, False), (40, b, True)])
+    assert [lines.at(n) for n in (0, 7, 8, 31, 32, 39, 40)] == [a, a, None, None, a, a, None]
+    assert lines.of([0, 8]) == {a}
+    lines = Lines([(0, a, True), (4, None, True), (8, b, True), (12, None, False)])
+    assert [lines.at(n) for n in (0, 4, 7, 8, 12)] == [a, None, None, b, None]
 
 
 def test_a_c_compiler_s_lines() -> None:

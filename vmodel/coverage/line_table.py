@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 #: A source file, as the compiler recorded its path, and a line from 1.
 Place = tuple[str, int]
-#: An address, what it is from (None: the end of a sequence), and whether a statement begins there.
+#: An address, what it is from (None: no line, or the end of a sequence), and whether a statement begins there.
 Row = tuple[int, Place | None, bool]
 
 _DW_LNCT_PATH, _DW_LNCT_DIRECTORY = 1, 2
@@ -125,6 +125,8 @@ def _header(reader: _Reader, wide: int, line_strings: bytes, strings: bytes) -> 
         folders = _entries(reader, wide, line_strings, strings)
         names = _entries(reader, wide, line_strings, strings)
         top = folders[0][0] if folders else ""
+        if not top.startswith("/"):
+            top = ""  # Debian's kernels have a relative folder here, which says nothing: nobody knows to what
         files = [_path(name, folders[of][0] if of < len(folders) else "", top) for name, of in names]
     else:
         folders = [("", 0), *_old_entries(reader, False)]

@@ -27,15 +27,21 @@ class Lines:
         at: dict[int, Place | None] = {}
         self._statements: defaultdict[int, set[Place]] = defaultdict(set)
         ends = []
-        for address, place, statement in found:
-            if place is None:
-                ends.append(address)
-            else:
-                at[address] = place
-                if statement:
-                    self._statements[address].add(place)
-        for address in ends:
-            at.setdefault(address, None)
+        sequence: list[Row] = []
+        for row in found:
+            sequence.append(row)
+            if row[1] is not None:
+                continue
+            end = row[0]
+            ends.append(end)
+            for address, place, statement in sequence:
+                if address < end:  # at the end itself there is no instruction of this sequence
+                    at[address] = place
+                    if statement and place is not None:
+                        self._statements[address].add(place)
+            sequence.clear()
+        for end in ends:
+            at.setdefault(end, None)
         self._starts = sorted(at)
         self._places = [at[start] for start in self._starts]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from vmodel.compressed import decompress, format_of
 from vmodel.coverage.disassembly import Instruction
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.functions import CodeFunction
@@ -23,6 +24,8 @@ from vmodel.coverage.lines import Lines
 from vmodel.coverage.module_code import ModuleCode
 from vmodel.coverage.object_file import ET_REL, ObjectFile
 
+#: Bytes of a file with debug information.
+_LARGEST = 1 << 30
 __all__ = ["Branch", "CodeFunction", "Program"]
 
 
@@ -97,10 +100,7 @@ class Program:
         if isinstance(self._debug, bytes):
             file = ObjectFile(self._debug, self.name)
         else:
-            try:
-                file = ObjectFile(self._debug.read_bytes(), self._debug)
-            except OSError as error:
-                raise CoverageError(f"cannot be read: {error.strerror}", file=self._debug) from None
+            file = ObjectFile(_read(self._debug), self._debug)
             if file.build_id != self.build_id:
                 raise CoverageError(
                     f"is not the debug information of this {self.name}: its build id is {file.build_id or 'missing'},"
@@ -164,6 +164,17 @@ class Program:
     def __reduce__(self) -> tuple[object, ...]:
         # What is cached can be computed again, and is large.
         return Program, (self.name, self.build_id, self.functions, self.text, self.notes, self._debug)
+
+
+def _read(path: Path) -> bytes:
+    """A file, decompressed if it is compressed."""
+    try:
+        data = path.read_bytes()
+        return decompress(data, _LARGEST) if format_of(data) else data
+    except OSError as error:
+        raise CoverageError(f"cannot be read: {error.strerror}", file=path) from None
+    except ValueError as error:
+        raise CoverageError(str(error), file=path) from None
 
 
 def _identity(file: ObjectFile) -> str:
