@@ -31,6 +31,7 @@ from vmodel.inject import (
 ID, STATUS, IRQ_ACK = 0x00, 0x20, 0x64
 BUSY = 0x01
 COMMANDS = 6
+VERSIONS = {**host_versions(), "kernel": "none"}
 #: What each planted bug is called in its finding's signature.
 BUGS = ("double free", "use after free", "endless loop", "data", "not checked")
 #: The parts of the program that run without faults.
@@ -268,7 +269,7 @@ def run(case: Case, nth: int = 0) -> tuple[Result, frozenset[int], list[dict[str
         workload_time=0.001,
         wall=0.002,
         artefacts={},
-        versions={**host_versions(), "kernel": "none"},
+        versions=VERSIONS,
         seed=case.seed,
         nth=nth + 1,
     )

@@ -10,7 +10,7 @@ import pytest
 from tests.explore.simulated import BUGS, CLEAN, run
 from tests.explore.trial import DEVICES, bugs, case, observed, searched, space
 from vmodel.experiment.oracle import Outcome
-from vmodel.explore.search import LAG, Attempt, Observation, Search
+from vmodel.explore.search import LAG, Attempt, Feature, Observation, Search
 from vmodel.explore.space import identity
 
 
@@ -48,7 +48,7 @@ def test_a_plan_is_kept_for_what_it_is_the_first_to_reach() -> None:
     assert len(every) == len(set(every))
     taken = [(attempt, seen) for attempt, seen in done if attempt.number <= 200 - LAG]
     kept = {entry.attempt.number for entry in search.kept}
-    known = frozenset(("simulated", number) for number in CLEAN)
+    known: frozenset[Feature] = frozenset(("simulated", number) for number in CLEAN)
     for attempt, seen in taken:
         fatal = seen.outcome in (Outcome.CRASH, Outcome.HANG)
         if attempt.how != "survey":
@@ -81,7 +81,7 @@ def test_a_harness_error_says_nothing() -> None:
 
 def test_plans_that_contain_a_fatal_one_are_not_run() -> None:
     _, done = searched(400)
-    fatal = []
+    fatal: list[tuple[int, set[str]]] = []
     for attempt, seen in done:
         texts = {rule.text() for rule in attempt.plan.rule}
         if attempt.how not in ("survey", "fresh"):

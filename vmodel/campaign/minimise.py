@@ -49,10 +49,22 @@ class Minimiser:
     """Shrinks one plan; each attempt is a run."""
 
     def __init__(
-        self, outcome: Outcome, run: Callable[[FaultPlan], Result], most: int, log: Callable[[str], None]
+        self,
+        outcome: Outcome,
+        run: Callable[[FaultPlan], Result],
+        most: int,
+        log: Callable[[str], None],
+        *,
+        same: Callable[[Result], bool] | None = None,
+        most_events: int | None = None,
     ) -> None:
-        """`run` tries a plan, at most `most` times; `log` gets a line for each run."""
-        self._outcome = outcome
+        """`run` tries a plan, at most `most` times; `log` gets a line for each run.
+
+        `same`: whether a result is the one to keep, instead of an equal outcome.  `most_events`: of a rule that fired
+        at more events, only the first and the last are tried.
+        """
+        self._most_events = most_events
+        self._same = same or (lambda result: result.outcome is outcome)
         self._run = run
         self._most = most
         self._log = log
@@ -70,7 +82,7 @@ class Minimiser:
                 raise TooMany
             self.runs += 1
             result = self._run(plan)
-            self._known[key] = holds = result.outcome is self._outcome
+            self._known[key] = holds = self._same(result)
             events = sum(int(rule.get("fired", 0)) for rule in result.rules)
             size = f"{len(plan.rule)} rule{'s' * (len(plan.rule) != 1)}, {events} fault{'s' * (events != 1)}"
             self._log(f"{self.runs}. {size}: {result.outcome.value}{'' if holds else ' (outcome lost)'}")
@@ -112,6 +124,9 @@ class Minimiser:
             plain: dict[str, object] = {key: value for key, value in rule.plain().items() if key not in _SCHEDULE}
             return _replaced(plan, n, Rule.model_validate({**plain, "nth": list(part)}))
 
+        if self._most_events is not None and len(events) > self._most_events:
+            ends = (at(events[:1]), at(events[-1:]))
+            return next((single for single in ends if self.holds(single)), plan)
         if not self.holds(at(events)):
             return plan
         return at(ddmin(events, lambda part: self.holds(at(part))))

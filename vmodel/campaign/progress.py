@@ -30,8 +30,8 @@ STYLES = {
 class Reporter(Protocol):
     """The sink of a campaign's progress."""
 
-    def total(self, done: int, of: int) -> None:
-        """`done` of `of` runs have ended."""
+    def total(self, done: int, of: int | None) -> None:
+        """`done` of `of` runs have ended; None: nobody knows yet how many there will be."""
 
     def ended(self, row: Row) -> None:
         """One more run has ended."""
@@ -46,7 +46,8 @@ class ProgressBar:
     def __init__(self, out: Console) -> None:
         self._out = out
         self._outcomes: Counter[Outcome] = Counter()
-        self._done = self._of = 0
+        self._done = 0
+        self._of: int | None = 0
         self._progress: Progress | None = None
         if out.is_terminal:
             self._progress = Progress(
@@ -70,7 +71,7 @@ class ProgressBar:
         if self._progress is not None:
             self._progress.stop()
 
-    def total(self, done: int, of: int) -> None:
+    def total(self, done: int, of: int | None) -> None:
         """See Reporter."""
         self._done, self._of = done, of
         if self._progress is not None:
@@ -83,7 +84,8 @@ class ProgressBar:
         outcome = row.result.outcome
         self._outcomes[outcome] += 1
         if self._progress is None:
-            print(f"{self._done}/{self._of} {line(row)}", file=sys.stderr, flush=True)
+            of = "" if self._of is None else f"/{self._of}"
+            print(f"{self._done}{of} {line(row)}", file=sys.stderr, flush=True)
             return
         counts = ", ".join(f"[{STYLES[o]}]{n} {o.value}[/]" for o, n in sorted(self._outcomes.items(), key=_severity))
         self._progress.update(self._task, completed=self._done, description=counts)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vmodel.campaign.matrix import LARGEST, digest, functions
-from vmodel.campaign.rig import GUESTS, CaseRunner, perform
+from vmodel.campaign.rig import GUESTS, LASTING_GUESTS, CaseRunner, perform
 from vmodel.campaign.store import Row
 from vmodel.config_file import parse_toml, read_text
 from vmodel.devices import BUILTIN
@@ -27,7 +27,7 @@ def code(row: Row) -> Iterator[str]:
     ConfigError: the machine file cannot be read.
     """
     case = row.run.case
-    if row.run.rig != GUESTS:
+    if row.run.rig not in (GUESTS, LASTING_GUESTS):
         yield row.run.rig
     described = _described(row)
     devices = described.get("device", ())

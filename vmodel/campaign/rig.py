@@ -18,6 +18,8 @@ from vmodel.mistakes import exception_line, one_line
 
 #: Cases run in stock guests.
 GUESTS = "vmodel.experiment:Rig"
+#: The same, in guests that last longer.
+LASTING_GUESTS = "vmodel.experiment:LastingRig"
 
 
 class CaseRunner(Protocol):

@@ -49,18 +49,30 @@ class Runner:
         rows = self._store.rows()
         waiting = deque(row for row in rows if row.result is None)
         self._reporter.total(len(rows) - len(waiting), len(rows))
+        self.feed(lambda: waiting.popleft() if waiting else None, on_row)
+
+    def feed(self, following: Callable[[], Row | None], on_row: Callable[[Row], None] = lambda row: None) -> None:
+        """Runs what `following` returns, until that is None and nothing is under way.
+
+        `following` is called whenever a run can start; None: none can before another ends.  See `finish`.
+        """
+        again: deque[Row] = deque()
         under_way: dict[int, Row] = {}
-        while waiting or under_way:
-            while waiting and self._on.free > 0:
-                row = waiting.popleft()
+        while True:
+            while self._on.free > 0:
+                row = again.popleft() if again else following()
+                if row is None:
+                    break
                 under_way[row.id] = row
                 self._started[row.id] = time.time()
                 self._on.submit(Task(row.id, row.run.case, self._store.part(row.id)))
+            if not under_way:
+                return
             for answer in self._on.wait():
                 row = under_way.pop(answer.task.id)
                 ended = self._take(answer)
                 if ended is None:
-                    waiting.appendleft(row)
+                    again.append(row)
                 else:
                     self._reporter.ended(ended)
                     on_row(ended)

@@ -63,6 +63,7 @@ _COMMANDS = {
     "log": "log",
     "call": "call",
     "sweep": "campaign",
+    "explore": "explore",
     "campaign": "campaign",
     "reproduce": "repeat",
     "minimise": "repeat",

@@ -11,7 +11,7 @@ import typer
 from vmodel.campaign.minimise import Minimiser
 from vmodel.campaign.repeat import changed_inputs, check_files, code, differences, free_folder
 from vmodel.campaign.repeat import repeat as run_again
-from vmodel.campaign.rig import GUESTS, load_rig, perform
+from vmodel.campaign.rig import GUESTS, LASTING_GUESTS, load_rig, perform
 from vmodel.campaign.store import Row, find_run, history
 from vmodel.campaign.toml import plan_text
 from vmodel.cli.campaign import check_host
@@ -116,6 +116,6 @@ def _ended(path: Path, trust: bool) -> tuple[Row, Result, list[Row]]:
         check_files(each)
     for name in changed_inputs(row):
         print(f"vmodel: warning: {name} has changed since the run", file=sys.stderr)
-    if row.run.rig == GUESTS:
+    if row.run.rig in (GUESTS, LASTING_GUESTS):
         check_host({row.run.case.kernel}, row.run.case.tools)
     return row, row.result, others

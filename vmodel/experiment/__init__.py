@@ -2,6 +2,6 @@
 
 from vmodel.experiment.case import Case, Result
 from vmodel.experiment.oracle import Effect, Finding, Outcome
-from vmodel.experiment.rig import Rig, run
+from vmodel.experiment.rig import LastingRig, Rig, run
 
-__all__ = ["Case", "Effect", "Finding", "Outcome", "Result", "Rig", "run"]
+__all__ = ["Case", "Effect", "Finding", "LastingRig", "Outcome", "Result", "Rig", "run"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +27,8 @@ LAG = 16
 _TRIES = 200
 #: The least and the most turns of a kept plan, in relation to others; the factors after a turn.
 _LEAST, _MOST, _BETTER, _WORSE = 0.05, 16.0, 2.0, 0.85
+#: Among how many pairs of a site and an action the most promising one is chosen.
+_AHEAD = 12
 #: Outcomes after which a guest boots again: plans that contain such a plan say nothing new.
 _FATAL = (Outcome.CRASH, Outcome.HANG)
 
@@ -97,6 +99,10 @@ class Search:
         self._surveyed: dict[int, KeptPlan] = {}
         self._fatal: list[frozenset[str]] = []
         self._deadly: Counter[tuple[str, ...]] = Counter()
+        #: By action and by point: how many rules were tried, and how many of those were in plans with something new.
+        #: By site: how often it was drawn.
+        self._tried: Counter[str] = Counter()
+        self._hits: Counter[str] = Counter()
         self._fresh = self._shuffled()
         #: Sites that a kept plan's survey found, with their actions: rules to add to that plan.
         self._deep: deque[tuple[KeptPlan, tuple[Site, str]]] = deque()
@@ -132,15 +138,15 @@ class Search:
         if not self._feedback:
             return space.any(generator), "random", 0
         kind = generator.random()
-        if self._deep and kind < 0.4:
-            entry, pair = self._deep.popleft()
+        if self._deep and kind < 0.5:
+            entry, pair = self._best(self._deep, lambda one: one[1])
             return (
                 space.extended(entry.attempt.plan, space.rule(generator, *pair), generator),
                 "deep",
                 entry.attempt.number,
             )
-        if self._fresh and (not self.kept or kind < 0.7):
-            pair = self._fresh.popleft()
+        if self._fresh and (not self.kept or kind < 0.75):
+            pair = self._best(self._fresh, lambda one: one)
             return space.plan([space.rule(generator, *pair)], generator), "fresh", 0
         if not self.kept:
             return space.any(generator), "random", 0
@@ -150,6 +156,22 @@ class Search:
             plan = space.combined(entry.attempt.plan, other.attempt.plan, generator)
             return plan, "combination", entry.attempt.number
         return space.mutated(entry.attempt.plan, generator, entry.own), "mutation", entry.attempt.number
+
+    def _best(self, pairs: deque[_T], of: Callable[[_T], tuple[Site, str]]) -> _T:
+        """Takes the most promising of the next pairs: of an action, and at a point, that reached something before."""
+
+        def promise(n: int) -> float:
+            site, action = of(pairs[n])
+            return self._rate(action) * self._rate(site.point.value) / (1 + self._tried[str(site)])
+
+        best = max(range(min(len(pairs), _AHEAD)), key=lambda n: (promise(n), -n))
+        found = pairs[best]
+        del pairs[best]
+        self._tried[str(of(found)[0])] += 1
+        return found
+
+    def _rate(self, name: str) -> float:
+        return (self._hits[name] + 1) / (self._tried[name] + 2)
 
     def _choice(self, generator: random.Random) -> KeptPlan:
         return generator.choices(self.kept, [entry.energy for entry in self.kept])[0]
@@ -174,6 +196,10 @@ class Search:
         if attempt.how == "survey":
             self._learn(self._surveyed.pop(attempt.number), seen)
             return new
+        for rule in attempt.plan.rule:
+            for name in (rule.do.name, rule.point.value):
+                self._tried[name] += 1
+                self._hits[name] += bool(new)
         parent = next((entry for entry in self.kept if entry.attempt.number == attempt.parent), None)
         if seen.outcome in _FATAL:
             self._fatal.append(frozenset(rule.text() for rule in attempt.plan.rule))

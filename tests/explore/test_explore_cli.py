@@ -1,0 +1,118 @@
+"""vmodel explore as a user runs it, with the simulated program instead of guests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.campaign.files import MACHINE
+from tests.campaign.runs import ended, running
+from tests.cli.commands import refused, vmodel
+from tests.waiting import until
+from vmodel.explore.script import cycle
+
+SIMULATED = Path(__file__).with_name("simulated.py")
+LINE = ("explore", "edu.toml", "--driver", "simulated", "--workload", "run", "--rig", "simulated.py:Simulated")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "edu.toml").write_text(MACHINE)
+    shutil.copy(SIMULATED, tmp_path)
+    return tmp_path
+
+
+def test_a_search_from_the_command_line(folder: Path) -> None:
+    done = vmodel(*LINE, "--runs", "60", "-j", "2", cwd=folder)
+    assert done.returncode == 1, done.stderr  # it found something
+    assert "problems in 60 runs" in done.stdout and "vmodel reproduce edu-explore.runs/" in done.stdout
+    assert "find 1: " in done.stderr and "new instructions: " in done.stderr
+    # Again: from the store, with the same plans.
+    again = vmodel(*LINE, "--runs", "60", "--format", "json", cwd=folder)
+    said = json.loads(again.stdout)
+    assert said["runs"] == 60 and said["found"][0]["again"] == 3 and " explore / " not in again.stderr
+    # Its runs are those of a campaign.
+    report = json.loads(vmodel("report", "edu-explore.runs", "--format", "json", cwd=folder).stdout)
+    assert report["kind"] == "explore" and len(report["runs"]) == said["all_runs"]
+    first = vmodel("reproduce", said["found"][0]["reproduce"], "--trust", cwd=folder)
+    assert first.returncode == 0 and "as before" in first.stdout
+
+
+def test_ctrl_c_keeps_what_ended_and_prints_the_summary(folder: Path) -> None:
+    with running(*LINE, "--runs", "5000", "-j", "2", cwd=folder) as run:
+        until(lambda: len(ended(folder / "edu-explore.runs")) > 30, "thirty runs", 60)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "it was interrupted: the same command continues" in out and "Traceback" not in err
+    kept = len(ended(folder / "edu-explore.runs"))
+    assert kept > 30 and not list((folder / "edu-explore.runs").glob(".part-*"))
+    said = json.loads(vmodel(*LINE, "--runs", "20", "--format", "json", cwd=folder).stdout)
+    assert said["runs"] == 20
+    assert len(ended(folder / "edu-explore.runs")) >= kept
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ((), "say when the search ends: --budget 30m, or --runs 500"),
+        (("--runs", "0"), "--runs 0: must be at least 1"),
+        (("--budget", "0s"), "--budget 0s: must be a time of more than 0, as 30m, 90s or 2h"),
+        (("--budget", "soon"), "--budget soon: must be a time of more than 0, as 30m, 90s or 2h"),
+        (("--runs", "5", "--timeout", "0"), "--timeout 0: must be more than 0 seconds, and have an end"),
+        (("--runs", "5", "--device", "nix"), "--device nix: there is none in edu.toml: devices are edu0"),
+        (("--runs", "5", "--driver", "./x.o"), "--driver ./x.o: there is no module or source folder './x.o'"),
+        (
+            ("--runs", "5", "--driver", "vmlinux:"),
+            "'vmlinux:': PREFIX must be the begin of a function's name, as \"pci_\"",
+        ),
+        (("--runs", "5", "--format", "xml"), "--format xml: formats are text, json"),
+        (("--runs", "5", "--against", "nowhere"), "nowhere: is not a campaign's folder: it has no campaign.db"),
+    ],
+)
+def test_bad_input_is_one_line(folder: Path, more: tuple[str, ...], line: str) -> None:
+    assert refused(vmodel(*LINE, *more, cwd=folder)).endswith(line)
+    assert not (folder / "edu-explore.runs").exists()
+
+
+def test_a_workload_that_fails_is_one_line(folder: Path) -> None:
+    line = [part if part != "run" else "fail" for part in LINE]
+    done = vmodel(*line, "--runs", "5", cwd=folder)
+    assert done.returncode == 1 and done.stdout == ""
+    text = "vmodel: edu-explore.runs/1: the workload fails without faults: harness error: exit status 7"
+    assert done.stderr.splitlines()[-1] == text
+
+
+def script(text: str, tmp_path: Path, *, loads: bool = True) -> tuple[int, list[str]]:
+    """The exit status of a cycle's script on this host, and which modules it loaded and removed."""
+    sys, log = tmp_path / "sys", tmp_path / "log"
+    (sys / "module").mkdir(parents=True, exist_ok=True)
+    log.write_text("")
+    tool = tmp_path / "modprobe"
+    tool.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\n'
+        f"case $1 in -r) rm -r {sys}/module/$2;; *) mkdir {sys}/module/$1; {'true' if loads else 'false'};; esac\n"
+    )
+    tool.chmod(0o755)
+    done = subprocess.run(
+        ["sh", "-c", text.replace("/sys/", f"{sys}/")],
+        env={"PATH": f"{tmp_path}:/bin:/usr/bin"},
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, log.read_text().split("\n")[:-1]
+
+
+def test_the_script_of_a_run(tmp_path: Path) -> None:
+    whole = ["core", "card", "-r card", "-r core"]
+    assert script(cycle(["core", "card"], "true"), tmp_path) == (0, whole)
+    # The workload's status is the script's; the driver is removed in any case.
+    assert script(cycle(["core", "card"], "set -e\nexit 65"), tmp_path) == (65, whole)
+    assert script(cycle(["card"], "touch worked", wait_for="/nowhere-at-all"), tmp_path) == (1, ["card", "-r card"])
+    assert script(cycle(["card"], "exit 7"), tmp_path, loads=False) == (1, ["card", "-r card"])
+    assert script(cycle(["card"], "true", suspend=True), tmp_path) == (0, ["card", "-r card"])
