@@ -13,9 +13,27 @@ struct vms_pin {
     struct touched {
         uint64_t gpa, log_at; /* of a page; log_at: in the domain's log */
     } *pages;
-    size_t n_pages;
+    size_t n_pages, room;
     vms_domain *log; /* NULL: none */
 };
+
+/* Notes the pages of a piece.  They take memory as they are found: a length may be of anything. */
+static int note_pages(vms_pin *pin, const place *p)
+{
+    size_t n = (p->gpa % PAGE + p->n - 1) / PAGE + 1;
+
+    if (n > pin->room - pin->n_pages) {
+        size_t room = pin->room + (n > pin->room ? n : pin->room);
+        struct touched *pages = realloc(pin->pages, room * sizeof *pages);
+        if (!pages)
+            return -ENOMEM;
+        pin->pages = pages;
+        pin->room = room;
+    }
+    for (size_t i = 0; i < n; i++)
+        pin->pages[pin->n_pages++] = (struct touched){ (p->gpa & -PAGE) + i * PAGE, (p->log_at & -PAGE) + i * PAGE };
+    return 0;
+}
 
 static void mark_pin(const vms_pin *pin)
 {
@@ -40,12 +58,8 @@ int vms_dma_pin(vms_requester *requester, uint32_t pasid, uint64_t iova, size_t 
         return -EINVAL;
     vms_pin *pin = calloc(1, sizeof *pin);
     int write = (flags & VMS_DMA_WRITE) != 0;
-    if (pin && write)
-        pin->pages = malloc((len / PAGE + 2) * sizeof *pin->pages);
-    if (!pin || (write && !pin->pages)) {
-        free(pin);
+    if (!pin)
         return -ENOMEM;
-    }
     /* A view that may be written may be read as well. */
     uint32_t access = write ? VMS_PROT_READ | VMS_PROT_WRITE : VMS_PROT_READ;
     fault->access = access;
@@ -57,14 +71,14 @@ int vms_dma_pin(vms_requester *requester, uint32_t pasid, uint64_t iova, size_t 
         rc = dma_translate(requester, at, iova + done, len - done, access, &p, fault);
         if (rc == 0 && done && (p.window->file != file || p.ptr != host + done))
             rc = dma_fail(requester, fault, VMS_REASON_NO_WINDOW, iova + done);
+        if (rc == 0 && write)
+            rc = note_pages(pin, &p);
         if (rc < 0)
             break;
         file = p.window->file;
         if (!done)
             host = p.ptr;
         pin->log = p.log; /* one domain for all pieces */
-        for (uint64_t i = 0; write && i <= (p.gpa % PAGE + p.n - 1) / PAGE; i++)
-            pin->pages[pin->n_pages++] = (struct touched){ (p.gpa & -PAGE) + i * PAGE, (p.log_at & -PAGE) + i * PAGE };
     }
     if (rc == 0) {
         file_ref(file);

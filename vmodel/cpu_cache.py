@@ -6,10 +6,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 from vmodel import _shim
 from vmodel.dma import Buffer, Dma
+from vmodel.dma_pieces import counting, read_large
 from vmodel.errors import Access, DmaFault
 from vmodel.memory import GuestMemory
 from vmodel.span import PAGE
@@ -45,7 +47,7 @@ class CpuCache:
     >>> cache.attach(device.dma)  # doctest: +SKIP
 
     GPAs are those of `memory`, whose windows the attached devices must have, too.  DmaFault: there is no memory at a
-    GPA.  ValueError: no lines.
+    GPA, or it is none.  ValueError: no lines.
     """
 
     def __init__(self, memory: GuestMemory, *, lines: int = 4096) -> None:
@@ -60,7 +62,9 @@ class CpuCache:
     # ---- the CPU ---------------------------------------------------------------------------
 
     def read(self, gpa: int, size: int) -> bytes:
-        """`size` bytes, from lines where they are cached; others are cached now."""
+        """`size` bytes, from lines where they are cached; others are cached now.  ValueError: less than 0 bytes."""
+        if size < 0:
+            raise ValueError(f"{size} bytes")
         data = bytearray()
         with self.lock:
             for at, offset, n in _split(gpa, size):
@@ -199,11 +203,15 @@ class _Snooped:
                     self._cache.snoop(gpa, size, access)
                 return once(requester, pasid)
 
-        with _counting(done):
+        with counting(done):
             return dma.whole(attempt, iova, access)
         raise AssertionError("unreachable")
 
     def read(self, dma: Dma, iova: int, size: int) -> bytes:
+        if not _can_split(iova, size):
+            return dma.read(iova, size)
+        if size > _shim.MOST_BYTES:
+            return read_large(partial(self.read, dma), iova, size)
         data = bytearray(size)
         self.readinto(dma, iova, data)
         return bytes(data)
@@ -225,7 +233,7 @@ class _Snooped:
             return False
 
         if not self._step(dma, iova, len(part), Access.READ, done, once):
-            with _counting(done):
+            with counting(done):
                 dma.readinto(iova, part)
 
     def write(self, dma: Dma, iova: int, data: Buffer) -> None:
@@ -244,20 +252,20 @@ class _Snooped:
             return False
 
         if not self._step(dma, iova, len(part), Access.WRITE, done, once):
-            with _counting(done):
+            with counting(done):
                 dma.write(iova, part)
 
     def gather_into(self, dma: Dma, pieces: Sequence[tuple[int, int]], buffer: memoryview) -> None:
         done = 0
         for iova, size in pieces:
-            with _counting(done):
+            with counting(done):
                 self.readinto(dma, iova, buffer[done : done + size])
             done += size
 
     def scatter(self, dma: Dma, pieces: Sequence[tuple[int, int]], data: memoryview) -> None:
         done = 0
         for iova, size in pieces:
-            with _counting(done):
+            with counting(done):
                 self.write(dma, iova, data[done : done + size])
             done += size
 
@@ -284,16 +292,6 @@ class _Snooped:
             return requester.atomic(iova, op, size, operand, compare, pasid)
 
         return self._step(dma, iova, size, _RW, 0, once)
-
-
-@contextmanager
-def _counting(done: int) -> Iterator[None]:
-    """Adds what was moved before to the `done` of a fault."""
-    try:
-        yield
-    except DmaFault as fault:
-        fault.done += done
-        raise
 
 
 def _can_split(iova: int, size: int) -> bool:

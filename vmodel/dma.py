@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn, Protocol, TypeVar
 
 from vmodel import _shim
+from vmodel.dma_pieces import counting, read_each, read_large
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.memory import GuestMemory
@@ -130,9 +132,10 @@ class Dma:
     """DMA by one requester, with or without a PASID.
 
     Addresses are IOVAs, sizes are in bytes.  All methods raise DmaFault; its `done` is the number of bytes moved before
-    the fault.  With bus mastering off each access fails with Reason.BUS_MASTER_OFF, as an unsupported request does on
-    PCIe.  Where an IOMMU covers the device, a fault is reported to it first; if it resolves the fault, the access
-    continues.
+    the fault.  What is no address, below 0 or beyond 2**64 - 1, is DmaFault(WRAP); a size below 0 is ValueError.  Reads
+    take memory only for what is there, and more than 16 MiB are read in pieces.  With bus mastering off each access
+    fails with Reason.BUS_MASTER_OFF, as an unsupported request does on PCIe.  Where an IOMMU covers the device, a fault
+    is reported to it first; if it resolves the fault, the access continues.
     """
 
     __slots__ = ("_line", "_no_snoop", "_pasid", "_port")
@@ -231,10 +234,15 @@ class Dma:
     def translate(self, iova: int, access: Access) -> int:
         """The GPA of `iova`, without an access to memory.  DmaFault, after the IOMMU had a chance to resolve it."""
         requester, pasid = self._line.requester, self._pasid
+        self._check(iova, 1, access)
         return self.whole(lambda: requester.translate([iova], access, pasid)[0], iova, access)
 
     def snoops(self, iova: int) -> bool:
-        """Whether an access at `iova` snoops the CPU's caches: by its attribute, Device Control, and the IOMMU."""
+        """Whether an access at `iova` snoops the CPU's caches: by its attribute, Device Control, and the IOMMU.
+
+        DmaFault(WRAP): no address.
+        """
+        self._check(iova, 1, Access.READ)
         line = self._line
         no_snoop = self._no_snoop and line.no_snoop_enabled is not None and line.no_snoop_enabled()
         if line.endpoint is None:
@@ -272,14 +280,27 @@ class Dma:
             by = intercepted.by
         except _shim.ByMessage:
             pass
+        except _shim.TooLarge:
+            return read_large(self.read, iova, size)
+        except OverflowError:
+            self._check(iova, size, Access.READ)
+            raise
         except DmaFault as fault:
             if not self._resolved(fault):
                 raise
         if by is not None:
+            self._check(iova, size, Access.READ)
             return by.tap.read(self._below(by), iova, size)
         buffer = bytearray(size)
         self._go_on(iova, memoryview(buffer), Access.READ)
         return bytes(buffer)
+
+    def _check(self, iova: int, size: int, access: Access) -> None:
+        """ValueError or DmaFault(WRAP) for what is no size or no address.  No request can have it: no IOMMU sees it."""
+        if size < 0:
+            raise ValueError(f"an access of {size} bytes")
+        if not 0 <= iova < 1 << 64 or size >= 1 << 64:
+            raise DmaFault(Reason.WRAP, iova, access, 0, self.pasid)
 
     def readinto(self, iova: int, buffer: bytearray | memoryview) -> None:
         """Fills `buffer` (writable, contiguous) from `iova` on."""
@@ -290,10 +311,14 @@ class Dma:
             by = intercepted.by
         except _shim.ByMessage:
             pass
+        except OverflowError:
+            self._check(iova, 0, Access.READ)
+            raise
         except DmaFault as fault:
             if not self._resolved(fault):
                 raise
         if by is not None:
+            self._check(iova, 0, Access.READ)
             return by.tap.readinto(self._below(by), iova, buffer)
         return self._go_on(iova, memoryview(buffer).cast("B"), Access.READ)
 
@@ -306,10 +331,14 @@ class Dma:
             by = intercepted.by
         except _shim.ByMessage:
             pass
+        except OverflowError:
+            self._check(iova, 0, Access.WRITE)
+            raise
         except DmaFault as fault:
             if not self._resolved(fault):
                 raise
         if by is not None:
+            self._check(iova, 0, Access.WRITE)
             return by.tap.write(self._below(by), iova, data)
         return self._go_on(iova, memoryview(data).cast("B"), Access.WRITE)
 
@@ -362,9 +391,17 @@ class Dma:
 
     def gather(self, pieces: Sequence[tuple[int, int]]) -> bytes:
         """Reads all (iova, size) pieces; returns their bytes in that order."""
-        buffer = bytearray(sum(size for _, size in pieces))
+        total = sum(size for _, size in pieces)
+        if not 0 <= total <= _shim.MOST_BYTES:
+            self._check_pieces(pieces, Access.READ)
+            return read_each(self.read, pieces)
+        buffer = bytearray(total)
         self.gather_into(pieces, buffer)
         return bytes(buffer)
+
+    def _check_pieces(self, pieces: Sequence[tuple[int, int]], access: Access) -> None:
+        for iova, size in pieces:
+            self._check(iova, size, access)
 
     def gather_into(self, pieces: Sequence[tuple[int, int]], buffer: bytearray | memoryview) -> None:
         """Fills `buffer` from (iova, size) pieces; ValueError when their sizes do not add up to its length."""
@@ -389,10 +426,14 @@ class Dma:
             by = intercepted.by
         except _shim.ByMessage:
             pass
+        except OverflowError:
+            self._check_pieces(pieces, access)
+            raise
         except DmaFault as fault:
             if not self._resolved(fault):
                 raise
         if by is not None:
+            self._check_pieces(pieces, access)
             move = by.tap.gather_into if access is Access.READ else by.tap.scatter
             move(self._below(by), pieces, view)
             return
@@ -400,14 +441,11 @@ class Dma:
         at = 0
         for iova, size in pieces:
             part = view[at : at + size]
-            try:
+            with counting(at):
                 if access is Access.READ:
                     self.readinto(iova, part)
                 else:
                     self.write(iova, part)
-            except DmaFault as fault:
-                fault.done += at
-                raise
             at += size
 
     @contextmanager
@@ -425,7 +463,11 @@ class Dma:
             pin = self.whole(lambda: self._port.requester.pin(iova, size, flags, self._pasid), iova, access)
         except _Intercepted as intercepted:
             by = intercepted.by
+        except OverflowError:
+            self._check(iova, size, access)
+            raise
         if by is not None:
+            self._check(iova, size, access)
             with by.tap.view(self._below(by), iova, size, writable=writable) as copy:
                 yield copy
             return
@@ -447,7 +489,13 @@ class Dma:
         return self.atomic(iova, _shim.ATOMIC_CAS, size, operand, expected)
 
     def atomic(self, iova: int, op: int, size: int, operand: int, compare: int) -> int:
-        """Carries out the atomic operation `op`, a number _shim.ATOMIC_*.  Returns the value before."""
+        """Carries out the atomic operation `op`, a number _shim.ATOMIC_*.  Returns the value before.
+
+        OSError(EINVAL): no such operation, or not 4 or 8 bytes.
+        """
+        if size not in (4, 8) or not 0 <= op <= _shim.ATOMIC_CAS:
+            raise OSError(errno.EINVAL, f"no atomic operation {op} on {size} bytes")
+        self._check(iova, size, Access.READ | Access.WRITE)
         mask = (1 << 8 * size) - 1
         numbers = iova, op, size, operand & mask, compare & mask
         try:

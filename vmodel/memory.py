@@ -49,7 +49,7 @@ class GuestMemory:
         self.shim.map(gpa, size, int(access), fd, offset)
 
     def unmap(self, gpa: int, size: int) -> int:
-        """Unmaps all windows inside the range; returns the bytes removed.  OSError(EINVAL): it cuts a window."""
+        """Unmaps all windows inside the range; returns the bytes removed.  OSError(EINVAL): it cuts one, or wraps."""
         return self.shim.unmap(gpa, size)
 
     def unmap_all(self) -> int:
@@ -80,7 +80,7 @@ class GuestMemory:
     def dirty_report(self, span: Span, page_size: int = PAGE) -> bytes:
         """Reads and clears the dirty bits: a little-endian bitmap, one bit a page, padded to 8 bytes.
 
-        OSError(EINVAL): logging is off, or `span` is not made of whole pages of `page_size`.
+        OSError: EINVAL logging is off, or `span` is not made of whole pages of `page_size`; ENOMEM more than 2**31.
         """
         return self.shim.dirty_report(span.start, span.size, page_size)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import threading
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
 
-from tests.spaces.world import RW, World, refused
+from tests.spaces.world import RAM, RW, World, refused
 from tests.waiting import until
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.iommufd import Context, Device, Ioas, KernelAccess
-from vmodel.span import PAGE, Span
+from vmodel.iommu.iommufd.kernel_access import MOST_READ
+from vmodel.span import PAGE, GiB, MiB, Span
 
 IOVA = 1 << 24
 
@@ -331,3 +333,29 @@ def test_pins_and_unmaps_in_threads(world: World, ioas: Ioas) -> None:
     assert failed == []
     ioas.unmap_all()
     assert pins == [] and context.process.pinned == 0 and ioas.mappings() == []
+
+
+@pytest.mark.parametrize("size", [MOST_READ + 1, 8 * GiB, 1 << 62, (1 << 64) - IOVA])
+def test_large_reads(size: int, world: World, ioas: Ioas) -> None:
+    """The result is new memory: it has a limit.  What comes first in iommufd_access_rw is said first."""
+    driver = Driver(world, ioas, keep)
+    with refused(errno.ENOENT):
+        driver.access.read(IOVA, size)
+    ioas.map(0, size & -PAGE or PAGE, iova=IOVA)
+    tracemalloc.start()
+    try:
+        with refused(errno.ENOMEM):
+            driver.access.read(IOVA, size)
+        assert tracemalloc.get_traced_memory()[1] < MiB
+    finally:
+        tracemalloc.stop()
+    with refused(errno.EFAULT):  # there is no memory behind the first 4 MiB
+        driver.access.read(IOVA, MOST_READ)
+    ioas.unmap_all()
+    for n in range(MOST_READ // RAM):
+        ioas.map(0, RAM, iova=IOVA + n * RAM)
+    world.ram[RAM - 1 :] = b"x"
+    got = driver.access.read(IOVA, MOST_READ)
+    assert len(got) == MOST_READ and got.count(b"x") == MOST_READ // RAM
+    with refused(errno.ENOMEM):
+        driver.access.read(IOVA, MOST_READ + 1)

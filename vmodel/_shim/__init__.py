@@ -55,11 +55,13 @@ try:
         ATOMIC_FETCH_ADD,
         ATOMIC_SWAP,
         DMA_WRITE,
+        MOST_BYTES,
         PROT_NONE,
         STALE_ROUTE,
         Pin,
         Requester,
         StaleNote,
+        TooLarge,
     )
 except AttributeError as error:
     if "cffi library" not in str(error):
@@ -94,6 +96,7 @@ __all__ = [
     "MAP_NO_CACHE",
     "MAP_SNOOP",
     "MISALIGNED",
+    "MOST_BYTES",
     "NO_PASID",
     "PROT_NONE",
     "REGIONS",
@@ -113,6 +116,7 @@ __all__ = [
     "Policy",
     "Requester",
     "StaleNote",
+    "TooLarge",
     "check",
     "key",
 ]

@@ -23,6 +23,12 @@ STALE_ROUTE: int = lib.VMS_STALE_ROUTE
 _NOTES = 16
 #: Reads up to this size go through a buffer that is kept: making one would cost more than the copy.
 _SCRATCH = 16384
+#: The most bytes of one read: more are read in pieces, as memory is taken for what there is only.
+MOST_BYTES = 16 << 20
+
+
+class TooLarge(Exception):
+    """A read of more than MOST_BYTES."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,14 @@ class _PerThread(threading.local):
     def __init__(self) -> None:
         self.fault = ffi.new("vms_fault *")
         self.scratch = ffi.new("char[]", _SCRATCH)
+
+
+def _room(iova: int, size: int) -> Any:
+    if iova + size > 1 << 64:  # a fault before anything is moved
+        return ffi.NULL
+    if size > MOST_BYTES:
+        raise TooLarge
+    return ffi.new("char[]", size)
 
 
 class Requester:
@@ -105,10 +119,10 @@ class Requester:
         return list(out)
 
     def read(self, iova: int, size: int, pasid: int = NO_PASID) -> bytes:
-        """`size` bytes from `iova` on."""
+        """`size` bytes from `iova` on.  TooLarge: more than MOST_BYTES."""
         local = self._local
         fault = local.fault
-        scratch = local.scratch if size <= _SCRATCH else ffi.new("char[]", size)
+        scratch = local.scratch if size <= _SCRATCH else _room(iova, size)
         rc = lib.vms_dma_rw(self.handle, pasid, iova, scratch, size, 0, fault)
         if rc:
             self._ended(rc, fault)

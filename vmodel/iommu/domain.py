@@ -226,7 +226,7 @@ class PagingDomain(Domain):
         self._marks = _shim.MAP_SNOOP if self._snoop_by_entry else 0
 
     def snoops(self, iova: int, *, no_snoop: bool) -> bool:
-        found = self.shim.first(iova)
+        found = self.shim.first(iova) if 0 <= iova < 1 << 64 else None
         flags = found[3] if found is not None and found[0] <= iova else 0
         forced = bool(flags & _shim.MAP_SNOOP) if self._snoop_by_entry else self._enforced
         return self._coherency.snoops(cache=not flags & _shim.MAP_NO_CACHE, forced=forced, no_snoop=no_snoop)

@@ -20,6 +20,8 @@ _LAST = (1 << 64) - 1
 _WAIT_SECONDS = 60.0
 #: Memory is read in pieces of this size, so that a mapping without memory behind it costs no more.
 _PIECE = MiB
+#: The most bytes of one `read`, whose result is new memory, in Linux a buffer of the caller's.
+MOST_READ = 256 * MiB
 
 #: Called as (iova, size) before a mapping that is pinned goes away: it must unpin all in the range.
 Unmap = Callable[[int, int], None]
@@ -200,11 +202,14 @@ class KernelAccess(Object):
         """iommufd_access_rw: bytes of the memory that the IOAS maps, from any IOVA on.
 
         IommuError: EINVAL no size, a mapping is being unmapped, or is of a dma-buf; EOVERFLOW wraps; ENOENT not
-        attached, or a part is not mapped; EPERM a mapping does not allow it; EFAULT there is no memory.
+        attached, or a part is not mapped; EPERM a mapping does not allow it; EFAULT there is no memory; ENOMEM more
+        than 256 MiB, which may be read in parts.
         """
         self.check()
         got = bytearray()
         for gpa, count in self._pieces(iova, size, Access.READ):
+            if size > MOST_READ:
+                raise IommuError(errno.ENOMEM, f"{self}: a read of {size:#x} bytes: more than {MOST_READ:#x}")
             try:
                 got += self._memory.read(gpa, count)
             except (DmaFault, _shim.ByMessage):
