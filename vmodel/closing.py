@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Self
+
+
+def call_all(calls: Iterable[Callable[[], object]]) -> None:
+    """Makes all calls, also after one that fails.  Its error is raised at the end, several as an ExceptionGroup."""
+    errors: list[Exception] = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+    try:
+        if len(errors) > 1:
+            raise ExceptionGroup(f"{len(errors)} calls failed", errors)
+        if errors:
+            raise errors[0]
+    finally:
+        errors = []  # no cycle of this frame and the errors
 
 
 class Closing(ABC):

@@ -14,7 +14,7 @@ from tests.waiting import until
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.iommufd import Context, Device, Ioas, KernelAccess
 from vmodel.iommu.iommufd.kernel_access import MOST_READ
-from vmodel.span import PAGE, GiB, MiB, Span
+from vmodel.span import PAGE, GiB, Span
 
 IOVA = 1 << 24
 
@@ -344,18 +344,137 @@ def test_large_reads(size: int, world: World, ioas: Ioas) -> None:
     ioas.map(0, size & -PAGE or PAGE, iova=IOVA)
     tracemalloc.start()
     try:
-        with refused(errno.ENOMEM):
+        with refused(errno.EFAULT):  # there is no memory behind the first 4 MiB
             driver.access.read(IOVA, size)
-        assert tracemalloc.get_traced_memory()[1] < MiB
+        assert tracemalloc.get_traced_memory()[1] < 4 * RAM
     finally:
         tracemalloc.stop()
-    with refused(errno.EFAULT):  # there is no memory behind the first 4 MiB
-        driver.access.read(IOVA, MOST_READ)
-    ioas.unmap_all()
-    for n in range(MOST_READ // RAM):
+
+
+def test_reads_have_a_limit(world: World, ioas: Ioas) -> None:
+    """The result is new memory, in Linux a buffer of the caller's."""
+    driver = Driver(world, ioas, keep)
+    for n in range(2 * MOST_READ // RAM):
         ioas.map(0, RAM, iova=IOVA + n * RAM)
     world.ram[RAM - 1 :] = b"x"
     got = driver.access.read(IOVA, MOST_READ)
     assert len(got) == MOST_READ and got.count(b"x") == MOST_READ // RAM
-    with refused(errno.ENOMEM):
-        driver.access.read(IOVA, MOST_READ + 1)
+    for size in (MOST_READ + 1, 2 * MOST_READ, 8 * GiB, 1 << 62):
+        with refused(errno.ENOMEM):
+            driver.access.read(IOVA, size)
+    assert driver.access.read(IOVA + MOST_READ, PAGE) == got[:PAGE]
+
+
+# ---- drivers that do what Linux's cannot -----------------------------------------------------------
+
+
+def test_a_callback_that_unmaps(world: World, ioas: Ioas) -> None:
+    """What is pinned is refused, as the callback would be called in itself again; what is not, goes."""
+    seen: list[int] = []
+
+    def unmap(iova: int, size: int) -> None:
+        for at in (IOVA, IOVA + 4 * PAGE):
+            with refused(errno.EDEADLOCK):
+                ioas.unmap(at, PAGE)
+        assert ioas.unmap(IOVA + 8 * PAGE, PAGE) == PAGE
+        seen.append(iova)
+        driver.access.unpin_pages(iova, size)
+
+    driver = Driver(world, ioas, unmap)
+    for n in (0, 4, 8):
+        ioas.map(0, PAGE, iova=IOVA + n * PAGE)
+    for n in (0, 4):
+        driver.access.pin_pages(IOVA + n * PAGE, PAGE)
+    assert ioas.unmap(IOVA, PAGE) == PAGE and seen == [IOVA]
+    assert [m.span.start for m in ioas.mappings()] == [IOVA + 4 * PAGE]
+    driver.access.pin_pages(IOVA + 4 * PAGE, PAGE)  # what was refused has changed nothing
+
+
+def test_callbacks_that_unmap_in_turn(world: World, ioas: Ioas) -> None:
+    """Each unmaps what the other has pinned, in another address space."""
+    other = Ioas(ioas.context)
+
+    def there(iova: int, size: int) -> None:
+        first.access.unpin_pages(iova, size)
+        assert other.unmap(IOVA, PAGE) == PAGE
+
+    def back(iova: int, size: int) -> None:
+        with refused(errno.EDEADLOCK):
+            ioas.unmap(IOVA + PAGE, PAGE)
+        second.access.unpin_pages(iova, size)
+
+    first, second = Driver(world, ioas, there), Driver(world, other, back)
+    for n in range(2):
+        ioas.map(0, PAGE, iova=IOVA + n * PAGE)
+        first.access.pin_pages(IOVA + n * PAGE, PAGE)
+    other.map(0, PAGE, iova=IOVA)
+    second.access.pin_pages(IOVA, PAGE)
+    assert ioas.unmap(IOVA, PAGE) == PAGE
+    assert (len(first.notified), len(second.notified)) == (1, 1)
+
+
+def test_a_callback_that_unmaps_while_it_is_detached(world: World, ioas: Ioas) -> None:
+    def unmap(iova: int, size: int) -> None:
+        with refused(errno.EDEADLOCK):
+            ioas.unmap_all()
+        driver.access.unpin_pages(IOVA, PAGE)
+        assert ioas.unmap_all() == PAGE
+
+    driver = Driver(world, ioas, unmap)
+    ioas.map(0, PAGE, iova=IOVA)
+    driver.access.pin_pages(IOVA, PAGE)
+    driver.access.detach()
+    assert len(driver.notified) == 1 and ioas.mappings() == []
+
+
+@pytest.mark.parametrize("step", [PAGE, 16 * PAGE])
+def test_a_callback_that_pins_more_and_more(step: int, world: World, ioas: Ioas) -> None:
+    """An end comes: 101 times for each mapping that there was (the tries of iopt_unmap_iova_range begin again)."""
+
+    def further(iova: int, size: int) -> None:
+        assert len(driver.notified) < 400
+        driver.access.unpin_pages(iova, size)
+        ioas.map(0, PAGE, iova=iova + step)
+        driver.access.pin_pages(iova + step, PAGE)
+
+    driver = Driver(world, ioas, further)
+    ioas.map(0, PAGE, iova=IOVA)
+    driver.access.pin_pages(IOVA, PAGE)
+    with refused(errno.EDEADLOCK):
+        ioas.unmap_all()
+    assert len(driver.notified) == 101 and len(ioas.mappings()) == 2
+    driver.answer = lambda iova, size: driver.access.unpin_pages(iova, size)
+    assert ioas.unmap_all() == 2 * PAGE
+
+
+def test_all_are_notified_before_an_exception(world: World, ioas: Ioas) -> None:
+    def fail(iova: int, size: int) -> None:
+        raise ZeroDivisionError
+
+    first = Driver(world, ioas, fail)
+    second = Driver(world, ioas, lambda iova, size: second.access.unpin_pages(iova, size))
+    ioas.map(0, PAGE, iova=IOVA)
+    second.access.pin_pages(IOVA, PAGE)
+    with pytest.raises(ZeroDivisionError):
+        ioas.unmap(IOVA, PAGE)
+    assert first.notified == second.notified == [(IOVA, PAGE)]
+    assert ioas.unmap(IOVA, PAGE) == PAGE, "nobody has it any more"
+
+
+def test_one_close_is_enough(world: World, context: Context, ioas: Ioas) -> None:
+    """However many drivers fail, all is given back, and what they raised is raised."""
+
+    def fail(iova: int, size: int) -> None:
+        raise ZeroDivisionError
+
+    device = world.add(world.iommu())
+    Device(context, device.endpoint).attach(ioas)
+    drivers = [Driver(world, ioas, fail) for _ in range(3)]
+    ioas.map(0, PAGE, iova=IOVA)
+    drivers[1].access.pin_pages(IOVA, PAGE)
+    with pytest.raises(ExceptionGroup) as raised:
+        context.close()
+    assert [type(error) for error in raised.value.exceptions] == [ZeroDivisionError] * 3
+    assert [driver.notified for driver in drivers] == [[(0, 2**64 - 1)]] * 3
+    assert not context._objects and device.group.owner is None and device.reads(PAGE) == PAGE
+    context.close()

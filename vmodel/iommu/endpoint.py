@@ -30,6 +30,15 @@ DRIVERS_WITHOUT_DMA = frozenset(("pcieport", "pci-stub"))
 ASKABLE = frozenset((Reason.NOT_MAPPED, Reason.PERMISSION, Reason.ACCESS_FLAG))
 
 
+def _number_of(pasid: int | None) -> int:
+    """The shim's number of a PASID."""
+    if pasid is None:
+        return _shim.NO_PASID
+    if not 0 <= pasid < 1 << 20:
+        raise IommuError(errno.EINVAL, f"a PASID has 20 bits, {pasid:#x} has not")
+    return pasid
+
+
 class Endpoint:
     """A device as the IOMMUs see it.
 
@@ -118,11 +127,11 @@ class Endpoint:
         """Attaches `domain`: accesses, or those with `pasid`, go through it from now on.
 
         None: without `pasid`, accesses are not translated; with `pasid`, the PASID has no domain, so they fault.
-        OSError(ENOMEM): no memory, and nothing has changed; a blocked domain needs none.
+        OSError: ENOMEM no memory; a blocked domain needs none; EINVAL no PASID.  Nothing has changed then.
         """
+        number = _number_of(pasid)
         if self._requester is None:
             return
-        number = _shim.NO_PASID if pasid is None else pasid
         try:
             self._requester.attach(None if domain is None else domain.shim, number)
         except OSError:
@@ -144,17 +153,22 @@ class Endpoint:
             self._requester.own_tlb(on)
 
     def invalidate(self, span: Span, pasid: int | None = None) -> None:
-        """Invalidates the cached translations of `span` (IOVA) for this device, in the IOTLB and in its own TLB."""
+        """Invalidates the cached translations of `span` (IOVA) for this device, in the IOTLB and in its own TLB.
+
+        IommuError(EINVAL): no PASID.
+        """
+        number = _number_of(pasid)
         if self._requester is not None:
-            self._requester.flush(span.start, span.last, _shim.NO_PASID if pasid is None else pasid)
+            self._requester.flush(span.start, span.last, number)
 
     def chosen_by(self, memory: GuestMemory, words: Sequence[tuple[int, int]], pasid: int | None = None) -> None:
         """Names the table entries that selected the attached domain, as (GPA, value) of 8-byte words in `memory`.
 
-        If a word has another value at an access, the access is a stale use (StaleUse).
+        If a word has another value at an access, the access is a stale use (StaleUse).  IommuError(EINVAL): no PASID.
         """
+        number = _number_of(pasid)
         if self._requester is not None:
-            self._requester.chosen_by(memory.shim, words, _shim.NO_PASID if pasid is None else pasid)
+            self._requester.chosen_by(memory.shim, words, number)
 
     def _stale(self, notes: list[_shim.StaleNote]) -> None:
         if (iommu := self.iommu) is not None:

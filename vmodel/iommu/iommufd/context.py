@@ -8,7 +8,7 @@ import itertools
 import threading
 from typing import TYPE_CHECKING
 
-from vmodel.closing import Closing
+from vmodel.closing import Closing, call_all
 from vmodel.errors import IommuError
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommufd.process import AccountMode, Process
@@ -200,19 +200,23 @@ class Context(Closing):
         """Detaches and unbinds all devices, and destroys all objects; their groups have no owner any more.
 
         As the end of a process does it: first the fds of its devices, then that of /dev/iommu (iommufd_fops_release).
+        What `unmap` of kernel accesses raises is raised at the end, several as an ExceptionGroup: all is given back.
         """
-        with self.lock:
-            self._closed = True
-            for device in list(self.devices):
-                device.detach_all()
-            items = list(self._objects.values())
-        for item in items:
-            item.stop()
-        with self.lock:
-            while free := [item for item in self._objects.values() if not item.users]:
-                for item in free:
-                    if self.find(item.id) is item:  # a vDEVICE goes with its device
-                        self.destroy(item.id)
+        call_all([*(item.stop for item in self._begin_close()), self._destroy_all])
+
+    @locked
+    def _begin_close(self) -> list[Object]:
+        self._closed = True
+        for device in list(self.devices):
+            device.detach_all()
+        return list(self._objects.values())
+
+    @locked
+    def _destroy_all(self) -> None:
+        while free := [item for item in self._objects.values() if not item.users]:
+            for item in free:
+                if self.find(item.id) is item:  # a vDEVICE goes with its device
+                    self.destroy(item.id)
 
     def __str__(self) -> str:
         return f"iommufd context {self._number}"

@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
+from vmodel.closing import call_all
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.areas import Areas, common, holes, joined, map_in_all, merged_dirty, unmap_in_all
 from vmodel.iommu.domain import Mapping
@@ -225,10 +227,11 @@ class Ioas(Object):
         """IOMMU_IOAS_UNMAP; returns the bytes removed.  IOVA 0 and 2**64 - 1 bytes: as `unmap_all`.
 
         What a kernel access has pinned is unmapped when it has unpinned it: all accesses are notified, up to 101
-        times.  IommuError: EINVAL no size; EOVERFLOW wraps; ENOENT nothing is mapped in the range, or a mapping is
-        only partly in it, or the IOAS has been destroyed; EBUSY a HwQueue uses a mapping; EDEADLOCK a mapping is still
-        pinned, and cannot be pinned or accessed any more.  The mappings before the one that an error is about are
-        removed, as in Linux.
+        times for each mapping that there is at first.  IommuError: EINVAL no size; EOVERFLOW wraps; ENOENT nothing is
+        mapped in the range, or a mapping is only partly in it, or the IOAS has been destroyed; EBUSY a HwQueue uses a
+        mapping; EDEADLOCK a mapping is still pinned, and cannot be pinned or accessed any more, or one is pinned and an
+        access that would be notified is being notified on this thread.  The mappings before the one that an error is
+        about are removed, as in Linux.  What an access's `unmap` raises is raised after all were notified.
         """
         if iova == 0 and size == _LAST:
             return self.unmap_all()
@@ -248,7 +251,8 @@ class Ioas(Object):
 
     def _unmap_range(self, span: Span) -> int:
         """Linux iopt_unmap_iova_range; the lock is not held while kernel accesses are notified."""
-        removed = tries = 0
+        removed = tries = calls = 0
+        most: int | None = None
         while True:
             with self.lock:
                 self.check()
@@ -260,17 +264,27 @@ class Ioas(Object):
                     raise IommuError(errno.EBUSY, f"{self}: the mapping {stop.span} is in use by a HW_QUEUE")
                 if not span.covers(stop.span):
                     raise IommuError(errno.ENOENT, f"{self}: unmap of {span} would cut the mapping {stop.span}")
+                accesses = list(self.accesses)
+                if any(access.notified for access in accesses):  # in Linux no driver can unmap
+                    raise IommuError(errno.EDEADLOCK, f"{self}: {stop.span} is pinned: unmapped by an `unmap` callback")
+                if most is None:
+                    most = (_TRIES + 1) * sum(1 for _ in self._areas.over(span))
                 if (whole[-1].span.last + 1 if whole else span.start) != stop.span.start:
                     tries = 0
                 stop.leaving = True
                 span = Span(stop.span.start, span.last)
-                accesses = list(self.accesses)
-            for access in accesses:
-                if access in self.accesses and not access.ending:
-                    access.notify(stop.span.start, stop.span.size)
-            tries += 1
-            if tries > _TRIES:
+            self._notify(accesses, stop.span)
+            tries, calls = tries + 1, calls + 1
+            if tries > _TRIES or calls >= most:  # the latter: more is mapped and pinned meanwhile
                 raise IommuError(errno.EDEADLOCK, f"{self}: {stop.span} is still pinned")
+
+    def _notify(self, accesses: list[KernelAccess], span: Span) -> None:
+        """Calls `unmap` of all accesses; raises what they raise at the end."""
+        call_all([partial(self._notify_one, access, span) for access in accesses])
+
+    def _notify_one(self, access: KernelAccess, span: Span) -> None:
+        if access in self.accesses and not access.ending:
+            access.notify(span.start, span.size)
 
     def _until_pinned(self, span: Span) -> tuple[list[MappedArea], MappedArea | None]:
         """The areas of `span` up to the first that is pinned by an access, or cut by the span; and that one."""

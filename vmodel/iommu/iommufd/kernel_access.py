@@ -20,8 +20,8 @@ _LAST = (1 << 64) - 1
 _WAIT_SECONDS = 60.0
 #: Memory is read in pieces of this size, so that a mapping without memory behind it costs no more.
 _PIECE = MiB
-#: The most bytes of one `read`, whose result is new memory, in Linux a buffer of the caller's.
-MOST_READ = 256 * MiB
+#: The most bytes of one `read`: its result is new memory (Linux: the caller's buffer), and it holds the lock.
+MOST_READ = 64 * MiB
 
 #: Called as (iova, size) before a mapping that is pinned goes away: it must unpin all in the range.
 Unmap = Callable[[int, int], None]
@@ -36,7 +36,8 @@ class KernelAccess(Object):
     def __init__(self, context: Context, memory: GuestMemory, unmap: Unmap | None = None) -> None:
         """`memory`: what GPAs lead to.  `unmap`: as in `pin_pages`; without it, the access can only read and write.
 
-        `unmap` is called without the context's lock, on the thread of the call that unmaps.
+        `unmap` is called without the context's lock, on the thread of the call that unmaps.  In Linux it cannot fail,
+        and cannot unmap: see Ioas.unmap.
         """
         super().__init__(context)
         self.users = 1  # the driver's
@@ -132,6 +133,11 @@ class KernelAccess(Object):
                 self._idle.notify_all()
 
     @property
+    def notified(self) -> bool:
+        """Whether this thread is in a call of `unmap`."""
+        return threading.get_ident() in self._calling
+
+    @property
     def ending(self) -> bool:
         """Whether it is being destroyed: it is notified of no unmap any more."""
         return self._ending
@@ -143,7 +149,7 @@ class KernelAccess(Object):
         """
         with self.lock:
             self.check()
-            if self._ending or threading.get_ident() in self._calling:
+            if self._ending or self.notified:
                 raise IommuError(errno.EBUSY, f"{self} is in use")
             self._ending = True
             if not self._idle.wait_for(lambda: not self._calling and not self._changing, _WAIT_SECONDS):
@@ -203,12 +209,12 @@ class KernelAccess(Object):
 
         IommuError: EINVAL no size, a mapping is being unmapped, or is of a dma-buf; EOVERFLOW wraps; ENOENT not
         attached, or a part is not mapped; EPERM a mapping does not allow it; EFAULT there is no memory; ENOMEM more
-        than 256 MiB, which may be read in parts.
+        than 64 MiB, which may be read in parts.
         """
         self.check()
         got = bytearray()
         for gpa, count in self._pieces(iova, size, Access.READ):
-            if size > MOST_READ:
+            if len(got) + count > MOST_READ:
                 raise IommuError(errno.ENOMEM, f"{self}: a read of {size:#x} bytes: more than {MOST_READ:#x}")
             try:
                 got += self._memory.read(gpa, count)
