@@ -15,6 +15,7 @@ import pytest
 from tests.iommu.folder import found
 from tests.iommu.world import World, group_of, iommu
 from vmodel.iommu import dma_domain_alloc, sysfs
+from vmodel.iommu.driver import PlatformDevice
 from vmodel.iommu.sysfs_folder import EntryKind, SysfsEntry, SysfsFolder, checked
 
 
@@ -234,3 +235,38 @@ def test_a_tree_of_a_system_is_one(world: World) -> None:
     world.device("00:03.0")
     tree = sysfs.tree(world.system)
     assert checked({name: list(entry) for name, entry in tree.items()}) == tree
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a\0b", "\0", "x" * 256, "é" * 128, "\ud800"])
+def test_what_cannot_be_a_folder_is_no_platform_device(name: str, world: World, tmp_path: Path) -> None:
+    """It is refused when it is named: a folder that follows goes on."""
+    with sysfs.follow(world.system, tmp_path / "sys") as following:
+        with pytest.raises(ValueError, match="a platform device named"):
+            world.system.add(PlatformDevice(name))
+        world.system.add(PlatformDevice("dma.0"))
+        assert following.error is None and listed(tmp_path / "sys/devices/platform") == ["dma.0"]
+
+
+@pytest.mark.parametrize("name", ["...", ".new", "a b", "soc/dma@4000", "x" * 255, "é", "\n"])
+def test_what_can_be_a_folder(name: str, world: World, tmp_path: Path) -> None:
+    world.system.add(PlatformDevice(name))
+    with sysfs.follow(world.system, tmp_path / "sys"):
+        assert listed(tmp_path / "sys/devices/platform") == [name.replace("/", "!")]
+    tree = sysfs.tree(world.system)
+    assert checked({name: list(entry) for name, entry in tree.items()}) == tree
+
+
+def test_one_folder_for_each_platform_device(world: World) -> None:
+    world.system.add(PlatformDevice("soc/dma"))
+    for name in ("soc/dma", "soc!dma"):
+        assert "exists" in refused(errno.EEXIST, lambda name=name: world.system.add(PlatformDevice(name)))  # type: ignore[misc]
+    assert len(world.system.endpoints) == 1
+
+
+def test_a_name_that_is_no_text(world: World, tmp_path: Path) -> None:
+    first, _ = world.device("00:03.0")
+    with sysfs.follow(world.system, tmp_path / "sys") as following:
+        group_of(first).name = "net\ud800"
+        assert (tmp_path / "sys/iommu_groups/0/name").read_text() == "net\\ud800\n"
+        group_of(first).name = "net"
+        assert (tmp_path / "sys/iommu_groups/0/name").read_text() == "net\n" and following.error is None

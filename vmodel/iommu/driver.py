@@ -19,9 +19,28 @@ from vmodel.pci.topology import Bdf, Function, dma_aliases
 
 @dataclass(frozen=True)
 class PlatformDevice:
-    """A device that does DMA and is not a PCI function."""
+    """A device that does DMA and is not a PCI function.
+
+    ValueError: `name` cannot be that of a folder in sysfs: it is "", "." or "..", has a NUL or more than 255 bytes, or
+    is no UTF-8.
+    """
 
     name: str
+
+    def __post_init__(self) -> None:
+        if self.name in ("", ".", ".."):
+            raise ValueError(f"a platform device named {self.name!r}: must be the name of a folder, such as fsl-dma.0")
+        try:
+            size = len(self.name.encode())
+        except UnicodeEncodeError:
+            raise ValueError(f"a platform device named {self.name!r}: must be UTF-8") from None
+        if "\0" in self.name or size > 255:
+            raise ValueError(f"a platform device named {self.name[:80]!r}: must have no NUL, and at most 255 bytes")
+
+    @property
+    def folder(self) -> str:
+        """Its name in sysfs (Linux's kobjects: "!" for "/")."""
+        return self.name.replace("/", "!")
 
     def __str__(self) -> str:
         return self.name

@@ -17,6 +17,7 @@ from vmodel.iommu.fault import FaultRecord, PageRequest, PageResponse
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommu import Iommu
 from vmodel.iommu.release import released, wait_for_owner
+from vmodel.iommu.seconds import check_seconds
 from vmodel.iommu.stale import StaleUse
 from vmodel.logs import limited
 from vmodel.memory import GuestMemory
@@ -60,6 +61,7 @@ class Endpoint:
         changes: Changes | None = None,
         unbind_waits: float = 0.0,
     ) -> None:
+        check_seconds("unbind_waits", unbind_waits)
         self.name = name
         self.source = source
         self.iommu: Iommu | None = None

@@ -68,7 +68,7 @@ def _place(endpoint: Endpoint) -> Path:
     """A device's path below /sys: devices/pci0000:00/0000:00:04.0/0000:01:00.0, or devices/platform/NAME."""
     source = endpoint.source
     if not isinstance(source, Function):
-        return Path("devices", "platform", source.name.replace("/", "!"))  # as Linux's kobject names
+        return Path("devices", "platform", source.folder)
     above = [str(bridge.bdf) for bridge in bridges_above(source)][::-1]
     root = next((b for b in bridges_above(source) if b.home.bridge is None), source)
     return Path("devices", f"pci{root.bdf.segment:04x}:{root.bdf.bus:02x}", *above, str(source.bdf))

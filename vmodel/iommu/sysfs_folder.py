@@ -101,7 +101,7 @@ class SysfsFolder(Closing):
                 os.symlink(entry.text, _NEW, dir_fd=self._fd)
             else:
                 new = os.open(_NEW, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444, dir_fd=self._fd)
-                with os.fdopen(new, "w") as file:
+                with os.fdopen(new, "w", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(entry.text)
             os.rename(_NEW, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
         except OSError:
@@ -141,7 +141,7 @@ def checked(found: object) -> Entries:
         kind, text = entry
         tree[name] = SysfsEntry(EntryKind(kind), text)
         parts = name.split("/")
-        if not isinstance(text, str) or any(part in ("", ".", "..", _NEW) or "\0" in part for part in parts):
+        if not isinstance(text, str) or name == _NEW or any(part in ("", ".", "..") or "\0" in part for part in parts):
             raise ValueError(f"no entry of a tree: {name!r}")
     for name in tree:
         parent = name.rpartition("/")[0]

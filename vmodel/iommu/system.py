@@ -13,15 +13,21 @@ from vmodel.errors import IommuError
 from vmodel.iommu.capabilities import ReservedRegion
 from vmodel.iommu.changes import ChangeKind, Changes, Subscriber
 from vmodel.iommu.domain import DEFAULT_TYPES, AllocFlags, Domain, DomainType, PagingDomain
-from vmodel.iommu.driver import Source
+from vmodel.iommu.driver import PlatformDevice, Source
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.group import Group
 from vmodel.iommu.grouping import find_group
 from vmodel.iommu.iommu import Iommu
 from vmodel.iommu.release import released, wait_for_owner
+from vmodel.iommu.seconds import check_seconds
 from vmodel.pci.topology import Function, Topology
 
 log = logging.getLogger(__name__)
+
+
+def _place(source: Source) -> Source | str:
+    """What no two devices have in common: platform devices their name in sysfs."""
+    return source.folder if isinstance(source, PlatformDevice) else source
 
 
 class System:
@@ -32,8 +38,8 @@ class System:
     it.  ValueError: another type.
 
     `unbind_waits`: how many seconds the unbinding of a driver, and the removal of a device, wait until the owner of the
-    group has released it; 0: they do not wait.  `hotplug_binds_to_owner`: a device that is added to a group with an
-    owner is bound to that owner; otherwise it has no driver.
+    group has released it; 0: they do not wait; ValueError: less, or NaN.  `hotplug_binds_to_owner`: a device that is
+    added to a group with an owner is bound to that owner; otherwise it has no driver.
 
     >>> system = System(default=DomainType.DMA)  # as iommu.passthrough=0 iommu.strict=1
     """
@@ -49,6 +55,7 @@ class System:
     ) -> None:
         if default not in DEFAULT_TYPES:
             raise ValueError(f"{default.value} is no type of default domains")
+        check_seconds("unbind_waits", unbind_waits)
         self.default = default
         self.topology = topology or Topology()
         self.group_mf = group_mf
@@ -125,13 +132,12 @@ class System:
         many PASIDs the device can use, 0 without PCIe's PASID capability, None: as many as the IOMMU has; `untrusted`:
         it is behind an external port, and a new group gets a DMA domain whatever the default is; `enforce_snoop`:
         whether its DMA can be made to snoop (on Arm a property of the root complex, CANWBS of the IORT), None: as its
-        IOMMU can.  DMA of a device that
-        no IOMMU covers is not translated.  A covered device that cannot be in a group does no DMA: each
-        access is a fault, and `why` has the reason.  IommuError: EEXIST the device already exists; EINVAL its group has
-        a domain that does not fit it, so it was not added, and does no DMA.
+        IOMMU can.  DMA of a device that no IOMMU covers is not translated.  A covered device that cannot be in a group
+        does no DMA: each access is a fault, and `why` has the reason.  IommuError: EEXIST the device, or its name in
+        sysfs, exists already; EINVAL its group has a domain that does not fit it, so it was not added, and does no DMA.
         """
         with self._lock:
-            if any(e.source == source for e in self.endpoints):
+            if any(_place(e.source) == _place(source) for e in self.endpoints):
                 raise IommuError(errno.EEXIST, f"{source} already exists")
             if iommu is None and not bypass:
                 iommu = next((candidate for candidate in self.iommus if source in candidate), None)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.fault import PageRequest, PageResponse
 from vmodel.iommu.iommufd.context import Context, Object
+from vmodel.iommu.seconds import check_seconds
 
 #: How often, in seconds, a page request that waits looks whether its device still has the domain.
 _LOOK = 0.1
@@ -48,10 +49,13 @@ class PageFault:
 class FaultObject(Object):
     """Page requests that wait for a response (IOMMU_FAULT_QUEUE_ALLOC).
 
-    They fail after `timeout` seconds; None: they wait for as long as it takes, as in Linux.
+    They fail after `timeout` seconds; None: they wait for as long as it takes, as in Linux.  ValueError: less than 0,
+    or no number.
     """
 
     def __init__(self, context: Context, timeout: float | None = 5.0) -> None:
+        if timeout is not None:
+            check_seconds("timeout", timeout)
         super().__init__(context)
         self.timeout = timeout
         self._ready = threading.Condition()
@@ -60,6 +64,12 @@ class FaultObject(Object):
         self._waiting: dict[int, tuple[PageRequest, PageResponse | None]] = {}
         #: Of the requests that were read as messages: the key of each cookie.
         self._cookies: dict[int, int] = {}
+        self._gone = False
+
+    def release(self) -> None:
+        with self._ready:
+            self._gone = True
+            self._ready.notify_all()
 
     def handle(self, request: PageRequest, attached: Callable[[], bool] = lambda: True) -> PageResponse:
         """The domain's page handler: waits for `respond`, on the thread of the access.  INVALID after `timeout`.
@@ -85,9 +95,16 @@ class FaultObject(Object):
             return PageResponse.INVALID if response is None else response
 
     def read(self, timeout: float = 0.0) -> list[PageRequest]:
-        """The requests that have not been read yet; waits up to `timeout` seconds for one."""
+        """The requests that have not been read yet; waits up to `timeout` seconds for one.
+
+        IommuError(ENOENT): it has been destroyed, maybe meanwhile.  ValueError: `timeout` is no number.
+        """
+        check_seconds("timeout", timeout)
+        self.check()
         with self._ready:
-            self._ready.wait_for(lambda: bool(self._unread), min(timeout, threading.TIMEOUT_MAX))
+            self._ready.wait_for(lambda: self._unread or self._gone, min(timeout, threading.TIMEOUT_MAX))
+            if self._gone:
+                raise IommuError(errno.ENOENT, f"{self} was destroyed")
             found = list(self._unread.values())
             self._unread.clear()
             return found

@@ -206,13 +206,12 @@ class Hwpt(Object):
         if self.viommu is not None:
             self.viommu.detached(self, group)
 
-    @locked
     def invalidate(self, what: Span | Sequence[VtdS1Invalidate] | None = None) -> int:
         """IOMMU_HWPT_INVALIDATE: flushes stage 1: all, a span (IOVA), or as entries say; returns how many were done.
 
         InvalidationError, an IommuError with the number `done` before the one that is refused: EINVAL it is not nested,
         too many, or as invalidate_vtd; EOPNOTSUPP a flag, or a HWPT of a vIOMMU (see Viommu.invalidate); ENOENT it was
-        destroyed.
+        destroyed, maybe meanwhile.  Other threads' calls come in between entries, if there are many.
         """
         if isinstance(what, Span):
             first, last = what.start // PAGE, what.last // PAGE

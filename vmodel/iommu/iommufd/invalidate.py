@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from vmodel.span import PAGE, Span
 
 #: The most entries of one call (IOMMU_HWPT_INVALIDATE_ENTRY_NUM_MAX).
 MOST_ENTRIES = 1 << 19
+#: The lock is released after so many, as others wait for it; SMMUv3's driver issues as many at once.
+BATCH = 62
 _LAST = (1 << 64) - 1
 
 
@@ -54,24 +57,33 @@ def run(
 ) -> int:
     """Carries out `entries`, each of type `kind` (None: the object has no invalidation), by `one`; returns how many.
 
-    InvalidationError as Viommu.invalidate.
+    `one` is called with the lock of `item`, which is released after each BATCH.  InvalidationError as
+    Viommu.invalidate.
     """
+    entries = tuple(entries[: MOST_ENTRIES + 1])
     if len(entries) > MOST_ENTRIES:
         raise InvalidationError(errno.EINVAL, f"{item}: {len(entries)} entries")
-    try:
-        item.check()
-    except IommuError as error:
-        raise InvalidationError(errno.ENOENT, str(error)) from None
+    if item.context.find(item.id) is not item:
+        raise InvalidationError(errno.ENOENT, f"{item} was destroyed")
     if kind is None:
         raise InvalidationError(errno.EOPNOTSUPP, f"{item} has no invalidation")
     if not all(isinstance(entry, kind) for entry in entries) or not (entries or may_be_empty):
         raise InvalidationError(errno.EINVAL, f"{item}: entries must be {kind.__name__}")
-    for done, entry in enumerate(entries):
-        try:
-            one(entry)
-        except IommuError as error:
-            raise InvalidationError(error.errno or errno.EINVAL, f"entry {done}: {error.strerror}", done) from None
-    return len(entries)
+    done = 0
+    while True:
+        with item.lock:
+            if done and item.context.find(item.id) is not item:
+                raise InvalidationError(errno.ENOENT, f"{item} was destroyed meanwhile", done)
+            for entry in entries[done : done + BATCH]:
+                try:
+                    one(entry)
+                except IommuError as error:
+                    code = error.errno or errno.EINVAL
+                    raise InvalidationError(code, f"entry {done}: {error.strerror}", done) from None
+                done += 1
+        if done == len(entries):
+            return done
+        time.sleep(0)  # without it this thread would get the lock again, before others wake up
 
 
 def invalidate_vtd(domain: TableDomain, entry: VtdS1Invalidate) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vmodel.errors import IommuError
 from vmodel.iommu.iommufd.context import Object
+from vmodel.iommu.seconds import check_seconds
 
 if TYPE_CHECKING:
     from vmodel.iommu.iommufd.viommu import Viommu
@@ -62,11 +63,15 @@ class Veventq(Object):
         self._items: deque[Vevent] = deque()
         self._events = 0
         self._sequence = 0
+        self._gone = False
         viommu.users += 1
 
     def release(self) -> None:
         self.viommu.remove_veventq(self)
         self.viommu.users -= 1
+        with self._ready:
+            self._gone = True
+            self._ready.notify_all()
 
     def put(self, data: bytes) -> None:
         """Adds an event; if the queue is full it is lost (iommufd_viommu_report_event, iommufd_vevent_handler)."""
@@ -85,14 +90,18 @@ class Veventq(Object):
         """The oldest events, as many as `size` bytes have room for, and removes them; [] if there are none.
 
         Waits up to `timeout` seconds for one.  IommuError: EINVAL `size` is less than a header, or than the first
-        event; ENOENT the queue has been destroyed.  (iommufd_veventq_fops_read)
+        event; ENOENT the queue has been destroyed, maybe meanwhile.  ValueError: `timeout` is no number.
+        (iommufd_veventq_fops_read)
         """
+        check_seconds("timeout", timeout)
         self.check()
         if size < _HEADER.size:
             raise IommuError(errno.EINVAL, f"{self}: {size} bytes are less than a header")
         taken: list[Vevent] = []
         with self._ready:
-            self._ready.wait_for(lambda: bool(self._items), min(timeout, threading.TIMEOUT_MAX))
+            self._ready.wait_for(lambda: self._items or self._gone, min(timeout, threading.TIMEOUT_MAX))
+            if self._gone:
+                raise IommuError(errno.ENOENT, f"{self} was destroyed")
             while self._items and (needed := len(self._items[0].pack())) <= size:
                 size -= needed
                 taken.append(self._items.popleft())

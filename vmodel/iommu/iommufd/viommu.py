@@ -249,13 +249,13 @@ class Viommu(Object):
             for endpoint in group.endpoints:
                 self._masters.pop(endpoint.name, None)
 
-    @locked
     def invalidate(self, entries: Sequence[Any]) -> int:
         """IOMMU_HWPT_INVALIDATE: carries out `entries` in order; returns how many.
 
         InvalidationError, an IommuError with the number `done` before the one that is refused: EINVAL too many, not of
         the vIOMMU's type, or none where the type needs one; EOPNOTSUPP the type has no invalidation; ENOENT the vIOMMU
-        was destroyed; else as the type's.
+        was destroyed, maybe meanwhile; else as the type's.  Other threads' calls come in between entries, if there are
+        many.
         """
         return run(self, entries, self.entry, self.invalidate_one, may_be_empty=self.may_be_empty)
 
