@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import errno
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from vmodel.errors import Access, IommuError
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.domain import PagingDomain, check_report
+from vmodel.iommu.runs import Runs
 from vmodel.span import Span
-
-
-def _start(span: Span) -> int:
-    return span.start
-
 
 #: The most pages of one mapping without large pages, 4 GiB: each is an entry of its own, which takes time.
 MOST_SMALL_PAGES = 1 << 20
@@ -50,34 +46,20 @@ class Areas(Generic[_M]):
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._by_start: dict[int, _M] = {}
-        #: What is mapped, ascending: neighbours are one span.
-        self._runs: list[Span] = []
+        #: What is mapped: neighbours are one run.
+        self.runs = Runs()
 
     def add(self, area: _M) -> None:
         """Adds a mapping; the caller has checked that it overlaps no other."""
-        span = area.span
-        self._starts.insert(bisect_left(self._starts, span.start), span.start)
-        self._by_start[span.start] = area
-        low = high = bisect_left(self._runs, span.start, key=_start)
-        if low and self._runs[low - 1].last + 1 == span.start:
-            low -= 1
-            span = Span(self._runs[low].start, span.last)
-        if high < len(self._runs) and self._runs[high].start == span.last + 1:
-            span = Span(span.start, self._runs[high].last)
-            high += 1
-        self._runs[low:high] = [span]
+        self._starts.insert(bisect_left(self._starts, area.span.start), area.span.start)
+        self._by_start[area.span.start] = area
+        self.runs.add(area.span)
 
     def remove(self, area: _M) -> None:
-        """Removes a mapping of the set.  KeyError: it is not in the set.  Of many, remove the last one first."""
+        """Removes a mapping of the set.  KeyError: it is not in the set."""
         del self._by_start[area.span.start]
         del self._starts[bisect_left(self._starts, area.span.start)]
-        at = bisect_right(self._runs, area.span.start, key=_start) - 1
-        self._runs[at : at + 1] = holes([self._runs[at]], [area.span])
-
-    @property
-    def spans(self) -> list[Span]:
-        """What is mapped, ascending; neighbours are one span."""
-        return list(self._runs)
+        self.runs.remove(area.span)
 
     def over(self, span: Span) -> Iterator[_M]:
         """The mappings that overlap `span`, ascending."""

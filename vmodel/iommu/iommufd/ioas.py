@@ -219,7 +219,7 @@ class Ioas(Object):
     def _choose(self, address: int, size: int) -> int:
         room = common(self.iova_ranges(), joined(self._allowed or [Span(0, _LAST)]))
         try:
-            return allocate_iova(room, self._areas.spans, address, size, self.alignment)
+            return allocate_iova(room, self._areas.runs, address, size, self.alignment)
         except IommuError as error:
             raise IommuError(error.errno or errno.EINVAL, f"{self}: {error.strerror}") from None
 
