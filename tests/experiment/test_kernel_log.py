@@ -37,6 +37,12 @@ def signs(text: str) -> list[str]:
         (SPLATS["dma_api"], ["dma-api", "dma-api"]),
         (SPLATS["ubsan"], ["ubsan", "ubsan"]),
         (SPLATS["debug_objects"], ["debug-objects"]),
+        (SPLATS["slub_poison"], ["memory"]),
+        (SPLATS["slub_redzone_new"], ["memory"]),
+        (SPLATS["slub_free"], ["memory"]),
+        (SPLATS["page_poison"], ["memory"]),
+        (SPLATS["page_poison_new"], ["memory"]),
+        (SPLATS["kfence"], ["kasan"]),
         (SPLATS["asked_for"], []),
         (SPLATS["warn"], ["warn"]),
         (SPLATS["warn_new"], ["warn"]),
@@ -206,3 +212,32 @@ def test_what_is_no_line_of_the_kernel() -> None:
 
 def test_normal() -> None:
     assert normal("foo+0x1b/0x1f0 at 0x10, 0000:00:03.0 took 12ms, nvme0n1") == "foo at #, PCI took #ms, nvme0n1"
+
+
+def test_a_report_of_slub_is_one_finding() -> None:
+    """Of all its lines: what comes before "BUG", its WARN, and what it does about it.  What follows is none of it."""
+    (found, after) = of(SPLATS["slub_poison"] + "<3>[   20.0] mycard 0000:00:03.0: time-out\n")
+    assert found.text.startswith("BUG write_after_free (Tainted: ")
+    assert found.text.endswith("First byte 0x1 instead of 0x6b")
+    assert found.signature == (
+        "memory: BUG write_after_free: Object corrupt: [Poison overwritten] #-# @offset=#. First byte # instead of #"
+        " in write_after_free < bug_store < kernfs_fop_write_iter"
+    )
+    assert after.text == "mycard 0000:00:03.0: time-out"
+
+
+def test_two_reports_of_slub() -> None:
+    """The second begins with its own line before "BUG"; the taint, which differs by then, is no part of a signature."""
+    (found,) = of(SPLATS["slub_poison"] + SPLATS["slub_poison"].replace("G           OE", "G    B   W  OE"))
+    assert found.count == 2
+    assert [one.sign for one in of(SPLATS["slub_poison"] + SPLATS["slub_free"])] == ["memory", "memory"]
+
+
+def test_a_page_that_was_written_is_named_by_who_noticed() -> None:
+    (found,) = of(SPLATS["page_poison"])
+    assert found.signature.startswith("memory: pagealloc: memory corruption in write_free_page < bug_store")
+
+
+def test_the_warning_beside_slubs_is_one_of_its_own() -> None:
+    text = SPLATS["slub_free"] + "<4>[   20.0] WARNING: CPU: 0 PID: 9 at drivers/pci/msi.c:5 f+0x1/0x2\n"
+    assert signs(text) == ["memory", "warn"]

@@ -42,13 +42,13 @@ def rig() -> Iterator[Rig]:
 
 @pytest.fixture
 def experiment(rig: Rig, kernel: str, artifacts: Path) -> Experiment:
-    def run(plan: FaultPlan | None, append: str = "slub_debug=FZPU page_poison=1") -> Result:
+    def run(plan: FaultPlan | None) -> Result:
         case = Case(
             machine=FOLDER / "memcard.toml",
             workload="sh memcard.sh",
             kernel=kernel,
             plan=plan,
-            append=append,
+            sanitize=True,
             timeout=10,
         )
         return rig.run(case, artifacts / "run")

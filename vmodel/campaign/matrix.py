@@ -229,6 +229,7 @@ class Matrix:
             extra_modules=tuple(module_at(entry, self.base) for entry in workload.extra_modules),
             tools=(*machine.tools, *workload.tools),
             append=machine.append,
+            sanitize=machine.sanitize,
             qemu_args=machine.qemu_args,
             timeout=workload.timeout,
             boot_timeout=workload.boot_timeout,

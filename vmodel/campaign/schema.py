@@ -164,6 +164,9 @@ class BootedMachineTable(_Table):
         default=(), examples=['["pciutils:lspci"]'], description="Debian's programs, PACKAGE:PROGRAM"
     )
     append: str = Field(default="", examples=['"iommu.strict=1"'], description="kernel arguments")
+    sanitize: bool = Field(
+        default=False, examples=["true"], description="the kernel looks for misuse of memory: see docs/sanitize.md"
+    )
     qemu_args: tuple[str, ...] = Field(default=(), examples=['["-smp", "2"]'], description="more arguments for QEMU")
 
 

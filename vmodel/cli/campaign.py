@@ -109,6 +109,9 @@ def sweep(
         list[str] | None, typer.Option("--tool", metavar="PACKAGE:PROGRAM", help="A Debian program for the guest.")
     ] = None,
     append: Annotated[str, typer.Option(metavar="STR", help="Additional kernel arguments.")] = "",
+    sanitize: Annotated[
+        bool, typer.Option("--sanitize", help="The kernel looks for misuse of memory: red zones, poison, KFENCE.")
+    ] = False,
     timeout: Annotated[float, typer.Option(metavar="S", help="Time limit of the workload, in seconds.")] = 30.0,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the actions' random numbers.")] = 0,
     most: Annotated[int, typer.Option(metavar="N", min=1, help="Fail at most N events.")] = 1000,
@@ -142,6 +145,7 @@ def sweep(
         modules=tuple(at_option("--module", module_at, entry) for entry in module or ()),
         tools=tuple(at_option("--tool", tool_at, entry) for entry in tool or ()),
         append=append,
+        sanitize=sanitize,
         timeout=timeout,
     )
     made = sweeps.Sweep(case, point, do, rig=rig, seed=seed)

@@ -75,6 +75,9 @@ ExtraModules = Annotated[
     list[str] | None, typer.Option("--extra-module", metavar="M", help="A kernel module for modprobe; not loaded.")
 ]
 Append = Annotated[list[str] | None, typer.Option(metavar="STR", help="Additional kernel arguments; repeatable.")]
+Sanitize = Annotated[
+    bool, typer.Option("--sanitize", help="The kernel looks for misuse of memory: red zones, poison, KFENCE.")
+]
 Cpus = Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="CPUs of the guest.")]
 QemuArgs = Annotated[
     list[str] | None, typer.Option("--qemu-arg", metavar="ARG", help="An additional argument for QEMU; repeatable.")
@@ -120,6 +123,7 @@ def guest(
     tool: Tools = None,
     extra_module: ExtraModules = None,
     append: Append = None,
+    sanitize: Sanitize = False,
     cpus: Cpus = None,
     qemu_arg: QemuArgs = None,
     timeout: Timeout = None,
@@ -195,6 +199,7 @@ def guest(
             shares=[options.at_option("--share", share_at, entry) for entry in share or ()],
             tools=[options.at_option("--tool", options.tool_at, entry) for entry in tool or ()],
             append=" ".join([*([_DEBUG_APPEND] if debug_model else ()), *(append or ())]),
+            sanitize=sanitize,
             timeout=timeout,
             qemu=artifacts.find_qemu(),
             gdb=gdb,

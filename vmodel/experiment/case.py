@@ -58,6 +58,8 @@ class Case(BaseModel):
     tools: tuple[str, ...] = ()
     #: More kernel arguments, and parameters of modules (MODULE.NAME=VALUE).
     append: str = ""
+    #: Whether the kernel looks for misuse of memory: see `vmodel.guest.sanitize`.
+    sanitize: bool = False
     #: More arguments of QEMU, before those of the machine.
     qemu_args: tuple[str, ...] = ()
     #: Seconds for the workload, and again for the check.

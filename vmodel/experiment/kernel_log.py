@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from vmodel.experiment.oracle import Effect, Finding
@@ -35,8 +35,11 @@ SIGNS = (
         Effect.CRASH,
         r"^BUG: Bad (page|rss)",
         r"^list_(add|del) corruption",
-        r"^pagealloc: memory corruption",
+        r"^pagealloc: (memory corruption|single bit error)",
         r"^BUG \S+ \((Not tainted|Tainted)",
+        # What SLUB prints before its BUG line, from 6.12 on.
+        r"^\[[\w ]+ overwritten\] 0x",
+        r"^SLUB:? \S+:? \d+ (partial )?slabs counted but counter=",
         r"^slab: .*(corrupt|overwritten)",
         r"^usercopy: Kernel memory (overwrite|exposure) attempt",
     ),
@@ -157,6 +160,8 @@ _SUMMARY = re.compile(
     r"^(?:Modules linked in|CR2: |-+\[ end trace|RIP: |Code: |[ER]?[A-D]X: |RSP: |RBP: |R\d\d: |FS: |CS: |DR\d: |PKRU: "
     r"|Kernel Offset|note: )"
 )
+#: What a report about a page has behind its stack (dump_page in mm/debug.c).
+_PAGE = re.compile(r"^(?:(?:page|flags|raw|head): |page_type: |page dumped because)")
 #: Lines that belong to a splat if they follow its first line.
 _BODY = re.compile(
     r"^(?:\s|$|Call Trace|\S+\+0x[0-9a-f]+/0x|\[<|Stack|task:"
@@ -169,9 +174,18 @@ _BODY = re.compile(
     # what the debug kernel adds
     r"|in_atomic\(\): |preempt_count: |RCU nest depth|\d+ locks? held by|no locks held by|Preemption disabled at"
     r"|INFO: lockdep is turned off"
-    # KASAN, KFENCE, bad pages
+    # KASAN, KFENCE, bad pages, what page poisoning has found
+    r"|[0-9a-f]{8,16}: (?:[0-9a-f]{2} )+"
     r"|=====|(?:Read|Write) of|The buggy|which belongs|Allocated by|Freed by|Memory state|addr:|vma"
     r"|(?:page|flags|raw): |page dumped|kfence-#)"
+)
+#: SLUB's report about an object or a slab (slab_bug, slab_err and object_err in mm/slub.c): its first line, the line
+#: that may come before that, and those that follow, with a WARN of its own and what it did about it.
+_SLUB = re.compile(r"^BUG \S+ \((?:Not tainted|Tainted)")
+_BEFORE_SLUB = re.compile(r"^\[[\w ]+ overwritten\] 0x")
+_OF_SLUB = re.compile(
+    r"^(?:-{12,}|(?:Allocated|Freed) in |Slab 0x|(?:Object|Redzone|Padding|Bytes b4)\s|FIX \S+: |Slab disabled"
+    r"|0x[0-9a-f]+-0x[0-9a-f]+ @offset=|WARNING: .*\bmm/slub\.c:)"
 )
 #: Reports of which each line belongs to them, whatever it says, until one of these: at most so many.
 _WHOLE = {"kasan": re.compile(r"^={20,}$"), **dict.fromkeys(("lockdep", "ubsan", "asked-for"), _END)}
@@ -188,6 +202,12 @@ _GENERIC = re.compile(
     # the debug kernel's checks
     r"|__asan_\w+|(__)?ubsan_\w+|check_(noncircular|prev\w*|unmap|sync|wait_context)|validate_chain|mark_lock\w*"
     r"|(__)?lock_acquire[.\w]*|__might_\w+[.\w]*|lockdep_\w+|debug_\w+|__debug_\w+|should_fail\w*)$"
+)
+#: Functions of the allocators, which do not identify what they report.
+_ALLOCATOR = re.compile(
+    r"^(__)?(slab_(err|bug)|object_err|slab_fix|check_\w*(object|slab|bytes|pad)\w*|(free|alloc)_(debug_processing|to_partial_list)"
+    r"|slab_alloc\w*|_*slab_free\w*|___slab_alloc|kfree\w*|kmem_cache_(alloc|free)\w*|kmalloc\w*|kernel_(un)?poison_pages"
+    r"|prep_new_page|post_alloc_hook|get_page_from_freelist|alloc_(frozen_)?pages\w*|get_free_pages\w*)(\.\w+)*$"
 )
 _MOST_FUNCTIONS = 3
 
@@ -216,13 +236,31 @@ class _Splat:
     message: bool = False
     lines: int = 0
 
+    @property
+    def of_slub(self) -> bool:
+        """Whether it is a report of SLUB's."""
+        return bool(_SLUB.match(self.line.text))
+
+    def begins(self, text: str) -> bool:
+        """Whether this is what comes before a report of SLUB's, and the next line its first; if so, joins them."""
+        if not _BEFORE_SLUB.match(self.line.text) or not _SLUB.match(text):
+            return False
+        self.line = replace(self.line, text=f"{text}: {self.line.text}")
+        return True
+
     def takes(self, text: str) -> bool:
         """Whether the next line belongs to it; if so, collects the line."""
+        if self.of_slub:
+            if not _OF_SLUB.match(text) and not _BODY.match(text):
+                return False
+            self._collect(text)
+            return True
         if after := _AFTER.match(text):
             self.open = after[0].startswith("DMA-API")  # the stack of the mapping follows
             return True
         if not self.open:
-            return self.sign.name in ("oops", "bug") and bool(_SUMMARY.match(text))
+            behind = {"oops": _SUMMARY, "bug": _SUMMARY, "memory": _PAGE}.get(self.sign.name)
+            return behind is not None and bool(behind.match(text))
         if text.startswith("task:") and self.sign.name != "hung-task":
             return False
         end = _WHOLE.get(self.sign.name)
@@ -231,11 +269,16 @@ class _Splat:
             return False
         if (end or _END).match(text):
             self.open = False
+        self._collect(text)
+        return True
+
+    def _collect(self, text: str) -> None:
+        """Notes the functions of a line, and the first place in a module."""
         self.place = self.place or self.where(text)
         for unsure, name in _FUNCTION.findall(text):
-            if not unsure and not _GENERIC.match(name) and name not in self.functions:
+            generic = _GENERIC.match(name) or (self.sign.name == "memory" and _ALLOCATOR.match(name))
+            if not unsure and not generic and name not in self.functions:
                 self.functions.append(name)
-        return True
 
     def finding(self) -> Finding:
         head = _FUNCTION.search(self.line.text)
@@ -282,6 +325,10 @@ def findings(lines: Iterable[Line], *, unknown: bool = True, where: Where = _now
     cut = False
     for line in lines:
         text = line.text
+        if current is not None and current.begins(text):
+            continue
+        if current is not None and current.of_slub and current.takes(text):
+            continue
         if _CUT.match(text):
             current, cut = None, True
             continue
@@ -330,6 +377,7 @@ _NORMAL = (
     (re.compile(r"\+0x[0-9a-f]+/0x[0-9a-f]+"), ""),
     (re.compile(r"\b(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b"), "PCI"),
     (re.compile(r"\bCPU: \d+ PID: \d+ at "), ""),
+    (re.compile(r" \((?:Not tainted|Tainted: [^)]*)\)"), ""),
     (re.compile(r", CPU#\d+: .*$"), ""),
     (re.compile(r"(\.[ch]):\d+(?: at\b)?"), r"\1"),
     (re.compile(r"^task:(\S+)\s+state:.*"), r"\1"),

@@ -111,7 +111,16 @@ def _key(case: Case) -> Hashable:
     files = tuple((version(file), place) for path, place in placed for file in files_in(path))
     own = filter(is_path, (*case.modules, *case.extra_modules))
     modules = tuple(version(file) for entry in own for file in module_files(entry))
-    boot = (case.kernel, case.modules, case.extra_modules, case.tools, case.append, case.qemu_args, case.boot_timeout)
+    boot = (
+        case.kernel,
+        case.modules,
+        case.extra_modules,
+        case.tools,
+        case.append,
+        case.sanitize,
+        case.qemu_args,
+        case.boot_timeout,
+    )
     return version(case.machine), files, modules, boot, case.coverage
 
 
@@ -137,6 +146,7 @@ class _Setup:
                 tools=case.tools,
                 files=case.files,
                 append=case.append,
+                sanitize=case.sanitize,
                 timeout=case.boot_timeout,
                 qemu=self.qemu,
                 coverage=case.coverage,

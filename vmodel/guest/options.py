@@ -13,6 +13,7 @@ from vmodel.guest.artifacts import DEBUG_RELEASE, Kernel, find_kernel
 from vmodel.guest.kbuild import source_files
 from vmodel.guest.modules import is_path
 from vmodel.guest.running import GuestSpec
+from vmodel.guest.sanitize import with_sanitizers
 from vmodel.guest.shares import share_at
 from vmodel.guest.tools import tool
 from vmodel.machine import Machine
@@ -114,7 +115,8 @@ def spec_of(
 ) -> GuestSpec:
     """The guest of a machine: its `[guest]` table, then `options`, which are fields of GuestSpec; then `qemu_args`.
 
-    Lists and kernel arguments add up; other options replace.  ConfigError: a file is missing.
+    Lists and kernel arguments add up; other options replace.  `sanitize` is an option, too: whether the kernel looks
+    for misuse of memory (`vmodel.guest.sanitize`); the table may say so, too.  ConfigError: a file is missing.
     """
     table, base = machine.content.guest, machine.file.absolute().parent
 
@@ -138,6 +140,8 @@ def spec_of(
     for key, value in sums.items():
         value.extend(options.pop(key, None) or ())
     append = " ".join(filter(None, (table.append, options.pop("append", ""))))
+    if options.pop("sanitize", False) or table.sanitize:
+        append = with_sanitizers(append)
     chosen = kernel if isinstance(kernel, Kernel) else find_kernel(kernel or table.kernel)
     _check_memory(machine, chosen)
     sums["qemu_args"] += qemu_args

@@ -325,6 +325,9 @@ class GuestTable(_Strict):
     append: str = Field(
         default="", examples=['"mycard.debug=1"'], description="kernel arguments, parameters of modules, too"
     )
+    sanitize: bool = Field(
+        default=False, examples=["true"], description="the kernel looks for misuse of memory: see docs/sanitize.md"
+    )
     cpus: Annotated[int, Field(ge=1, le=64)] | None = Field(
         default=None, examples=["2"], description="CPUs of the guest; 2 in tests by default, else 1"
     )

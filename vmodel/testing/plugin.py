@@ -56,7 +56,7 @@ _SPEC: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "append": ("a text", lambda value: isinstance(value, str)),
     "cpus": ("a number from 1 to 64", lambda value: type(value) is int and 1 <= value <= 64),
     "timeout": ("a number of seconds", lambda value: type(value) in (int, float) and value > 0),
-    "allow_reboot": ("True or False", lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("allow_reboot", "sanitize"), ("True or False", lambda value: isinstance(value, bool))),
 }
 #: CPUs of a test's guest, unless the machine file or the mark `guest` says otherwise: one CPU hides a driver's races.
 _CPUS = 2
@@ -123,7 +123,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "guest(modules, extra_modules, files, shares, tools, append, cpus, qemu_args, timeout, without,"
-        " allow_reboot): boots a real kernel in QEMU (slow); the arguments describe the guest",
+        " allow_reboot, sanitize): boots a real kernel in QEMU (slow); the arguments describe the guest",
     )
 
 
