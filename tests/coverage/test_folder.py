@@ -227,7 +227,7 @@ def test_source_in_chromium(tmp_path: Path, browser: Browser) -> None:
     write(with_lines(), tmp_path / "out", sources=[tmp_path])
     address = lined().function("probe").address
     browser.open(tmp_path / "out" / "index.html", f"#code=lined/{address:x}")
-    assert browser.js(OPENED).endswith("driver/card.c")
+    assert browser.js(OPENED) == "probe (lined), card.c"
     assert browser.js(ROWS)[2:5] == ["r23●    if (helper() < 0)", "r14◐        return -EINVAL;", "r25●    return 0;"]
     browser.js("document.getElementById('as-instructions').click()")
     shown = browser.js(once("code.children.length > 7", ROWS))

@@ -207,6 +207,16 @@ def test_the_command(tmp_path: Path) -> None:
             "coverage needs TCG, as QEMU does not see what runs under KVM: unset VMODEL_ACCEL",
         ),
         (["--coverage-out", "out"], {}, "--coverage-out: there is no --coverage, as --coverage nvme"),
+        (
+            ["--coverage", "dummy", "--coverage-source", "."],
+            {},
+            "--coverage-source: there is no --coverage-out, which shows the source",
+        ),
+        (
+            ["--coverage", "dummy", "--coverage-out", "out", "--coverage-source", "gone"],
+            {},
+            "--coverage-source gone: is no folder",
+        ),
     ],
 )
 def test_what_is_wrong(arguments: list[str], env: dict[str, str], said: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TextIO, cast
@@ -102,6 +102,10 @@ CoverageOut = Annotated[
     Path | None,
     typer.Option("--coverage-out", metavar="DIR", help="Write it to DIR, as HTML, JSON and lcov's coverage.info."),
 ]
+CoverageSource = Annotated[
+    list[Path] | None,
+    typer.Option("--coverage-source", metavar="DIR", help="Find source files in DIR, as a tree of Linux; repeatable."),
+]
 Gdb = Annotated[bool, typer.Option("--gdb", help="Wait for gdb before devices are bound; print how to start it.")]
 
 log = logging.getLogger(__name__)
@@ -139,6 +143,7 @@ def guest(
     gdb: Gdb = False,
     coverage: Coverages = None,
     coverage_out: CoverageOut = None,
+    coverage_source: CoverageSource = None,
     verbose: Verbose = False,
     device: Devices = None,
     register: Registers = None,
@@ -181,6 +186,11 @@ def guest(
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
     if coverage_out and not coverage:
         raise ConfigError("--coverage-out: there is no --coverage, as --coverage nvme")
+    for place in coverage_source or ():
+        if not coverage_out:
+            raise ConfigError("--coverage-source: there is no --coverage-out, which shows the source")
+        if not place.is_dir():
+            raise ConfigError(f"--coverage-source {place}: is no folder")
     slowness()
     fails = ending.kinds(fail_on)
     wanted = traced(verbose, device, register)
@@ -227,7 +237,7 @@ def guest(
             if stats and isinstance(ended, GuestResult):
                 summary(server, machine, ended)
             if reached is not None:
-                _show_coverage(reached, " ".join(command), coverage_out)
+                _show_coverage(reached, " ".join(command), coverage_out, coverage_source or ())
         # The server has stopped: a hook that does not return is known now.
         found = [ending.Kind.MODEL] if ending.model_errors(machine) else []
         if stop.number:
@@ -298,12 +308,12 @@ def _target(text: str, base: Path) -> str:
     return text
 
 
-def _show_coverage(reached: Coverage, title: str, out: Path | None) -> None:
+def _show_coverage(reached: Coverage, title: str, out: Path | None, sources: Sequence[Path]) -> None:
     """Prints the table on stderr, as stdout is the command's; writes the reports."""
     comparison = Comparison(reached, title=title)
     show(table(comparison), console(sys.stderr))
     if out is not None:
-        page, *others = write(comparison, out)
+        page, *others = write(comparison, out, sources=sources)
         beside = ", ".join(path.name for path in others)
         print(f"vmodel: {page} shows it; beside it: {beside}", file=sys.stderr)
 
