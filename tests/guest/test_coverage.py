@@ -156,7 +156,7 @@ def test_a_whole_run(kernel: Kernel, module: Path, check: Path) -> None:
         kernel=kernel,
         modules=[str(module)],
         files=[check],
-        coverage=["branches"],
+        coverage=["branches", "vmlinux:sysrq_handle_crash", "vmlinux:misc_register"],
         timeout=90,
     )
     with Guest(spec) as guest, pytest.raises(GuestPanic):
@@ -166,6 +166,9 @@ def test_a_whole_run(kernel: Kernel, module: Path, check: Path) -> None:
     reached = {(f.module, f.name) for f in found.functions() if f.reached}
     assert {("branches", "branches_init"), ("branches", "branches_ioctl"), ("branches", "branches_path")} <= reached
     assert ("branches", "branches_never") not in reached
+    # Of the kernel itself: what runs at boot, and what ends it.
+    assert ("vmlinux:sysrq_handle_crash", "sysrq_handle_crash") in reached
+    assert ("vmlinux:misc_register", "misc_register") in reached
 
 
 # ---- the command ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from vmodel.coverage.program import Program
 from vmodel.coverage.recorder import Recorder
 from vmodel.coverage.target import Target
 from vmodel.guest.artifacts import Kernel, Qemu
-from vmodel.guest.debug_symbols import find_debug
+from vmodel.guest.debug_symbols import KERNEL, find_debug
 from vmodel.guest.modules import builtin, find_module, load_module
 
 #: The first QEMU whose plugins have the API version that ours is written for.
@@ -37,20 +37,18 @@ class GuestCoverage(Closing):
             have, need = (".".join(map(str, version)) for version in (qemu.version, _LEAST_QEMU))
             raise CoverageError(f"coverage needs QEMU {need} or newer, not {have}: ./scripts/get-qemu fetches one")
         wanted = dict.fromkeys(map(Target.parse, targets))
-        self._image = KernelImage.load(kernel.image)
+        image = KernelImage.load(kernel.image)
         self._programs = [self._program(target, kernel, own) for target in wanted]
-        self.recorder = Recorder(self._image, kernel_too=any(target.kernel for target in wanted))
+        self.recorder = Recorder(image, kernel_too=any(target.kernel for target in wanted))
         #: After `close`.
         self._last: Coverage | CoverageError | None = None
 
     def _program(self, target: Target, kernel: Kernel, own: Mapping[str, Path]) -> Program:
         if target.kernel:
-            raise CoverageError(f"{target}: functions of the kernel itself are not recorded yet")
-        path = target.file or own.get(target.name)
-        if path is not None:
-            return _of_file(target.name, path, *_version(path))
-        path = find_module(kernel, target.name)
-        if path is not None:
+            return _of_kernel(kernel.image, *_version(kernel.image), target.prefix, find_debug(kernel, KERNEL))
+        if (path := target.file or own.get(target.name)) is not None:
+            return _of_file(target.name, path, *_version(path), None)
+        if (path := find_module(kernel, target.name)) is not None:
             return _of_file(target.name, path, *_version(path), find_debug(kernel, target.name))
         if target.name in builtin(kernel):
             raise CoverageError(
@@ -114,5 +112,10 @@ def _version(path: Path) -> tuple[int, int]:
 
 # Guests of one process mostly have the same modules, and taking their code apart takes a second.
 @functools.lru_cache(maxsize=64)
-def _of_file(name: str, path: Path, modified: int, size: int, debug: Path | None = None) -> Program:
+def _of_file(name: str, path: Path, modified: int, size: int, debug: Path | None) -> Program:
     return Program.of_module(name, load_module(path), debug)
+
+
+@functools.lru_cache(maxsize=16)
+def _of_kernel(image: Path, modified: int, size: int, prefix: str, debug: Path | None) -> Program:
+    return Program.of_kernel(KernelImage.load(image), [prefix], debug)
