@@ -17,11 +17,12 @@ pytestmark = pytest.mark.guest
 FOLDER = Path(__file__).parents[2] / "examples" / "driver"
 PLANS = FOLDER / "plans"
 #: By plan: the outcome, and what one of the signatures begins with.
-BUGS = {
+BUGS: dict[str, tuple[Outcome, str | tuple[str, ...]]] = {
     "unchecked-mapping": (Outcome.FAILED, "warn: WARNING: drivers/iommu/dma-iommu.c iommu_dma_unmap_p"),
     "stale-data": (Outcome.CORRUPTION, "data"),
-    "double-free": (Outcome.CRASH, "memory: BUG kmalloc-"),
-    "use-after-free": (Outcome.CRASH, "oops: "),
+    # KFENCE takes some of all allocations, whichever.
+    "double-free": (Outcome.CRASH, ("memory: BUG kmalloc-", "kasan: BUG: KFENCE: ")),
+    "use-after-free": (Outcome.CRASH, ("oops: ", "kasan: BUG: KFENCE: ")),
     "endless-loop": (Outcome.HANG, "time"),
 }
 Experiment = Callable[..., Result]
