@@ -410,3 +410,11 @@ class Points:
     def reset(self) -> None:
         """Records a reset of the function: the driver's phase is PROBE again."""
         self.phase = Phase.PROBE
+
+    def begin(self) -> None:
+        """A driver is expected from now on: if one has been removed, the next accesses are those of a probe.
+
+        Nothing on the bus says so: the first accesses of a probe look like the last ones of a removal.
+        """
+        if self.phase is Phase.REMOVE:
+            self.phase = Phase.PROBE

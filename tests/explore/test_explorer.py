@@ -23,9 +23,11 @@ from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Effect, Finding, Outcome
 from vmodel.explore.explorer import CLEAN as TITLES
 from vmodel.explore.explorer import Exploration, Explorer, SearchBudget, spent, times
-from vmodel.explore.finds import REPEATS, problems
+from vmodel.explore.finds import REPEATS, Find, Shrinking, problems
+from vmodel.explore.space import identity
 from vmodel.explore.summary import document
 from vmodel.explore.text import text_of
+from vmodel.inject import FaultPlan, parse_rule
 
 
 class Shuffled:
@@ -246,6 +248,9 @@ def finding(effect: Effect, sign: str, signature: str) -> Finding:
             ["hang: h: t"],
         ),
         ([(Effect.CRASH, "oops", "o"), (Effect.NOTICED, "hung-task", "t")], ["crash: o", "t"]),
+        # The tasks that the kernel lists on request say where a hang is, and are no problem by themselves.
+        ([(Effect.HANG, "status", "h"), (Effect.NOTICED, "blocked-task", "b")], ["hang: h: b"]),
+        ([(Effect.CRASH, "oops", "o"), (Effect.NOTICED, "blocked-task", "b")], ["crash: o"]),
         # As without faults.
         ([(Effect.NOTICED, "warn", "clean")], []),
     ],
@@ -261,6 +266,28 @@ def test_problems(
     assert [signature for signature, _ in problems(result, {"clean"})] == expected
     for nothing in (Outcome.HARNESS, Outcome.NOT_ACTIVATED):
         assert list(problems(result.model_copy(update={"outcome": nothing}))) == []
+
+
+def test_a_hang_is_one_wherever_the_kernel_sees_it(what: Exploration, tmp_path: Path) -> None:
+    """What the kernel says of a hang depends on when: only that it hangs is the same each time."""
+    plan = FaultPlan(rule=(parse_rule("irq do=drop nth=1"),))
+    own = (
+        Simulated()
+        .run(what.case, tmp_path)
+        .model_copy(update={"outcome": Outcome.HANG, "rules": ({"name": "rule1", "matched": 1, "fired": 1},)})
+    )
+    at = [finding(Effect.HANG, "status", "h"), finding(Effect.NOTICED, "hung-task", "t")]
+    first = Row(7, what.run("1 fresh", plan), tmp_path, 0, own.model_copy(update={"evidence": tuple(at)}))
+    (signature, text), *_ = problems(first.result, ())  # type: ignore[arg-type]
+    find = Find(1, signature, text, Outcome.HANG, first)
+    nothing = own.model_copy(update={"outcome": Outcome.NOT_ACTIVATED, "evidence": ()})
+    shrinking = Shrinking(find, (), {identity(FaultPlan()): nothing})
+    while (wanted := shrinking.wanted()) is not None:
+        again = len(find.again)
+        # It hangs twice, as seen from outside only; the third time it does not.
+        result = own.model_copy(update={"evidence": tuple(at[:1])}) if again < 2 else nothing
+        shrinking.take(wanted, replace(first, id=8 + shrinking.runs, result=result))
+    assert signature == "hang: h: t" and find.again == [True, True, False] and find.smallest.rule
 
 
 def test_the_time_by_kind(explored: Callable[..., Explorer], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tests.inject.lab import PLAIN, RAISE, Bench, armed, bench, eventually, fire
 from tests.proto.toy import Toy
 from vmodel.errors import Reason
 from vmodel.inject import Engine, FaultPlan, parse_rule
+from vmodel.points import Phase, Points
 from vmodel.vfio_user.client import Client, Closed
 from vmodel.vfio_user.wire import Irq, IrqSetFlags
 
@@ -199,6 +200,19 @@ def test_the_client_goes(tmp_path: Path) -> None:
         with Client.connect(tmp_path / "lab.sock") as again:
             again.negotiate()
         assert eventually(lambda: len(fired(engine)) == 3)
+
+
+def test_a_driver_that_is_expected_probes() -> None:
+    """A removal and the next probe look alike on the bus: whoever loads a driver says so."""
+    points, phases = Points("edu0"), []
+    # At work, then expected although it is; removed, which two writes may say; expected.
+    for on in (True, None, False, False, None):
+        if on is None:
+            points.begin()
+        else:
+            points.config_changed(master=on, interrupts=on)
+        phases.append(points.phase)
+    assert phases == [Phase.RUNNING, Phase.RUNNING, Phase.REMOVE, Phase.REMOVE, Phase.PROBE]
 
 
 def test_phase(tmp_path: Path) -> None:

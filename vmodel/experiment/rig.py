@@ -266,6 +266,9 @@ class _Trial:
         plan = self.case.seeded() or FaultPlan()
         path = self.folder / "injections.jsonl"
         path.unlink(missing_ok=True)
+        for device in self.setup.served.machine.devices.values():
+            # A case before it may have removed the driver: the phases are then those of a new guest.
+            device.points.begin()
         at = time.monotonic()
         self.armed = _Armed(Engine(plan, self.setup.served.machine.devices, path=path), at)
         self.armed.engine.journal.listeners.append(self.armed.record)
