@@ -95,7 +95,7 @@ def explore(
     scheduler: Scheduler = None,
     retry: Retry = False,
 ) -> None:
-    """Search faults that reach code of a driver which no fault has reached, and the bugs there.
+    """Search for faults that reach new code of a driver.
 
     Each run loads the driver, does the workload and removes the driver, under a plan of one to three faults.  Plans
     that reach something new are varied.  After an interruption, the same command continues.  The exit status is 1 if a
