@@ -20,6 +20,7 @@ from vmodel.campaign.report import as_json
 from vmodel.campaign.schema import load
 from vmodel.campaign.store import ResultStore, Row
 from vmodel.campaign.summary import Summary
+from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
 from vmodel.errors import ConfigError
@@ -243,7 +244,45 @@ def test_many_notes_are_a_few(campaign: Path) -> None:
     for id in range(1, 11):
         (campaign / str(id) / "coverage.json").write_text("{")
     found = summary(campaign).coverage
-    assert len(found.notes) == 6 and found.notes[-1] == "the coverage of 5 more runs cannot be read"
+    assert len(found.notes) == 6 and found.notes[-1] == "the coverage of 5 more runs is left out, too"
+
+
+def _far_apart(first: int, pages: int) -> str:
+    """Coverage of one address in each of so many pages: a file of few bytes."""
+    reached = Coverage({"edu": AddressSet(range(first << 12, first + pages << 12, 1 << 12))}, {"edu": "01020304"})
+    return json.dumps(reached.to_json())
+
+
+def test_coverage_that_grows_from_run_to_run(campaign: Path) -> None:
+    """Each file alone is small, and can be read; what all have reached, and what the report holds, has a limit."""
+    for id in range(3, 13):
+        path = campaign / str(id) / "coverage.json"
+        path.write_text(_far_apart(id * 10_000, 10_000))
+        assert path.stat().st_size < 2000
+    found = summary(campaign).coverage
+    (build,) = found.builds
+    assert [id for id, _, _ in build.new] == [1, 2, 3, 4, 5, 13, 14]
+    assert found.notes[0] == "run 6: its coverage is left out: with that of the runs before it is too large"
+    assert len(found.notes) == 6
+
+
+def test_many_plans_with_large_coverage(campaign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmodel.campaign.coverage._MOST_PAGES", 25_000)
+    for id in range(1, 15):
+        (campaign / str(id) / "coverage.json").write_text(_far_apart(0, 10_000))
+    found = summary(campaign).coverage
+    (build,) = found.builds
+    held = build.clean.pages + sum(coverage.pages for coverage in build.faults.values())
+    assert held == 20_000 and 2 <= len(build.new) < 14 and "is too large" in found.notes[0]
+
+
+def test_rules_that_watch_are_no_faults(folder: Path, module: Path) -> None:
+    watched = {"watched": "dma.write do=watch", "aborted": "dma.read device=edu0 nth=3 do=abort"}
+    (folder / "c.toml").write_text(text(faults=watched, workloads={"copy": "copy 4"}))
+    assert vmodel("campaign", "c.toml", cwd=folder).returncode in (0, 1)
+    assert {row.run.plan for row in rows(folder / "c.runs") if row.result and row.result.injected} == {*watched}
+    (build,) = summary(folder / "c.runs").coverage.builds
+    assert (build.clean_runs, [*build.faults]) == (3, ["aborted"])
 
 
 def test_other_builds_are_apart(campaign: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.coverage.card import CLEAN, FAILED, card, comparison, ran, with_lines
 from tests.coverage.objects import compiled, function, program
@@ -48,6 +51,28 @@ def test_what_only_one_fault_reached() -> None:
     assert (lost.name, lost.reached, len(lost.only), lost.functions) == ("lost", 9, 0, ())
     both = Comparison(CLEAN, {"one": FAILED, "two": FAILED})
     assert [len(row.only) for row in both.by_fault] == [0, 0]
+
+
+@given(
+    st.dictionaries(st.text(max_size=3), st.frozensets(st.integers(0, 9)), max_size=6), st.frozensets(st.integers(0, 9))
+)
+def test_what_only_one_reached_as_the_definition_says(faults: dict[str, frozenset[int]], clean: frozenset[int]) -> None:
+    def made(numbers: frozenset[int]) -> Coverage:
+        return Coverage({"nowhere": AddressSet(numbers)}, {"nowhere": "ab"})
+
+    found = Comparison(made(clean), {name: made(numbers) for name, numbers in faults.items()}).by_fault
+    for row in found:
+        others = frozenset().union(*(numbers for name, numbers in faults.items() if name != row.name))
+        assert {at for _, at in row.only} == faults[row.name] - clean - others
+    assert {row.name for row in found} == faults.keys()
+
+
+def test_thousands_of_faults_take_seconds() -> None:
+    """Not their number squared."""
+    faults = {str(n): Coverage({"nowhere": AddressSet(range(n, n + 200_000, 4001))}) for n in range(2000)}
+    begun = time.process_time()
+    assert len(Comparison(Coverage(), faults).by_fault) == 2000
+    assert time.process_time() - begun < 20  # it takes 0.5 s
 
 
 def test_percent_is_rounded_down() -> None:

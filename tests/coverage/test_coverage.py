@@ -223,6 +223,31 @@ def test_wrong_json_is_refused_with_one_line(value: Any) -> None:
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
+def test_addresses_that_are_far_apart_take_no_memory_without_end() -> None:
+    """A page of them takes half a kB, so a file of few kB could take GBs: in one program, or in many."""
+    far = packed(b"\x81\x20" * (1 << 20))
+    assert len(far) < 6000
+    begun = time.process_time()
+    with pytest.raises(CoverageError, match=r"coverage of nvme: damaged instructions: .* more than 128 MiB of code"):
+        Coverage.from_json(document(far))
+    some = {"build_id": "", "instructions": packed(b"\x81\x20" * 20_000)}
+    one = Coverage.from_json({"version": 1, "programs": {"a": some}})
+    assert (one.pages, len(one), one.readable) == (20_000, 20_000, True)
+    with pytest.raises(CoverageError, match=r"coverage of b: damaged instructions: .* more than 128 MiB of code"):
+        Coverage.from_json({"version": 1, "programs": {"a": some, "b": some}})
+    assert time.process_time() - begun < 10  # it takes 0.1 s
+
+
+def test_all_programs_together_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmodel.coverage.coverage._MAX_INSTRUCTIONS", 4000)
+    many = {"build_id": "", "instructions": packed(b"\1" * 3000)}
+    with pytest.raises(CoverageError, match="coverage of b: damaged instructions: more than 4,000 in all"):
+        Coverage.from_json({"version": 1, "programs": {"a": many, "b": many}})
+    large = Coverage.from_json({"version": 1, "programs": {"a": many}})
+    moved = Coverage({"a": AddressSet(range(4000, 6000))})
+    assert large.readable and not (large | moved).readable
+
+
 @given(st.binary(max_size=40))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     try:

@@ -19,6 +19,9 @@ from vmodel.guest.modules import is_path, is_source
 
 #: The limits of different builds of the code, and of damaged files that are named: a store may be somebody else's.
 _MOST_BUILDS, _MOST_NOTES = 32, 5
+#: The limit of what all plans together have reached, in pages of addresses, which take half a kB each.  A plan has
+#: about 50 of nvme and nvme_core.
+_MOST_PAGES = 1 << 19
 #: The limit of a kernel's image, in bytes.
 _LARGEST = 1 << 30
 
@@ -37,17 +40,23 @@ class BuildCoverage:
     clean_runs: int = 0
     _everything: Coverage = field(default_factory=Coverage)
 
-    def add(self, id: int, plan: str, kernel: str, injected: bool, reached: Coverage) -> None:
-        """Adds a run."""
+    def add(self, id: int, plan: str, kernel: str, injected: bool, reached: Coverage) -> int:
+        """Adds a run.  Returns by how many pages it has grown; -1: the run was left out, as all would be too large."""
+        everything = self._everything | reached
+        if not everything.readable:
+            return -1
         if kernel not in self.kernels:
             self.kernels.append(kernel)
-        self.new.append((id, plan, len(reached - self._everything)))
-        self._everything |= reached
+        self.new.append((id, plan, len(everything) - len(self._everything)))
+        self._everything = everything
+        before = self.faults.get(plan, Coverage()) if injected else self.clean
+        after = before | reached
         if injected:
-            self.faults[plan] = self.faults.get(plan, Coverage()) | reached
+            self.faults[plan] = after
         else:
-            self.clean |= reached
+            self.clean = after
             self.clean_runs += 1
+        return after.pages - before.pages
 
     @property
     def title(self) -> str:
@@ -78,11 +87,12 @@ class CampaignCoverage:
 def gather(rows: Iterable[Row], kernels: dict[int, str]) -> CampaignCoverage:
     """Reads what the runs have stored, one after the other.  `kernels`: the kernel's name of each run, by its number.
 
-    A run in which no fault was injected counts as clean, whatever its plan was.
+    A run in which no fault was injected counts as clean, whatever its plan was: no rule fired, or its rules only watch.
     """
     found: dict[tuple[tuple[str, str], ...], BuildCoverage] = {}
     damaged: list[str] = []
     kept = []
+    pages = 0
     for row in rows:
         if row.result is None:
             continue
@@ -98,17 +108,33 @@ def gather(rows: Iterable[Row], kernels: dict[int, str]) -> CampaignCoverage:
             damaged.append(f"run {row.id}: its code is another build than that of {_MOST_BUILDS} others")
             continue
         build = found.setdefault(key, BuildCoverage(dict(key)))
-        build.add(row.id, row.run.plan, kernels[row.id], row.result.injected > 0, reached)
+        grown = -1
+        if pages + reached.pages <= _MOST_PAGES:
+            grown = build.add(row.id, row.run.plan, kernels[row.id], _injected(row), reached)
+        if grown < 0:
+            damaged.append(f"run {row.id}: its coverage is left out: with that of the runs before it is too large")
+            continue
+        pages += grown
         kept.append(row)
     if kept:
         programs.add_finder(_finder(kept))
     notes = damaged[:_MOST_NOTES]
     if len(damaged) > _MOST_NOTES:
-        notes.append(f"the coverage of {len(damaged) - _MOST_NOTES} more runs cannot be read")
+        notes.append(f"the coverage of {len(damaged) - _MOST_NOTES} more runs is left out, too")
     for build in found.values():
         if not build.clean_runs:
             notes.append(f"{build.title}: no run without faults: what is shown as “only under faults” may be usual")
     return CampaignCoverage(list(found.values()), notes)
+
+
+def _injected(row: Row) -> bool:
+    """Whether a fault was injected into a run; rules that only watch change nothing, and are none."""
+    plan = row.run.case.plan
+    return (
+        row.result is not None
+        and row.result.injected > 0
+        and (plan is None or any(rule.do.name != "watch" for rule in plan.rule))
+    )
 
 
 def _finder(rows: Sequence[Row]) -> CodeFinder:

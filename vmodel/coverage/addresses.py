@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 #: Addresses in a page.  Code is dense inside of a function, and functions that matter may be megabytes apart.
-_PAGE = 4096
+PAGE = 4096
 #: The set bits of each byte.
 _BITS = [tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256)]
 
@@ -19,10 +19,10 @@ class AddressSet:
     def __init__(self, addresses: Iterable[int] = ()) -> None:
         pages: dict[int, bytearray] = {}
         for address in addresses:
-            number, at = divmod(address, _PAGE)
+            number, at = divmod(address, PAGE)
             page = pages.get(number)
             if page is None:
-                page = pages[number] = bytearray(_PAGE // 8)
+                page = pages[number] = bytearray(PAGE // 8)
             page[at >> 3] |= 1 << (at & 7)
         self._pages = {number: int.from_bytes(page, "little") for number, page in pages.items()}
         self._hash: int | None = None
@@ -71,12 +71,17 @@ class AddressSet:
     def __len__(self) -> int:
         return sum(page.bit_count() for page in self._pages.values())
 
+    @property
+    def pages(self) -> int:
+        """How many pages of `PAGE` addresses have any: what the set's size in memory depends on."""
+        return len(self._pages)
+
     def __contains__(self, address: int) -> bool:
-        return bool(self._pages.get(address // _PAGE, 0) >> address % _PAGE & 1)
+        return bool(self._pages.get(address // PAGE, 0) >> address % PAGE & 1)
 
     def __iter__(self) -> Iterator[int]:
         """The addresses in ascending order."""
-        return chain.from_iterable(_addresses(number * _PAGE, self._pages[number]) for number in sorted(self._pages))
+        return chain.from_iterable(_addresses(number * PAGE, self._pages[number]) for number in sorted(self._pages))
 
     def __reduce__(self) -> tuple[object, ...]:
         return AddressSet._of, (self._pages,)
@@ -86,7 +91,7 @@ class AddressSet:
 
 
 def _addresses(start: int, page: int) -> Iterator[int]:
-    for at, byte in enumerate(page.to_bytes(_PAGE // 8, "little")):
+    for at, byte in enumerate(page.to_bytes(PAGE // 8, "little")):
         if byte:
             for bit in _BITS[byte]:
                 yield start + at * 8 + bit

@@ -263,10 +263,14 @@ class Comparison:
     @cached_property
     def by_fault(self) -> Sequence[FaultRow]:
         """All faults; the one that reached the most that nothing else did first."""
+        once = twice = Coverage()
+        for coverage in self.faults.values():
+            twice |= once & coverage
+            once |= coverage
+        usual = self.clean | twice
         rows = []
         for name, coverage in self.faults.items():
-            others = [other for also, other in self.faults.items() if also != name]
-            only = coverage - Coverage.union([self.clean, *others])
+            only = coverage - usual
             rows.append(FaultRow(name, len(coverage), only, self._functions_of(only)))
         return sorted(rows, key=lambda row: -len(row.only))
 

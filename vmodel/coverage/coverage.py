@@ -10,17 +10,22 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from vmodel.coverage.addresses import AddressSet
+from vmodel.coverage.addresses import PAGE, AddressSet
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.functions import CodeFunction
 from vmodel.coverage.line_table import Place
 from vmodel.coverage.program import Program
 from vmodel.coverage.registry import programs
 
-#: Bounds of what `from_json` reads: programs, instructions in each, and characters of names and build ids.
+#: Bounds of what `from_json` reads: programs, characters of names and build ids, and of all programs together,
+#: instructions and pages of `AddressSet`.  A kernel has 40 MiB of code; a page takes half a kB of memory however few
+#: of its addresses are in the set, so addresses that are far apart would take much more memory than text.
 _MAX_PROGRAMS = 256
 _MAX_INSTRUCTIONS = 4 << 20
 _MAX_NAME = 256
+_MAX_PAGES = 1 << 15
+#: Bytes of gaps of a program: most gaps take one.
+_MAX_DATA = _MAX_INSTRUCTIONS
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,16 @@ class Coverage:
                 found |= lines.of(self._reached[name])
         return found
 
+    @property
+    def pages(self) -> int:
+        """What it takes in memory, about half a kB each: pages of addresses that have any."""
+        return sum(reached.pages for reached in self._reached.values())
+
+    @property
+    def readable(self) -> bool:
+        """Whether it is no larger than what `from_json` reads."""
+        return len(self._reached) <= _MAX_PROGRAMS and self.pages <= _MAX_PAGES and len(self) <= _MAX_INSTRUCTIONS
+
     # ---- JSON -------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
@@ -205,7 +220,9 @@ class Coverage:
             raise CoverageError("not coverage as vmodel writes it (version 1)")
         if len(value["programs"]) > _MAX_PROGRAMS:
             raise CoverageError(f"coverage of more than {_MAX_PROGRAMS} programs")
-        reached, ids = {}, {}
+        reached: dict[str, AddressSet] = {}
+        ids: dict[str, str] = {}
+        instructions, pages = _MAX_INSTRUCTIONS, _MAX_PAGES
         for name, entry in value["programs"].items():
             if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
                 raise CoverageError("coverage of a program whose name is none")
@@ -213,9 +230,11 @@ class Coverage:
             if not isinstance(build_id, str) or len(build_id) > _MAX_NAME or build_id.strip("0123456789abcdef"):
                 raise CoverageError(f"coverage of {name}: its build id must be hexadecimal digits")
             try:
-                reached[name] = AddressSet(_unpacked(entry.get("instructions")))
+                reached[name] = AddressSet(_unpacked(entry.get("instructions"), instructions, pages))
             except ValueError as error:
                 raise CoverageError(f"coverage of {name}: damaged instructions: {error}") from None
+            instructions -= len(reached[name])
+            pages -= reached[name].pages
             ids[name] = build_id
         return cls(reached, ids)
 
@@ -232,19 +251,20 @@ def _packed(addresses: AddressSet) -> str:
     return base64.b64encode(zlib.compress(bytes(data), 9)).decode()
 
 
-def _unpacked(text: Any) -> list[int]:
-    """The addresses of what `_packed` made.  ValueError: damaged, or too large."""
+def _unpacked(text: Any, instructions: int, pages: int) -> list[int]:
+    """The addresses of what `_packed` made.  ValueError: damaged, or more than so many instructions or pages."""
     if not isinstance(text, str) or len(text) > 4 * _MAX_INSTRUCTIONS:
         raise ValueError("no text, or too long")
     decompressor = zlib.decompressobj()
     try:
-        data = decompressor.decompress(base64.b64decode(text, validate=True), _MAX_INSTRUCTIONS + 1)
+        data = decompressor.decompress(base64.b64decode(text, validate=True), _MAX_DATA + 1)
     except (binascii.Error, zlib.error) as error:
         raise ValueError(str(error)) from None
-    if len(data) > _MAX_INSTRUCTIONS or not decompressor.eof:
+    if len(data) > _MAX_DATA or not decompressor.eof:
         raise ValueError("too many, or cut off")
     found: list[int] = []
     address = gap = shift = 0
+    page = -1
     for byte in data:
         gap |= (byte & 0x7F) << shift
         shift += 7
@@ -252,6 +272,13 @@ def _unpacked(text: Any) -> list[int]:
             address += gap
             if address >> 64 or (found and not gap):
                 raise ValueError("addresses that do not ascend, or have more than 64 bits")
+            if len(found) >= instructions:
+                raise ValueError(f"more than {_MAX_INSTRUCTIONS:,} in all")
+            if address // PAGE != page:
+                page = address // PAGE
+                pages -= 1
+                if pages < 0:
+                    raise ValueError(f"they are spread over more than {_MAX_PAGES * PAGE >> 20} MiB of code")
             found.append(address)
             gap = shift = 0
         elif shift >= 64:
