@@ -214,7 +214,10 @@ def test_a_full_disk(folder: Path) -> None:
     """The database cannot grow: the error names it."""
     found = runs(folder, GOOD)
     with (
-        pytest.raises(OSError, match=r"database or disk is full: '.*/x\.runs/campaign\.db'"),
+        pytest.raises(
+            OSError,
+            match=r"disk is full: what has ended is stored, and the same command continues: '.*/x\.runs/campaign\.db'",
+        ),
         at_work(folder / "x.runs", {"kind": "campaign", "name": "lab"}, found[0].rig, 1, None) as (store, _, _),
     ):
         store._db.execute("PRAGMA max_page_count = 1")

@@ -34,6 +34,8 @@ COMMANDS = 6
 VERSIONS = {**host_versions(), "kernel": "none"}
 #: What each planted bug is called in its finding's signature.
 BUGS = ("double free", "use after free", "endless loop", "data", "not checked")
+#: After how many cases of a process the disk is full, with the workload "full".
+FULL = 12
 #: The parts of the program that run without faults.
 CLEAN = frozenset((0, 1, 3, 8, 10, 11, 12, 40, 41))
 
@@ -208,7 +210,7 @@ class Driver:
 
 
 class Simulated:
-    """A rig that runs the program."""
+    """A rig that runs the program; with the workload "full", the disk is full after so many cases."""
 
     def __init__(self) -> None:
         self._cases = 0
@@ -221,6 +223,8 @@ class Simulated:
 
     def run(self, case: Case, folder: Path) -> Result:
         """Runs the program under the case's plan."""
+        if case.workload == "full" and self._cases >= FULL:
+            Path("/dev/full").write_text("x")
         result, reached, log = run(case, self._cases)
         self._cases += 1
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,9 @@ import pytest
 from tests.campaign.files import MACHINE
 from tests.campaign.runs import ended, running
 from tests.cli.commands import refused, vmodel
+from tests.explore.simulated import FULL
 from tests.waiting import until
+from vmodel.experiment.oracle import Outcome
 from vmodel.explore.script import cycle
 
 SIMULATED = Path(__file__).with_name("simulated.py")
@@ -86,6 +88,52 @@ def test_a_workload_that_fails_is_one_line(folder: Path) -> None:
     assert done.returncode == 1 and done.stdout == ""
     text = "vmodel: edu-explore.runs/1: the workload fails without faults: harness error: exit status 7"
     assert done.stderr.splitlines()[-1] == text
+
+
+def test_a_full_disk_ends_the_search_and_keeps_what_ended(folder: Path) -> None:
+    line = [part if part != "run" else "full" for part in LINE]
+    further = "what has ended is stored, and the same command continues"
+    for n in (1, 2):
+        done = vmodel(*line, "--runs", "30", cwd=folder)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.splitlines()[-1] == f"vmodel: No space left on device: {further}"
+        kept = ended(folder / "edu-explore.runs")
+        assert len(kept) == n * FULL and all(row.result.outcome is not Outcome.HARNESS for row in kept if row.result)
+        assert not list((folder / "edu-explore.runs").glob(".part-*"))
+
+
+def test_a_folder_that_could_not_be_made_is_made_by_the_next_run(folder: Path) -> None:
+    """A full disk, or Ctrl-C, while the folder is new."""
+    new = folder / "edu-explore.runs"
+    new.mkdir()
+    for name in ("lock", "campaign.new", "campaign.new-journal"):
+        (new / name).write_bytes(b"x")
+    done = vmodel(*LINE, "--runs", "2", cwd=folder)
+    assert done.returncode in (0, 1) and len(ended(new)) >= 5
+    assert not list(new.glob("*.new*"))
+    shutil.rmtree(new)
+    new.mkdir()
+    (new / "mine").touch()
+    says = "edu-explore.runs: is not a campaign's folder, and not empty: name another one with -o"
+    assert refused(vmodel(*LINE, "--runs", "2", cwd=folder)) == says
+
+
+def test_another_folder_is_read_before_the_search(folder: Path) -> None:
+    assert vmodel(*LINE, "--runs", "2", "-o", "other", cwd=folder).returncode in (0, 1)
+    (folder / "other" / "2" / "reached.json").unlink()
+    says = "other/2/reached.json: cannot be read: No such file or directory"
+    assert refused(vmodel(*LINE, "--runs", "2", "--against", "other", cwd=folder)) == says
+    assert not (folder / "edu-explore.runs").exists()
+
+
+def test_sanitize_is_kept_for_all_that_repeats_runs(folder: Path) -> None:
+    assert vmodel(*LINE, "--runs", "40", "--sanitize", cwd=folder).returncode == 1
+    kept = ended(folder / "edu-explore.runs")
+    assert any(row.run.plan.startswith("find ") for row in kept)
+    # `vmodel reproduce` and `vmodel minimise` run the case of a row.
+    assert all(row.run.case.sanitize for row in kept)
+    says = "contains another version of this search (its workload, machine or a program has changed)"
+    assert says in refused(vmodel(*LINE, "--runs", "40", cwd=folder))
 
 
 def script(text: str, tmp_path: Path, *, loads: bool = True) -> tuple[int, list[str]]:

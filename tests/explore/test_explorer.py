@@ -21,6 +21,7 @@ from vmodel.campaign.sweep import CleanRunError
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Effect, Finding, Outcome
+from vmodel.explore.against import Against
 from vmodel.explore.explorer import CLEAN as TITLES
 from vmodel.explore.explorer import Exploration, Explorer, SearchBudget, spent, times
 from vmodel.explore.finds import REPEATS, Find, Shrinking, problems
@@ -306,7 +307,7 @@ def test_the_summary(explored: Callable[..., Explorer], what: Exploration, tmp_p
     explorer = explored(runs=200, on=Shuffled(2))
     explored("other", runs=30, of=replace(what, feedback=False))
     with ResultStore.open(tmp_path / "runs") as store:
-        said = document(explorer, store.rows(), 2, tmp_path / "other")
+        said = document(explorer, store.rows(), 2, Against.read(tmp_path / "other"))
     assert said["reached"]["clean"] == len(CLEAN) and said["reached"]["new"] == sum(said["reached"]["growth"]) > 5
     assert said["reached"]["last_new"] <= said["runs"] == 200
     assert said["against"]["runs"] >= 33 and said["against"]["only_here"] > 0

@@ -47,13 +47,24 @@ _SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")
 
 def make(path: Path, definition: Mapping[str, Any]) -> None:
     """Creates a database under another name and renames it: it is complete, or does not exist."""
-    new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
+    new = _unfinished(path)
+    for left in (new, new.with_name(f"{new.name}-journal")):
+        left.unlink(missing_ok=True)
     with closing(sqlite3.connect(new)) as database, database:
         database.executescript(_TABLES)
         database.execute("INSERT INTO meta VALUES ('format', ?)", (FORMAT,))
         database.execute("INSERT INTO meta VALUES ('definition', ?)", (json.dumps(dict(definition)),))
     new.rename(path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_suffix(".new")
+
+
+def leftovers(path: Path) -> set[str]:
+    """The names of files that `make` leaves in a folder if it is interrupted, or the disk is full."""
+    new = _unfinished(path)
+    return {new.name, f"{new.name}-journal"}
 
 
 def connect(path: Path, *, write: bool) -> sqlite3.Connection:

@@ -48,7 +48,7 @@ class Executor(Protocol):
     def wait(self) -> Sequence[Answer]:
         """Blocks until at least one answer has arrived or a worker has changed state; returns the new answers.
 
-        ConfigError: a rig found a mistake of the user's.
+        ConfigError: a rig found a mistake of the user's.  OSError: the disk of this host is full.
         """
         ...
 

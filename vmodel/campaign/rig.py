@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 import traceback
 from collections.abc import Callable
@@ -60,7 +61,8 @@ def load_rig(name: str) -> Callable[[], CaseRunner]:
 def perform(rig: CaseRunner, case: Case, folder: Path) -> Result:
     """Runs a case in `rig`.  An exception of the rig is a harness error, with its traceback as an artefact.
 
-    ConfigError: a mistake of the user's, as the rig reports it.
+    ConfigError: a mistake of the user's, as the rig reports it.  OSError: the disk is full, and so it would be for all
+    other cases.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -68,10 +70,17 @@ def perform(rig: CaseRunner, case: Case, folder: Path) -> Result:
     except ConfigError:
         raise
     except Exception as error:
+        if is_full(error):
+            raise
         text = traceback.format_exc()
         (folder / "traceback.txt").write_text(text)
         found = harness_error(case, "rig", exception_line(error))
         return found.model_copy(update={"artefacts": {"traceback": "traceback.txt"}})
+
+
+def is_full(error: Exception) -> bool:
+    """Whether it says that a disk of this host is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def harness_error(case: Case, oracle: str, text: str) -> Result:

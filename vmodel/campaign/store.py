@@ -35,6 +35,7 @@ from vmodel.experiment.oracle import Outcome
 from vmodel.mistakes import short
 
 DATABASE = "campaign.db"
+_LOCK = "lock"
 #: The latest time that a row may have, in seconds since the epoch: the end of the year 9999.
 _LATEST = 253402300799
 
@@ -95,7 +96,8 @@ class ResultStore(Closing):
         """
         path = folder / DATABASE
         try:
-            if folder.is_dir() and not path.exists() and any(f.name != "lock" for f in folder.iterdir()):
+            begun = {_LOCK, *database.leftovers(path)}
+            if folder.is_dir() and not path.exists() and any(f.name not in begun for f in folder.iterdir()):
                 raise ConfigError(f"{folder}: is not a campaign's folder, and not empty: name another one with -o")
             folder.mkdir(parents=True, exist_ok=True)
             lock = _locked(folder)
@@ -319,7 +321,7 @@ def _is_inside(path: str, folder: Path) -> bool:
 
 
 def _locked(folder: Path) -> int:
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

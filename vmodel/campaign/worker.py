@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vmodel.campaign.executor import Answer, Task
-from vmodel.campaign.rig import load_rig, perform, plain
+from vmodel.campaign.rig import is_full, load_rig, perform, plain
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case, Result
 from vmodel.patience import patience
@@ -125,7 +125,7 @@ class Processes:
     def wait(self) -> Sequence[Answer]:
         """Blocks until a process has answered, has died or has exceeded its time limit; returns the new answers.
 
-        ConfigError: a rig found a mistake of the user's.
+        ConfigError: a rig found a mistake of the user's.  OSError: the disk is full.
         """
         busy = [worker for worker in self._workers if worker.task is not None]
         until = min(worker.deadline for worker in busy)
@@ -148,6 +148,8 @@ class Processes:
         if answer is None:
             return Answer(task, None, worker.id, f"its worker process {self._drop(worker, 1.0)}")
         worker.task = None
+        if "full" in answer:
+            raise OSError(*answer["full"])
         if "error" in answer:
             raise ConfigError(answer["error"])
         return Answer(task, Result.model_validate(answer["result"]), worker.id)
@@ -185,6 +187,11 @@ def main(rig: str, descriptor: int) -> None:
                 _send(pair, {"result": result.model_dump(mode="json")})
     except ConfigError as error:
         _send(pair, {"error": str(error)})
+    except OSError as error:
+        if not is_full(error):
+            raise
+        place = None if error.filename is None else os.fsdecode(error.filename)
+        _send(pair, {"full": [error.errno, error.strerror, place]})
 
 
 def _read(pair: socket.socket, tasks: queue.SimpleQueue[dict[str, Any] | None]) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from vmodel.campaign import sweep as sweeps
 from vmodel.campaign.matrix import Matrix
 from vmodel.campaign.progress import STYLES, ProgressBar
-from vmodel.campaign.rig import GUESTS, absolute, load_rig
+from vmodel.campaign.rig import GUESTS, absolute, is_full, load_rig
 from vmodel.campaign.runner import Runner, executor
 from vmodel.campaign.schema import load
 from vmodel.campaign.store import DATABASE, ResultStore, Row
@@ -44,6 +44,9 @@ Scheduler = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Run on a Dask cluster, as tcp://host:8786 (vmodel[cluster]).")
 ]
 
+Sanitize = Annotated[
+    bool, typer.Option("--sanitize", help="The kernel looks for misuse of memory: red zones, poison, KFENCE.")
+]
 Retry = Annotated[bool, typer.Option("--retry", help="Repeat runs that ended with a harness error.")]
 
 
@@ -109,9 +112,7 @@ def sweep(
         list[str] | None, typer.Option("--tool", metavar="PACKAGE:PROGRAM", help="A Debian program for the guest.")
     ] = None,
     append: Annotated[str, typer.Option(metavar="STR", help="Additional kernel arguments.")] = "",
-    sanitize: Annotated[
-        bool, typer.Option("--sanitize", help="The kernel looks for misuse of memory: red zones, poison, KFENCE.")
-    ] = False,
+    sanitize: Sanitize = False,
     timeout: Annotated[float, typer.Option(metavar="S", help="Time limit of the workload, in seconds.")] = 30.0,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the actions' random numbers.")] = 0,
     most: Annotated[int, typer.Option(metavar="N", min=1, help="Fail at most N events.")] = 1000,
@@ -168,26 +169,39 @@ def at_work(
 
     Ctrl-C and SIGTERM end it: with exit status 130, and a line that says how to continue.  OSError: the disk is full.
     """
+    with stored(folder), ResultStore.create(folder, definition) as store:
+        try:
+            with (
+                ProgressBar(console(sys.stderr)) as bar,
+                executor(rig, folder, jobs=jobs, scheduler=scheduler) as on,
+            ):
+                yield store, Runner(store, on, bar), bar
+        except KeyboardInterrupt:
+            rows = store.rows()
+            done = sum(row.result is not None for row in rows)
+            print(
+                f"vmodel: interrupted after {done} of {len(rows)} runs: the same command continues from there",
+                file=sys.stderr,
+            )
+            raise typer.Exit(130) from None
+        if summarise(store.rows(), folder):
+            raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def stored(folder: Path) -> Iterator[None]:
+    """Errors of the disk that runs meet within this context name a file, and say how to continue if it is full."""
+    further = "what has ended is stored, and the same command continues"
     try:
-        with ResultStore.create(folder, definition) as store:
-            try:
-                with (
-                    ProgressBar(console(sys.stderr)) as bar,
-                    executor(rig, folder, jobs=jobs, scheduler=scheduler) as on,
-                ):
-                    yield store, Runner(store, on, bar), bar
-            except KeyboardInterrupt:
-                rows = store.rows()
-                done = sum(row.result is not None for row in rows)
-                print(
-                    f"vmodel: interrupted after {done} of {len(rows)} runs: the same command continues from there",
-                    file=sys.stderr,
-                )
-                raise typer.Exit(130) from None
-            if summarise(store.rows(), folder):
-                raise typer.Exit(1)
-    except sqlite3.OperationalError as error:  # a full disk
-        raise OSError(errno.EIO, str(error), str(folder / DATABASE)) from error
+        yield
+    except sqlite3.OperationalError as error:
+        full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        text = f"{error}: {further}" if full else str(error)
+        raise OSError(errno.EIO, text, str(folder / DATABASE)) from error
+    except OSError as error:
+        if is_full(error):
+            error.strerror = f"{error.strerror}: {further}"
+        raise
 
 
 def check_host(kernels: Collection[str | None], tools: Collection[str] = ()) -> None:

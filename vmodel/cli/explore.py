@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import re
-import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,23 +17,24 @@ from vmodel.campaign.matrix import opened
 from vmodel.campaign.progress import ProgressBar
 from vmodel.campaign.rig import GUESTS, LASTING_GUESTS, absolute, load_rig
 from vmodel.campaign.runner import Runner, executor
-from vmodel.campaign.store import DATABASE, ResultStore
+from vmodel.campaign.store import ResultStore
 from vmodel.campaign.sweep import CleanRunError
-from vmodel.cli.campaign import Folder, Jobs, Retry, Scheduler, check_host
+from vmodel.cli.campaign import Folder, Jobs, Retry, Sanitize, Scheduler, check_host, stored
 from vmodel.cli.output import console, log_to_stderr
 from vmodel.cli.serve import MachinePath
-from vmodel.coverage.program import Program
 from vmodel.coverage.registry import programs
 from vmodel.coverage.target import Target
 from vmodel.device import PciDevice
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
+from vmodel.explore.against import Against
 from vmodel.explore.explorer import Exploration, Explorer, SearchBudget
 from vmodel.explore.script import cycle
 from vmodel.explore.summary import document
 from vmodel.explore.text import text_of
 from vmodel.guest.artifacts import KERNEL_HELP, find_kernel
-from vmodel.guest.modules import files_of, find_module, in_order, is_path, is_source, load_module
+from vmodel.guest.kernel_code import CodeFinder
+from vmodel.guest.modules import files_of, in_order, is_path, is_source
 from vmodel.guest.options import at_option, guest_file, module_at, tool_at
 from vmodel.machine import Machine
 
@@ -82,6 +81,7 @@ def explore(
         list[str] | None, typer.Option("--tool", metavar="PACKAGE:PROGRAM", help="A Debian program for the guest.")
     ] = None,
     append: Annotated[str, typer.Option(metavar="STR", help="Additional kernel arguments.")] = "",
+    sanitize: Sanitize = False,
     timeout: Annotated[float, typer.Option(metavar="S", help="Time limit of a run's script, in seconds.")] = 30.0,
     against: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Compare what was reached with this campaign's folder.")
@@ -107,8 +107,8 @@ def explore(
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds, and have an end")
     if form not in ("text", "json"):
         raise ConfigError(f"--format {form}: formats are text, json")
-    if against is not None:
-        ResultStore.open(against).close()
+    # Before the search: a damaged folder ends nothing then.
+    other = None if against is None else Against.read(against)
     entries = [at_option("--driver", module_at, entry) for entry in driver if not entry.startswith("vmlinux:")]
     parts = [str(at_option("--driver", lambda text, _: Target.parse(text), e)) for e in driver if not _is_source(e)]
     rig = absolute(rig, Path())
@@ -139,13 +139,14 @@ def explore(
             extra_modules=() if boot or own else tuple(entries),
             tools=tuple(at_option("--tool", tool_at, entry) for entry in tool or ()),
             append=append,
+            sanitize=sanitize,
             timeout=timeout,
             coverage=() if own else tuple(parts),
         )
         what = Exploration(case, devices, tuple(parts), seed=seed, feedback=not random, wild=wild, rig=rig)
         folder = output or Path(f"{machine.stem}-explore.runs")
         with _at_work(what, folder, jobs, scheduler, limits, retry) as explorer:
-            said = document(explorer, explorer.store.rows(), jobs, against)
+            said = document(explorer, explorer.store.rows(), jobs, other)
             sys.stdout.write(json.dumps(said, indent=1) + "\n" if form == "json" else text_of(said))
         if explorer.ended == "interrupted":
             raise typer.Exit(130)
@@ -159,28 +160,25 @@ def _at_work(
 ) -> Iterator[Explorer]:
     """Runs the search; then, also after Ctrl-C, its explorer is what the block gets.  OSError: the disk is full."""
     explorer: Explorer | None = None
-    try:
-        with ResultStore.create(folder, what.definition()) as store:
-            if retry:
-                store.reset_errors()
-            try:
-                with (
-                    ProgressBar(console(sys.stderr)) as bar,
-                    executor(what.rig, folder, jobs=jobs, scheduler=scheduler) as on,
-                ):
-                    explorer = Explorer(what, store, Runner(store, on, bar), bar, limits)
-                    explorer.run()
-            except KeyboardInterrupt:
-                print("vmodel: interrupted: the same command continues", file=sys.stderr)
-                if explorer is None or explorer.search is None:
-                    raise typer.Exit(130) from None
-            except CleanRunError as error:
-                print(f"vmodel: {error}", file=sys.stderr)
-                raise typer.Exit(1) from None
-            assert explorer is not None
-            yield explorer
-    except sqlite3.OperationalError as error:  # a full disk
-        raise OSError(errno.EIO, str(error), str(folder / DATABASE)) from error
+    with stored(folder), ResultStore.create(folder, what.definition()) as store:
+        if retry:
+            store.reset_errors()
+        try:
+            with (
+                ProgressBar(console(sys.stderr)) as bar,
+                executor(what.rig, folder, jobs=jobs, scheduler=scheduler) as on,
+            ):
+                explorer = Explorer(what, store, Runner(store, on, bar), bar, limits)
+                explorer.run()
+        except KeyboardInterrupt:
+            print("vmodel: interrupted: the same command continues", file=sys.stderr)
+            if explorer is None or explorer.search is None:
+                raise typer.Exit(130) from None
+        except CleanRunError as error:
+            print(f"vmodel: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        assert explorer is not None
+        yield explorer
 
 
 def _budget(text: str | None, runs: int | None) -> SearchBudget:
@@ -225,13 +223,7 @@ def _modules(entries: Sequence[str], machine: Machine, kernel: str | None) -> li
     named = files_of(entries, found)
     files = files_of(own, found) if any(path is None for path in named.values()) else {}
     wanted = {name: path or files.get(name) for name, path in named.items()}
-
-    def program(name: str, build_id: str) -> Program | None:
-        """The code of a module, for the summary."""
-        path = wanted.get(name) or find_module(found, name)
-        return None if path is None else Program.of_module(name, load_module(path))
-
-    programs.add_finder(program)
+    programs.add_finder(CodeFinder([found], [path for path in wanted.values() if path is not None]))
     ordered = [module.name for module in in_order(found, wanted) if module.name in wanted]
     if missing := [name for name in wanted if name not in ordered]:
         raise ConfigError(

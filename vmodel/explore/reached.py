@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from pathlib import Path
-from typing import Any
 
 from vmodel.campaign.store import Row
-from vmodel.coverage.coverage import Coverage
 from vmodel.errors import ConfigError
 from vmodel.explore.search import Feature
+from vmodel.files import pieces
+from vmodel.mistakes import short
 
-#: The limit of an artefact with coverage, in bytes, after decompression.
-_LARGEST = 1 << 26
-
-
-def coverage_of(row: Row) -> Coverage | None:
-    """The coverage of a run that has ended; None: none was recorded.  ConfigError: its artefact is damaged."""
-    assert row.result is not None
-    if row.result.coverage is not None:
-        return row.result.coverage
-    path = _artefact(row, "coverage")
-    return None if path is None else Coverage.from_json(_json(path))
+#: The limit of an artefact with coverage, in bytes.
+_LARGEST = 16 << 20
 
 
 def code_of(row: Row) -> frozenset[Feature]:
     """The instructions that a run executed, as (module, address).
 
     A rig of the user's may write them as the artefact "reached": JSON, {"module": [address, ...]}.  ConfigError: the
-    artefact is damaged.
+    artefact is damaged, or is not there any more.
     """
-    coverage = coverage_of(row)
+    coverage = row.coverage
     if coverage is not None:
         return frozenset(coverage)
-    path = _artefact(row, "reached")
-    if path is None:
-        return frozenset()
-    said = _json(path)
-    try:
-        return frozenset((str(module), int(at)) for module, found in said.items() for at in found)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f'must be JSON, as {{"module": [1, 2]}}: {error}', file=path) from error
+    assert row.result is not None
+    name = row.result.artefacts.get("reached")
+    return frozenset() if name is None else _numbers(row.folder / name)
 
 
 def features_of(row: Row) -> frozenset[Feature]:
@@ -51,20 +35,19 @@ def features_of(row: Row) -> frozenset[Feature]:
     return code_of(row) | {("signature", signature) for signature in row.result.signatures}
 
 
-def _artefact(row: Row, name: str) -> Path | None:
-    assert row.result is not None
-    found = row.result.artefacts.get(name)
-    path = None if found is None else row.folder / found
-    return path if path is not None and path.is_file() else None
-
-
-def _json(path: Path) -> Any:
-    """The content of a JSON file, which gzip may have compressed.  ConfigError: it is damaged, or too large."""
+def _numbers(path: Path) -> frozenset[Feature]:
+    """The content of an artefact "reached".  ConfigError: it cannot be read, or is something else."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read(_LARGEST + 1)
-        if len(data) > _LARGEST:
-            raise ConfigError(f"has more than {_LARGEST >> 20} MiB", file=path)
-        return json.loads(data)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ConfigError(f"cannot be read: {error}", file=path) from error
+        said = json.loads(b"".join(pieces(path, _LARGEST)))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=path) from None
+    except (ValueError, RecursionError):
+        raise ConfigError("is not JSON", file=path) from None
+    if not isinstance(said, dict) or not all(isinstance(found, list) for found in said.values()):
+        raise ConfigError('must be as {"module": [1, 2]}', file=path)
+    for module, found in said.items():
+        if wrong := [at for at in found if type(at) is not int]:
+            raise ConfigError(
+                f"numbers must be integers, as [1, 2], not {short(wrong[0])}", file=path, key=short(module)
+            )
+    return frozenset((module, at) for module, found in said.items() for at in found)

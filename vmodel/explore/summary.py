@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from vmodel.campaign.store import ResultStore, Row
+from vmodel.campaign.store import Row
 from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.frontier import Untaken, untaken
 from vmodel.coverage.registry import programs
+from vmodel.explore.against import Against
 from vmodel.explore.explorer import Explorer, times
 from vmodel.explore.finds import Find
-from vmodel.explore.reached import code_of, coverage_of
-from vmodel.explore.search import Feature
 
 #: The most branches of the frontier in a summary.
 MOST_BRANCHES = 200
 
 
-def document(explorer: Explorer, rows: list[Row], jobs: int, against: Path | None = None) -> dict[str, Any]:
-    """The summary of a search; times in seconds.  ConfigError: `against` is no campaign's folder.
+def document(explorer: Explorer, rows: list[Row], jobs: int, against: Against | None = None) -> dict[str, Any]:
+    """The summary of a search; times in seconds.
 
     Plans are rules in the command line's form.  `reached` counts instructions; with `by_function` where the driver's
     code is known.
@@ -87,17 +85,14 @@ def _find(find: Find) -> dict[str, Any]:
     }
 
 
-def _against(explorer: Explorer, folder: Path) -> dict[str, Any]:
+def _against(explorer: Explorer, other: Against) -> dict[str, Any]:
     """What this search and another store's runs have executed that the other has not."""
-    with ResultStore.open(folder) as store:
-        rows = [row for row in store.rows() if row.result is not None]
-        other: frozenset[Feature] = frozenset().union(*map(code_of, rows))
     return {
-        "folder": str(folder),
-        "runs": len(rows),
-        "all": len(other),
-        "only_here": len(explorer.code - other),
-        "only_there": len(other - explorer.code),
+        "folder": str(other.folder),
+        "runs": other.runs,
+        "all": len(other.code),
+        "only_here": len(explorer.code - other.code),
+        "only_there": len(other.code - explorer.code),
     }
 
 
@@ -105,8 +100,7 @@ def _of_code(explorer: Explorer, rows: Iterable[Row]) -> tuple[list[dict[str, An
     """What needs the driver's code: the functions with what was reached, the frontier, and why they are missing."""
     ids: dict[str, str] = {}
     for row in rows:
-        coverage = None if row.result is None else coverage_of(row)
-        if coverage is not None:
+        if (coverage := row.coverage) is not None:
             ids.update(coverage.build_ids)
     if not ids:
         return [], [], "no coverage of a driver's code was recorded: functions and branches are unknown"
