@@ -37,6 +37,8 @@ class BuildCoverage:
     faults: dict[str, Coverage] = field(default_factory=dict)
     #: Of each run: its number, its plan, and how many instructions it was the first to reach.
     new: list[tuple[int, str, int]] = field(default_factory=list)
+    #: By plan: what the runs in which it injected a fault were the first to reach.
+    first: dict[str, Coverage] = field(default_factory=dict)
     clean_runs: int = 0
     _everything: Coverage = field(default_factory=Coverage)
 
@@ -48,6 +50,8 @@ class BuildCoverage:
         if kernel not in self.kernels:
             self.kernels.append(kernel)
         self.new.append((id, plan, len(everything) - len(self._everything)))
+        if injected:
+            self.first[plan] = self.first.get(plan, Coverage()) | (reached - self._everything)
         self._everything = everything
         before = self.faults.get(plan, Coverage()) if injected else self.clean
         after = before | reached

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,10 +14,14 @@ import jinja2
 
 from vmodel.campaign import chart
 from vmodel.campaign.coverage import BuildCoverage
+from vmodel.campaign.coverage_page import coverage_part
 from vmodel.campaign.statistics import quantile
 from vmodel.campaign.summary import Ended, Summary
 from vmodel.coverage.document import document
+from vmodel.coverage.sections import asset
+from vmodel.coverage.sources import Sources
 from vmodel.experiment.oracle import Outcome
+from vmodel.files import cache_dir
 
 #: Characters that XML 1.0 cannot represent, even escaped (XML 1.0, 2.2).
 _NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -33,8 +38,12 @@ MARKS = {
 }
 
 
-def html(summary: Summary) -> str:
-    """The report as one HTML page without external resources."""
+def html(summary: Summary, sources: Sequence[Path] = ()) -> str:
+    """The report as one HTML page without external resources.
+
+    It shows source files that are below `sources`, and those that debug information names beside the campaign's folder
+    or in the cache, which has kernel headers.
+    """
     text = files("vmodel.campaign").joinpath("page.html.jinja").read_text(encoding="utf-8")
     # The page contains text from guests: autoescape.  StrictUndefined: a misspelt name is an error.
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -47,6 +56,8 @@ def html(summary: Summary) -> str:
         survival=lambda rate: chart.interval(rate, "--recovered"),
         times=chart.times([(_title(summary, fault), fault.recover) for fault in summary.faults]),
         quantiles=_quantiles(summary),
+        coverage=coverage_part(summary.coverage, _rules(summary), _sources(summary, sources)),
+        sort=asset("sort.js"),
         several_machines=len({run.row.run.machine for run in summary.runs}) > 1,
         several_workloads=len({run.row.run.workload for run in summary.runs}) > 1,
     )
@@ -55,6 +66,20 @@ def html(summary: Summary) -> str:
 def _title(summary: Summary, fault: Any) -> str:
     same = [other for other in summary.faults if other.plan == fault.plan]
     return fault.plan if len(same) == 1 else f"{fault.plan} ({fault.machine}, {fault.workload})"
+
+
+def _rules(summary: Summary) -> dict[str, list[str]]:
+    """The rules of each plan that inject faults."""
+    found: dict[str, list[str]] = {}
+    for run in summary.runs:
+        what = run.row.run
+        if what.plan not in found and what.case.plan is not None:
+            found[what.plan] = [rule.text() for rule in what.case.plan.rule if rule.do.name != "watch"]
+    return found
+
+
+def _sources(summary: Summary, roots: Sequence[Path]) -> Sources:
+    return Sources(roots, within=[summary.folder.parent, cache_dir()])
 
 
 def _quantiles(summary: Summary) -> dict[str, float]:

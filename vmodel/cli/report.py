@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vmodel.campaign.report import FORMATS
+from vmodel.campaign.report import FORMATS, html
 from vmodel.campaign.store import ResultStore
 from vmodel.campaign.summary import Summary
 from vmodel.errors import ConfigError
@@ -23,6 +23,12 @@ def report(
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to FILE instead of stdout.")
     ] = None,
     form: Annotated[str, typer.Option("--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}.")] = "html",
+    coverage_source: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--coverage-source", metavar="DIR", help="Find source files in DIR, as a tree of Linux; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Report the results of a campaign or sweep on one page.
 
@@ -33,8 +39,14 @@ def report(
         raise ConfigError(
             f"--format {form}: {f'did you mean {close}? ' if close else ''}Formats are {', '.join(FORMATS)}"
         )
+    for place in coverage_source or ():
+        if form != "html":
+            raise ConfigError(f"--coverage-source: --format {form} shows no source, only html does")
+        if not place.is_dir():
+            raise ConfigError(f"--coverage-source {place}: is no folder")
     with ResultStore.open(path) as store:
-        text = FORMATS[form](Summary(store, (output or Path("report")).absolute().parent))
+        summary = Summary(store, (output or Path("report")).absolute().parent)
+        text = html(summary, coverage_source or ()) if form == "html" else FORMATS[form](summary)
     if output is None:
         sys.stdout.write(text)
         return

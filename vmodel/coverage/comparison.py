@@ -271,10 +271,11 @@ class Comparison:
         rows = []
         for name, coverage in self.faults.items():
             only = coverage - usual
-            rows.append(FaultRow(name, len(coverage), only, self._functions_of(only)))
+            rows.append(FaultRow(name, len(coverage), only, self.functions_of(only)))
         return sorted(rows, key=lambda row: -len(row.only))
 
-    def _functions_of(self, coverage: Coverage) -> tuple[tuple[str, str, int], ...]:
+    def functions_of(self, coverage: Coverage) -> tuple[tuple[str, str, int], ...]:
+        """Module and function with the number of instructions of a coverage, the most first; "?" is no function."""
         counts: dict[tuple[str, str], int] = {}
         for module, address in coverage:
             program = self.programs.get(module)

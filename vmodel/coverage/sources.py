@@ -17,10 +17,14 @@ class Sources:
 
     Debian's kernels were built at /build/.../linux-6.12.117/drivers/nvme/host/pci.c; of this, as much of the end as a
     root has counts.
+
+    `within`: of the paths that debug information names, only those in these folders, and in `roots`; all by default.
+    A page has the text of these files, and debug information of others may name any.
     """
 
-    def __init__(self, roots: Sequence[Path] = ()) -> None:
+    def __init__(self, roots: Sequence[Path] = (), within: Sequence[Path] | None = None) -> None:
         self._roots = [root.absolute() for root in roots]
+        self._within = None if within is None else [folder.resolve() for folder in within]
         self._found: dict[str, Path | None] = {}
 
     def path(self, file: str) -> Path | None:
@@ -37,11 +41,17 @@ class Sources:
         inner = [root.joinpath(*parts[n:]) for root in self._roots for n in range(max(len(parts) - 1, 1))]
         for path in [*inner, *([Path(file)] if file.is_absolute() else [])]:
             try:
+                if self._within is not None and path not in inner and not self._is_within(path):
+                    continue
                 regular(path, _MOST)
             except (OSError, ValueError):  # a path may have a NUL
                 continue
             return path
         return None
+
+    def _is_within(self, path: Path) -> bool:
+        real = path.resolve()
+        return any(real.is_relative_to(folder.resolve()) for folder in [*(self._within or ()), *self._roots])
 
     def text(self, file: str) -> list[str] | None:
         """The file's lines; None: it is not here."""
