@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 import json
+import os
 import re
 import zlib
 from html.parser import HTMLParser
@@ -58,6 +59,25 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     assert json.loads((tmp_path / "coverage.json").read_text())["title"] == "before"
     assert "<h1>before</h1>" in (tmp_path / "index.html").read_text()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_old_listings_go_and_what_is_not_ours_stays(tmp_path: Path) -> None:
+    write(CLEAN, tmp_path)
+    text = (tmp_path / "card.s").read_text()
+    for name in ("old", "vmlinux:pci_"):
+        (tmp_path / f"{name.replace(':', '-')}.s").write_text(text.replace("# card,", f"# {name},", 1))
+    (tmp_path / "renamed.s").write_text(text)
+    (tmp_path / "start.s").write_text(".globl _start\n_start: ret\n")
+    (tmp_path / "empty.s").write_text("")
+    (tmp_path / "binary.s").write_bytes(b"\xff" * 10_000)
+    (tmp_path / "folder.s").mkdir()
+    (tmp_path / "target").write_text(text.replace("# card,", "# link,", 1))
+    (tmp_path / "link.s").symlink_to("target")
+    os.mkfifo(tmp_path / "fifo.s")
+    before = {path.name for path in tmp_path.iterdir()}
+    write(CLEAN, tmp_path)
+    assert before - {path.name for path in tmp_path.iterdir()} == {"old.s", "vmlinux-pci_.s"}
+    assert (tmp_path / "target").is_file()
 
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:

@@ -139,6 +139,25 @@ def test_code_that_is_no_modules_is_nobodys(recorder: Recorder, played: Plugin) 
     assert found(recorder) == []
 
 
+def test_code_outside_of_modules_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, recorder: Recorder, played: Plugin
+) -> None:
+    """What BPF compiles waits for a module that never comes; what a module runs before it is announced came last."""
+    for n in range(module._MOST_PENDING):
+        played.record(BLOCK, TEXT + 0x100000 + 4 * n, 4)
+    played.block(TEXT + 0x10)
+    assert found(recorder) == [] and len(recorder._pending) == module._MOST_PENDING
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        "coverage: more than 65536 blocks of code outside of modules ran"
+    ]
+    played.load("late", TEXT)
+    played._add(192, module._MOST_PENDING)
+    cell = module._MOST_PENDING
+    played.run(cell)
+    assert found(recorder) == [("late", [TEXT + 0x10])]
+    assert len(caplog.records) == 1
+
+
 def test_a_module_that_cannot_be_read(recorder: Recorder, played: Plugin) -> None:
     played.record(LOAD, TEXT, 0)
     with pytest.raises(CoverageError, match="could not read what the guest's kernel says about a module"):

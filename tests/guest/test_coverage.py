@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,11 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, env, said",
     [
-        (["--coverage", "nvmee"], {}, "kernel {release} has no module 'nvmee', and none is in the guest"),
+        (
+            ["--coverage", "nvmee"],
+            {},
+            "kernel {release} has no module 'nvmee': did you mean 'nvme'? code that is built in is vmlinux's",
+        ),
         (["--coverage", "ext4x.ko"], {}, "ext4x.ko: cannot be read: No such file or directory"),
         (
             ["--coverage", "virtio_pci"],
@@ -226,6 +231,37 @@ def test_what_is_wrong(arguments: list[str], env: dict[str, str], said: str, tmp
     release = find_kernel(STABLE).release
     done = guest(*arguments, "--", "true", cwd=tmp_path, **env)
     assert refused(done) == said.format(release=release)
+
+
+@pytest.mark.parametrize(
+    ("driver", "env", "said"),
+    [
+        ("nvmee", {}, "--driver nvmee: kernel {release} has no module 'nvmee': did you mean 'nvme'? {inside}"),
+        (
+            "virtio-pci",
+            {},
+            "--driver virtio_pci: virtio_pci is built into kernel {release}: write vmlinux:PREFIX, with which its"
+            " functions begin",
+        ),
+        (
+            "vmlinux:nosuch_",
+            {},
+            "--driver vmlinux:nosuch_: kernel {release} has no function whose name begins with 'nosuch_'",
+        ),
+        (
+            "nvme",
+            {"VMODEL_ACCEL": "kvm"},
+            "coverage needs TCG, as QEMU does not see what runs under KVM: unset VMODEL_ACCEL",
+        ),
+    ],
+)
+def test_what_explore_refuses_before_it_begins(driver: str, env: dict[str, str], said: str, tmp_path: Path) -> None:
+    release = find_kernel(STABLE).release
+    shutil.copy(EXAMPLE, tmp_path)
+    line = ("explore", EXAMPLE.name, "--driver", driver, "--workload", "true", "--runs", "3", "--kernel", STABLE)
+    done = vmodel(*line, cwd=tmp_path, **env)
+    assert refused(done) == said.format(release=release, inside="code that is built in is vmlinux's")
+    assert [path.name for path in tmp_path.iterdir()] == [EXAMPLE.name]
 
 
 def test_a_qemu_that_is_too_old(tmp_path: Path) -> None:

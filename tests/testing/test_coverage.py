@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.coverage.objects import function, program
+from tests.packages.archive import fake_qemu
 from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.program import Program
 from vmodel.coverage.registry import programs
@@ -110,6 +111,34 @@ def test_a_module_that_no_guest_has(pytester: pytest.Pytester, monkeypatch: pyte
     lines = [line for line in (*done.outlines, *done.errlines) if "ERROR" in line]
     assert len(lines) == 1 and "--vmodel-coverage nvm: kernel" in lines[0] and "did you mean 'nvme'?" in lines[0]
     assert not (pytester.path / "coverage").exists()
+    done.assert_outcomes()
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(
+    ("version", "accelerator", "said"),
+    [
+        ("11.1.3", "kvm", "coverage needs TCG, as QEMU does not see what runs under KVM: unset VMODEL_ACCEL"),
+        ("11.0.0", "tcg", "coverage needs QEMU 11.1 or newer, not 11.0.0: ./scripts/get-qemu fetches one"),
+    ],
+)
+def test_a_host_that_cannot_see_what_runs(
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    accelerator: str,
+    said: str,
+    processes: int,
+) -> None:
+    """One line before the first test, not one error for each."""
+    monkeypatch.setenv("VMODEL_QEMU", str(fake_qemu(pytester.path / "qemu", version=version)))
+    monkeypatch.setenv("VMODEL_ACCEL", accelerator)
+    (pytester.path / "nvme.toml").write_text(MACHINE)
+    pytester.makepyfile(GUESTS)
+    done = pytester.runpytest_subprocess("-n", str(processes), "--vmodel-coverage", "nvme")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    lines = [line for line in (*done.outlines, *done.errlines) if "ERROR" in line]
+    assert lines == [f"ERROR: --vmodel-coverage: {said}"]
     done.assert_outcomes()
 
 

@@ -31,8 +31,10 @@ from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
 from vmodel.guest.artifacts import KERNEL_HELP, find_busybox, find_kernel, find_qemu
-from vmodel.guest.kernel_code import check_target, own_names
+from vmodel.guest.coverage import check_emulator
+from vmodel.guest.kernel_code import check_target
 from vmodel.guest.options import at_option, guest_file, module_at, tool_at
+from vmodel.guest.running import accelerator
 from vmodel.guest.tools import program_path
 from vmodel.patience import slowness
 
@@ -226,11 +228,12 @@ def check_coverage(file: Path, cases: Iterable[Case]) -> None:
         table = parse_toml(read_text(case.machine), case.machine).get("guest", {})
         base = case.machine.parent
         theirs = [*table.get("modules", ()), *table.get("extra_modules", ())]
-        own = own_names([*case.modules, *case.extra_modules, *(module_at(entry, base) for entry in theirs)])
+        modules = [*case.modules, *case.extra_modules, *(module_at(entry, base) for entry in theirs)]
         kernel = find_kernel(case.kernel or table.get("kernel"))
         for n, target in enumerate(case.coverage):
             try:
-                check_target(target, kernel, own)
+                check_emulator(find_qemu(), accelerator())
+                check_target(target, kernel, modules)
             except CoverageError as error:
                 raise ConfigError(str(error), file=file, key=f"campaign.coverage[{n}]") from None
 

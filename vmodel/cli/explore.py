@@ -32,10 +32,12 @@ from vmodel.explore.explorer import Exploration, Explorer, SearchBudget
 from vmodel.explore.script import cycle
 from vmodel.explore.summary import document
 from vmodel.explore.text import text_of
-from vmodel.guest.artifacts import KERNEL_HELP, find_kernel
-from vmodel.guest.kernel_code import CodeFinder
+from vmodel.guest.artifacts import KERNEL_HELP, find_kernel, find_qemu
+from vmodel.guest.coverage import check_emulator
+from vmodel.guest.kernel_code import CodeFinder, check_module, check_target
 from vmodel.guest.modules import files_of, in_order, is_path, is_source
 from vmodel.guest.options import at_option, guest_file, module_at, tool_at
+from vmodel.guest.running import accelerator
 from vmodel.machine import Machine
 
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -122,7 +124,8 @@ def explore(
         else:
             if scheduler is None:
                 check_host({kernel}, tool or ())
-            names = _modules(entries, loaded, kernel)
+                check_emulator(find_qemu(), accelerator())
+            names = _modules(entries, loaded, kernel, [part for part in parts if part.startswith("vmlinux:")])
             parts = [*names, *(part for part in parts if part.startswith("vmlinux:"))]
         cycled = bool(names) and not (bare or boot)
         script = cycle(names, workload, wait_for=wait_for, suspend=suspend) if cycled else workload
@@ -211,22 +214,21 @@ def _devices(machine: Machine, named: Sequence[str]) -> dict[str, PciDevice]:
     return {name: device for name, device in machine.devices.items() if not named or name in named}
 
 
-def _modules(entries: Sequence[str], machine: Machine, kernel: str | None) -> list[str]:
+def _modules(entries: Sequence[str], machine: Machine, kernel: str | None, functions: Sequence[str]) -> list[str]:
     """The names of the drivers' modules, in the order in which they are loaded.
 
-    A name may be that of a module of the machine file's.  ConfigError: the kernel has no such module, or has it built
-    in.
+    A name may be that of a module of the machine file's.  `functions`: those of the kernel itself, as vmlinux:PREFIX.
+    ConfigError: the kernel has no such module or function, or has the module built in.
     """
     table, base = machine.content.guest, machine.file.absolute().parent
     found = find_kernel(kernel or table.kernel)
+    for entry in functions:
+        at_option("--driver", lambda text, _: check_target(text, found), entry)
     own = [module_at(entry, base) for entry in (*table.modules, *table.extra_modules) if is_path(entry)]
     named = files_of(entries, found)
     files = files_of(own, found) if any(path is None for path in named.values()) else {}
     wanted = {name: path or files.get(name) for name, path in named.items()}
     programs.add_finder(CodeFinder([found], [path for path in wanted.values() if path is not None]))
-    ordered = [module.name for module in in_order(found, wanted) if module.name in wanted]
-    if missing := [name for name in wanted if name not in ordered]:
-        raise ConfigError(
-            f"--driver {missing[0]}: is built into kernel {found.release}: name its functions, as vmlinux:PREFIX"
-        )
-    return ordered
+    for name in (name for name, path in wanted.items() if path is None):
+        at_option("--driver", lambda text, _: check_module(text, found), name)
+    return [module.name for module in in_order(found, wanted) if module.name in wanted]

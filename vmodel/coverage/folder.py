@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from vmodel.coverage.comparison import Comparison
@@ -13,12 +13,13 @@ from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.document import as_json
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.lcov import lcov
-from vmodel.coverage.listing import listing
+from vmodel.coverage.listing import listed, listing
 from vmodel.coverage.page import html
 from vmodel.coverage.sources import Sources
 
 #: The files, beside a listing of instructions (MODULE.s) for each module without debug information.
 INFO, JSON, PAGE = "coverage.info", "coverage.json", "index.html"
+_LISTING = ".s"
 
 
 def write(
@@ -26,9 +27,10 @@ def write(
 ) -> list[Path]:
     """Writes the files into a folder, which is made if it is not there; returns their paths, the page's first.
 
-    All files are complete before the first one replaces an old one.  `title`: that of a `Coverage`; `sources`: folders
-    with source files, such as an unpacked tree of Linux.  CoverageError: the folder cannot be written, with the
-    reason, and then files of before stay; or the coverages are of different builds.
+    All files are complete before the first one replaces an old one; an earlier coverage's listings of other modules are
+    removed then.  `title`: that of a `Coverage`; `sources`: folders with source files, such as an unpacked tree of
+    Linux.  CoverageError: the folder cannot be written, with the reason, and then files of before stay; or the
+    coverages are of different builds.
     """
     comparison = coverage if isinstance(coverage, Comparison) else Comparison(coverage, title=title)
     where = Sources(sources)
@@ -36,7 +38,7 @@ def write(
     lists = {}
     for name, program in comparison.programs.items():
         if not comparison.places(name):
-            lists[name] = (folder / f"{_file_name(name)}.s", listing(program))
+            lists[name] = (folder / f"{_file_name(name)}{_LISTING}", listing(program))
     texts = {path.name: text.text for path, text in lists.values()}
     texts |= {INFO: lcov(comparison, lists, where), JSON: as_json(comparison), PAGE: html(comparison, where)}
     try:
@@ -47,12 +49,27 @@ def write(
                 (work / name).write_text(text, encoding="utf-8", errors="backslashreplace")
             for name in texts:
                 (work / name).replace(folder / name)
+            for path in _old_listings(folder, texts):
+                path.unlink(missing_ok=True)
         finally:
             with contextlib.suppress(OSError):
                 shutil.rmtree(work)
     except OSError as error:
         raise CoverageError(f"cannot write the coverage: {error.strerror or error}", file=folder) from None
-    return [folder / name for name in (PAGE, INFO, JSON, *(name for name in texts if name.endswith(".s")))]
+    return [folder / name for name in (PAGE, INFO, JSON, *(name for name in texts if name.endswith(_LISTING)))]
+
+
+def _old_listings(folder: Path, texts: Collection[str]) -> list[Path]:
+    """The listings of an earlier coverage in the folder: what was not written as one is somebody else's.  OSError."""
+    return [
+        path
+        for path in folder.glob(f"*{_LISTING}")
+        if path.name not in texts
+        and path.is_file()
+        and not path.is_symlink()
+        and (name := listed(path)) is not None
+        and path.name == f"{_file_name(name)}{_LISTING}"
+    ]
 
 
 def _file_name(module: str) -> str:

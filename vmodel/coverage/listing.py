@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from vmodel.coverage.disassembly import Instruction
 from vmodel.coverage.functions import CodeFunction
 from vmodel.coverage.program import Program
+
+#: The second line of a listing; the most characters of both.
+_COLUMNS = "# address  instruction"
+_MOST_HEAD = 1000
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Listing:
 
 def listing(program: Program) -> Listing:
     """The functions of a program by address, each with its instructions."""
-    rows = [f"# {program.name}, build id {program.build_id or 'none'}", "# address  instruction"]
+    rows = [f"# {program.name}, build id {program.build_id or 'none'}", _COLUMNS]
     lines: dict[int, int] = {}
     for function in program.functions:
         rows += ["", f"{function.name}:  # {function.section}"]
@@ -28,6 +34,14 @@ def listing(program: Program) -> Listing:
             rows.append(f"{instruction.address:10x}  {shown(program, instruction)}")
             lines[instruction.address] = len(rows)
     return Listing("\n".join(rows) + "\n", lines)
+
+
+def listed(path: Path) -> str | None:
+    """The name of the program whose listing is in a file; None: it is something else.  OSError."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(_MOST_HEAD).split("\n")
+    match = re.fullmatch(r"# (.+), build id (?:[0-9a-f]+|none)", head[0])
+    return match[1] if match is not None and head[1:2] == [_COLUMNS] else None
 
 
 def shown(program: Program, instruction: Instruction) -> str:

@@ -8,9 +8,11 @@ there when its block was translated, however often modules come and go.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import mmap
 import os
 import struct
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from vmodel.closing import Closing
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.kernel_image import KernelImage
 from vmodel.coverage.module_layout import ModuleLayout
+
+log = logging.getLogger(__name__)
 
 _RANGES = _WATCHES = 4
 _HEADER = Struct(
@@ -51,6 +55,8 @@ _BLOCK, _BOOT, _LOAD, _READY, _FREE = range(1, 6)
 _WATCHED = {"start_kernel": _BOOT, "do_init_module": _LOAD, "trim_init_extable": _READY, "free_module": _FREE}
 #: Blocks, and bytes of the log.  Only what is used takes memory; all of Debian's kernel has some 200,000 blocks.
 _CELLS, _LOG = 4 << 20, 128 << 20
+#: The most blocks that wait for a module that is not announced yet.  BPF's programs are among modules, and none comes.
+_MOST_PENDING = 1 << 16
 #: Where x86-64 has modules, and the kernel itself (Documentation/arch/x86/x86_64/mm.rst of Linux).
 _MODULES = (0xFFFFFFFFC0000000, 0xFFFFFFFFFF000000)
 _KERNEL = (0xFFFFFFFF80000000, 0xFFFFFFFFC0000000)
@@ -128,7 +134,8 @@ class Recorder(Closing):
         #: Of each cell: its block's addresses, and its module; "" is that of no module.
         self._blocks: list[tuple[int, int, LoadedModule | None]] = []
         #: The cells whose module is not known yet: a module's parameters are set before it is announced.
-        self._pending: list[int] = []
+        self._pending: deque[int] = deque(maxlen=_MOST_PENDING)
+        self._overflowed = False
 
     def qemu_args(self) -> list[str]:
         """QEMU's arguments.  CoverageError: vmodel was installed without its plugin."""
@@ -208,6 +215,13 @@ class Recorder(Closing):
     def _block(self, address: int, size: int) -> None:
         module = next((p.module for p in reversed(self._places) if p.start <= address < p.end), None)
         if module is None and address >= _MODULES[0]:
+            if len(self._pending) == _MOST_PENDING and not self._overflowed:
+                self._overflowed = True
+                log.warning(
+                    "coverage: more than %d blocks of code outside of modules ran, as BPF's: what a module runs before"
+                    " it is announced, such as the setting of its parameters, may be missing",
+                    _MOST_PENDING,
+                )
             self._pending.append(len(self._blocks))
         self._blocks.append((address, address + size, module))
 
@@ -223,7 +237,7 @@ class Recorder(Closing):
             if old.pointer != pointer and not any(old.start < place.end and place.start < old.end for place in new)
         ]
         self._places += new
-        left = []
+        left: deque[int] = deque(maxlen=_MOST_PENDING)
         for cell in self._pending:
             start, end, _ = self._blocks[cell]
             if any(place.start <= start < place.end for place in new):

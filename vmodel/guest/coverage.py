@@ -11,14 +11,25 @@ from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.kernel_image import KernelImage
 from vmodel.coverage.program import Program
-from vmodel.coverage.recorder import Recorder
+from vmodel.coverage.recorder import Recorder, plugin
 from vmodel.coverage.target import Target
 from vmodel.guest.artifacts import Kernel, Qemu
 from vmodel.guest.debug_symbols import KERNEL, find_debug
-from vmodel.guest.modules import builtin, find_module, load_module
+from vmodel.guest.kernel_code import check_module
+from vmodel.guest.modules import find_module, load_module
 
 #: The first QEMU whose plugins have the API version that ours is written for.
 _LEAST_QEMU = (11, 1)
+
+
+def check_emulator(qemu: Qemu, accelerator: str) -> None:
+    """CoverageError: this QEMU, or accelerator, does not tell what runs; or vmodel was installed without its plugin."""
+    if accelerator != "tcg":
+        raise CoverageError("coverage needs TCG, as QEMU does not see what runs under KVM: unset VMODEL_ACCEL")
+    if qemu.version < _LEAST_QEMU:
+        have, need = (".".join(map(str, version)) for version in (qemu.version, _LEAST_QEMU))
+        raise CoverageError(f"coverage needs QEMU {need} or newer, not {have}: ./scripts/get-qemu fetches one")
+    plugin()
 
 
 class GuestCoverage(Closing):
@@ -31,11 +42,7 @@ class GuestCoverage(Closing):
 
         CoverageError: there is no such code, or this QEMU or accelerator does not tell what runs.
         """
-        if accelerator != "tcg":
-            raise CoverageError("coverage needs TCG, as QEMU does not see what runs under KVM: unset VMODEL_ACCEL")
-        if qemu.version < _LEAST_QEMU:
-            have, need = (".".join(map(str, version)) for version in (qemu.version, _LEAST_QEMU))
-            raise CoverageError(f"coverage needs QEMU {need} or newer, not {have}: ./scripts/get-qemu fetches one")
+        check_emulator(qemu, accelerator)
         wanted = dict.fromkeys(map(Target.parse, targets))
         image = KernelImage.load(kernel.image)
         self._programs = [self._program(target, kernel, own) for target in wanted]
@@ -50,12 +57,8 @@ class GuestCoverage(Closing):
             return _of_file(target.name, path, *_version(path), None)
         if (path := find_module(kernel, target.name)) is not None:
             return _of_file(target.name, path, *_version(path), find_debug(kernel, target.name))
-        if target.name in builtin(kernel):
-            raise CoverageError(
-                f"{target.name} is built into kernel {kernel.release}: write vmlinux:PREFIX, with which its functions"
-                " begin"
-            )
-        raise CoverageError(f"kernel {kernel.release} has no module {target.name!r}, and none is in the guest")
+        check_module(target.name, kernel, own)  # says why
+        raise CoverageError(f"kernel {kernel.release} has no module {target.name!r}")
 
     def clear(self) -> None:
         """Clears what ran so far."""

@@ -17,35 +17,47 @@ from vmodel.files import regular
 from vmodel.guest.artifacts import Kernel
 from vmodel.guest.debug_symbols import KERNEL, check_modules, find_debug
 from vmodel.guest.kbuild import OUTPUT
-from vmodel.guest.modules import builtin, find_module, is_path, is_source, load_module
+from vmodel.guest.modules import builtin, files_of, find_module, is_path, is_source, load_module
 
 #: The limits of a module's file, in bytes, and of the folders in which a build is looked for.
 _LARGEST, _MOST_FOLDERS = 256 << 20, 1000
+#: Most names of modules in an error.
+_MOST_NAMES = 10
 
 
-def own_names(modules: Iterable[str]) -> set[str] | None:
-    """The names of those of a guest's modules that are given by path; None: unknown, as one is a source folder."""
-    own = [entry for entry in modules if is_path(entry)]
-    return None if any(map(is_source, own)) else {_module_of(Path(entry)) for entry in own}
+def check_target(text: str, kernel: Kernel, modules: Iterable[str] = ()) -> None:
+    """Checks that a guest with this kernel and these modules (as of `GuestSpec.modules`) has the code.  CoverageError.
 
-
-def check_target(text: str, kernel: Kernel, own: Collection[str] | None = ()) -> None:
-    """CoverageError: a guest with this kernel has no such code.  `own`: the names of its modules, see `own_names`."""
+    What is given as source is built if nothing else is that code: BuildError, ArtifactError.
+    """
     target = Target.parse(text)
     if target.kernel:
         names = (name for _, _, name in KernelImage.load(kernel.image).symbols.functions())
         if not any(name.startswith(target.prefix) for name in names):
             raise CoverageError(f"kernel {kernel.release} has no function whose name begins with {target.prefix!r}")
-    elif target.file is None and own is not None and target.name not in own:
-        if target.name in builtin(kernel):
-            raise CoverageError(
-                f"{target.name} is built into kernel {kernel.release}: write vmlinux:PREFIX, with which its functions"
-                " begin"
-            )
+    elif target.file is None:
+        given = [entry for entry in modules if is_path(entry)]
+        own = {_module_of(Path(entry)) for entry in given if not is_source(entry)}
         try:
-            check_modules(kernel, [target.name])
-        except ConfigError as error:
-            raise CoverageError(str(error)) from None
+            check_module(target.name, kernel, own)
+        except CoverageError:
+            built = files_of(filter(is_source, given), kernel)
+            check_module(target.name, kernel, own | built.keys())
+
+
+def check_module(name: str, kernel: Kernel, own: Collection[str] = ()) -> None:
+    """CoverageError: a module is no file of the kernel's, and not among the names `own` of a guest's other modules."""
+    if name in own:
+        return
+    if name in builtin(kernel):
+        raise CoverageError(
+            f"{name} is built into kernel {kernel.release}: write vmlinux:PREFIX, with which its functions begin"
+        )
+    try:
+        check_modules(kernel, [name])
+    except ConfigError as error:
+        theirs = f"; the guest's own modules are {', '.join(sorted(own)[:_MOST_NAMES])}" if own else ""
+        raise CoverageError(f"{error}{theirs}") from None
 
 
 class CodeFinder:

@@ -13,11 +13,14 @@ from vmodel.coverage.folder import write
 from vmodel.coverage.registry import programs
 from vmodel.coverage.table import percent
 from vmodel.coverage.target import Target
+from vmodel.errors import ConfigError
 from vmodel.experiment import Case, Result, Rig
-from vmodel.guest.artifacts import ArtifactError, Kernel, find_kernel, find_kernels
-from vmodel.guest.coverage import GuestCoverage
-from vmodel.guest.kernel_code import CodeFinder, check_target, own_names
+from vmodel.guest.artifacts import ArtifactError, Kernel, find_kernel, find_kernels, find_qemu
+from vmodel.guest.coverage import GuestCoverage, check_emulator
+from vmodel.guest.kbuild import BuildError
+from vmodel.guest.kernel_code import CodeFinder, check_target
 from vmodel.guest.modules import files_of
+from vmodel.guest.running import accelerator
 
 #: Most lines about what is missing.
 _MOST_NOTES = 10
@@ -59,19 +62,25 @@ class MergedCoverage:
     def wrong(self, guests: Iterable[tuple[str | None, Sequence[str]]]) -> str:
         """A line if a target is in none of the guests, each given by its kernel's name and its modules; else "".
 
-        A module of a guest may be a source folder, which is not built for that: then all may be there.
+        Or if no guest of this host can tell what it runs.  Modules that are given as source are built for that, if no
+        other is meant.
         """
+        try:
+            check_emulator(find_qemu(), accelerator())
+        except CoverageError as error:
+            return f"--vmodel-coverage: {error}"
+        except ConfigError:  # the tests report it
+            return ""
         missing: dict[str, str] = {}
         left = dict.fromkeys(self.targets)
         for kernel, modules in dict.fromkeys((kernel, tuple(modules)) for kernel, modules in guests):
-            own = own_names(modules)
             for text in list(left):
                 try:
-                    check_target(text, find_kernel(kernel), own)
+                    check_target(text, find_kernel(kernel), modules)
                     del left[text]
                 except CoverageError as error:
                     missing[text] = str(error)
-                except ArtifactError:  # the tests report it
+                except (ArtifactError, BuildError):  # the tests report it
                     return ""
         return "; ".join(f"--vmodel-coverage {text}: {missing[text]}" for text in left)
 
