@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
+import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from tests.cli.commands import vmodel
 from vmodel.patience import patience
 
 ROOT = Path(__file__).parents[2]
+DRIVER = ROOT / "examples" / "driver"
 EXAMPLE = ROOT / "examples" / "faults"
 pytestmark = pytest.mark.guest
 
@@ -49,3 +54,63 @@ def test_the_example(tmp_path: Path) -> None:
     assert set(lost["versions"]) == {"vmodel", "python", "qemu", "kernel"}
     page = vmodel("report", "runs", "-o", "report.html", cwd=tmp_path)
     assert page.returncode == 0 and "timeout, reset controller" in (tmp_path / "report.html").read_text()
+
+
+#: The functions of the kernel that say "WARNING" are reached by one of the two plans alone.
+COVERED = """
+[campaign]
+name = "memcard"
+kernels = ["stable"]
+seeds = 1
+coverage = ["memcard", "vmlinux:__warn"]
+
+[[machine]]
+file = "memcard.toml"
+
+[[workload]]
+name = "copy"
+run = "sh memcard.sh"
+timeout = "20s"
+
+[[plan]]
+file = "plans/stale-data.toml"
+expect = ["silent corruption"]
+
+[[plan]]
+file = "plans/unchecked-mapping.toml"
+expect = ["detected and failed"]
+"""
+
+
+def test_what_each_plan_reaches(tmp_path: Path) -> None:
+    """The driver's own error handling, and a function that without faults nobody calls, in JSON and on the page."""
+    shutil.copytree(DRIVER, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "card.toml").write_text(COVERED)
+    line = [sys.executable, "-m", "vmodel", "campaign", "card.toml"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=patience(240), check=False)
+    assert done.returncode == 0, done.stderr
+
+    said = json.loads(vmodel("report", "card.runs", "--format", "json", cwd=tmp_path).stdout)["coverage"]
+    assert said["notes"] == []
+    (build,) = said["builds"]
+    assert (build["runs"], build["clean_runs"]) == (3, 1)
+    warn = next(f for module in build["modules"] for f in module["functions"] if f["name"] == "__warn")
+    assert warn["instructions"]["clean"] == 0 < warn["instructions"]["only_faults"]
+    only = {fault["name"]: {f["name"] for f in fault["functions"]} for fault in build["faults"]}
+    assert {"__warn", "memcard_write"} <= only["unchecked-mapping"]
+    assert only["stale-data"] == {"memcard_execute"}
+    assert any(branch["signs"] for branch in build["never_taken"] if branch["module"] == "memcard")
+
+    assert vmodel("report", "card.runs", "-o", "report.html", cwd=tmp_path).returncode == 0
+    page = (tmp_path / "report.html").read_text()
+    faults = re.search('<section id="c1-faults">.*?</section>', page, re.DOTALL)
+    assert faults and ">__warn " in faults[0] and ">memcard_execute " in faults[0]
+    data = re.search('id="c1-data">([^<]*)<', page)
+    assert data
+    files = {
+        path: (text, lines) for path, text, lines in json.loads(zlib.decompress(base64.b64decode(data[1])))["files"]
+    }
+    text, lines = files[str(tmp_path / "driver" / "memcard.c")]
+    reach = {row.strip(): lines.get(str(n)) for n, row in enumerate(text, 1) if lines.get(str(n)) is not None}
+    assert reach["return memcard_complete(queue, request);"] == 2
+    assert reach["memcard_recover(queue);"] == 1, "after a time-out, which no run without faults has"

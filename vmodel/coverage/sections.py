@@ -75,7 +75,8 @@ def sections(
     numbers for the summary, with what they count.
     """
     every = _sum([module.instructions for module in comparison.modules])
-    functions, files_ = _functions(comparison), list(comparison.lines)
+    functions = _functions(comparison)
+    files_ = sorted(comparison.lines, key=lambda file: (-len(comparison.lines[file]), file))
     branches, faults = _branches(comparison.untaken), _faults(comparison.by_fault, first or {})
     shown = {row.name for row in faults}
     left = functions[_FUNCTIONS:]
