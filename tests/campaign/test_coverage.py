@@ -174,6 +174,7 @@ def test_json(campaign: Path) -> None:
     functions = {entry["name"]: entry["instructions"] for entry in build["modules"][0]["functions"]}
     assert functions["fail"] == {"total": 4, "clean": 0, "only_faults": 4, "never": 0}
     assert {fault["name"] for fault in build["faults"]} == {"aborted", "flipped"}
+    assert sum(fault["first"] for fault in build["faults"]) == build["modules"][0]["instructions"]["only_faults"]
     assert Coverage.from_json(build["coverage"]).modules() == ["edu"]
     assert len(build["growth"]) == 14
 

@@ -137,7 +137,10 @@ def as_json(summary: Summary) -> str:
 
 def _build(build: BuildCoverage) -> dict[str, Any]:
     runs = {"runs": len(build.new), "clean_runs": build.clean_runs}
-    return {"kernels": build.kernels, **runs, **document(build.comparison)}
+    content = document(build.comparison)
+    for fault in content["faults"]:
+        fault["first"] = len(build.first[fault["name"]])
+    return {"kernels": build.kernels, **runs, **content}
 
 
 def _rate(rate: Any) -> dict[str, Any]:
