@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -195,6 +196,18 @@ def test_the_command(tmp_path: Path) -> None:
     assert re.search(r"^FNDA:0,dummy_cleanup_module$", info, re.M)
 
 
+@pytest.mark.parametrize(("command", "status"), [("true", 125), ("sh -c 'echo oh; exit 3'", 3)])
+def test_a_report_that_cannot_be_written_hides_nothing(command: str, status: int, tmp_path: Path) -> None:
+    """The command has ended: its output, its status and the table are there."""
+    (tmp_path / "file").touch()
+    arguments = ("--module", "dummy", "--coverage", "dummy", "--coverage-out", "file/out")
+    done = guest(*arguments, "--", *shlex.split(command), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (status, "oh\n" if status == 3 else "")
+    assert re.search(r"^dummy +\d+ of \d+ +\d+ of \d+ +\d+ %$", done.stderr, re.M)
+    said = f"vmodel: {tmp_path}/file/out: cannot write the coverage: Not a directory"
+    assert done.stderr.splitlines()[-1] == said and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, env, said",
     [
@@ -214,6 +227,7 @@ def test_the_command(tmp_path: Path) -> None:
             {"VMODEL_ACCEL": "kvm"},
             "coverage needs TCG, as QEMU does not see what runs under KVM: unset VMODEL_ACCEL",
         ),
+        (["--coverage", "nvme", "--coverage-out", "/dev/full"], {}, "--coverage-out /dev/full: is no folder"),
         (["--coverage-out", "out"], {}, "--coverage-out: there is no --coverage, as --coverage nvme"),
         (
             ["--coverage", "dummy", "--coverage-source", "."],

@@ -38,6 +38,7 @@ from vmodel.cli.serve import (
 from vmodel.cli.terminal import ESCAPE_NAME, Terminal
 from vmodel.coverage.comparison import Comparison
 from vmodel.coverage.coverage import Coverage
+from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.folder import write
 from vmodel.coverage.table import table
 from vmodel.coverage.target import Target
@@ -186,6 +187,8 @@ def guest(
         raise ConfigError(f"--timeout {timeout:g}: must be more than 0 seconds")
     if coverage_out and not coverage:
         raise ConfigError("--coverage-out: there is no --coverage, as --coverage nvme")
+    if coverage_out and coverage_out.exists() and not coverage_out.is_dir():
+        raise ConfigError(f"--coverage-out {coverage_out}: is no folder")
     for place in coverage_source or ():
         if not coverage_out:
             raise ConfigError("--coverage-source: there is no --coverage-out, which shows the source")
@@ -224,7 +227,7 @@ def guest(
             spec.qemu_args = [*spec.qemu_args, *machine.qemu_args(folder, debug=debug_model)]
             ended: GuestResult | GuestRunError
             reports: list[tuple[ending.Kind, Finding]] = []
-            reached: Coverage | None = None
+            reached: Coverage | CoverageError | None = None
             try:
                 with Terminal(sys.stdin.fileno()) if on_tty else contextlib.nullcontext() as terminal:
                     if interactive:
@@ -236,8 +239,7 @@ def guest(
             err.end_line()
             if stats and isinstance(ended, GuestResult):
                 summary(server, machine, ended)
-            if reached is not None:
-                _show_coverage(reached, " ".join(command), coverage_out, coverage_source or ())
+            shown = reached is None or _show_coverage(reached, " ".join(command), coverage_out, coverage_source or ())
         # The server has stopped: a hook that does not return is known now.
         found = [ending.Kind.MODEL] if ending.model_errors(machine) else []
         if stop.number:
@@ -251,7 +253,8 @@ def guest(
         if isinstance(ended, GuestRunError):
             print(f"vmodel: {ended}", file=sys.stderr)
             raise typer.Exit(ending.status_of_error(ended, found, fails))
-    raise typer.Exit(ending.status_of(ended.status, found, fails))
+    status = ending.status_of(ended.status, found, fails)
+    raise typer.Exit(status if shown else status or ending.OWN_FAILURE)
 
 
 def _watch(
@@ -263,7 +266,7 @@ def _watch(
     terminal: Terminal | None,
     out: Screen,
     err: Screen,
-) -> tuple[GuestResult | GuestRunError, list[tuple[ending.Kind, Finding]], Coverage | None]:
+) -> tuple[GuestResult | GuestRunError, list[tuple[ending.Kind, Finding]], Coverage | CoverageError | None]:
     messages = console(sys.stderr)
     release = spec.kernel.release if spec.kernel else ""
     spin = messages.is_terminal and not quiet
@@ -298,7 +301,12 @@ def _watch(
             except GuestRunError as error:
                 ended = error
             recorded = running.coverage
-            reached = recorded.taken() if recorded is not None and recorded.recorder.loaded else None
+            reached: Coverage | CoverageError | None = None
+            if recorded is not None and recorded.recorder.loaded:
+                try:
+                    reached = recorded.taken()
+                except CoverageError as error:  # the command has ended nevertheless
+                    reached = error
             return ended, ending.kernel_findings(running.console, running.places.of), reached
 
 
@@ -308,14 +316,21 @@ def _target(text: str, base: Path) -> str:
     return text
 
 
-def _show_coverage(reached: Coverage, title: str, out: Path | None, sources: Sequence[Path]) -> None:
-    """Prints the table on stderr, as stdout is the command's; writes the reports."""
-    comparison = Comparison(reached, title=title)
-    show(table(comparison), console(sys.stderr))
-    if out is not None:
-        page, *others = write(comparison, out, sources=sources)
-        beside = ", ".join(path.name for path in others)
-        print(f"vmodel: {page} shows it; beside it: {beside}", file=sys.stderr)
+def _show_coverage(reached: Coverage | CoverageError, title: str, out: Path | None, sources: Sequence[Path]) -> bool:
+    """Prints the table on stderr, as stdout is the command's; writes the reports.  False: it printed why it cannot."""
+    try:
+        if isinstance(reached, CoverageError):
+            raise reached
+        comparison = Comparison(reached, title=title)
+        show(table(comparison), console(sys.stderr))
+        if out is not None:
+            page, *others = write(comparison, out, sources=sources)
+            beside = ", ".join(path.name for path in others)
+            print(f"vmodel: {page} shows it; beside it: {beside}", file=sys.stderr)
+    except CoverageError as error:
+        print(f"vmodel: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _announced(command: list[str], terminal: Terminal | None) -> list[str] | str:
