@@ -12,7 +12,7 @@ from vmodel.guest.booted import BootedGuest
 from vmodel.guest.monitor import MonitorError
 from vmodel.guest.running import GuestRunError
 from vmodel.guest.served import Served
-from vmodel.testing.plugin import Vm
+from vmodel.testing.vm import Vm
 
 pytestmark = [pytest.mark.guest, pytest.mark.machine("plugged.toml")]
 

@@ -20,7 +20,7 @@ import vmodel.testing.fakes  # noqa: F401
 from vmodel.experiment.oracle import Outcome
 from vmodel.guest.artifacts import Kernel
 from vmodel.guest.served import Served
-from vmodel.testing.plugin import Vm
+from vmodel.testing.vm import Vm
 
 pytest_plugins = "pytester"
 

@@ -19,7 +19,7 @@ import contextlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     from vmodel.experiment import Result, Rig
     from vmodel.guest.artifacts import Kernel
     from vmodel.guest.booted import BootedGuest
-    from vmodel.guest.running import Guest, GuestResult, GuestSpec
     from vmodel.guest.served import Served
-    from vmodel.inject import Engine, FaultPlan
+    from vmodel.inject import FaultPlan
     from vmodel.machine import Machine
     from vmodel.testing.coverage import MergedCoverage
     from vmodel.testing.fakes import FakeDriver, FakeMemory
+    from vmodel.testing.inject import Inject
+    from vmodel.testing.vm import Vm
 
 #: Fixtures that boot a guest.  Their tests get the mark `guest`, so that `-m "not guest"` deselects them.
 _GUESTS = frozenset(("vm", "vm_booted", "experiment"))
@@ -58,15 +59,13 @@ _SPEC: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "timeout": ("a number of seconds", lambda value: type(value) in (int, float) and value > 0),
     **dict.fromkeys(("allow_reboot", "sanitize"), ("True or False", lambda value: isinstance(value, bool))),
 }
-#: CPUs of a test's guest, unless the machine file or the mark `guest` says otherwise: one CPU hides a driver's races.
-_CPUS = 2
 #: The property of a test's report that has the release of its guests' kernel.
 _KERNEL = "vmodel_kernel"
 _failed = pytest.StashKey[bool]()
 _kept = pytest.StashKey[Path]()
 _booted = pytest.StashKey["list[BootedGuest]"]()
 #: What the guests of all tests ran, with --vmodel-coverage.
-_coverage = pytest.StashKey["MergedCoverage"]()
+_coverage: pytest.StashKey[MergedCoverage] = pytest.StashKey()
 #: Most messages of kernels in the report of a test.
 _MOST_MESSAGES = 10
 
@@ -248,64 +247,13 @@ def vmodel_devices() -> dict[str, PciDevice]:
     return {}
 
 
-def _plan(faults: str | Path | FaultPlan, base: Path) -> FaultPlan:
-    """A plan, from a rule, a plan's file or a plan.  ConfigError."""
-    from vmodel.errors import ConfigError
-    from vmodel.inject import FaultPlan, parse_rule
-
-    try:
-        if isinstance(faults, Path) or (isinstance(faults, str) and faults.endswith(".toml")):
-            return FaultPlan.load(base / faults)
-        if isinstance(faults, str):
-            return FaultPlan().extended([parse_rule(faults, "the rule")])
-    except ConfigError as error:
-        raise error.with_traceback(None) from None  # its text says where the mistake is
-    return faults
-
-
-class Inject:
-    """Injects faults into a test's devices: call it with a rule ("dma.write nth=3 do=drop"), a plan, or its file."""
-
-    def __init__(self, devices: Mapping[str, PciDevice], seed: int, artifacts: Path, base: Path) -> None:
-        self._devices = devices
-        self._seed = seed
-        self._artifacts = artifacts
-        self._base = base
-        self._engines: list[Engine] = []
-
-    def __call__(self, faults: str | Path | FaultPlan) -> None:
-        """Arms faults, in addition to those that are armed.  ConfigError: the rule or plan is wrong.
-
-        Paths are relative to the test's folder.  A plan without a seed gets that of --vmodel-seed.
-        """
-        from vmodel.inject import Engine
-
-        plan = _plan(faults, self._base)
-        self._artifacts.mkdir(parents=True, exist_ok=True)
-        path = self._artifacts / f"injections-{len(self._engines) + 1}.jsonl"
-        self._engines.append(Engine(plan.extended((), plan.seed or self._seed), dict(self._devices), path=path))
-
-    @property
-    def log(self) -> list[dict[str, Any]]:
-        """The injections so far: the records of the plans' journals, in the order of the plans."""
-        return [record for engine in self._engines for record in engine.journal.since(0, len(engine.journal))]
-
-    @property
-    def rules(self) -> list[dict[str, Any]]:
-        """The armed rules, with how often each matched and fired."""
-        return [rule for engine in self._engines for rule in engine.describe()]
-
-    def heal(self) -> None:
-        """Disarms all faults."""
-        for engine in self._engines:
-            engine.close()
-
-
 @pytest.fixture
 def inject(
     request: pytest.FixtureRequest, vmodel_devices: dict[str, PciDevice], vmodel_seed: int, artifacts: Path
 ) -> Iterator[Inject]:
     """Arms faults on the devices of `fake_driver` or `machine`, until the test ends."""
+    from vmodel.testing.inject import Inject
+
     made = Inject(vmodel_devices, vmodel_seed, artifacts, request.path.parent)
     yield made
     made.heal()
@@ -434,86 +382,11 @@ def _file(base: Path, entry: Any) -> Path | tuple[Path, str]:
     return base / source, target
 
 
-def _smp(options: dict[str, Any], cpus: object, qemu_args: Sequence[str]) -> list[str]:
-    """QEMU's arguments for the number of CPUs.  `options`: the mark's, of which `cpus` is removed.
-
-    `cpus` and `qemu_args` are those of the machine file.  An `-smp` among QEMU's arguments is all that counts.
-    """
-    wanted = options.pop("cpus", None) or cpus or _CPUS
-    return [] if "-smp" in (*qemu_args, *options.get("qemu_args", ())) else ["-smp", str(wanted)]
-
-
-class Vm:
-    """Boots guests with a test's machine."""
-
-    def __init__(
-        self,
-        served: Served,
-        kernel: Kernel,
-        options: dict[str, Any],
-        artifacts: Path,
-        coverage: MergedCoverage | None = None,
-    ) -> None:
-        """`coverage`: gets what the guests run, with `add_coverage`."""
-        #: The guests of `boot`.
-        self.booted: list[BootedGuest] = []
-        self._run: list[Guest] = []
-        self._coverage = coverage
-        self._served = served
-        self._kernel = kernel
-        self._options = options
-        self._artifacts = artifacts
-        self._count = 0
-
-    def spec(self, command: str, **options: Any) -> GuestSpec:
-        """The GuestSpec of a guest; options are those of the mark `guest`, and take precedence over it.
-
-        Both are added to the machine file's `[guest]` table.
-        """
-        from vmodel.guest.options import spec_of
-
-        merged = {**self._options, **options}
-        table = self._served.machine.content.guest
-        smp = _smp(merged, table.cpus, table.qemu_args)
-        args = [*smp, *merged.pop("qemu_args", ()), *self._served.qemu_args(merged.pop("without", ()))]
-        made = spec_of(self._served.machine, args, self._kernel, command=command, **merged)
-        if self._coverage is not None:
-            theirs = self._coverage.of_guest(self._kernel, [*made.modules, *made.extra_modules])
-            made.coverage = list(dict.fromkeys((*made.coverage, *theirs)))
-        return made
-
-    def logs(self) -> Path:
-        """The folder for the logs of the test's next guest."""
-        self._count += 1
-        return self._artifacts / f"guest-{self._count}"
-
-    def run(self, command: str, **options: Any) -> GuestResult:
-        """Boots a guest, runs a shell script, and powers off.  GuestRunError: see its subclasses."""
-        from vmodel.guest.running import Guest
-
-        with Guest(self.spec(command, **options), artifacts=self.logs()) as guest:
-            self._run.append(guest)
-            return guest.wait()
-
-    def boot(self, **options: Any) -> BootedGuest:
-        """A guest that runs scripts; a context manager that boots it."""
-        from vmodel.guest.booted import BootedGuest
-
-        host = self._served.host_commands(lambda: guest.monitor)
-        guest = BootedGuest(self.spec("", **options), artifacts=self.logs(), host=host)
-        self.booted.append(guest)
-        return guest
-
-    def add_coverage(self) -> None:
-        """Passes on what the guests, which have ended, ran."""
-        for guest in (*self._run, *(booted.guest for booted in self.booted)):
-            if self._coverage is not None:
-                self._coverage.add_guest(self._kernel.release, guest.coverage)
-
-
 @pytest.fixture
 def vm(request: pytest.FixtureRequest, vmodel_served: Served, guest_kernel: Kernel, artifacts: Path) -> Iterator[Vm]:
     """Guests with the machine: `vm.run(command)` for one command, `with vm.boot() as guest` for several scripts."""
+    from vmodel.testing.vm import Vm
+
     made = Vm(vmodel_served, guest_kernel, _marked(request), artifacts, request.config.stash.get(_coverage, None))
     request.node.stash[_booted] = made.booted
     yield made
@@ -551,12 +424,14 @@ def experiment(
     """
     from vmodel.config_file import parse_toml, read_text
     from vmodel.experiment import Case
+    from vmodel.testing.inject import plan_of
+    from vmodel.testing.vm import smp_of
 
     options = _marked(request)
     with _on_one_line():
         table = parse_toml(read_text(vmodel_machine_file), vmodel_machine_file).get("guest")
     table = table if isinstance(table, dict) else {}  # the rig reports mistakes in it
-    smp = _smp(options, table.get("cpus"), table.get("qemu_args", ()))
+    smp = smp_of(options, table.get("cpus"), table.get("qemu_args", ()))
     options["qemu_args"] = (*smp, *options.get("qemu_args", ()))
     if "timeout" in options:
         options["boot_timeout"] = options.pop("timeout")
@@ -571,7 +446,7 @@ def experiment(
     def run(workload: str, faults: str | Path | FaultPlan | None = None, **fields: Any) -> Result:
         nonlocal count
         count += 1
-        plan = None if faults is None else _plan(faults, request.path.parent)
+        plan = None if faults is None else plan_of(faults, request.path.parent)
         seed = None if plan is None or plan.seed else vmodel_seed
         case = Case(
             machine=vmodel_machine_file,
