@@ -13,6 +13,7 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.packages.archive import RELEASE, Archive, cached, fake_qemu
 from vmodel.cli import doctor
 from vmodel.guest import artifacts, debug_symbols, get_qemu, streamed
 from vmodel.guest.artifacts import ArtifactError, find_kernel
-from vmodel.guest.debug_symbols import find_debug
+from vmodel.guest.debug_symbols import find_debug, pick_debug
 from vmodel.guest.streamed import Download, Remote, members, opener
 
 PACKAGE = f"linux-image-{RELEASE}-dbg"
@@ -278,6 +279,16 @@ def test_a_changed_package_is_refused(archive: Archive, there: Path, capsys: pyt
     assert get(*symbols("nvme")) == 1
     assert "is not the file that the archive's signed lists name" in capsys.readouterr().err
     assert not (there / "debug-stable").exists()
+
+
+@pytest.mark.parametrize("content", [b"no xz at all", lzma.compress(b"tcp" * 100)[:-20]])
+def test_a_damaged_file_of_a_package(content: bytes, tmp_path: Path) -> None:
+    """What a mirror sends is decompressed before its checksum is known."""
+    path = f"{HOME}/nvme-tcp.ko.xz"
+    package: Any = io.BytesIO(deb({path: content}))
+    with pytest.raises(ArtifactError) as error:
+        pick_debug(package, tmp_path, RELEASE, ["nvme-tcp"])
+    assert str(error.value) == f"the package of debug symbols of {RELEASE} is damaged: {path.removeprefix('./')}"
 
 
 def test_a_full_disk(

@@ -113,8 +113,11 @@ def pick_debug(download: Download, folder: Path, release: str, modules: Collecti
         target = folder / KERNEL if name == KERNEL else folder / "modules" / f"{name}.ko"
         with target.open("wb") as file:
             if path.endswith(".xz"):
-                with lzma.open(content) as plain:
-                    shutil.copyfileobj(plain, file, 1 << 20)
+                try:
+                    with lzma.open(content) as plain:
+                        shutil.copyfileobj(plain, file, 1 << 20)
+                except (lzma.LZMAError, EOFError):
+                    raise ArtifactError(f"the package of debug symbols of {release} is damaged: {path}") from None
             else:
                 shutil.copyfileobj(content, file, 1 << 20)
         wanted.discard(name)
