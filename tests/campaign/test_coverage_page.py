@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.campaign.browser import Browser
+from tests.campaign.browser import Browser, contrast
 from tests.cli.commands import refused, vmodel
 from tests.coverage.card import CLEAN, FAILED, SOURCE, TEXT, card, lined, with_lines
 from tests.coverage.objects import function, program
@@ -194,8 +194,11 @@ def test_many_builds_are_a_few(tmp_path: Path) -> None:
 def test_code_that_is_not_here(tmp_path: Path) -> None:
     gone = Coverage({"gone": AddressSet([1, 2])}, {"gone": "ab"})
     page = page_of(store(tmp_path / "c.runs", [("", "no faults", False, gone), ("", "lost", True, gone)]))
-    Tags(page)
+    tags = Tags(page)
     assert "gone with build id ab: this file is not here, so its functions are unknown" in page
+    assert "<b>2</b>instructions ran, of code that is not here" in page and "0 %" not in section(page, "coverage")
+    assert {"c1-faults", "c1-growth"} <= {*tags.ids} and not {"c1-functions", "c1-branches"} & {*tags.ids}
+    assert {name for name in tags.inside if name.startswith("c1-")} <= {*tags.ids}
 
 
 def test_coverage_that_is_damaged(tmp_path: Path) -> None:
@@ -247,12 +250,19 @@ def test_much_code_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_growth_of_many_runs_is_a_line_of_few_points() -> None:
     flat = growth([(f"run {n}: p", 5 if n < 50_000 else 9) for n in range(100_000)])
-    assert flat.count(",") < 100 and flat.count("<circle") == 2 and "run 100000" in flat
+    assert flat.count(",") < 100 and flat.count("<circle") == 2 and ">run 99999<" in flat
     steep = growth([(f"run {n}: p", n + 1) for n in range(100_000)])
     assert len(steep) < 100_000 and ">100,000<" in steep
 
 
 # ---- source ----------------------------------------------------------------------------------------------
+
+
+def test_growth_has_the_numbers_of_runs() -> None:
+    drawn = growth([("run 4: a", 3), ("run 9: b", 5)])
+    assert ">run 4</text>" in drawn and ">run 9</text>" in drawn and "<title>run 9: b: 2 new, 5 in all<" in drawn
+    drawn = growth([("no fault", 3), ("running: late", 5), ("run 1", 6)])
+    assert ">run 1</text>" in drawn and ">run 3</text>" in drawn and "<title>run 2, running: late: 2 new" in drawn
 
 
 def test_source_beside_the_campaign(tmp_path: Path) -> None:
@@ -329,6 +339,24 @@ def page(tmp_path: Path) -> Path:
     return path
 
 
+#: Colours of text and of what is behind it, each pair once, with an element that has it.
+PAIRS = """(() => {
+    const behind = element => {
+        for (; element; element = element.parentElement) {
+            const colour = getComputedStyle(element).backgroundColor;
+            if (!colour.endsWith(", 0)")) return colour;
+        }
+        return "rgb(255, 255, 255)";
+    };
+    const found = {};
+    for (const element of document.querySelectorAll("#coverage :is(p, li, th, td, a, code, .sign, .muted)")) {
+        const colours = [getComputedStyle(element).color, behind(element)];
+        found[colours] = [...colours, element.outerHTML];
+    }
+    return Object.values(found);
+})()"""
+
+
 def once(condition: str, then: str = "true") -> str:
     return f"new Promise(done => {{ const look = () => {condition} ? done({then}) : setTimeout(look, 20); look(); }})"
 
@@ -374,5 +402,9 @@ def test_it_fits_and_can_be_read(page: Path, browser: Browser, width: int, schem
     assert browser.js("document.documentElement.scrollWidth") <= width
     colour = browser.js("getComputedStyle(document.querySelector('#coverage i.clean')).backgroundColor")
     assert colour == {"light": "rgb(67, 165, 115)", "dark": "rgb(63, 160, 109)"}[scheme]
+    pairs = browser.js(PAIRS)
+    assert len(pairs) >= 4
+    for ink, paper, what in pairs:
+        assert contrast(ink, paper) >= 4.5, (ink, paper, what[:80])
     bar = browser.js("document.querySelector('#c1-function-table .reach').getBoundingClientRect().height")
     assert 5 < bar < 20, "the campaign's own bar is another"

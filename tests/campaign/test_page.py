@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.campaign.browser import Browser
+from tests.campaign.browser import Browser, contrast, luminance
 from tests.cli.commands import vmodel
 from vmodel.experiment.oracle import Outcome
 
@@ -131,18 +130,6 @@ def test_it_can_be_read(page: Path, browser: Browser, scheme: str) -> None:
     for ink, paper, what in pairs:
         assert contrast(ink, paper) >= 4.5, (scheme, ink, paper, what[:80])
     assert (luminance(browser.js("getComputedStyle(document.body).backgroundColor")) < 0.1) is (scheme == "dark")
-
-
-def luminance(colour: str) -> float:
-    """Relative, as WCAG 2.1 defines it."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_print(page: Path, browser: Browser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from markupsafe import Markup, escape
@@ -36,12 +37,18 @@ def growth(points: Sequence[tuple[str, int]]) -> Markup:
         gain = reached - (points[n - 1][1] if n else 0)
         if gain and (len(points) < 400 or gain * 200 > most):
             x, y = at(n, reached)
-            run = name if name.startswith("run ") else f"run {n + 1}, {name}"
+            run = name if name.startswith(f"{_run(points, n)}:") else f"run {n + 1}, {name}"
             said = escape(f"{run[:_NAME]}: {gain:,} new, {reached:,} in all")
             out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="var(--clean)"><title>{said}</title></circle>')
-    out.append(f'<text x="{_LEFT}" y="{_HEIGHT - 6}">run 1</text>')
-    out.append(f'<text x="{_WIDTH - 10}" y="{_HEIGHT - 6}" text-anchor="end">run {len(points)}</text>')
+    out.append(f'<text x="{_LEFT}" y="{_HEIGHT - 6}">{escape(_run(points, 0))}</text>')
+    out.append(f'<text x="{_WIDTH - 10}" y="{_HEIGHT - 6}" text-anchor="end">{escape(_run(points, -1))}</text>')
     return Markup("".join([*out, "</svg>"]))
+
+
+def _run(points: Sequence[tuple[str, int]], at: int) -> str:
+    """A run's number: that of its name, as in "run 17: torn", or its place."""
+    number = re.match(r"run \d{1,20}(?=:)", points[at][0])
+    return number[0] if number else f"run {at % len(points) + 1}"
 
 
 def _changes(points: Sequence[tuple[str, int]]) -> list[int]:
