@@ -188,6 +188,23 @@ def test_registers_in_a_log_with_levels_are_part_of_the_splat() -> None:
     assert [f.sign for f in findings(lines_of(text, "kernel log"))] == ["warn"]
 
 
+@pytest.mark.parametrize("name", ["warn", "warn_new", "oops_summary", "bug_at"])
+def test_messages_of_others_do_not_end_a_splat(name: str) -> None:
+    """Another CPU, or an interrupt, reports while the registers are printed."""
+    lines = [f"<4>{line}\n" for line in SPLATS[name].splitlines()]
+    known = [f.signature for f in findings(lines_of("".join(lines), "kernel log"))]
+    others = [
+        "<3>[    5.300007] memcard 0000:00:03.0: block 0: error 3\n",
+        "<6>[    5.300007] usb 1-1: new device\n",
+        "<3>[    5.300007] virtio_iommu virtio0: page fault from EP 24 at 0x1000 [R]\n",
+    ]
+    begin = next(n for n, line in enumerate(lines) if "RIP: " in line)
+    for at in range(begin, len(lines) - 2):
+        found = findings(lines_of("".join(lines[:at] + others + lines[at:]), "kernel log"))
+        assert [f.signature for f in found if f.sign not in ("error", "iommu-fault")] == known
+        assert {"error", "iommu-fault"} <= {f.sign for f in found}
+
+
 def test_equal_ones_are_counted() -> None:
     text = "".join(f"[    1.{n:06}] I/O error, dev sda, sector {n} op 0x0:(READ)\n" for n in range(9))
     lines = [Line(line.text, line.stamp, at=float(n)) for n, line in enumerate(lines_of(text))]

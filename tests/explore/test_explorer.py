@@ -123,7 +123,7 @@ def test_any_number_of_jobs_tries_the_same_plans(explored: Callable[..., Explore
         assert plans(several) == plans(one)
         assert several.growth == one.growth and several.code == one.code
         assert [find.signature for find in several.finds] == [find.signature for find in one.finds]
-        assert [find.smallest for find in several.finds] == [find.smallest for find in one.finds]
+        assert [find.shrunk.plan for find in several.finds] == [find.shrunk.plan for find in one.finds]
     assert len(one.attempts) == len(one.growth) == 80 and one.ended == "runs"
 
 
@@ -132,12 +132,12 @@ def test_what_is_found_is_minimised_and_repeated(explored: Callable[..., Explore
     assert len(explorer.finds) >= 3
     assert {bug for bug in BUGS for find in explorer.finds if bug in find.signature}
     for find in explorer.finds:
-        assert find.minimised and find.again == [True] * REPEATS
-        assert len(find.smallest.rule) <= len(find.first.run.case.plan.rule)  # type: ignore[union-attr]
+        assert find.shrunk.minimised and find.shrunk.again == [True] * REPEATS
+        assert len(find.shrunk.plan.rule) <= len(find.first.run.case.plan.rule)  # type: ignore[union-attr]
         assert find.runs[0] == find.first.id and find.first.result.outcome is find.outcome  # type: ignore[union-attr]
     # A plan of one rule is as small as can be.
     loops = [find for find in explorer.finds if "endless loop" in find.signature]
-    assert loops and len(loops[0].smallest.rule) == 1 and loops[0].outcome is Outcome.HANG
+    assert loops and len(loops[0].shrunk.plan.rule) == 1 and loops[0].outcome is Outcome.HANG
 
 
 def test_a_search_that_is_interrupted_continues(explored: Callable[..., Explorer], tmp_path: Path) -> None:
@@ -151,8 +151,8 @@ def test_a_search_that_is_interrupted_continues(explored: Callable[..., Explorer
     rest = Shuffled(2, 9)
     parts = explored("parts", on=rest)
     assert plans(parts) == plans(whole) and parts.growth == whole.growth
-    assert [(f.signature, f.smallest, f.again) for f in parts.finds] == [
-        (f.signature, f.smallest, f.again) for f in whole.finds
+    assert [(f.signature, f.shrunk.plan, f.shrunk.again) for f in parts.finds] == [
+        (f.signature, f.shrunk.plan, f.shrunk.again) for f in whole.finds
     ]
     with ResultStore.open(tmp_path / "parts") as store:
         assert len(store.rows()) == ended + rest.ran  # nothing that had ended ran twice
@@ -252,6 +252,9 @@ def finding(effect: Effect, sign: str, signature: str) -> Finding:
         # The tasks that the kernel lists on request say where a hang is, and are no problem by themselves.
         ([(Effect.HANG, "status", "h"), (Effect.NOTICED, "blocked-task", "b")], ["hang: h: b"]),
         ([(Effect.CRASH, "oops", "o"), (Effect.NOTICED, "blocked-task", "b")], ["crash: o"]),
+        # Which check sees a double free first is chance: where it is, is the same.
+        ([(Effect.CRASH, "memory", "memory: BUG kmalloc-#: Object already free in f < g")], ["crash in f < g"]),
+        ([(Effect.CRASH, "kasan", "kasan: BUG: KFENCE: invalid free in f [m] in f < g")], ["crash in f < g"]),
         # As without faults.
         ([(Effect.NOTICED, "warn", "clean")], []),
     ],
@@ -284,11 +287,43 @@ def test_a_hang_is_one_wherever_the_kernel_sees_it(what: Exploration, tmp_path: 
     nothing = own.model_copy(update={"outcome": Outcome.NOT_ACTIVATED, "evidence": ()})
     shrinking = Shrinking(find, (), {identity(FaultPlan()): nothing})
     while (wanted := shrinking.wanted()) is not None:
-        again = len(find.again)
+        again = len(find.shrunk.again)
         # It hangs twice, as seen from outside only; the third time it does not.
         result = own.model_copy(update={"evidence": tuple(at[:1])}) if again < 2 else nothing
         shrinking.take(wanted, replace(first, id=8 + shrinking.runs, result=result))
-    assert signature == "hang: h: t" and find.again == [True, True, False] and find.smallest.rule
+    assert signature == "hang: h: t" and find.shrunk.again == [True, True, False] and find.shrunk.plan.rule
+
+
+def test_a_plan_that_shows_it_each_time_is_looked_for(what: Exploration, tmp_path: Path) -> None:
+    """The first run's plan shows the problem one time of three; that of a later run does each time."""
+    own = (
+        Simulated()
+        .run(what.case, tmp_path)
+        .model_copy(
+            update={
+                "outcome": Outcome.CRASH,
+                "evidence": (finding(Effect.CRASH, "oops", "o"),),
+                "rules": ({"name": "rule1", "matched": 1, "fired": 1},),
+            }
+        )
+    )
+    nothing = own.model_copy(update={"outcome": Outcome.NOT_ACTIVATED, "evidence": ()})
+    plans = [FaultPlan(rule=(parse_rule(f"{point} do=drop nth=1"),)) for point in ("irq", "completion", "doorbell")]
+    rows = [Row(7 + n, what.run(f"{n} fresh", plan), tmp_path, 0, own) for n, plan in enumerate(plans)]
+    find = Find(1, "crash: o", "O", Outcome.CRASH, rows[0], [row.id for row in rows])
+    without = {identity(FaultPlan()): nothing}
+
+    def carried_out(shrinking: Shrinking, most: int) -> None:
+        while (wanted := shrinking.wanted()) is not None:
+            assert find.candidate() is None  # one at a time
+            result = own if len(shrinking.shrunk.again) < most else nothing
+            shrinking.take(wanted, replace(rows[0], id=20 + shrinking.runs, result=result))
+
+    carried_out(Shrinking(find, (), without), 1)
+    assert find.shrunk.again == [True, False, False] and find.candidate() == 8
+    carried_out(Shrinking(find, (), without, rows[1]), 3)
+    assert find.shrunk.again == [True] * 3 and find.shrunk.plan == plans[1] and find.tried == [7, 8]
+    assert find.candidate() is None
 
 
 def test_the_time_by_kind(explored: Callable[..., Explorer], tmp_path: Path) -> None:

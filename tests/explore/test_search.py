@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.explore.trial import DEVICES, bugs, case, observed, searched, space
 from vmodel.experiment.oracle import Outcome
 from vmodel.explore.search import LAG, Attempt, Feature, Observation, Search
 from vmodel.explore.space import identity
+from vmodel.points import Point
 
 
 def test_the_program_without_faults() -> None:
@@ -64,6 +66,41 @@ def test_the_survey_of_a_kept_plan_shows_what_only_its_runs_have() -> None:
     own = {str(site) for entry in search.kept for site in entry.own}
     assert any("queue=0" in text and "opcode=8" in text for text in own)  # aborts
     assert any(attempt.how == "deep" for attempt, _ in done)
+
+
+def test_a_kept_plan_is_extended_where_its_runs_come_back() -> None:
+    """A register that the run without faults reads before the first command only: a rule there begins behind one."""
+    known = frozenset(("simulated", number) for number in CLEAN)
+    read = next(site for site in space().sites if site.point is Point.MMIO_READ)
+    again = replace(read, behind=read.behind | {Point.DOORBELL})
+    new = iter(range(100, 200))
+
+    def observe(attempt: Attempt) -> Observation:
+        if attempt.how == "survey":
+            return Observation(Outcome.FAILED, known, [again])
+        return Observation(Outcome.FAILED, known | {("simulated", next(new))} if attempt.number <= 6 else known)
+
+    _, done = searched(80, observe=observe)
+    deep = [attempt for attempt, _ in done if attempt.how == "deep"]
+    assert deep
+    for attempt in deep:
+        rules = [rule for rule in attempt.plan.rule if rule.between is not None and rule.point is read.point]
+        assert any(rule.between[0].point is Point.DOORBELL for rule in rules if rule.between)
+    # Of four plans, however many were kept.
+    assert len({attempt.parent for attempt in deep}) <= 4
+
+
+def test_each_event_of_what_reached_something_is_tried_alone() -> None:
+    _, done = searched(300, seed=2)
+    by_number = {attempt.number: (attempt, seen) for attempt, seen in done}
+    singles = [attempt for attempt, _ in done if attempt.how == "single"]
+    assert len(singles) > 10
+    for attempt in singles:
+        parent, _ = by_number[attempt.parent]
+        assert parent.how != "single" and len(parent.plan.rule) == len(attempt.plan.rule)
+        changed = [rule for rule in attempt.plan.rule if rule not in parent.plan.rule]
+        assert len(changed) == 1 and changed[0].nth is not None and len(changed[0].nth) == 1
+    assert any(by_number[attempt.parent][1].outcome in (Outcome.CRASH, Outcome.HANG) for attempt in singles)
 
 
 def test_nothing_is_kept_without_new_coverage() -> None:

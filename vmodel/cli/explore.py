@@ -25,6 +25,7 @@ from vmodel.cli.serve import MachinePath
 from vmodel.coverage.registry import programs
 from vmodel.coverage.target import Target
 from vmodel.device import PciDevice
+from vmodel.devices.iommu import IommuDevice
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.explore.against import Against
@@ -205,13 +206,18 @@ def _is_source(entry: str) -> bool:
 
 
 def _devices(machine: Machine, named: Sequence[str]) -> dict[str, PciDevice]:
-    """The machine's devices of these names, by default all.  ConfigError: there is none of that name."""
+    """The machine's devices of these names, by default all but IOMMUs, which are not what the driver drives.
+
+    ConfigError: there is none of that name.
+    """
     if unknown := set(named) - set(machine.devices):
         raise ConfigError(
             f"--device {', '.join(sorted(unknown))}: there is none in {machine.file}: devices are"
             f" {', '.join(machine.devices)}"
         )
-    return {name: device for name, device in machine.devices.items() if not named or name in named}
+    if not named:
+        named = [name for name, device in machine.devices.items() if not isinstance(device, IommuDevice)]
+    return {name: device for name, device in machine.devices.items() if name in named}
 
 
 def _modules(entries: Sequence[str], machine: Machine, kernel: str | None, functions: Sequence[str]) -> list[str]:

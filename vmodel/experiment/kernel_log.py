@@ -190,6 +190,8 @@ _OF_SLUB = re.compile(
 #: Reports of which each line belongs to them, whatever it says, until one of these: at most so many.
 _WHOLE = {"kasan": re.compile(r"^={20,}$"), **dict.fromkeys(("lockdep", "ubsan", "asked-for"), _END)}
 _LONGEST = 300
+#: Messages of other CPUs, and of interrupts, may come between the lines of a splat: at most so many.
+_OTHERS = 4
 #: A WARN's message has at most so many lines.
 _MESSAGE = 4
 _FUNCTION = re.compile(r"(\?\s+)?\b([A-Za-z_][\w.]*)\+0x[0-9a-f]+/0x[0-9a-f]+")
@@ -235,6 +237,8 @@ class _Splat:
     #: Whether it was the message of a WARN so far, and how many lines it has after that.
     message: bool = False
     lines: int = 0
+    #: How many lines of others came between its own.
+    others: int = 0
 
     @property
     def of_slub(self) -> bool:
@@ -271,6 +275,11 @@ class _Splat:
             self.open = False
         self._collect(text)
         return True
+
+    def waits(self) -> bool:
+        """Whether it goes on behind a line of another; if so, counts the line."""
+        self.others += self.open and self.sign.name in _SPLATS
+        return self.open and 0 < self.others <= _OTHERS
 
     def _collect(self, text: str) -> None:
         """Notes the functions of a line, and the first place in a module."""
@@ -350,11 +359,13 @@ def findings(lines: Iterable[Line], *, unknown: bool = True, where: Where = _now
             counts = unknown and not inside and text.strip() and not _NOISE.search(text)
             sign = _UNKNOWN[line.level <= _ERROR] if counts else None
         if sign is None:
-            if not inside:
+            if not inside and current is not None and not current.waits():
                 current = None
             continue
-        current = _Splat(sign, line, open=sign.name in _SPLATS, where=where, message=message)
-        made.append(current)
+        found = _Splat(sign, line, open=sign.name in _SPLATS, where=where, message=message)
+        made.append(found)
+        if current is None or sign.name in _SPLATS or inside or not current.waits():
+            current = found
     return summed(splat.finding() for splat in made if splat.sign is not _ASKED_FOR)
 
 

@@ -18,6 +18,8 @@ _CHANGES = frozenset(("flip", "corrupt", "stale", "partial", "value"))
 _WILD = frozenset(("overrun", "use-after-unmap"))
 #: Actions after which QEMU does not have the device any more: the next run needs a new guest.
 ENDING = frozenset(("disconnect", "unplug", "no-bar"))
+#: Actions whose effect depends on the moment, and not on the event at which they are carried out.
+ANYWHERE = frozenset((*ENDING, "spurious"))
 #: While QEMU starts, it does not survive these at config reads: docs/injection.md.
 _AT_START = frozenset(("ones", "value", "flip", "corrupt", "stale", "stuck"))
 #: Values by the name of the argument; where one differs by action, by "action.argument".
@@ -39,7 +41,7 @@ _TRIES = 8
 
 
 def offered(site: Site, arm: str, devices: Mapping[str, PciDevice], *, wild: bool = False) -> list[str]:
-    """The names of the actions that make sense at a site of runs that are armed at `arm`.
+    """The actions that make sense at a site of runs that are armed at `arm`: names, and some with their arguments.
 
     `wild`: also those whose effect on the guest's memory is not the driver's fault.
     """
@@ -53,6 +55,9 @@ def offered(site: Site, arm: str, devices: Mapping[str, PciDevice], *, wild: boo
             continue
         if action_text(kind, site, devices, random.Random(0)) is not None:
             found.append(name)
+            # All ones is an action of its own; all zeros would be one value of many.
+            if name == "value" and set(site.values) != {0}:
+                found.append("value(0)")
     return found
 
 
@@ -65,7 +70,7 @@ def action_text(kind: type[Action], site: Site, devices: Mapping[str, PciDevice]
     for name, info in kind.model_fields.items():
         if kind.name == "complete" and name != chosen:
             continue
-        choices = _choices(kind.name, name, info.annotation, site, owned)
+        choices = _choices(kind.name, name, info.annotation, site, owned, random)
         if not choices:
             if info.is_required():
                 return None
@@ -80,13 +85,15 @@ def action_text(kind: type[Action], site: Site, devices: Mapping[str, PciDevice]
         except ValueError:
             if "capability" not in given:
                 return None
-            given["capability"] = random.choice(_choices(kind.name, "capability", str, site, owned))
+            given["capability"] = random.choice(_choices(kind.name, "capability", str, site, owned, random))
             continue
         return str(action)
     return None
 
 
-def _choices(kind: str, name: str, annotation: Any, site: Site, devices: Sequence[PciDevice]) -> Sequence[Any]:
+def _choices(
+    kind: str, name: str, annotation: Any, site: Site, devices: Sequence[PciDevice], random: random.Random
+) -> Sequence[Any]:
     """Values for one argument."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
@@ -95,17 +102,20 @@ def _choices(kind: str, name: str, annotation: Any, site: Site, devices: Sequenc
     if name == "bar":
         return sorted({bar.index for device in devices for bar in device.declaration.bars})
     if name == "value":
-        return _values(site)
+        return _values(site, random)
     if name == "size" and kind in ("partial", "torn"):
         return sorted({0, 1, 4, 8, site.size // 2, max(site.size - 1, 0)})
     return _CHOICES.get(f"{kind}.{name}", _CHOICES.get(name, ()))
 
 
-def _values(site: Site) -> list[int]:
-    """Values for a register: all zeros and ones, those of the survey with one bit inverted or one more or less."""
+def _values(site: Site, random: random.Random) -> list[int]:
+    """Values for a register: zeros, ones and others that mean something; or those of the survey with one bit inverted.
+
+    There are many of the latter: they are offered every second time.
+    """
     bits = 8 * min(site.size or 4, 8)
-    found = {0, (1 << bits) - 1, 1}
-    for value in site.values or (0,):
-        found |= {value ^ 1 << bit for bit in range(bits)}
-        found |= {(value + 1) % (1 << bits), (value - 1) % (1 << bits)}
-    return sorted(found)
+    most = (1 << bits) - 1
+    seen = site.values or (0,)
+    if random.randrange(2):
+        return sorted({0, 1, most, *((value + step) & most for value in seen for step in (-1, 1))})
+    return sorted({(value ^ 1 << bit) & most for value in seen for bit in range(bits)})

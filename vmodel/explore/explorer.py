@@ -246,7 +246,7 @@ class Explorer:
                 plan = shrinking.wanted()
                 if plan is None:
                     break
-                done = len(shrinking.find.again)
+                done = len(shrinking.shrunk.again)
                 what = f"again {done + 1}" if shrinking.repeats else f"smaller {shrinking.runs + 1}"
                 run = self.what.run(f"find {shrinking.find.number}, {what}", plan, fresh=shrinking.repeats)
                 (id,) = self.store.add([run])
@@ -278,7 +278,8 @@ class Explorer:
             self._busy.discard(shrinking.find.number)
             shrinking.take(plan, row)
             if not shrinking.wanted():
-                self._reporter.note(_stable(shrinking.find))
+                self._reporter.note(_stable(shrinking))
+                self._reconsider(shrinking.find)
         elif row.id in self._number:
             self._rows[self._number[row.id]] = row
 
@@ -314,6 +315,12 @@ class Explorer:
                 self._shrinkings.append(Shrinking(find, self._signatures, self._without))
                 self._reporter.note(f"run {row.id}: find {find.number}: {text}")
             find.runs.append(row.id)
+            self._reconsider(find)
+
+    def _reconsider(self, find: Find) -> None:
+        """Minimises another run's plan if that of a find does not show it each time."""
+        if (id := find.candidate()) is not None:
+            self._shrinkings.append(Shrinking(find, self._signatures, self._without, self.store.row(id)))
 
     def _take_all(self) -> None:
         """Takes what has ended, as far as no attempt before it is missing."""
@@ -321,10 +328,10 @@ class Explorer:
             pass
 
 
-def _stable(find: Find) -> str:
-    size = len(find.smallest.rule)
+def _stable(shrinking: Shrinking) -> str:
+    size, again = len(shrinking.shrunk.plan.rule), shrinking.shrunk.again
     return (
-        f"find {find.number}: {size} rule{'s' * (size != 1)}, seen again {sum(find.again)} of {len(find.again)} times"
+        f"find {shrinking.find.number}: {size} rule{'s' * (size != 1)}, seen again {sum(again)} of {len(again)} times"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -36,6 +37,8 @@ SPLATS = frozenset(
 )
 #: How often the minimal plan is repeated.
 REPEATS = 3
+#: If a plan does not show the problem each time, so many plans of other runs with it are tried.
+MOST_PLANS = 3
 #: The most runs for the minimal plan of one find; of a hang each takes as long as the time limit.
 _MOST_RUNS = {Outcome.HANG: 8}
 _MOST_OTHERS = 24
@@ -43,6 +46,16 @@ _MOST_OTHERS = 24
 _MOST_EVENTS = 12
 #: Beyond so many faults, a shorter plan is better than one with fewer faults.
 _FEW = 4
+
+
+#: The functions at the end of a splat's signature.
+_PLACE = re.compile(r" in (\S+(?: < \S+)*)$")
+
+
+def _of_crash(signature: str) -> str:
+    """What a crash has in common with others of the same bug: what is reported depends on which check sees it first."""
+    place = _PLACE.search(signature)
+    return f"crash in {place[1]}" if place else f"crash: {signature}"
 
 
 def problems(result: Result, clean: Collection[str] = ()) -> Iterator[tuple[str, str]]:
@@ -62,6 +75,8 @@ def problems(result: Result, clean: Collection[str] = ()) -> Iterator[tuple[str,
         if not own:
             continue
         text, signature = own[0].text, f"{effect.value}: {own[0].signature}"
+        if effect is Effect.CRASH:
+            signature = _of_crash(own[0].signature)
         if effect is Effect.HANG and of_hang:
             # All hangs look alike from outside; the kernel says where.
             text, signature = f"{text}; {of_hang[0].text}", f"{signature}: {of_hang[0].signature}"
@@ -89,6 +104,20 @@ class _Needed(Exception):
 
 
 @dataclass
+class Shrunk:
+    """The smallest plan that minimising has found so far."""
+
+    plan: FaultPlan
+    #: The run that `vmodel reproduce` repeats: the first, or one with this plan.
+    run: int
+    #: Whether minimising has ended; and whether no part of the plan can be left out, as runs have shown.
+    minimised: bool = False
+    minimal: bool = False
+    #: For each repetition of the plan: whether it had the problem.
+    again: list[bool] = field(default_factory=list)
+
+
+@dataclass
 class Find:
     """A problem, and the runs that have it."""
 
@@ -100,33 +129,41 @@ class Find:
     first: Row
     #: The ids of all runs of the search that have it.
     runs: list[int] = field(default_factory=list)
-    #: The smallest plan so far that has it; at first that of the first run.
-    smallest: FaultPlan = field(default_factory=FaultPlan)
-    #: Whether minimising has ended; and whether no part of the smallest plan can be left out, as runs have shown.
-    minimised: bool = False
-    minimal: bool = False
-    #: For each repetition of the smallest plan: whether it had the problem.
-    again: list[bool] = field(default_factory=list)
-    #: The run that `vmodel reproduce` repeats: the first, or one with the smallest plan.
-    best: int = 0
+    #: The runs whose plans were minimised, and for how many of them all repetitions have ended.
+    tried: list[int] = field(default_factory=list)
+    repeated: int = 0
+    #: Of the smallest plans, the one that has the problem the most often.
+    shrunk: Shrunk = field(default_factory=lambda: Shrunk(FaultPlan(), 0))
+
+    def candidate(self) -> int | None:
+        """The run whose plan is to be minimised next, as those before show the problem not each time; None: none."""
+        if self.repeated < len(self.tried) or all(self.shrunk.again) or len(self.tried) == MOST_PLANS:
+            return None
+        return next((run for run in self.runs if run not in self.tried), None)
 
 
 class Shrinking:
-    """Minimises the plan of a find and repeats it, by one run at a time that somebody else carries out.
+    """Minimises the plan of one run of a find and repeats it, by one run at a time that somebody else carries out.
 
     What it asks for depends on the results alone: so it can start again with those that a store has.
     """
 
-    def __init__(self, find: Find, clean: Collection[str], without: Mapping[str, Result]) -> None:
-        """`without`: results of runs without faults, by the identity of their plans."""
+    def __init__(
+        self, find: Find, clean: Collection[str], without: Mapping[str, Result], row: Row | None = None
+    ) -> None:
+        """`without`: results of runs without faults, by the identity of their plans.  `row`: by default the first."""
         self.find = find
         self._clean = clean
-        plan = find.first.run.case.plan
-        assert plan is not None and find.first.result is not None  # as a rule fired
-        self._plan = find.smallest = plan
-        self._known = {**without, identity(plan): find.first.result}
-        self._ran = [(plan, find.first)]
-        find.best = find.first.id
+        row = find.first if row is None else row
+        plan = row.run.case.plan
+        assert plan is not None and row.result is not None  # as a rule fired
+        self._plan = plan
+        self._known = {**without, identity(plan): row.result}
+        self._ran = [(plan, row)]
+        self.shrunk = Shrunk(plan, row.id)
+        if not find.tried:
+            find.shrunk = self.shrunk
+        find.tried.append(row.id)
         #: How many runs it has asked for.
         self.runs = 0
 
@@ -138,14 +175,14 @@ class Shrinking:
 
     def wanted(self) -> FaultPlan | None:
         """The plan that is to run next; None: nothing is left to do."""
-        if not self.find.minimised and (needed := self._minimise()) is not None:
+        if not self.shrunk.minimised and (needed := self._minimise()) is not None:
             return needed
-        return self.find.smallest if len(self.find.again) < REPEATS else None
+        return self.shrunk.plan if len(self.shrunk.again) < REPEATS else None
 
     @property
     def repeats(self) -> bool:
         """Whether minimising has ended, so that what is wanted is a repetition in a new guest."""
-        return self.find.minimised
+        return self.shrunk.minimised
 
     def _minimise(self) -> FaultPlan | None:
         """One more step; returns the plan that must run for it."""
@@ -160,12 +197,12 @@ class Shrinking:
             self.find.outcome, known, most, lambda text: None, same=self._has, most_events=_MOST_EVENTS
         )
         try:
-            self.find.minimal = minimiser.minimise(self._plan)
+            self.shrunk.minimal = minimiser.minimise(self._plan)
         except _Needed as needed:
             self._keep()
             return needed.plan
         self._keep()
-        self.find.minimised = True
+        self.shrunk.minimised = True
         return None
 
     def _keep(self) -> None:
@@ -177,14 +214,17 @@ class Shrinking:
 
         having = [(plan, row) for plan, row in self._ran if row.result is not None and self._has(row.result)]
         plan, row = min(having, key=lambda pair: size(pair[0], pair[1].result))  # type: ignore[arg-type]
-        self.find.smallest, self.find.best = plan, row.id
+        self.shrunk.plan, self.shrunk.run = plan, row.id
 
     def take(self, plan: FaultPlan, row: Row) -> None:
         """The run of the plan that was wanted has ended."""
         assert row.result is not None
         self.runs += 1
-        if self.find.minimised:
-            self.find.again.append(self._has(row.result))
+        if self.shrunk.minimised:
+            self.shrunk.again.append(self._has(row.result))
+            self.find.repeated += len(self.shrunk.again) == REPEATS
+            if sum(self.shrunk.again) > sum(self.find.shrunk.again):
+                self.find.shrunk = self.shrunk
         else:
             self._known[identity(plan)] = row.result
             self._ran.append((plan, row))

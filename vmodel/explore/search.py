@@ -16,10 +16,11 @@ from typing import NamedTuple, TypeVar
 
 from vmodel.device import PciDevice
 from vmodel.experiment.oracle import Outcome
-from vmodel.explore.arguments import ENDING
+from vmodel.explore.arguments import ANYWHERE, ENDING
 from vmodel.explore.space import MOST_RULES, PlanSpace, identity
 from vmodel.explore.survey import Site, survey_plan
 from vmodel.inject import FaultPlan, Rule
+from vmodel.points import ConfigEvent, Point
 
 #: How many plans are decided without the results of those before: as many can run at a time.
 LAG = 16
@@ -29,6 +30,12 @@ _TRIES = 200
 _LEAST, _MOST, _BETTER, _WORSE = 0.05, 16.0, 2.0, 0.85
 #: Among how many pairs of a site and an action the most promising one is chosen.
 _AHEAD = 12
+#: How likely a fault at a point of this kind is to reach something new, before any was tried; at others: 0.5.  Most
+#: accesses to config space are the PCI core's, not the driver's.
+_UNLIKELY = dict.fromkeys((point.value for point in ConfigEvent.points), 0.2)
+#: So many kept plans are extended at each site of the clean run, if their runs have events there behind others, as a
+#: register that is otherwise only read before the first command.
+_MOST_LATER = 4
 #: Outcomes after which a guest boots again: plans that contain such a plan say nothing new.
 _FATAL = (Outcome.CRASH, Outcome.HANG)
 
@@ -53,7 +60,7 @@ class Attempt:
 
     number: int
     plan: FaultPlan
-    #: "fresh", "deep", "mutation", "combination", "random" or "survey".
+    #: "fresh", "deep", "single", "mutation", "combination", "random" or "survey".
     how: str
     #: The number of the plan that it derives from, or that it surveys; 0: none.
     parent: int = 0
@@ -89,6 +96,9 @@ class Search:
         self._seed = seed
         self._feedback = feedback
         self._known = set(space.sites)
+        #: Behind which points each site of the run without faults has events; how many kept plans have later ones.
+        self._behind = {site: site.behind for site in space.sites}
+        self._later: Counter[Site] = Counter()
         #: What all plans that ended without a crash have reached.
         self.reached = clean
         self.kept: list[KeptPlan] = []
@@ -100,12 +110,16 @@ class Search:
         self._fatal: list[frozenset[str]] = []
         self._deadly: Counter[tuple[str, ...]] = Counter()
         #: By action and by point: how many rules were tried, and how many of those were in plans with something new.
-        #: By site: how often it was drawn.
         self._tried: Counter[str] = Counter()
         self._hits: Counter[str] = Counter()
+        #: By site: how often it was drawn.
+        self._drawn: Counter[str] = Counter()
         self._fresh = self._shuffled()
-        #: Sites that a kept plan's survey found, with their actions: rules to add to that plan.
-        self._deep: deque[tuple[KeptPlan, tuple[Site, str]]] = deque()
+        #: Sites that a kept plan's survey found, with their actions: rules to add to that plan.  If the run without
+        #: faults has events there, too: the points of which the rule must be behind one.
+        self._deep: deque[tuple[KeptPlan, tuple[Site, str], Sequence[Point]]] = deque()
+        #: Plans with one event of a rule in place of all, and that rule.
+        self._single: deque[tuple[int, tuple[Rule, FaultPlan]]] = deque()
 
     def _shuffled(self) -> deque[tuple[Site, str]]:
         """All sites with their actions in random order; those after which the guest must boot again are last."""
@@ -128,7 +142,7 @@ class Search:
         for _ in range(_TRIES):
             plan, how, parent = self._draw(generator)
             key = identity(plan)
-            if plan.rule and key not in self._seen and not self._is_hopeless(plan, generator):
+            if plan.rule and key not in self._seen and not self._is_hopeless(plan, generator, how):
                 self._seen.add(key)
                 return Attempt(number, plan, how, parent)
         return None
@@ -138,16 +152,20 @@ class Search:
         if not self._feedback:
             return space.any(generator), "random", 0
         kind = generator.random()
-        if self._deep and kind < 0.5:
-            entry, pair = self._best(self._deep, lambda one: one[1])
-            return (
-                space.extended(entry.attempt.plan, space.rule(generator, *pair), generator),
-                "deep",
-                entry.attempt.number,
-            )
-        if self._fresh and (not self.kept or kind < 0.75):
-            pair = self._best(self._fresh, lambda one: one)
-            return space.plan([space.rule(generator, *pair)], generator), "fresh", 0
+        if self._deep and kind < 0.4:
+            entry, pair, later = self._best(self._deep, lambda one: self._promise(*one[1]))
+            plan = entry.attempt.plan
+            self._drawn[str(pair[0])] += 1
+            rule = space.rule(generator, *pair, behind=generator.choice(later) if later else None)
+            return space.extended(plan, rule, generator), "deep", entry.attempt.number
+        if self._single and kind < 0.55:
+            parent, (rule, plan) = self._best(self._single, lambda one: self._rule_promise(one[1][0]))
+            return plan, "single", parent
+        if self._fresh and (not self.kept or kind < 0.85):
+            pair = self._best(self._fresh, lambda one: self._promise(*one))
+            self._drawn[str(pair[0])] += 1
+            # At all events; what reaches something is tried at single ones, too.
+            return space.plan([space.rule(generator, *pair, always=True)], generator), "fresh", 0
         if not self.kept:
             return space.any(generator), "random", 0
         entry = self._choice(generator)
@@ -157,32 +175,36 @@ class Search:
             return plan, "combination", entry.attempt.number
         return space.mutated(entry.attempt.plan, generator, entry.own), "mutation", entry.attempt.number
 
-    def _best(self, pairs: deque[_T], of: Callable[[_T], tuple[Site, str]]) -> _T:
-        """Takes the most promising of the next pairs: of an action, and at a point, that reached something before."""
-
-        def promise(n: int) -> float:
-            site, action = of(pairs[n])
-            return self._rate(action) * self._rate(site.point.value) / (1 + self._tried[str(site)])
-
-        best = max(range(min(len(pairs), _AHEAD)), key=lambda n: (promise(n), -n))
-        found = pairs[best]
-        del pairs[best]
-        self._tried[str(of(found)[0])] += 1
+    def _best(self, items: deque[_T], promise: Callable[[_T], float]) -> _T:
+        """Takes the most promising of the next items."""
+        best = max(range(min(len(items), _AHEAD)), key=lambda n: (promise(items[n]), -n))
+        found = items[best]
+        del items[best]
         return found
 
+    def _promise(self, site: Site, action: str) -> float:
+        """That of an action, and of a point, which reached something new before; less for a site that had its turns."""
+        rate = self._rate(action.partition("(")[0]) * self._rate(site.point.value)
+        return rate / (1 + self._drawn[str(site)])
+
+    def _rule_promise(self, rule: Rule) -> float:
+        return self._rate(rule.do.name) * self._rate(rule.point.value)
+
     def _rate(self, name: str) -> float:
-        return (self._hits[name] + 1) / (self._tried[name] + 2)
+        return (self._hits[name] + 2 * _UNLIKELY.get(name, 0.5)) / (self._tried[name] + 2)
 
     def _choice(self, generator: random.Random) -> KeptPlan:
         return generator.choices(self.kept, [entry.energy for entry in self.kept])[0]
 
-    def _is_hopeless(self, plan: FaultPlan, generator: random.Random) -> bool:
+    def _is_hopeless(self, plan: FaultPlan, generator: random.Random, how: str) -> bool:
         """Whether a plan contains one that crashed, or has rules like those that mostly do."""
         if not self._feedback:
             return False
         texts = {rule.text() for rule in plan.rule}
         if any(fatal <= texts for fatal in self._fatal):
             return True
+        if how == "single":
+            return False
         deaths = max((self._deadly[_kind(rule)] for rule in plan.rule), default=0)
         return generator.random() > 1 / (1 + deaths)
 
@@ -204,6 +226,8 @@ class Search:
         if seen.outcome in _FATAL:
             self._fatal.append(frozenset(rule.text() for rule in attempt.plan.rule))
             if len(attempt.plan.rule) == 1:
+                if not self._deadly[_kind(attempt.plan.rule[0])]:
+                    self._alone(attempt)
                 self._deadly[_kind(attempt.plan.rule[0])] += 1
         elif new:
             self.reached |= seen.features
@@ -213,20 +237,39 @@ class Search:
             self.kept.append(entry)
             if self._feedback:
                 self._surveys.append(entry)
+                self._alone(attempt)
         if parent is not None:
             factor = _BETTER if new else _WORSE
             parent.energy = min(max(parent.energy * factor, _LEAST), _MOST)
         return new
 
+    def _alone(self, attempt: Attempt) -> None:
+        """Each event of its faults is to be tried alone."""
+        if attempt.how != "single":
+            singles = [(attempt.number, one) for one in self._space.one_by_one(attempt.plan)]
+            self._single = deque(_interleaved(list(self._single), singles))
+
     def _learn(self, entry: KeptPlan, seen: Observation) -> None:
-        """Takes the survey of a kept plan: the sites that are new can be part of plans that derive from it."""
+        """Takes the survey of a kept plan: sites that are new, or have more events, can be part of plans from it."""
         self.reached |= seen.features
-        entry.own += [site for site in seen.sites if site not in self._known]
-        self._known.update(entry.own)
-        pairs = [(entry, pair) for pair in self._space.pairs_of(entry.own)]
+        new = [site for site in seen.sites if site not in self._known]
+        entry.own += new
+        self._known.update(new)
+        pairs: list[tuple[KeptPlan, tuple[Site, str], Sequence[Point]]] = []
+        pairs += [(entry, pair, ()) for pair in self._space.pairs_of(new)]
+        for site in seen.sites:
+            later = self._later_points(site)
+            if later and self._later[site] < _MOST_LATER:
+                self._later[site] += 1
+                pairs += [(entry, pair, later) for pair in self._space.pairs_of([site]) if pair[1] not in ANYWHERE]
         random.Random(f"{self._seed}:{entry.attempt.number}:pairs").shuffle(pairs)
         # Between those of others, so that none waits for all of another's.
         self._deep = deque(_interleaved(pairs, list(self._deep)))
+
+    def _later_points(self, site: Site) -> list[Point]:
+        """The points behind which a kept plan's runs have events of the site, and the run without faults does not."""
+        found = site.behind - self._behind.get(site, site.behind) - {Point.RESET}
+        return [point for point in Point if point in found]
 
 
 def _interleaved(first: list[_T], second: list[_T]) -> list[_T]:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vmodel.device import PciDevice
-from vmodel.explore.arguments import ENDING, action_text, offered
+from vmodel.explore.arguments import ANYWHERE, ENDING, action_text, offered
 from vmodel.explore.survey import Site
 from vmodel.inject import ACTIONS, FaultPlan, Rule
+from vmodel.points import Point
 
 #: The most rules of a plan.
 MOST_RULES = 3
 #: Keys of a rule that select among the events that it matches.
-_SCHEDULE = ("nth", "every", "first", "once", "times")
+_SCHEDULE = ("nth", "every", "first", "once", "times", "between")
 #: Actions whose effect depends on the plan's seed.
 _RANDOM = frozenset(("flip", "toctou"))
 #: How much rarer than others an action after which the guest must boot again is.
 _RARE = 4
+#: Of a rule's events, so many are tried one by one.
+_MOST_EVENTS = 8
 #: How often a mutation is tried again that left the plan as it was.
 _TRIES = 20
 
@@ -47,39 +51,67 @@ class PlanSpace:
         return self.pairs_of(self.sites)
 
     def pairs_of(self, found: Sequence[Site]) -> list[tuple[Site, str]]:
-        """The same for other sites, which a plan's runs have."""
-        return [(site, action) for site in found for action in self._actions(site)]
+        """The same for other sites, which a plan's runs have.
+
+        What depends on the moment alone is there once for each phase of a driver.
+        """
+        pairs, seen = [], set()
+        for site in found:
+            phase = dict(site.keys).get("phase")
+            for action in self._actions(site):
+                if action not in ANYWHERE or (action, site.device, phase) not in seen:
+                    seen.add((action, site.device, phase))
+                    pairs.append((site, action))
+        return pairs
 
     # ---- rules -----------------------------------------------------------------------------
 
-    def rule(self, random: random.Random, site: Site | None = None, action: str | None = None) -> Rule:
-        """A rule; at `site` and with `action`, if given."""
+    def rule(
+        self,
+        random: random.Random,
+        site: Site | None = None,
+        action: str | None = None,
+        behind: Point | None = None,
+        always: bool = False,
+    ) -> Rule:
+        """A rule; at `site` and with `action`, if given.
+
+        `behind`: only from the device's first event there on; `always`: at all events.
+        """
         site = random.choice(self.sites) if site is None else site
         text = self._action(random, site, action)
-        return Rule.model_validate(
-            {"point": site.point.value, **dict(site.keys), **self._schedule(random, site.count), "do": text}
-        )
+        schedule = {} if always else self._schedule(random, site)
+        if behind is not None:
+            schedule = _from(behind, site.device)
+        return Rule.model_validate({"point": site.point.value, **dict(site.keys), **schedule, "do": text})
 
     def _action(self, random: random.Random, site: Site, name: str | None = None) -> str:
         names = self._actions(site)
+        if name is not None and "(" in name:
+            return name
         while name is None:
             name = random.choice(names)
             if name in ENDING and len(names) > 1 and random.randrange(_RARE):
                 name = None
+            elif "(" in name:
+                return name
         text = action_text(ACTIONS[name], site, self._devices, random)
         assert text is not None  # as it is offered
         return text
 
-    def _schedule(self, random: random.Random, count: int) -> dict[str, Any]:
-        """At which of about `count` events: all, one of them, the first ones, or each so many."""
-        kind = random.randrange(10)
+    def _schedule(self, random: random.Random, site: Site) -> dict[str, Any]:
+        """At which of a site's events: all, one of them, the first ones, each so many, or those behind another's."""
+        kind = random.randrange(11)
         if kind < 5:
             return {}
         if kind < 8:
-            return {"nth": self._number(random, count)}
+            return {"nth": self._number(random, site.count)}
         if kind < 9:
-            return {"first": self._number(random, count)}
-        return {"every": random.choice((2, 3, 5))}
+            return {"first": self._number(random, site.count)}
+        own = [other for other in self.sites if other.device is not None and other.device == site.device]
+        if kind < 10 or not own:
+            return {"every": random.choice((2, 3, 5))}
+        return _from(random.choice(own).point, site.device)
 
     def _number(self, random: random.Random, count: int) -> int:
         """The number of an event, small ones more often; a fault may cause more events than the survey had."""
@@ -144,7 +176,7 @@ class PlanSpace:
         kind = random.randrange(8)
         if kind < 3:
             rest = {key: value for key, value in keys.items() if key not in _SCHEDULE}
-            keys = {**rest, **self._schedule(random, sum(one.count for one in alike))}
+            keys = {**rest, **self._schedule(random, replace(site, count=sum(one.count for one in alike)))}
         elif kind < 5:
             keys["do"] = self._action(random, site, rule.do.name if rule.do.name in self._actions(site) else None)
         elif kind < 6:
@@ -165,6 +197,23 @@ class PlanSpace:
             rules.remove(random.choice(rules))
         return self.plan([*rules, rule], random)
 
+    def one_by_one(self, plan: FaultPlan) -> list[tuple[Rule, FaultPlan]]:
+        """The plans in which one of the rules fires at one event only, each of the first ones in turn; with that rule.
+
+        Which event a fault hits may decide what comes of it.
+        """
+        found = []
+        for at, rule in enumerate(plan.rule):
+            keys = {key: value for key, value in rule.plain().items() if key not in _SCHEDULE}
+            count = min(max(sum(site.count for site in self.like(rule)), 1) + 1, _MOST_EVENTS)
+            for nth in range(1, count + 1):
+                single = Rule.model_validate({**keys, "nth": nth})
+                rules = {other.text(): other for other in (*plan.rule[:at], single, *plan.rule[at + 1 :])}
+                made = tuple(rules[text] for text in sorted(rules))
+                if made != plan.rule:
+                    found.append((single, plan.model_copy(update={"rule": made})))
+        return found
+
     def combined(self, first: FaultPlan, second: FaultPlan, random: random.Random) -> FaultPlan:
         """A plan of rules of both."""
         rules = [random.choice(first.rule), random.choice(second.rule)]
@@ -172,6 +221,12 @@ class PlanSpace:
         if rest and random.randrange(2):
             rules.append(random.choice(rest))
         return self.plan(rules, random)
+
+
+def _from(point: Point, device: str | None) -> dict[str, Any]:
+    """The schedule of a rule that holds from the first event at a point of a device on."""
+    first = {"point": point.value} | ({} if device is None else {"device": device})
+    return {"between": [first, {"point": Point.RESET.value}]}
 
 
 def identity(plan: FaultPlan) -> str:

@@ -76,12 +76,12 @@ def _find(find: Find) -> dict[str, Any]:
         "text": find.text,
         "runs": find.runs,
         "first": str(find.first.folder),
-        "rules": [rule.text() for rule in find.smallest.rule],
-        "seed": find.smallest.seed,
-        "minimal": find.minimal,
-        "again": sum(find.again),
-        "of": len(find.again),
-        "reproduce": str(find.first.folder.with_name(str(find.best))),
+        "rules": [rule.text() for rule in find.shrunk.plan.rule],
+        "seed": find.shrunk.plan.seed,
+        "minimal": find.shrunk.minimal,
+        "again": sum(find.shrunk.again),
+        "of": len(find.shrunk.again),
+        "reproduce": str(find.first.folder.with_name(str(find.shrunk.run))),
     }
 
 

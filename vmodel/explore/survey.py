@@ -47,6 +47,8 @@ class Site:
     values: tuple[int, ...] = field(default=(), compare=False)
     #: The size of an access in bytes, 0 where there is none; the most frequent one.
     size: int = field(default=0, compare=False)
+    #: The points at which its device had an event before the last one of these.
+    behind: frozenset[Point] = field(default=frozenset(), compare=False)
 
     @property
     def device(self) -> str | None:
@@ -105,6 +107,9 @@ class _Group:
     seen: Counter[tuple[tuple[str, Any], ...]] = field(default_factory=Counter)
     values: defaultdict[tuple[tuple[str, Any], ...], Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     sizes: defaultdict[tuple[tuple[str, Any], ...], Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    behind: defaultdict[tuple[tuple[str, Any], ...], frozenset[Point]] = field(
+        default_factory=lambda: defaultdict(frozenset)
+    )
 
 
 def sites(log: Iterable[Mapping[str, Any]], devices: Mapping[str, PciDevice]) -> list[Site]:
@@ -112,6 +117,7 @@ def sites(log: Iterable[Mapping[str, Any]], devices: Mapping[str, PciDevice]) ->
     maps = {name: RegisterMap(device) for name, device in devices.items()}
     names = list(devices)
     groups: defaultdict[tuple[Point, tuple[tuple[str, Any], ...]], _Group] = defaultdict(_Group)
+    before: defaultdict[Any, frozenset[Point]] = defaultdict(frozenset)
     for record in log:
         if record.get("do") != "watch" or record.get("late"):
             continue
@@ -122,6 +128,8 @@ def sites(log: Iterable[Mapping[str, Any]], devices: Mapping[str, PciDevice]) ->
         detail = _detail(point, record, maps.get(str(keys.get("device"))), bar)
         group = groups[point, tuple(keys.items())]
         group.seen[detail] += 1
+        group.behind[detail] = before[keys.get("device")]
+        before[keys.get("device")] |= {point}
         size = record.get("size")
         if isinstance(size, int):
             group.sizes[detail][size] += 1
@@ -182,7 +190,7 @@ def _of_group(point: Point, keys: tuple[tuple[str, Any], ...], group: _Group) ->
     for detail, count in group.seen.items():
         values = tuple(value for value, _ in group.values[detail].most_common(MOST_VALUES))
         size = group.sizes[detail].most_common(1)
-        yield Site(point, keys + detail, count, values, size[0][0] if size else 0)
+        yield Site(point, keys + detail, count, values, size[0][0] if size else 0, group.behind[detail])
 
 
 def _without(group: _Group, key: str) -> _Group:
@@ -193,4 +201,5 @@ def _without(group: _Group, key: str) -> _Group:
         merged.seen[rest] += count
         merged.values[rest] += group.values[detail]
         merged.sizes[rest] += group.sizes[detail]
+        merged.behind[rest] |= group.behind[detail]
     return merged

@@ -1,0 +1,76 @@
+"""`vmodel explore` finds the five bugs that are planted in the driver of examples/driver.
+
+It takes up to ten minutes of two free cores, so it runs if `$VMODEL_EXPLORE` is set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmodel.patience import patience
+
+pytestmark = [
+    pytest.mark.guest,
+    pytest.mark.skipif(not os.environ.get("VMODEL_EXPLORE"), reason="ten minutes of two cores: set $VMODEL_EXPLORE"),
+]
+FOLDER = Path(__file__).parents[2] / "examples" / "driver"
+#: By plan of examples/driver/plans: what the signature of its bug's find begins with.
+BUGS = {
+    "unchecked-mapping": r"warn: WARNING: drivers/iommu/dma-iommu\.c iommu_dma_unmap_page",
+    "double-free": r"crash in memcard_(read|write)_block ",
+    "use-after-free": r"crash in memcard_execute ",
+    "endless-loop": r"hang: ",
+    "stale-data": r"corruption: data",
+}
+#: Minutes after which the search is asked whether it has found all; the last is its budget.
+MINUTES = (3, 5, 7, 10)
+
+
+def bug_of(find: dict[str, Any]) -> str | None:
+    return next((bug for bug, pattern in BUGS.items() if re.match(pattern, find["signature"])), None)
+
+
+def test_all_planted_bugs_are_found(tmp_path: Path) -> None:
+    store = tmp_path / "runs"
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "vmodel",
+            "explore",
+            "memcard.toml",
+            "--driver",
+            "driver/",
+            "--workload",
+            "sh memcard.sh",
+        ),
+        *("--sanitize", "--timeout", "20", "-j", "2", "--format", "json", "-o", str(store)),
+    ]
+    by_bug: dict[str, dict[str, Any]] = {}
+    for minutes in MINUTES:
+        # The same command with a larger budget goes on.
+        line = [*command, "--budget", f"{minutes}m"]
+        limit = patience(60 * (minutes + 5))
+        done = subprocess.run(line, cwd=FOLDER, capture_output=True, text=True, timeout=limit, check=False)
+        assert done.returncode == 1, done.stderr[-2000:]
+        said = json.loads(done.stdout)
+        by_bug = {bug: find for find in said["found"] if (bug := bug_of(find)) is not None}
+        if len(by_bug) == len(BUGS):
+            break
+    assert set(by_bug) == set(BUGS), f"{said['runs']} runs: {json.dumps(said['found'], indent=1)}"
+    assert any("STATUS" in rule for rule in by_bug["endless-loop"]["rules"])
+    for find in by_bug.values():
+        assert 1 <= len(find["rules"]) <= 3
+        assert (store / Path(find["reproduce"]).name / "case.json").is_file()
+    # Those that were repeated are stable enough for somebody else.
+    repeated = [find for find in by_bug.values() if find["of"]]
+    assert len(repeated) >= 3 and sum(find["again"] > 0 for find in repeated) >= 3
+    assert said["reached"]["new"] > 50
