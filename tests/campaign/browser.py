@@ -166,3 +166,34 @@ def luminance(colour: str) -> float:
 def contrast(one: str, other: str) -> float:
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def once(condition: str, then: str = "true") -> str:
+    """A promise in JavaScript of an expression's value, as soon as a condition holds."""
+    return f"new Promise(done => {{ const look = () => {condition} ? done({then}) : setTimeout(look, 20); look(); }})"
+
+
+#: Each pair of colours of text and of what is behind it, once, with an element that has it.
+_COLOURS = """(selector => {
+    const behind = element => {
+        for (; element; element = element.parentElement) {
+            const colour = getComputedStyle(element).backgroundColor;
+            if (!colour.endsWith(", 0)")) return colour;
+        }
+        return "rgb(255, 255, 255)";
+    };
+    const found = {};
+    for (const element of document.querySelectorAll(selector)) {
+        const colours = [getComputedStyle(element).color, behind(element)];
+        if (colours.every(colour => colour.startsWith("rgb("))) found[colours] = [...colours, element.outerHTML];
+    }
+    return Object.values(found);
+})"""
+
+
+def check_contrast(browser: Browser, selector: str, pairs: int) -> None:
+    """Text stands out against what is behind it: by WCAG 2.1, 4.5 to 1.  There are at least `pairs` of colours."""
+    found = browser.js(f"{_COLOURS}({json.dumps(selector)})")
+    assert len(found) >= pairs
+    for ink, paper, what in found:
+        assert contrast(ink, paper) >= 4.5, (ink, paper, what[:80])

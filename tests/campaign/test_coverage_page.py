@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.campaign.browser import Browser, contrast
+from tests.campaign.browser import Browser, check_contrast, once
 from tests.cli.commands import refused, vmodel
 from tests.coverage.card import CLEAN, FAILED, SOURCE, TEXT, card, lined, with_lines
 from tests.coverage.objects import function, program
@@ -339,28 +339,6 @@ def page(tmp_path: Path) -> Path:
     return path
 
 
-#: Colours of text and of what is behind it, each pair once, with an element that has it.
-PAIRS = """(() => {
-    const behind = element => {
-        for (; element; element = element.parentElement) {
-            const colour = getComputedStyle(element).backgroundColor;
-            if (!colour.endsWith(", 0)")) return colour;
-        }
-        return "rgb(255, 255, 255)";
-    };
-    const found = {};
-    for (const element of document.querySelectorAll("#coverage :is(p, li, th, td, a, code, .sign, .muted)")) {
-        const colours = [getComputedStyle(element).color, behind(element)];
-        found[colours] = [...colours, element.outerHTML];
-    }
-    return Object.values(found);
-})()"""
-
-
-def once(condition: str, then: str = "true") -> str:
-    return f"new Promise(done => {{ const look = () => {condition} ? done({then}) : setTimeout(look, 20); look(); }})"
-
-
 @pytest.mark.slow
 def test_code_of_either_kernel_in_chromium(page: Path, browser: Browser) -> None:
     title = "document.getElementById('view-title').textContent"
@@ -402,9 +380,6 @@ def test_it_fits_and_can_be_read(page: Path, browser: Browser, width: int, schem
     assert browser.js("document.documentElement.scrollWidth") <= width
     colour = browser.js("getComputedStyle(document.querySelector('#coverage i.clean')).backgroundColor")
     assert colour == {"light": "rgb(67, 165, 115)", "dark": "rgb(63, 160, 109)"}[scheme]
-    pairs = browser.js(PAIRS)
-    assert len(pairs) >= 4
-    for ink, paper, what in pairs:
-        assert contrast(ink, paper) >= 4.5, (ink, paper, what[:80])
+    check_contrast(browser, "#coverage :is(p, li, th, td, a, code, .sign, .muted)", pairs=4)
     bar = browser.js("document.querySelector('#c1-function-table .reach').getBoundingClientRect().height")
     assert 5 < bar < 20, "the campaign's own bar is another"

@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.campaign.browser import Browser, contrast, luminance
+from tests.campaign.browser import Browser, check_contrast, luminance
 from tests.cli.commands import vmodel
 from vmodel.experiment.oracle import Outcome
 
@@ -111,24 +111,7 @@ def test_it_can_be_read(page: Path, browser: Browser, scheme: str) -> None:
     """Text stands out against what is behind it: by WCAG 2.1, 4.5 to 1."""
     browser.media(prefers_color_scheme=scheme)
     browser.open(page)
-    pairs = browser.js("""(() => {
-        const behind = element => {
-            for (; element; element = element.parentElement) {
-                const colour = getComputedStyle(element).backgroundColor;
-                if (!colour.endsWith(", 0)")) return colour;
-            }
-            return "rgb(255, 255, 255)";
-        };
-        const found = {};
-        for (const element of document.querySelectorAll("p, th, td, a, code, .mark, h1, .muted")) {
-            const colours = [getComputedStyle(element).color, behind(element)];
-            if (colours.every(colour => colour.startsWith("rgb("))) found[colours] = [...colours, element.outerHTML];
-        }
-        return Object.values(found);
-    })()""")
-    assert len(pairs) > 8
-    for ink, paper, what in pairs:
-        assert contrast(ink, paper) >= 4.5, (scheme, ink, paper, what[:80])
+    check_contrast(browser, "p, th, td, a, code, .mark, h1, .muted", pairs=9)
     assert (luminance(browser.js("getComputedStyle(document.body).backgroundColor")) < 0.1) is (scheme == "dark")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.campaign.browser import Browser
+from tests.campaign.browser import Browser, once
 from tests.coverage.card import CLEAN, TEXT, card, comparison, lined, with_lines
 from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.comparison import Comparison
@@ -217,11 +217,6 @@ def test_debug_information_cannot_name_any_file(file: str, tmp_path: Path) -> No
 
 
 # ---- in a browser ---------------------------------------------------------------------------------------
-
-
-def once(condition: str, then: str = "true") -> str:
-    """A promise in JavaScript of an expression's value, as soon as a condition holds."""
-    return f"new Promise(done => {{ const look = () => {condition} ? done({then}) : setTimeout(look, 20); look(); }})"
 
 
 #: The title of the view of code, once it is open.

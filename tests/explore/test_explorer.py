@@ -248,6 +248,8 @@ def finding(effect: Effect, sign: str, signature: str) -> Finding:
             [(Effect.HANG, "status", "h"), (Effect.NOTICED, "rcu-stall", "r"), (Effect.NOTICED, "hung-task", "t")],
             ["hang: h: t"],
         ),
+        # A stall of RCU says only that there is one.
+        ([(Effect.HANG, "status", "h"), (Effect.NOTICED, "rcu-stall", "r")], ["hang: h"]),
         ([(Effect.CRASH, "oops", "o"), (Effect.NOTICED, "hung-task", "t")], ["crash: o", "t"]),
         # The tasks that the kernel lists on request say where a hang is, and are no problem by themselves.
         ([(Effect.HANG, "status", "h"), (Effect.NOTICED, "blocked-task", "b")], ["hang: h: b"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,7 @@ from tests.explore.trial import DEVICES, bugs, case, observed, searched, space
 from vmodel.experiment.oracle import Outcome
 from vmodel.explore.search import LAG, Attempt, Feature, Observation, Search
 from vmodel.explore.space import identity
-from vmodel.points import Point
+from vmodel.points import ConfigEvent, Point
 
 
 def test_the_program_without_faults() -> None:
@@ -35,7 +35,7 @@ def test_no_plan_runs_twice() -> None:
 
 def test_feedback_finds_what_chance_does_not() -> None:
     """Three planted bugs need two or three faults, of which later ones have no place in a run without faults."""
-    budget, seeds = 300, range(6)
+    budget, seeds = 300, range(8)
     guided = [bugs(searched(budget, seed=seed)[1]) for seed in seeds]
     by_chance = [bugs(searched(budget, seed=seed, feedback=False)[1]) for seed in seeds]
     assert set().union(*guided) == set(BUGS)
@@ -55,7 +55,8 @@ def test_a_plan_is_kept_for_what_it_is_the_first_to_reach() -> None:
         fatal = seen.outcome in (Outcome.CRASH, Outcome.HANG)
         if attempt.how != "survey":
             assert (attempt.number in kept) == (bool(seen.features - known) and not fatal)
-        known |= frozenset() if fatal else seen.features
+        # Of what crashed, only how.
+        known |= {feature for feature in seen.features if feature[0] == "signature"} if fatal else seen.features
     assert search.reached == known and search.last_new == max(kept)
 
 
@@ -101,6 +102,60 @@ def test_each_event_of_what_reached_something_is_tried_alone() -> None:
         changed = [rule for rule in attempt.plan.rule if rule not in parent.plan.rule]
         assert len(changed) == 1 and changed[0].nth is not None and len(changed[0].nth) == 1
     assert any(by_number[attempt.parent][1].outcome in (Outcome.CRASH, Outcome.HANG) for attempt in singles)
+
+
+def test_what_comes_back_behind_a_second_fault_is_tried_there_too() -> None:
+    """A register that is also read after another fault: the plan whose second fault leads there is extended, too."""
+    _, done = searched(300)
+    plans = {attempt.number: attempt.plan for attempt, _ in done}
+    parents = defaultdict(set)
+    for attempt, _ in done:
+        for rule in attempt.plan.rule if attempt.how == "deep" else ():
+            if rule.between is None and rule not in plans[attempt.parent].rule:
+                parents[rule.point, str(rule.plain().get("register"))].add(attempt.parent)
+    assert len(parents[Point.MMIO_READ, "regs.STATUS"]) > 1
+
+
+def test_lost_events_come_first_and_every_place_has_a_turn() -> None:
+    """Of a driver's own places, before any is tried with a second action."""
+    own = [site for site in space().sites if site.point not in ConfigEvent.points]
+    rules = [attempt.plan.rule[0] for attempt, _ in searched(len(own))[1]]
+    assert len({rule.text().rpartition("do=")[0] for rule in rules}) == len(own)
+    assert sum(rule.do.name == "drop" for rule in rules) > len(own) / 2
+
+
+@pytest.mark.parametrize("costly", [Outcome.HANG, Outcome.CRASH])
+def test_plans_of_a_kind_that_costs_more_are_fewer(costly: Outcome) -> None:
+    """Mutations that hang say as little as those that do not, and take longer."""
+    known = frozenset(("simulated", number) for number in CLEAN)
+
+    def counted(outcome: Outcome) -> int:
+        def observe(attempt: Attempt) -> Observation:
+            if attempt.number <= 4:
+                return Observation(Outcome.FAILED, known | {("simulated", 100 + attempt.number)})
+            return Observation(outcome if attempt.how in ("mutation", "combination") else Outcome.MASKED, known)
+
+        return sum(attempt.how in ("mutation", "combination") for attempt, _ in searched(100, observe=observe)[1])
+
+    assert counted(Outcome.MASKED) > 1.4 * counted(costly)
+
+
+def test_after_hangs_other_places_are_tried() -> None:
+    """A second fault at a place where one made the driver hang is run less often, whatever it is."""
+    known = frozenset(("simulated", number) for number in CLEAN)
+
+    def counted(outcome: Outcome) -> int:
+        made = space()
+        search = Search(made, DEVICES, known)
+        first, second = (made.rule(random.Random(0), site, "drop") for site in made.sites[:2])
+        plan = made.plan([first, second], random.Random(0))
+        search.take(Attempt(1, plan, "mutation"), Observation(outcome, known))
+        others = [made.rule(random.Random(n), made.sites[1]) for n in range(100)]
+        plans = [made.plan([first, other], random.Random(0)) for other in others]
+        return sum(search.is_hopeless(plan, random.Random(n), "deep") for n, plan in enumerate(plans))
+
+    assert counted(Outcome.MASKED) == 0
+    assert 60 < counted(Outcome.HANG) < 100
 
 
 def test_nothing_is_kept_without_new_coverage() -> None:

@@ -13,7 +13,7 @@ from vmodel.experiment.oracle import Effect, Outcome
 from vmodel.explore.space import identity
 from vmodel.inject import FaultPlan
 
-#: Signs of messages about code that does not go on, those that name it best first.
+#: Signs of messages about code that does not go on, those that name it best first; "rcu-stall" does not name it.
 STALLS = ("softlockup", "hardlockup", "hung-task", "blocked-task", "rcu-stall")
 #: Signs of messages that report a bug of the kernel, whatever else the run did; others report the fault itself.
 SPLATS = frozenset(
@@ -79,7 +79,9 @@ def problems(result: Result, clean: Collection[str] = ()) -> Iterator[tuple[str,
             signature = _of_crash(own[0].signature)
         if effect is Effect.HANG and of_hang:
             # All hangs look alike from outside; the kernel says where.
-            text, signature = f"{text}; {of_hang[0].text}", f"{signature}: {of_hang[0].signature}"
+            text = f"{text}; {of_hang[0].text}"
+            if of_hang[0].sign != "rcu-stall":
+                signature = f"{signature}: {of_hang[0].signature}"
         seen |= {finding.signature for finding in (own if effect is Effect.CRASH else own[:1])}
         # One hang has many symptoms.
         seen |= {finding.signature for finding in of_hang} if effect is Effect.HANG else set()

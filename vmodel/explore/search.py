@@ -28,14 +28,20 @@ LAG = 16
 _TRIES = 200
 #: The least and the most turns of a kept plan, in relation to others; the factors after a turn.
 _LEAST, _MOST, _BETTER, _WORSE = 0.05, 16.0, 2.0, 0.85
-#: Among how many pairs of a site and an action the most promising one is chosen.
-_AHEAD = 12
-#: How likely a fault at a point of this kind is to reach something new, before any was tried; at others: 0.5.  Most
-#: accesses to config space are the PCI core's, not the driver's.
-_UNLIKELY = dict.fromkeys((point.value for point in ConfigEvent.points), 0.2)
-#: So many kept plans are extended at each site of the clean run, if their runs have events there behind others, as a
-#: register that is otherwise only read before the first command.
-_MOST_LATER = 4
+#: How likely a fault with this action, or at this point, is to reach something new, before any was tried; others: 0.5.
+#: Most accesses to config space are the PCI core's, not the driver's.  Drivers have time-outs for what is lost, and
+#: branch on values; what only comes late or twice they often do not notice.
+_PRIOR = {
+    **dict.fromkeys((point.value for point in ConfigEvent.points), 0.2),
+    "drop": 0.7,
+    "value": 0.6,
+    **dict.fromkeys(("late", "delay", "reorder", "duplicate", "spurious", "storm"), 0.3),
+}
+#: How much longer than others a run takes that ends in this way, about: a guest must boot after it.
+_COST = {Outcome.CRASH: 8, Outcome.HANG: 20}
+#: So many kept plans are extended at a site that the run without faults does not have, or only earlier, as a register
+#: that is otherwise only read before the first command.
+_MOST_TURNS = 4
 #: Outcomes after which a guest boots again: plans that contain such a plan say nothing new.
 _FATAL = (Outcome.CRASH, Outcome.HANG)
 
@@ -95,10 +101,10 @@ class Search:
         self._devices = devices
         self._seed = seed
         self._feedback = feedback
-        self._known = set(space.sites)
-        #: Behind which points each site of the run without faults has events; how many kept plans have later ones.
+        #: Behind which points each site of the run without faults has events.
         self._behind = {site: site.behind for site in space.sites}
-        self._later: Counter[Site] = Counter()
+        #: By site: how many kept plans were extended there.
+        self._turns: Counter[Site] = Counter()
         #: What all plans that ended without a crash have reached.
         self.reached = clean
         self.kept: list[KeptPlan] = []
@@ -110,6 +116,7 @@ class Search:
         self._fatal: list[frozenset[str]] = []
         self._deadly: Counter[tuple[str, ...]] = Counter()
         #: By action and by point: how many rules were tried, and how many of those were in plans with something new.
+        #: By kind of plan: what its runs cost, and how many had something new.
         self._tried: Counter[str] = Counter()
         self._hits: Counter[str] = Counter()
         #: By site: how often it was drawn.
@@ -142,7 +149,7 @@ class Search:
         for _ in range(_TRIES):
             plan, how, parent = self._draw(generator)
             key = identity(plan)
-            if plan.rule and key not in self._seen and not self._is_hopeless(plan, generator, how):
+            if plan.rule and key not in self._seen and not self.is_hopeless(plan, generator, how):
                 self._seen.add(key)
                 return Attempt(number, plan, how, parent)
         return None
@@ -151,23 +158,23 @@ class Search:
         space = self._space
         if not self._feedback:
             return space.any(generator), "random", 0
-        kind = generator.random()
-        if self._deep and kind < 0.4:
+        kind = self._kind_of_plan(generator)
+        if kind == "deep":
             entry, pair, later = self._best(self._deep, lambda one: self._promise(*one[1]))
             plan = entry.attempt.plan
             self._drawn[str(pair[0])] += 1
             rule = space.rule(generator, *pair, behind=generator.choice(later) if later else None)
-            return space.extended(plan, rule, generator), "deep", entry.attempt.number
-        if self._single and kind < 0.55:
+            return space.extended(plan, rule, generator), kind, entry.attempt.number
+        if kind == "single":
             parent, (rule, plan) = self._best(self._single, lambda one: self._rule_promise(one[1][0]))
-            return plan, "single", parent
-        if self._fresh and (not self.kept or kind < 0.85):
+            return plan, kind, parent
+        if kind == "fresh":
             pair = self._best(self._fresh, lambda one: self._promise(*one))
             self._drawn[str(pair[0])] += 1
             # At all events; what reaches something is tried at single ones, too.
-            return space.plan([space.rule(generator, *pair, always=True)], generator), "fresh", 0
-        if not self.kept:
-            return space.any(generator), "random", 0
+            return space.plan([space.rule(generator, *pair, always=True)], generator), kind, 0
+        if kind == "random":
+            return space.any(generator), kind, 0
         entry = self._choice(generator)
         if len(self.kept) > 1 and generator.random() < 0.2:
             other = self._choice(generator)
@@ -175,9 +182,17 @@ class Search:
             return plan, "combination", entry.attempt.number
         return space.mutated(entry.attempt.plan, generator, entry.own), "mutation", entry.attempt.number
 
+    def _kind_of_plan(self, generator: random.Random) -> str:
+        """The kind of the next plan: one that had more that is new for what it cost is more likely."""
+        waiting = {"deep": self._deep, "single": self._single, "fresh": self._fresh, "mutation": self.kept}
+        kinds = [kind for kind, items in waiting.items() if items]
+        if not kinds:
+            return "random"
+        return generator.choices(kinds, [self._rate(kind) for kind in kinds])[0]
+
     def _best(self, items: deque[_T], promise: Callable[[_T], float]) -> _T:
-        """Takes the most promising of the next items."""
-        best = max(range(min(len(items), _AHEAD)), key=lambda n: (promise(items[n]), -n))
+        """Takes the most promising of the items, of equal ones the first."""
+        best = max(range(len(items)), key=lambda n: (promise(items[n]), -n))
         found = items[best]
         del items[best]
         return found
@@ -191,12 +206,12 @@ class Search:
         return self._rate(rule.do.name) * self._rate(rule.point.value)
 
     def _rate(self, name: str) -> float:
-        return (self._hits[name] + 2 * _UNLIKELY.get(name, 0.5)) / (self._tried[name] + 2)
+        return (self._hits[name] + 2 * _PRIOR.get(name, 0.5)) / (self._tried[name] + 2)
 
     def _choice(self, generator: random.Random) -> KeptPlan:
         return generator.choices(self.kept, [entry.energy for entry in self.kept])[0]
 
-    def _is_hopeless(self, plan: FaultPlan, generator: random.Random, how: str) -> bool:
+    def is_hopeless(self, plan: FaultPlan, generator: random.Random, how: str) -> bool:
         """Whether a plan contains one that crashed, or has rules like those that mostly do."""
         if not self._feedback:
             return False
@@ -205,7 +220,7 @@ class Search:
             return True
         if how == "single":
             return False
-        deaths = max((self._deadly[_kind(rule)] for rule in plan.rule), default=0)
+        deaths = max(self._deadly[_kind(rule)] for rule in plan.rule) + self._deadly[_places(plan)]
         return generator.random() > 1 / (1 + deaths)
 
     # ---- results ---------------------------------------------------------------------------
@@ -222,13 +237,20 @@ class Search:
             for name in (rule.do.name, rule.point.value):
                 self._tried[name] += 1
                 self._hits[name] += bool(new)
+        how = "mutation" if attempt.how == "combination" else attempt.how
+        self._tried[how] += _COST.get(seen.outcome, 1)
+        self._hits[how] += bool(new)
         parent = next((entry for entry in self.kept if entry.attempt.number == attempt.parent), None)
         if seen.outcome in _FATAL:
             self._fatal.append(frozenset(rule.text() for rule in attempt.plan.rule))
+            # The same end is new only once.
+            self.reached |= {feature for feature in new if feature[0] == "signature"}
             if len(attempt.plan.rule) == 1:
                 if not self._deadly[_kind(attempt.plan.rule[0])]:
                     self._alone(attempt)
                 self._deadly[_kind(attempt.plan.rule[0])] += 1
+            else:
+                self._deadly[_places(attempt.plan)] += _COST[seen.outcome] // 4
         elif new:
             self.reached |= seen.features
             self.last_new = attempt.number
@@ -252,16 +274,17 @@ class Search:
     def _learn(self, entry: KeptPlan, seen: Observation) -> None:
         """Takes the survey of a kept plan: sites that are new, or have more events, can be part of plans from it."""
         self.reached |= seen.features
-        new = [site for site in seen.sites if site not in self._known]
-        entry.own += new
-        self._known.update(new)
+        parent = next((other for other in self.kept if other.attempt.number == entry.attempt.parent), None)
+        entry.own += [site for site in seen.sites if site not in self._behind]
+        usable = [site for site in seen.sites if self._turns[site] < _MOST_TURNS]
+        new = [site for site in usable if site in entry.own and (parent is None or site not in parent.own)]
         pairs: list[tuple[KeptPlan, tuple[Site, str], Sequence[Point]]] = []
         pairs += [(entry, pair, ()) for pair in self._space.pairs_of(new)]
-        for site in seen.sites:
-            later = self._later_points(site)
-            if later and self._later[site] < _MOST_LATER:
-                self._later[site] += 1
-                pairs += [(entry, pair, later) for pair in self._space.pairs_of([site]) if pair[1] not in ANYWHERE]
+        later = {site: points for site in usable if (points := self._later_points(site))}
+        for pair in self._space.pairs_of(list(later)):
+            if pair[1] not in ANYWHERE:
+                pairs.append((entry, pair, later[pair[0]]))
+        self._turns.update([*new, *later])
         random.Random(f"{self._seed}:{entry.attempt.number}:pairs").shuffle(pairs)
         # Between those of others, so that none waits for all of another's.
         self._deep = deque(_interleaved(pairs, list(self._deep)))
@@ -282,3 +305,10 @@ def _kind(rule: Rule) -> tuple[str, ...]:
     """What rules with the same effect at the same place have in common."""
     keys = rule.plain()
     return rule.point.value, *(str(keys.get(key, "")) for key in ("device", "register", "queue", "phase")), rule.do.name
+
+
+def _places(plan: FaultPlan) -> tuple[str, ...]:
+    """Where a plan of several rules has its faults, whatever they are: after a hang there, others often hang, too."""
+    if len(plan.rule) == 1:
+        return ()
+    return tuple(sorted("/".join(_kind(rule)[:-1]) for rule in plan.rule))
