@@ -25,6 +25,7 @@ from vmodel.explore.against import Against
 from vmodel.explore.explorer import CLEAN as TITLES
 from vmodel.explore.explorer import Exploration, Explorer, SearchBudget, spent, times
 from vmodel.explore.finds import REPEATS, Find, Shrinking, problems
+from vmodel.explore.search import LAG
 from vmodel.explore.space import identity
 from vmodel.explore.summary import document
 from vmodel.explore.text import text_of
@@ -138,6 +139,22 @@ def test_what_is_found_is_minimised_and_repeated(explored: Callable[..., Explore
     # A plan of one rule is as small as can be.
     loops = [find for find in explorer.finds if "endless loop" in find.signature]
     assert loops and len(loops[0].shrunk.plan.rule) == 1 and loops[0].outcome is Outcome.HANG
+
+
+def test_the_search_does_not_wait_for_minimising(explored: Callable[..., Explorer]) -> None:
+    """As long as plans are tried, half of the runs under way are of the search."""
+    under_way: list[tuple[int, int]] = []
+
+    class Watched(Shuffled):
+        def submit(self, task: Task) -> None:
+            super().submit(task)
+            minimising = sum(task.case.name.startswith("find ") for task in self.tasks)
+            under_way.append((minimising, len(self.tasks) - minimising))
+
+    explored(runs=200, on=Watched(2))
+    last = max(n for n, (_, searching) in enumerate(under_way) if searching)
+    assert all(minimising <= max(searching, 1) for minimising, searching in under_way[: last - LAG])
+    assert any(minimising and searching for minimising, searching in under_way)
 
 
 def test_a_search_that_is_interrupted_continues(explored: Callable[..., Explorer], tmp_path: Path) -> None:

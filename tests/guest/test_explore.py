@@ -1,12 +1,8 @@
-"""`vmodel explore` finds the five bugs that are planted in the driver of examples/driver.
-
-It takes up to ten minutes of two free cores, so it runs if `$VMODEL_EXPLORE` is set.
-"""
+"""`vmodel explore` finds the five bugs that are planted in the driver of examples/driver: in about five minutes."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,10 +13,8 @@ import pytest
 
 from vmodel.patience import patience
 
-pytestmark = [
-    pytest.mark.guest,
-    pytest.mark.skipif(not os.environ.get("VMODEL_EXPLORE"), reason="ten minutes of two cores: set $VMODEL_EXPLORE"),
-]
+pytestmark = pytest.mark.guest
+
 FOLDER = Path(__file__).parents[2] / "examples" / "driver"
 #: By plan of examples/driver/plans: what the signature of its bug's find begins with.
 BUGS = {
@@ -31,28 +25,21 @@ BUGS = {
     "stale-data": r"corruption: data",
 }
 #: Minutes after which the search is asked whether it has found all; the last is its budget.
-MINUTES = (3, 5, 7, 10)
+MINUTES = (3, 4, 5, 6, 8, 10)
 
 
 def bug_of(find: dict[str, Any]) -> str | None:
-    return next((bug for bug, pattern in BUGS.items() if re.match(pattern, find["signature"])), None)
+    bug = next((bug for bug, pattern in BUGS.items() if re.match(pattern, find["signature"])), None)
+    # A driver also hangs that waits for a device which is gone.
+    return None if bug == "endless-loop" and not any("STATUS" in rule for rule in find["rules"]) else bug
 
 
 def test_all_planted_bugs_are_found(tmp_path: Path) -> None:
     store = tmp_path / "runs"
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "vmodel",
-            "explore",
-            "memcard.toml",
-            "--driver",
-            "driver/",
-            "--workload",
-            "sh memcard.sh",
-        ),
-        *("--sanitize", "--timeout", "20", "-j", "2", "--format", "json", "-o", str(store)),
+        *(sys.executable, "-m", "vmodel", "explore", "memcard.toml"),
+        *("--driver", "driver/", "--workload", "sh memcard.sh"),
+        *("--sanitize", "--timeout", "15", "-j", "2", "--format", "json", "-o", str(store)),
     ]
     by_bug: dict[str, dict[str, Any]] = {}
     for minutes in MINUTES:
@@ -66,7 +53,6 @@ def test_all_planted_bugs_are_found(tmp_path: Path) -> None:
         if len(by_bug) == len(BUGS):
             break
     assert set(by_bug) == set(BUGS), f"{said['runs']} runs: {json.dumps(said['found'], indent=1)}"
-    assert any("STATUS" in rule for rule in by_bug["endless-loop"]["rules"])
     for find in by_bug.values():
         assert 1 <= len(find["rules"]) <= 3
         assert (store / Path(find["reproduce"]).name / "case.json").is_file()

@@ -115,7 +115,9 @@ class Explorer:
         self._signatures: set[str] = set()
         self._without: dict[str, Result] = {}
         self._shrinkings: list[Shrinking] = []
+        #: The finds, and the attempts' rows, of which a run is under way.
         self._busy: set[int] = set()
+        self._searching: set[int] = set()
         self._rows: dict[int, Row] = {}
         self._number: dict[int, int] = {}
         self._shrunk: dict[int, tuple[Shrinking, FaultPlan]] = {}
@@ -216,11 +218,18 @@ class Explorer:
         return self.ended != "interrupted"
 
     def _next(self) -> Row | None:
-        """The run that is to start next; None: none can start before another ends, or the search is over."""
+        """The run that is to start next; None: none can start before another ends, or the search is over.
+
+        Minimising has half of the workers: the search does not wait for it.
+        """
+        if len(self._busy) <= len(self._searching) and (row := self._next_shrunk()) is not None:
+            return row
+        return self._next_attempt() or self._next_shrunk()
+
+    def _next_attempt(self) -> Row | None:
+        """The run of the next plan of the search."""
         assert self.search is not None
         while True:
-            if (row := self._next_shrunk()) is not None:
-                return row
             if self._over():
                 return None
             number = len(self.attempts) + 1
@@ -236,6 +245,7 @@ class Explorer:
             self._number[id] = number
             row = self.store.row(id)
             if row.result is None:
+                self._searching.add(id)
                 return self._started(row)
             self._done += 1
             self._rows[number] = row
@@ -281,6 +291,7 @@ class Explorer:
                 self._reporter.note(_stable(shrinking))
                 self._reconsider(shrinking.find)
         elif row.id in self._number:
+            self._searching.discard(row.id)
             self._rows[self._number[row.id]] = row
 
     def _take(self, number: int) -> bool:
