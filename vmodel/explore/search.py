@@ -34,6 +34,7 @@ _LEAST, _MOST, _BETTER, _WORSE = 0.05, 16.0, 2.0, 0.85
 _PRIOR = {
     **dict.fromkeys((point.value for point in ConfigEvent.points), 0.2),
     "drop": 0.7,
+    "value(0)": 0.7,
     "value": 0.6,
     **dict.fromkeys(("late", "delay", "reorder", "duplicate", "spurious", "storm"), 0.3),
 }
@@ -199,14 +200,16 @@ class Search:
 
     def _promise(self, site: Site, action: str) -> float:
         """That of an action, and of a point, which reached something new before; less for a site that had its turns."""
-        rate = self._rate(action.partition("(")[0]) * self._rate(site.point.value)
+        name = action.partition("(")[0]
+        rate = self._rate(name, _PRIOR.get(action)) * self._rate(site.point.value)
         return rate / (1 + self._drawn[str(site)])
 
     def _rule_promise(self, rule: Rule) -> float:
         return self._rate(rule.do.name) * self._rate(rule.point.value)
 
-    def _rate(self, name: str) -> float:
-        return (self._hits[name] + 2 * _PRIOR.get(name, 0.5)) / (self._tried[name] + 2)
+    def _rate(self, name: str, prior: float | None = None) -> float:
+        prior = _PRIOR.get(name, 0.5) if prior is None else prior
+        return (self._hits[name] + 2 * prior) / (self._tried[name] + 2)
 
     def _choice(self, generator: random.Random) -> KeptPlan:
         return generator.choices(self.kept, [entry.energy for entry in self.kept])[0]
