@@ -50,6 +50,7 @@ def html(summary: Summary, sources: Sequence[Path] = ()) -> str:
     engine.filters |= {"seconds": lambda value: "" if value is None else chart.seconds(value)}
     return engine.from_string(text).render(
         summary=summary,
+        base=asset("base.css"),
         marks=MARKS,
         outcomes=[outcome for outcome in Outcome if summary.outcomes[outcome]],
         rate=lambda rate, outcome: chart.interval(rate, f"--{MARKS[outcome][0]}"),

@@ -18,7 +18,7 @@ def html(comparison: Comparison, sources: Sources | None = None) -> str:
     return engine.from_string(text).render(
         title=comparison.title,
         shown=sections(comparison, sources),
-        style=asset("sections.css"),
+        style=asset("base.css") + asset("sections.css"),
         view=VIEW,
         sort=asset("sort.js"),
         script=asset("sections.js"),

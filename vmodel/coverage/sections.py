@@ -34,7 +34,7 @@ _NAME = 200
 
 
 def asset(name: str) -> Markup:
-    """A file as text of a page: "sections.css"; "sections.js" is behind the sections; "sort.js" sorts tables."""
+    """A file as text of a page: "base.css" is for any, then "sections.css"; "sections.js" is last; "sort.js" sorts."""
     return Markup(files("vmodel.coverage").joinpath(name).read_text(encoding="utf-8"))
 
 
