@@ -308,3 +308,21 @@ def test_keys_are_about_fields() -> None:
     """Each key of a rule's match asks about a field of some class, but for those about all events."""
     about_all = {"point", "device", "phase", "when"}
     assert {field.alias or name for name, field in Match.model_fields.items()} == set(KEYS) | about_all
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "irq do=drop between=mmio.read..reset",
+        'irq do=drop between=[{"point": "mmio.read", "register": "STATUS"}, {"point": "reset"}]',
+    ],
+)
+def test_the_text_of_a_rule_can_be_given_to_fault(text: str) -> None:
+    rule = parse_rule(text)
+    assert rule.text() == text and parse_rule(rule.text()) == rule
+
+
+@pytest.mark.parametrize("events", ["[", "[1]", "[" * 100_000, '["irq"]', "[1, 2]"])
+def test_between_that_is_no_pair(events: str) -> None:
+    with pytest.raises(ConfigError, match="between"):
+        parse_rule(f"irq do=drop between={events}")

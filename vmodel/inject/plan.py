@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +76,10 @@ def _also_text(schema: dict[str, Any]) -> None:
 
 
 def _pair(value: object) -> object:
-    if isinstance(value, str):
+    if isinstance(value, str) and value.startswith("["):  # what `Rule.text` writes of events with keys
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    elif isinstance(value, str):
         first, dots, second = value.partition("..")
         value = (first, second) if dots else value
     if not isinstance(value, list | tuple) or len(value) != 2:
@@ -150,6 +154,9 @@ class Rule(Match):
         keys = self.plain()
         point = keys.pop("point")
         keys.pop("name", None)
+        events = keys.get("between", ())
+        if events and all(event.keys() == {"point"} for event in events):
+            keys["between"] = "..".join(event["point"] for event in events)
         parts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
         return " ".join([point, *parts])
 
