@@ -58,7 +58,12 @@ def test_what_is_there(kernel: Kernel, tmp_path: Path, builds: list[str]) -> Non
         (
             "qcrad",
             ["driver", "x/zz.ko"],
-            f"kernel {RELEASE} has no module 'qcrad': code that is built in is vmlinux's; the guest's own modules are"
+            "no module 'qcrad': did you mean 'card', which the guest loads?",
+        ),
+        (
+            "scsi",
+            ["driver", "x/zz.ko"],
+            f"kernel {RELEASE} has no module 'scsi': code that is built in is vmlinux's; the guest's own modules are"
             " card, zz",
         ),
     ],

@@ -18,6 +18,7 @@ from vmodel.guest.artifacts import Kernel
 from vmodel.guest.debug_symbols import KERNEL, check_modules, find_debug
 from vmodel.guest.kbuild import OUTPUT
 from vmodel.guest.modules import builtin, files_of, find_module, is_path, is_source, load_module
+from vmodel.guest.tools import nearest
 
 #: The limits of a module's file, in bytes, and of the folders in which a build is looked for.
 _LARGEST, _MOST_FOLDERS = 256 << 20, 1000
@@ -56,6 +57,8 @@ def check_module(name: str, kernel: Kernel, own: Collection[str] = ()) -> None:
     try:
         check_modules(kernel, [name])
     except ConfigError as error:
+        if close := nearest(name, own):
+            raise CoverageError(f"no module {name!r}: did you mean {close!r}, which the guest loads?") from None
         theirs = f"; the guest's own modules are {', '.join(sorted(own)[:_MOST_NAMES])}" if own else ""
         raise CoverageError(f"{error}{theirs}") from None
 
