@@ -32,7 +32,7 @@ from vmodel.experiment.oracle import Outcome
 from vmodel.inject import FaultPlan, parse_rule
 
 #: A run: its kernel, its plan, whether a fault was injected, and what it reached.
-Ran = tuple[str, str, bool, Coverage | None]
+Ran = tuple[str, str, int, Coverage | None]
 EVIL = "<script>alert(1)</script>\"'&{{ 7 * 7 }}%"
 
 
@@ -40,7 +40,7 @@ def store(folder: Path, runs: Sequence[Ran]) -> Path:
     """A campaign's folder with these runs."""
     with ResultStore.create(folder, {"kind": "campaign", "name": "card"}) as made:
         for n, (kernel, plan, injected, reached) in enumerate(runs):
-            rules = FaultPlan().extended([parse_rule("doorbell nth=2 do=drop")]) if injected else None
+            rules = FaultPlan().extended([parse_rule("doorbell nth=2 do=drop")] * injected) if injected else None
             case = Case(machine=Path("m"), workload="w", seed=n, plan=rules)
             (id,) = made.add([Run(machine="m", kernel=kernel, workload="w", plan=plan, seed=n, case=case)])
             part = made.part(id)
@@ -225,6 +225,12 @@ def test_long_names_are_cut(tmp_path: Path) -> None:
     name = "x" * 100_000
     page = page_of(store(tmp_path / "c.runs", [("", "no faults", False, CLEAN), ("", name, True, FAILED)]))
     assert "x" * 201 not in section(page, "c1-faults") + section(page, "c1-growth")
+
+
+def test_many_rules_are_folded(tmp_path: Path) -> None:
+    """A survey has a rule for each point: it would be most of the page."""
+    page = page_of(store(tmp_path / "c.runs", [("", "survey", 11, CLEAN), ("", "few", 10, CLEAN)]))
+    assert page.count("<summary>11 rules</summary><code>doorbell") == 1 and "10 rules" not in page
 
 
 def test_long_tables_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
