@@ -10,6 +10,7 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from vmodel.campaign.store import Row
 from vmodel.experiment.oracle import Outcome
@@ -51,11 +52,12 @@ class ProgressBar:
         self._progress: Progress | None = None
         if out.is_terminal:
             self._progress = Progress(
+                # In a narrow terminal the outcomes are cut, not the numbers.
                 BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
+                MofNCompleteColumn(table_column=Column(min_width=7, no_wrap=True)),
+                TimeElapsedColumn(table_column=Column(min_width=7, no_wrap=True)),
+                TimeRemainingColumn(table_column=Column(min_width=7, no_wrap=True)),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=out,
             )
             self._task = self._progress.add_task("", total=None)

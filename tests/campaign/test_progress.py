@@ -1,0 +1,29 @@
+"""The bar of a campaign that runs, in a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import re
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+
+from vmodel.campaign.matrix import Run
+from vmodel.campaign.progress import ProgressBar
+from vmodel.campaign.rig import harness_error
+from vmodel.campaign.store import Row
+from vmodel.experiment.case import Case
+from vmodel.experiment.oracle import Outcome
+
+
+def test_times_stay_whole_beside_many_outcomes() -> None:
+    out = StringIO()
+    case = Case(machine=Path("m"), workload="w")
+    run = Run(machine="m", kernel="", workload="w", plan="p", seed=0, case=case)
+    with ProgressBar(Console(file=out, force_terminal=True, width=80, color_system=None)) as bar:
+        bar.total(0, 100)
+        for outcome in Outcome:
+            result = harness_error(case, "status", "x").model_copy(update={"outcome": outcome})
+            bar.ended(Row(1, run, Path("1"), result=result))
+    last = out.getvalue()[-400:]
+    assert re.search(r" 8/100 \d:\d\d:\d\d (\d:\d\d:\d\d|-:--:--) 1 not activated", last), last
