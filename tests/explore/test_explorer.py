@@ -157,6 +157,31 @@ def test_the_search_does_not_wait_for_minimising(explored: Callable[..., Explore
     assert any(minimising and searching for minimising, searching in under_way)
 
 
+def test_what_ended_is_taken_when_the_time_is_over(what: Exploration, tmp_path: Path) -> None:
+    """The same command says the same again after its budget of seconds, and runs nothing."""
+
+    def explore(budget: SearchBudget, on: Shuffled) -> Explorer:
+        with ResultStore.create(tmp_path / "runs", what.definition()) as store:
+            notes = Notes()
+            explorer = Explorer(what, store, Runner(store, on, notes), notes, budget)
+            explorer.run()
+            return explorer
+
+    whole, idle = explore(SearchBudget(60), Shuffled(2)), Shuffled(2)
+    again = explore(SearchBudget(None, 1e-6), idle)
+    assert idle.ran == 0 and again.ended == "time"
+    assert plans(again) == plans(whole) and again.growth == whole.growth
+    assert [(find.signature, find.shrunk) for find in again.finds] == [
+        (find.signature, find.shrunk) for find in whole.finds
+    ]
+    # A folder of somebody else may have a run with any number.
+    with ResultStore.create(tmp_path / "runs", what.definition()) as store:
+        waiting = [store.row(id) for id in store.add([what.run("999999999 fresh", FaultPlan())])]
+        Runner(store, Shuffled(1), Notes()).feed(lambda: waiting.pop() if waiting else None)
+        count = len(store.rows())
+    assert 60 <= len(explore(SearchBudget(None, 1e-6), Shuffled(2)).attempts) <= count + LAG
+
+
 def test_a_search_that_is_interrupted_continues(explored: Callable[..., Explorer], tmp_path: Path) -> None:
     whole = explored("whole", on=Shuffled(2))
     for after in (1, 4, 20, 40):

@@ -122,6 +122,10 @@ class Explorer:
         self._number: dict[int, int] = {}
         self._shrunk: dict[int, tuple[Shrinking, FaultPlan]] = {}
         self._taken = 0
+        #: The keys of runs that ended before this process began, and the highest number of an attempt among them.
+        #: They are taken even when the time is over.
+        self._stored: frozenset[str] = frozenset()
+        self._last_stored = 0
         #: For the progress: how many runs have ended, and how many are asked for to minimise.
         self._done = self._others = 0
         self._began = self._clock()
@@ -135,7 +139,11 @@ class Explorer:
         CleanRunError: the workload fails without faults.  ConfigError: the store has another version of this search,
         or the device has no event at which a fault could be injected.
         """
-        self._before = spent(self.store.rows())
+        stored = [row for row in self.store.rows() if row.result is not None]
+        self._before = spent(stored)
+        self._stored = frozenset(row.run.key for row in stored)
+        # As many at most are missing before it as can be under way: a foreign folder may have any title.
+        self._last_stored = min(max((_number(row.run.plan) for row in stored), default=0), len(stored) + LAG)
         self._began = self._clock()
         self._check_store()
         self._reporter.total(0, None)
@@ -213,6 +221,8 @@ class Explorer:
     def _over(self) -> bool:
         if self._budget.runs is not None and len(self.attempts) >= self._budget.runs:
             self.ended = "runs"
+        elif len(self.attempts) < self._last_stored:
+            return False
         elif self._budget.seconds is not None and self.elapsed >= self._budget.seconds:
             self.ended = "time"
         return self.ended != "interrupted"
@@ -252,13 +262,15 @@ class Explorer:
 
     def _next_shrunk(self) -> Row | None:
         for shrinking in self._shrinkings:
-            while shrinking.find.number not in self._busy and not self._late():
+            while shrinking.find.number not in self._busy:
                 plan = shrinking.wanted()
                 if plan is None:
                     break
                 done = len(shrinking.shrunk.again)
                 what = f"again {done + 1}" if shrinking.repeats else f"smaller {shrinking.runs + 1}"
                 run = self.what.run(f"find {shrinking.find.number}, {what}", plan, fresh=shrinking.repeats)
+                if run.key not in self._stored and self._late():
+                    break
                 (id,) = self.store.add([run])
                 row = self.store.row(id)
                 self._others += 1
@@ -344,6 +356,12 @@ def _stable(shrinking: Shrinking) -> str:
     return (
         f"find {shrinking.find.number}: {size} rule{'s' * (size != 1)}, seen again {sum(again)} of {len(again)} times"
     )
+
+
+def _number(title: str) -> int:
+    """The number of the attempt whose run has this title; 0: it is another run."""
+    first = title.partition(" ")[0]
+    return int(first) if first.isdecimal() and len(first) < 10 else 0
 
 
 def spent(rows: list[Row]) -> float:
