@@ -71,7 +71,17 @@ def test_ctrl_c_keeps_what_ended_and_prints_the_summary(folder: Path) -> None:
         (("--runs", "5", "--driver", "./x.o"), "--driver ./x.o: there is no module or source folder './x.o'"),
         (
             ("--runs", "5", "--driver", "vmlinux:"),
-            "'vmlinux:': PREFIX must be the begin of a function's name, as \"pci_\"",
+            "'vmlinux:': PREFIX must be the beginning of a function's name, as \"pci_\"",
+        ),
+        (
+            ("--runs", "5", "--suspend", "--bare"),
+            "--suspend: needs a driver that each run loads, a module without --bare or --boot: do it in the workload"
+            " instead",
+        ),
+        (
+            ("--runs", "5", "--wait-for", "/dev/card"),
+            "--wait-for: needs a driver that each run loads, a module without --bare or --boot: do it in the workload"
+            " instead",
         ),
         (("--runs", "5", "--format", "xml"), "--format xml: formats are text, json"),
         (("--runs", "5", "--against", "nowhere"), "nowhere: is not a campaign's folder: it has no campaign.db"),

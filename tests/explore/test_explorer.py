@@ -216,6 +216,24 @@ def test_an_interrupted_search_has_a_summary(what: Exploration, tmp_path: Path) 
     assert "it was interrupted: the same command continues" in text_of(said)
 
 
+def test_an_interruption_of_the_last_minimising_is_one(what: Exploration, tmp_path: Path) -> None:
+    """All plans were tried, and minimising what they found goes on."""
+
+    class Last(Shuffled):
+        def wait(self) -> Sequence[Answer]:
+            if len(explorer.attempts) == 20 and all(task.case.name.startswith("find ") for task in self.tasks):
+                raise KeyboardInterrupt
+            return super().wait()
+
+    with ResultStore.create(tmp_path / "runs", what.definition()) as store:
+        notes = Notes()
+        explorer = Explorer(what, store, Runner(store, Last(2), notes), notes, SearchBudget(20))
+        with pytest.raises(KeyboardInterrupt):
+            explorer.run()
+        assert document(explorer, store.rows(), 2)["ended"] == explorer.ended == "interrupted"
+        assert len(explorer.growth) == 20 and explorer.finds
+
+
 def test_the_budget_in_time_ends_it(what: Exploration, tmp_path: Path) -> None:
     now = [1000.0]
 

@@ -47,7 +47,17 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
             {"do": "watch", "rule": rule}
             for rule in ("", "irq", "irq/9/running/", "irq/x/running/", "irq/0/running", "nowhere/0/running/", 7)
         ]
-        file.write("[1]\n{\n" + "".join(f"{json.dumps(record)}\n" for record in bad))
+        bad += [
+            {"do": "watch", "rule": rule}
+            for rule in ("irq/0/nix/", "irq/\u00b2/running/", "mmio.read/0/running/x", "mmio.read/0/running/5")
+        ]
+        wrong: list[dict[str, object]] = [{"address": text} for text in ("zz", "-5", "0x" + "f" * 4000, 7)]
+        wrong += [{"address": "0x0", "size": size} for size in (-4, 1 << 70, "4", True)]
+        bad += [{"do": "watch", "rule": "mmio.read/0/running/0"} | keys for keys in wrong]
+        for keys in ({"queue": {"a": 1}}, {"queue": "\1"}, {"opcode": -1}, {"queue": 1 << 40}, {"opcode": [1]}):
+            bad.append({"do": "watch", "rule": "completion/0/running/", **keys})
+        bad.append({"do": "watch", "rule": "irq/0/running/", "vector": 0, "kind": "nix\n"})
+        file.write("[1]\n{\n" + "[" * 60_000 + "\n" + "".join(f"{json.dumps(record)}\n" for record in bad))
     assert sites(records(result, tmp_path), DEVICES) == whole == surveyed()
     # Without the artefact, the result's own records.
     assert sites(records(result.model_copy(update={"artefacts": {}}), tmp_path), DEVICES) == whole

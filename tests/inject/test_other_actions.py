@@ -185,6 +185,30 @@ def test_disconnect_later_and_at_the_start(tmp_path: Path) -> None:
             assert eventually(lambda: [record["point"] for record in fired(engine)] == ["connection"])
 
 
+def test_no_device_is_removed_once_the_plan_is_over(lab: Bench) -> None:
+    with armed(lab, "mmio.write once do=disconnect(10min)") as engine:
+        lab.put(PLAIN, 1)
+        assert engine.unfinished
+    lab.elapse(600)
+    assert lab.get(PLAIN) == 1
+
+
+def test_what_is_held_back_is_unfinished(tmp_path: Path) -> None:
+    with bench(tmp_path) as lab:
+        with armed(lab, "mmio.write register=PLAIN first=2 do=late(1min)") as engine:
+            assert not engine.unfinished
+            lab.put(PLAIN, 1)
+            lab.put(PLAIN, 2)
+            assert engine.unfinished
+            lab.elapse(60)
+            assert lab.get(PLAIN) == 2 and not engine.unfinished
+        with armed(lab, "mmio.write register=PLAIN once do=reorder") as engine:
+            lab.put(PLAIN, 3)
+            assert engine.unfinished
+            lab.put(PLAIN, 4)
+            assert lab.get(PLAIN) == 3 and not engine.unfinished
+
+
 def test_unplug_request(lab: Bench) -> None:
     (req,) = lab.client.eventfds(Irq.REQ, 1)
     with armed(lab, "mmio.write once do=unplug"):

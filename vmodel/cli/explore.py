@@ -129,6 +129,11 @@ def explore(
             names = _modules(entries, loaded, kernel, [part for part in parts if part.startswith("vmlinux:")])
             parts = [*names, *(part for part in parts if part.startswith("vmlinux:"))]
         cycled = bool(names) and not (bare or boot)
+        if not cycled and (suspend or wait_for):
+            raise ConfigError(
+                f"--{'suspend' if suspend else 'wait-for'}: needs a driver that each run loads, a module without"
+                " --bare or --boot: do it in the workload instead"
+            )
         script = cycle(names, workload, wait_for=wait_for, suspend=suspend) if cycled else workload
         again = cycle(names, check or workload, wait_for=wait_for) if cycled else check or workload
         extra = tuple(at_option("--module", module_at, entry) for entry in module or ())
@@ -139,8 +144,8 @@ def explore(
             check="" if own else again,
             arm="boot" if boot else "workload",
             files=tuple(at_option("--file", guest_file, text) for text in file or ()),
-            modules=(*extra, *entries) if boot and not own else extra,
-            extra_modules=() if boot or own else tuple(entries),
+            modules=(*extra, *entries) if (bare or boot) and not own else extra,
+            extra_modules=() if bare or boot or own else tuple(entries),
             tools=tuple(at_option("--tool", tool_at, entry) for entry in tool or ()),
             append=append,
             sanitize=sanitize,

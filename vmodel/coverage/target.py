@@ -35,7 +35,7 @@ class Target:
             if not colon:
                 raise CoverageError('"vmlinux" is all of the kernel: say which functions, as "vmlinux:pci_"')
             if not _PREFIX.fullmatch(prefix):
-                raise CoverageError(f'{text!r}: PREFIX must be the begin of a function\'s name, as "pci_"')
+                raise CoverageError(f'{text!r}: PREFIX must be the beginning of a function\'s name, as "pci_"')
             return cls(text, prefix)
         if "/" in text or text.endswith(".ko"):
             path = Path(text)

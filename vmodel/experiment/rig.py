@@ -71,7 +71,7 @@ class Rig(Closing):
         except BaseException:
             self.close()
             raise
-        if case.arm == "boot" or self._setup.is_worn or not self._is_reusable(result):
+        if case.arm == "boot" or self._setup.is_worn or trial.unfinished or not self._is_reusable(result):
             self.close()
         return result
 
@@ -207,6 +207,8 @@ class _Armed:
     first: float | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     rules: list[dict[str, Any]] = field(default_factory=list)
+    #: Whether events were held back when it was disarmed: they may come, or be missing, in the next case.
+    unfinished: bool = False
 
     def record(self, record: dict[str, Any]) -> None:
         """Keeps a record of the journal, up to _MOST_INJECTIONS."""
@@ -218,6 +220,7 @@ class _Armed:
     def disarm(self) -> None:
         if not self.rules:
             self.rules = self.engine.describe()
+        self.unfinished |= self.engine.unfinished
         self.engine.close()
 
 
@@ -259,6 +262,11 @@ class _Trial:
         self.findings.append(
             Finding(oracle=oracle, effect=effect, sign=sign, text=text, signature=signature, at=when, last=when)
         )
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether its faults may still have effects in another case of the same guest."""
+        return self.armed is not None and self.armed.unfinished
 
     # ---- running ----------------------------------------------------------------------------
 

@@ -168,12 +168,13 @@ class Explorer:
         )
         try:
             self._runner.feed(self._next, self._arrived)
+            self._take_all()
+            # What the last attempts found.
+            self._runner.feed(self._next_shrunk, self._arrived)
         except KeyboardInterrupt:
+            self.ended = "interrupted"
             self._take_all()
             raise
-        self._take_all()
-        # What the last attempts found.
-        self._runner.feed(self._next_shrunk, self._arrived)
 
     def _check_store(self) -> None:
         """ConfigError: the store's runs are not those of this search."""

@@ -122,6 +122,8 @@ class Search:
         self._hits: Counter[str] = Counter()
         #: By site: how often it was drawn.
         self._drawn: Counter[str] = Counter()
+        #: By kind of rule: at how many single events it was tried.
+        self._singles: Counter[tuple[str, ...]] = Counter()
         self._fresh = self._shuffled()
         #: Sites that a kept plan's survey found, with their actions: rules to add to that plan.  If the run without
         #: faults has events there, too: the points of which the rule must be behind one.
@@ -168,6 +170,7 @@ class Search:
             return space.extended(plan, rule, generator), kind, entry.attempt.number
         if kind == "single":
             parent, (rule, plan) = self._best(self._single, lambda one: self._rule_promise(one[1][0]))
+            self._singles[_kind(rule)] += 1
             return plan, kind, parent
         if kind == "fresh":
             pair = self._best(self._fresh, lambda one: self._promise(*one))
@@ -205,7 +208,8 @@ class Search:
         return rate / (1 + self._drawn[str(site)])
 
     def _rule_promise(self, rule: Rule) -> float:
-        return self._rate(rule.do.name) * self._rate(rule.point.value)
+        """That of a rule's next single event: the first one of all rules is tried before many of one."""
+        return self._rate(rule.do.name) * self._rate(rule.point.value) / (1 + self._singles[_kind(rule)])
 
     def _rate(self, name: str, prior: float | None = None) -> float:
         prior = _PRIOR.get(name, 0.5) if prior is None else prior

@@ -200,10 +200,12 @@ class PlanSpace:
     def one_by_one(self, plan: FaultPlan) -> list[tuple[Rule, FaultPlan]]:
         """The plans in which one of the rules fires at one event only, each of the first ones in turn; with that rule.
 
-        Which event a fault hits may decide what comes of it.
+        Which event a fault hits may decide what comes of it; not of those whose effect depends on the moment alone.
         """
         found = []
         for at, rule in enumerate(plan.rule):
+            if rule.do.name in ANYWHERE:
+                continue
             keys = {key: value for key, value in rule.plain().items() if key not in _SCHEDULE}
             count = min(max(sum(site.count for site in self.like(rule)), 1) + 1, _MOST_EVENTS)
             for nth in range(1, count + 1):

@@ -7,11 +7,14 @@ opcodes, sizes and vectors there are, in which phase of the driver, and how ofte
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from vmodel.device import PciDevice
 from vmodel.experiment.case import Result
@@ -31,8 +34,33 @@ MOST_VALUES = 4
 _LONGEST = 1 << 16
 #: Points of an IOMMU: their events name it, and a rule needs no device.
 IOMMU_POINTS = frozenset((Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE))
-#: Keys of a record that rules can select by, with their names in plans.
-_SELECTED = ("queue", "opcode", "vector", "kind")
+#: The name of a survey's rule: point, number of the device, phase and BAR.
+_NAME = re.compile(r"(?P<point>[a-z.]+)/(?P<n>\d{1,4})/(?P<phase>[a-z]+)/(?P<bar>\d?)", re.ASCII)
+
+
+def _hexadecimal(text: object) -> object:
+    """Addresses in the log are hexadecimal.  ValueError."""
+    if not isinstance(text, str) or not re.fullmatch("0x[0-9a-f]{1,16}", text):
+        raise ValueError("must be a hexadecimal address")
+    return int(text, 16)
+
+
+_Number = Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+class _Record(BaseModel):
+    """What a survey needs of a line of the log.  The folder may be somebody else's: any line may be in it."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    rule: Annotated[str, Field(max_length=100)]
+    address: Annotated[int, BeforeValidator(_hexadecimal), Field(ge=0, lt=1 << 64)] | None = None
+    size: Annotated[int, Field(ge=0, le=1 << 64)] | None = None
+    before: str | None = None
+    queue: _Number | None = None
+    opcode: _Number | None = None
+    vector: _Number | None = None
+    kind: Annotated[str, Field(max_length=40)] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +122,7 @@ def records(result: Result, folder: Path) -> Iterator[dict[str, Any]]:
         while line := file.readline(_LONGEST):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 yield record
@@ -118,10 +146,14 @@ def sites(log: Iterable[Mapping[str, Any]], devices: Mapping[str, PciDevice]) ->
     names = list(devices)
     groups: defaultdict[tuple[Point, tuple[tuple[str, Any], ...]], _Group] = defaultdict(_Group)
     before: defaultdict[Any, frozenset[Point]] = defaultdict(frozenset)
-    for record in log:
-        if record.get("do") != "watch" or record.get("late"):
+    for said in log:
+        if said.get("do") != "watch" or said.get("late"):
             continue
-        placed = _place(str(record.get("rule")), names)
+        try:
+            record = _Record.model_validate(said)
+        except ValueError:
+            continue
+        placed = _place(record.rule, devices, names)
         if placed is None:
             continue
         point, keys, bar = placed
@@ -130,52 +162,66 @@ def sites(log: Iterable[Mapping[str, Any]], devices: Mapping[str, PciDevice]) ->
         group.seen[detail] += 1
         group.behind[detail] = before[keys.get("device")]
         before[keys.get("device")] |= {point}
-        size = record.get("size")
-        if isinstance(size, int):
-            group.sizes[detail][size] += 1
+        if record.size is not None:
+            group.sizes[detail][record.size] += 1
         value = _value(record)
         if value is not None:
             group.values[detail][value] += 1
     found = [site for (point, keys), group in groups.items() for site in _of_group(point, keys, group)]
+    found = [site for site in found if _selectable(site)]
     return sorted(found, key=lambda site: (list(Point).index(site.point), str(site)))
 
 
-def _place(rule: str, names: Sequence[str]) -> tuple[Point, dict[str, Any], int | None] | None:
+def _place(
+    rule: str, devices: Mapping[str, PciDevice], names: Sequence[str]
+) -> tuple[Point, dict[str, Any], int | None] | None:
     """The point, the keys and the BAR in the name of a survey's rule; None: it is no such rule."""
-    point, *rest = rule.split("/")
-    if point not in {p.value for p in IOMMU_POINTS}:
-        if len(rest) != 3 or point not in {p.value for p in Point} or not rest[0].isdigit():
-            return None
-        if int(rest[0]) >= len(names):
-            return None
-        return Point(point), {"device": names[int(rest[0])], "phase": rest[1]}, int(rest[2]) if rest[2] else None
-    return None if rest else (Point(point), {}, None)
+    if rule in {point.value for point in IOMMU_POINTS}:
+        return Point(rule), {}, None
+    parts = _NAME.fullmatch(rule)
+    if parts is None or parts["point"] not in {point.value for point in Point} or int(parts["n"]) >= len(names):
+        return None
+    point, name = Point(parts["point"]), names[int(parts["n"])]
+    bars = {bar.index for bar in devices[name].declaration.bars} if point in MmioEvent.points else {None}
+    bar = int(parts["bar"]) if parts["bar"] else None
+    if parts["phase"] not in {phase.value for phase in Phase} or bar not in bars:
+        return None
+    return point, {"device": name, "phase": parts["phase"]}, bar
+
+
+def _selectable(site: Site) -> bool:
+    """Whether a rule can select it: a record may say anything."""
+    try:
+        Rule.model_validate({"point": site.point.value, **dict(site.keys), "do": "watch"})
+    except ValueError:
+        return False
+    return True
 
 
 def _detail(
-    point: Point, record: Mapping[str, Any], registers: RegisterMap | None, bar: int | None
+    point: Point, record: _Record, registers: RegisterMap | None, bar: int | None
 ) -> tuple[tuple[str, Any], ...]:
     """The keys that distinguish a record's event from others of its point, device and phase."""
-    size, address = record.get("size"), record.get("address")
     if point in MmioEvent.points | ConfigEvent.points:
         region = Region.CONFIG if bar is None else bar
-        offset = int(address, 16) if isinstance(address, str) else 0
+        offset = record.address or 0
         place = None
         if registers is not None:
-            place = next(iter(registers.covering(region, offset, size if isinstance(size, int) else 1)), None)
+            place = next(iter(registers.covering(region, offset, 1 if record.size is None else record.size)), None)
         if place is not None:
             return (("register", place.full_name),)
         return (("offset", offset),) if bar is None else (("bar", bar), ("offset", offset))
-    detail = {key: record[key] for key in _SELECTED if record.get(key) is not None and point in KEYS[key]}
-    if EVENTS[point] in (DmaEvent, TranslationEvent) and isinstance(size, int):
-        detail["size"] = size
+    said = {"queue": record.queue, "opcode": record.opcode, "vector": record.vector, "kind": record.kind}
+    detail: dict[str, Any] = {key: value for key, value in said.items() if value is not None and point in KEYS[key]}
+    if EVENTS[point] in (DmaEvent, TranslationEvent) and record.size is not None:
+        detail["size"] = record.size
     return tuple(detail.items())
 
 
-def _value(record: Mapping[str, Any]) -> int | None:
+def _value(record: _Record) -> int | None:
     """The value of a small access, little-endian."""
-    text = record.get("before")
-    if not isinstance(text, str) or not 0 < len(text) <= 16:
+    text = record.before
+    if text is None or not 0 < len(text) <= 16:
         return None
     try:
         return int.from_bytes(bytes.fromhex(text), "little")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from vmodel.closing import Closing
 from vmodel.device import PciDevice
@@ -21,6 +22,7 @@ from vmodel.inject.schedule import Progress, stream
 from vmodel.logs import limited, report_held
 from vmodel.points import Event, Point, Proceed
 from vmodel.register_map import RegisterMap
+from vmodel.timers import Timer
 
 log = limited(__name__)
 
@@ -89,6 +91,8 @@ class Engine(Closing):
         self._rules: list[_Live] = []
         self._by_point: dict[Point, tuple[_Live, ...]] = {}
         self._held: list[tuple[Point, str, Injection, Callable[[], object]]] = []
+        #: The delayed events that wait for their time; an agenda keeps those that are still to come.
+        self._timers: WeakSet[Timer] = WeakSet()
         self._healed = False
         self._heal = None
         wrong: list[ConfigError] = []
@@ -300,7 +304,8 @@ class Engine(Closing):
 
         if after is None:
             if delay:
-                device.after(delay, carry_out)
+                with self._lock:
+                    self._timers.add(device.after(delay, carry_out))
             else:
                 device.defer(carry_out)
             return
@@ -329,6 +334,12 @@ class Engine(Closing):
             call()
 
     # ---- life ------------------------------------------------------------------------------
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether events are held back now: after `close`, those that wait for a time are still carried out."""
+        with self._lock:
+            return bool(self._held) or any(timer.call is not None for timer in self._timers)
 
     def close(self) -> None:
         """Disarms all rules, ends their waits, and closes the log.  Calls that wait for a point are discarded."""

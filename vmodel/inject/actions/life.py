@@ -16,7 +16,10 @@ from vmodel.vfio_user.commands import RegionInfo
 
 
 class Disconnect(Action, name="disconnect"):
-    """Removes the device by surprise, at once or `ms` later: its registers read as all ones."""
+    """Removes the device by surprise, at once or `ms` later: its registers read as all ones.
+
+    It stays if the plan is over, or healed, before that.
+    """
 
     ms: Ms = 0.0
     points: ClassVar[frozenset[Point]] = frozenset(Point) - {Point.UNPLUG}
@@ -25,6 +28,9 @@ class Disconnect(Action, name="disconnect"):
         device = at.device
 
         def go() -> None:
+            if self.ms and not at.engine.goes_on(at.rule):
+                at.result = "not any more"
+                return
             if device.backend.hang_up is not None:
                 device.backend.hang_up()
             # Now: transfers under way must not complete before the end of the connection is noticed.
