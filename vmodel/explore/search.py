@@ -240,14 +240,17 @@ class Search:
         if attempt.how == "survey":
             self._learn(self._surveyed.pop(attempt.number), seen)
             return new
+        parent = next((entry for entry in self.kept if entry.attempt.number == attempt.parent), None)
+        known = set() if parent is None else {rule.text() for rule in parent.attempt.plan.rule}
         for rule in attempt.plan.rule:
-            for name in (rule.do.name, rule.point.value):
-                self._tried[name] += 1
-                self._hits[name] += bool(new)
+            # What a plan has of its parent is not what was tried.
+            if rule.text() not in known:
+                for name in (rule.do.name, rule.point.value):
+                    self._tried[name] += 1
+                    self._hits[name] += bool(new)
         how = "mutation" if attempt.how == "combination" else attempt.how
         self._tried[how] += _COST.get(seen.outcome, 1)
         self._hits[how] += bool(new)
-        parent = next((entry for entry in self.kept if entry.attempt.number == attempt.parent), None)
         if seen.outcome in _FATAL:
             self._fatal.append(frozenset(rule.text() for rule in attempt.plan.rule))
             # The same end is new only once.
