@@ -62,6 +62,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[_STDERR])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test begins first: others run beside it."""
+    items.sort(key=lambda item: "test_all_planted_bugs_are_found" not in item.nodeid)
+
+
 def pytest_collection_finish() -> None:
     """What has been imported stays: tests that collect garbage need not look through it each time."""
     gc.collect()
