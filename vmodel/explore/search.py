@@ -12,7 +12,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from vmodel.device import PciDevice
 from vmodel.experiment.oracle import Outcome
@@ -169,7 +169,8 @@ class Search:
             rule = space.rule(generator, *pair, behind=generator.choice(later) if later else None)
             return space.extended(plan, rule, generator), kind, entry.attempt.number
         if kind == "single":
-            parent, (rule, plan) = self._best(self._single, lambda one: self._rule_promise(one[1][0]))
+            # The first events of all rules come before the second one of any.
+            parent, (rule, plan) = self._best(self._single, lambda one: -self._singles[_kind(one[1][0])])
             self._singles[_kind(rule)] += 1
             return plan, kind, parent
         if kind == "fresh":
@@ -194,7 +195,7 @@ class Search:
             return "random"
         return generator.choices(kinds, [self._rate(kind) for kind in kinds])[0]
 
-    def _best(self, items: deque[_T], promise: Callable[[_T], Any]) -> _T:
+    def _best(self, items: deque[_T], promise: Callable[[_T], float]) -> _T:
         """Takes the most promising of the items, of equal ones the first."""
         best = max(range(len(items)), key=lambda n: (promise(items[n]), -n))
         found = items[best]
@@ -206,10 +207,6 @@ class Search:
         name = action.partition("(")[0]
         rate = self._rate(name, _PRIOR.get(action)) * self._rate(site.point.value)
         return rate / (1 + self._drawn[str(site)])
-
-    def _rule_promise(self, rule: Rule) -> tuple[int, float]:
-        """That of a rule's next single event: the first ones of all rules come before the second one of any."""
-        return -self._singles[_kind(rule)], self._rate(rule.do.name) * self._rate(rule.point.value)
 
     def _rate(self, name: str, prior: float | None = None) -> float:
         prior = _PRIOR.get(name, 0.5) if prior is None else prior
