@@ -48,7 +48,7 @@ def _hexadecimal(text: object) -> object:
 _Number = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
-class _Record(BaseModel):
+class _WatchedEvent(BaseModel):
     """What a survey needs of a line of the log.  The folder may be somebody else's: any line may be in it."""
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -150,7 +150,7 @@ def sites(log: Iterable[Mapping[str, Any]], devices: Mapping[str, PciDevice]) ->
         if said.get("do") != "watch" or said.get("late"):
             continue
         try:
-            record = _Record.model_validate(said)
+            record = _WatchedEvent.model_validate(said)
         except ValueError:
             continue
         placed = _place(record.rule, devices, names)
@@ -199,7 +199,7 @@ def _selectable(site: Site) -> bool:
 
 
 def _detail(
-    point: Point, record: _Record, registers: RegisterMap | None, bar: int | None
+    point: Point, record: _WatchedEvent, registers: RegisterMap | None, bar: int | None
 ) -> tuple[tuple[str, Any], ...]:
     """The keys that distinguish a record's event from others of its point, device and phase."""
     if point in MmioEvent.points | ConfigEvent.points:
@@ -218,7 +218,7 @@ def _detail(
     return tuple(detail.items())
 
 
-def _value(record: _Record) -> int | None:
+def _value(record: _WatchedEvent) -> int | None:
     """The value of a small access, little-endian."""
     text = record.before
     if text is None or not 0 < len(text) <= 16:
