@@ -27,3 +27,11 @@ def test_times_stay_whole_beside_many_outcomes() -> None:
             bar.ended(Row(1, run, Path("1"), result=result))
     last = out.getvalue()[-400:]
     assert re.search(r" 8/100 \d:\d\d:\d\d (\d:\d\d:\d\d|-:--:--) 1 not activated", last), last
+
+
+def test_notes_have_one_colour() -> None:
+    out = StringIO()
+    text = "run 5: 10 new instructions: irq device=0000:00:03.0 do=drop"
+    with ProgressBar(Console(file=out, force_terminal=True, width=80, color_system="standard")) as bar:
+        bar.note(text)
+    assert text in out.getvalue()

@@ -92,14 +92,14 @@ class ProgressBar:
         counts = ", ".join(f"[{STYLES[o]}]{n} {o.value}[/]" for o, n in sorted(self._outcomes.items(), key=_severity))
         self._progress.update(self._task, completed=self._done, description=counts)
         if not row.expected and outcome is not Outcome.NOT_ACTIVATED:
-            self._progress.print(f"[{STYLES[outcome]}]{escape(line(row))}[/]")
+            self._progress.print(f"[{STYLES[outcome]}]{escape(line(row))}[/]", highlight=False)
 
     def note(self, text: str) -> None:
         """See Reporter."""
         if self._progress is None:
             print(text, file=sys.stderr, flush=True)
         else:
-            self._progress.print(escape(text))
+            self._progress.print(escape(text), highlight=False)
 
 
 def _severity(item: tuple[Outcome, int]) -> int:
