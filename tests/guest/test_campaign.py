@@ -84,7 +84,7 @@ expect = ["detected and failed"]
 
 def test_what_each_plan_reaches(tmp_path: Path) -> None:
     """The driver's own error handling, and a function that without faults nobody calls, in JSON and on the page."""
-    shutil.copytree(DRIVER, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(DRIVER, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("build", "*.runs"))
     (tmp_path / "card.toml").write_text(COVERED)
     line = [sys.executable, "-m", "vmodel", "campaign", "card.toml"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=patience(240), check=False)

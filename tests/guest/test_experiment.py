@@ -118,7 +118,7 @@ name = "nvme"
 name = "nvme0"
 model = "nvme"
 address = "0000:00:04.0"
-params = { namespaces = [ { memory = "16M", lba = 512 } ] }
+params = { queues = 1, namespaces = [ { memory = "16M", lba = 512 } ] }
 """
 
 

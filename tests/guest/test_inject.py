@@ -104,7 +104,7 @@ def test_a_lost_interrupt_is_polled_for(lab: Lab) -> None:
 
 
 def test_a_lost_completion_ends_in_a_reset(lab: Lab) -> None:
-    with lab.armed("completion device=nvme0 queue=1 opcode=2 once do=drop"):
+    with lab.armed("completion device=nvme0 queue=1,2 opcode=2 once do=drop"):
         lab.shell.run(READ)
         log = lab.log
         assert "timeout" in log and ("reset controller" in log or "aborting" in log.lower())
@@ -113,6 +113,6 @@ def test_a_lost_completion_ends_in_a_reset(lab: Lab) -> None:
 
 def test_surprise_removal(lab: Lab) -> None:
     """The last one: QEMU does not connect again."""
-    with lab.armed("doorbell device=nvme0 queue=1 once do=disconnect"):
+    with lab.armed("doorbell device=nvme0 queue=1,2 once do=disconnect"):
         lab.shell.fails(READ, timeout=90)
     lab.shell.run("true")

@@ -66,6 +66,17 @@ def test_a_build(source: Path, kernel: str, tmp_path: Path) -> None:
     assert "'nobody'" in build(source, found, tmp_path / "build").warnings[0]
 
 
+def test_a_copied_build_folder_is_built_again(source: Path, tmp_path: Path) -> None:
+    """A copy that followed the links has files in their place, and objects that name the other sources."""
+    found = find_kernel(CHOSEN[0])
+    build(source, found, source / "build")
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    assert (copy / "build" / found.release / "main.c").is_file()
+    (module,) = build(copy, found, copy / "build").modules
+    assert (module.parent / "main.c").readlink() == copy / "main.c"
+    assert str(copy).encode() in module.read_bytes() and str(source).encode() not in module.read_bytes()
+
+
 def test_a_build_that_does_not_end(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its processes end with it, and the error says the limit."""
     monkeypatch.setattr(kbuild, "_TIMEOUT", 1.0)

@@ -29,7 +29,7 @@ name = "nvme"
 name = "nvme0"
 model = "nvme"
 address = "0000:00:04.0"
-params = { namespaces = [{ memory = "4M", lba = 512 }] }
+params = { queues = 1, namespaces = [{ memory = "4M", lba = 512 }] }
 """
 GUESTS = """
     import pytest

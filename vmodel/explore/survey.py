@@ -60,7 +60,7 @@ class _WatchedEvent(BaseModel):
     queue: _Number | None = None
     opcode: _Number | None = None
     vector: _Number | None = None
-    kind: Annotated[str, Field(max_length=40)] | None = None
+    kind: Annotated[str, Field(pattern=r"^[A-Za-z0-9_ -]{1,40}$")] | None = None
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,10 @@ def _mirror(source: Path, folder: Path) -> None:
     for path, target in wanted.items():
         if not path.is_symlink():
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                # The folder was copied with what its links name: what was built of that names other sources.
+                path.unlink()
+                path.with_suffix(".o").unlink(missing_ok=True)
             path.symlink_to(target)
 
 
