@@ -275,8 +275,7 @@ class Search:
     def _alone(self, attempt: Attempt) -> None:
         """Each event of its faults is to be tried alone."""
         if attempt.how != "single":
-            singles = [(attempt.number, one) for one in self._space.one_by_one(attempt.plan)]
-            self._single = deque(_interleaved(list(self._single), singles))
+            self._single.extend((attempt.number, one) for one in self._space.one_by_one(attempt.plan))
 
     def _learn(self, entry: KeptPlan, seen: Observation) -> None:
         """Takes the survey of a kept plan: sites that are new, or have more events, can be part of plans from it."""
