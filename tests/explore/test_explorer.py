@@ -314,6 +314,11 @@ def finding(effect: Effect, sign: str, signature: str) -> Finding:
         # The tasks that the kernel lists on request say where a hang is, and are no problem by themselves.
         ([(Effect.HANG, "status", "h"), (Effect.NOTICED, "blocked-task", "b")], ["hang: h: b"]),
         ([(Effect.CRASH, "oops", "o"), (Effect.NOTICED, "blocked-task", "b")], ["crash: o"]),
+        # Code that still runs says it better: it is the same each time.
+        (
+            [(Effect.HANG, "status", "h"), (Effect.NOTICED, "blocked-task", "b"), (Effect.NOTICED, "polling", "p")],
+            ["hang: h: p"],
+        ),
         # Which check sees a double free first is chance: where it is, is the same.
         ([(Effect.CRASH, "memory", "memory: BUG kmalloc-#: Object already free in f < g")], ["crash in f < g"]),
         ([(Effect.CRASH, "kasan", "kasan: BUG: KFENCE: invalid free in f [m] in f < g")], ["crash in f < g"]),
@@ -354,6 +359,33 @@ def test_a_hang_is_one_wherever_the_kernel_sees_it(what: Exploration, tmp_path: 
         result = own.model_copy(update={"evidence": tuple(at[:1])}) if again < 2 else nothing
         shrinking.take(wanted, replace(first, id=8 + shrinking.runs, result=result))
     assert signature == "hang: h: t" and find.shrunk.again == [True, True, False] and find.shrunk.plan.rule
+
+
+@pytest.mark.parametrize(
+    ("other", "same"), [("polling: f()", True), ("polling: g()", False), ("blocked-task: g", True)]
+)
+def test_hangs_in_which_other_code_runs_are_different(
+    what: Exploration, tmp_path: Path, other: str, same: bool
+) -> None:
+    plan = FaultPlan(rule=(parse_rule("irq do=drop nth=1"),))
+
+    def hung(runs: str) -> Row:
+        evidence = (
+            finding(Effect.HANG, "status", "time status"),
+            finding(Effect.NOTICED, runs.partition(":")[0], runs),
+        )
+        result = Simulated().run(what.case, tmp_path).model_copy(update={"outcome": Outcome.HANG, "evidence": evidence})
+        return Row(7, what.run("1 fresh", plan), tmp_path, 0, result)
+
+    first = hung("polling: f()")
+    (signature, text), *_ = problems(first.result, ())  # type: ignore[arg-type]
+    assert signature == "hang: time status: polling: f()"
+    find = Find(1, signature, text, Outcome.HANG, first)
+    shrinking = Shrinking(find, (), {})
+    shrinking.shrunk.minimised = True
+    assert shrinking.wanted() == plan
+    shrinking.take(plan, replace(hung(other), id=8))
+    assert find.shrunk.again == [same]
 
 
 def test_a_plan_that_shows_it_each_time_is_looked_for(what: Exploration, tmp_path: Path) -> None:

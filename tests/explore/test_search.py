@@ -69,6 +69,19 @@ def test_the_survey_of_a_kept_plan_shows_what_only_its_runs_have() -> None:
     assert any(attempt.how == "deep" for attempt, _ in done)
 
 
+def test_what_a_plan_reached_by_chance_is_new_again_once() -> None:
+    """Its survey does not reach it; so the first of others that do is kept, and no third."""
+    known, late = frozenset(("simulated", number) for number in CLEAN), ("simulated", 99)
+
+    def observe(attempt: Attempt) -> Observation:
+        by_chance = attempt.how != "survey" and attempt.number in (3, 30, 60)
+        return Observation(Outcome.FAILED, known | {late} if by_chance else known)
+
+    search, _ = searched(100, observe=observe)
+    assert [entry.attempt.number for entry in search.kept] == [3, 30]
+    assert late in search.reached
+
+
 def test_a_kept_plan_is_extended_where_its_runs_come_back() -> None:
     """A register that the run without faults reads before the first command only: a rule there begins behind one."""
     known = frozenset(("simulated", number) for number in CLEAN)
@@ -102,6 +115,36 @@ def test_each_event_of_what_reached_something_is_tried_alone() -> None:
         changed = [rule for rule in attempt.plan.rule if rule not in parent.plan.rule]
         assert len(changed) == 1 and changed[0].nth is not None and len(changed[0].nth) == 1
     assert any(by_number[attempt.parent][1].outcome in (Outcome.CRASH, Outcome.HANG) for attempt in singles)
+
+
+def test_single_events_of_what_is_lost_come_first() -> None:
+    """The second lost completion before the first one that only comes late."""
+    known = frozenset(("simulated", number) for number in CLEAN)
+    new = iter(range(100, 1000))
+
+    def observe(attempt: Attempt) -> Observation:
+        reached = known | {("simulated", next(new))} if attempt.how == "fresh" else known
+        return Observation(Outcome.FAILED, reached, fired=[5] * len(attempt.plan.rule))
+
+    _, done = searched(400, observe=observe)
+    rules = [next(r for r in attempt.plan.rule if r.nth) for attempt, _ in done if attempt.how == "single"]
+    late = next(n for n, rule in enumerate(rules) if rule.do.name in ("late", "delay"))
+    lost = [rule.nth for rule in rules[:late] if (rule.point, rule.do.name) == (Point.COMPLETION, "drop")]
+    assert {(1,), (2,)} <= set(lost), lost
+
+
+def test_a_rule_that_fired_once_has_no_single_event() -> None:
+    known = frozenset(("simulated", number) for number in CLEAN)
+    new = iter(range(100, 1000))
+
+    def searched_with(fired: int) -> set[str]:
+        def observe(attempt: Attempt) -> Observation:
+            reached = known | {("simulated", next(new))} if attempt.how == "fresh" else known
+            return Observation(Outcome.FAILED, reached, fired=[fired] * len(attempt.plan.rule))
+
+        return {attempt.how for attempt, _ in searched(100, observe=observe)[1]}
+
+    assert "single" in searched_with(2) and "single" not in searched_with(1)
 
 
 def test_what_comes_back_behind_a_second_fault_is_tried_there_too() -> None:

@@ -35,7 +35,8 @@ def observed(attempt: Attempt) -> Observation:
     result, reached, log = run(case(attempt.plan))
     code = {("simulated", number) for number in reached}
     found = sites(log, DEVICES) if attempt.how == "survey" else ()
-    return Observation(result.outcome, frozenset(code | {("signature", text) for text in result.signatures}), found)
+    features = frozenset(code | {("signature", text) for text in result.signatures})
+    return Observation(result.outcome, features, found, [int(rule["fired"]) for rule in result.rules])
 
 
 def searched(

@@ -23,7 +23,8 @@ BUGS: dict[str, tuple[Outcome, str | tuple[str, ...]]] = {
     # KFENCE takes some of all allocations, whichever.
     "double-free": (Outcome.CRASH, ("memory: BUG kmalloc-", "kasan: BUG: KFENCE: ")),
     "use-after-free": (Outcome.CRASH, ("oops: ", "kasan: BUG: KFENCE: ")),
-    "endless-loop": (Outcome.HANG, "time"),
+    # Seen while the status is stuck.
+    "endless-loop": (Outcome.HANG, "polling: memcard_execute()"),
 }
 Experiment = Callable[..., Result]
 
@@ -51,6 +52,7 @@ def experiment(rig: Rig, kernel: str, artifacts: Path) -> Experiment:
             plan=plan,
             sanitize=True,
             timeout=10,
+            coverage=("memcard",),
         )
         return rig.run(case, artifacts / "run")
 

@@ -63,7 +63,8 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    #: "console", "kernel log", "status", "check", "time", "qmp", "qemu", "model", "boot", "guest", "rig" or "worker".
+    #: "console", "kernel log", "status", "check", "time", "qmp", "qemu", "model", "boot", "guest", "coverage", "rig" or
+    #: "worker".
     oracle: str
     effect: Effect
     #: Its kind; for kernel messages a name of `kernel_log.SIGNS`, such as "oops", "hung-task", "aer", "iommu-fault".

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from vmodel.closing import Closing
 from vmodel.coverage.coverage import Coverage
+from vmodel.coverage.errors import CoverageError
 from vmodel.errors import ConfigError
 from vmodel.experiment import kernel_log
 from vmodel.experiment.case import Case, Result
@@ -33,6 +34,9 @@ from vmodel.patience import patience, spoken
 
 #: The most records of the journal in a result.
 _MOST_INJECTIONS = 1000
+#: For so many seconds it is seen which code a guest that hangs still runs; the most functions that are named.
+_WINDOW = 0.5
+_MOST_NAMES = 3
 
 
 def run(case: Case, folder: Path) -> Result:
@@ -245,6 +249,7 @@ class _Trial:
         self.dmesg = ""
         #: If the guest hangs: its blocked tasks, and where its CPUs are.
         self.hang: list[str] = []
+        self.examined = False
         self.start = time.monotonic()
         self._write("case", "case.json", case.model_dump_json(indent=1) + "\n")
         setup.count += 1
@@ -338,9 +343,13 @@ class _Trial:
         self.done = done = self.guest.run(self.case.workload, self.case.timeout, examine=False)
         self._take_coverage()
         self.start = done.started
+        self._judge("status", done)
+        if self._hangs():
+            # Before the device behaves again: a driver that waits for it may go on then.
+            self._polling()
+            self._examine(self._blocked)
         if self.armed is not None:
             self.armed.disarm()
-        self._judge("status", done)
         if self.case.check and done.status is not None:
             self.check = self.guest.run(self.case.check, self.case.timeout, examine=False)
             self._judge("check", self.check)
@@ -349,6 +358,35 @@ class _Trial:
         recorded = self.guest.guest.coverage
         if recorded is not None and self.coverage is None:
             self.coverage = recorded.taken()
+
+    def _polling(self) -> None:
+        """Adds a finding for code that a guest runs again and again while it hangs."""
+        recorded = self.guest.guest.coverage
+        if recorded is None:
+            return
+        try:
+            recorded.clear()
+            time.sleep(patience(_WINDOW))
+            runs = sorted({name for _, name in recorded.taken().functions_reached()})
+        except CoverageError as error:
+            self.hang.append(f"which code still runs is unknown: {error}")
+            return
+        if runs:
+            more = f" and {len(runs) - _MOST_NAMES} more" if len(runs) > _MOST_NAMES else ""
+            names = ", ".join(f"{name}()" for name in runs[:_MOST_NAMES]) + more
+            self.hang.append(f"still runs: {names}")
+            now = time.monotonic() - self.start
+            self.findings.append(
+                Finding(
+                    oracle="coverage",
+                    effect=Effect.NOTICED,
+                    sign="polling",
+                    text=f"while it hung, {names} still ran",
+                    signature=f"polling: {names}",
+                    at=now,
+                    last=now,
+                )
+            )
 
     def _judge(self, oracle: str, done: Done) -> None:
         at = done.ended - self.start
@@ -362,8 +400,8 @@ class _Trial:
     def _collect(self) -> None:
         """Fetches the kernel's log, and checks whether the guest still answers; examines it if it hangs."""
         try:
-            if self._hangs():
-                self._examine(lambda examiner: [f"blocked: {task}" for task in examiner.blocked()])
+            if self._hangs() and not self.examined:
+                self._examine(self._blocked)
             self.dmesg = self.guest.dmesg()
         except GuestRunError as error:
             if not self.guest.guest.running():
@@ -381,10 +419,14 @@ class _Trial:
         return any(finding.effect is Effect.HANG for finding in self.findings)
 
     def _examine(self, how: Callable[[Examiner], Sequence[str]]) -> None:
+        self.examined = True
         try:
             self.hang += how(self.guest.guest.examiner())
         except MonitorError as error:
             self.hang.append(f"QEMU does not answer: {error}")
+
+    def _blocked(self, examiner: Examiner) -> Sequence[str]:
+        return [f"blocked: {task}" for task in examiner.blocked()]
 
     def _cpus(self, examiner: Examiner) -> Sequence[str]:
         cpus = examiner.cpus(nmi=False)

@@ -316,7 +316,8 @@ class Explorer:
         attempt = self.attempts[number - 1]
         surveyed = attempt.how == "survey"
         shown = sites(records(row.result, row.folder), self.what.devices) if surveyed else ()
-        self.search.take(attempt, Observation(row.result.outcome, features_of(row), shown))
+        fired = _fired(row.result, len(attempt.plan.rule))
+        self.search.take(attempt, Observation(row.result.outcome, features_of(row), shown, fired))
         self._taken = number
         new = code_of(row) - self.code if row.result.outcome is not Outcome.HARNESS else frozenset()
         self.code |= new
@@ -357,6 +358,12 @@ def _stable(shrinking: Shrinking) -> str:
     return (
         f"find {shrinking.find.number}: {size} rule{'s' * (size != 1)}, seen again {sum(again)} of {len(again)} times"
     )
+
+
+def _fired(result: Result, rules: int) -> list[int]:
+    """How often each of so many rules fired; empty: the result does not say that of them all."""
+    found = [int(text) for rule in result.rules if (text := str(rule.get("fired"))).isdecimal() and len(text) < 10]
+    return found if len(found) == rules else []
 
 
 def _number(title: str) -> int:

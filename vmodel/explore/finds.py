@@ -13,8 +13,8 @@ from vmodel.experiment.oracle import Effect, Outcome
 from vmodel.explore.space import identity
 from vmodel.inject import FaultPlan
 
-#: Signs of messages about code that does not go on, those that name it best first; "rcu-stall" does not name it.
-STALLS = ("softlockup", "hardlockup", "hung-task", "blocked-task", "rcu-stall")
+#: Signs of findings about code that does not go on, those that name it best first; "rcu-stall" does not name it.
+STALLS = ("polling", "softlockup", "hardlockup", "hung-task", "blocked-task", "rcu-stall")
 #: Signs of messages that report a bug of the kernel, whatever else the run did; others report the fault itself.
 SPLATS = frozenset(
     (
@@ -93,8 +93,20 @@ def problems(result: Result, clean: Collection[str] = ()) -> Iterator[tuple[str,
             yield finding.signature, finding.text
 
 
-#: The begin of a signature of a hang.
-_HANG = f"{Effect.HANG.value}: "
+#: The begin of a signature of a hang; in it, before the functions that a guest runs while it hangs.
+_HANG, _POLLING = f"{Effect.HANG.value}: ", ": polling: "
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two signatures are of the same problem.
+
+    What the kernel says of a hang depends on when it is asked, if it comes to that at all: there, only what still runs
+    tells one from another.
+    """
+    if not (one.startswith(_HANG) and other.startswith(_HANG)):
+        return one == other
+    runs, other_runs = one.partition(_POLLING)[2], other.partition(_POLLING)[2]
+    return runs == other_runs or not (runs and other_runs)
 
 
 class _Needed(Exception):
@@ -170,10 +182,7 @@ class Shrinking:
         self.runs = 0
 
     def _has(self, result: Result) -> bool:
-        if self.find.signature.startswith(_HANG):
-            # The kernel does not always say where: it need not come to that within the time limit.
-            return any(signature.startswith(_HANG) for signature, _ in problems(result, self._clean))
-        return any(signature == self.find.signature for signature, _ in problems(result, self._clean))
+        return any(_same(signature, self.find.signature) for signature, _ in problems(result, self._clean))
 
     def wanted(self) -> FaultPlan | None:
         """The plan that is to run next; None: nothing is left to do."""

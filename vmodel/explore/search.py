@@ -8,6 +8,7 @@ plans are the same for any number of jobs up to LAG, and none waits for another.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,10 @@ from typing import NamedTuple, TypeVar
 from vmodel.device import PciDevice
 from vmodel.experiment.oracle import Outcome
 from vmodel.explore.arguments import ANYWHERE, ENDING
-from vmodel.explore.space import MOST_RULES, PlanSpace, identity
+from vmodel.explore.space import MOST_RULES, RARE, PlanSpace, identity
 from vmodel.explore.survey import Site, survey_plan
 from vmodel.inject import FaultPlan, Rule
-from vmodel.points import ConfigEvent, Point
+from vmodel.points import ConfigEvent, InvalidationEvent, MappingEvent, Point
 
 #: How many plans are decided without the results of those before: as many can run at a time.
 LAG = 16
@@ -33,11 +34,14 @@ _LEAST, _MOST, _BETTER, _WORSE = 0.05, 16.0, 2.0, 0.85
 #: branch on values; what only comes late or twice they often do not notice.
 _PRIOR = {
     **dict.fromkeys((point.value for point in ConfigEvent.points), 0.2),
+    **dict.fromkeys((point.value for point in (*MappingEvent.points, *InvalidationEvent.points)), 0.3),
     "drop": 0.7,
     "value(0)": 0.7,
     "value": 0.6,
     **dict.fromkeys(("late", "delay", "reorder", "duplicate", "spurious", "storm"), 0.3),
 }
+#: The least share of the kinds of plans of which there are so many, in relation to each other.
+_SHARE = 0.3
 #: How much longer than others a run takes that ends in this way, about: a guest must boot after it.
 _COST = {Outcome.CRASH: 8, Outcome.HANG: 20}
 #: So many kept plans are extended at a site that the run without faults does not have, or only earlier, as a register
@@ -59,6 +63,8 @@ class Observation(NamedTuple):
     features: frozenset[Feature]
     #: Of a survey: the sites that its log shows.
     sites: Sequence[Site] = ()
+    #: How often each of the plan's rules fired, in their order; empty: unknown.
+    fired: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,22 @@ class KeptPlan:
     own: list[Site] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Single:
+    """A plan with one event of a rule in place of all, and the number of the plan that has all."""
+
+    parent: int
+    plan: FaultPlan
+    #: The rule without the number of the event.
+    place: str
+    prior: float
+
+    @classmethod
+    def of(cls, parent: int, rule: Rule, plan: FaultPlan) -> _Single:
+        place = json.dumps({key: value for key, value in rule.plain().items() if key != "nth"}, sort_keys=True)
+        return cls(parent, plan, place, _PRIOR.get(rule.do.name, 0.5) * _PRIOR.get(rule.point.value, 0.5))
+
+
 class Search:
     """Proposes attempts, and takes what they reached; both in the order of their numbers."""
 
@@ -109,6 +131,8 @@ class Search:
         #: What all plans that ended without a crash have reached.
         self.reached = clean
         self.kept: list[KeptPlan] = []
+        #: What a plan reached that was the first, and the same plan again did not.
+        self._chance: frozenset[Feature] = frozenset()
         #: The last attempt that reached something new; 0: none.
         self.last_new = 0
         self._seen: set[str] = set()
@@ -122,14 +146,15 @@ class Search:
         self._hits: Counter[str] = Counter()
         #: By site: how often it was drawn.
         self._drawn: Counter[str] = Counter()
-        #: By kind of rule: at how many single events it was tried.
-        self._singles: Counter[tuple[str, ...]] = Counter()
+        #: The same, to extend a kept plan.
+        self._extended: Counter[str] = Counter()
+        #: By rule: at how many single events it was tried.
+        self._singles: Counter[str] = Counter()
         self._fresh = self._shuffled()
         #: Sites that a kept plan's survey found, with their actions: rules to add to that plan.  If the run without
         #: faults has events there, too: the points of which the rule must be behind one.
         self._deep: deque[tuple[KeptPlan, tuple[Site, str], Sequence[Point]]] = deque()
-        #: Plans with one event of a rule in place of all, and that rule.
-        self._single: deque[tuple[int, tuple[Rule, FaultPlan]]] = deque()
+        self._single: deque[_Single] = deque()
 
     def _shuffled(self) -> deque[tuple[Site, str]]:
         """All sites with their actions in random order; those after which the guest must boot again are last."""
@@ -163,18 +188,17 @@ class Search:
             return space.any(generator), "random", 0
         kind = self._kind_of_plan(generator)
         if kind == "deep":
-            entry, pair, later = self._best(self._deep, lambda one: self._promise(*one[1]))
+            entry, pair, later = _taken(self._deep, self._promise_deep)
             plan = entry.attempt.plan
-            self._drawn[str(pair[0])] += 1
+            self._extended[str(pair[0])] += 1
             rule = space.rule(generator, *pair, behind=generator.choice(later) if later else None)
             return space.extended(plan, rule, generator), kind, entry.attempt.number
         if kind == "single":
-            # The first events of all rules come before the second one of any.
-            parent, (rule, plan) = self._best(self._single, lambda one: -self._singles[_kind(one[1][0])])
-            self._singles[_kind(rule)] += 1
-            return plan, kind, parent
+            single = _taken(self._single, self._promise_single)
+            self._singles[single.place] += 1
+            return single.plan, kind, single.parent
         if kind == "fresh":
-            pair = self._best(self._fresh, lambda one: self._promise(*one))
+            pair = _taken(self._fresh, self._promise)
             self._drawn[str(pair[0])] += 1
             # At all events; what reaches something is tried at single ones, too.
             return space.plan([space.rule(generator, *pair, always=True)], generator), kind, 0
@@ -188,25 +212,36 @@ class Search:
         return space.mutated(entry.attempt.plan, generator, entry.own), "mutation", entry.attempt.number
 
     def _kind_of_plan(self, generator: random.Random) -> str:
-        """The kind of the next plan: one that had more that is new for what it cost is more likely."""
-        waiting = {"deep": self._deep, "single": self._single, "fresh": self._fresh, "mutation": self.kept}
-        kinds = [kind for kind, items in waiting.items() if items]
-        if not kinds:
-            return "random"
-        return generator.choices(kinds, [self._rate(kind) for kind in kinds])[0]
+        """The kind of the next plan: one that had more that is new for what it cost is more likely.
 
-    def _best(self, items: deque[_T], promise: Callable[[_T], float]) -> _T:
-        """Takes the most promising of the items, of equal ones the first."""
-        best = max(range(len(items)), key=lambda n: (promise(items[n]), -n))
-        found = items[best]
-        del items[best]
-        return found
+        Mutations never end.  Of the others there are so many, in a good order: each has its share.
+        """
+        waiting = {"deep": self._deep, "single": self._single, "fresh": self._fresh}
+        rates = {kind: max(self._rate(kind), _SHARE) for kind, items in waiting.items() if items}
+        if self.kept:
+            rates["mutation"] = self._rate("mutation")
+        return generator.choices(list(rates), list(rates.values()))[0] if rates else "random"
 
-    def _promise(self, site: Site, action: str) -> float:
+    def _promise(self, pair: tuple[Site, str]) -> float:
         """That of an action, and of a point, which reached something new before; less for a site that had its turns."""
+        site, action = pair
+        return self._promise_of(site, action) / (1 + self._drawn[str(site)])
+
+    def _promise_deep(self, one: tuple[KeptPlan, tuple[Site, str], Sequence[Point]]) -> float:
+        _, (site, action), _ = one
+        return self._promise_of(site, action) / (1 + self._extended[str(site)])
+
+    def _promise_of(self, site: Site, action: str) -> float:
         name = action.partition("(")[0]
-        rate = self._rate(name, _PRIOR.get(action)) * self._rate(site.point.value)
-        return rate / (1 + self._drawn[str(site)])
+        promise = self._rate(name, _PRIOR.get(action)) * self._rate(site.point.value)
+        return promise / RARE if name in ENDING else promise
+
+    def _promise_single(self, single: _Single) -> float:
+        """Less for each event at which the rule was tried.
+
+        Coverage says nothing here: all events of a rule lead to the same code, and few to a problem.
+        """
+        return single.prior / (1 + self._singles[single.place])
 
     def _rate(self, name: str, prior: float | None = None) -> float:
         prior = _PRIOR.get(name, 0.5) if prior is None else prior
@@ -254,7 +289,7 @@ class Search:
             self.reached |= {feature for feature in new if feature[0] == "signature"}
             if len(attempt.plan.rule) == 1:
                 if not self._deadly[_kind(attempt.plan.rule[0])]:
-                    self._alone(attempt)
+                    self._alone(attempt, ())
                 self._deadly[_kind(attempt.plan.rule[0])] += 1
             else:
                 self._deadly[_places(attempt.plan)] += _COST[seen.outcome] // 4
@@ -266,20 +301,26 @@ class Search:
             self.kept.append(entry)
             if self._feedback:
                 self._surveys.append(entry)
-                self._alone(attempt)
+                self._alone(attempt, seen.fired)
         if parent is not None:
             factor = _BETTER if new else _WORSE
             parent.energy = min(max(parent.energy * factor, _LEAST), _MOST)
         return new
 
-    def _alone(self, attempt: Attempt) -> None:
-        """Each event of its faults is to be tried alone."""
+    def _alone(self, attempt: Attempt, fired: Sequence[int]) -> None:
+        """Each event of its faults is to be tried alone.  `fired`: of which there were so many; empty: unknown."""
         if attempt.how != "single":
-            self._single.extend((attempt.number, one) for one in self._space.one_by_one(attempt.plan))
+            pairs = self._space.one_by_one(attempt.plan, fired)
+            self._single.extend(_Single.of(attempt.number, rule, plan) for rule, plan in pairs)
 
     def _learn(self, entry: KeptPlan, seen: Observation) -> None:
-        """Takes the survey of a kept plan: sites that are new, or have more events, can be part of plans from it."""
-        self.reached |= seen.features
+        """Takes the survey of a kept plan: sites that are new, or have more events, can be part of plans from it.
+
+        What the survey does not reach again was chance, as a time-out on a busy machine: once, it may be new again.
+        """
+        chance = frozenset() if seen.outcome in _FATAL else entry.new - seen.features - self._chance
+        self._chance |= chance
+        self.reached = self.reached - chance | seen.features
         parent = next((other for other in self.kept if other.attempt.number == entry.attempt.parent), None)
         entry.own += [site for site in seen.sites if site not in self._behind]
         usable = [site for site in seen.sites if self._turns[site] < _MOST_TURNS]
@@ -299,6 +340,14 @@ class Search:
         """The points behind which a kept plan's runs have events of the site, and the run without faults does not."""
         found = site.behind - self._behind.get(site, site.behind) - {Point.RESET}
         return [point for point in Point if point in found]
+
+
+def _taken(items: deque[_T], promise: Callable[[_T], float]) -> _T:
+    """Takes the most promising of the items, of equal ones the first."""
+    best = max(range(len(items)), key=lambda n: (promise(items[n]), -n))
+    found = items[best]
+    del items[best]
+    return found
 
 
 def _interleaved(first: list[_T], second: list[_T]) -> list[_T]:

@@ -21,7 +21,7 @@ _SCHEDULE = ("nth", "every", "first", "once", "times", "between")
 #: Actions whose effect depends on the plan's seed.
 _RANDOM = frozenset(("flip", "toctou"))
 #: How much rarer than others an action after which the guest must boot again is.
-_RARE = 4
+RARE = 4
 #: Of a rule's events, so many are tried one by one.
 _MOST_EVENTS = 8
 #: How often a mutation is tried again that left the plan as it was.
@@ -91,7 +91,7 @@ class PlanSpace:
             return name
         while name is None:
             name = random.choice(names)
-            if name in ENDING and len(names) > 1 and random.randrange(_RARE):
+            if name in ENDING and len(names) > 1 and random.randrange(RARE):
                 name = None
             elif "(" in name:
                 return name
@@ -197,18 +197,21 @@ class PlanSpace:
             rules.remove(random.choice(rules))
         return self.plan([*rules, rule], random)
 
-    def one_by_one(self, plan: FaultPlan) -> list[tuple[Rule, FaultPlan]]:
+    def one_by_one(self, plan: FaultPlan, fired: Sequence[int] = ()) -> list[tuple[Rule, FaultPlan]]:
         """The plans in which one of the rules fires at one event only, each of the first ones in turn; with that rule.
 
         Which event a fault hits may decide what comes of it; not of those whose effect depends on the moment alone.
+        `fired`: how often each rule did; by default, what the run without faults has, and one more.
         """
         found = []
         for at, rule in enumerate(plan.rule):
             if rule.do.name in ANYWHERE:
                 continue
             keys = {key: value for key, value in rule.plain().items() if key not in _SCHEDULE}
-            count = min(max(sum(site.count for site in self.like(rule)), 1) + 1, _MOST_EVENTS)
-            for nth in range(1, count + 1):
+            count = fired[at] if fired else max(sum(site.count for site in self.like(rule)), 1) + 1
+            if fired and count == 1:
+                continue  # it is one event
+            for nth in range(1, min(count, _MOST_EVENTS) + 1):
                 single = Rule.model_validate({**keys, "nth": nth})
                 rules = {other.text(): other for other in (*plan.rule[:at], single, *plan.rule[at + 1 :])}
                 made = tuple(rules[text] for text in sorted(rules))

@@ -20,6 +20,8 @@ from vmodel.patience import patience
 APPEND = "sysrq_always_enabled unknown_nmi_panic panic_print=0x40"
 #: Seconds until the kernel begins to answer; without a further line, the answer is over; the most that it takes then.
 _BEGIN, _QUIET, _MOST = 2.0, 0.5, 5.0
+#: How often it is asked for blocked tasks, if there seem to be none: one that polls the device is not always asleep.
+_TIMES = 4
 #: Seconds until it prints a panic by an NMI: Linux 6.12 does so once it has stopped the other CPUs, or given that up.
 _PANIC = 15.0
 _TASK = re.compile(r"task:(\S+)\s+state:D\b.*?\bpid:(\d+)")
@@ -54,6 +56,12 @@ class Examiner:
     def blocked(self) -> list[str]:
         """The tasks in uninterruptible sleep, as "NAME:PID in FUNCTION".  MonitorError: QEMU does not answer."""
         self._press(b"9")  # all levels on the console, as the kernel prints stacks at a low one
+        for _ in range(_TIMES):
+            if found := self._blocked_now():
+                return found
+        return []
+
+    def _blocked_now(self) -> list[str]:
         found: list[str] = []
         open_ = False
         for line in self._press(b"w").splitlines():

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def in_order(kernel: Kernel, wanted: Mapping[str, Path | None]) -> list[Module]:
     What a module depends on is read from the module itself: Debian's packages have no modules.dep, so depmod is not
     needed.  ArtifactError: the kernel has no such module, or a file was built for another kernel.
     """
-    index = {} if kernel.modules is None else {_module_name(path): path for path in kernel.modules.rglob("*.ko*")}
+    index = _index(kernel)
     own = {name: path for name, path in wanted.items() if path}
     inside = builtin(kernel) - own.keys()
     done: dict[str, Module] = {}
@@ -159,8 +160,19 @@ def has_module(kernel: Kernel, name: str) -> bool:
 
 def find_module(kernel: Kernel, name: str) -> Path | None:
     """The file of the kernel's module of this name; None: it has none, or it is built in."""
-    index = () if kernel.modules is None else kernel.modules.rglob("*.ko*")
-    return next((path for path in index if _module_name(path) == name), None)
+    return _index(kernel).get(name)
+
+
+def _index(kernel: Kernel) -> Mapping[str, Path]:
+    """The files of the kernel's modules by name."""
+    folder = kernel.modules
+    return _files_by_name(folder, folder.stat().st_mtime_ns) if folder is not None and folder.is_dir() else {}
+
+
+@lru_cache(maxsize=8)
+def _files_by_name(folder: Path, _: int) -> Mapping[str, Path]:
+    """Some thousand files take 0.1 s; `_`: when the folder was changed."""
+    return {_module_name(path): path for path in folder.rglob("*.ko*")}
 
 
 def builtin(kernel: Kernel) -> set[str]:
