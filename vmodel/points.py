@@ -282,13 +282,15 @@ class TapStage(enum.IntEnum):
 
 
 class Phase(enum.Enum):
-    """The driver's phase, derived from its writes to config space."""
+    """The driver's phase, derived from its writes to config space; SUSPEND: from what the guest says."""
 
     #: From a reset until the driver has bus mastering, and MSI or MSI-X where there are, switched on.
     PROBE = "probe"
     RUNNING = "running"
     #: It has switched bus mastering off again; until a reset, or until it is on again.
     REMOVE = "remove"
+    #: The guest suspends and resumes its devices.  Nothing on the bus says so: see `Points.suspended`.
+    SUSPEND = "suspend"
 
 
 def _in_turn(outer: tuple[frozenset[Point], Sink], inner: tuple[frozenset[Point], Sink]) -> Sink:
@@ -311,7 +313,10 @@ class Points:
 
     def __init__(self, device: str) -> None:
         self.device = device
+        #: Never SUSPEND: this goes on meanwhile.
         self.phase = Phase.PROBE
+        #: Whether the guest suspends or resumes its devices, as one of its scripts has said (`vmodel-host suspend`).
+        self.suspended = False
         #: Whether each access or command must be an event: then fast paths that have no points are not taken.
         self.detailed = False
         #: The points at which a sink intercepts events.
@@ -349,7 +354,7 @@ class Points:
         if sink is None or event.point not in self.wanted:
             return proceed(event)
         event.device = self.device
-        event.phase = self.phase.value
+        event.phase = self._now.value
         # A sink hands on copies of the event's own class (dataclasses.replace).
         return sink(event, cast(Proceed, proceed))
 
@@ -362,11 +367,15 @@ class Points:
 
         self(event, carry_out)
 
+    @property
+    def _now(self) -> Phase:
+        return Phase.SUSPEND if self.suspended else self.phase
+
     def refused(self, event: AccessEvent, answer: bytes) -> None:
         """Shows an access that has no effect, and reads as `answer`, to the stage LOG: no rule counts or changes it."""
         points, sink = self._stages.get(TapStage.LOG, (frozenset[Point](), None))
         if sink is not None and event.point in points:
-            event.device, event.phase = self.device, self.phase.value
+            event.device, event.phase = self.device, self._now.value
             sink(event, lambda _: answer)
 
     def completion(
@@ -416,5 +425,6 @@ class Points:
 
         Nothing on the bus says so: the first accesses of a probe look like the last ones of a removal.
         """
+        self.suspended = False
         if self.phase is Phase.REMOVE:
             self.phase = Phase.PROBE

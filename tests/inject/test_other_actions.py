@@ -263,6 +263,18 @@ def test_phase(tmp_path: Path) -> None:
     assert phases == ["rule1", "rule1", "rule2", "rule3", "rule2", "rule1"]
 
 
+def test_the_phase_of_suspending(tmp_path: Path) -> None:
+    """It hides the driver's phase, which goes on meanwhile; a new case begins without it."""
+    with bench(tmp_path) as lab:
+        with armed(lab, *(f"mmio.write phase={phase} do=delay(0)" for phase in ("running", "suspend"))) as engine:
+            for lab.lab.points.suspended in (False, True, False):
+                lab.put(PLAIN, 1)
+            assert [record["rule"] for record in fired(engine)] == ["rule1", "rule2", "rule1"]
+        lab.lab.points.suspended = True
+        lab.lab.points.begin()
+        assert not lab.lab.points.suspended
+
+
 def test_a_log_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """10 lines in 5 s say so; the end counts the others."""
     toy = Toy()

@@ -102,7 +102,7 @@ WRONG_RULES = [
     ('do = "drop"\nafter = 3\nuntil = 2', "until: must be later than after"),
     ('do = "drop"\nonce = true\ntimes = 2', "times: once = true means 1"),
     ('do = "drop"\nbetween = "irq"', "between: 'irq': must be two events, as"),
-    ('do = "drop"\nphase = "start"', "phase: 'start': input should be 'probe', 'running' or 'remove'"),
+    ('do = "drop"\nphase = "start"', "phase: 'start': input should be 'probe', 'running', 'remove' or 'suspend'"),
     ('do = "drop"\niova = "9-1"', "iova: '9-1': must be a number, \"0x1000-0x1fff\""),
     ('do = "drop"\nrequester = "0:3.0"', "requester: '0:3.0': must be a PCI address"),
 ]

@@ -14,7 +14,9 @@ _SUSPEND = """\
 if [ -w /sys/power/pm_test ]; then
     echo 0 > /sys/module/suspend/parameters/pm_test_delay
     echo devices > /sys/power/pm_test
+    vmodel-host suspend begin
     echo freeze > /sys/power/state || status=$?
+    vmodel-host suspend end
     echo none > /sys/power/pm_test
 else
     echo "this kernel cannot suspend for a test"

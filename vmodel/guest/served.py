@@ -65,7 +65,7 @@ class Served(Closing):
         monitor.wait("DEVICE_DELETED", timeout, device=name)
 
     def host_commands(self, monitor: Callable[[], Monitor]) -> dict[str, HostCommand]:
-        """The requests that scripts in a guest make by `vmodel-host plug NAME` and `vmodel-host unplug NAME`."""
+        """The requests that scripts in a guest make: `vmodel-host plug NAME`, `unplug NAME`, `suspend begin`, `end`."""
 
         def command(work: Callable[[Monitor, str], None]) -> HostCommand:
             def run(words: list[str]) -> int:
@@ -78,7 +78,21 @@ class Served(Closing):
 
             return run
 
-        return {"plug": command(self.plug), "unplug": command(self.unplug)}
+        return {
+            "plug": command(self.plug),
+            "unplug": command(self.unplug),
+            "suspend": command(lambda _, what: self.suspend(what)),
+        }
+
+    def suspend(self, what: str) -> None:
+        """"begin": the guest suspends its devices, for rules with `phase = "suspend"`; "end": it has resumed them.
+
+        ConfigError: it is another word.
+        """
+        if what not in ("begin", "end"):
+            raise ConfigError(f"suspend {what}: must be suspend begin, or suspend end")
+        for device in self.machine.devices.values():
+            device.points.suspended = what == "begin"
 
     def close(self) -> None:
         """Stops the server, and releases the devices' resources."""

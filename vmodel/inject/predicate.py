@@ -146,7 +146,7 @@ class Match(BaseModel):
     opcode: Numbers | None = Field(default=None, examples=["1"], description="opcodes of commands")
     lba: SpanOf | None = Field(default=None, examples=['"0-7"'], description="overlaps these blocks")
     status: Numbers | None = Field(default=None, examples=["0"], description="that the device would report")
-    phase: Literal["probe", "running", "remove"] | None = Field(
+    phase: Literal["probe", "running", "remove", "suspend"] | None = Field(
         default=None, examples=['"running"'], description="the driver's phase"
     )
     when: When | None = Field(
