@@ -291,6 +291,11 @@ def test_mistakes_of_the_command_line(folder: Path, arguments: list[str], says: 
     assert says in refused(vmodel(*arguments, *rig, cwd=folder))
 
 
+def test_a_key_that_no_point_has(folder: Path) -> None:
+    line = refused(vmodel("sweep", "edu.toml", "--point", "irq devise=edu0", "--workload", "x", cwd=folder))
+    assert line == "--point 'irq devise=edu0 do=drop nth=1': devise: unknown key: did you mean 'device'?"
+
+
 def test_a_folder_of_another_campaign(folder: Path) -> None:
     write(folder, "copy 1", seeds=1)
     assert vmodel("campaign", "c.toml", cwd=folder).returncode == 0

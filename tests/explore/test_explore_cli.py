@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_search_from_the_command_line(folder: Path) -> None:
     done = vmodel(*LINE, "--runs", "60", "-j", "2", cwd=folder)
     assert done.returncode == 1, done.stderr  # it found something
-    assert "problems in 60 runs" in done.stdout and "vmodel reproduce edu-explore.runs/" in done.stdout
+    assert "problems in 60 plans" in done.stdout and "vmodel reproduce edu-explore.runs/" in done.stdout
     assert "find 1: " in done.stderr and "new instructions: " in done.stderr
     # Again: from the store, with the same plans.
     again = vmodel(*LINE, "--runs", "60", "--format", "json", cwd=folder)
@@ -71,7 +71,7 @@ def test_ctrl_c_keeps_what_ended_and_prints_the_summary(folder: Path) -> None:
         (("--runs", "5", "--driver", "./x.o"), "--driver ./x.o: there is no module or source folder './x.o'"),
         (
             ("--runs", "5", "--driver", "vmlinux:"),
-            "'vmlinux:': PREFIX must be the beginning of a function's name, as \"pci_\"",
+            'is no target of coverage: PREFIX must be the beginning of a function\'s name, as "pci_"',
         ),
         (
             ("--runs", "5", "--suspend", "--bare"),

@@ -445,4 +445,6 @@ def test_the_summary(explored: Callable[..., Explorer], what: Exploration, tmp_p
     for find in said["found"]:
         assert find["signature"] and f"{find['number']}. {find['outcome']}: " in text
         assert (tmp_path / "runs" / Path(find["reproduce"]).name).is_dir()
+        # The command as it works: the rig of these runs is code of this host.
+        assert find["trust"] and f"   vmodel reproduce {find['reproduce']} --trust\n" in text
     assert "Reached" in text and "only here" in text and "functions and branches are unknown" in text.replace("\n", " ")

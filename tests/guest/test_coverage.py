@@ -214,9 +214,10 @@ def test_a_report_that_cannot_be_written_hides_nothing(command: str, status: int
         (
             ["--coverage", "nvmee"],
             {},
-            "kernel {release} has no module 'nvmee': did you mean 'nvme'? code that is built in is vmlinux's",
+            "kernel {release} has no module 'nvmee': did you mean 'nvme'? write vmlinux:PREFIX for code that is built"
+            " in",
         ),
-        (["--coverage", "ext4x.ko"], {}, "ext4x.ko: cannot be read: No such file or directory"),
+        (["--coverage", "ext4x.ko"], {}, "--coverage ext4x.ko: there is no file 'ext4x.ko'"),
         (
             ["--coverage", "virtio_pci"],
             {},
@@ -274,8 +275,16 @@ def test_what_explore_refuses_before_it_begins(driver: str, env: dict[str, str],
     shutil.copy(EXAMPLE, tmp_path)
     line = ("explore", EXAMPLE.name, "--driver", driver, "--workload", "true", "--runs", "3", "--kernel", STABLE)
     done = vmodel(*line, cwd=tmp_path, **env)
-    assert refused(done) == said.format(release=release, inside="code that is built in is vmlinux's")
+    assert refused(done) == said.format(release=release, inside="write vmlinux:PREFIX for code that is built in")
     assert [path.name for path in tmp_path.iterdir()] == [EXAMPLE.name]
+
+
+def test_explore_suggests_a_module_of_the_machine_file(tmp_path: Path) -> None:
+    folder = tmp_path / "driver"
+    shutil.copytree(EXAMPLE.parent / "driver", folder, ignore=shutil.ignore_patterns("build", "*.runs"))
+    line = ("explore", "memcard.toml", "--driver", "memcrad", "--workload", "true", "--runs", "3", "--kernel", STABLE)
+    said = "--driver memcrad: no module 'memcrad': did you mean 'memcard', which the guest loads?"
+    assert refused(vmodel(*line, cwd=folder)) == said
 
 
 def test_a_qemu_that_is_too_old(tmp_path: Path) -> None:

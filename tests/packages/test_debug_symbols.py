@@ -211,8 +211,11 @@ def test_dry_run_and_print(archive: Archive, mirror: Mirror, there: Path, capsys
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nvmee", f"kernel {RELEASE} has no module 'nvmee': did you mean 'nvme'? code that is built in is vmlinux's"),
-        ("zq", f"kernel {RELEASE} has no module 'zq': code that is built in is vmlinux's"),
+        (
+            "nvmee",
+            f"kernel {RELEASE} has no module 'nvmee': did you mean 'nvme'? write vmlinux for code that is built in",
+        ),
+        ("zq", f"kernel {RELEASE} has no module 'zq': write vmlinux for code that is built in"),
         ("fabrics", f"the package of debug symbols of {RELEASE} has none of fabrics"),
     ],
 )

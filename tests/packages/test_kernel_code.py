@@ -48,7 +48,8 @@ def test_what_is_there(kernel: Kernel, tmp_path: Path, builds: list[str]) -> Non
         (
             "nvmee",
             [],
-            f"kernel {RELEASE} has no module 'nvmee': did you mean 'nvme'? code that is built in is vmlinux's",
+            f"kernel {RELEASE} has no module 'nvmee': did you mean 'nvme'? write vmlinux:PREFIX for code that is"
+            " built in",
         ),
         (
             "virtio-pci",
@@ -63,8 +64,8 @@ def test_what_is_there(kernel: Kernel, tmp_path: Path, builds: list[str]) -> Non
         (
             "scsi",
             ["driver", "x/zz.ko"],
-            f"kernel {RELEASE} has no module 'scsi': code that is built in is vmlinux's; the guest's own modules are"
-            " card, zz",
+            f"kernel {RELEASE} has no module 'scsi': write vmlinux:PREFIX for code that is built in; the guest's"
+            " own modules are card, zz",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from tests.packages.module_files import RELEASE
 from vmodel import machine as machines
 from vmodel.errors import ConfigError
 from vmodel.guest.artifacts import Kernel
-from vmodel.guest.options import guest_file, module_at, module_files, spec_of
+from vmodel.guest.options import at_option, coverage_target, guest_file, module_at, module_files, spec_of
 from vmodel.guest.shares import Share, qemu_args, share_at
 from vmodel.machine import Machine
 
@@ -54,6 +54,26 @@ def test_places(folder: Path) -> None:
             guest_file(gone, folder)
     with pytest.raises(ConfigError, match="must be FILE, or FILE:PLACE"):
         guest_file("check.sh:/", folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("vmlinux:", 'is no target of coverage: PREFIX must be the beginning of a function\'s name, as "pci_"'),
+        ("--", "is no target of coverage: write a module's name as"),
+        ("driver/", "is no target of coverage: a file must be a module, NAME.ko"),
+        ("gone.ko", "there is no file 'gone.ko'"),
+    ],
+)
+def test_a_mistake_has_its_option_and_its_text_once(entry: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        at_option("--coverage", coverage_target, entry)
+    assert str(error.value).startswith(f"--coverage {entry}: {says}")
+
+
+def test_a_mistake_of_an_empty_option() -> None:
+    with pytest.raises(ConfigError, match=r"^--coverage '': is no target of coverage: write"):
+        at_option("--coverage", coverage_target, "")
 
 
 def test_shares(folder: Path) -> None:

@@ -47,7 +47,7 @@ class Sweep:
             try:
                 Engine(FaultPlan(rule=(self._rule("nth=1"),)), machine.devices).close()
             except ConfigError as error:
-                raise ConfigError(f"--point {error}") from error
+                raise ConfigError(f"--point {str(error).removeprefix('--point ')}") from error
 
     def _rule(self, schedule: str) -> Rule:
         return parse_rule(f"{self.where} do={self.do} {schedule}", "--point")

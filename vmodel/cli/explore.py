@@ -241,5 +241,5 @@ def _modules(entries: Sequence[str], machine: Machine, kernel: str | None, funct
     wanted = {name: path or files.get(name) for name, path in named.items()}
     programs.add_finder(CodeFinder([found], [path for path in wanted.values() if path is not None]))
     for name in (name for name, path in wanted.items() if path is None):
-        at_option("--driver", lambda text, _: check_module(text, found), name)
+        at_option("--driver", lambda text, _: check_module(text, found, files), name)
     return [module.name for module in in_order(found, wanted) if module.name in wanted]

@@ -41,7 +41,6 @@ from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.folder import write
 from vmodel.coverage.table import table
-from vmodel.coverage.target import Target
 from vmodel.errors import ConfigError
 from vmodel.experiment.oracle import Finding
 from vmodel.guest import artifacts, modules, options
@@ -216,7 +215,7 @@ def guest(
             timeout=timeout,
             qemu=artifacts.find_qemu(),
             gdb=gdb,
-            coverage=[options.at_option("--coverage", _target, entry) for entry in coverage or ()],
+            coverage=[options.at_option("--coverage", options.coverage_target, entry) for entry in coverage or ()],
         )
         fetch_for(
             [kernel or machine.content.guest.kernel or artifacts.STABLE],
@@ -308,12 +307,6 @@ def _watch(
                 except CoverageError as error:  # the command has ended nevertheless
                     reached = error
             return ended, ending.kernel_findings(running.console, running.places.of), reached
-
-
-def _target(text: str, base: Path) -> str:
-    """A target of coverage, checked."""
-    Target.parse(text)
-    return text
 
 
 def _show_coverage(reached: Coverage | CoverageError, title: str, out: Path | None, sources: Sequence[Path]) -> bool:

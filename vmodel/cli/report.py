@@ -37,7 +37,7 @@ def report(
     if form not in FORMATS:
         close = guess(form, list(FORMATS))
         raise ConfigError(
-            f"--format {form}: {f'did you mean {close}? ' if close else ''}Formats are {', '.join(FORMATS)}"
+            f"--format {form}: {f'did you mean {close}? ' if close else ''}formats are {', '.join(FORMATS)}"
         )
     for place in coverage_source or ():
         if form != "html":

@@ -9,7 +9,7 @@ from pathlib import Path
 from vmodel.coverage.errors import CoverageError
 
 #: A module's name may have 55 characters (<linux/moduleparam.h>, MODULE_NAME_LEN), and no others than a C identifier.
-_MODULE = re.compile(r"[A-Za-z0-9_-]{1,55}")
+_MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,54}")
 _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,127}")
 _KERNEL = "vmlinux"
 _RIGHT = 'a module\'s name as "nvme", a module\'s file as "./card.ko", or "vmlinux:PREFIX" for functions of the kernel'
@@ -35,7 +35,9 @@ class Target:
             if not colon:
                 raise CoverageError('"vmlinux" is all of the kernel: say which functions, as "vmlinux:pci_"')
             if not _PREFIX.fullmatch(prefix):
-                raise CoverageError(f'{text!r}: PREFIX must be the beginning of a function\'s name, as "pci_"')
+                raise CoverageError(
+                    f'{text!r} is no target of coverage: PREFIX must be the beginning of a function\'s name, as "pci_"'
+                )
             return cls(text, prefix)
         if "/" in text or text.endswith(".ko"):
             path = Path(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from vmodel.campaign.repeat import trusting
 from vmodel.campaign.store import Row
 from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.errors import CoverageError
@@ -26,6 +27,7 @@ def document(explorer: Explorer, rows: list[Row], jobs: int, against: Against | 
     """
     search = explorer.search
     what = explorer.what
+    trust = trusting(rows)
     found: dict[str, Any] = {
         "kind": "explore",
         "machine": str(what.case.machine),
@@ -36,7 +38,7 @@ def document(explorer: Explorer, rows: list[Row], jobs: int, against: Against | 
         "all_runs": sum(row.result is not None for row in rows),
         "ended": explorer.ended,
         "sites": [{"site": str(site), "events": site.count} for site in explorer.sites],
-        "found": [_find(find) for find in explorer.finds],
+        "found": [_find(find, find.shrunk.run in trust) for find in explorer.finds],
         "kept": [
             {
                 "run": entry.attempt.number,
@@ -68,7 +70,8 @@ def document(explorer: Explorer, rows: list[Row], jobs: int, against: Against | 
     return found
 
 
-def _find(find: Find) -> dict[str, Any]:
+def _find(find: Find, trust: bool) -> dict[str, Any]:
+    """A find; `trust`: whether its run is repeated only with --trust."""
     return {
         "number": find.number,
         "outcome": find.outcome.value,
@@ -82,6 +85,7 @@ def _find(find: Find) -> dict[str, Any]:
         "again": sum(find.shrunk.again),
         "of": len(find.shrunk.again),
         "reproduce": str(find.first.folder.with_name(str(find.shrunk.run))),
+        "trust": trust,
     }
 
 

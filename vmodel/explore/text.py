@@ -12,7 +12,7 @@ _MOST_FUNCTIONS, _MOST_BRANCHES = 10, 10
 _WIDTH = 80
 #: Why a search ended, after "it ended: ".
 _ENDS = {
-    "runs": "all runs of the budget were made",
+    "runs": "all plans of the budget were tried",
     "time": "the time of the budget is over",
     "exhausted": "all plans that it could think of were tried",
     "interrupted": "it was interrupted: the same command continues",
@@ -40,7 +40,7 @@ def _found(document: Mapping[str, Any]) -> Iterator[str]:
     found: Sequence[Mapping[str, Any]] = document["found"]
     spent = _duration(document["elapsed"])
     how = "" if document["search"] == "feedback" else " of a random search"
-    yield f"{_count(len(found), 'problem')} in {_count(document['runs'], 'run')}{how}, {spent}"
+    yield f"{_count(len(found), 'problem')} in {_count(document['runs'], 'plan')}{how}, {spent}"
     yield f"It ended: {_ENDS[document['ended']]}."
     for find in found:
         yield ""
@@ -50,7 +50,7 @@ def _found(document: Mapping[str, Any]) -> Iterator[str]:
         again = f"seen again in {find['again']} of {find['of']} runs" if find["of"] else "not repeated yet"
         size = "minimal" if find["minimal"] else "perhaps not minimal"
         yield from _wrapped(f"{size}, {again}; {_count(len(find['runs']), 'run')} of the search had it", "   ")
-        yield f"   vmodel reproduce {shlex.quote(find['reproduce'])}"
+        yield f"   vmodel reproduce {shlex.quote(find['reproduce'])}{' --trust' if find['trust'] else ''}"
 
 
 def _reached(document: Mapping[str, Any]) -> Iterator[str]:
@@ -58,7 +58,7 @@ def _reached(document: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield from _wrapped(
         f"Reached {_count(reached['all'], 'instruction')}: {reached['clean']:,} without faults, and"
-        f" {reached['new']:,} only under faults. The last new ones: run {reached['last_new']} of {document['runs']}."
+        f" {reached['new']:,} only under faults. The last new ones: plan {reached['last_new']} of {document['runs']}."
     )
     against = document.get("against")
     if against is not None:

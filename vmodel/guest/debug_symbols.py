@@ -76,8 +76,11 @@ def debug_file(kernel: Kernel, module: str) -> Path:
     return found
 
 
-def check_modules(kernel: Kernel, modules: Iterable[str]) -> None:
-    """ArtifactError: the kernel has no such module as a file."""
+def check_modules(kernel: Kernel, modules: Iterable[str], builtin: str = KERNEL) -> None:
+    """ArtifactError: the kernel has no such module as a file.
+
+    `builtin`: what the user writes for code that is built into the kernel.
+    """
     names = _modules(kernel)
     for module in modules:
         if normal(module) in names:
@@ -85,7 +88,7 @@ def check_modules(kernel: Kernel, modules: Iterable[str]) -> None:
         close = nearest(normal(module), names)
         hint = f"did you mean {close!r}? " if close else ""
         raise ArtifactError(
-            f"kernel {kernel.release} has no module {module!r}: {hint}code that is built in is {KERNEL}'s"
+            f"kernel {kernel.release} has no module {module!r}: {hint}write {builtin} for code that is built in"
         )
 
 

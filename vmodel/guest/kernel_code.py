@@ -55,7 +55,7 @@ def check_module(name: str, kernel: Kernel, own: Collection[str] = ()) -> None:
             f"{name} is built into kernel {kernel.release}: write vmlinux:PREFIX, with which its functions begin"
         )
     try:
-        check_modules(kernel, [name])
+        check_modules(kernel, [name], "vmlinux:PREFIX")
     except ConfigError as error:
         if close := nearest(name, own):
             raise CoverageError(f"no module {name!r}: did you mean {close!r}, which the guest loads?") from None

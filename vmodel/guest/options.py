@@ -92,11 +92,12 @@ def module_files(entry: str) -> list[Path]:
 
 
 def at_option(option: str, call: Callable[[str, Path], Place], entry: str) -> Place:
-    """`call(entry, the current folder)`.  A ConfigError gets the option that `entry` comes from."""
+    """`call(entry, the current folder)`.  A ConfigError gets the option that `entry` comes from, and has it once."""
     try:
         return call(entry, Path().absolute())
     except ConfigError as error:
-        raise ConfigError(f"{option} {entry}: {error}") from error
+        text = str(error).removeprefix(f"{entry!r} ")
+        raise ConfigError(f"{option} {entry or repr(entry)}: {text}") from error
 
 
 def _check_memory(machine: Machine, kernel: Kernel) -> None:
