@@ -85,7 +85,7 @@ class Served(Closing):
         }
 
     def suspend(self, what: str) -> None:
-        """"begin": the guest suspends its devices, for rules with `phase = "suspend"`; "end": it has resumed them.
+        """At "begin" the guest suspends its devices, for rules with `phase = "suspend"`; at "end" it has resumed them.
 
         ConfigError: it is another word.
         """
