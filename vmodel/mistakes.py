@@ -38,6 +38,12 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def gist(text: object, limit: int = 300) -> str:
+    """A text of a guest on one line, cut at `limit` characters, for a list in which each entry is a line or a few."""
+    line = one_line(text)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 def _schema_at(location: Location, root: type[BaseModel]) -> type[BaseModel] | None:
     """The schema of the table that contains the key at `location`; None: there is no schema for it."""
     schema: type[BaseModel] = root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -140,6 +141,10 @@ def test_the_other_file_may_be_compressed(tmp_path: Path) -> None:
     check(Program.of_module("own", elf, packed))
     packed.write_bytes(packed.read_bytes()[:-20])
     with pytest.raises(CoverageError, match=r"own\.ko\.xz: "):
+        Program.of_module("own", elf, packed).lines()
+    packed.unlink()
+    os.mkfifo(packed)
+    with pytest.raises(CoverageError, match=r"own\.ko\.xz: cannot be read: is not a regular file$"):
         Program.of_module("own", elf, packed).lines()
 
 

@@ -210,7 +210,10 @@ class Driver:
 
 
 class Simulated:
-    """A rig that runs the program; with the workload "full", the disk is full after so many cases."""
+    """A rig that runs the program.
+
+    With the workload "full", the disk is full after so many cases; with "breaks", it fails once.
+    """
 
     def __init__(self) -> None:
         self._cases = 0
@@ -225,6 +228,9 @@ class Simulated:
         """Runs the program under the case's plan."""
         if case.workload == "full" and self._cases >= FULL:
             Path("/dev/full").write_text("x")
+        if case.workload == "breaks" and self._cases == FULL:
+            self._cases += 1
+            raise RuntimeError("the harness broke")
         result, reached, log = run(case, self._cases)
         self._cases += 1
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
+import sqlite3
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +19,7 @@ from tests.campaign.runs import ended, running
 from tests.cli.commands import refused, vmodel
 from tests.explore.simulated import FULL
 from tests.waiting import until
+from vmodel.errors import ConfigError
 from vmodel.experiment.oracle import Outcome
 from vmodel.explore.script import cycle
 
@@ -174,3 +179,52 @@ def test_the_script_of_a_run(tmp_path: Path) -> None:
     assert script(cycle(["card"], "touch worked", wait_for="/nowhere-at-all"), tmp_path) == (1, ["card", "-r card"])
     assert script(cycle(["card"], "exit 7"), tmp_path, loads=False) == (1, ["card", "-r card"])
     assert script(cycle(["card"], "true", suspend=True), tmp_path) == (0, ["card", "-r card"])
+
+
+def test_harness_errors_are_in_the_summary(folder: Path) -> None:
+    line = [part if part != "run" else "breaks" for part in LINE]
+    done = vmodel(*line, "--runs", "16", cwd=folder)
+    broken = [row for row in ended(folder / "edu-explore.runs") if row.result.outcome is Outcome.HARNESS]
+    assert len(broken) == 1 and done.returncode == 1
+    says = f"The harness failed in 1 run, which says nothing of the driver: {broken[0].folder.name}"
+    assert says in " ".join(done.stdout.replace("edu-explore.runs/", "").split())
+    again = vmodel(*line, "--runs", "16", "--retry", "--format", "json", cwd=folder)
+    assert json.loads(again.stdout)["harness_errors"] == []
+
+
+def test_a_long_text_of_a_guest_is_cut_in_the_summary(folder: Path) -> None:
+    assert vmodel(*LINE, "--runs", "40", "-j", "2", cwd=folder).returncode == 1
+
+    def longer(_: int, result: dict[str, Any]) -> dict[str, Any]:
+        text = f"BUG:\n{'x' * 1_000_000}"
+        return {**result, "evidence": [{**finding, "text": text} for finding in result["evidence"]]}
+
+    change(folder / "edu-explore.runs", longer)
+    done = vmodel(*LINE, "--runs", "40", cwd=folder)
+    assert done.returncode == 1 and "crash: BUG: xxx" in done.stdout
+    assert len(done.stdout) < 4000 and len(done.stderr) < 4000
+
+
+def test_a_run_that_is_damaged_is_one_line(folder: Path) -> None:
+    store = folder / "edu-explore.runs"
+    assert vmodel(*LINE, "--runs", "12", cwd=folder).returncode in (0, 1)
+    before = {row.id: row.result.model_dump_json() for row in ended(store) if row.result}
+    says = "edu-explore.runs/campaign.db: run 5 is damaged, or was written by another version of vmodel"
+    rules = [{"fired": [1]}], [{"fired": -1}], [{"fired": 10**30}], [{"fired": "x"}], [{"fired": True}], [7], 7
+    wrong: list[dict[str, object]] = [{"rules": value} for value in rules]
+    wrong += [{"injections": [{"nth": value}]} for value in (0, -1, "x", None, 10**30)]
+    wrong += [{"wall": -7}, {"workload_time": -1}, {"injected": -1}, {"nth": 0}, {"nth": 1 << 64}]
+    for keys in wrong:
+        change(store, lambda id, result, keys=keys: {**json.loads(before[id]), **(keys if id == 5 else {})})
+        with pytest.raises(ConfigError) as raised:
+            ended(store)
+        assert str(raised.value) == f"{folder}/{says}", keys
+    assert refused(vmodel(*LINE, "--runs", "12", cwd=folder)) == says
+
+
+def change(store: Path, how: Callable[[int, dict[str, Any]], dict[str, Any]]) -> None:
+    """Changes the results that are stored; `how` gets a run's number and result."""
+    with contextlib.closing(sqlite3.connect(store / "campaign.db")) as database, database:
+        for id, text in database.execute("SELECT id, result FROM run").fetchall():
+            changed = json.dumps(how(id, json.loads(text)))
+            database.execute("UPDATE run SET result = ? WHERE id = ?", (changed, id))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tests.explore.simulated import COMMANDS, Simulated
 from tests.explore.trial import DEVICES, case, space, surveyed
 from vmodel.devices.edu import Edu
+from vmodel.errors import ConfigError
 from vmodel.explore.arguments import offered
 from vmodel.explore.space import MOST_RULES, PlanSpace, identity
 from vmodel.explore.survey import MOST_DISTINCT, Site, records, sites, survey_plan
@@ -39,28 +41,64 @@ def test_a_survey_changes_nothing() -> None:
     assert survey_plan(DEVICES, [first]).rule == (first, *rules)
 
 
-def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_records_that_no_survey_writes_are_left_out(tmp_path: Path) -> None:
     result = Simulated().run(case(survey_plan(DEVICES)), tmp_path)
-    whole = sites(records(result, tmp_path), DEVICES)
-    with (tmp_path / "injections.jsonl").open("a") as file:
-        bad = [
-            {"do": "watch", "rule": rule}
-            for rule in ("", "irq", "irq/9/running/", "irq/x/running/", "irq/0/running", "nowhere/0/running/", 7)
-        ]
-        bad += [
-            {"do": "watch", "rule": rule}
-            for rule in ("irq/0/nix/", "irq/\u00b2/running/", "mmio.read/0/running/x", "mmio.read/0/running/5")
-        ]
-        wrong: list[dict[str, object]] = [{"address": text} for text in ("zz", "-5", "0x" + "f" * 4000, 7)]
-        wrong += [{"address": "0x0", "size": size} for size in (-4, 1 << 70, "4", True)]
-        bad += [{"do": "watch", "rule": "mmio.read/0/running/0"} | keys for keys in wrong]
-        for keys in ({"queue": {"a": 1}}, {"queue": "\1"}, {"opcode": -1}, {"queue": 1 << 40}, {"opcode": [1]}):
-            bad.append({"do": "watch", "rule": "completion/0/running/", **keys})
-        bad.append({"do": "watch", "rule": "irq/0/running/", "vector": 0, "kind": "nix\n"})
-        file.write("[1]\n{\n" + "[" * 60_000 + "\n" + "".join(f"{json.dumps(record)}\n" for record in bad))
-    assert sites(records(result, tmp_path), DEVICES) == whole == surveyed()
+    log = list(records(result, tmp_path))
+    whole = sites(log, DEVICES)
+    bad: list[dict[str, object]] = [
+        {"do": "watch", "rule": rule}
+        for rule in ("", "irq", "irq/9/running/", "irq/x/running/", "irq/0/running", "nowhere/0/running/", 7)
+    ]
+    bad += [
+        {"do": "watch", "rule": rule}
+        for rule in ("irq/0/nix/", "irq/\u00b2/running/", "mmio.read/0/running/x", "mmio.read/0/running/5")
+    ]
+    wrong: list[dict[str, object]] = [{"address": text} for text in ("zz", "-5", "0x" + "f" * 4000, 7)]
+    wrong += [{"address": "0x0", "size": size} for size in (-4, 1 << 70, "4", True)]
+    bad += [{"do": "watch", "rule": "mmio.read/0/running/0"} | keys for keys in wrong]
+    for keys in ({"queue": {"a": 1}}, {"queue": "\1"}, {"opcode": -1}, {"queue": 1 << 40}, {"opcode": [1]}):
+        bad.append({"do": "watch", "rule": "completion/0/running/", **keys})
+    bad.append({"do": "watch", "rule": "irq/0/running/", "vector": 0, "kind": "nix\n"})
+    assert sites([*log, *bad], DEVICES) == whole == surveyed()
     # Without the artefact, the result's own records.
     assert sites(records(result.model_copy(update={"artefacts": {}}), tmp_path), DEVICES) == whole
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (b"[1]\n", "is damaged: line 30 is no record of an injection"),
+        (b"{\n", "is damaged: line 30 is no record of an injection"),
+        (b"[" * 60_000 + b"\n", "is damaged: line 30 is no record of an injection"),
+        (b"\xff\xfe\n", "is damaged: line 30 is no record of an injection"),
+        (b"{" * (1 << 17), "is damaged: line 30 is no record of an injection"),
+        (b"{}\n", "is damaged: it has 30 records, and the run had 29"),
+    ],
+)
+def test_a_log_that_is_damaged_is_one_line(tmp_path: Path, more: bytes, says: str) -> None:
+    """A part of it would make another search of the same command."""
+    result = Simulated().run(case(survey_plan(DEVICES)), tmp_path)
+    path = tmp_path / "injections.jsonl"
+    assert len(list(records(result, tmp_path))) == result.injected == 29
+    with path.open("ab") as file:
+        file.write(more)
+    with pytest.raises(ConfigError) as refused:
+        list(records(result, tmp_path))
+    assert str(refused.value) == f"{path}: {says}"
+
+
+def test_a_log_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    result = Simulated().run(case(survey_plan(DEVICES)), tmp_path)
+    path = tmp_path / "injections.jsonl"
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"is damaged: it has 0 records, and the run had 29$"):
+        list(records(result, tmp_path))
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"cannot be read: No such file or directory$"):
+        list(records(result, tmp_path))
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=r"cannot be read: is not a regular file$"):
+        list(records(result, tmp_path))
 
 
 def test_a_site_knows_what_came_before_its_last_event() -> None:

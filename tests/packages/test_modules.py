@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -156,3 +157,15 @@ def test_a_path_where_nothing_is(tmp_path: Path) -> None:
         names(kernel, [f"{tmp_path}/gone.ko"])
     with pytest.raises(ConfigError, match="driver: there is no such folder; a module's folder has a Kbuild"):
         names(kernel, [f"{tmp_path}/driver/"])
+
+
+def test_a_path_of_no_regular_file(tmp_path: Path) -> None:
+    """Reading a FIFO may wait without end, and a device may have none."""
+    kernel = kernel_with(tmp_path, {})
+    os.mkfifo(tmp_path / "card.ko")
+    (tmp_path / "zeros.ko").symlink_to("/dev/zero")
+    for name in ("card.ko", "zeros.ko"):
+        path = tmp_path / name
+        with pytest.raises(ArtifactError) as raised:
+            names(kernel, [str(path)])
+        assert str(raised.value) == f"{path}: cannot be read: is not a regular file"

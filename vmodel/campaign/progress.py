@@ -14,6 +14,7 @@ from rich.table import Column
 
 from vmodel.campaign.store import Row
 from vmodel.experiment.oracle import Outcome
+from vmodel.mistakes import gist
 
 #: rich's style for each outcome.
 STYLES = {
@@ -111,5 +112,5 @@ def line(row: Row) -> str:
     assert row.result is not None
     run, result = row.run, row.result
     place = " ".join(part for part in (run.machine, run.kernel, run.workload) if part)
-    why = next((f": {f.text}" for f in result.evidence), "") if not row.expected else ""
+    why = next((f": {gist(f.text)}" for f in result.evidence), "") if not row.expected else ""
     return f"{row.folder} {place} / {run.plan} / seed {run.seed}: {result.outcome.value}{why} ({result.wall:.1f} s)"

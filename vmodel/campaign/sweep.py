@@ -12,6 +12,7 @@ from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Outcome
 from vmodel.inject import ACTIONS, Engine, FaultPlan, Rule, parse_rule
 from vmodel.inject.terse import split
+from vmodel.mistakes import gist
 from vmodel.points import Point
 
 #: The default action is the first of these that the point supports.
@@ -98,7 +99,7 @@ def carry_out(sweep: Sweep, store: ResultStore, runner: Runner, reporter: Report
     row = store.row(id)
     assert row.result is not None
     if not row.expected:
-        why = "; ".join(finding.text for finding in row.result.evidence[:3])
+        why = "; ".join(gist(finding.text) for finding in row.result.evidence[:3])
         raise CleanRunError(f"{row.folder}: the run without a fault fails, too: {row.result.outcome.value}: {why}")
     count = sum(int(rule.get("matched", 0)) for rule in row.result.rules)
     if count > most:

@@ -102,7 +102,7 @@ def explore(
 
     Each run loads the driver, does the workload and removes the driver, under a plan of one to three faults.  Plans
     that reach something new are varied.  After an interruption, the same command continues.  The exit status is 1 if a
-    problem was found.
+    problem was found, or a run ended with a harness error.
     """
     log_to_stderr(False)
     limits = _budget(budget, runs)
@@ -159,7 +159,7 @@ def explore(
             sys.stdout.write(json.dumps(said, indent=1) + "\n" if form == "json" else text_of(said))
         if explorer.ended == "interrupted":
             raise typer.Exit(130)
-        if explorer.finds:
+        if explorer.finds or said["harness_errors"]:
             raise typer.Exit(1)
 
 

@@ -23,6 +23,7 @@ from vmodel.coverage.layout import TextLayout
 from vmodel.coverage.lines import Lines
 from vmodel.coverage.module_code import ModuleCode
 from vmodel.coverage.object_file import ET_REL, ObjectFile
+from vmodel.files import pieces
 
 #: Bytes of a file with debug information.
 _LARGEST = 1 << 30
@@ -169,7 +170,7 @@ class Program:
 def _read(path: Path) -> bytes:
     """A file, decompressed if it is compressed."""
     try:
-        data = path.read_bytes()
+        data = b"".join(pieces(path, _LARGEST))
         return decompress(data, _LARGEST) if format_of(data) else data
     except OSError as error:
         raise CoverageError(f"cannot be read: {error.strerror}", file=path) from None

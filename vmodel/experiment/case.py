@@ -17,7 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_serializer, field_validator
 
 from vmodel.coverage.coverage import Coverage
 from vmodel.experiment.oracle import Finding, Outcome
@@ -25,6 +25,25 @@ from vmodel.inject import FaultPlan
 
 #: A duration in seconds, measured on this host.  The limits find a damaged result.
 Measured = Annotated[float, Field(ge=-1e9, le=1e9)]
+#: The same, of something that ended after it began.
+Lasted = Annotated[float, Field(ge=0, le=1e9)]
+#: A count of events; the limit finds a damaged result, too.
+_MOST_EVENTS = (1 << 63) - 1
+
+
+def _counting(key: str, least: int) -> AfterValidator:
+    """Checks records of which `key`, where there is one, is a number of events, from `least` on.
+
+    A result may come from somebody else, and plans are made from these numbers.
+    """
+
+    def check(records: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for record in records:
+            if key in record and not (type(record[key]) is int and least <= record[key] <= _MOST_EVENTS):
+                raise ValueError(f"{key} must be a whole number from {least} to {_MOST_EVENTS}")
+        return records
+
+    return AfterValidator(check)
 
 
 class Case(BaseModel):
@@ -109,20 +128,20 @@ class Result(BaseModel):
     #: The same for the check.
     check_status: int | None
     #: The number of injections.
-    injected: int
+    injected: Annotated[int, Field(ge=0, le=_MOST_EVENTS)]
     #: The first 1000 records of the journal (`vmodel.inject.Journal`).
-    injections: tuple[dict[str, Any], ...]
+    injections: Annotated[tuple[dict[str, Any], ...], _counting("nth", 1)]
     #: The rules, and how often each matched and fired.
-    rules: tuple[dict[str, Any], ...]
+    rules: Annotated[tuple[dict[str, Any], ...], _counting("fired", 0)]
     #: Seconds from the first injection until the kernel or the workload noticed; None: no injection, or not noticed.
     time_to_detect: Measured | None
     #: Seconds from the first injection until the workload continued: its first output after the last finding, or its
     #: end.  None unless the outcome is "detected and recovered".
     time_to_recover: Measured | None
     #: Seconds that the workload took; None: it did not run.
-    workload_time: Measured | None
+    workload_time: Lasted | None
     #: Seconds that the case took, with the boot if it needed one.
-    wall: Measured
+    wall: Lasted
     #: The files in FOLDER by content: "case", "console", "kernel log", "output", "check", "injections", "line" (QEMU's
     #: command line), "model" (warnings of models and server), "coverage".
     artefacts: dict[str, str]
@@ -130,7 +149,7 @@ class Result(BaseModel):
     versions: dict[str, str]
     seed: int | None
     #: The position of this case among those that ran in the same guest, from 1.
-    nth: int = 1
+    nth: Annotated[int, Field(ge=1, le=_MOST_EVENTS)] = 1
     #: What ran of `Case.coverage`; None: nothing was asked for, or no guest ran.  It is the artefact "coverage", too,
     #: and not in result.json.
     coverage: Coverage | None = Field(default=None, exclude=True, repr=False)

@@ -27,6 +27,7 @@ from vmodel.explore.search import LAG, Attempt, Feature, Observation, Search
 from vmodel.explore.space import PlanSpace, identity
 from vmodel.explore.survey import Site, records, sites, survey_plan
 from vmodel.inject import FaultPlan
+from vmodel.mistakes import gist
 
 #: The titles of the clean runs: those without faults, and the survey.
 CLEAN = (CONTROL, f"{CONTROL}, again", "survey")
@@ -198,7 +199,7 @@ class Explorer:
                 row = self._alone(row)
             assert row.result is not None
             if not row.expected:
-                why = "; ".join(finding.text for finding in row.result.evidence[:3])
+                why = "; ".join(gist(finding.text) for finding in row.result.evidence[:3])
                 raise CleanRunError(
                     f"{row.folder}: the workload fails without faults: {row.result.outcome.value}: {why}"
                 )
@@ -315,7 +316,9 @@ class Explorer:
         assert row.result is not None
         attempt = self.attempts[number - 1]
         surveyed = attempt.how == "survey"
-        shown = sites(records(row.result, row.folder), self.what.devices) if surveyed else ()
+        # Where the harness failed, the log may be a part.
+        whole = surveyed and row.result.outcome is not Outcome.HARNESS
+        shown = sites(records(row.result, row.folder), self.what.devices) if whole else ()
         fired = _fired(row.result, len(attempt.plan.rule))
         self.search.take(attempt, Observation(row.result.outcome, features_of(row), shown, fired))
         self._taken = number
@@ -338,7 +341,7 @@ class Explorer:
                 find = Find(len(self.finds) + 1, signature, text, row.result.outcome, row)
                 self.finds.append(find)
                 self._shrinkings.append(Shrinking(find, self._signatures, self._without))
-                self._reporter.note(f"run {row.id}: find {find.number}: {text}")
+                self._reporter.note(f"run {row.id}: find {find.number}: {gist(text)}")
             find.runs.append(row.id)
             self._reconsider(find)
 

@@ -11,6 +11,7 @@ from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.frontier import Untaken, untaken
 from vmodel.coverage.registry import programs
+from vmodel.experiment.oracle import Outcome
 from vmodel.explore.against import Against
 from vmodel.explore.explorer import Explorer, times
 from vmodel.explore.finds import Find
@@ -37,6 +38,9 @@ def document(explorer: Explorer, rows: list[Row], jobs: int, against: Against | 
         "runs": len(explorer.growth),
         "all_runs": sum(row.result is not None for row in rows),
         "ended": explorer.ended,
+        "harness_errors": [
+            str(row.folder) for row in rows if row.result is not None and row.result.outcome is Outcome.HARNESS
+        ],
         "sites": [{"site": str(site), "events": site.count} for site in explorer.sites],
         "found": [_find(find, find.shrunk.run in trust) for find in explorer.finds],
         "kept": [

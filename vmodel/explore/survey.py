@@ -17,7 +17,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from vmodel.device import PciDevice
+from vmodel.errors import ConfigError
 from vmodel.experiment.case import Result
+from vmodel.files import regular
 from vmodel.inject import FaultPlan, Rule
 from vmodel.inject.predicate import KEYS
 from vmodel.points import EVENTS, ConfigEvent, DmaEvent, MmioEvent, Phase, Point, TranslationEvent
@@ -32,6 +34,8 @@ MOST_DISTINCT = 8
 MOST_VALUES = 4
 #: The limit of a line of the log, in bytes: data is cut long before.
 _LONGEST = 1 << 16
+#: The limit of the log, in bytes.
+_LARGEST = 1 << 30
 #: Points of an IOMMU: their events name it, and a rule needs no device.
 IOMMU_POINTS = frozenset((Point.IOMMU_MAP, Point.IOMMU_UNMAP, Point.INVALIDATE))
 #: The name of a survey's rule: point, number of the device, phase and BAR.
@@ -111,21 +115,34 @@ def survey_plan(devices: Mapping[str, PciDevice], first: Sequence[Rule] = ()) ->
 def records(result: Result, folder: Path) -> Iterator[dict[str, Any]]:
     """The log of a run's injections: from its artefact if there is one, else the part of it that the result has.
 
-    Lines that are no record of a log are left out.
+    ConfigError: the artefact is damaged, or is not there any more.  With a part of it, the search would be another one.
     """
     name = result.artefacts.get("injections")
-    path = None if name is None else folder / name
-    if path is None or not path.is_file():
+    if name is None:
         yield from result.injections
         return
-    with path.open("rb") as file:
-        while line := file.readline(_LONGEST):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict):
-                yield record
+    path, count = folder / name, 0
+    try:
+        regular(path, _LARGEST)
+        with path.open("rb") as file:
+            while line := file.readline(_LONGEST):
+                count += 1
+                yield _record(line, path, count)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=path) from None
+    if count != result.injected:
+        raise ConfigError(f"is damaged: it has {count:,} records, and the run had {result.injected:,}", file=path)
+
+
+def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """A line of the log.  ConfigError: it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ConfigError(f"is damaged: line {number:,} is no record of an injection", file=path)
+    return record
 
 
 @dataclass

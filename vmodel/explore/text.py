@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vmodel.mistakes import gist
+
 #: The most functions and branches that are listed; the JSON has all.
 _MOST_FUNCTIONS, _MOST_BRANCHES = 10, 10
 _WIDTH = 80
@@ -42,9 +44,15 @@ def _found(document: Mapping[str, Any]) -> Iterator[str]:
     how = "" if document["search"] == "feedback" else " of a random search"
     yield f"{_count(len(found), 'problem')} in {_count(document['runs'], 'plan')}{how}, {spent}"
     yield f"It ended: {_ENDS[document['ended']]}."
+    if failed := document["harness_errors"]:
+        yield from _wrapped(
+            f"The harness failed in {_count(len(failed), 'run')}, which say{'s' * (len(failed) == 1)} nothing of the"
+            f" driver: {failed[0]}{' is the first' if len(failed) > 1 else ''}. --retry repeats"
+            f" {'it' if len(failed) == 1 else 'them'}."
+        )
     for find in found:
         yield ""
-        yield from _wrapped(f"{find['number']}. {find['outcome']}: {find['text']}", more="   ")
+        yield from _wrapped(f"{find['number']}. {find['outcome']}: {gist(find['text'])}", more="   ")
         for rule in find["rules"]:
             yield from _wrapped(rule, "     ", "       ")
         again = f"seen again in {find['again']} of {find['of']} runs" if find["of"] else "not repeated yet"

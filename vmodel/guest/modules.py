@@ -19,6 +19,7 @@ from elftools.elf.elffile import ELFFile
 
 from vmodel.compressed import decompress
 from vmodel.elf import reading_elf
+from vmodel.files import pieces
 from vmodel.guest.artifacts import ArtifactError, Kernel
 from vmodel.guest.kbuild import OUTPUT, build
 
@@ -45,10 +46,10 @@ def load_module(path: Path) -> bytes:
     if path.suffix not in (".ko", ".xz", ".gz", ".zst"):
         raise ArtifactError(f"unknown compression {path.suffix}", file=path)
     try:
-        data = path.read_bytes()
+        data = b"".join(pieces(path, _LARGEST))
         return data if path.suffix == ".ko" else decompress(data, _LARGEST)
     except OSError as error:
-        raise ArtifactError(f"cannot be read: {error}", file=path) from None
+        raise ArtifactError(f"cannot be read: {error.strerror}", file=path) from None
     except ValueError as error:
         raise ArtifactError(str(error), file=path) from None
 
