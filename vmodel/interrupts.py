@@ -32,6 +32,21 @@ class Interrupts:
 
 
 @contextlib.contextmanager
+def uncovered() -> Iterator[None]:
+    """Within this context, a KeyboardInterrupt that pydantic has replaced by an error of its own is raised as itself.
+
+    It does so if the signal comes while it calls Python code to serialize a value, as of a path.
+    """
+    try:
+        yield
+    except Exception as error:
+        # By name: pydantic is not imported for a command that needs none.
+        if type(error).__name__ == "PydanticSerializationError" and KeyboardInterrupt.__name__ in str(error):
+            raise KeyboardInterrupt from error
+        raise
+
+
+@contextlib.contextmanager
 def interruptible() -> Iterator[Interrupts]:
     """Within this context, the first SIGINT or SIGTERM raises KeyboardInterrupt; further ones wait for its end.
 
@@ -46,7 +61,8 @@ def interruptible() -> Iterator[Interrupts]:
                 before[number] = handler
                 signal.signal(number, found._came)
     try:
-        yield found
+        with uncovered():
+            yield found
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) == found._came:

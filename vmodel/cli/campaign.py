@@ -36,6 +36,7 @@ from vmodel.guest.kernel_code import check_target
 from vmodel.guest.options import at_option, guest_file, module_at, tool_at
 from vmodel.guest.running import accelerator
 from vmodel.guest.tools import program_path
+from vmodel.interrupts import uncovered
 from vmodel.patience import slowness
 
 Folder = Annotated[
@@ -174,6 +175,7 @@ def at_work(
     with stored(folder), ResultStore.create(folder, definition) as store:
         try:
             with (
+                uncovered(),
                 ProgressBar(console(sys.stderr)) as bar,
                 executor(rig, folder, jobs=jobs, scheduler=scheduler) as on,
             ):

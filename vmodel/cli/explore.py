@@ -39,6 +39,7 @@ from vmodel.guest.kernel_code import CodeFinder, check_module, check_target
 from vmodel.guest.modules import files_of, in_order, is_path, is_source
 from vmodel.guest.options import at_option, guest_file, module_at, tool_at
 from vmodel.guest.running import accelerator
+from vmodel.interrupts import uncovered
 from vmodel.machine import Machine
 
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -174,6 +175,7 @@ def _at_work(
             store.reset_errors()
         try:
             with (
+                uncovered(),
                 ProgressBar(console(sys.stderr)) as bar,
                 executor(what.rig, folder, jobs=jobs, scheduler=scheduler) as on,
             ):

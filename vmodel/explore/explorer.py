@@ -27,6 +27,7 @@ from vmodel.explore.search import LAG, Attempt, Feature, Observation, Search
 from vmodel.explore.space import PlanSpace, identity
 from vmodel.explore.survey import Site, records, sites, survey_plan
 from vmodel.inject import FaultPlan
+from vmodel.interrupts import uncovered
 from vmodel.mistakes import gist
 
 #: The titles of the clean runs: those without faults, and the survey.
@@ -168,10 +169,11 @@ class Explorer:
             f"without faults: {len(self.clean)} instructions, {events} events of {len(self.sites)} kinds"
         )
         try:
-            self._runner.feed(self._next, self._arrived)
-            self._take_all()
-            # What the last attempts found.
-            self._runner.feed(self._next_shrunk, self._arrived)
+            with uncovered():
+                self._runner.feed(self._next, self._arrived)
+                self._take_all()
+                # What the last attempts found.
+                self._runner.feed(self._next_shrunk, self._arrived)
         except KeyboardInterrupt:
             self.ended = "interrupted"
             self._take_all()
