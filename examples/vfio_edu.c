@@ -212,10 +212,19 @@ static void map_bar(int file, off_t offset, size_t size)
 
 static void bind_driver(void)
 {
+    char path[256];
     /* VFIO requires this declaration of trust in the device if there is no interrupt remapping. */
     write_file("Y", "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts");
     write_file("vfio-pci", "/sys/bus/pci/devices/%s/driver_override", device);
-    write_file(device, "/sys/bus/pci/drivers_probe");
+    /* A device that has just been plugged is in /sys before the PCI core lets a driver have it. */
+    for (int tries = 0; tries < 50; tries++) {
+        write_file(device, "/sys/bus/pci/drivers_probe");
+        snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/driver", device);
+        if (access(path, F_OK) == 0)
+            return;
+        usleep(100 * 1000);
+    }
+    fail("vfio-pci does not take %s", device);
 }
 
 static void open_device(void)

@@ -135,6 +135,13 @@ def test_a_folder_that_could_not_be_made_is_made_by_the_next_run(folder: Path) -
 
 def test_another_folder_is_read_before_the_search(folder: Path) -> None:
     assert vmodel(*LINE, "--runs", "2", "-o", "other", cwd=folder).returncode in (0, 1)
+    reached = {path: path.read_text() for path in (folder / "other").glob("*/reached.json")}
+    for path in reached:
+        path.write_text("{}")
+    says = 'other: no run says what it reached: a campaign needs coverage = ["MODULE"]'
+    assert refused(vmodel(*LINE, "--runs", "2", "--against", "other", cwd=folder)) == says
+    for path, text in reached.items():
+        path.write_text(text)
     (folder / "other" / "2" / "reached.json").unlink()
     says = "other/2/reached.json: cannot be read: No such file or directory"
     assert refused(vmodel(*LINE, "--runs", "2", "--against", "other", cwd=folder)) == says

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from vmodel.campaign.executor import Answer, Task
 from vmodel.campaign.runner import Runner
 from vmodel.campaign.store import ResultStore, Row
 from vmodel.campaign.sweep import CleanRunError
+from vmodel.coverage.addresses import AddressSet
+from vmodel.coverage.coverage import Coverage
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case
 from vmodel.experiment.oracle import Effect, Finding, Outcome
@@ -430,6 +433,24 @@ def test_the_time_by_kind(explored: Callable[..., Explorer], tmp_path: Path) -> 
     assert sum(found.values()) == pytest.approx(20.0)
     walls = sum(row.result.wall for row in rows if row.result is not None)
     assert found["boot"] + found["workload"] + found["minimise"] == pytest.approx(walls)
+
+
+def test_another_build_is_not_compared(explored: Callable[..., Explorer], tmp_path: Path) -> None:
+    """The same addresses are other code there."""
+    explorer = explored(runs=5)
+    with ResultStore.open(tmp_path / "runs") as store:
+        first, *rows = store.rows()
+        assert first.result is not None
+        artefacts = {**first.result.artefacts, "coverage": "coverage.json"}
+        first = replace(first, result=first.result.model_copy(update={"artefacts": artefacts}))
+        kept = Coverage({"card": AddressSet([1, 2])}, {"card": "ab"})
+        (first.folder / "coverage.json").write_text(json.dumps(kept.to_json()))
+        for id, builds in (("ab", []), ("cd", ["card"])):
+            other = Against(tmp_path, 1, explorer.code, frozenset({("card", id), ("other", "ef")}))
+            said = document(explorer, [first, *rows], 1, other)
+            assert said["against"]["other_builds"] == builds
+            assert said["against"]["only_there"] == (None if builds else 0)
+    assert "not compared, as it has another build of card." in " ".join(text_of(said).split())
 
 
 def test_the_summary(explored: Callable[..., Explorer], what: Exploration, tmp_path: Path) -> None:

@@ -80,5 +80,10 @@ def test_plug_unplug_and_reset(vm_booted: BootedGuest, vmodel_served: Served) ->
         vmodel_served.plug(vm_booted.monitor, "edu7")
     assert vm_booted.run("vmodel-host dance", 10).status == 127
     assert vm_booted.run("vmodel-host plug edu7", 10).status == 1
+    points = vmodel_served.machine.devices["edu0"].points
+    assert vm_booted.run("vmodel-host suspend begin", 10).status == 0 and points.suspended
+    for wrong in ("now", "", "begin end"):
+        assert vm_booted.run(f"vmodel-host suspend {wrong}", 10).status == 1 and points.suspended
+    assert vm_booted.run("vmodel-host suspend end", 10).status == 0 and not points.suspended
     vm_booted.reset()
     assert vm_booted.guest.boots == 2 and vm_booted.run("exit 4").status == 4

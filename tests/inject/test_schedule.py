@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.inject.lab import PLAIN, RAISE, Bench, Lab, armed
-from vmodel.inject import DmaEvent, Engine, FaultPlan, Point, Rule, parse_rule
+from vmodel.inject import DmaEvent, Engine, FaultPlan, Journal, Point, Rule, parse_rule
 from vmodel.inject.schedule import Progress, Schedule
 
 ONES = 0xFFFF_FFFF
@@ -271,3 +272,14 @@ def test_gates() -> None:
         assert [progress.fires(0) for _ in range(3)] == [False, True, False]
         progress.end()
         assert not progress.fires(0)
+
+
+def test_what_comes_after_the_end_of_the_log_is_not_counted(tmp_path: Path) -> None:
+    """A result says how many records its file has."""
+    journal = Journal(tmp_path / "log.jsonl")
+    journal.put({"rule": "a"})
+    journal.close()
+    journal.put({"rule": "late"})
+    journal.close()
+    assert len(journal) == 1 == len((tmp_path / "log.jsonl").read_text().splitlines())
+    assert [record["n"] for record in journal.since()] == [1, 2]

@@ -52,11 +52,15 @@ PANIC = """
 """
 
 
+NOBODY = "[    9.250585] sysrq: Show Blocked State\n"
+
+
 class Fake:
     """QEMU's monitor and a kernel: what it prints by the key that follows a break."""
 
     def __init__(self, answers: Mapping[bytes, str]) -> None:
         self.answers = dict(answers)
+        self.keys: list[bytes] = []
         self.console = "[    1.000000] before\n"
         self.broken = False
 
@@ -71,6 +75,7 @@ class Fake:
     def send(self, key: bytes) -> None:
         assert self.broken, "a key without a break is the input of a program"
         self.broken = False
+        self.keys.append(key)
         self.console += self.answers.get(key, "")
 
     def examiner(self) -> Examiner:
@@ -101,6 +106,23 @@ def test_a_kernel_that_takes_no_interrupt() -> None:
     lines, _ = examine(Fake({b"nmi": PANIC}).examiner())
     assert lines[1].endswith("interrupts off: provoke-spin:126 in provoke_spin+0x11/0x20 [provoke]")
     assert lines[2] == "CPU 2: in user space at 0x00007fffdeadbeef"
+
+
+@pytest.mark.parametrize(("asleep", "asked"), [(1, 1), (3, 3), (9, 4)])
+def test_a_task_that_polls_is_not_asleep_each_time(asleep: int, asked: int) -> None:
+    class Polling(Fake):
+        def send(self, key: bytes) -> None:
+            self.answers[b"w"] = BLOCKED if self.keys.count(b"w") + 1 >= asleep else NOBODY
+            super().send(key)
+
+    fake = Polling({})
+    assert len(fake.examiner().blocked()) == (asleep <= 4)
+    assert fake.keys.count(b"w") == asked
+
+
+def test_a_kernel_that_does_not_answer_is_asked_once() -> None:
+    fake = Fake({})
+    assert fake.examiner().blocked() == [] and fake.keys == [b"9", b"w"]
 
 
 def test_without_an_nmi_it_stays_as_it_is() -> None:

@@ -249,6 +249,7 @@ class _Trial:
         self.dmesg = ""
         #: If the guest hangs: its blocked tasks, and where its CPUs are.
         self.hang: list[str] = []
+        #: Whether it has been asked for the blocked tasks.
         self.examined = False
         self.start = time.monotonic()
         self._write("case", "case.json", case.model_dump_json(indent=1) + "\n")
@@ -419,13 +420,13 @@ class _Trial:
         return any(finding.effect is Effect.HANG for finding in self.findings)
 
     def _examine(self, how: Callable[[Examiner], Sequence[str]]) -> None:
-        self.examined = True
         try:
             self.hang += how(self.guest.guest.examiner())
         except MonitorError as error:
             self.hang.append(f"QEMU does not answer: {error}")
 
     def _blocked(self, examiner: Examiner) -> Sequence[str]:
+        self.examined = True
         return [f"blocked: {task}" for task in examiner.blocked()]
 
     def _cpus(self, examiner: Examiner) -> Sequence[str]:

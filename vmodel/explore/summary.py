@@ -70,7 +70,7 @@ def document(explorer: Explorer, rows: list[Row], jobs: int, against: Against | 
     if note:
         found["note"] = note
     if against is not None:
-        found["against"] = _against(explorer, against)
+        found["against"] = _against(explorer, rows, against)
     return found
 
 
@@ -93,14 +93,16 @@ def _find(find: Find, trust: bool) -> dict[str, Any]:
     }
 
 
-def _against(explorer: Explorer, other: Against) -> dict[str, Any]:
-    """What this search and another store's runs have executed that the other has not."""
+def _against(explorer: Explorer, rows: Iterable[Row], other: Against) -> dict[str, Any]:
+    """What this search and another store's runs have executed that the other has not; None: of other builds."""
+    builds = other.other_builds(rows)
     return {
         "folder": str(other.folder),
         "runs": other.runs,
         "all": len(other.code),
-        "only_here": len(explorer.code - other.code),
-        "only_there": len(other.code - explorer.code),
+        "other_builds": builds,
+        "only_here": None if builds else len(explorer.code - other.code),
+        "only_there": None if builds else len(other.code - explorer.code),
     }
 
 

@@ -70,10 +70,11 @@ def _reached(document: Mapping[str, Any]) -> Iterator[str]:
     )
     against = document.get("against")
     if against is not None:
-        yield from _wrapped(
-            f"Against the {_count(against['runs'], 'run')} of {against['folder']}: {against['only_here']:,} only here,"
-            f" {against['only_there']:,} only there."
-        )
+        if builds := against["other_builds"]:
+            said = f"not compared, as it has another build of {', '.join(builds)}"
+        else:
+            said = f"{against['only_here']:,} only here, {against['only_there']:,} only there"
+        yield from _wrapped(f"Against the {_count(against['runs'], 'run')} of {against['folder']}: {said}.")
     if "note" in document:
         yield from _wrapped(document["note"])
 

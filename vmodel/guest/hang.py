@@ -57,21 +57,11 @@ class Examiner:
         """The tasks in uninterruptible sleep, as "NAME:PID in FUNCTION".  MonitorError: QEMU does not answer."""
         self._press(b"9")  # all levels on the console, as the kernel prints stacks at a low one
         for _ in range(_TIMES):
-            if found := self._blocked_now():
+            said = self._press(b"w")
+            # One that does not answer would not the next time.
+            if (found := _blocked(said)) or not said:
                 return found
         return []
-
-    def _blocked_now(self) -> list[str]:
-        found: list[str] = []
-        open_ = False
-        for line in self._press(b"w").splitlines():
-            if task := _TASK.search(line):
-                found.append(f"{task[1]}:{task[2]}")
-                open_ = True
-            elif open_ and (function := _FUNCTION.search(line)) and not _SLEEPS.match(function[1]):
-                found[-1] += f" in {function[1]}"
-                open_ = False
-        return found
 
     def cpus(self, *, nmi: bool) -> Cpus:
         """Where each CPU is.  `nmi`: if the kernel does not answer, makes it panic.  MonitorError."""
@@ -105,6 +95,20 @@ class Examiner:
                 begun = now
             elif now - changed > patience(_QUIET) or now - begun > patience(_MOST):
                 return text
+
+
+def _blocked(said: str) -> list[str]:
+    """The tasks of the kernel's list, as "NAME:PID in FUNCTION"."""
+    found: list[str] = []
+    open_ = False
+    for line in said.splitlines():
+        if task := _TASK.search(line):
+            found.append(f"{task[1]}:{task[2]}")
+            open_ = True
+        elif open_ and (function := _FUNCTION.search(line)) and not _SLEEPS.match(function[1]):
+            found[-1] += f" in {function[1]}"
+            open_ = False
+    return found
 
 
 def _places(said: str) -> dict[int, str]:

@@ -36,6 +36,8 @@ class Journal:
         self._lock = threading.Lock()
         self._last: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._count = 0
+        #: How many there were when the file was closed: what comes after that, as a late event, is in no file.
+        self._closed_at: int | None = None
 
     def put(self, record: dict[str, Any]) -> None:
         """Adds a record.  OSError: the file cannot be written."""
@@ -57,11 +59,12 @@ class Journal:
             return [record for record in self._last if record["n"] > n][:most]
 
     def __len__(self) -> int:
-        return self._count
+        return self._count if self._closed_at is None else self._closed_at
 
     def close(self) -> None:
-        """Closes the file; the records in memory stay."""
+        """Closes the file; the records in memory stay, and no more are counted."""
         with self._lock:
+            self._closed_at = len(self)
             if self._file is not None:
                 self._file.close()
                 self._file, self.path = None, None
