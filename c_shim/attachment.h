@@ -10,6 +10,7 @@ typedef struct attachment {
     domain_listener listener; /* domain's */
     vms_requester *requester;
     vms_domain *domain;
+    struct ledger_space *space; /* under requester->lock; NULL: it is not followed; see ledger.h */
     struct witness *witness; /* under requester->lock; NULL: unknown; see stale.h */
 } attachment;
 

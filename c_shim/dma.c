@@ -114,6 +114,8 @@ int dma_translate(vms_requester *requester, const attachment *at, uint64_t iova,
     out->gpa = gpa;
     out->window = c;
     if (!c->file) {
+        if (at && at->space)
+            ledger_accessed(at->space, iova, out->n, access, gpa, requester->who);
         fault->len = out->n;
         if (access & VMS_PROT_WRITE) {
             dirty_mark(&requester->memory->dirty, gpa, gpa + (out->n - 1));
@@ -126,6 +128,8 @@ int dma_translate(vms_requester *requester, const attachment *at, uint64_t iova,
     if (c->file_offset + offset + out->n > atomic_load_explicit(&c->file->good, memory_order_acquire))
         return dma_fail(requester, fault, VMS_REASON_TRUNCATED, iova);
     out->ptr = c->host + offset;
+    if (at && at->space)
+        ledger_accessed(at->space, iova, out->n, access, gpa, requester->who);
     return 0;
 }
 

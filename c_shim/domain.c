@@ -177,11 +177,95 @@ void domain_unlisten(vms_domain *domain, domain_listener *listener)
     vms_domain_destroy(domain);
 }
 
+void domain_watch(vms_domain *domain, int on)
+{
+    if (on)
+        atomic_fetch_add(&domain->watched, 1);
+    else
+        atomic_fetch_sub(&domain->watched, 1);
+}
+
 /* ---- mappings ------------------------------------------------------------------------------ */
+
+/* The first mapping that allows an access.  A mapping without permission counts as none. */
+static int next_mapping(vms_domain *domain, uint64_t at, uint64_t last, translation *out, uint32_t *steps)
+{
+    mapping item;
+    int rc = -ENOENT;
+
+    pthread_rwlock_rdlock(&domain->lock);
+    while (mapping_tree_from(&domain->mappings, at, &item) && item.start <= last) {
+        if (!(*steps)--) {
+            *steps = 0;
+            rc = -EAGAIN;
+            break;
+        }
+        if (item.target & PROT_ALL) {
+            *out = (translation){ .start = item.start, .last = item.last, .gpa = item.target & ~PAGE_MASK,
+                                  .prot = (uint32_t)(item.target & PROT_ALL) };
+            rc = 0;
+            break;
+        }
+        if (item.last >= last)
+            break;
+        at = item.last + 1;
+    }
+    pthread_rwlock_unlock(&domain->lock);
+    return rc;
+}
+
+/* How many bits of an address an entry of a table covers, of this level (0: unknown); at most those of a page where
+ * stage 2 is what refuses. */
+static unsigned hole_bits(const vms_fault *fault)
+{
+    return fault->stage == 2 || fault->level < 2 ? 12 : 12 + 9 * (fault->level - 1);
+}
+
+/* Walks the tables: over what is not mapped in steps as large as the entry that says so. */
+static int next_entry(vms_domain *domain, uint64_t at, uint64_t last, translation *out, uint32_t *steps)
+{
+    for (;;) {
+        vms_fault fault = { 0 };
+        if (!(*steps)--) {
+            *steps = 0;
+            return -EAGAIN;
+        }
+        if (domain_translate(domain, at, 0, out, &fault) == 0)
+            return 0;
+        uint64_t end = at | ((UINT64_C(1) << hole_bits(&fault)) - 1);
+        if (fault.reason == VMS_REASON_INPUT_WIDTH && fault.stage != 2) { /* canonical addresses go on at the top */
+            uint64_t top = UINT64_MAX << (domain->table.input_bits - 1);
+            end = at < top ? top - 1 : UINT64_MAX;
+        }
+        if (end >= last)
+            return -ENOENT;
+        at = end + 1;
+    }
+}
+
+int domain_next(vms_domain *domain, uint64_t at, uint64_t last, translation *out, uint32_t *steps)
+{
+    switch (domain->kind) {
+    case VMS_DOMAIN_PAGING:
+        return next_mapping(domain, at, last, out, steps);
+    case VMS_DOMAIN_TABLE:
+        return next_entry(domain, at, last, out, steps);
+    default:
+        return -ENOENT;
+    }
+}
 
 static uint64_t smallest_page(const vms_domain *domain)
 {
     return domain->page_sizes & -domain->page_sizes;
+}
+
+static void tell_mapped(vms_domain *domain, uint64_t start, uint64_t last)
+{
+    pthread_mutex_lock(&domain->attach_lock);
+    for (domain_listener *listener = domain->listeners; listener; listener = listener->next)
+        listener->mapped(listener, start, last);
+    pthread_mutex_unlock(&domain->attach_lock);
 }
 
 int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t size, uint32_t prot)
@@ -197,6 +281,8 @@ int vms_domain_map(vms_domain *domain, uint64_t iova, uint64_t gpa, uint64_t siz
     pthread_rwlock_wrlock(&domain->lock);
     int rc = domain->mappings.count < domain->max_mappings ? mapping_tree_insert(&domain->mappings, &item) : -ENOSPC;
     pthread_rwlock_unlock(&domain->lock);
+    if (rc == 0 && atomic_load(&domain->watched))
+        tell_mapped(domain, item.start, item.last);
     return rc;
 }
 

@@ -19,6 +19,8 @@ typedef struct domain_listener {
     /* Invalidates cached translations of [start, last]; returns when no access through them is in flight; flags
      * VMS_FLUSH_*. Called under domain->attach_lock (and its parent's). */
     void (*invalidate)(struct domain_listener *listener, uint64_t start, uint64_t last, uint32_t flags);
+    /* [start, last] has been mapped; only while the domain is watched.  Under the same lock. */
+    void (*mapped)(struct domain_listener *listener, uint64_t start, uint64_t last);
 } domain_listener;
 
 struct vms_domain {
@@ -41,6 +43,7 @@ struct vms_domain {
     pthread_mutex_t attach_lock; /* Taken before a requester's lock, and before that of a nested domain. */
     domain_listener *listeners;
     vms_domain *nested, *next_nested;
+    _Atomic unsigned watched; /* how many listeners want to know what is mapped */
 };
 
 /* An IOTLB's entry: [start, last] is mapped to gpa and up. */
@@ -68,6 +71,11 @@ void domain_ref(vms_domain *domain);
 void domain_listen(vms_domain *domain, domain_listener *listener);
 /* Drops the reference. */
 void domain_unlisten(vms_domain *domain, domain_listener *listener);
+/* Whether listeners are notified of what is mapped; calls add up. */
+void domain_watch(vms_domain *domain, int on);
+/* The first translation that ends at `at` or beyond and begins at `last` or before, which takes some of *steps.
+ * ENOENT: there is none; EAGAIN: no steps are left.  Sets no flags. */
+int domain_next(vms_domain *domain, uint64_t at, uint64_t last, translation *out, uint32_t *steps);
 /* `parent` is the stage 2 of `domain`, as long as that lives. */
 void domain_nest(vms_domain *domain, vms_domain *parent);
 

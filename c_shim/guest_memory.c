@@ -315,6 +315,33 @@ int memory_load64(vms_memory *memory, uint64_t gpa, uint64_t *value)
     return rc;
 }
 
+uint64_t memory_count_words(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t least, uint64_t most)
+{
+    uint64_t found = 0, last = gpa + (size - 1), n;
+
+    gpa = (gpa + 7) & ~UINT64_C(7);
+    pthread_mutex_lock(&memory->lock);
+    for (; gpa + 7 > gpa && gpa + 7 <= last; gpa += n) {
+        const window *win = memory_find(memory, gpa);
+        uint64_t offset;
+        n = 8;
+        if (!win || !win->file)
+            break;
+        n = (win->span.last < last ? win->span.last : last) - gpa + 1;
+        offset = win->offset + (gpa - win->span.start);
+        n &= ~UINT64_C(7);
+        if (!n || offset + n > atomic_load(&win->file->good))
+            break;
+        const uint64_t *word = (const uint64_t *)(const void *)file_at(win->file, offset);
+        for (uint64_t i = 0; i < n / 8; i++) {
+            uint64_t value = __atomic_load_n(&word[i], __ATOMIC_RELAXED);
+            found += value >= least && value <= most;
+        }
+    }
+    pthread_mutex_unlock(&memory->lock);
+    return found;
+}
+
 int memory_cas64(vms_memory *memory, uint64_t gpa, uint64_t expected, uint64_t desired)
 {
     const window *win;

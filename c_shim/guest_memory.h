@@ -54,6 +54,8 @@ void memory_ref(vms_memory *memory);
 const window *memory_find(const vms_memory *memory, uint64_t gpa);
 /* One naturally aligned 8-byte word, as hardware that walks tables reads it; EFAULT where there is no file. */
 int memory_load64(vms_memory *memory, uint64_t gpa, uint64_t *value);
+/* How many aligned words of [gpa, gpa + size) are from `least` to `most`; 0 where there is no file. */
+uint64_t memory_count_words(vms_memory *memory, uint64_t gpa, uint64_t size, uint64_t least, uint64_t most);
 /* Compare-and-swap of a word.  EAGAIN: it is not `expected`; EFAULT: as above. */
 int memory_cas64(vms_memory *memory, uint64_t gpa, uint64_t expected, uint64_t desired);
 

@@ -51,6 +51,7 @@ void vms_requester_destroy(vms_requester *requester)
     vms_requester_attach(requester, VMS_NO_PASID, NULL);
     while (requester->pasids.root)
         vms_requester_attach(requester, (uint32_t)requester->pasids.root->start, NULL);
+    vms_ledger_destroy(requester->ledger);
     memory_unlisten(requester->memory, &requester->listener);
     vms_memory_destroy(requester->memory);
     pthread_mutex_destroy(&requester->attaching);
@@ -86,7 +87,20 @@ static void invalidate(domain_listener *listener, uint64_t start, uint64_t last,
     pthread_mutex_lock(&requester->lock);
     if (!requester->own_tlb || !(flags & VMS_FLUSH_KEEP_OWN))
         iotlb_invalidate(requester->iotlb, at, start, last);
+    if (at->space)
+        ledger_changed(at->space, start, last, 1);
     pthread_mutex_unlock(&requester->lock);
+}
+
+/* A domain_listener's. */
+static void mapped(domain_listener *listener, uint64_t start, uint64_t last)
+{
+    const attachment *at = OWNER_OF(listener, attachment, listener);
+
+    pthread_mutex_lock(&at->requester->lock);
+    if (at->space)
+        ledger_changed(at->space, start, last, 0);
+    pthread_mutex_unlock(&at->requester->lock);
 }
 
 int vms_requester_own_tlb(vms_requester *requester, int on)
@@ -109,12 +123,23 @@ int vms_requester_flush(vms_requester *requester, uint32_t pasid, uint64_t start
     return 0;
 }
 
+/* Has an attachment recorded, if the requester is followed.  It listens to its domain already. */
+static void follow(const vms_requester *requester, attachment *at)
+{
+    if (requester->ledger)
+        at->space = ledger_attached(requester->ledger, at->domain, requester->memory, requester->who,
+                                    (uint32_t)at->pasid.start, requester->notified);
+}
+
 /* Puts an attachment, or NULL, in the place of the one of this PASID.  Under requester->attaching. */
 static void put(vms_requester *requester, uint32_t pasid, attachment *fresh, int blocked)
 {
     attachment *old;
+    ledger_space *space = NULL;
 
     pthread_mutex_lock(&requester->lock);
+    if (fresh)
+        follow(requester, fresh);
     if (pasid == VMS_NO_PASID) {
         old = requester->attached;
         requester->attached = fresh;
@@ -126,9 +151,14 @@ static void put(vms_requester *requester, uint32_t pasid, attachment *fresh, int
         if (fresh)
             span_tree_insert(&requester->pasids, &fresh->pasid);
     }
-    if (old)
+    if (old) {
         iotlb_invalidate(requester->iotlb, old, 0, UINT64_MAX);
+        space = old->space;
+        old->space = NULL;
+    }
     pthread_mutex_unlock(&requester->lock);
+    if (space)
+        ledger_detached(space);
     if (old) {
         domain_unlisten(old->domain, &old->listener);
         witness_destroy(old->witness);
@@ -151,6 +181,7 @@ int vms_requester_attach(vms_requester *requester, uint32_t pasid, vms_domain *d
         }
         fresh->pasid.start = fresh->pasid.last = pasid;
         fresh->listener.invalidate = invalidate;
+        fresh->listener.mapped = mapped;
         fresh->requester = requester;
         fresh->domain = domain;
     }
@@ -177,6 +208,48 @@ int vms_requester_block(vms_requester *requester)
         put(requester, (uint32_t)requester->pasids.root->start, NULL, 1);
     pthread_mutex_unlock(&requester->attaching);
     return 0;
+}
+
+/* The attachment after this one; NULL: the first.  Under requester->lock. */
+static attachment *next_attachment(const vms_requester *requester, const attachment *at)
+{
+    if (!at && requester->attached)
+        return requester->attached;
+    return (attachment *)span_tree_from(&requester->pasids, at && at != requester->attached ? at->pasid.start + 1 : 0);
+}
+
+int vms_requester_follow(vms_requester *requester, vms_ledger *ledger, uint32_t who, int notified)
+{
+    attachment *at = NULL;
+
+    pthread_mutex_lock(&requester->attaching);
+    pthread_mutex_lock(&requester->lock);
+    while ((at = next_attachment(requester, at))) {
+        if (at->space)
+            ledger_detached(at->space);
+        at->space = NULL;
+    }
+    vms_ledger_destroy(requester->ledger);
+    requester->ledger = ledger;
+    requester->who = who;
+    requester->notified = notified;
+    if (ledger)
+        ledger_ref(ledger);
+    while (ledger && (at = next_attachment(requester, at)))
+        follow(requester, at);
+    pthread_mutex_unlock(&requester->lock);
+    pthread_mutex_unlock(&requester->attaching);
+    return 0;
+}
+
+int vms_requester_incident(vms_requester *requester, uint32_t pasid, uint32_t kind, uint64_t iova, uint32_t access)
+{
+    pthread_mutex_lock(&requester->lock);
+    const attachment *at = pasid == VMS_NO_PASID ? requester->attached : requester_pasid(requester, pasid);
+    vms_incident item = { .iova = iova, .kind = kind, .access = access, .pasid = pasid, .who = requester->who };
+    int rc = requester->ledger ? ledger_incident(requester->ledger, at ? at->space : NULL, item) : -ENOENT;
+    pthread_mutex_unlock(&requester->lock);
+    return rc;
 }
 
 int vms_requester_chosen_by(vms_requester *requester, uint32_t pasid, vms_memory *memory, const vms_word *words,

@@ -4,6 +4,7 @@
 #define VMS_REQUESTER_H
 
 #include "iotlb.h"
+#include "ledger.h"
 #include "stale.h"
 
 #define CACHED 4
@@ -29,6 +30,9 @@ struct vms_requester {
     vms_dma_stats stats;
     stale_log *stale; /* NULL: stale translations are not looked for */
     int own_tlb;      /* its IOTLB is a device-TLB */
+    vms_ledger *ledger; /* NULL: it is not followed */
+    uint32_t who;
+    int notified;
 };
 
 /* The attachment of this PASID; NULL: no such PASID.  Under requester->lock. */

@@ -8,6 +8,7 @@
  *   memory    one function's DMA windows: GPA -> pointer into such a file (or "ask the client")
  *   domain    IOVA -> GPA: mappings, or tables that a guest keeps in its memory
  *   requester a source of DMA: an IOTLB, a domain (one for each PASID), copies, dirty marks, faults
+ *   ledger    what is mapped for requesters, and what they do with it
  *   function  regions (BARs, ROM, config space): backing store and who answers each byte
  *   channel   one vfio-user connection: framing, fds, replies, exits
  *   store     blocks in memory or in a file
@@ -299,6 +300,96 @@ typedef struct vms_word {
 /* Records the words of `memory` by which this PASID's (or VMS_NO_PASID's) domain was chosen.  ENOENT: it has none. */
 int vms_requester_chosen_by(vms_requester *requester, uint32_t pasid, vms_memory *memory, const vms_word *words,
                             size_t n);
+
+/* ---- ledger: what is mapped for devices, and what they do with it ------------------------------- */
+
+/* Of each mapping of the domains that the requesters which follow it are attached to: when it was mapped and unmapped,
+ * and which of its bytes the device has read and written.  Each mapping is known when it is made where the domain keeps its
+ * mappings itself, or where the requester is `notified`: its guest invalidates the IOTLB after it maps, too.  Else it is
+ * known when it is used first.  Identity and blocked domains have none.  Times are CLOCK_MONOTONIC in ns.  Any thread.
+ *
+ * Bounds: VMS_LEDGER_LIVE mappings at a time, VMS_LEDGER_ENDED ended ones, the last; VMS_SET_SPANS spans of bytes for each
+ * and direction; VMS_LEDGER_WALKS steps of a walk for one change.  What is beyond them is counted in the totals. */
+#define VMS_LEDGER_LIVE 65536u
+#define VMS_LEDGER_ENDED 4096u
+#define VMS_LEDGER_INCIDENTS 256u
+#define VMS_LEDGER_WALKS 65536u
+#define VMS_SET_SPANS 32u
+
+typedef struct vms_ledger vms_ledger;
+int vms_ledger_create(vms_ledger **out);
+/* Its memory is freed when no requester follows it any more. */
+void vms_ledger_destroy(vms_ledger *ledger);
+/* What the requester maps and does is recorded from now on; NULL: no longer.  `who` is a number of the caller's. */
+int vms_requester_follow(vms_requester *requester, vms_ledger *ledger, uint32_t who, int notified);
+
+#define VMS_USE_LEARNT 1u   /* known since its first use only */
+#define VMS_USE_DETACHED 2u /* ended as its domain was detached, not unmapped */
+#define VMS_USE_TWIN 4u     /* a page of it was in another live mapping, one of both writable */
+#define VMS_USE_INEXACT 8u  /* more spans than there is room for: some bytes count as used that were not */
+
+typedef struct vms_use {
+    uint64_t id;          /* of the mapping, ascending from 1 */
+    uint64_t start, last; /* IOVA */
+    uint64_t gpa;
+    uint32_t prot, pasid; /* of the first attachment that has it */
+    uint32_t who;         /* of the first requester that has it */
+    uint32_t flags;       /* VMS_USE_* */
+    uint64_t mapped, ended;        /* when; ended 0: live */
+    uint64_t first_use, last_use;  /* when; 0: never */
+    uint64_t released;               /* when vms_ledger_released() was called, unless it was used after that; 0: never */
+    uint64_t read, written;        /* bytes, each counted as often as it was moved */
+    uint64_t touched;              /* bytes, each counted once */
+    uint64_t pointers;             /* kernel pointers in it when it was mapped */
+    uint64_t exposed_pointers;     /* in bytes that the device never touched, when it ended (live: now) */
+    uint64_t twin;                 /* TWIN: IOVA of the other one */
+} vms_use;
+/* Live mappings, ascending by id, beginning after `id`. */
+size_t vms_ledger_live(vms_ledger *ledger, uint64_t id, vms_use *out, size_t room);
+/* Mappings that have ended, the first n of those still known whose number is >= *number, which is advanced past them. */
+size_t vms_ledger_ended(vms_ledger *ledger, uint64_t *number, vms_use *out, size_t room);
+/* The spans of bytes that were read (written: 0) or written (1) in mapping `id`. */
+size_t vms_ledger_spans(vms_ledger *ledger, uint64_t id, int written, vms_range *out, size_t room);
+/* The driver released the device: what stays mapped, and unused, is marked. */
+int vms_ledger_released(vms_ledger *ledger);
+
+enum vms_incident_kind {
+    VMS_INCIDENT_OFF,       /* the device is not to do DMA: bus mastering is off */
+    VMS_INCIDENT_UNMAPPED,  /* no mapping; `use` has the last one that was there, id 0: none is known */
+    VMS_INCIDENT_DIRECTION, /* a mapping that forbids it */
+    VMS_INCIDENT_STALE,     /* served by a cached translation of what was unmapped or mapped otherwise */
+    VMS_INCIDENT_OTHER,
+};
+#define VMS_INCIDENTS 5u
+typedef struct vms_incident {
+    uint64_t time, iova;
+    uint32_t kind, access, pasid, who;
+    vms_use use; /* the mapping that it met, live or ended */
+} vms_incident;
+/* Notes an access that was refused, or should have been.  ENOENT: nobody follows the requester. */
+int vms_requester_incident(vms_requester *requester, uint32_t pasid, uint32_t kind, uint64_t iova, uint32_t access);
+/* The first n of those still known whose number is >= *number, which is advanced past them. */
+size_t vms_ledger_incidents(vms_ledger *ledger, uint64_t *number, vms_incident *out, size_t room);
+
+#define VMS_ORDERS 21u /* size classes: up to 1 page, 2, 4, ... 2^20 and more */
+typedef struct vms_ledger_totals {
+    uint64_t mapped, mapped_bytes, ended, live, live_bytes, most_live;
+    uint64_t learnt, detached;
+    uint64_t unrecorded; /* mappings beyond VMS_LEDGER_LIVE, or without memory */
+    uint64_t unwalked;   /* changes that took more than VMS_LEDGER_WALKS steps */
+    uint64_t flushes;    /* invalidations of an IOTLB, or unmaps, in one domain */
+    uint64_t reused;     /* mapped where another mapping had ended less than VMS_REUSE_NS before */
+    uint64_t twins;
+    uint64_t released;     /* calls */
+    uint64_t incidents[5];      /* by kind */
+    uint64_t uses[3][4][21];    /* ended, by prot - 1, used (1: read, 2: written), size class */
+    uint64_t bytes[3][21];      /* of these that were used: by prot - 1 and size class */
+    uint64_t touched[3][21];    /* and what was touched of it */
+    uint64_t pointers;          /* when they were mapped */
+    uint64_t exposed_pointers;  /* when they ended, in bytes never touched, of those that were used */
+} vms_ledger_totals;
+#define VMS_REUSE_NS 10000000u
+void vms_ledger_totals_get(vms_ledger *ledger, vms_ledger_totals *out);
 
 /* ---- function: regions -------------------------------------------------------------------- */
 

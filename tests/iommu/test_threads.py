@@ -134,6 +134,30 @@ def test_unmap_with_a_flush_of_its_own(world: World) -> None:
         drive(world, done, 8, lambda: domain.map(IOVA, PLACE, PAGE, RW), off)
 
 
+def test_a_ledger_of_what_is_mapped_and_used(world: World) -> None:
+    """It is read, and left and followed again, while two devices use what two threads map and attach."""
+    domain = _shim.Domain.paging(PAGE, 0, 2**48 - 1, RAM - 1, 100)
+    ledger = _shim.Ledger()
+    for n, requester in enumerate(world.requesters):
+        ledger.follow(requester, n, notified=False)
+        requester.attach(domain)
+    turn = iter(range(10**9))
+
+    def off() -> None:
+        domain.unmap(IOVA, PAGE)
+        ledger.released()
+        _shim.Ledger.incident(world.requesters[0], _shim.IncidentKind.OFF, IOVA, RW)
+        assert not any(use.start == IOVA for use in ledger.live())
+        if next(turn) % 4 == 0:
+            ledger.follow(world.requesters[1], 1, notified=False)
+
+    with devices(world, IOVA, 8) as done:
+        drive(world, done, 8, lambda: domain.map(IOVA, PLACE, PAGE, RW), off)
+    totals = ledger.totals()
+    assert totals.mapped == totals.ended + totals.live and totals.ended
+    assert all(not use.written % 8 and use.touched == 8 for _, use in ledger.ended() if use.written)
+
+
 def test_attach(world: World) -> None:
     """Once attach has returned, nothing goes by the old domain."""
     domain = _shim.Domain.paging(PAGE, 0, 2**48 - 1, RAM - 1, 100)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  * Guest memory and DMA: windows of files that shrink, domains, IOTLBs, pins and dirty logs, in any order.
  *
- * An access moves what it says it has moved, an IOTLB that gets every invalidation has no stale translation, and at
- * the end no mapping of a file is left. */
+ * An access moves what it says it has moved, an IOTLB that gets every invalidation has no stale translation, a ledger's
+ * totals are those of its mappings, and at the end no mapping of a file is left. */
 #include "fuzz.h"
 
 #define FILES 3u
@@ -24,6 +24,7 @@ static void create(void)
 typedef struct world {
     vms_memory *memory;
     vms_requester *requester;
+    vms_ledger *ledger;
     vms_domain *domain[5]; /* two paging, one of tables, identity, blocked */
     struct {
         vms_pin *pin;
@@ -151,6 +152,38 @@ static void change_memory(world *w, input *in, uint8_t what)
     }
 }
 
+/* Live mappings do not touch bytes that they do not have, and add up to the totals; so does what has ended. */
+static void check_ledger(vms_ledger *ledger)
+{
+    static vms_use uses[256];
+    vms_ledger_totals totals;
+    uint64_t id = 0, number = 0, live = 0, bytes = 0, ended = 0, counted = 0;
+    size_t n;
+
+    vms_ledger_totals_get(ledger, &totals);
+    while ((n = vms_ledger_live(ledger, id, uses, 256))) {
+        for (size_t i = 0; i < n; i++) {
+            CHECK(uses[i].id > id && uses[i].last >= uses[i].start && uses[i].prot && uses[i].prot < 4 && !uses[i].ended);
+            CHECK(uses[i].touched <= uses[i].last - uses[i].start + 1);
+            CHECK((uses[i].touched == 0) == (uses[i].read + uses[i].written == 0) || uses[i].flags & VMS_USE_INEXACT);
+            id = uses[i].id;
+            live++;
+            bytes += uses[i].last - uses[i].start + 1;
+        }
+    }
+    while ((n = vms_ledger_ended(ledger, &number, uses, 256))) {
+        for (size_t i = 0; i < n; i++)
+            CHECK(uses[i].ended >= uses[i].mapped && uses[i].touched <= uses[i].last - uses[i].start + 1);
+        ended += n;
+    }
+    for (int prot = 0; prot < 3; prot++)
+        for (int used = 0; used < 4; used++)
+            for (unsigned order = 0; order < VMS_ORDERS; order++)
+                counted += totals.uses[prot][used][order];
+    CHECK(totals.live == live && totals.live_bytes == bytes && totals.mapped == live + totals.ended);
+    CHECK(totals.ended == counted && (ended == totals.ended || ended == VMS_LEDGER_ENDED));
+}
+
 static void change_domain(world *w, input *in, uint8_t what)
 {
     static uint64_t bits[64];
@@ -201,6 +234,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     vms_dma_stats stats;
     uint64_t removed;
 
+    uint8_t how = take8(&in);
     if (!files)
         create();
     for (unsigned i = 0; i < FILES; i++)
@@ -210,11 +244,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     CHECK(vms_domain_create_paging(0x1000, 0, UINT64_MAX, UINT64_MAX, 16, NULL, &w.domain[0]) == 0);
     CHECK(vms_domain_create_paging(0x201000, 0, 0xFFFFFFF, 0xFFFFFFF, 64, NULL, &w.domain[1]) == 0);
     vms_table table = { VMS_TABLE_AMD_V1, 1, 0x1000, 21, 52, 0 };
-    CHECK(vms_domain_create_table(w.memory, &table, take8(&in) & 1 ? w.domain[1] : NULL, &w.domain[2]) == 0);
+    CHECK(vms_domain_create_table(w.memory, &table, how & 1 ? w.domain[1] : NULL, &w.domain[2]) == 0);
     CHECK(vms_domain_create(VMS_DOMAIN_IDENTITY, &w.domain[3]) == 0);
     CHECK(vms_domain_create(VMS_DOMAIN_BLOCKED, &w.domain[4]) == 0);
     CHECK(vms_memory_map(w.memory, 0, FILE_SIZE, 3, fds[0], 0) == 0);
 
+    CHECK(vms_ledger_create(&w.ledger) == 0);
+    if (how & 2)
+        CHECK(vms_requester_follow(w.requester, w.ledger, 1, how & 4) == 0);
     for (int n = 0; n < 48 && in.left; n++) {
         uint8_t kind = take8(&in), what = take8(&in);
         if ((kind & 3) == 2)
@@ -224,6 +261,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         else
             access_memory(&w, &in, what);
     }
+    check_ledger(w.ledger);
+    if (how & 8)
+        CHECK(vms_requester_follow(w.requester, NULL, 0, 0) == 0);
+    if (how & 16) /* the requester's domains are still recorded */
+        vms_ledger_destroy(w.ledger);
     vms_dma_stats_get(w.requester, &stats);
     CHECK(w.by_tables || stats.stale == 0);
     for (unsigned i = 0; i < PINS; i++)
@@ -235,6 +277,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     for (unsigned i = 0; i < 5; i++)
         vms_domain_destroy(w.domain[i]);
     vms_memory_destroy(w.memory);
+    if (!(how & 16)) {
+        check_ledger(w.ledger);
+        vms_ledger_destroy(w.ledger);
+    }
     CHECK(vms_files_mapped(files) == 0);
     return 0;
 }
