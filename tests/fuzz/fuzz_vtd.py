@@ -23,6 +23,7 @@ PLACES = [ROOT, CONTEXT, CONTEXT + 0x1000, TABLES, TABLES + 0x1000, TABLES + 0x2
 INDEXES = [0, 1, 0x18 * 2, 0x20 * 2, 0x20 * 4, 511, 510, 3]
 
 benches = [Bench(), ScalableBench()]
+benches += [Bench(params="caching_mode = true"), ScalableBench(params="caching_mode = true")]
 
 
 def word(source: Input) -> int:
@@ -37,7 +38,7 @@ def one_input(data: bytes) -> None:
     """A byte for the mode, then what the guest does."""
     source = Input(data)
     mode = source.number(1)
-    bench = benches[mode & 1]
+    bench = benches[mode & 1 | (mode & 4) >> 1]
     for place in PLACES:
         bench.ram[place : place + 4096] = bytes(4096)
     bench.unit.backend.reset_device()

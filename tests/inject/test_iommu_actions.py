@@ -16,6 +16,7 @@ from vmodel.devices.virtio_iommu import RequestStatus
 from vmodel.devices.vtd.codes import FaultCode
 from vmodel.errors import Access, DmaFault, Reason
 from vmodel.inject import Engine, FaultPlan, parse_rule
+from vmodel.iommu.domain import TableDomain
 from vmodel.machine import Machine, parse
 
 IOVA, LAST, GPA = 0x10000, 0x10FFF, 0x80000
@@ -194,6 +195,36 @@ def test_invalidations_of_scalable_mode() -> None:
         assert [record["kind"] for record in fired(engine)] == ["pasid", "iotlb"]
     bench.queue(of_entry, of_pages)
     assert vtd.refused(bench, "edu0", IOVA) in (Reason.BLOCKED, Reason.PASID)
+    bench.close()
+
+
+def attached(bench: vtd.Bench, name: str) -> bool:
+    """Whether a device is attached to the guest's tables."""
+    group = bench.system[name].group
+    return group is not None and isinstance(group.domain, TableDomain)
+
+
+def test_invalidations_of_what_was_not_present() -> None:
+    """In caching mode the unit reads entries then, unless the invalidation is lost; rules find it by the device."""
+    bench = vtd.Bench(params="caching_mode = true")
+    bench.on()
+    bench.translate("edu0")
+    bench.translate("edu1")
+    with armed(bench.machine, "invalidate kind=context device=edu0 nth=1 do=drop"):
+        for name, there in (("edu1", True), ("edu0", False), ("edu0", True)):
+            vtd.invalidate(bench, "registers", 3, 0, vtd.SID[name])
+            assert attached(bench, name) is there
+    bench.close()
+
+
+def test_invalidations_of_a_pasid_that_was_not_present() -> None:
+    bench = vtd.ScalableBench(params="caching_mode = true")
+    bench.on()
+    bench.first("edu0")
+    with armed(bench.machine, "invalidate kind=pasid device=edu0 nth=1 do=drop"):
+        for there in (False, True):
+            bench.queue(vtd.pasid_cache(1, 7, 0))
+            assert attached(bench, "edu0") is there
     bench.close()
 
 

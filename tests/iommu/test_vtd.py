@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.examples import examples
 from tests.iommu.vtd_bench import (
+    BY,
     CAP,
     CCMD,
     DATA,
@@ -26,7 +27,6 @@ from tests.iommu.vtd_bench import (
     IECTL,
     IOTLB,
     IQA,
-    IQH,
     IQT,
     IVA,
     MACHINE,
@@ -40,6 +40,7 @@ from tests.iommu.vtd_bench import (
     PPF,
     QIE,
     QUEUE,
+    QUEUED,
     RAM,
     RECORDS,
     ROOT,
@@ -49,6 +50,8 @@ from tests.iommu.vtd_bench import (
     TE,
     VER,
     Bench,
+    flush,
+    invalidate,
 )
 from tests.waiting import meanwhile
 from vmodel.devices.vtd.codes import FaultCode
@@ -195,28 +198,6 @@ def test_what_is_not_present_is_not_cached(bench: Bench) -> None:
 
 
 # ---- what is cached ----------------------------------------------------------------------------------
-
-QUEUED = "queued"
-BY = pytest.mark.parametrize("by", ["registers", QUEUED])
-
-
-def flush(bench: Bench, by: str, kind: int, domain_id: int = 0, page: int = 0, mask: int = 0) -> None:
-    if by == QUEUED:
-        bench.queue((2 | kind << 4 | domain_id << 16, page | mask))
-        assert bench.get(IQH, 8) == bench.get(IQT, 8)
-    else:
-        bench.put(IVA, page | mask, 8)
-        bench.put(IOTLB, 1 << 63 | kind << 60 | domain_id << 32, 8)
-        assert bench.get(IOTLB, 8) >> 57 & 3 == kind and not bench.get(IOTLB, 8) >> 63
-
-
-def invalidate(bench: Bench, by: str, kind: int, domain_id: int = 0, source: int = 0, mask: int = 0) -> None:
-    if by == QUEUED:
-        bench.queue((1 | kind << 4 | domain_id << 16 | source << 32 | mask << 48, 0))
-        assert bench.get(IQH, 8) == bench.get(IQT, 8)
-    else:
-        bench.put(CCMD, 1 << 63 | kind << 61 | mask << 32 | source << 16 | domain_id, 8)
-        assert bench.get(CCMD, 8) >> 59 & 3 == kind and not bench.get(CCMD, 8) >> 63
 
 
 @BY
@@ -392,11 +373,11 @@ WRITES = st.lists(st.tuples(st.sampled_from(OFFSETS), st.sampled_from([1, 2, 4, 
 
 
 @settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(WRITES, st.lists(st.tuples(st.integers(0, 511), NUMBERS), max_size=20))
+@given(WRITES, st.lists(st.tuples(st.integers(0, 511), NUMBERS), max_size=20), st.booleans())
 def test_nothing_that_a_guest_writes_is_our_failure(
-    writes: list[tuple[int, int, int]], words: list[tuple[int, int]]
+    writes: list[tuple[int, int, int]], words: list[tuple[int, int]], caching_mode: bool
 ) -> None:
-    bench = Bench()
+    bench = Bench(params="caching_mode = true" if caching_mode else "")
     bench.map(bench.translate("edu0"), 0, DATA)
     for at, value in words:
         bench.words(QUEUE + 8 * at, value)

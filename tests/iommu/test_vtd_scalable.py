@@ -43,6 +43,10 @@ from tests.iommu.vtd_bench import (
     Bench,
     ScalableBench,
     code,
+    context,
+    iotlb,
+    pasid_cache,
+    pasid_iotlb,
     read,
     refused,
 )
@@ -226,22 +230,6 @@ def test_caches_do_not_grow_for_ever(scalable: ScalableBench, monkeypatch: pytes
 
 
 # ---- caches ------------------------------------------------------------------------------------------
-
-
-def iotlb(granularity: int, domain_id: int = 0, page: int = 0) -> tuple[int, int]:
-    return 2 | granularity << 4 | domain_id << 16, page
-
-
-def pasid_iotlb(granularity: int, domain_id: int, pasid: int, page: int = 0) -> tuple[int, int]:
-    return 6 | granularity << 4 | domain_id << 16 | pasid << 32, page
-
-
-def pasid_cache(granularity: int, domain_id: int = 0, pasid: int = 0) -> tuple[int, int]:
-    return 7 | granularity << 4 | domain_id << 16 | pasid << 32, 0
-
-
-def context(granularity: int, source: int = 0) -> tuple[int, int]:
-    return 1 | granularity << 4 | source << 32, 0
 
 
 PAGES_4 = 0x2002  # with AM 2, from address 0 on
@@ -470,11 +458,15 @@ KINDS = st.integers(0, 15)
     st.lists(st.tuples(st.sampled_from(OFFSETS), NUMBERS), max_size=20),
     st.lists(st.tuples(KINDS, NUMBERS, NUMBERS, NUMBERS), max_size=10),
     st.lists(st.tuples(st.sampled_from([ROOT, CONTEXT + 32 * 0x18, D, T]), NUMBERS), max_size=10),
+    st.sampled_from(["ats = true", "ats = true, caching_mode = true"]),
 )
 def test_nothing_that_a_guest_writes_is_our_failure(
-    writes: list[tuple[int, int]], descriptors: list[tuple[int, int, int, int]], words: list[tuple[int, int]]
+    writes: list[tuple[int, int]],
+    descriptors: list[tuple[int, int, int, int]],
+    words: list[tuple[int, int]],
+    params: str,
 ) -> None:
-    bench = ScalableBench(params="ats = true", model="tests.guest.ats_edu:AtsEdu")
+    bench = ScalableBench(params=params, model="tests.guest.ats_edu:AtsEdu")
     bench.map_first(bench.first("edu0", 1), 0x1000, DATA)
     bench.on()
     for n, (kind, *rest) in enumerate(descriptors):

@@ -304,3 +304,46 @@ def refused(bench: Bench, name: str, iova: int, pasid: int | None = None, write:
 def code(bench: Bench, n: int = 0) -> int | None:
     found = bench.record(n)
     return None if found is None else found[1]
+
+
+# ---- invalidations, in legacy mode by registers or queued, and descriptors -----------------------------
+
+QUEUED = "queued"
+BY = pytest.mark.parametrize("by", ["registers", QUEUED])
+
+
+def flush(bench: Bench, by: str, kind: int, domain_id: int = 0, page: int = 0, mask: int = 0) -> None:
+    """An IOTLB invalidation of granularity `kind`, of 2**`mask` pages."""
+    if by == QUEUED:
+        bench.queue((2 | kind << 4 | domain_id << 16, page | mask))
+        assert bench.get(IQH, 8) == bench.get(IQT, 8)
+    else:
+        bench.put(IVA, page | mask, 8)
+        bench.put(IOTLB, 1 << 63 | kind << 60 | domain_id << 32, 8)
+        assert bench.get(IOTLB, 8) >> 57 & 3 == kind and not bench.get(IOTLB, 8) >> 63
+
+
+def invalidate(bench: Bench, by: str, kind: int, domain_id: int = 0, source: int = 0, mask: int = 0) -> None:
+    """A context-cache invalidation of granularity `kind`; `mask` is FM."""
+    if by == QUEUED:
+        bench.queue((1 | kind << 4 | domain_id << 16 | source << 32 | mask << 48, 0))
+        assert bench.get(IQH, 8) == bench.get(IQT, 8)
+    else:
+        bench.put(CCMD, 1 << 63 | kind << 61 | mask << 32 | source << 16 | domain_id, 8)
+        assert bench.get(CCMD, 8) >> 59 & 3 == kind and not bench.get(CCMD, 8) >> 63
+
+
+def iotlb(granularity: int, domain_id: int = 0, page: int = 0) -> tuple[int, int]:
+    return 2 | granularity << 4 | domain_id << 16, page
+
+
+def pasid_iotlb(granularity: int, domain_id: int, pasid: int, page: int = 0) -> tuple[int, int]:
+    return 6 | granularity << 4 | domain_id << 16 | pasid << 32, page
+
+
+def pasid_cache(granularity: int, domain_id: int = 0, pasid: int = 0) -> tuple[int, int]:
+    return 7 | granularity << 4 | domain_id << 16 | pasid << 32, 0
+
+
+def context(granularity: int, source: int = 0) -> tuple[int, int]:
+    return 1 | granularity << 4 | source << 32, 0

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.spaces.world import World, refused
+from vmodel.iommu.drivers.intel_vtd import IntelVtd
 from vmodel.iommu.iommufd import AmdInfo, CmdqvInfo, Context, Device, HwCapability, HwInfoType, SmmuV3Info, VtdInfo
 from vmodel.span import KiB, MiB
 
@@ -39,6 +40,15 @@ def test_vtd(world: World, context: Context) -> None:
     _, _, cap, ecap = struct.unpack("<IIQQ", plain.data)
     assert bits(cap, 16, 21) == 47 and bits(cap, 60, 60) == 0
     assert bits(ecap, 26, 26) == 0 and bits(ecap, 40, 43) == 0 and bits(ecap, 7, 7) == 0 and bits(ecap, 0, 0) == 1
+
+
+def test_caching_mode_of_vtd(world: World, context: Context) -> None:
+    """To a user the unit is the one that the guest has: CM of CAP, bit 7 (VT-d 11.4.2)."""
+    for caching_mode in (False, True):
+        unit = world.iommu("vt-d")
+        unit.driver = IntelVtd({"caching_mode": caching_mode})
+        info = Device(context, world.add(unit).endpoint).get_info()
+        assert isinstance(info.registers, VtdInfo) and bits(info.registers.cap, 7, 7) == caching_mode
 
 
 def test_smmu(world: World, context: Context) -> None:

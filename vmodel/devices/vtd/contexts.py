@@ -2,32 +2,35 @@
 
 A device without a cached entry is attached to `unread`, which blocks all requests; its PASIDs are not attached.  So its
 first access fails, `resolve` reads its entries from memory and attaches the domain that they describe, and the access
-is tried again.  After that, memory is not read until the guest invalidates the entries.  As with CAP.CM clear, entries
-that are not present are never cached.
+is tried again.  After that, memory is not read until the guest invalidates the entries.  Entries that are not present
+are never cached, as with CAP.CM clear.
+
+With CAP.CM the guest invalidates entries that were not present as well, once it has changed them (6.1): so entries are
+read at the invalidation, ahead of the first access, which attaches devices before the guest maps anything for them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from vmodel.devices.vtd.codes import FaultCode, Stage, walk_code
+from vmodel.devices.vtd.domains import identity_without, walked_domain
 from vmodel.devices.vtd.tables import Directory, Entry, Refused, Tables
 from vmodel.dma import Dma
 from vmodel.errors import DmaFault, IommuError, Reason
-from vmodel.iommu.allocate import walked_domain_alloc
-from vmodel.iommu.domain import AllocFlags, BlockedDomain, Domain, DomainType, PagingDomain, TableDomain
+from vmodel.iommu.domain import BlockedDomain, Domain, TableDomain
 from vmodel.iommu.drivers.vtd_capability import Ecap, VtdCap
 from vmodel.iommu.endpoint import Endpoint
 from vmodel.iommu.fault import FaultRecord, PageHandler
 from vmodel.iommu.group import Group
 from vmodel.iommu.iommu import Iommu
-from vmodel.iommu.pgtable import Table, TableFlag, TableFormat
 from vmodel.memory import GuestMemory
 from vmodel.points import InvalidationEvent, Point, Points
-from vmodel.span import PAGE, Span
+from vmodel.span import Span
 
 #: (source-id, PASID or None) of a request or of an entry.
 Key = tuple[int, int | None]
@@ -35,6 +38,8 @@ Key = tuple[int, int | None]
 _UNREAD = frozenset((Reason.BLOCKED, Reason.PASID))
 #: Most cached entries, and most refusals that are kept until they are reported.
 _MOST = 4096
+#: Most PASIDs that one invalidation reads ahead: a guest may have thousands.
+_MOST_AHEAD = 256
 _ALL = Span(0, (1 << 64) - 1)
 
 
@@ -79,6 +84,8 @@ class Contexts:
         self.directories: dict[int, Directory] = {}
         #: The PASID cache; in legacy mode (no PASID) the context cache.
         self.entries: dict[Key, CachedContext] = {}
+        #: Where the same entry is cached: those share a domain.
+        self._alike: dict[Entry, set[Key]] = {}
         #: The attached contexts, by the PASID that requests carry.
         self._attached: dict[Key, CachedContext] = {}
         #: Why requests have no context, and why a page request was refused.
@@ -105,6 +112,7 @@ class Contexts:
             self.enabled = on
             self.directories.clear()
             self.entries.clear()
+            self._alike.clear()
             self._attached.clear()
             self._why.clear()
             self._unasked.clear()
@@ -113,15 +121,16 @@ class Contexts:
                     for pasid in list(group.pasids):
                         group.detach_pasid(pasid)
                     group.set_default(self.unread if on else self.plain, forced=True)
+            self._read_ahead()
 
     def protect(self, spans: Iterable[Span]) -> None:
         """Sets protected memory (11.4.7): untranslated requests to it are blocked, without a fault record."""
         with self._lock:
-            self.plain = _without(self.iommu, spans)
+            self.plain = identity_without(self.iommu, spans)
             if not self.enabled:
                 self.enable(False)
             else:
-                self._drop(lambda source, entry: entry.stage is Stage.PASS_THROUGH)
+                self._read_ahead(self._drop(lambda source, entry: entry.stage is Stage.PASS_THROUGH))
 
     # ---- reading ---------------------------------------------------------------------------
 
@@ -140,17 +149,47 @@ class Contexts:
             if key in self._attached:  # another thread, or another device with this source-id, was first
                 return True
             try:
-                self._attached[key] = self._look_up(endpoint, source, fault.pasid)
-                self._apply(endpoint, fault.pasid)
+                self._admit(endpoint, source, fault.pasid)
             except Refused as refused:
                 _note(self._why, key, refused)
                 return False
-            except IommuError:
-                self._attached.pop(key, None)
-                code = FaultCode.PASID_INVALID if self.tables.scalable else FaultCode.CONTEXT_INVALID
-                _note(self._why, key, Refused(code))
-                return False
             return True
+
+    def _admit(self, endpoint: Endpoint, source: int, asked: int | None) -> None:
+        """Attaches a device, or a PASID of it, to the domain that its entries describe.
+
+        Refused: they block such requests.  OSError(ENOMEM): it is not attached.
+        """
+        key = source, asked
+        try:
+            self._attached[key] = self._look_up(endpoint, source, asked)
+            self._apply(endpoint, asked)
+        except IommuError:
+            self._attached.pop(key, None)
+            raise Refused(FaultCode.PASID_INVALID if self.tables.scalable else FaultCode.CONTEXT_INVALID) from None
+        except OSError:
+            self._attached.pop(key, None)
+            if endpoint.group is not None:
+                self._detach(endpoint.group, asked)
+            raise
+
+    def _read_ahead(self, lost: Collection[Key] = (), meant: Callable[[int], bool] = lambda source: True) -> None:
+        """With CAP.CM: attaches devices that have no cached entry, and `lost`, PASIDs that had one, by their entries.
+
+        What cannot be attached waits for an access, for which the unit then reports a fault.
+        """
+        if not (self.enabled and self.cap.CM):
+            return
+        pasids: dict[int, list[int]] = {}
+        for device, pasid in islice(((source, pasid) for source, pasid in lost if pasid is not None), _MOST_AHEAD):
+            pasids.setdefault(device, []).append(pasid)
+        for endpoint in self._covered():
+            if (source := endpoint.requester_id) is None or not meant(source):
+                continue
+            for asked in (None, *pasids.get(source, ())):
+                if (source, asked) not in self._attached and len(self.entries) < _MOST:
+                    with contextlib.suppress(Refused, OSError):
+                        self._admit(endpoint, source, asked)
 
     def _look_up(self, endpoint: Endpoint, source: int, asked: int | None) -> CachedContext:
         """The context of a request, from the caches or else from memory.  Refused."""
@@ -171,45 +210,22 @@ class Contexts:
         return self.entries.get((source, pasid)) or self._read(endpoint, self.tables.entry(directory, pasid), source)
 
     def _read(self, endpoint: Endpoint, entry: Entry, source: int) -> CachedContext:
-        known = next((context.domain for context in self.entries.values() if context.entry == entry), None)
-        context = CachedContext(entry, known or self._domain(endpoint, entry))
+        alike = self._alike.get(entry)
+        domain = self.entries[next(iter(alike))].domain if alike else self._domain(endpoint, entry)
+        context = CachedContext(entry, domain)
         if len(self.entries) >= _MOST:
             oldest = next(iter(self.entries))
             self._drop(lambda source, entry: (source, entry.pasid) == oldest)
         self.entries[source, entry.pasid] = context
+        self._alike.setdefault(entry, set()).add((source, entry.pasid))
         return context
 
     def _domain(self, endpoint: Endpoint, entry: Entry) -> Domain:
         if entry.stage is Stage.PASS_THROUGH:
             return self.plain
-        domain = None
-        if entry.second_levels:
-            bits = min(12 + 9 * entry.second_levels, self.cap.MGAW + 1)
-            table = Table(
-                TableFormat.VTD_SECOND, entry.second_levels, entry.second, bits, self._output_bits, self._flags(entry)
-            )
-            domain = walked_domain_alloc(endpoint, self._memory, table)
-        if entry.first_levels:
-            bits = 12 + 9 * entry.first_levels
-            table = Table(TableFormat.X86, entry.first_levels, entry.first, bits, self._output_bits)
-            domain = walked_domain_alloc(endpoint, self._memory, table, domain)
-        assert domain is not None
-        domain.name = f"domain-id {entry.domain_id}"
-        if entry.pasid is not None:
-            domain.name += f", {entry.stage.name.lower()} stage, pasid {entry.pasid}"
+        domain = walked_domain(endpoint, self._memory, entry, self.cap, self.ecap, self._output_bits)
         domain.page_handler = self._page_handler
         return domain
-
-    def _flags(self, entry: Entry) -> TableFlag:
-        flags = TableFlag(0)
-        for flag, there in (
-            (TableFlag.PAGES_2M, self.cap.SLLPS & 1),
-            (TableFlag.PAGES_1G, self.cap.SLLPS & 2),
-            (TableFlag.SNOOP, self.ecap.SC),
-            (TableFlag.SET_ACCESSED | TableFlag.SET_DIRTY, entry.sets_flags),
-        ):
-            flags |= flag if there else 0
-        return flags
 
     # ---- what is attached ------------------------------------------------------------------
 
@@ -234,8 +250,8 @@ class Contexts:
         else:
             group.attach_pasid(domain, pasid)
 
-    def _drop_attached(self, keys: set[Key]) -> None:
-        """Detaches these requests from their contexts, so that their entries are read again."""
+    def _drop_attached(self, keys: list[Key]) -> list[Key]:
+        """Detaches these requests from their contexts, so that their entries are read again; returns them."""
         for key in keys:
             del self._attached[key]
         gone: dict[int, set[int | None]] = {}
@@ -245,6 +261,7 @@ class Contexts:
             for pasid in gone.get(endpoint.requester_id or 0, ()):
                 if (group := endpoint.group) is not None:
                     self._detach(group, pasid)
+        return keys
 
     def _detach(self, group: Group, pasid: int | None) -> None:
         left = next((e for e in group.endpoints if (e.requester_id or 0, pasid) in self._attached), None)
@@ -281,6 +298,11 @@ class Contexts:
     def _sources(self, chosen: Callable[[int, Entry], bool]) -> set[int]:
         return {source for (source, _), context in self.entries.items() if chosen(source, context.entry)}
 
+    def _unread_sources(self, meant: Callable[[int], bool] = lambda source: True) -> set[int]:
+        """The source-ids for which an invalidation reads entries ahead that are not cached."""
+        sources = {endpoint.requester_id for endpoint in self._covered()} if self.enabled and self.cap.CM else set()
+        return {s for s in sources if s is not None and meant(s) and (s, None) not in self._attached}
+
     def invalidate(self, domain_id: int | None = None, source: int | None = None, mask: int = 0) -> None:
         """Context-cache invalidation: of all entries, of a domain, or of a device.
 
@@ -297,15 +319,16 @@ class Contexts:
         def carry_out() -> None:
             with self._lock:
                 if not self.tables.scalable:
-                    self._drop(chosen)
-                    return
-                # The PASID cache keeps its entries.
-                gone = {cached for cached in self.directories if meant(cached)}
-                for cached in gone:
-                    del self.directories[cached]
-                self._drop_attached({key for key in self._attached if key[0] in gone})
+                    lost = self._drop(chosen)
+                else:
+                    # The PASID cache keeps its entries.
+                    gone = {cached for cached in self.directories if meant(cached)}
+                    for cached in gone:
+                        del self.directories[cached]
+                    lost = self._drop_attached([key for key in self._attached if key[0] in gone])
+                self._read_ahead(lost, meant)
 
-        self._invalidate("context", carry_out, lambda: self._sources(chosen))
+        self._invalidate("context", carry_out, lambda: self._sources(chosen) | self._unread_sources(meant))
 
     def invalidate_pasids(self, domain_id: int | None = None, pasid: int | None = None) -> None:
         """PASID-cache invalidation: of all entries, of a domain, or of one PASID of a domain."""
@@ -315,17 +338,29 @@ class Contexts:
 
         def carry_out() -> None:
             with self._lock:
-                self._drop(chosen)
+                lost = self._drop(chosen)
+                if pasid:
+                    lost += [(e.requester_id, pasid) for e in self._covered() if e.requester_id is not None]
+                self._read_ahead(lost)
 
-        self._invalidate("pasid", carry_out, lambda: self._sources(chosen), domain=_named(domain_id))
+        self._invalidate(
+            "pasid", carry_out, lambda: self._sources(chosen) | self._unread_sources(), domain=_named(domain_id)
+        )
 
-    def _drop(self, chosen: Callable[[int, Entry], bool]) -> None:
+    def _drop(self, chosen: Callable[[int, Entry], bool]) -> list[Key]:
+        """Drops cached entries; returns the requests that they translated, which are detached."""
         gone = {key: context for key, context in self.entries.items() if chosen(key[0], context.entry)}
-        for key in gone:
+        for key, context in gone.items():
             del self.entries[key]
+            alike = self._alike[context.entry]
+            alike.remove(key)
+            if not alike:
+                del self._alike[context.entry]
         # Requests with a PASID and requests without one may share an entry.
         lost = {(source, context.entry.pasid) for (source, _), context in gone.items()}
-        self._drop_attached({key for key, context in self._attached.items() if (key[0], context.entry.pasid) in lost})
+        return self._drop_attached(
+            [key for key, context in self._attached.items() if (key[0], context.entry.pasid) in lost]
+        )
 
     def flush(self, domain_id: int | None = None, span: Span | None = None) -> None:
         """IOTLB invalidation: of all translations, of a domain, or of IOVAs of a domain."""
@@ -451,18 +486,3 @@ def _note(refusals: dict[Key, Refused], key: Key, refused: Refused) -> None:
     if len(refusals) >= _MOST:
         refusals.clear()
     refusals[key] = refused
-
-
-def _without(iommu: Iommu, spans: Iterable[Span]) -> Domain:
-    """An identity domain without `spans`."""
-    holes = sorted(spans)
-    if not holes:
-        return iommu.identity
-    domain = PagingDomain(DomainType.UNMANAGED, iommu, AllocFlags.NONE, "identity but protected memory")
-    at = (domain.aperture.start + PAGE - 1) // PAGE * PAGE
-    end = (min(domain.aperture.last, (1 << domain.output_bits) - 1) + 1) // PAGE * PAGE
-    for hole in [*holes, Span(end, end)]:
-        if at < min(hole.start, end):
-            domain.map(at, at, min(hole.start, end) - at)
-        at = max(at, hole.last + 1)
-    return domain

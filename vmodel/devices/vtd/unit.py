@@ -114,7 +114,7 @@ class VtdDevice(IommuDevice):
         super().serve(iommu, system)
         can, params = iommu.capabilities, iommu.driver.params
         check(can, params)
-        self._cap = vtd_capability(can, scalable=params.scalable)
+        self._cap = vtd_capability(can, scalable=params.scalable, caching_mode=params.caching_mode)
         self._ecap = vtd_extended_capability(can, scalable=params.scalable, ats=params.ats)
         self._record_count = record_count(can)
         self.contexts = Contexts(

@@ -34,7 +34,7 @@ class IntelVtd(Driver):
     map_errors = GENERIC_PT
     coherency = Coherency(enforces=True)
     parent_writable = True
-    served_params = frozenset(("scalable", "ats"))
+    served_params = frozenset(("scalable", "ats", "caching_mode"))
     default = Capabilities(input_bits=48, fault_queue_depth=8, reserved=(X86_MSI,))
 
     class Params(KindParams):
@@ -51,6 +51,9 @@ class IntelVtd(Driver):
             False, description="a guest may use scalable mode: PASIDs, first-stage and nested tables"
         )
         ats: bool = Field(False, description="a guest may enable ATS for devices, and in scalable mode page requests")
+        caching_mode: bool = Field(
+            False, description="CAP.CM: the guest invalidates what it maps, too, and entries are read ahead of accesses"
+        )
         report_stale: bool = Field(False, description="log and count each use of a stale translation")
 
     def snoop_by_entry(self, flags: AllocFlags) -> bool:

@@ -63,7 +63,7 @@ def record_count(can: Capabilities) -> int:
     return min(can.fault_queue_depth, MOST_RECORDS)
 
 
-def vtd_capability(can: Capabilities, *, scalable: bool) -> int:
+def vtd_capability(can: Capabilities, *, scalable: bool, caching_mode: bool) -> int:
     """CAP.  SAGAW has all table widths up to the one that MGAW needs."""
     bits = max(min(can.input_bits, 57 if scalable else 48), 31)
     value = 0
@@ -71,6 +71,7 @@ def vtd_capability(can: Capabilities, *, scalable: bool) -> int:
         (VtdCap.ND, 6),
         (VtdCap.PLMR, 1),
         (VtdCap.PHMR, 1),
+        (VtdCap.CM, int(caching_mode)),
         (VtdCap.SAGAW, 0b0010 | (bits > 39) << 2 | (bits > 48) << 3),
         (VtdCap.MGAW, bits - 1),
         (VtdCap.ZLR, 1),

@@ -173,7 +173,7 @@ def registers_of(iommu: Iommu) -> HwRegisters | None:
         ats = driver.params.ats or can.page_requests
         return VtdInfo(
             ERRATA_772415_SPR17,
-            vtd_capability(can, scalable=scalable),
+            vtd_capability(can, scalable=scalable, caching_mode=driver.params.caching_mode),
             vtd_extended_capability(can, scalable=scalable, ats=ats),
         )
     if isinstance(driver, SmmuV3):
