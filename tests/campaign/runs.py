@@ -33,11 +33,17 @@ def ended(folder: Path) -> list[Row]:
 
 
 @contextmanager
-def running(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+def running(*arguments: str, cwd: Path, **env: str) -> Iterator[subprocess.Popen[str]]:
     """A command that is at work."""
     line = [sys.executable, "-m", "vmodel", *arguments]
     with subprocess.Popen(
-        line, cwd=cwd, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        line,
+        cwd=cwd,
+        env=environ(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as run:
         try:
             yield run

@@ -24,7 +24,16 @@ distributed: Any = importlib.import_module("distributed")
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the cluster's workers put temporary files."""
+    folder = tmp_path_factory.mktemp("tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, temporary: Path) -> Iterator[Any]:
     """Two workers."""
     with (
         warnings.catch_warnings(),
@@ -64,8 +73,8 @@ def test_the_same_as_here(folder: Path, cluster: Any) -> None:
     assert records[0] == records[1] > 0
 
 
-def test_a_worker_that_dies(folder: Path, cluster: Any) -> None:
-    """The cluster's own worker: what it was at is made elsewhere, and nothing is lost."""
+def test_a_worker_that_dies(folder: Path, cluster: Any, temporary: Path) -> None:
+    """The cluster's own worker: what it was at is made elsewhere, and nothing is lost or left."""
     path = write(folder, "sleep 0.3 copy 1", seeds=12)
     with running("campaign", str(path), "--scheduler", cluster.scheduler_address, cwd=folder) as run:
         eventually(lambda: len(ended(folder / "c.runs")) >= 2)
@@ -74,6 +83,7 @@ def test_a_worker_that_dies(folder: Path, cluster: Any) -> None:
     assert run.returncode == 0, err
     found = [row.result.outcome for row in rows(folder / "c.runs") if row.result is not None]
     assert found == [Outcome.NOT_ACTIVATED] + [Outcome.MASKED] * 12
+    eventually(lambda: not list(temporary.glob("vmodel-run-*")))
 
 
 def test_a_case_that_kills(folder: Path, cluster: Any) -> None:

@@ -11,7 +11,9 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,33 @@ def test_a_worker_that_dies_once(folder: Path) -> None:
     assert sum(row.deaths for row in found) == 1
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files, with a path that is short enough for sockets."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def test_a_worker_that_dies_leaves_no_temporary_files(folder: Path, temporary: Path) -> None:
+    write(folder, "die now", seeds=1)
+    done = vmodel("campaign", "c.toml", "-j", "2", cwd=folder, TMPDIR=str(temporary))
+    assert done.returncode == 1 and "its worker process was killed by signal 9" in done.stderr
+    assert list(temporary.iterdir()) == []
+
+
+def test_all_are_killed_and_leave_no_temporary_files(folder: Path, temporary: Path) -> None:
+    """As by Linux when there is no memory left."""
+    write(folder, f"note {folder}/log sleep 600")
+    with running("campaign", "c.toml", "-j", "2", cwd=folder, TMPDIR=str(temporary)) as run:
+        # Both work.
+        eventually(lambda: (folder / "log").exists() and (folder / "log").read_text().count("\n") == 2)
+        assert len(list(temporary.rglob("edu0.sock"))) == 2
+        for pid in (run.pid, *map(int, workers(folder))):
+            os.kill(pid, signal.SIGKILL)
+        run.wait(patience(10))
+    eventually(lambda: not list(temporary.iterdir()))
+
+
 #: Ignores the exception of a signal's handler, as a callback from C does; says so in a file, and goes on.
 STUBBORN = """
 import time
@@ -178,11 +207,13 @@ class Stubborn:
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     """Also one that ignores its first signal: nobody else is there to end it."""
     (tmp_path / "stubborn.py").write_text(STUBBORN)
+    (scratch := tmp_path / "scratch").mkdir()
     code = (
-        "import sys; from vmodel.campaign import worker as w; w._GRACE_END = 0.5; w.main(sys.argv[1], int(sys.argv[2]))"
+        "import pathlib, sys; from vmodel.campaign import worker as w; w._GRACE_END = 0.5;"
+        " w.main(sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3]))"
     )
     ours, theirs = socket.socketpair()
-    line = [sys.executable, "-c", code, f"{tmp_path}/stubborn.py:Stubborn", str(theirs.fileno())]
+    line = [sys.executable, "-c", code, f"{tmp_path}/stubborn.py:Stubborn", str(theirs.fileno()), str(scratch)]
     case = plain(Case(machine=EXAMPLE, workload="true"))
     with ours, subprocess.Popen(line, pass_fds=[theirs.fileno()], start_new_session=True) as process:
         theirs.close()
@@ -194,6 +225,7 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
         finally:
             process.kill()
     assert (tmp_path / "asked").exists()
+    eventually(lambda: not scratch.exists())
 
 
 def test_a_worker_that_always_dies(folder: Path) -> None:

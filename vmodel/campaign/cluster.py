@@ -24,6 +24,7 @@ from vmodel.campaign.rig import plain
 from vmodel.campaign.worker import Processes
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case, Result
+from vmodel.guest.keeper import removing
 from vmodel.patience import patience
 
 #: Seconds after which an idle process is ended, with its guest.
@@ -151,8 +152,8 @@ def perform_remotely(rig: str, case: dict[str, Any]) -> tuple[dict[str, Any] | N
     Returns (result or None, the rig's id, how the process died or "", the artefacts as by `pack`).
     """
     processes = _pool.take(rig)
-    with tempfile.TemporaryDirectory(prefix="vmodel-run-") as name:
-        folder = Path(name)
+    folder = Path(tempfile.mkdtemp(prefix="vmodel-run-"))
+    with removing(folder):
         try:
             processes.submit(Task(0, Case.model_validate(case), folder))
             (answer,) = processes.wait()

@@ -2,6 +2,7 @@
 
 Both sides exchange lines of JSON over a socket pair, one for each task and answer.  If a process dies, or does not
 answer in time, its task is answered with how it died, the next task gets a new process, and other tasks go on.
+Its temporary files are in a folder of its own, which is removed when it has ended, however that was.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import json
 import os
 import queue
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -26,6 +29,7 @@ from vmodel.campaign.executor import Answer, Task
 from vmodel.campaign.rig import is_full, load_rig, perform, plain
 from vmodel.errors import ConfigError
 from vmodel.experiment.case import Case, Result
+from vmodel.guest.keeper import removing
 from vmodel.patience import patience
 
 #: Seconds that a worker may take for a case beyond the case's own limits.
@@ -50,17 +54,23 @@ class _Process:
         self.deadline = 0.0
         self._lines = ours.makefile("rb")
         path = os.pathsep.join(str(Path(place).absolute()) for place in sys.path)
-        with theirs:
+        self._scratch = tempfile.mkdtemp(prefix="vmodel-worker-")
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(self._remove_scratch)
             # A session of its own: Ctrl-C reaches only this process, and killpg() ends the worker's children, too.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "vmodel.campaign.worker", rig, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "vmodel.campaign.worker", rig, str(theirs.fileno()), self._scratch],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": path, "TMPDIR": self._scratch},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+            undo.pop_all()
+
+    def _remove_scratch(self) -> None:
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def send(self, task: Task) -> None:
         self.task = task
@@ -96,6 +106,7 @@ class _Process:
         status = self._process.wait()
         self._lines.close()
         self.socket.close()
+        self._remove_scratch()
         return killed or (f"was killed by signal {-status}" if status < 0 else f"ended with status {status}")
 
 
@@ -172,10 +183,19 @@ class Processes:
 # ---- in the worker process --------------------------------------------------------------------------
 
 
-def main(rig: str, descriptor: int) -> None:
-    """Runs the tasks that arrive; ends when the other side closes the socket, or on SIGTERM."""
+def main(rig: str, descriptor: int, scratch: Path) -> None:
+    """Runs the tasks that arrive; ends when the other side closes the socket, or on SIGTERM.
+
+    `scratch`: the folder of this process's temporary files.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     pair = socket.socket(fileno=descriptor)
+    # The other side removes it, too, unless it has been killed.
+    with removing(scratch):
+        _work(rig, pair)
+
+
+def _work(rig: str, pair: socket.socket) -> None:
     #: None: there are no more.
     tasks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(pair, tasks), daemon=True).start()
@@ -214,4 +234,4 @@ def _send(pair: socket.socket, answer: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
