@@ -9,10 +9,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.browser import Browser
 from vmodel.patience import patience, slowness
 
 # The same examples in each run: it is green or red for a reason, never by chance.  `--hypothesis-profile thorough`, or
@@ -86,3 +88,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def pytest_report_header() -> str:
     """The factor is part of what a log should say."""
     return f"time-outs x {slowness():g} (VMODEL_SLOW)"
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """Chromium, which `scripts/get-qemu --browser` brings.  Without it these tests fail: a skip is seen by nobody."""
+    with Browser(tmp_path / "profile") as made:
+        yield made

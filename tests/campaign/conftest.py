@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.campaign.browser import Browser
 from tests.campaign.files import LAB, MACHINE, campaign_file
 from tests.cli.commands import vmodel
 
@@ -29,10 +27,3 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = vmodel("campaign", "all.toml", "-j", "2", cwd=folder)
     assert done.returncode == 1, done.stderr
     return folder / "all.runs"
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    """Chromium.  scripts/get-qemu --browser brings it: without it these tests fail."""
-    with Browser(tmp_path / "profile") as made:
-        yield made

@@ -16,7 +16,7 @@ from tests.campaign.runs import rows
 from tests.cli.commands import refused, vmodel
 from tests.coverage.objects import compiled, function
 from vmodel.campaign.matrix import Matrix
-from vmodel.campaign.report import as_json
+from vmodel.campaign.report import as_json, html
 from vmodel.campaign.schema import load
 from vmodel.campaign.store import ResultStore, Row
 from vmodel.campaign.summary import Summary
@@ -24,6 +24,7 @@ from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
 from vmodel.errors import ConfigError
+from vmodel.experiment.oracle import Outcome
 
 #: `copy` has a branch that never runs, to an error: three instructions.
 CODE = "".join(
@@ -282,8 +283,18 @@ def test_rules_that_watch_are_no_faults(folder: Path, module: Path) -> None:
     (folder / "c.toml").write_text(text(faults=watched, workloads={"copy": "copy 4"}))
     assert vmodel("campaign", "c.toml", cwd=folder).returncode in (0, 1)
     assert {row.run.plan for row in rows(folder / "c.runs") if row.result and row.result.injected} == {*watched}
-    (build,) = summary(folder / "c.runs").coverage.builds
+    found = summary(folder / "c.runs")
+    (build,) = found.coverage.builds
     assert (build.clean_runs, [*build.faults]) == (3, ["aborted"])
+    # Nor has the driver survived them.
+    assert {row.plan: str(row.survived)[:4] for row in found.faults} == {
+        "no faults": "none",
+        "watched": "none",
+        "aborted": "0 % ",
+    }
+    assert found.outcomes[Outcome.MASKED] and found.rate(Outcome.MASKED).hits == 0
+    assert [rate.of for rate in found.by_kernel().values()] == [2], "two seeds"
+    assert html(found).count(">not counted<") == 2
 
 
 def test_other_builds_are_apart(campaign: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.campaign.browser import Browser, check_contrast, once
+from tests.browser import Browser, check_contrast, once
 from tests.cli.commands import refused, vmodel
 from tests.coverage.card import CLEAN, FAILED, SOURCE, TEXT, card, lined, with_lines
 from tests.coverage.objects import function, program

@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.campaign.browser import Browser, check_contrast, luminance
+from tests.browser import Browser, check_contrast, luminance
 from tests.cli.commands import vmodel
 from vmodel.experiment.oracle import Outcome
 
@@ -131,3 +131,15 @@ def test_narrow_and_wide(page: Path, browser: Browser) -> None:
         browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         browser.open(page)
         assert browser.js("document.documentElement.scrollWidth") <= width
+
+
+def test_captions_fit(page: Path, browser: Browser) -> None:
+    """A table that is wider than a telephone scrolls below its caption, which can be read as a whole."""
+    browser.call("Emulation.setDeviceMetricsOverride", width=400, height=900, deviceScaleFactor=1, mobile=False)
+    browser.open(page)
+    assert browser.js("document.querySelector('#outcomes table').getBoundingClientRect().right") > 400
+    shown = "[...document.querySelectorAll('caption')].map(caption => caption.getBoundingClientRect().right)"
+    for right in (browser.js(shown), browser.js(f"document.querySelector('#outcomes .wide').scrollLeft = 99, {shown}")):
+        assert right and max(right) <= 400
+    # Nor does the last column become one of single words.
+    assert browser.js("document.querySelector('#outcomes tbody tr').getBoundingClientRect().height") < 60

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.campaign.browser import Browser, once
+from tests.browser import Browser, once
 from tests.coverage.card import CLEAN, TEXT, card, comparison, lined, with_lines
 from vmodel.coverage.addresses import AddressSet
 from vmodel.coverage.comparison import Comparison
@@ -24,7 +24,6 @@ from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.folder import write
 from vmodel.coverage.page import html
 from vmodel.coverage.sources import Sources
-from vmodel.guest.artifacts import ArtifactError, find_browser
 
 
 def test_files(tmp_path: Path) -> None:
@@ -223,16 +222,6 @@ def test_debug_information_cannot_name_any_file(file: str, tmp_path: Path) -> No
 OPENED = once("view.open", "document.getElementById('view-title').textContent")
 #: The view's rows.
 ROWS = "[...document.querySelectorAll('#code div')].map(row => row.className + row.textContent)"
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Any:
-    try:
-        find_browser()
-    except ArtifactError as error:
-        pytest.skip(str(error))
-    with Browser(tmp_path / "profile") as found:
-        yield found
 
 
 @pytest.mark.slow

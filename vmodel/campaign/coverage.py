@@ -114,7 +114,7 @@ def gather(rows: Iterable[Row], kernels: dict[int, str]) -> CampaignCoverage:
         build = found.setdefault(key, BuildCoverage(dict(key)))
         grown = -1
         if pages + reached.pages <= _MOST_PAGES:
-            grown = build.add(row.id, row.run.plan, kernels[row.id], _injected(row), reached)
+            grown = build.add(row.id, row.run.plan, kernels[row.id], row.injected, reached)
         if grown < 0:
             damaged.append(f"run {row.id}: its coverage is left out: with that of the runs before it is too large")
             continue
@@ -129,16 +129,6 @@ def gather(rows: Iterable[Row], kernels: dict[int, str]) -> CampaignCoverage:
         if not build.clean_runs:
             notes.append(f"{build.title}: no run without faults: what is shown as “only under faults” may be usual")
     return CampaignCoverage(list(found.values()), notes)
-
-
-def _injected(row: Row) -> bool:
-    """Whether a fault was injected into a run; rules that only watch change nothing, and are none."""
-    plan = row.run.case.plan
-    return (
-        row.result is not None
-        and row.result.injected > 0
-        and (plan is None or any(rule.do.name != "watch" for rule in plan.rule))
-    )
 
 
 def _finder(rows: Sequence[Row]) -> CodeFinder:

@@ -68,6 +68,17 @@ class Row:
         return self.result is not None and self.result.outcome in self.run.expect
 
     @property
+    def injected(self) -> bool:
+        """Whether a fault was injected; rules that only watch change nothing, and are none."""
+        if self.result is None or not self.result.injected:
+            return False
+        rules = () if self.run.case.plan is None else self.run.case.plan.rule
+        fired = [rule.get("fired", 0) for rule in self.result.rules]
+        if len(fired) != len(rules):  # it is not known which rules did it
+            return not rules or any(rule.do.name != "watch" for rule in rules)
+        return any(count and rule.do.name != "watch" for rule, count in zip(rules, fired, strict=True))
+
+    @property
     def coverage(self) -> Coverage | None:
         """What ran of the kernel code that its case names; each use reads the file.  None: nothing was kept.
 

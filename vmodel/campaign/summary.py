@@ -70,7 +70,7 @@ class MatrixRow:
     @property
     def survived(self) -> Rate:
         """How many of the runs with an injected fault the driver survived."""
-        return survival(run.result.outcome for run in self.all)
+        return survival(self.all)
 
     @property
     def unexpected(self) -> int:
@@ -144,19 +144,23 @@ class Summary:
         """The rate of an outcome: among all runs for VOID outcomes, else among the runs with an injected fault."""
         if outcome in VOID:
             return Rate(self.outcomes[outcome], len(self.runs))
-        return Rate(self.outcomes[outcome], sum(n for o, n in self.outcomes.items() if o not in VOID))
+        counted = _counted(self.runs)
+        return Rate(counted.count(outcome), len(counted))
 
     def by_kernel(self) -> dict[str, Rate]:
         """How often the driver survived a fault, by kernel."""
-        return {
-            kernel: survival(run.result.outcome for run in self.runs if run.kernel == kernel) for kernel in self.kernels
-        }
+        return {kernel: survival(run for run in self.runs if run.kernel == kernel) for kernel in self.kernels}
 
 
-def survival(outcomes: Iterable[Outcome]) -> Rate:
+def survival(runs: Iterable[Ended]) -> Rate:
     """How many of the runs with an injected fault were masked or recovered."""
-    counted = [outcome for outcome in outcomes if outcome not in VOID]
+    counted = _counted(runs)
     return Rate(sum(outcome in SURVIVED for outcome in counted), len(counted))
+
+
+def _counted(runs: Iterable[Ended]) -> list[Outcome]:
+    """The outcomes of the runs that say something about the driver: a fault was injected, and the harness worked."""
+    return [run.result.outcome for run in runs if run.row.injected and run.result.outcome not in VOID]
 
 
 def _moment(seconds: float) -> str:
