@@ -215,29 +215,63 @@ static vms_use described(const record *r)
     return use;
 }
 
+/* The bytes of whole pages that were never touched. */
+static uint64_t spare_pages(const record *r)
+{
+    uint64_t bytes = 0, at = r->span.start;
+    vms_range gap;
+
+    while (span_set_gap(&r->read, &r->written, at, r->span.last, &gap)) {
+        uint64_t first = (gap.start + (PAGE_SIZE - 1)) / PAGE_SIZE, end_page = (gap.last - (PAGE_SIZE - 1)) / PAGE_SIZE;
+        if (gap.last - gap.start >= PAGE_SIZE - 1 && end_page >= first)
+            bytes += (end_page - first + 1) * PAGE_SIZE;
+        if (gap.last == r->span.last)
+            break;
+        at = gap.last + 1;
+    }
+    return bytes;
+}
+
+/* Counts what an ended record was used for. */
+static void count_use(ledger_space *space, record *r)
+{
+    vms_ledger_totals *totals = &space->ledger->totals;
+    uint32_t used = (r->use.read != 0) | (uint32_t)(r->use.written != 0) << 1, prot = r->use.prot - 1;
+    int is_long = r->use.released || r->use.ended - r->use.mapped >= VMS_LONG_NS;
+    unsigned order = order_of(size_of(r));
+
+    if (is_long)
+        r->use.flags |= VMS_USE_LONG;
+    r->use.exposed_pointers = exposed(space, r);
+    totals->uses[is_long][prot][used][order]++;
+    if (!used)
+        return;
+    totals->bytes[is_long][prot][order] += size_of(r);
+    totals->touched[is_long][prot][order] += span_set_bytes(&r->read, &r->written, r->span.start, r->span.last);
+    totals->exposed_pointers[is_long] += r->use.exposed_pointers;
+    uint64_t spare = spare_pages(r);
+    if (spare) {
+        r->use.flags |= VMS_USE_TOO_LARGE;
+        totals->too_large[is_long]++;
+        totals->too_large_bytes[is_long] += spare;
+    }
+}
+
 /* It is not mapped any more. */
 static void end(ledger_space *space, record *r, uint32_t flags)
 {
     vms_ledger *ledger = space->ledger;
-    vms_ledger_totals *totals = &ledger->totals;
-    uint32_t used = (r->use.read != 0) | (uint32_t)(r->use.written != 0) << 1;
-    unsigned order = order_of(size_of(r));
 
     unlink_live(ledger, r);
     unindex_pages(ledger, r);
     span_tree_remove(&space->live, &r->span);
     r->use.ended = clock_ns();
     r->use.flags |= flags;
-    totals->ended++;
-    totals->detached += (flags & VMS_USE_DETACHED) != 0;
-    totals->uses[r->use.prot - 1][used][order]++;
-    if (!(flags & VMS_USE_DETACHED))
-        r->use.exposed_pointers = exposed(space, r);
-    if (used) {
-        totals->bytes[r->use.prot - 1][order] += size_of(r);
-        totals->touched[r->use.prot - 1][order] += span_set_bytes(&r->read, &r->written, r->span.start, r->span.last);
-        totals->exposed_pointers += r->use.exposed_pointers;
-    }
+    ledger->totals.ended++;
+    if (flags & VMS_USE_DETACHED)
+        ledger->totals.detached++;
+    else
+        count_use(space, r);
     record **place = &ledger->ended[ledger->n_ended++ % VMS_LEDGER_ENDED];
     record_free(*place);
     *place = r;
@@ -363,7 +397,12 @@ static void enter_mapped(ledger_space *space, uint64_t start, uint64_t last, uin
 static void look(ledger_space *space, uint64_t start, uint64_t last)
 {
     uint32_t steps = VMS_LEDGER_WALKS;
-    uint64_t at = start;
+    uint64_t at;
+
+    /* Domains map in pages, whatever a guest invalidates. */
+    start &= -PAGE_SIZE;
+    last |= PAGE_SIZE - 1;
+    at = start;
 
     for (;;) {
         record *r = (record *)span_tree_from(&space->live, at);
@@ -600,11 +639,13 @@ static vms_use met(const vms_ledger *ledger, const ledger_space *space, uint64_t
     return (vms_use){ 0 };
 }
 
-int ledger_incident(vms_ledger *ledger, const ledger_space *space, vms_incident item)
+int ledger_incident(vms_ledger *ledger, ledger_space *space, vms_incident item)
 {
     if (item.kind >= VMS_INCIDENTS)
         return -EINVAL;
     pthread_mutex_lock(&ledger->lock);
+    if (space && item.kind == VMS_INCIDENT_STALE) /* the driver has not invalidated what it has changed */
+        look(space, item.iova, item.iova);
     item.time = clock_ns();
     item.use = met(ledger, space, item.iova);
     ledger->totals.incidents[item.kind]++;

@@ -20,6 +20,6 @@ void ledger_changed(ledger_space *space, uint64_t start, uint64_t last, int flus
 /* An access to n bytes by this translation. */
 void ledger_accessed(ledger_space *space, uint64_t iova, uint64_t n, uint32_t access, uint64_t gpa, uint32_t who);
 /* An access that was refused, or should have been: item's kind, iova, access, pasid and who.  EINVAL: no such kind. */
-int ledger_incident(vms_ledger *ledger, const ledger_space *space, vms_incident item);
+int ledger_incident(vms_ledger *ledger, ledger_space *space, vms_incident item);
 
 #endif

@@ -327,6 +327,11 @@ int vms_requester_follow(vms_requester *requester, vms_ledger *ledger, uint32_t 
 #define VMS_USE_DETACHED 2u /* ended as its domain was detached, not unmapped */
 #define VMS_USE_TWIN 4u     /* a page of it was in another live mapping, one of both writable */
 #define VMS_USE_INEXACT 8u  /* more spans than there is room for: some bytes count as used that were not */
+/* It lived for VMS_LONG_NS, or until after the driver had released the device: so it is, most likely, a ring or the like,
+ * and no buffer of one transfer. */
+#define VMS_USE_LONG 16u
+#define VMS_USE_TOO_LARGE 32u /* used, but whole pages of it were not */
+#define VMS_LONG_NS 1000000000u
 
 typedef struct vms_use {
     uint64_t id;          /* of the mapping, ascending from 1 */
@@ -382,11 +387,13 @@ typedef struct vms_ledger_totals {
     uint64_t twins;
     uint64_t released;     /* calls */
     uint64_t incidents[5];      /* by kind */
-    uint64_t uses[3][4][21];    /* ended, by prot - 1, used (1: read, 2: written), size class */
-    uint64_t bytes[3][21];      /* of these that were used: by prot - 1 and size class */
-    uint64_t touched[3][21];    /* and what was touched of it */
-    uint64_t pointers;          /* when they were mapped */
-    uint64_t exposed_pointers;  /* when they ended, in bytes never touched, of those that were used */
+    /* Of what has ended, but was not detached; the first index is 1 for those of VMS_USE_LONG: */
+    uint64_t uses[2][3][4][21]; /* how many, by prot - 1, used (1: read, 2: written), size class */
+    uint64_t bytes[2][3][21];   /* of those that were used, by prot - 1 and size class */
+    uint64_t touched[2][3][21]; /* and what was touched of it */
+    uint64_t too_large[2], too_large_bytes[2]; /* of VMS_USE_TOO_LARGE, and the bytes of those pages */
+    uint64_t exposed_pointers[2]; /* in bytes never touched, of those that were used */
+    uint64_t pointers;          /* of all, when they were mapped */
 } vms_ledger_totals;
 #define VMS_REUSE_NS 10000000u
 void vms_ledger_totals_get(vms_ledger *ledger, vms_ledger_totals *out);

@@ -83,7 +83,8 @@ def test_a_mapping_from_its_beginning_to_its_end(rig: Rig) -> None:
     assert rig.ledger.spans(1, written=True) == [(0x10010, 0x1002F)]
     totals = rig.ledger.totals()
     assert (totals.mapped, totals.mapped_bytes, totals.ended, totals.live) == (1, 2 * PAGE, 1, 0)
-    assert totals.uses[RW - 1][RW][1] == 1 and totals.bytes[RW - 1][1] == 2 * PAGE and totals.touched[RW - 1][1] == 64
+    assert totals.uses[0][RW - 1][RW][1] == 1
+    assert (totals.bytes[0][RW - 1][1], totals.touched[0][RW - 1][1]) == (2 * PAGE, 64)
 
 
 def test_what_was_mapped_before_it_was_followed_is_there(rig: Rig) -> None:
@@ -164,7 +165,7 @@ def test_kernel_pointers_in_bytes_that_were_not_touched(rig: Rig) -> None:
     rig.domain.unmap(0x10000, PAGE)
     (use,) = rig.ended()
     assert use.exposed_pointers == 2
-    assert (rig.ledger.totals().pointers, rig.ledger.totals().exposed_pointers) == (3, 2)
+    assert (rig.ledger.totals().pointers, rig.ledger.totals().exposed_pointers) == (3, (2, 0))
 
 
 def test_what_the_driver_left_mapped(rig: Rig) -> None:
@@ -175,6 +176,44 @@ def test_what_the_driver_left_mapped(rig: Rig) -> None:
     assert [bool(use.released) for use in rig.live()] == [True, True, False]
     rig.requester.write(0x20000, b"x")  # so it was kept for use
     assert [bool(use.released) for use in rig.live()] == [True, False, False]
+
+
+def test_what_lives_until_the_driver_has_released_the_device_is_counted_apart(rig: Rig) -> None:
+    rig.domain.map(0x10000, 0x2000, PAGE, RW)
+    rig.ledger.released()
+    rig.domain.unmap(0x10000, PAGE)
+    (use,) = rig.ended()
+    assert use.flags == UseFlag.LONG
+    assert rig.ledger.totals().uses[1][RW - 1][0][0] == 1 and not any(rig.ledger.totals().uses[0][RW - 1][0])
+
+
+def test_a_mapping_with_pages_that_were_not_touched_is_too_large(rig: Rig) -> None:
+    rig.domain.map(0x10000, 0x2000, 16 * PAGE, RW)
+    rig.requester.write(0x11FFF, b"xx")  # the last byte of a page, and the first one of the next
+    rig.domain.map(0x40000, 0x2000, 2 * PAGE, READ)
+    rig.requester.read(0x40FFF, 2)  # of each page something is used
+    rig.domain.map(0x50000, 0x2000, 2 * PAGE, READ)  # not used at all
+    rig.domain.clear(0, 2**48 - 1)
+    assert [UseFlag.TOO_LARGE in use.flags for use in rig.ended()] == [True, False, False]
+    totals = rig.ledger.totals()
+    assert (totals.too_large, totals.too_large_bytes) == ((1, 0), (14 * PAGE, 0))
+
+
+def test_an_invalidation_may_begin_and_end_anywhere() -> None:
+    rig = Tables(notified=True)
+    rig.set(4, 0x1000 | RW)
+    rig.domain.flush(4 * PAGE + 5, 4 * PAGE + 5)
+    assert rig.live() == [(4 * PAGE, PAGE, 0x1000, RW)]
+
+
+def test_a_stale_use_shows_what_the_tables_say_by_now() -> None:
+    rig = Tables(notified=False)
+    rig.set(4, 0x1000 | RW)
+    rig.requester.write(4 * PAGE, b"x")
+    rig.set(4, 0)
+    Ledger.incident(rig.requester, IncidentKind.STALE, 4 * PAGE, WRITE)
+    ((_, item),) = rig.ledger.incidents()
+    assert item.use is not None and item.use.ended and rig.live() == []
 
 
 def test_incidents_name_the_mapping_that_they_met(rig: Rig) -> None:
@@ -229,7 +268,7 @@ def test_the_last_ended_mappings_are_kept_and_the_totals_are_exact(rig: Rig) -> 
         rig.domain.unmap(0x10000 + i * PAGE, PAGE)
     assert [use.id for use in rig.ended()] == list(range(11, n + 1))
     assert [number for number, _ in rig.ledger.ended(n - 2)] == [n - 2, n - 1]
-    assert rig.ledger.totals().ended == n and rig.ledger.totals().uses[READ - 1][0][0] == n
+    assert rig.ledger.totals().ended == n and rig.ledger.totals().uses[0][READ - 1][0][0] == n
 
 
 def test_more_live_mappings_than_there_is_room_for_are_counted(rig: Rig) -> None:
@@ -392,4 +431,4 @@ def test_sizes_of_classes(rig: Rig) -> None:
     for i, pages in enumerate((1, 2, 3, 4, 5)):
         rig.domain.map((i + 1) * 64 * KiB, 0, pages * PAGE, READ)
     rig.domain.clear(0, 2**48 - 1)
-    assert rig.ledger.totals().uses[READ - 1][0][:5] == (1, 1, 2, 1, 0)
+    assert rig.ledger.totals().uses[0][READ - 1][0][:5] == (1, 1, 2, 1, 0)

@@ -28,6 +28,8 @@ class UseFlag(enum.IntFlag):
     DETACHED = lib.VMS_USE_DETACHED
     TWIN = lib.VMS_USE_TWIN
     INEXACT = lib.VMS_USE_INEXACT
+    LONG = lib.VMS_USE_LONG
+    TOO_LARGE = lib.VMS_USE_TOO_LARGE
 
 
 class IncidentKind(enum.IntEnum):
@@ -101,12 +103,16 @@ class LedgerTotals:
     twins: int
     released: int
     incidents: tuple[int, ...]
-    #: Ended mappings by protection - 1, directions used (1: read, 2: written) and size class (2**n pages at most).
-    uses: tuple[tuple[tuple[int, ...], ...], ...]
-    bytes: tuple[tuple[int, ...], ...]
-    touched: tuple[tuple[int, ...], ...]
+    #: Of what has ended; the first index is 1 for UseFlag.LONG: by protection - 1, directions used (1: read,
+    #: 2: written) and size class (2**n pages at most).
+    uses: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
+    #: Of what was used: by protection - 1 and size class.
+    bytes: tuple[tuple[tuple[int, ...], ...], ...]
+    touched: tuple[tuple[tuple[int, ...], ...], ...]
+    too_large: tuple[int, ...]
+    too_large_bytes: tuple[int, ...]
+    exposed_pointers: tuple[int, ...]
     pointers: int
-    exposed_pointers: int
 
 
 def _use(u: Any) -> MappingUse:
@@ -198,8 +204,13 @@ class Ledger:
         out = ffi.new("vms_ledger_totals *")
         lib.vms_ledger_totals_get(self.handle, out)
         t = out[0]
+        counts = t.unrecorded, t.unwalked, t.flushes, t.reused, t.twins, t.released
+        arrays = _nested(t.uses, 4), _nested(t.bytes, 3), _nested(t.touched, 3)
+        lists = _nested(t.too_large, 1), _nested(t.too_large_bytes, 1), _nested(t.exposed_pointers, 1)
         return LedgerTotals(
-            t.mapped, t.mapped_bytes, t.ended, t.live, t.live_bytes, t.most_live, t.learnt, t.detached, t.unrecorded,
-            t.unwalked, t.flushes, t.reused, t.twins, t.released, _nested(t.incidents, 1), _nested(t.uses, 3),
-            _nested(t.bytes, 2), _nested(t.touched, 2), t.pointers, t.exposed_pointers,
-        )  # fmt: skip
+            *(t.mapped, t.mapped_bytes, t.ended, t.live, t.live_bytes, t.most_live, t.learnt, t.detached, *counts),
+            _nested(t.incidents, 1),
+            *arrays,
+            *lists,
+            t.pointers,
+        )
