@@ -237,7 +237,7 @@ static void count_use(ledger_space *space, record *r)
 {
     vms_ledger_totals *totals = &space->ledger->totals;
     uint32_t used = (r->use.read != 0) | (uint32_t)(r->use.written != 0) << 1, prot = r->use.prot - 1;
-    int is_long = r->use.released || r->use.ended - r->use.mapped >= VMS_LONG_NS;
+    int is_long = r->use.ended - r->use.mapped >= VMS_LONG_NS;
     unsigned order = order_of(size_of(r));
 
     if (is_long)

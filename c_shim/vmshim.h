@@ -327,8 +327,7 @@ int vms_requester_follow(vms_requester *requester, vms_ledger *ledger, uint32_t 
 #define VMS_USE_DETACHED 2u /* ended as its domain was detached, not unmapped */
 #define VMS_USE_TWIN 4u     /* a page of it was in another live mapping, one of both writable */
 #define VMS_USE_INEXACT 8u  /* more spans than there is room for: some bytes count as used that were not */
-/* It lived for VMS_LONG_NS, or until after the driver had released the device: so it is, most likely, a ring or the like,
- * and no buffer of one transfer. */
+/* It lived for VMS_LONG_NS: so it is, most likely, a ring or the like, and no buffer of one transfer. */
 #define VMS_USE_LONG 16u
 #define VMS_USE_TOO_LARGE 32u /* used, but whole pages of it were not */
 #define VMS_LONG_NS 1000000000u

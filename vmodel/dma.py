@@ -216,6 +216,8 @@ class Dma:
     @endpoint.setter
     def endpoint(self, endpoint: Endpoint | None) -> None:
         self._line.endpoint = endpoint
+        if endpoint is not None:
+            endpoint.bus_master = self._line.bus_master
 
     def _resolved(self, fault: DmaFault, *, ask: bool = True) -> bool:
         """Reports a fault to the IOMMU; returns whether it resolved the fault, so that the access is to be repeated."""
@@ -270,6 +272,8 @@ class Dma:
     def bus_master(self, on: bool) -> None:
         self._line.bus_master = on
         self._line.requester.enable(on)
+        if self._line.endpoint is not None:
+            self._line.endpoint.bus_master = on
 
     def read(self, iova: int, size: int) -> bytes:
         """Reads `size` bytes from `iova` on."""

@@ -18,6 +18,8 @@ LEDGER_ENDED: int = lib.VMS_LEDGER_ENDED
 LEDGER_INCIDENTS: int = lib.VMS_LEDGER_INCIDENTS
 SET_SPANS: int = lib.VMS_SET_SPANS
 REUSE_NS: int = lib.VMS_REUSE_NS
+#: Nanoseconds after which a mapping is UseFlag.LONG.
+LONG_NS: int = lib.VMS_LONG_NS
 _CHUNK = 256
 
 

@@ -72,6 +72,8 @@ _COMMANDS = {
 }
 #: Commands with subcommands: their module's `app`.
 _GROUPS = ("bench", "iommu", "kernels", "plan", "inject")
+#: Options whose value may be left out, by command.
+_VALUE_OPTIONAL = {"guest": ("--dma-report",)}
 #: Set by the shell's completion, which asks for any command.
 _COMPLETE = "_VMODEL_COMPLETE"
 
@@ -117,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    arguments = _with_values(arguments)
     everything = {*_COMMANDS, *_GROUPS}
     # These return the status of a command that they run: 125 says that it is not.
     failure = 125 if arguments[0] in ("guest", "run") else 1
@@ -153,6 +156,13 @@ def _main(argv: Sequence[str] | None) -> int:
         log.debug("the host failed", exc_info=True)
         return _fail(what, status=failure)
     return result if isinstance(result, int) else 0
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """The same, with "=-" behind options whose value was left out: click would take the word that follows."""
+    names = _VALUE_OPTIONAL.get(arguments[0], ())
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return [f"{word}=-" if word in names and n < end else word for n, word in enumerate(arguments)]
 
 
 def _failure(error: BaseException) -> str:

@@ -41,6 +41,9 @@ from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
 from vmodel.coverage.folder import write
 from vmodel.coverage.table import table
+from vmodel.dma_report.files import write_report
+from vmodel.dma_report.report import DmaReport
+from vmodel.dma_report.text import text
 from vmodel.errors import ConfigError
 from vmodel.experiment.oracle import Finding
 from vmodel.guest import artifacts, modules, options
@@ -48,7 +51,7 @@ from vmodel.guest.monitor import MonitorError
 from vmodel.guest.running import Guest, GuestResult, GuestRunError, GuestSpec, on_terminal
 from vmodel.guest.shares import share_at
 from vmodel.machine import Machine
-from vmodel.patience import slowness
+from vmodel.patience import patience, slowness
 from vmodel.server import Server
 
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The command to run.", show_default=False)]
@@ -106,12 +109,24 @@ CoverageSource = Annotated[
     list[Path] | None,
     typer.Option("--coverage-source", metavar="DIR", help="Find source files in DIR, as a tree of Linux; repeatable."),
 ]
+DmaReportTo = Annotated[
+    str | None,
+    typer.Option(
+        "--dma-report",
+        metavar="[=FILE]",
+        help="Print what the driver's DMA does wrong; with =FILE write all of it, as .html or .json.",
+        show_default=False,
+    ),
+]
 Gdb = Annotated[bool, typer.Option("--gdb", help="Wait for gdb before devices are bound; print how to start it.")]
 
 log = logging.getLogger(__name__)
 
 #: The first output of an interactive command: input that is sent before the guest has opened its port is lost.
 _LISTENING = b"\x16"
+
+#: Seconds that a guest gets for unmaps that it has deferred, before its DMA is judged.
+_SETTLE = 1.0
 
 #: Kernel arguments for a guest whose CPUs a debugger holds up: no watchdog of the kernel is to report that.
 _DEBUG_APPEND = "nowatchdog rcupdate.rcu_cpu_stall_suppress=1"
@@ -144,6 +159,7 @@ def guest(
     coverage: Coverages = None,
     coverage_out: CoverageOut = None,
     coverage_source: CoverageSource = None,
+    dma_report: DmaReportTo = None,
     verbose: Verbose = False,
     device: Devices = None,
     register: Registers = None,
@@ -193,6 +209,7 @@ def guest(
             raise ConfigError("--coverage-source: there is no --coverage-out, which shows the source")
         if not place.is_dir():
             raise ConfigError(f"--coverage-source {place}: is no folder")
+    dma_file = _dma_file(dma_report)
     slowness()
     fails = ending.kinds(fail_on)
     wanted = traced(verbose, device, register)
@@ -217,6 +234,8 @@ def guest(
             gdb=gdb,
             coverage=[options.at_option("--coverage", options.coverage_target, entry) for entry in coverage or ()],
         )
+        if dma_report is not None:
+            spec.on_end = partial(machine.watch_dma().seal, settle=patience(_SETTLE))
         fetch_for(
             [kernel or machine.content.guest.kernel or artifacts.STABLE],
             any(map(modules.is_source, (*spec.modules, *spec.extra_modules))),
@@ -238,6 +257,8 @@ def guest(
             err.end_line()
             if stats and isinstance(ended, GuestResult):
                 summary(server, machine, ended)
+            if dma_report is not None:
+                _show_dma(machine.dma_report(), dma_file)
             shown = reached is None or _show_coverage(reached, " ".join(command), coverage_out, coverage_source or ())
         # The server has stopped: a hook that does not return is known now.
         found = [ending.Kind.MODEL] if ending.model_errors(machine) else []
@@ -324,6 +345,26 @@ def _show_coverage(reached: Coverage | CoverageError, title: str, out: Path | No
         print(f"vmodel: {error}", file=sys.stderr)
         return False
     return True
+
+
+def _dma_file(option: str | None) -> Path | None:
+    """The file that `--dma-report` names; ConfigError: it has another suffix, or no folder."""
+    if option in (None, "-"):
+        return None
+    path = Path(option or "")
+    if path.suffix not in (".html", ".json"):
+        raise ConfigError(f"--dma-report={option}: must end in .html or .json")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--dma-report={option}: the folder {path.parent} does not exist")
+    return path
+
+
+def _show_dma(report: DmaReport, file: Path | None) -> None:
+    """Prints the findings on stderr, as stdout is the command's; writes the report."""
+    show(text(report), console(sys.stderr))
+    if file is not None:
+        write_report(report, file)
+        print(f"vmodel: {file} has the report", file=sys.stderr)
 
 
 def _announced(command: list[str], terminal: Terminal | None) -> list[str] | str:

@@ -100,11 +100,12 @@ class Cpio:
 # ---- the archive -------------------------------------------------------------------------------------
 
 # The third serial port is the harness's own: the harness answers "boot" with the number of this boot, and "status N",
-# "module NAME" or "share TAG" ends the run; gdb.py reads "section" and "gdb", and answers with a line when gdb has
-# continued the guest.  The second port is the command's stdin, stdout and stderr.  Kernel messages mix with neither.
-# The last close of a tty waits until all bytes are sent, so poweroff loses none.  modprobe, unlike insmod, applies
-# the parameters for modules in the kernel's command line.  A boot has many warnings that are no problem: the console
-# gets warnings only from the first module on; but all of the log if the boot had a WARN.
+# "module NAME" or "share TAG" ends the run, once the harness has answered with a line; gdb.py reads "section" and
+# "gdb", and answers with a line when gdb has continued the guest.  The second port is the command's stdin, stdout and
+# stderr.  Kernel messages mix with neither.  The last close of a tty waits until all bytes are sent, so poweroff loses
+# none.  modprobe, unlike insmod, applies the parameters for modules in the kernel's command line.  A boot has many
+# warnings that are no problem: the console gets warnings only from the first module on; but all of the log if the boot
+# had a WARN.
 _INIT = """#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=dumb
 /bin/busybox --install -s /bin
@@ -120,7 +121,9 @@ read -t 10 VMODEL_BOOT <&3
 export VMODEL_BOOT
 finish() {{
     sync
+    [ ! -e /vmodel-sizes ] || kill $(cat /vmodel-sizes)
     echo "$@" >&3
+    read -t 60 -r _ <&3
     exec 3>&-
     poweroff -f
 }}

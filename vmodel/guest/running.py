@@ -54,9 +54,11 @@ _GRACE_FAILED = 3.0
 
 
 # A terminal is hung up when its session's first process ends, which loses output that has not been sent: so this is a
-# shell that survives Ctrl-C, and stty waits for the output.  The loop takes sizes from the harness's own port.
+# shell that survives Ctrl-C, and stty waits for the output.  The loop takes sizes from the harness's own port, until
+# the command has ended.
 _ON_TERMINAL = r"""
 (while read -r rows columns; do stty rows $rows cols $columns <&4; done) 4</dev/ttyS1 </dev/ttyS2 >/dev/null 2>&1 &
+echo $! > /vmodel-sizes
 stty sane rows {rows} cols {columns}
 export TERM={term}
 exec setsid -c sh -c 'trap : INT QUIT TSTP; "$@"; status=$?; stty raw -echo; exit $status' sh {command}
@@ -145,6 +147,8 @@ class GuestSpec:
     gdb: bool = False
     #: The kernel code whose execution is recorded, as "nvme" or "vmlinux:pci", see `Guest.coverage`.
     coverage: Sequence[str] = ()
+    #: Called on the guest's thread when the command has ended, before the guest powers off; it waits for that.
+    on_end: Callable[[], None] | None = None
 
 
 @dataclass
@@ -205,6 +209,7 @@ class Guest(Starting):
         self.boots = 0
         self._callbacks = {"output": on_output, "console": on_console}
         self._callback_error: BaseException | None = None
+        self._ended = False
         #: Finds the source of places in modules, after `start`.
         self.places = Places(lambda name: None)
         self._scratch = tempfile.TemporaryDirectory(prefix="vmodel-guest-")
@@ -330,12 +335,26 @@ class Guest(Starting):
             self._log_error = f"{self.artifacts}/{name}.log cannot be written: {error.strerror}"
 
     def _answer(self, port: _SerialPort) -> None:
-        # The only question of the guest's: how often has it booted? It cannot know, its memory is new each time.
+        # How often has it booted? It cannot know, its memory is new each time.
         boots = bytes(port.received).count(b"boot\n")
         while self.boots < boots:
             self.boots += 1
             with contextlib.suppress(OSError):
                 port.ours.sendall(b"%d\n" % self.boots)
+        # The command has ended: may the guest power off?
+        if not self._ended and self._verdict():
+            self._ended = True
+            self._call_end()
+            with contextlib.suppress(OSError):
+                port.ours.sendall(b"off\n")
+
+    def _call_end(self) -> None:
+        if self.spec.on_end is not None and self._callback_error is None:
+            try:
+                self.spec.on_end()
+            except BaseException as error:  # as of other callbacks
+                self._callback_error = error
+                self.kill()
 
     def _call_back(self, name: str, data: bytes) -> None:
         callback = self._callbacks.get(name)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import time
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from vmodel import _shim
-from vmodel.errors import DmaFault, IommuError, Reason
+from vmodel.errors import Access, DmaFault, IommuError, Reason
 from vmodel.iommu.capabilities import RegionType, ReservedRegion
 from vmodel.iommu.changes import ChangeKind, Changes
 from vmodel.iommu.domain import Domain, DomainType, TableDomain
@@ -38,6 +40,19 @@ def _number_of(pasid: int | None) -> int:
     if not 0 <= pasid < 1 << 20:
         raise IommuError(errno.EINVAL, f"a PASID has 20 bits, {pasid:#x} has not")
     return pasid
+
+
+class Watcher(Protocol):
+    """Gets what goes wrong with a device's accesses, on the thread of the access."""
+
+    def refused(self, endpoint: Endpoint, fault: DmaFault) -> None:
+        """An access failed for good, as bus mastering is off, or by the IOMMU."""
+
+    def stale(self, endpoint: Endpoint, note: _shim.StaleNote) -> None:
+        """An access was served by a cached translation that is not valid any more."""
+
+    def mastering(self, endpoint: Endpoint, on: bool) -> None:
+        """Bus mastering went on or off."""
 
 
 class Endpoint:
@@ -88,6 +103,8 @@ class Endpoint:
         self._requester = requester
         self._requests = itertools.count(1)
         self._pri_failed = False
+        self._watcher: Watcher | None = None
+        self._bus_master = False
         if iommu is not None:
             self.cover(iommu)
         elif requester is not None:  # it may come from an earlier endpoint
@@ -99,9 +116,13 @@ class Endpoint:
         self.iommu, self.why = iommu, ""
         self.requester_id = iommu.driver.requester_id(self.source)
         self.reserved = [*iommu.capabilities.reserved, *self.reserved]
+        self._look_for_stale()
+
+    def _look_for_stale(self) -> None:
         if self._requester is not None:
-            self._requester.on_stale = self._stale if iommu.report_stale else None
-            self._requester.check_stale(iommu.report_stale)
+            wanted = self._watcher is not None or (self.iommu is not None and self.iommu.report_stale)
+            self._requester.on_stale = self._stale if wanted else None
+            self._requester.check_stale(wanted)
 
     @property
     def needs_direct(self) -> bool:
@@ -173,9 +194,54 @@ class Endpoint:
             self._requester.chosen_by(memory.shim, words, number)
 
     def _stale(self, notes: list[_shim.StaleNote]) -> None:
-        if (iommu := self.iommu) is not None:
-            for note in notes:
+        iommu, watcher = self.iommu, self._watcher
+        for note in notes:
+            if iommu is not None and iommu.report_stale:
                 iommu.stale(StaleUse(iommu.name, self.name, self.requester_id or 0, note))
+            if watcher is not None:
+                watcher.stale(self, note)
+
+    # ---- being watched ---------------------------------------------------------------------
+
+    @property
+    def has_requester(self) -> bool:
+        """Whether it makes accesses: a bridge, and a device of another process, does not."""
+        return self._requester is not None
+
+    @property
+    def bus_master(self) -> bool:
+        """Whether bus mastering is on; `Dma` sets it."""
+        return self._bus_master
+
+    @bus_master.setter
+    def bus_master(self, on: bool) -> None:
+        was, self._bus_master = self._bus_master, on
+        if was != on and (watcher := self._watcher) is not None:
+            watcher.mastering(self, on)
+
+    def watch(self, watcher: Watcher, ledger: _shim.Ledger, who: int) -> None:
+        """Records in `ledger`, as `who`, what is mapped for it and what it uses; reports what goes wrong to `watcher`.
+
+        Uses of stale translations are looked for, whatever the IOMMU's `report_stale`.
+        """
+        if self._requester is None:
+            raise ValueError(f"{self.name} makes no accesses")
+        self._watcher = watcher
+        self._look_for_stale()
+        ledger.follow(self._requester, who, notified=self.iommu is not None and self.iommu.reports_maps)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Ends `watch`, unless another one began after it."""
+        if self._watcher is watcher and self._requester is not None:
+            _shim.Ledger.leave(self._requester)
+            self._watcher = None
+            self._look_for_stale()
+
+    def incident(self, kind: _shim.IncidentKind, iova: int, access: Access, pasid: int | None) -> None:
+        """Notes an access that was refused, or should have been, in the ledger that it is watched by, if it is."""
+        if self._requester is not None and self._watcher is not None:
+            with contextlib.suppress(FileNotFoundError):  # it is not watched any more
+                _shim.Ledger.incident(self._requester, kind, iova, access, _number_of(pasid))
 
     @property
     def bound_without_dma(self) -> bool:
@@ -236,6 +302,12 @@ class Endpoint:
 
         Returns whether the access is to be tried again.
         """
+        resolved = self._resolved(fault, ask)
+        if not resolved and (watcher := self._watcher) is not None:
+            watcher.refused(self, fault)
+        return resolved
+
+    def _resolved(self, fault: DmaFault, ask: bool) -> bool:
         iommu, group = self.iommu, self.group
         if iommu is None or fault.reason is Reason.BUS_MASTER_OFF:  # the access reached no IOMMU
             return False

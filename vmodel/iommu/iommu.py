@@ -96,6 +96,8 @@ class Iommu:
         self._handlers: list[Callable[[FaultRecord], None]] = []
         #: Whether uses of stale translations are counted and logged.
         self.report_stale = bool(getattr(driver.params, "report_stale", False))
+        #: Whether a guest that keeps tables invalidates what it maps, too, and not only what it unmaps (VT-d's CAP.CM).
+        self.reports_maps = bool(getattr(driver.params, "caching_mode", False))
         self._fault_lines = Warnings(log, self.name, "faults")
         self._stale_lines = Warnings(log, self.name, "stale uses")
 

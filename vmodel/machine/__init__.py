@@ -40,6 +40,7 @@ from vmodel.config_file import parse_toml, read_text
 from vmodel.device import PciDevice
 from vmodel.device.outside import TIMEOUT, call, device_of
 from vmodel.devices.iommu import IommuDevice
+from vmodel.dma_report import DmaReport, DmaWatch
 from vmodel.errors import ConfigError, IommuError
 from vmodel.files import create
 from vmodel.iommu.allocate import dma_domain_alloc
@@ -115,6 +116,7 @@ class Machine:
         #: IOMMUs, endpoints and groups.
         self.system = System(self.topology, group_mf=check.content.machine.group_mf, default=default_domain)
         self._functions = check.functions
+        self._watch: DmaWatch | None = None
         #: Names of the tables with `untrusted`.
         self._untrusted = [t.name for t in check.content.bridge if t.untrusted]
         self._untrusted += [t.name for t in check.content.device if t.untrusted]
@@ -349,6 +351,27 @@ class Machine:
         """
         device, name = device_of(self.devices, method)
         return call(device, name, arguments, named, seconds=timeout)
+
+    # ---- the DMA sanitizer -----------------------------------------------------------------
+
+    def watch_dma(self) -> DmaWatch:
+        """Records from now on what the guest maps for devices behind an IOMMU, and what they do with it."""
+        if self._watch is None:
+            self._watch = DmaWatch(self.name, self.system.endpoints)
+        return self._watch
+
+    def dma_report(self) -> DmaReport:
+        """What `watch_dma` has recorded, with what is wrong in it.  RuntimeError: it was not called.
+
+        ```python
+        machine.watch_dma()
+        ...
+        assert not machine.dma_report().signs
+        ```
+        """
+        if self._watch is None:
+            raise RuntimeError("nothing was recorded: call watch_dma() before the guest boots")
+        return self._watch.report()
 
     # ---- ACPI ------------------------------------------------------------------------------
 

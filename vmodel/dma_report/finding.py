@@ -1,0 +1,167 @@
+"""`DmaFinding`: one kind of mistake of a driver's, with the mappings that show it; `SIGNS`, all kinds."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Severity(enum.StrEnum):
+    """What a finding costs."""
+
+    #: Memory is leaked or damaged, or would be with another IOMMU.
+    ERROR = "error"
+    #: More of the memory can be reached than is needed, or for longer.
+    WARNING = "warning"
+    #: It may be meant so.
+    NOTE = "note"
+
+
+class Sure(enum.StrEnum):
+    """How sure a finding is."""
+
+    #: It was seen to happen.
+    CERTAIN = "certain"
+    #: There are rare reasons for which a right driver does it.
+    LIKELY = "likely"
+    #: A right driver may well do it.
+    POSSIBLE = "possible"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A kind of finding."""
+
+    title: str
+    severity: Severity
+    sure: Sure
+    #: What it means, and what to do about it; two sentences.
+    meaning: str
+    advice: str
+
+
+_E, _W, _N = Severity.ERROR, Severity.WARNING, Severity.NOTE
+
+#: All kinds, the gravest first.
+SIGNS: dict[str, Sign] = {
+    "dma-after-unmap": Sign(
+        "use after unmap",
+        _E,
+        Sure.CERTAIN,
+        "The device accessed memory that the driver had unmapped, and that may belong to somebody else by then.",
+        "Stop the transfer, and wait until the device has stopped, before the unmap.",
+    ),
+    "dma-unmapped": Sign(
+        "never mapped",
+        _E,
+        Sure.CERTAIN,
+        "The device accessed an address that was not mapped: one that is physical or virtual, damaged, or too long.",
+        "Give the device what dma_map_*() returned, and no more bytes than were mapped.",
+    ),
+    "dma-direction": Sign(
+        "wrong direction",
+        _E,
+        Sure.CERTAIN,
+        "The device read what was mapped to be written only, or wrote what was mapped to be read only.",
+        "Map with the direction of the transfer: DMA_TO_DEVICE if the device reads, DMA_FROM_DEVICE if it writes.",
+    ),
+    "dma-in-flight": Sign(
+        "in flight at the end",
+        _E,
+        Sure.CERTAIN,
+        "The device accessed memory after its bus mastering was turned off, by the driver or by a reset.",
+        "Stop the device's queues, and wait for what was submitted, before pci_clear_master() or a reset.",
+    ),
+    "dma-leak": Sign(
+        "leak",
+        _E,
+        Sure.CERTAIN,
+        "It is still mapped, though the driver has released the device: the address is lost, the page stays open.",
+        "Unmap in remove() and on each path of an error what was mapped.",
+    ),
+    "dma-exposed": Sign(
+        "kernel pointers in reach",
+        _W,
+        Sure.LIKELY,
+        "A page was mapped for a part of it: the device can reach the rest, in which there are pointers of the kernel.",
+        "Use a buffer of its own page, or of dma_alloc_coherent(), or make the kernel bounce (untrusted devices).",
+    ),
+    "dma-mapped-twice": Sign(
+        "mapped twice",
+        _W,
+        Sure.LIKELY,
+        "One page was in two live mappings, one of them writable: the unmap of one leaves the page open by the other.",
+        "Do not share a page between buffers of different transfers.",
+    ),
+    "dma-both-directions": Sign(
+        "both directions",
+        _W,
+        Sure.LIKELY,
+        "It was mapped to be read and written, and the device did only one of them.",
+        "Map with DMA_TO_DEVICE or DMA_FROM_DEVICE; some kernels' IOMMU drivers make what is writable readable, too.",
+    ),
+    "dma-too-large": Sign(
+        "too large",
+        _W,
+        Sure.LIKELY,
+        "Whole pages of a mapping were never touched by the device.",
+        "Map what the transfer needs.",
+    ),
+    "dma-unused": Sign(
+        "never used",
+        _W,
+        Sure.POSSIBLE,
+        "It was mapped and unmapped, and the device never touched it.",
+        "Map when the device is to use it; what is cancelled before it began is unused, too, and that is right.",
+    ),
+    "dma-held": Sign(
+        "held",
+        _N,
+        Sure.POSSIBLE,
+        "It was mapped before the driver last released the device, and has not been used since the driver is back.",
+        "If it is a buffer that is kept over a reset, all is well; else it is a leak.",
+    ),
+}
+
+
+class SpanShown(BaseModel):
+    """A mapping that shows a finding, or the place of an access."""
+
+    model_config = ConfigDict(frozen=True)
+
+    iova: int
+    #: In bytes; of an access that met no mapping: 0.
+    size: int
+    gpa: int | None
+    #: Seconds since the watch began.
+    at: float
+    #: The same, in words.
+    text: str
+
+
+class DmaFinding(BaseModel):
+    """All that was found of one kind at one endpoint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sign: str
+    severity: Severity
+    sure: Sure
+    #: "3 mappings of 12 KiB are still there".
+    text: str
+    #: Mappings or accesses.
+    count: int
+    #: Of the mappings, where that means something; else 0.
+    bytes: int
+    #: The first of them that are known, at most EXAMPLES.
+    examples: tuple[SpanShown, ...]
+
+    @property
+    def kind(self) -> Sign:
+        return SIGNS[self.sign]
+
+
+#: Most examples of a finding.
+EXAMPLES = 8
