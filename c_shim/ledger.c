@@ -644,7 +644,7 @@ int ledger_incident(vms_ledger *ledger, ledger_space *space, vms_incident item)
     if (item.kind >= VMS_INCIDENTS)
         return -EINVAL;
     pthread_mutex_lock(&ledger->lock);
-    if (space && item.kind == VMS_INCIDENT_STALE) /* the driver has not invalidated what it has changed */
+    if (space) /* what the driver has changed is perhaps not invalidated yet */
         look(space, item.iova, item.iova);
     item.time = clock_ns();
     item.use = met(ledger, space, item.iova);

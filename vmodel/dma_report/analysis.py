@@ -91,11 +91,12 @@ class _Analysis:
         self._still_mapped()
         totals = self.totals
         if count := totals.exposed_pointers[0]:
+            shown = [use for use in self._judged() if use.exposed_pointers > 0 and use.touched > 0]
             self._add_mappings(
                 "dma-exposed",
                 f"{_n(count, 'pointer')} of the kernel in bytes of mapped pages that the device never touched",
-                count,
-                lambda use: use.exposed_pointers > 0 and use.touched > 0,
+                len(shown),
+                lambda use: use in shown,
                 lambda use: f"{_n(use.exposed_pointers, 'pointer')}, {size(use.size - use.touched)} untouched",
             )
         if count := totals.twins:
@@ -226,10 +227,13 @@ class _Analysis:
         live: bool = False,
     ) -> None:
         """A finding of mappings that have ended, or (`live`) have not; those that live long are not judged."""
-        uses = [use for use in self.ended if live or not use.flags & (UseFlag.LONG | UseFlag.DETACHED)]
-        uses += self.live if live else []
+        uses = [*self.ended, *self.live] if live else self._judged()
         shown = [use for use in uses if chosen(use)]
         self._add(sign, text, count, sum(use.size for use in shown), [self._mapping(use, words(use)) for use in shown])
+
+    def _judged(self) -> list[MappingUse]:
+        """The mappings that have ended, and did not live long."""
+        return [use for use in self.ended if not use.flags & (UseFlag.LONG | UseFlag.DETACHED)]
 
     def _mapping(self, use: MappingUse, text: str) -> SpanShown:
         return SpanShown(iova=use.start, size=use.size, gpa=use.gpa, at=self.seconds(use.mapped), text=text)

@@ -31,7 +31,7 @@ class Sure(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Sign:
+class FindingKind:
     """A kind of finding."""
 
     title: str
@@ -45,78 +45,78 @@ class Sign:
 _E, _W, _N = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
 #: All kinds, the gravest first.
-SIGNS: dict[str, Sign] = {
-    "dma-after-unmap": Sign(
+SIGNS: dict[str, FindingKind] = {
+    "dma-after-unmap": FindingKind(
         "use after unmap",
         _E,
         Sure.CERTAIN,
         "The device accessed memory that the driver had unmapped, and that may belong to somebody else by then.",
         "Stop the transfer, and wait until the device has stopped, before the unmap.",
     ),
-    "dma-unmapped": Sign(
+    "dma-unmapped": FindingKind(
         "never mapped",
         _E,
         Sure.CERTAIN,
         "The device accessed an address that was not mapped: one that is physical or virtual, damaged, or too long.",
         "Give the device what dma_map_*() returned, and no more bytes than were mapped.",
     ),
-    "dma-direction": Sign(
+    "dma-direction": FindingKind(
         "wrong direction",
         _E,
         Sure.CERTAIN,
         "The device read what was mapped to be written only, or wrote what was mapped to be read only.",
         "Map with the direction of the transfer: DMA_TO_DEVICE if the device reads, DMA_FROM_DEVICE if it writes.",
     ),
-    "dma-in-flight": Sign(
+    "dma-in-flight": FindingKind(
         "in flight at the end",
         _E,
         Sure.CERTAIN,
         "The device accessed memory after its bus mastering was turned off, by the driver or by a reset.",
         "Stop the device's queues, and wait for what was submitted, before pci_clear_master() or a reset.",
     ),
-    "dma-leak": Sign(
+    "dma-leak": FindingKind(
         "leak",
         _E,
         Sure.CERTAIN,
         "It is still mapped, though the driver has released the device: the address is lost, the page stays open.",
         "Unmap in remove() and on each path of an error what was mapped.",
     ),
-    "dma-exposed": Sign(
+    "dma-exposed": FindingKind(
         "kernel pointers in reach",
         _W,
         Sure.LIKELY,
         "A page was mapped for a part of it: the device can reach the rest, in which there are pointers of the kernel.",
         "Use a buffer of its own page, or of dma_alloc_coherent(), or make the kernel bounce (untrusted devices).",
     ),
-    "dma-mapped-twice": Sign(
+    "dma-mapped-twice": FindingKind(
         "mapped twice",
         _W,
         Sure.LIKELY,
         "One page was in two live mappings, one of them writable: the unmap of one leaves the page open by the other.",
         "Do not share a page between buffers of different transfers.",
     ),
-    "dma-both-directions": Sign(
+    "dma-both-directions": FindingKind(
         "both directions",
         _W,
         Sure.LIKELY,
         "It was mapped to be read and written, and the device did only one of them.",
         "Map with DMA_TO_DEVICE or DMA_FROM_DEVICE; some kernels' IOMMU drivers make what is writable readable, too.",
     ),
-    "dma-too-large": Sign(
+    "dma-too-large": FindingKind(
         "too large",
         _W,
         Sure.LIKELY,
         "Whole pages of a mapping were never touched by the device.",
         "Map what the transfer needs.",
     ),
-    "dma-unused": Sign(
+    "dma-unused": FindingKind(
         "never used",
         _W,
         Sure.POSSIBLE,
         "It was mapped and unmapped, and the device never touched it.",
         "Map when the device is to use it; what is cancelled before it began is unused, too, and that is right.",
     ),
-    "dma-held": Sign(
+    "dma-held": FindingKind(
         "held",
         _N,
         Sure.POSSIBLE,
@@ -159,7 +159,8 @@ class DmaFinding(BaseModel):
     examples: tuple[SpanShown, ...]
 
     @property
-    def kind(self) -> Sign:
+    def kind(self) -> FindingKind:
+        """What all findings of its sign have in common."""
         return SIGNS[self.sign]
 
 

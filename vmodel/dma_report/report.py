@@ -101,6 +101,7 @@ class EndpointReport(_Frozen):
 
     @property
     def name(self) -> str:
+        """The endpoints' names."""
         return ", ".join(self.endpoints)
 
 

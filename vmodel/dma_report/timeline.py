@@ -15,7 +15,7 @@ _LEAST = 0.8
 
 
 @dataclass(frozen=True)
-class Bar:
+class MappingBar:
     """A mapping: its box, the part of it from first to last use, its class for colour, and what a pointer shows."""
 
     x: float
@@ -32,7 +32,7 @@ class Bar:
 class Timeline:
     """The drawing: bars, times at the axis, and spans in which bus mastering was off."""
 
-    bars: Sequence[Bar]
+    bars: Sequence[MappingBar]
     height: int
     ticks: Sequence[tuple[float, str]]
     off: Sequence[tuple[float, float]]
@@ -49,7 +49,7 @@ def timeline(endpoint: EndpointReport, seconds: float) -> Timeline:
     last = max([first + 1e-6, *(one.ended if one.ended is not None else seconds for one in mappings)])
     scale = WIDTH / (last - first)
     wrong = {(one.iova, round(one.at, 9)) for finding in endpoint.findings for one in finding.examples}
-    bars: list[Bar] = []
+    bars: list[MappingBar] = []
     free: list[int] = []  # lanes that were in use before, lowest first
     busy: list[tuple[float, int]] = []  # (end, lane)
     lanes = left_out = 0
@@ -69,7 +69,7 @@ def timeline(endpoint: EndpointReport, seconds: float) -> Timeline:
         used = (one.first_use, one.last_use)
         start, stop = ((at - first) * scale if at is not None else x for at in used)
         bars.append(
-            Bar(
+            MappingBar(
                 round(x, 1),
                 lane * LANE,
                 round(width, 1),

@@ -93,16 +93,16 @@ class DmaWatch(Closing):
     def seal(self, *, settle: float = 0.0) -> None:
         """Ends the report here: `report` returns what was recorded up to now, whatever happens later.
 
-        A guest may defer unmaps by some milliseconds (Linux's flush queue): while something is mapped that the driver
-        left behind, this waits for up to `settle` seconds.
+        A guest may defer unmaps by some milliseconds (Linux's flush queue): this waits for up to `settle` seconds while
+        something is mapped though the driver has released the device.
         """
         end = time.monotonic() + settle
-        while time.monotonic() < end and any(map(self._left_behind, self._groups.values())):
+        while time.monotonic() < end and any(map(self._unmaps_later, self._groups.values())):
             time.sleep(_STEP)
         if self._sealed is None:
             self._sealed = self.report()
 
-    def _left_behind(self, followed: Followed) -> bool:
+    def _unmaps_later(self, followed: Followed) -> bool:
         return not followed.masters and any(use.released for use in followed.ledger.live())
 
     def close(self) -> None:
