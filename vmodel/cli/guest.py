@@ -8,16 +8,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TextIO, cast
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from vmodel.cli import ending
 from vmodel.cli.build import fetch_for
+from vmodel.cli.guest_coverage import show_coverage
 from vmodel.cli.output import Verbose, console, log_to_stderr, show
 from vmodel.cli.screen import Log, Screen, decoded, shared, unix_lines, with_places
 from vmodel.cli.serve import (
@@ -36,11 +38,8 @@ from vmodel.cli.serve import (
     traced,
 )
 from vmodel.cli.terminal import ESCAPE_NAME, Terminal
-from vmodel.coverage.comparison import Comparison
 from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
-from vmodel.coverage.folder import write
-from vmodel.coverage.table import table
 from vmodel.dma_report.files import write_report
 from vmodel.dma_report.report import DmaReport
 from vmodel.dma_report.text import text
@@ -259,7 +258,9 @@ def guest(
                 summary(server, machine, ended)
             if dma_report is not None:
                 _show_dma(machine.dma_report(), dma_file)
-            shown = reached is None or _show_coverage(reached, " ".join(command), coverage_out, coverage_source or ())
+            shown = reached is None or show_coverage(
+                reached, " ".join(command), spec.kernel, coverage_out, coverage_source or ()
+            )
         # The server has stopped: a hook that does not return is known now.
         found = [ending.Kind.MODEL] if ending.model_errors(machine) else []
         if stop.number:
@@ -290,7 +291,9 @@ def _watch(
     messages = console(sys.stderr)
     release = spec.kernel.release if spec.kernel else ""
     spin = messages.is_terminal and not quiet
-    spinner = messages.status(f"booting {release}") if spin else contextlib.nullcontext()
+    sources = [entry for entry in (*spec.modules, *spec.extra_modules) if modules.is_source(entry)]
+    first = f"building {', '.join(sources)} for {release}" if sources else f"booting {release}"
+    spinner = messages.status(escape(first)) if spin else contextlib.nullcontext()
     to_console: Callable[[bytes], None] = partial(err.put, "console")
     if messages.is_terminal:
         to_console = decoded(to_console)
@@ -307,6 +310,8 @@ def _watch(
             out.put("output", data)
 
         with Guest(spec, artifacts=logs, on_output=on_output, on_console=to_console) as running:
+            if shown is not None and sources:  # built
+                shown.update(f"booting {release}")
             threading.Thread(target=_end_on, args=(stop, running, terminal), daemon=True).start()
             if terminal is not None:
                 print(f"vmodel: booting {release}; {ESCAPE_NAME} ends the guest", file=sys.stderr)
@@ -328,23 +333,6 @@ def _watch(
                 except CoverageError as error:  # the command has ended nevertheless
                     reached = error
             return ended, ending.kernel_findings(running.console, running.places.of), reached
-
-
-def _show_coverage(reached: Coverage | CoverageError, title: str, out: Path | None, sources: Sequence[Path]) -> bool:
-    """Prints the table on stderr, as stdout is the command's; writes the reports.  False: it printed why it cannot."""
-    try:
-        if isinstance(reached, CoverageError):
-            raise reached
-        comparison = Comparison(reached, title=title)
-        show(table(comparison), console(sys.stderr))
-        if out is not None:
-            page, *others = write(comparison, out, sources=sources)
-            beside = ", ".join(path.name for path in others)
-            print(f"vmodel: {page} shows it; beside it: {beside}", file=sys.stderr)
-    except CoverageError as error:
-        print(f"vmodel: {error}", file=sys.stderr)
-        return False
-    return True
 
 
 def _dma_file(option: str | None) -> Path | None:
