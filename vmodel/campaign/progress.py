@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from vmodel.campaign.store import Row
-from vmodel.experiment.oracle import Outcome
+from vmodel.experiment.case import Result
+from vmodel.experiment.oracle import Effect, Finding, Outcome
 from vmodel.mistakes import gist
 
 #: rich's style for each outcome.
@@ -103,6 +104,10 @@ class ProgressBar:
             self._progress.print(escape(text), highlight=False)
 
 
+#: Outcomes whose own finding says more than the first one.  A hang's, or an error's, is no more than that it was one.
+_OWN = {Outcome.CRASH: Effect.CRASH, Outcome.HARNESS: Effect.HARNESS}
+
+
 def _severity(item: tuple[Outcome, int]) -> int:
     return list(Outcome).index(item[0])
 
@@ -112,5 +117,11 @@ def line(row: Row) -> str:
     assert row.result is not None
     run, result = row.run, row.result
     place = " ".join(part for part in (run.machine, run.kernel, run.workload) if part)
-    why = next((f": {gist(f.text)}" for f in result.evidence), "") if not row.expected else ""
+    why = f": {gist(_telling(result).text)}" if result.evidence and not row.expected else ""
     return f"{row.folder} {place} / {run.plan} / seed {run.seed}: {result.outcome.value}{why} ({result.wall:.1f} s)"
+
+
+def _telling(result: Result) -> Finding:
+    """The finding that says why the run ended so: of a crash the oops, not the time-out that came before it."""
+    own = [finding for finding in result.evidence if _OWN.get(result.outcome) is finding.effect]
+    return (own or result.evidence)[0]
