@@ -88,7 +88,7 @@ def test_without_it_nothing_changes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        ('["nvme", "nv me"]', "campaign.coverage[1]: 'nv me' is no target of coverage: write a module's name as"),
+        ('["nvme", "nv me"]', "campaign.coverage[1]: 'nv me' must be a module's name as"),
         ('["vmlinux"]', 'campaign.coverage[0]: "vmlinux" is all of the kernel: say which functions, as "vmlinux:pci_"'),
         ('["./gone.ko"]', "campaign.coverage[0]: there is no file './gone.ko'"),
         ('["nvme", "nvme"]', "campaign.coverage[1]: 'nvme' is named twice"),

@@ -76,7 +76,7 @@ def test_ctrl_c_keeps_what_ended_and_prints_the_summary(folder: Path) -> None:
         (("--runs", "5", "--driver", "./x.o"), "--driver ./x.o: there is no module or source folder './x.o'"),
         (
             ("--runs", "5", "--driver", "vmlinux:"),
-            'is no target of coverage: PREFIX must be the beginning of a function\'s name, as "pci_"',
+            'must have the beginning of a function\'s name behind the colon, as "vmlinux:pci_"',
         ),
         (
             ("--runs", "5", "--suspend", "--bare"),
@@ -154,6 +154,8 @@ def test_sanitize_is_kept_for_all_that_repeats_runs(folder: Path) -> None:
     assert any(row.run.plan.startswith("find ") for row in kept)
     # `vmodel reproduce` and `vmodel minimise` run the case of a row.
     assert all(row.run.case.sanitize for row in kept)
+    says = "edu-explore.runs: belongs to the search 'edu: "
+    assert says in refused(vmodel(*LINE, "--runs", "40", "--seed", "1", cwd=folder))
     says = "contains another version of this search (its workload, machine or a program has changed)"
     assert says in refused(vmodel(*LINE, "--runs", "40", cwd=folder))
 

@@ -254,9 +254,9 @@ def test_the_budget_in_time_ends_it(what: Exploration, tmp_path: Path) -> None:
 
 def test_a_random_search_needs_another_folder(what: Exploration, explored: Callable[..., Explorer]) -> None:
     explored(runs=1)
-    with pytest.raises(ConfigError, match=r"runs: belongs to the explore 'edu: simulated, seed 0': name another"):
+    with pytest.raises(ConfigError, match=r"runs: belongs to the search 'edu: simulated, seed 0': name another"):
         explored(of=replace(what, feedback=False))
-    with pytest.raises(ConfigError, match="belongs to the explore"):
+    with pytest.raises(ConfigError, match="belongs to the search"):
         explored(of=replace(what, seed=1))
 
 
@@ -451,6 +451,16 @@ def test_another_build_is_not_compared(explored: Callable[..., Explorer], tmp_pa
             assert said["against"]["other_builds"] == builds
             assert said["against"]["only_there"] == (None if builds else 0)
     assert "not compared, as it has another build of card." in " ".join(text_of(said).split())
+
+
+def test_what_has_no_coverage_of_the_driver(explored: Callable[..., Explorer], tmp_path: Path) -> None:
+    """All is only here, which is no merit of the search."""
+    explorer = explored(runs=5)
+    with ResultStore.open(tmp_path / "runs") as store:
+        rows = store.rows()
+    said = document(explorer, rows, 1, Against(tmp_path, 1, frozenset({("other", 1)}), frozenset()))
+    assert said["against"]["lacks"] == ["simulated"]
+    assert "only here, 1 only there; its runs kept no coverage of simulated." in " ".join(text_of(said).split())
 
 
 def test_the_summary(explored: Callable[..., Explorer], what: Exploration, tmp_path: Path) -> None:

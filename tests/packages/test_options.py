@@ -59,9 +59,9 @@ def test_places(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("vmlinux:", 'is no target of coverage: PREFIX must be the beginning of a function\'s name, as "pci_"'),
-        ("--", "is no target of coverage: write a module's name as"),
-        ("driver/", "is no target of coverage: a file must be a module, NAME.ko"),
+        ("vmlinux:", 'must have the beginning of a function\'s name behind the colon, as "vmlinux:pci_"'),
+        ("--", "must be a module's name as"),
+        ("driver/", "must be a module's name, or its file, NAME.ko"),
         ("gone.ko", "there is no file 'gone.ko'"),
     ],
 )
@@ -72,7 +72,7 @@ def test_a_mistake_has_its_option_and_its_text_once(entry: str, says: str) -> No
 
 
 def test_a_mistake_of_an_empty_option() -> None:
-    with pytest.raises(ConfigError, match=r"^--coverage '': is no target of coverage: write"):
+    with pytest.raises(ConfigError, match=r"^--coverage '': must be a module's name"):
         at_option("--coverage", coverage_target, "")
 
 

@@ -87,7 +87,7 @@ def test_guests_of_all_tests(pytester: pytest.Pytester, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("nv me", "'nv me' is no target of coverage: write a module's name as"),
+        ("nv me", "'nv me' must be a module's name as"),
         ("vmlinux", '"vmlinux" is all of the kernel: say which functions, as "vmlinux:pci_"'),
         ("./card.ko", "there is no file './card.ko'"),
     ],
@@ -205,3 +205,12 @@ def test_only() -> None:
     card = made(1)
     assert only(of(card, "one"), {"other"}).modules() == []
     assert only(of(card, "one"), {"card"}) == of(card, "one")
+
+
+def test_a_folder_of_reports_that_is_a_file(pytester: pytest.Pytester) -> None:
+    """Said before the first test, and not after the last."""
+    pytester.makepyfile("def test_nothing():\n    pass\n")
+    (pytester.path / "out").touch()
+    done = pytester.runpytest_subprocess("--vmodel-coverage", "nvme", "--vmodel-coverage-out=out")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    assert f"--vmodel-coverage-out {pytester.path / 'out'}: is no folder" in done.stderr.str()

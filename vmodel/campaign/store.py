@@ -120,7 +120,8 @@ class ResultStore(Closing):
             store = cls(folder, database.connect(path, write=True), lock)
             have = store.definition
             if [have.kind, have.name] != [definition["kind"], definition["name"]]:
-                raise ConfigError(f"{folder}: belongs to the {have.kind} {have.name!r}: name another folder with -o")
+                what = "search" if have.kind == "explore" else have.kind
+                raise ConfigError(f"{folder}: belongs to the {what} {have.name!r}: name another folder with -o")
             store._put_meta("definition", dict(definition))
             store._update_keys()
         except BaseException:

@@ -36,17 +36,17 @@ class Target:
                 raise CoverageError('"vmlinux" is all of the kernel: say which functions, as "vmlinux:pci_"')
             if not _PREFIX.fullmatch(prefix):
                 raise CoverageError(
-                    f'{text!r} is no target of coverage: PREFIX must be the beginning of a function\'s name, as "pci_"'
+                    f'{text!r} must have the beginning of a function\'s name behind the colon, as "vmlinux:pci_"'
                 )
             return cls(text, prefix)
         if "/" in text or text.endswith(".ko"):
             path = Path(text)
             name = path.name.removesuffix(".ko")
             if path.suffix != ".ko" or not _MODULE.fullmatch(name):
-                raise CoverageError(f"{text!r} is no target of coverage: a file must be a module, NAME.ko")
+                raise CoverageError(f"{text!r} must be a module's name, or its file, NAME.ko")
             return cls(name.replace("-", "_"), file=path)
         if not _MODULE.fullmatch(text):
-            raise CoverageError(f"{text!r} is no target of coverage: write {_RIGHT}")
+            raise CoverageError(f"{text!r} must be {_RIGHT}")
         return cls(text.replace("-", "_"))
 
     @property

@@ -96,11 +96,13 @@ def _find(find: Find, trust: bool) -> dict[str, Any]:
 def _against(explorer: Explorer, rows: Iterable[Row], other: Against) -> dict[str, Any]:
     """What this search and another store's runs have executed that the other has not; None: of other builds."""
     builds = other.other_builds(rows)
+    lacks = {name for name, _ in explorer.code} - {name for name, _ in other.code}
     return {
         "folder": str(other.folder),
         "runs": other.runs,
         "all": len(other.code),
         "other_builds": builds,
+        "lacks": sorted(lacks),
         "only_here": None if builds else len(explorer.code - other.code),
         "only_there": None if builds else len(other.code - explorer.code),
     }

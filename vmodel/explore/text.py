@@ -74,6 +74,8 @@ def _reached(document: Mapping[str, Any]) -> Iterator[str]:
             said = f"not compared, as it has another build of {', '.join(builds)}"
         else:
             said = f"{against['only_here']:,} only here, {against['only_there']:,} only there"
+        if (lacks := against["lacks"]) and not against["other_builds"]:
+            said += f"; its runs kept no coverage of {', '.join(lacks)}"
         yield from _wrapped(f"Against the {_count(against['runs'], 'run')} of {against['folder']}: {said}.")
     if "note" in document:
         yield from _wrapped(document["note"])

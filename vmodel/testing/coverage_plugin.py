@@ -28,6 +28,9 @@ class CoveragePlugin:
             self.merged = MergedCoverage(config.option.vmodel_coverage)
         except ConfigError as error:
             raise pytest.UsageError(f"--vmodel-coverage: {error}") from None
+        self._folder = config.rootpath / config.getoption("--vmodel-coverage-out")
+        if self._folder.exists() and not self._folder.is_dir():
+            raise pytest.UsageError(f"--vmodel-coverage-out {self._folder}: is no folder")
         self._collects_only = bool(config.option.collectonly)
         #: What a worker process has found wrong with the option.
         self._wrong = ""
@@ -70,7 +73,7 @@ class CoveragePlugin:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
             self._lines = [f"ERROR: {self._wrong}"]
         else:
-            self._lines = list(self.merged.write(config.rootpath / config.getoption("--vmodel-coverage-out")))
+            self._lines = list(self.merged.write(self._folder))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Prints how much was reached, and where the report is."""
