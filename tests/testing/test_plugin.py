@@ -344,3 +344,49 @@ def test_a_machines_model_that_raises_fails_the_test(pytester: pytest.Pytester) 
     result = pytester.runpytest()
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["the model failed: c0: a callback: ValueError: late (card.py line *)"])
+
+
+RIG = """
+    import pytest
+    from pathlib import Path
+    from vmodel.errors import ConfigError
+    from vmodel.guest.artifacts import Kernel
+
+    class Busy:
+        def run(self, case, folder):
+            raise ConfigError("disk.img is in use by another server") from BlockingIOError("deep inside")
+
+    @pytest.fixture
+    def vmodel_rig():
+        return Busy()
+
+    @pytest.fixture
+    def guest_kernel():
+        return Kernel("6.12.1", Path("vmlinuz"), None)
+"""
+
+
+def test_a_mistake_that_an_experiment_finds_has_no_traceback_through_vmodel(pytester: pytest.Pytester) -> None:
+    (pytester.path / "edu.toml").write_text((Path(__file__).parents[2] / "examples" / "edu.toml").read_text())
+    pytester.makeconftest(RIG)
+    pytester.makepyfile(
+        """
+    import pytest
+
+    @pytest.mark.machine("edu.toml")
+    def test_a(experiment):
+        experiment("true")
+    """
+    )
+    said = pytester.runpytest().stdout
+    said.fnmatch_lines(
+        [">       experiment(*", "E       vmodel.errors.ConfigError: disk.img is in use by another server"]
+    )
+    said.no_fnmatch_line("*deep inside*")
+    said.no_fnmatch_line("*vmodel/testing*")
+
+
+def test_a_mistake_is_said_once(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("import pytest\n@pytest.mark.machine('no.toml')\ndef test_a(machine): pass")
+    said = pytester.runpytest().stdout
+    said.no_fnmatch_line("During handling*")

@@ -216,7 +216,7 @@ def _on_one_line() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 # ---- for all tests --------------------------------------------------------------------------------
@@ -423,6 +423,7 @@ def experiment(
     The second argument is a rule, a plan's file, a FaultPlan, or None; keywords are fields of `Case`.
     """
     from vmodel.config_file import parse_toml, read_text
+    from vmodel.errors import ConfigError
     from vmodel.experiment import Case
     from vmodel.testing.inject import plan_of
     from vmodel.testing.vm import smp_of
@@ -444,6 +445,7 @@ def experiment(
     count = 0
 
     def run(workload: str, faults: str | Path | FaultPlan | None = None, **fields: Any) -> Result:
+        __tracebackhide__ = True
         nonlocal count
         count += 1
         plan = None if faults is None else plan_of(faults, request.path.parent)
@@ -456,6 +458,11 @@ def experiment(
             **{"seed": seed, **options, **fields},
         )
         logs = artifacts / f"experiment-{count}"
-        return vmodel_rig.run(case, logs) if merged is None else merged.run(vmodel_rig, case, logs, guest_kernel, own)
+        try:
+            return (
+                vmodel_rig.run(case, logs) if merged is None else merged.run(vmodel_rig, case, logs, guest_kernel, own)
+            )
+        except ConfigError as error:  # its text says all: no traceback through vmodel
+            raise error.with_traceback(None) from None
 
     return run
