@@ -143,3 +143,10 @@ def test_captions_fit(page: Path, browser: Browser) -> None:
         assert right and max(right) <= 400
     # Nor does the last column become one of single words.
     assert browser.js("document.querySelector('#outcomes tbody tr').getBoundingClientRect().height") < 60
+
+
+def test_a_long_name_of_a_kernel_leaves_room(page: Path, browser: Browser) -> None:
+    """It wraps, so that the share that survived is on the screen."""
+    browser.open(page)
+    browser.js('document.querySelector("#matrix th.kernel").textContent = "stable (6.12.117+deb13-amd64)"')
+    assert browser.js('document.querySelector("#matrix th.kernel").getBoundingClientRect().width') < 230
