@@ -8,10 +8,12 @@ import pytest
 
 from tests.coverage.card import CLEAN, card, with_lines
 from vmodel.cli import guest_coverage
+from vmodel.cli.guest import first_step
 from vmodel.cli.guest_coverage import hints
 from vmodel.coverage.comparison import Comparison
 from vmodel.coverage.coverage import Coverage
 from vmodel.guest.artifacts import FETCH_COMMAND, Kernel
+from vmodel.guest.running import GuestSpec
 
 
 @pytest.fixture
@@ -43,3 +45,10 @@ def test_source_lines_of_other_kernels_and_modules(kernel: Kernel, monkeypatch: 
     assert list(hints(Comparison(CLEAN), kernel)) == []
     monkeypatch.setattr(guest_coverage, "find_kernels", dict)
     assert list(hints(Comparison(CLEAN), kernel)) == []
+
+
+def test_a_build_is_not_called_a_boot(tmp_path: Path) -> None:
+    (tmp_path / "driver").mkdir()
+    built = GuestSpec(command=["true"], modules=["nvme"], extra_modules=[f"{tmp_path}/driver/"])
+    assert first_step(built, "6.12.1") == f"building {tmp_path}/driver/ for 6.12.1"
+    assert first_step(GuestSpec(command=["true"], modules=["nvme"]), "6.12.1") == "booting 6.12.1"

@@ -278,6 +278,12 @@ def guest(
     raise typer.Exit(status if shown else status or ending.OWN_FAILURE)
 
 
+def first_step(spec: GuestSpec, release: str) -> str:
+    """What takes time before QEMU starts, if anything does: a build of modules takes longer than a boot."""
+    sources = [entry for entry in (*spec.modules, *spec.extra_modules) if modules.is_source(entry)]
+    return f"building {', '.join(sources)} for {release}" if sources else f"booting {release}"
+
+
 def _watch(
     spec: GuestSpec,
     logs: Path | None,
@@ -291,9 +297,7 @@ def _watch(
     messages = console(sys.stderr)
     release = spec.kernel.release if spec.kernel else ""
     spin = messages.is_terminal and not quiet
-    sources = [entry for entry in (*spec.modules, *spec.extra_modules) if modules.is_source(entry)]
-    first = f"building {', '.join(sources)} for {release}" if sources else f"booting {release}"
-    spinner = messages.status(escape(first)) if spin else contextlib.nullcontext()
+    spinner = messages.status(escape(first_step(spec, release))) if spin else contextlib.nullcontext()
     to_console: Callable[[bytes], None] = partial(err.put, "console")
     if messages.is_terminal:
         to_console = decoded(to_console)
@@ -310,7 +314,7 @@ def _watch(
             out.put("output", data)
 
         with Guest(spec, artifacts=logs, on_output=on_output, on_console=to_console) as running:
-            if shown is not None and sources:  # built
+            if shown is not None:  # what is built has been built
                 shown.update(f"booting {release}")
             threading.Thread(target=_end_on, args=(stop, running, terminal), daemon=True).start()
             if terminal is not None:
