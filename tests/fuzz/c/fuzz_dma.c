@@ -176,12 +176,13 @@ static void check_ledger(vms_ledger *ledger)
             CHECK(uses[i].ended >= uses[i].mapped && uses[i].touched <= uses[i].last - uses[i].start + 1);
         ended += n;
     }
-    for (int prot = 0; prot < 3; prot++)
-        for (int used = 0; used < 4; used++)
-            for (unsigned order = 0; order < VMS_ORDERS; order++)
-                counted += totals.uses[prot][used][order];
+    for (int is_long = 0; is_long < 2; is_long++)
+        for (int prot = 0; prot < 3; prot++)
+            for (int used = 0; used < 4; used++)
+                for (unsigned order = 0; order < VMS_ORDERS; order++)
+                    counted += totals.uses[is_long][prot][used][order];
     CHECK(totals.live == live && totals.live_bytes == bytes && totals.mapped == live + totals.ended);
-    CHECK(totals.ended == counted && (ended == totals.ended || ended == VMS_LEDGER_ENDED));
+    CHECK(totals.ended == counted + totals.detached && (ended == totals.ended || ended == VMS_LEDGER_ENDED));
 }
 
 static void change_domain(world *w, input *in, uint8_t what)
