@@ -75,7 +75,7 @@ def test_a_planted_bug(experiment: Experiment, name: str) -> None:
     outcome, signature = BUGS[name]
     result = experiment(FaultPlan.load(PLANS / f"{name}.toml"))
     assert result.outcome is outcome, result.evidence
-    assert any(one.startswith(signature) for one in result.signatures), result.signatures
+    assert any(one.startswith(signature) for one in result.signatures), "\n".join(result.signatures)
 
 
 @pytest.mark.parametrize(
