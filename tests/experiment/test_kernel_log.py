@@ -205,6 +205,22 @@ def test_messages_of_others_do_not_end_a_splat(name: str) -> None:
         assert {"error", "iommu-fault"} <= {f.sign for f in found}
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        "<3>[    5.300001] virtio_iommu virtio0: page fault from EP 24 at 0xffff0000 [R]",
+        "<3>[    5.300001] memcard 0000:00:03.0: block 3: error 5",
+    ],
+)
+def test_what_comes_before_a_warns_first_line_does_not_hide_it(between: str) -> None:
+    """Another CPU's message, between the line that announces a WARN and the WARN."""
+    cut, _, *splat = SPLATS["warn"].splitlines()
+    [alone] = findings(lines_of("\n".join((cut, *splat))))
+    found = findings(lines_of("\n".join((cut, between, *splat))))
+    assert alone.sign == "warn" and alone.signature in [one.signature for one in found]
+    assert {one.sign for one in found} <= {"warn", "iommu-fault"}
+
+
 def test_equal_ones_are_counted() -> None:
     text = "".join(f"[    1.{n:06}] I/O error, dev sda, sector {n} op 0x0:(READ)\n" for n in range(9))
     lines = [Line(line.text, line.stamp, at=float(n)) for n, line in enumerate(lines_of(text))]

@@ -354,7 +354,9 @@ def findings(lines: Iterable[Line], *, unknown: bool = True, where: Where = _now
         if sign is None and cut:
             cut = False  # the message of a WARN, whose splat begins with the next line
             continue
-        message, cut = cut, False
+        # Other CPUs' messages may come between the line that announces a WARN and the WARN.
+        splat = sign is not None and sign.name in _SPLATS
+        message, cut = cut and splat, cut and not splat
         if sign is None and not line.foreign and line.level is not None and line.level <= _WARNING:
             counts = unknown and not inside and text.strip() and not _NOISE.search(text)
             sign = _UNKNOWN[line.level <= _ERROR] if counts else None
