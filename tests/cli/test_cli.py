@@ -275,7 +275,19 @@ def test_run_ends_qemu_when_it_is_ended(number: int, qemu: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_no_qemu(tmp_path: Path) -> None:
-    for command in (["run", EXAMPLE], ["guest", EXAMPLE, "--", "true"]):
+    campaign = tmp_path / "c.toml"
+    campaign.write_text(
+        f"[campaign]\nname = 'c'\n[[machine]]\nfile = '{EXAMPLE}'\n[[workload]]\nname = 'w'\nrun = 'true'\n"
+        "[[plan]]\nname = 'lost'\nfaults = ['irq do=drop']\n"
+    )
+    cases = (
+        ["run", EXAMPLE],
+        ["guest", EXAMPLE, "--", "true"],
+        ["campaign", str(campaign)],
+        ["sweep", EXAMPLE, "--point", "irq", "--workload", "true"],
+        ["explore", EXAMPLE, "--driver", "vmlinux:pci", "--workload", "true", "--runs", "1"],
+    )
+    for command in cases:
         done = vmodel(*command, HOME=str(tmp_path), PATH="/nonexistent")
         assert re.match(r"no (QEMU|kernel).*; run scripts/get-qemu$", refused(done, 125))
     said = refused(vmodel("run", EXAMPLE, VMODEL_QEMU="/nonexistent"), 125)

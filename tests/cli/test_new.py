@@ -131,5 +131,5 @@ def test_without_pytest(tmp_path: Path) -> None:
     """One line, with what to do."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['pytest'] = None\n")
     path = os.pathsep.join((str(tmp_path), environ()["PYTHONPATH"]))
-    said = refused(vmodel("test", cwd=tmp_path, PYTHONPATH=path), 1)
+    said = refused(vmodel("test", cwd=tmp_path, PYTHONPATH=path), 125)
     assert said == f"pytest is missing: {sys.executable} -m pip install pytest pytest-xdist"

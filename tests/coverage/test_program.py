@@ -6,6 +6,7 @@ Symbols, relocations and section headers are the System V ABI's (gABI 4, AMD64 s
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -279,6 +280,8 @@ def test_a_program_is_no_module() -> None:
 
 def test_no_symbols() -> None:
     assert "stripped" in refused(compiled(".text\nret\n"))
+    with pytest.raises(CoverageError, match=r"^folder/own\.ko: has no functions "):
+        Program.of_module("own", compiled(".text\nret\n"), path=Path("folder/own.ko"))
 
 
 def test_every_cut_of_a_file_is_refused_or_read() -> None:

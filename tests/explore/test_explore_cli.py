@@ -110,8 +110,8 @@ def test_a_full_disk_ends_the_search_and_keeps_what_ended(folder: Path) -> None:
     further = "what has ended is stored, and the same command continues"
     for n in (1, 2):
         done = vmodel(*line, "--runs", "30", cwd=folder)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.splitlines()[-1] == f"vmodel: No space left on device: {further}"
+        assert (done.returncode, done.stdout) == (125, "")
+        assert done.stderr.splitlines()[-1] == f"vmodel: edu-explore.runs: No space left on device: {further}"
         kept = ended(folder / "edu-explore.runs")
         assert len(kept) == n * FULL and all(row.result.outcome is not Outcome.HARNESS for row in kept if row.result)
         assert not list((folder / "edu-explore.runs").glob(".part-*"))

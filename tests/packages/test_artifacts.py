@@ -135,6 +135,8 @@ def test_a_cache_of_before_roles_serves(cache: Path) -> None:
         cached(cache, f"kernel-{name}", release=release)
     assert artifacts.find_kernel().release == RELEASE
     assert artifacts.find_kernel("7.2").release == "7.2.12+deb13-amd64"
+    with pytest.raises(ArtifactError, match=r"no kernel backport in the cache .*; did you mean backports\?$"):
+        artifacts.find_kernel("backport")
     with pytest.raises(ArtifactError, match=r"no kernel stable in the cache .*; run scripts/get-qemu --kernel stable$"):
         artifacts.find_kernel("stable")
     assert "kernel-stable" in get_qemu.missing_parts(["stable", "6.12"])

@@ -1,9 +1,9 @@
 """The command line.
 
 Exit statuses: 0 success; 1 something that is needed is missing, or the host failed (a full disk, no memory); 2 the
-machine file or the command line is wrong.  `run` returns QEMU's status, `guest` the command's, so they have others for
-their own failures: see `vmodel.cli.ending`.  Each mistake of the user's, and each failure of the host, is one line on
-stderr.  Tracebacks are for bugs only.
+machine file or the command line is wrong.  A command whose 1 says something else (a run is not as expected, a test
+failed, the guest's command) has 125 for what is missing and for failures of the host: `_STATUS_OF_ITS_OWN`.  Each
+mistake of the user's, and each failure of the host, is one line on stderr.  Tracebacks are for bugs only.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ _COMMANDS = {
 }
 #: Commands with subcommands: their module's `app`.
 _GROUPS = ("bench", "iommu", "kernels", "plan", "inject")
+#: Commands whose status 1 is a result: that of a program, of a test, or of runs that are not as expected.
+_STATUS_OF_ITS_OWN = ("guest", "run", "test", "sweep", "explore", "campaign", "reproduce", "minimise")
 #: Options whose value may be left out, by command.
 _VALUE_OPTIONAL = {"guest": ("--dma-report",)}
 #: Set by the shell's completion, which asks for any command.
@@ -121,8 +123,7 @@ def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     arguments = _with_values(arguments)
     everything = {*_COMMANDS, *_GROUPS}
-    # These return the status of a command that they run: 125 says that it is not.
-    failure = 125 if arguments[0] in ("guest", "run") else 1
+    failure = 125 if arguments[0] in _STATUS_OF_ITS_OWN else 1
     interrupts = Interrupts()
     try:
         one = arguments[0] in everything and _COMPLETE not in os.environ

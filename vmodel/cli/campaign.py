@@ -205,6 +205,7 @@ def stored(folder: Path) -> Iterator[None]:
     except OSError as error:
         if is_full(error):
             error.strerror = f"{error.strerror}: {further}"
+            error.filename = error.filename or str(folder)
         raise
 
 

@@ -54,24 +54,24 @@ class Program:
     functions: tuple[CodeFunction, ...]
     text: TextLayout
     notes: tuple[str, ...] = ()
-    _debug: bytes | Path | None = field(default=None, repr=False)
+    _debug: ObjectFile | Path | None = field(default=None, repr=False)
 
     @classmethod
-    def of_module(cls, name: str, elf: bytes, debug: Path | None = None) -> Program:
+    def of_module(cls, name: str, elf: bytes, debug: Path | None = None, path: Path | None = None) -> Program:
         """Of a module's .ko file, decompressed.
 
-        `debug`: a file with its debug information, if that is not in the module.  CoverageError: the file is damaged,
-        has no symbols, or is no module for x86-64.
+        `debug`: a file with its debug information, if that is not in the module.  `path`: the module's, for messages.
+        CoverageError: the file is damaged, has no symbols, or is no module for x86-64.
         """
-        file = ObjectFile(elf, name)
+        file = ObjectFile(elf, path or name)
         if file.type != ET_REL:
-            raise CoverageError("is no kernel module: an ELF file of another type", file=name)
+            raise CoverageError("is no kernel module: an ELF file of another type", file=file.file)
         code = ModuleCode(file)
         functions = tuple(code.functions())
         if not functions:
-            raise CoverageError("has no functions in its symbol table: it was stripped", file=name)
+            raise CoverageError("has no functions in its symbol table: it was stripped", file=file.file)
         layout = TextLayout.of_sections(file.sections)
-        return cls(name, _identity(file), functions, layout, _notes(code.undecoded), debug or elf)
+        return cls(name, _identity(file), functions, layout, _notes(code.undecoded), debug or file)
 
     @classmethod
     def of_kernel(cls, image: KernelImage, prefixes: Sequence[str], debug: Path | None = None) -> Program:
@@ -98,8 +98,8 @@ class Program:
     def _lines(self) -> Lines | None:
         if self._debug is None:
             return None
-        if isinstance(self._debug, bytes):
-            file = ObjectFile(self._debug, self.name)
+        if isinstance(self._debug, ObjectFile):
+            file = self._debug
         else:
             file = ObjectFile(_read(self._debug), self._debug)
             if file.build_id != self.build_id:

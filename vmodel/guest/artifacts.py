@@ -22,6 +22,7 @@ selects any kernel in the cache whose release begins with it, in whatever folder
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -231,9 +232,12 @@ def find_kernel(name: str | os.PathLike[str] | None = None) -> Kernel:
     elif release := pick_release([kernel.release for kernel in kernels.values()], name):
         return next(kernel for kernel in kernels.values() if kernel.release == release)
     have = ", ".join(f"{short} ({kernel.release})" for short, kernel in kernels.items()) or "none"
-    wanted = f" --kernel {name}" if name and KERNEL_NAME.fullmatch(name) else ""
-    missing = f"no kernel{f' {name}' if name else ''} in the cache"
-    raise ArtifactError(f"{missing} (kernels there: {have}); run {FETCH_COMMAND}{wanted}")
+    missing = f"no kernel{f' {name}' if name else ''} in the cache (kernels there: {have})"
+    if name and KERNEL_NAME.fullmatch(name):
+        raise ArtifactError(f"{missing}; run {FETCH_COMMAND} --kernel {name}")
+    if close := difflib.get_close_matches(name or "", NAMES, n=1):
+        raise ArtifactError(f"{missing}; did you mean {close[0]}?")
+    raise ArtifactError(f"{missing}; run {FETCH_COMMAND}")
 
 
 def kernel_release(image: Path) -> str:

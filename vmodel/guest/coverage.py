@@ -116,7 +116,7 @@ def _version(path: Path) -> tuple[int, int]:
 # Guests of one process mostly have the same modules, and taking their code apart takes a second.
 @functools.lru_cache(maxsize=64)
 def _of_file(name: str, path: Path, modified: int, size: int, debug: Path | None) -> Program:
-    return Program.of_module(name, load_module(path), debug)
+    return Program.of_module(name, load_module(path), debug, path)
 
 
 @functools.lru_cache(maxsize=16)

@@ -87,7 +87,7 @@ class CodeFinder:
                 regular(path, _LARGEST)
                 elf = load_module(path)
                 if ObjectFile(elf, path).build_id == build_id:
-                    return Program.of_module(name, elf, find_debug(kernel, name) if kernel else None)
+                    return Program.of_module(name, elf, find_debug(kernel, name) if kernel else None, path)
             except (ConfigError, OSError, ValueError):  # another file may be the one
                 continue
         return None
