@@ -9,6 +9,7 @@ import pytest
 
 from tests.campaign.files import FAULTS, campaign_file
 from vmodel.campaign.matrix import CONTROL, Matrix, Run
+from vmodel.campaign.rig import load_rig
 from vmodel.campaign.schema import load, seed_numbers
 from vmodel.cli.campaign import at_work
 from vmodel.errors import ConfigError
@@ -222,3 +223,9 @@ def test_a_full_disk(folder: Path) -> None:
     ):
         store._db.execute("PRAGMA max_page_count = 1")
         store.add([run.model_copy(update={"seed": n}) for n in range(500) for run in found])
+
+
+def test_a_rig_that_is_no_context_manager(tmp_path: Path) -> None:
+    (tmp_path / "lab.py").write_text("class Lab:\n    def run(self, case, folder):\n        pass\n")
+    with pytest.raises(ConfigError, match=r"^rig '.*lab\.py:Lab': Lab must be a context manager, with __enter__ and"):
+        load_rig(f"{tmp_path}/lab.py:Lab")

@@ -3,75 +3,29 @@
 from __future__ import annotations
 
 import io
-import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tests.dma_report.made import MACHINE, RW, Made
 from vmodel.dma_report import SIGNS, DmaReport, Severity
 from vmodel.dma_report.analysis import size
 from vmodel.dma_report.files import write_report
+from vmodel.dma_report.finding import signs_of
 from vmodel.dma_report.page import page
 from vmodel.dma_report.text import text
 from vmodel.errors import Access, DmaFault
-from vmodel.iommu.domain import PagingDomain
 from vmodel.machine import parse
 from vmodel.span import PAGE
-
-RW = Access.READ | Access.WRITE
-MACHINE = """
-[machine]
-name = "made"
-memory = "64M"
-[[iommu]]
-name = "iommu0"
-kind = "vt-d"
-[[device]]
-name = "edu0"
-model = "edu"
-address = "0000:00:03.0"
-[[group]]
-device = "edu0"
-domain = "paging"
-"""
-
-
-class Made:
-    """A watched machine; `domain` is the device's."""
-
-    def __init__(self) -> None:
-        self.machine = parse(MACHINE, Path("made.toml"))
-        self.dma = self.machine.devices["edu0"].dma
-        self.fd = os.memfd_create("ram")
-        os.ftruncate(self.fd, 64 * PAGE)
-        self.machine.devices["edu0"].memory.map(0, 64 * PAGE, fd=self.fd)
-        group = self.machine.system["edu0"].group
-        assert group is not None and isinstance(group.domain, PagingDomain)
-        self.domain = group.domain
-        self.watch = self.machine.watch_dma()
-        self.dma.bus_master = True
-
-    def unmap(self, iova: int, size: int) -> None:
-        """As with a strict domain: no IOTLB has it any more."""
-        self.domain.unmap(iova, size)
-        self.domain.flush()
-
-    def report(self) -> DmaReport:
-        return self.machine.dma_report()
-
-    def texts(self) -> dict[str, str]:
-        return {finding.sign: finding.text for endpoint in self.report().endpoints for finding in endpoint.findings}
 
 
 @pytest.fixture
 def made() -> Iterator[Made]:
-    made = Made()
-    yield made
-    made.watch.close()
-    made.machine.close()
-    os.close(made.fd)
+    with Made() as made:
+        yield made
 
 
 def test_what_is_right_is_no_finding(made: Made) -> None:
@@ -177,8 +131,8 @@ def test_text_page_and_json_have_the_findings(made: Made, tmp_path: Path) -> Non
     content = page(report)
     for sign in ("dma-leak", "dma-both-directions", "dma-too-large"):
         assert sign in shown and sign in content
-    assert content.count('<rect class="bar') == 3  # two mappings, one of them used
-    assert '<rect class="off"' in content and "http" not in content
+    assert content.count('<rect class="dma-mapped') == 2 and content.count('<rect class="dma-rw') == 1  # one was used
+    assert '<rect class="dma-off"' in content and "http" not in content
     for name in ("r.json", "r.html"):
         write_report(report, tmp_path / name)
     assert DmaReport.model_validate_json((tmp_path / "r.json").read_text()) == report
@@ -194,3 +148,23 @@ def test_kinds_are_ordered_by_severity() -> None:
 @pytest.mark.parametrize(("count", "words"), [(0, "0 bytes"), (1, "1 byte"), (4096, "4 KiB"), (3 << 19, "1.5 MiB")])
 def test_sizes_for_people(count: int, words: str) -> None:
     assert size(count) == words
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["dma-leek"], "'dma-leek' is no sign of a DMA finding: did you mean 'dma-leak'?"),
+        (["dma-held"], "'dma-held' is no sign of a DMA finding: did you mean "),
+        (["error", ""], "'' is no sign of a DMA finding: known are dma-after-unmap, "),
+    ],
+)
+def test_names_of_signs_that_are_wrong(names: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        signs_of(names)
+
+
+def test_a_severity_is_all_signs_as_grave() -> None:
+    errors, warnings = signs_of(["error"]), signs_of(["warning"])
+    assert {"dma-leak", "dma-in-flight"} < errors < warnings and "dma-unused" in warnings - errors
+    assert signs_of(["error", "dma-unused"]) == errors | {"dma-unused"}
+    assert "dma-held" not in warnings

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from vmodel.dma_report import DmaFinding, Severity, Sure
 from vmodel.experiment.oracle import (
     DATA_WRONG,
     Effect,
     Finding,
     Outcome,
     classify,
+    of_dma,
     of_status,
     time_to_detect,
     time_to_recover,
@@ -44,6 +46,25 @@ def test_what_goes_wrong_without_a_fault_is_the_experiments(effect: Effect) -> N
 @pytest.mark.parametrize("effects", [[], [Effect.NOTICED]])
 def test_not_activated(effects: list[Effect]) -> None:
     assert classify([finding(effect) for effect in effects], injected=False) is Outcome.NOT_ACTIVATED
+
+
+def test_wrong_dma_is_a_failure_of_the_driver_with_or_without_a_fault() -> None:
+    leak = DmaFinding(
+        sign="dma-leak",
+        endpoint="edu0",
+        severity=Severity.ERROR,
+        sure=Sure.CERTAIN,
+        text="1 mapping of 4 KiB still there",
+        count=1,
+        bytes=4096,
+        examples=(),
+    )
+    assert of_dma([leak], ()) == of_dma([leak], {"dma-unused"}) == []
+    [found] = of_dma([leak], {"dma-leak"})
+    assert (found.effect, found.sign, found.signature) == (Effect.ERROR, "dma-leak", "dma-leak edu0")
+    assert found.text == "dma-leak: edu0: 1 mapping of 4 KiB still there"
+    assert classify([found], injected=False) is classify([found], injected=True) is Outcome.FAILED
+    assert classify([found, finding(Effect.ERROR)], injected=False) is Outcome.HARNESS
 
 
 @pytest.mark.parametrize(

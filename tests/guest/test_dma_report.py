@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import re
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 
 from tests.waiting import until
 from vmodel.dma_report import DmaFinding, DmaReport, DmaWatch
+from vmodel.experiment import Case, Result, Rig
+from vmodel.experiment.oracle import Outcome
 from vmodel.guest.artifacts import find_kernel
 from vmodel.guest.booted import BootedGuest
 from vmodel.guest.options import spec_of
@@ -125,3 +128,23 @@ def test_stale_translations_are_found(
         assert report.endpoints[0].known == "learnt"
         assert any("by a stale IOTLB entry" in one.text for one in finding.examples), finding
         assert {(one.iova, one.size) for one in finding.examples} == {(iova, size)}
+
+
+def test_an_experiment_has_the_findings(kernel: str, artifacts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each case has its own, in a guest that they share; a sign is a failure if the case says so."""
+    caplog.set_level(logging.CRITICAL, "vmodel")
+    case = Case(machine=FOLDER / "virtio-iommu.toml", workload="modprobe edudma && rmmod edudma", kernel=kernel)
+    wrong = {"workload": "modprobe edudma bug=direction && rmmod edudma", "dma_report": True}
+    with Rig(reuse=set(Outcome)) as rig:
+        right = rig.run(case.model_copy(update={"dma_fails": ("error",)}), artifacts / "right")
+        only_said = rig.run(case.model_copy(update=wrong), artifacts / "said")
+        failed = rig.run(case.model_copy(update={**wrong, "dma_fails": ("dma-direction",)}), artifacts / "failed")
+        without = rig.run(case, artifacts / "without")
+    assert [result.nth for result in (right, only_said, failed, without)] == [1, 2, 3, 4]
+    assert (right.outcome, right.findings, right.signs) == (Outcome.NOT_ACTIVATED, (), ())
+    assert only_said.outcome is Outcome.NOT_ACTIVATED and "dma-direction" in only_said.signs
+    assert failed.outcome is Outcome.FAILED and "dma-direction edu0" in failed.signatures
+    assert without.dma is None and "dma" not in without.artefacts and without.findings == ()
+    stored = gzip.decompress((artifacts / "failed" / failed.artefacts["dma"]).read_bytes())
+    assert DmaReport.model_validate_json(stored) == failed.dma
+    assert Result.model_validate_json((artifacts / "failed" / "result.json").read_text()).findings == failed.findings

@@ -236,6 +236,8 @@ class Matrix:
             expected=workload.expected,
             fresh=workload.fresh,
             coverage=self._coverage,
+            dma_report=self.content.campaign.dma_report,
+            dma_fails=self.content.campaign.dma_fails,
         )
 
         def run(title: str, seed: int, expect: tuple[Outcome, ...], **changes: Any) -> Run:

@@ -15,6 +15,7 @@ import jinja2
 from vmodel.campaign import chart
 from vmodel.campaign.coverage import BuildCoverage
 from vmodel.campaign.coverage_page import coverage_part
+from vmodel.campaign.dma import DmaTable, dma_part, tables
 from vmodel.campaign.statistics import quantile
 from vmodel.campaign.summary import Ended, Summary
 from vmodel.coverage.document import document
@@ -58,6 +59,7 @@ def html(summary: Summary, sources: Sequence[Path] = ()) -> str:
         times=chart.times([(_title(summary, fault), fault.recover) for fault in summary.faults]),
         quantiles=_quantiles(summary),
         coverage=coverage_part(summary.coverage, _rules(summary), _sources(summary, sources)),
+        dma=dma_part(summary),
         sort=asset("sort.js"),
         several_machines=len({run.row.run.machine for run in summary.runs}) > 1,
         several_workloads=len({run.row.run.workload for run in summary.runs}) > 1,
@@ -133,7 +135,28 @@ def as_json(summary: Summary) -> str:
             "builds": [_build(build) for build in summary.coverage.builds],
             "notes": list(summary.coverage.notes),
         }
+    if found := tables(summary):
+        content["dma"] = [_dma(table) for table in found]
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _dma(table: DmaTable) -> dict[str, Any]:
+    return {
+        "machine": table.machine,
+        "workload": table.workload,
+        "recorded": table.recorded,
+        "signs": {
+            sign: {
+                kernel: {
+                    "runs": [run.row.id for run in count.runs],
+                    "of": count.of,
+                    "first": None if count.first is None else count.first.model_dump(mode="json"),
+                }
+                for kernel, count in counts.items()
+            }
+            for sign, _, counts in table.rows
+        },
+    }
 
 
 def _build(build: BuildCoverage) -> dict[str, Any]:

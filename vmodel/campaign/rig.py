@@ -55,6 +55,8 @@ def load_rig(name: str) -> Callable[[], CaseRunner]:
     made: Callable[[], CaseRunner] | None = getattr(load_source(f"rig {name!r}", source), kind, None)
     if not isinstance(made, type) or not callable(getattr(made, "run", None)):
         raise ConfigError(f"rig {name!r}: {kind} must be a class with a method run(case, folder) -> Result")
+    if not hasattr(made, "__enter__") or not hasattr(made, "__exit__"):
+        raise ConfigError(f"rig {name!r}: {kind} must be a context manager, with __enter__ and __exit__")
     return made
 
 

@@ -43,6 +43,7 @@ from pydantic import (
 
 from vmodel.campaign.rig import GUESTS
 from vmodel.config_file import parse_toml, read_text
+from vmodel.dma_report.finding import signs_of
 from vmodel.errors import ConfigError
 from vmodel.experiment.oracle import Outcome
 from vmodel.guest.artifacts import KERNEL_NAME, NAMES
@@ -103,6 +104,14 @@ def _fault(value: object) -> Rule:
         raise ValueError(text) from None
 
 
+def _dma_sign(name: str) -> str:
+    try:
+        signs_of([name])
+    except ValueError as error:  # the name is said already
+        raise ValueError(str(error).removeprefix(f"{name!r} ")) from None
+    return name
+
+
 def _outcome(value: object) -> object:
     known = [outcome.value for outcome in Outcome]
     if isinstance(value, str) and value not in known:
@@ -148,6 +157,14 @@ class CampaignTable(_Table):
         default=(),
         examples=['["nvme", "vmlinux:pci_"]'],
         description="the kernel code of which each run keeps what ran: modules, .ko files, vmlinux:PREFIX",
+    )
+    dma_report: bool = Field(
+        default=False, examples=["true"], description="each run records the DMA: see docs/dma-sanitizer.md"
+    )
+    dma_fails: tuple[Annotated[str, AfterValidator(_dma_sign)], ...] = Field(
+        default=(),
+        examples=['["error", "dma-exposed"]'],
+        description='runs with these findings are not as expected: signs, or "error" or "warning" for all of them',
     )
     rig: str = Field(default=GUESTS, examples=['"lab.py:Lab"'], description="a class that runs cases instead of guests")
 

@@ -64,8 +64,10 @@ class Row:
 
     @property
     def expected(self) -> bool:
-        """Whether the run has ended with one of the acceptable outcomes."""
-        return self.result is not None and self.result.outcome in self.run.expect
+        """Whether the run has ended with one of the acceptable outcomes, and with no DMA that is a failure."""
+        if self.result is None or any(finding.oracle == "dma" for finding in self.result.evidence):
+            return False
+        return self.result.outcome in self.run.expect
 
     @property
     def injected(self) -> bool:

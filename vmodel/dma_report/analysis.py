@@ -68,6 +68,7 @@ class _Analysis:
         self._began = began
         self._followed = followed
         self._masters = masters
+        self.name = ", ".join(endpoint.name for endpoint in followed.endpoints)
         ledger = followed.ledger
         self.totals: LedgerTotals = ledger.totals()
         self.live = [use for use in ledger.live() if not self._is_firmware(use)]
@@ -243,6 +244,7 @@ class _Analysis:
         self.findings.append(
             DmaFinding(
                 sign=sign,
+                endpoint=self.name,
                 severity=kind.severity,
                 sure=kind.sure,
                 text=text,

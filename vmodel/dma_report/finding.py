@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
@@ -147,6 +149,8 @@ class DmaFinding(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     sign: str
+    #: The endpoints that share the mappings, as "nvme0"; mostly there is one.
+    endpoint: str
     severity: Severity
     sure: Sure
     #: "3 mappings of 12 KiB are still there".
@@ -166,3 +170,28 @@ class DmaFinding(BaseModel):
 
 #: Most examples of a finding.
 EXAMPLES = 8
+
+
+def signs_of(names: Iterable[str]) -> frozenset[str]:
+    """The signs that these names stand for: a sign, or "error" or "warning", which is all signs that are as grave.
+
+    >>> sorted(signs_of(["dma-leak"])), signs_of(["warning"]) > signs_of(["error"])
+    (['dma-leak'], True)
+
+    ValueError: one is neither, or is the sign of a note, which is no mistake.
+    """
+    grave = [Severity.ERROR, Severity.WARNING]
+    judged = [sign for sign, kind in SIGNS.items() if kind.severity in grave]
+    found: set[str] = set()
+    for name in names:
+        if name in judged:
+            found.add(name)
+        elif name in grave:
+            least = grave.index(Severity(name))
+            found |= {sign for sign in judged if grave.index(SIGNS[sign].severity) <= least}
+        else:
+            known = (*judged, *(severity.value for severity in grave))
+            [close] = difflib.get_close_matches(name, known, n=1) or [""]
+            hint = f"did you mean {close!r}?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"{name!r} is no sign of a DMA finding: {hint}")
+    return frozenset(found)

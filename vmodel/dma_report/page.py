@@ -7,9 +7,9 @@ from importlib.resources import files
 import jinja2
 
 from vmodel.dma_report.analysis import size
+from vmodel.dma_report.drawing import STYLE, drawing
 from vmodel.dma_report.finding import SIGNS
 from vmodel.dma_report.report import DmaReport
-from vmodel.dma_report.timeline import LANE, WIDTH, timeline
 
 #: The most mappings in the table of an endpoint, the last ones; JSON has all.
 _ROWS = 200
@@ -22,9 +22,8 @@ def page(report: DmaReport) -> str:
     engine.filters["size"] = size
     return engine.from_string(text).render(
         report=report,
-        drawn=[(endpoint, timeline(endpoint, report.seconds)) for endpoint in report.endpoints],
+        drawn=[(endpoint, drawing(endpoint, report.seconds)) for endpoint in report.endpoints],
+        style=STYLE,
         signs=SIGNS,
         rows=_ROWS,
-        width=WIDTH,
-        lane=LANE,
     )

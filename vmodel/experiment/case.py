@@ -20,6 +20,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_serializer, field_validator
 
 from vmodel.coverage.coverage import Coverage
+from vmodel.dma_report.finding import DmaFinding, signs_of
+from vmodel.dma_report.report import DmaReport
 from vmodel.experiment.oracle import Finding, Outcome
 from vmodel.inject import FaultPlan
 
@@ -44,6 +46,11 @@ def _counting(key: str, least: int) -> AfterValidator:
         return records
 
     return AfterValidator(check)
+
+
+def _signs(names: tuple[str, ...]) -> tuple[str, ...]:
+    signs_of(names)
+    return names
 
 
 class Case(BaseModel):
@@ -92,6 +99,17 @@ class Case(BaseModel):
     #: The kernel code whose execution is recorded, as "nvme" or "vmlinux:pci": from the workload's start to its end, or
     #: from the boot if the plan is armed before it.
     coverage: tuple[str, ...] = ()
+    #: Whether the DMA of devices behind an IOMMU is recorded, from the workload's start to the check's end, or from the
+    #: boot if the plan is armed before it: `Result.findings` has what is wrong in it.
+    dma_report: bool = False
+    #: The signs of findings that make the run a failure, as "dma-leak"; "error": all of this severity.  Others are in
+    #: the result only.  If there are any, the DMA is recorded.
+    dma_fails: Annotated[tuple[str, ...], AfterValidator(_signs)] = ()
+
+    @property
+    def watches_dma(self) -> bool:
+        """Whether the DMA is recorded."""
+        return self.dma_report or bool(self.dma_fails)
 
     @field_serializer("plan")
     def _plan_out(self, plan: FaultPlan | None) -> dict[str, Any] | None:
@@ -143,7 +161,7 @@ class Result(BaseModel):
     #: Seconds that the case took, with the boot if it needed one.
     wall: Lasted
     #: The files in FOLDER by content: "case", "console", "kernel log", "output", "check", "injections", "line" (QEMU's
-    #: command line), "model" (warnings of models and server), "coverage".
+    #: command line), "model" (warnings of models and server), "coverage", "dma" (a `DmaReport` as JSON, by gzip).
     artefacts: dict[str, str]
     #: By part: "vmodel", "python", "qemu", "kernel".
     versions: dict[str, str]
@@ -153,3 +171,13 @@ class Result(BaseModel):
     #: What ran of `Case.coverage`; None: nothing was asked for, or no guest ran.  It is the artefact "coverage", too,
     #: and not in result.json.
     coverage: Coverage | None = Field(default=None, exclude=True, repr=False)
+    #: What is wrong with the DMA of the drivers, the gravest first, if it was recorded.
+    findings: tuple[DmaFinding, ...] = ()
+    #: All that was recorded of the DMA; None: nothing was asked for, or no guest ran.  It is the artefact "dma", too,
+    #: and not in result.json.
+    dma: DmaReport | None = Field(default=None, exclude=True, repr=False)
+
+    @property
+    def signs(self) -> tuple[str, ...]:
+        """The signs of `findings`, each once."""
+        return tuple(dict.fromkeys(finding.sign for finding in self.findings))

@@ -1,16 +1,18 @@
 """The outcome of a fault, and the evidence for it.
 
 Oracles observe a run: the console and the kernel's log (`vmodel.experiment.kernel_log`), the workload's exit status,
-its check of data, the time, QEMU (by QMP) and the device models.  Each observation is a `Finding`; `classify` derives
-the `Outcome` from all of them.
+its check of data, the time, QEMU (by QMP), the device models, and the drivers' DMA (`vmodel.dma_report`).  Each
+observation is a `Finding`; `classify` derives the `Outcome` from all of them.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict
+
+from vmodel.dma_report.finding import DmaFinding
 
 #: The exit status of a workload or check that finds wrong data without a reported error (EX_DATAERR of sysexits.h).
 DATA_WRONG = 65
@@ -38,7 +40,7 @@ _DOCS = {
     Outcome.NOT_ACTIVATED: "no rule fired, and the workload succeeded",
     Outcome.MASKED: "a rule fired, the workload succeeded, and no problem was reported",
     Outcome.RECOVERED: "the kernel reported a problem, and the workload succeeded",
-    Outcome.FAILED: "the workload, or the check after it, reported an error",
+    Outcome.FAILED: "the workload, or the check after it, reported an error; or its DMA was wrong (`dma_fails`)",
     Outcome.CORRUPTION: "data was wrong, and no error was reported",
     Outcome.HANG: "the workload, or the check after it, exceeded its time limit",
     Outcome.CRASH: "the kernel panicked, had an oops or a BUG, or damaged its own memory",
@@ -63,8 +65,8 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    #: "console", "kernel log", "status", "check", "time", "qmp", "qemu", "model", "boot", "guest", "coverage", "rig" or
-    #: "worker".
+    #: "console", "kernel log", "status", "check", "time", "qmp", "qemu", "model", "boot", "guest", "coverage", "dma",
+    #: "rig" or "worker".
     oracle: str
     effect: Effect
     #: Its kind; for kernel messages a name of `kernel_log.SIGNS`, such as "oops", "hung-task", "aer", "iommu-fault".
@@ -84,13 +86,16 @@ class Finding(BaseModel):
 def classify(findings: Sequence[Finding], *, injected: bool) -> Outcome:
     """The outcome of a run with these findings: that of the most severe one.  `injected`: whether a rule fired.
 
-    A failure without an injected fault is a harness error, as no driver can be the cause.
+    A failure without an injected fault is a harness error, as no driver can be the cause; but it is the cause of what
+    is wrong with its DMA.
     """
     effects = {finding.effect for finding in findings}
     if Effect.HARNESS in effects:
         return Outcome.HARNESS
     if not injected:
-        return Outcome.HARNESS if effects - {Effect.NOTICED} else Outcome.NOT_ACTIVATED
+        others = {finding.effect for finding in findings if finding.oracle != "dma"} - {Effect.NOTICED}
+        failed = Effect.ERROR in effects
+        return Outcome.HARNESS if others else Outcome.FAILED if failed else Outcome.NOT_ACTIVATED
     for effect, outcome in (
         (Effect.CRASH, Outcome.CRASH),
         (Effect.HANG, Outcome.HANG),
@@ -101,6 +106,21 @@ def classify(findings: Sequence[Finding], *, injected: bool) -> Outcome:
         if effect in effects:
             return outcome
     return Outcome.MASKED
+
+
+def of_dma(found: Iterable[DmaFinding], fails: Collection[str]) -> list[Finding]:
+    """The findings for DMA that is wrong in a way whose sign is in `fails`."""
+    return [
+        Finding(
+            oracle="dma",
+            effect=Effect.ERROR,
+            sign=one.sign,
+            text=f"{one.sign}: {one.endpoint}: {one.text}",
+            signature=f"{one.sign} {one.endpoint}",
+        )
+        for one in found
+        if one.sign in fails
+    ]
 
 
 def of_status(oracle: str, status: int, at: float | None = None) -> Finding | None:

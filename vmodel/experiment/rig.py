@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.metadata
 import json
 import logging
@@ -16,10 +17,21 @@ from typing import Any, Self
 from vmodel.closing import Closing
 from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
+from vmodel.dma_report import DmaReport, DmaWatch
+from vmodel.dma_report.finding import signs_of
 from vmodel.errors import ConfigError
 from vmodel.experiment import kernel_log
 from vmodel.experiment.case import Case, Result
-from vmodel.experiment.oracle import Effect, Finding, Outcome, classify, of_status, time_to_detect, time_to_recover
+from vmodel.experiment.oracle import (
+    Effect,
+    Finding,
+    Outcome,
+    classify,
+    of_dma,
+    of_status,
+    time_to_detect,
+    time_to_recover,
+)
 from vmodel.guest.artifacts import Qemu, find_qemu
 from vmodel.guest.booted import BEGIN, BootedGuest, Done
 from vmodel.guest.hang import Examiner
@@ -37,6 +49,8 @@ _MOST_INJECTIONS = 1000
 #: For so many seconds it is seen which code a guest that hangs still runs; the most functions that are named.
 _WINDOW = 0.5
 _MOST_NAMES = 3
+#: Seconds within which a guest has made the unmaps that it defers.
+_SETTLE = 1.0
 
 
 def run(case: Case, folder: Path) -> Result:
@@ -244,6 +258,8 @@ class _Trial:
         #: What ran of the kernel code that the case names.
         self.coverage: Coverage | None = None
         self.check: Done | None = None
+        #: Records the DMA, if the case asks for it.
+        self.watch: DmaWatch | None = None
         self.log = _Log(setup.served.machine.devices)
         self.mark = 0
         self.dmesg = ""
@@ -292,6 +308,7 @@ class _Trial:
         with self.log:
             try:
                 if self.case.arm == "boot":
+                    self._watch_dma()
                     self._arm()
                 elif not self.setup.booted:
                     # Reports a mistake in the plan before the boot.
@@ -302,6 +319,13 @@ class _Trial:
             finally:
                 if self.armed is not None:
                     self.armed.disarm()
+                if self.watch is not None:
+                    self.watch.close()
+
+    def _watch_dma(self) -> None:
+        if self.case.watches_dma and self.watch is None:
+            machine = self.setup.served.machine
+            self.watch = DmaWatch(machine.name, machine.system.endpoints)
 
     def _booted(self) -> bool:
         try:
@@ -336,6 +360,7 @@ class _Trial:
             self._found("qemu", Effect.HARNESS, "qemu", text, now)
 
     def _work(self) -> None:
+        self._watch_dma()
         if self.armed is None:
             self._arm()
         recorded = self.guest.guest.coverage
@@ -354,6 +379,8 @@ class _Trial:
         if self.case.check and done.status is not None:
             self.check = self.guest.run(self.case.check, self.case.timeout, examine=False)
             self._judge("check", self.check)
+        if self.watch is not None:
+            self.watch.seal(settle=patience(_SETTLE))
 
     def _take_coverage(self) -> None:
         recorded = self.guest.guest.coverage
@@ -455,10 +482,12 @@ class _Trial:
         self._of_models()
         self._take_coverage()  # of a guest that did not boot
         armed, done = self.armed, self.done
+        dma = None if self.watch is None else self.watch.report()
+        wrong = () if dma is None else tuple(finding for _, finding in dma.findings)
         first = None if armed is None or armed.first is None else armed.first - self.start
         found = [
             finding
-            for finding in (*self.findings, *self._of_kernel())
+            for finding in (*self.findings, *of_dma(wrong, signs_of(self.case.dma_fails)), *self._of_kernel())
             if finding.signature not in self.case.expected
             and not (
                 first is not None
@@ -469,7 +498,7 @@ class _Trial:
         ]
         found.sort(key=lambda finding: (finding.at is None, finding.at or 0.0))
         outcome = classify(found, injected=first is not None)
-        self._save()
+        self._save(dma)
         result = Result(
             outcome=outcome,
             evidence=tuple(found),
@@ -493,6 +522,8 @@ class _Trial:
             seed=self._seed(),
             nth=self.nth,
             coverage=self.coverage,
+            findings=wrong,
+            dma=dma,
         )
         (self.folder / "result.json").write_text(result.model_dump_json(indent=1) + "\n")
         return result
@@ -506,12 +537,14 @@ class _Trial:
         plan = self.case.seeded()
         return None if plan is None else plan.seed
 
-    def _save(self) -> None:
+    def _save(self, dma: DmaReport | None) -> None:
         places = self.guest.guest.places
         self._write("console", "console.log", places.in_text(self.guest.console(self.mark)))
         self._write("line", "qemu.line", shlex.join(self.guest.guest.line) + "\n")
         if self.coverage is not None:
             self._write("coverage", "coverage.json", json.dumps(self.coverage.to_json()))
+        if dma is not None:
+            self._write("dma", "dma.json.gz", gzip.compress(dma.model_dump_json(indent=1).encode(), mtime=0))
         if self.hang:
             self._write("hang", "hang.log", "".join(f"{line}\n" for line in self.hang))
         if self.dmesg:
