@@ -257,7 +257,7 @@ def test_the_page_names_what_there_is(pytester: pytest.Pytester) -> None:
     }
     assert fixtures - {"vmodel_seed"} == ours
     said = "\n".join(pytester.runpytest("--help").outlines)
-    assert set(re.findall(r"`(--vmodel-\w+)", page)) == set(re.findall(r"(--vmodel-\w+)[=\n]", said))
+    assert set(re.findall(r"`(--vmodel-[\w-]+)", page)) == set(re.findall(r"^  (--vmodel-[\w-]+)", said, re.MULTILINE))
     marks = "\n".join(pytester.runpytest("--markers").outlines)
     for mark in re.findall(r"^\| `(\w+)\(", page, re.MULTILINE):
         assert f"@pytest.mark.{mark}(" in marks

@@ -43,6 +43,7 @@ from vmodel.coverage.errors import CoverageError
 from vmodel.dma_report.files import write_report
 from vmodel.dma_report.report import DmaReport
 from vmodel.dma_report.text import text
+from vmodel.dma_report.watch import SETTLE
 from vmodel.errors import ConfigError
 from vmodel.experiment.oracle import Finding
 from vmodel.guest import artifacts, modules, options
@@ -123,9 +124,6 @@ log = logging.getLogger(__name__)
 
 #: The first output of an interactive command: input that is sent before the guest has opened its port is lost.
 _LISTENING = b"\x16"
-
-#: Seconds that a guest gets for unmaps that it has deferred, before its DMA is judged.
-_SETTLE = 1.0
 
 #: Kernel arguments for a guest whose CPUs a debugger holds up: no watchdog of the kernel is to report that.
 _DEBUG_APPEND = "nowatchdog rcupdate.rcu_cpu_stall_suppress=1"
@@ -234,7 +232,7 @@ def guest(
             coverage=[options.at_option("--coverage", options.coverage_target, entry) for entry in coverage or ()],
         )
         if dma_report is not None:
-            spec.on_end = partial(machine.watch_dma().seal, settle=patience(_SETTLE))
+            spec.on_end = partial(machine.watch_dma().seal, settle=patience(SETTLE))
         fetch_for(
             [kernel or machine.content.guest.kernel or artifacts.STABLE],
             any(map(modules.is_source, (*spec.modules, *spec.extra_modules))),

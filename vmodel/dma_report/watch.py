@@ -21,6 +21,8 @@ _KINDS = {
     Reason.INPUT_WIDTH: IncidentKind.UNMAPPED,
     Reason.PERMISSION: IncidentKind.DIRECTION,
 }
+#: Seconds within which a guest has made the unmaps that it defers (Linux's flush queue), on a slow host, too.
+SETTLE = 1.0
 #: Seconds between looks at what is still mapped.
 _STEP = 0.02
 

@@ -19,6 +19,7 @@ from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
 from vmodel.dma_report import DmaReport, DmaWatch
 from vmodel.dma_report.finding import signs_of
+from vmodel.dma_report.watch import SETTLE
 from vmodel.errors import ConfigError
 from vmodel.experiment import kernel_log
 from vmodel.experiment.case import Case, Result
@@ -49,8 +50,6 @@ _MOST_INJECTIONS = 1000
 #: For so many seconds it is seen which code a guest that hangs still runs; the most functions that are named.
 _WINDOW = 0.5
 _MOST_NAMES = 3
-#: Seconds within which a guest has made the unmaps that it defers.
-_SETTLE = 1.0
 
 
 def run(case: Case, folder: Path) -> Result:
@@ -380,7 +379,7 @@ class _Trial:
             self.check = self.guest.run(self.case.check, self.case.timeout, examine=False)
             self._judge("check", self.check)
         if self.watch is not None:
-            self.watch.seal(settle=patience(_SETTLE))
+            self.watch.seal(settle=patience(SETTLE))
 
     def _take_coverage(self) -> None:
         recorded = self.guest.guest.coverage

@@ -164,7 +164,9 @@ class BootedGuest(Starting):
         return self.guest.monitor
 
     def close(self) -> None:
-        """Ends QEMU."""
+        """Ends QEMU, after `spec.on_end`."""
+        if self.spec.on_end is not None and self.guest.running():
+            self.spec.on_end()
         self.guest.close()
 
     # ---- callbacks, on the guest's thread -----------------------------------------------------

@@ -31,6 +31,7 @@ __tracebackhide__ = True
 # Fixtures import what they need when they are used, as pytest loads this file at each start.
 if TYPE_CHECKING:
     from vmodel.device import PciDevice
+    from vmodel.dma_report import DmaFinding
     from vmodel.experiment import Result, Rig
     from vmodel.guest.artifacts import Kernel
     from vmodel.guest.booted import BootedGuest
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from vmodel.inject import FaultPlan
     from vmodel.machine import Machine
     from vmodel.testing.coverage import MergedCoverage
+    from vmodel.testing.dma_plugin import DmaPlugin
     from vmodel.testing.fakes import FakeDriver, FakeMemory
     from vmodel.testing.inject import Inject
     from vmodel.testing.vm import Vm
@@ -66,6 +68,8 @@ _kept = pytest.StashKey[Path]()
 _booted = pytest.StashKey["list[BootedGuest]"]()
 #: What the guests of all tests ran, with --vmodel-coverage.
 _coverage: pytest.StashKey[MergedCoverage] = pytest.StashKey()
+#: What looks at their DMA, with --vmodel-dma-report.
+_dma: pytest.StashKey[DmaPlugin] = pytest.StashKey()
 #: Most messages of kernels in the report of a test.
 _MOST_MESSAGES = 10
 
@@ -100,6 +104,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="folder for that report, default coverage, in pytest's root directory",
     )
+    group.addoption(
+        "--vmodel-dma-report",
+        action="store_true",
+        help="report what is wrong with the DMA of the drivers in guests",
+    )
+    group.addoption(
+        "--vmodel-dma-fails",
+        action="append",
+        metavar="SIGN",
+        help="fail tests with such a finding: a sign, as dma-leak, or error or warning for all of them; repeatable",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -114,6 +129,14 @@ def pytest_configure(config: pytest.Config) -> None:
         plugin = CoveragePlugin(config)
         config.pluginmanager.register(plugin, "vmodel-coverage")
         config.stash[_coverage] = plugin.merged
+    if config.getoption("--vmodel-dma-report") or config.getoption("--vmodel-dma-fails"):
+        from vmodel.testing.dma_plugin import DmaPlugin
+
+        config.stash[_dma] = dma = DmaPlugin(config)
+        config.pluginmanager.register(dma, "vmodel-dma")
+    config.addinivalue_line(
+        "markers", "allow_dma(sign, ...): the test does not fail for these findings, with --vmodel-dma-fails"
+    )
     config.addinivalue_line(
         "markers",
         "allow_model_errors(): the test does not fail if a hook or callback of a model raises an exception",
@@ -387,10 +410,14 @@ def vm(request: pytest.FixtureRequest, vmodel_served: Served, guest_kernel: Kern
     """Guests with the machine: `vm.run(command)` for one command, `with vm.boot() as guest` for several scripts."""
     from vmodel.testing.vm import Vm
 
-    made = Vm(vmodel_served, guest_kernel, _marked(request), artifacts, request.config.stash.get(_coverage, None))
+    dma = request.config.stash.get(_dma, None)
+    coverage = request.config.stash.get(_coverage, None)
+    made = Vm(vmodel_served, guest_kernel, _marked(request), artifacts, coverage, watch_dma=dma is not None)
     request.node.stash[_booted] = made.booted
     yield made
     made.add_coverage()
+    if dma is not None:
+        dma.add(request.node, made.dma_findings())
 
 
 @pytest.fixture
@@ -417,7 +444,7 @@ def experiment(
     vmodel_rig: Rig,
     vmodel_seed: int,
     artifacts: Path,
-) -> Callable[..., Result]:
+) -> Iterator[Callable[..., Result]]:
     """`experiment(workload, "dma.write nth=3 do=drop", check=...)` runs a case and returns its `Result`.
 
     The second argument is a rule, a plan's file, a FaultPlan, or None; keywords are fields of `Case`.
@@ -443,6 +470,8 @@ def experiment(
     for key in ("modules", "extra_modules"):
         own += [str(vmodel_machine_file.parent / entry) if "/" in entry else entry for entry in table.get(key, ())]
     count = 0
+    dma = request.config.stash.get(_dma, None)
+    wrong: list[DmaFinding] = []
 
     def run(workload: str, faults: str | Path | FaultPlan | None = None, **fields: Any) -> Result:
         __tracebackhide__ = True
@@ -455,14 +484,18 @@ def experiment(
             workload=workload,
             plan=plan,
             kernel=str(guest_kernel.image),
-            **{"seed": seed, **options, **fields},
+            **{"seed": seed, "dma_report": dma is not None, **options, **fields},
         )
         logs = artifacts / f"experiment-{count}"
         try:
-            return (
+            result = (
                 vmodel_rig.run(case, logs) if merged is None else merged.run(vmodel_rig, case, logs, guest_kernel, own)
             )
         except ConfigError as error:  # its text says all: no traceback through vmodel
             raise error.with_traceback(None) from None
+        wrong.extend(result.findings)
+        return result
 
-    return run
+    yield run
+    if dma is not None:
+        dma.add(request.node, wrong)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vmodel.dma_report import DmaFinding, DmaWatch
+from vmodel.dma_report.watch import SETTLE
 from vmodel.guest.artifacts import Kernel
 from vmodel.guest.booted import BootedGuest
 from vmodel.guest.options import spec_of
 from vmodel.guest.running import Guest, GuestResult, GuestSpec
 from vmodel.guest.served import Served
+from vmodel.patience import patience
 from vmodel.testing.coverage import MergedCoverage
 
 #: For pytest: what fails here is shown at the line of the test that called.
@@ -29,12 +33,16 @@ class Vm:
         options: dict[str, Any],
         artifacts: Path,
         coverage: MergedCoverage | None = None,
+        *,
+        watch_dma: bool = False,
     ) -> None:
-        """`coverage`: gets what the guests run, with `add_coverage`."""
+        """`coverage`: gets what the guests run, with `add_coverage`.  `watch_dma`: records for `dma_findings`."""
         #: The guests of `boot`.
         self.booted: list[BootedGuest] = []
         self._run: list[Guest] = []
         self._coverage = coverage
+        self._watch_dma = watch_dma
+        self._watches: list[DmaWatch] = []
         self._served = served
         self._kernel = kernel
         self._options = options
@@ -63,16 +71,31 @@ class Vm:
 
     def run(self, command: str, **options: Any) -> GuestResult:
         """Boots a guest, runs a shell script, and powers off.  GuestRunError: see its subclasses."""
-        with Guest(self.spec(command, **options), artifacts=self.logs()) as guest:
+        with Guest(self._watched(self.spec(command, **options)), artifacts=self.logs()) as guest:
             self._run.append(guest)
             return guest.wait()
 
     def boot(self, **options: Any) -> BootedGuest:
         """A guest that runs scripts; a context manager that boots it."""
         host = self._served.host_commands(lambda: guest.monitor)
-        guest = BootedGuest(self.spec("", **options), artifacts=self.logs(), host=host)
+        guest = BootedGuest(self._watched(self.spec("", **options)), artifacts=self.logs(), host=host)
         self.booted.append(guest)
         return guest
+
+    def _watched(self, spec: GuestSpec) -> GuestSpec:
+        """The same, whose guest's DMA is recorded if that is wanted."""
+        if self._watch_dma:
+            machine = self._served.machine
+            watch = DmaWatch(machine.name, machine.system.endpoints)
+            self._watches.append(watch)
+            spec.on_end = partial(watch.seal, settle=patience(SETTLE))
+        return spec
+
+    def dma_findings(self) -> list[DmaFinding]:
+        """What is wrong with the DMA of the guests, which have ended."""
+        for watch in self._watches:
+            watch.close()
+        return [finding for watch in self._watches for _, finding in watch.report().findings]
 
     def add_coverage(self) -> None:
         """Passes on what the guests, which have ended, ran."""
