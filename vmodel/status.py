@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -64,6 +65,24 @@ def _group(group: Group) -> dict[str, Any]:
     return found
 
 
+def dma(machine: Machine, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What was recorded of the DMA, and whether the record has just begun: the answer to "dma".
+
+    `restart` in the request begins a new record; `mappings`: the report has the mappings, too.
+    """
+    restart = bool(request.get("restart"))
+    began = restart or not machine.watches_dma
+    report = machine.watch_dma(restart=restart).report().model_dump(mode="json")
+    if not request.get("mappings"):
+        for endpoint in report["endpoints"]:
+            endpoint["mappings"] = []
+    return {"began": began, "report": report}
+
+
 def commands(machine: Machine) -> dict[str, Command]:
     """The commands of a server's control socket."""
-    return {"iommu": lambda _: described(machine), "sysfs": lambda _: sysfs.tree(machine.system)}
+    return {
+        "iommu": lambda _: described(machine),
+        "sysfs": lambda _: sysfs.tree(machine.system),
+        "dma": lambda request: dma(machine, request),
+    }

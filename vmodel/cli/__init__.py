@@ -71,7 +71,7 @@ _COMMANDS = {
     "doctor": "doctor",
 }
 #: Commands with subcommands: their module's `app`.
-_GROUPS = ("bench", "iommu", "kernels", "plan", "inject")
+_GROUPS = ("bench", "dma", "iommu", "kernels", "plan", "inject")
 #: Commands whose status 1 is a result: that of a program, of a test, or of runs that are not as expected.
 _STATUS_OF_ITS_OWN = ("guest", "run", "test", "sweep", "explore", "campaign", "reproduce", "minimise")
 #: Options whose value may be left out, by command.

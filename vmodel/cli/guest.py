@@ -40,7 +40,7 @@ from vmodel.cli.serve import (
 from vmodel.cli.terminal import ESCAPE_NAME, Terminal
 from vmodel.coverage.coverage import Coverage
 from vmodel.coverage.errors import CoverageError
-from vmodel.dma_report.files import write_report
+from vmodel.dma_report.files import check_file, write_report
 from vmodel.dma_report.report import DmaReport
 from vmodel.dma_report.text import text
 from vmodel.dma_report.watch import SETTLE
@@ -206,7 +206,7 @@ def guest(
             raise ConfigError("--coverage-source: there is no --coverage-out, which shows the source")
         if not place.is_dir():
             raise ConfigError(f"--coverage-source {place}: is no folder")
-    dma_file = _dma_file(dma_report)
+    dma_file = None if dma_report in (None, "-") else check_file(Path(dma_report or ""), "--dma-report=")
     slowness()
     fails = ending.kinds(fail_on)
     wanted = traced(verbose, device, register)
@@ -335,18 +335,6 @@ def _watch(
                 except CoverageError as error:  # the command has ended nevertheless
                     reached = error
             return ended, ending.kernel_findings(running.console, running.places.of), reached
-
-
-def _dma_file(option: str | None) -> Path | None:
-    """The file that `--dma-report` names; ConfigError: it has another suffix, or no folder."""
-    if option in (None, "-"):
-        return None
-    path = Path(option or "")
-    if path.suffix not in (".html", ".json"):
-        raise ConfigError(f"--dma-report={option}: must end in .html or .json")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--dma-report={option}: the folder {path.parent} does not exist")
-    return path
 
 
 def _show_dma(report: DmaReport, file: Path | None) -> None:

@@ -354,9 +354,19 @@ class Machine:
 
     # ---- the DMA sanitizer -----------------------------------------------------------------
 
-    def watch_dma(self) -> DmaWatch:
-        """Records from now on what the guest maps for devices behind an IOMMU, and what they do with it."""
-        if self._watch is None:
+    @property
+    def watches_dma(self) -> bool:
+        """Whether `watch_dma` was called."""
+        return self._watch is not None
+
+    def watch_dma(self, *, restart: bool = False) -> DmaWatch:
+        """Records from now on what the guest maps for devices behind an IOMMU, and what they do with it.
+
+        If it was called before, that record goes on; `restart` begins a new one.
+        """
+        if self._watch is None or restart:
+            if self._watch is not None:
+                self._watch.close()
             self._watch = DmaWatch(self.name, self.system.endpoints)
         return self._watch
 
