@@ -15,7 +15,7 @@ from vmodel.cli import main
 from vmodel.devices import BUILTIN
 from vmodel.patience import patience
 
-GROUPS = {"bench", "iommu", "kernels", "plan", "inject"}
+GROUPS = {"bench", "dma", "iommu", "kernels", "plan", "inject"}
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *path: str) -> str:
