@@ -95,13 +95,13 @@ static noinline void write_free_page(void)
 	free_page(next);
 }
 
-/* An object that KFENCE guards; without KFENCE, or if it takes none of a thousand, any. */
+/* An object that KFENCE guards; without KFENCE, or if it takes none of 8,000 within two seconds, any. */
 static u8 *fenced(void)
 {
 	u8 *object = kmem_cache_alloc(cache, GFP_KERNEL);
 	int n;
 
-	for (n = 0; n < 1000 && !is_kfence_address(object); n++) {
+	for (n = 0; n < 8000 && !is_kfence_address(object); n++) {
 		kmem_cache_free(cache, object);
 		if (n % 8 == 0)
 			usleep_range(1000, 2000);
