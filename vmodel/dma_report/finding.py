@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
+
+from vmodel.mistakes import guess
 
 
 class Severity(enum.StrEnum):
@@ -191,7 +192,7 @@ def signs_of(names: Iterable[str]) -> frozenset[str]:
             found |= {sign for sign in judged if grave.index(SIGNS[sign].severity) <= least}
         else:
             known = (*judged, *(severity.value for severity in grave))
-            [close] = difflib.get_close_matches(name, known, n=1) or [""]
+            close = guess(name, known)
             hint = f"did you mean {close!r}?" if close else f"known are {', '.join(known)}"
             raise ValueError(f"{name!r} is no sign of a DMA finding: {hint}")
     return frozenset(found)

@@ -165,9 +165,11 @@ class BootedGuest(Starting):
 
     def close(self) -> None:
         """Ends QEMU, after `spec.on_end`."""
-        if self.spec.on_end is not None and self.guest.running():
-            self.spec.on_end()
-        self.guest.close()
+        try:
+            if self.spec.on_end is not None and self.guest.running():
+                self.spec.on_end()
+        finally:
+            self.guest.close()
 
     # ---- callbacks, on the guest's thread -----------------------------------------------------
 
